@@ -1,0 +1,1 @@
+"""Settings: every default, range and explanation, and the files they are read from."""

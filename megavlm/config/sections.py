@@ -1,0 +1,241 @@
+"""The sections of a configuration file, one class each: every field with its default, range and meaning.
+
+Nothing else in the package states a default. A check between fields of one section stands in that section; checks
+between sections are in `settings.py`, checks against the model's shapes and the number of processes in `layout.py`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
+
+from megavlm.config.errors import UserError
+
+# Strict scalars: "8" is not a number and 1 is not a truth value, so that a slip in a file is seen. (A whole number is
+# still a good float.) Paths are written as strings.
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict()]
+Bool = Annotated[bool, Strict()]
+Str = Annotated[str, Strict()]
+
+Part = Literal["vision", "projector", "language"]
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown names are refused, values are final, an empty section means its defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @classmethod
+    def default_of(cls, name: str) -> Any:
+        """The default of field `name`, for checks of "this would be ignored"."""
+        return cls.model_fields[name].get_default(call_default_factory=True)
+
+    def is_changed(self, name: str) -> bool:
+        """Whether field `name` differs from its default (a default written out, as in config.yaml, is no change)."""
+        return getattr(self, name) != self.default_of(name)
+
+
+class ModelSettings(Section):
+    """Which model, from which weights, and which parts of it learn."""
+
+    hf: Path = Field(description="Hugging Face folder: config.json gives all shapes; tokenizer and processor files")
+    load: Path | None = Field(None, description="Megatron checkpoint to start from; null: random weights (train.seed)")
+    freeze: list[Part] = Field(
+        [],
+        description="parts that do not learn. vision: patch and position embedding, blocks; projector: merger and "
+        "deepstack mergers; language: the decoder, its embedding and output layer",
+    )
+    kernels: Literal["auto", "te", "portable"] = Field(
+        "auto", description="te: Transformer Engine; portable: plain PyTorch; auto: te on a GPU that has it"
+    )
+
+    @field_validator("freeze")
+    @classmethod
+    def _something_learns(cls, freeze: list[str]) -> list[str]:
+        if len(set(freeze)) < len(freeze):
+            raise UserError(f"model.freeze names a part twice: {freeze}")
+        if len(freeze) == 3:
+            raise UserError(
+                "model.freeze names vision, projector and language: nothing would be trained",
+                "leave at least one of them out",
+            )
+        return freeze
+
+
+class DataSource(Section):
+    """One training file or shard folder, and its share of the blend."""
+
+    path: Path = Field(description="JSONL file, or folder of WebDataset shards")
+    weight: Float = Field(1.0, gt=0, description="share of the samples drawn, relative to the other sources")
+
+
+class DataSettings(Section):
+    """What is read, and how samples become rows of tokens."""
+
+    train: list[DataSource] = Field([], description="training sources: [{path, weight}], or one path")
+    eval: Path | None = Field(None, description="JSONL file that score and infer read, and validation loss where set")
+    seq_length: Int = Field(8192, ge=1, description="tokens in a row; a row is one micro-batch")
+    packing: Literal["best_fit", "none"] = Field(
+        "best_fit", description="best_fit: whole samples side by side in a row; none: one sample a row"
+    )
+    packing_buffer: Int = Field(1000, ge=1, description="samples among which best_fit looks for one that fits")
+    shuffle: Bool = Field(True, description="visit samples in an order drawn from train.seed; false: file order")
+    workers: Int = Field(2, ge=0, description="processes that read and render samples; 0: the training process does")
+    min_pixels: Int | None = Field(None, ge=1, description="smaller pictures are enlarged to it; null: as in model.hf")
+    max_pixels: Int | None = Field(None, ge=1, description="larger pictures are shrunk to it; null: as in model.hf")
+    video_fps: Float | None = Field(None, gt=0, description="frames sampled per second; null: as in model.hf")
+    video_max_frames: Int | None = Field(None, ge=2, description="most frames of a video; null: as in model.hf")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return [{"path": value}] if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataSettings":
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise UserError(
+                f"data.min_pixels is {self.min_pixels}, more than data.max_pixels, {self.max_pixels}",
+                "lower min_pixels or raise max_pixels",
+            )
+        if self.packing == "none" and self.is_changed("packing_buffer"):
+            raise UserError(
+                f"data.packing_buffer is {self.packing_buffer}, but data.packing none keeps no buffer",
+                "remove packing_buffer or use data.packing best_fit",
+            )
+        return self
+
+
+class ParallelSettings(Section):
+    """How the model is cut over processes; what is left over of the world is data-parallel."""
+
+    tensor: Int = Field(1, ge=1, description="processes that share each layer's matrices; divides heads and vocabulary")
+    pipeline: Int = Field(1, ge=1, description="pipeline stages of the decoder's layers")
+    virtual_pipeline: Int | None = Field(None, ge=2, description="chunks of layers per stage (interleaved 1F1B)")
+    context: Int = Field(1, ge=1, description="processes that share a row's tokens in attention")
+    expert: Int = Field(1, ge=1, description="processes over which experts are dealt (MoE models only)")
+    expert_tensor: Int = Field(1, ge=1, description="processes that share each expert's matrices (MoE models only)")
+    sequence: Bool = Field(True, description="with tensor > 1, also share norms and residuals along the sequence")
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether sequence parallelism is at work: Megatron has it only for tensor > 1."""
+        return self.sequence and self.tensor > 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ParallelSettings":
+        if self.virtual_pipeline and self.pipeline == 1:
+            raise UserError(
+                f"parallel.virtual_pipeline is {self.virtual_pipeline}, but parallel.pipeline is 1: "
+                "it would be ignored",
+                "set parallel.pipeline to 2 or more, or virtual_pipeline to null",
+            )
+        return self
+
+
+class VisionSettings(Section):
+    """How the vision tower runs."""
+
+    recompute: Bool = Field(False, description="run the tower's forward again in backward, to keep less memory")
+    chunk_patches: Int = Field(65536, ge=4, description="patches encoded at a time (a frame is never cut)")
+
+
+class TrainSettings(Section):
+    """The optimizer and its schedule."""
+
+    steps: Int | None = Field(None, ge=1, description="optimizer steps of the whole run")
+    global_batch_size: Int | None = Field(None, ge=1, description="rows per step over all processes")
+    lr: Float | None = Field(None, gt=0, description="highest learning rate")
+    min_lr: Float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
+    warmup_steps: Int = Field(0, ge=0, description="steps over which the learning rate rises from 0 to lr")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="way from lr down to min_lr")
+    optimizer: Literal["adam", "sgd"] = Field("adam", description="adam: AdamW; sgd: plain gradient descent")
+    adam_beta1: Float = Field(0.9, ge=0, lt=1, description="decay of Adam's mean of gradients")
+    adam_beta2: Float = Field(0.95, ge=0, lt=1, description="decay of Adam's mean of squared gradients")
+    adam_eps: Float = Field(1e-8, gt=0, description="added to Adam's denominator")
+    weight_decay: Float = Field(0.1, ge=0, description="decoupled decay; biases and norms are left out")
+    clip_grad: Float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0: not clipped")
+    moe_aux_loss_coeff: Float = Field(0.001, ge=0, description="weight of the load-balancing loss (MoE models only)")
+    precision: Literal["bf16", "fp32", "fp8"] = Field("bf16", description="of the compute; fp8 needs model.kernels te")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="decoder activations computed again in backward: none, attention's, whole layers"
+    )
+    logprob_chunk_tokens: Int = Field(1024, ge=1, description="tokens whose logits exist at one time")
+    seed: Int = Field(1234, ge=0, lt=2**31, description="of weights, data order and dropout")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainSettings":
+        if self.lr is not None and self.min_lr > self.lr:
+            raise UserError(
+                f"train.min_lr is {self.min_lr:g}, more than train.lr, {self.lr:g}", "lower min_lr or raise lr"
+            )
+        if self.steps is not None and self.warmup_steps > self.steps:
+            raise UserError(
+                f"train.warmup_steps is {self.warmup_steps}, more than train.steps, {self.steps}",
+                "warm up over fewer steps or train longer",
+            )
+        if self.schedule == "constant" and self.min_lr:
+            raise UserError(
+                f"train.min_lr is {self.min_lr:g}, but train.schedule constant stays at lr: it would be ignored",
+                "set min_lr to 0 or choose schedule cosine or linear",
+            )
+        for name in ("adam_beta1", "adam_beta2", "adam_eps"):
+            if self.optimizer == "sgd" and self.is_changed(name):
+                raise UserError(
+                    f"train.{name} is {getattr(self, name):g}, but train.optimizer is sgd: it would be ignored",
+                    f"remove {name} or choose optimizer adam",
+                )
+        return self
+
+
+class CheckpointSettings(Section):
+    """When checkpoints are written and how many are kept."""
+
+    every: Int | None = Field(
+        None, ge=1, description="steps between checkpoints; null: only at the end or when stopped"
+    )
+    keep: Int = Field(3, ge=1, description="newest checkpoints kept; older ones are deleted")
+    async_save: Bool = Field(True, alias="async", description="write in the background while training goes on")
+
+
+class WandbSettings(Section):
+    """Weights & Biases."""
+
+    mode: Literal["auto", "off", "offline", "online"] = Field(
+        "auto", description="auto: online where an API key is found, otherwise offline"
+    )
+    project: Str = Field("megavlm", min_length=1, description="project the run appears in")
+
+
+class LogSettings(Section):
+    """What is reported while training."""
+
+    every: Int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
+    wandb: WandbSettings = Field(WandbSettings(), description="Weights & Biases")
+
+
+class GenerateSettings(Section):
+    """How answers are generated."""
+
+    max_new_tokens: Int = Field(64, ge=1, description="longest answer in tokens")
+    temperature: Float = Field(0.0, ge=0, description="0: the likeliest token each time; above: sampled")
+    top_p: Float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
+    top_k: Int = Field(0, ge=0, description="sample from this many likeliest tokens; 0: all")
+    batch_size: Int = Field(16, ge=1, description="prompts answered together by each data-parallel rank")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GenerateSettings":
+        for name in ("top_p", "top_k"):
+            if self.temperature == 0 and self.is_changed(name):
+                raise UserError(
+                    f"generate.{name} is {getattr(self, name):g}, but generate.temperature is 0 (greedy): "
+                    "it would be ignored",
+                    f"set generate.temperature above 0 or remove {name}",
+                )
+        return self

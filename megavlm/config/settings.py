@@ -1,0 +1,83 @@
+"""All settings of a run: the sections of `sections.py` put together, and the checks between them."""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from megavlm.config.errors import UserError
+from megavlm.config.sections import (
+    Bool,
+    CheckpointSettings,
+    DataSettings,
+    DataSource,
+    GenerateSettings,
+    Int,
+    LogSettings,
+    ModelSettings,
+    ParallelSettings,
+    Section,
+    TrainSettings,
+    VisionSettings,
+    WandbSettings,
+)
+
+__all__ = [
+    "CheckpointSettings",
+    "DataSettings",
+    "DataSource",
+    "GenerateSettings",
+    "LogSettings",
+    "ModelSettings",
+    "ParallelSettings",
+    "Settings",
+    "TrainSettings",
+    "VisionSettings",
+    "WandbSettings",
+]
+
+
+class Settings(Section):
+    """What a configuration file says, every default filled in.
+
+    `megavlm.config.load.load_settings` makes one from files and overrides; a test may write
+    `Settings(model={"hf": folder}, data={"seq_length": 64})`. Raises pydantic's ValidationError, which load_settings
+    turns into a UserError.
+    """
+
+    stage: Int | None = Field(None, ge=0, le=3, description="pretraining stage; for the verb pretrain only")
+    model: ModelSettings
+    data: DataSettings = DataSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    vision: VisionSettings = VisionSettings()
+    train: TrainSettings = TrainSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log: LogSettings = LogSettings()
+    generate: GenerateSettings = GenerateSettings()
+    output: Path | None = Field(None, description="folder of the run: config.yaml, metrics.jsonl, checkpoints, report")
+    overwrite: Bool = Field(False, description="replace what an earlier, different run left in the output folder")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        if self.train.precision == "fp8" and self.model.kernels != "te":
+            raise UserError(
+                f"train.precision is fp8, but model.kernels is {self.model.kernels}: only Transformer Engine has fp8",
+                "set model.kernels to te, or train.precision to bf16",
+            )
+        check_seq_length(self.data.seq_length, self.parallel)
+        return self
+
+
+def check_seq_length(seq_length: int, parallel: ParallelSettings) -> None:
+    """Raises UserError unless rows of `seq_length` tokens can be cut as `parallel` says.
+
+    Sequence parallelism cuts a row in `tensor` slices; context parallelism first in 2 * context pieces, of which each
+    rank takes an early and a late one, so that causal attention costs every rank the same.
+    """
+    cut = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
+    if seq_length % cut:
+        formula = "2 × parallel.context × parallel.tensor" if parallel.context > 1 else "parallel.tensor"
+        below, above = seq_length // cut * cut, (seq_length // cut + 1) * cut
+        raise UserError(
+            f"data.seq_length is {seq_length}, which is not divisible by {formula} = {cut}",
+            f"nearest lengths that are: {below} and {above}" if below else f"nearest length that is: {above}",
+        )
