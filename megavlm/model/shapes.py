@@ -1,0 +1,242 @@
+"""The numbers of a Qwen3-VL model, read from the config.json of a Hugging Face folder.
+
+Everything the package needs to know about a model's size is here, under one name each; nothing else reads config.json
+for shapes. Source of the meaning of each field: transformers' ``qwen3_vl`` and ``qwen3_vl_moe`` configurations.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megavlm.config.errors import UserError
+
+MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """The mixture of experts of one language model.
+
+    Attributes:
+        num_experts: experts in each MoE layer.
+        top_k: experts a token is sent to.
+        ffn: inner width of one expert.
+        normalize_top_k: whether the chosen experts' probabilities are rescaled to sum to one.
+        sparse_step: layer i is MoE when (i + 1) is a multiple of it, unless listed in ``dense_layers``.
+        dense_layers: layers that keep a dense MLP of width ``TextShape.ffn``.
+        aux_loss_coeff: weight of the load-balancing loss that the folder suggests.
+    """
+
+    num_experts: int
+    top_k: int
+    ffn: int
+    normalize_top_k: bool
+    sparse_step: int
+    dense_layers: tuple[int, ...]
+    aux_loss_coeff: float
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """The Qwen3 decoder.
+
+    ``mrope_section`` counts the rotary frequencies given to time, height and width; it sums to ``head_dim / 2``.
+    ``moe`` is None for a dense model.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    rms_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    max_positions: int
+    attention_bias: bool
+    hidden_act: str
+    init_std: float
+    moe: MoeShape | None
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether decoder layer ``layer`` (from 0) is a mixture of experts; same rule as transformers."""
+        if self.moe is None or layer in self.moe.dense_layers:
+            return False
+        return self.moe.num_experts > 0 and (layer + 1) % self.moe.sparse_step == 0
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """The vision tower.
+
+    ``num_positions`` is the size of the learned grid (a square), ``deepstack_layers`` the blocks whose outputs go to
+    the decoder's first layers, ``out_hidden`` the width after merging ``spatial_merge_size`` squared patches.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    patch_size: int
+    temporal_patch_size: int
+    in_channels: int
+    spatial_merge_size: int
+    num_positions: int
+    deepstack_layers: tuple[int, ...]
+    out_hidden: int
+    hidden_act: str
+    rope_theta: float
+    init_std: float
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Length of one flattened patch row: channels × frames × rows × columns."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def grid_side(self) -> int:
+        """Side of the learned square grid of positions."""
+        return round(self.num_positions**0.5)
+
+    @property
+    def merged_hidden(self) -> int:
+        """Width of the patches that one visual token joins, laid end to end."""
+        return self.hidden * self.spatial_merge_size**2
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """All numbers of one model. ``tied``: the output layer is the word embedding, transposed."""
+
+    model_type: str
+    text: TextShape
+    vision: VisionShape
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    tied: bool
+
+    @classmethod
+    def from_hf(cls, folder: str | Path) -> "Shapes":
+        """Read a folder's config.json (transformers 4 or 5 spelling).
+
+        Raises:
+            UserError: no such folder, no config.json in it, not JSON, not a Qwen3-VL, or numbers that contradict
+                each other.
+        """
+        config = _read_config(Path(folder))
+        text, vision = config.text_config, config.vision_config
+        rope = text.rope_parameters
+        shapes = cls(
+            model_type=config.model_type,
+            text=TextShape(
+                hidden=text.hidden_size,
+                layers=text.num_hidden_layers,
+                heads=text.num_attention_heads,
+                kv_heads=text.num_key_value_heads,
+                head_dim=text.head_dim,
+                ffn=text.intermediate_size,
+                vocab=text.vocab_size,
+                rms_eps=text.rms_norm_eps,
+                rope_theta=float(rope["rope_theta"]),
+                mrope_section=tuple(rope.get("mrope_section") or (24, 20, 20)),  # transformers' default
+                max_positions=text.max_position_embeddings,
+                attention_bias=text.attention_bias,
+                hidden_act=text.hidden_act,
+                init_std=text.initializer_range,
+                moe=_moe(text) if config.model_type == "qwen3_vl_moe" else None,
+            ),
+            vision=VisionShape(
+                hidden=vision.hidden_size,
+                layers=vision.depth,
+                heads=vision.num_heads,
+                ffn=vision.intermediate_size,
+                patch_size=vision.patch_size,
+                temporal_patch_size=vision.temporal_patch_size,
+                in_channels=vision.in_channels,
+                spatial_merge_size=vision.spatial_merge_size,
+                num_positions=vision.num_position_embeddings,
+                deepstack_layers=tuple(vision.deepstack_visual_indexes),
+                out_hidden=vision.out_hidden_size,
+                hidden_act=vision.hidden_act,
+                rope_theta=float((vision.rope_parameters or {}).get("rope_theta", 10000.0)),
+                init_std=vision.initializer_range,
+            ),
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+            vision_start_token_id=config.vision_start_token_id,
+            vision_end_token_id=config.vision_end_token_id,
+            tied=bool(config.tie_word_embeddings),
+        )
+        shapes._check(Path(folder) / "config.json")
+        return shapes
+
+    def _check(self, file: Path) -> None:
+        text, vision = self.text, self.vision
+        rules = [
+            (
+                text.heads % text.kv_heads == 0,
+                "text_config.num_attention_heads must be a multiple of num_key_value_heads",
+            ),
+            (2 * sum(text.mrope_section) == text.head_dim, "mrope_section must sum to half of text_config.head_dim"),
+            (vision.hidden % vision.heads == 0, "vision_config.hidden_size must be a multiple of num_heads"),
+            (vision.grid_side**2 == vision.num_positions, "vision_config.num_position_embeddings must be a square"),
+            (vision.out_hidden == text.hidden, "vision_config.out_hidden_size must equal text_config.hidden_size"),
+            (
+                all(0 <= layer < vision.layers for layer in vision.deepstack_layers),
+                f"vision_config.deepstack_visual_indexes must lie in 0..{vision.layers - 1}",
+            ),
+            (
+                len(vision.deepstack_layers) <= text.layers,
+                "vision_config.deepstack_visual_indexes must not be more than the decoder's layers",
+            ),
+        ]
+        for holds, rule in rules:
+            if not holds:
+                raise UserError(f"{file}: {rule}", "correct the file or take the released config.json of this model")
+
+
+def _moe(text: Any) -> MoeShape:
+    return MoeShape(
+        num_experts=text.num_experts,
+        top_k=text.num_experts_per_tok,
+        ffn=text.moe_intermediate_size,
+        # transformers 5 always normalises and has dropped the field; the released folders say true
+        normalize_top_k=bool(getattr(text, "norm_topk_prob", True)),
+        sparse_step=text.decoder_sparse_step,
+        dense_layers=tuple(text.mlp_only_layers),
+        aux_loss_coeff=text.router_aux_loss_coef,
+    )
+
+
+def _read_config(folder: Path) -> Any:
+    """transformers' configuration object of a local folder, after the checks it words poorly itself."""
+    if not folder.is_dir():
+        raise UserError(f"no such Hugging Face folder: {folder}", "give a local folder that holds config.json")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"{folder} has no config.json", "give a Hugging Face model folder; a download may be incomplete"
+        )
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from None
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind not in MODEL_TYPES:
+        raise UserError(f"{file}: model_type is {kind!r}; allowed: {', '.join(MODEL_TYPES)}", "give a Qwen3-VL folder")
+
+    from transformers import AutoConfig  # seconds to import: only where it is needed
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises its own types for a field of a wrong type
+        raise UserError(f"{file} cannot be read as a {kind} configuration: {error}") from error
