@@ -1,0 +1,1 @@
+"""The training step and loop, and what a run shows and writes."""
