@@ -1,0 +1,1 @@
+"""From files of samples to rows of tokens: reading, rendering, packing."""

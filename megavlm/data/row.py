@@ -1,0 +1,154 @@
+"""A sample ready for the model, and the row of samples that is one micro-batch. Host tensors only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megavlm.data.positions import grid_interpolation, patch_coordinates
+
+IGNORE = -100  # label of a position at which nothing is learned (torch's own convention)
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """One rendered sample of t tokens, P patches, F frames (a frame is one temporal step of a picture or video).
+
+    Attributes:
+        input_ids: int64 [t].
+        labels: int64 [t], the token to be predicted **at** each position (already shifted by one); ``IGNORE`` where
+            there is none. The last is always ``IGNORE``.
+        loss_weights: float32 [t], weight of each position in the loss; 0 where the label is ``IGNORE``.
+        position_ids: int64 [3, t], rotary positions in time, height, width.
+        patches: float32 [P, channels * 2 * patch * patch], the processor's pixel rows in text order.
+        frame_grids: int32 [F, 2], patches per column and per row (h, w) of each frame; the products sum to P.
+        visual_positions: int64 [P / merge**2], where in ``input_ids`` each visual token stands, in patch order.
+        num_images: pictures in the sample.
+        num_videos: videos in the sample.
+        source: "file:line", for messages.
+        index: place of the sample in its file, from 0.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    loss_weights: Tensor
+    position_ids: Tensor
+    patches: Tensor
+    frame_grids: Tensor
+    visual_positions: Tensor
+    num_images: int
+    num_videos: int
+    source: str
+    index: int
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One micro-batch: whole samples end to end, and padding up to exactly T tokens.
+
+    The tensors of ``Sample`` are concatenated ([T], [3, T], [P, …], …); ``visual_positions`` index the row. Padding
+    has token ``pad_id``, label ``IGNORE``, weight and positions 0. Further:
+
+    Attributes:
+        cu_seqlens: int32 [S + 1], where each segment starts, ending with T. The first ``num_samples`` segments are the
+            samples; padding, where there is any, is one more.
+        num_samples: samples in the row.
+        num_tokens: tokens that are not padding.
+        num_targets: positions with a label.
+        patch_coords: int32 [P, 2], row and column of each patch in its frame, for the tower's rotary angles.
+        pos_index: int32 [P, 4], pos_weight: float32 [P, 4]: the corners of the learned position grid between which
+            each patch lies, and their weights.
+        sources: "file:line" of each sample.
+        indices: place of each sample in its file.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    loss_weights: Tensor
+    position_ids: Tensor
+    patches: Tensor
+    frame_grids: Tensor
+    visual_positions: Tensor
+    cu_seqlens: Tensor
+    patch_coords: Tensor
+    pos_index: Tensor
+    pos_weight: Tensor
+    num_samples: int
+    num_tokens: int
+    num_targets: int
+    num_images: int
+    num_videos: int
+    sources: list[str]
+    indices: list[int]
+
+    @property
+    def segment_lengths(self) -> list[int]:
+        """Tokens of each segment (samples, then padding where there is any); sums to T."""
+        return self.cu_seqlens.diff().tolist()
+
+    @property
+    def frame_lengths(self) -> list[int]:
+        """Patches of each frame; sums to P."""
+        return self.frame_grids.prod(dim=1).tolist()
+
+    def pin_memory(self) -> "Row":
+        """The same row in page-locked memory, from which copies to a GPU run beside its work."""
+        pinned = {
+            field.name: value.pin_memory()
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **pinned)
+
+
+def pack(samples: Sequence[Sample], seq_length: int, *, pad_id: int, grid_side: int, merge: int) -> Row:
+    """Lay samples end to end in one row of exactly `seq_length` tokens.
+
+    Args:
+        samples: at least one; together at most `seq_length` tokens.
+        seq_length: tokens T of the row.
+        pad_id: token that fills the rest.
+        grid_side: side of the tower's learned position grid.
+        merge: patches per side that one visual token joins.
+    """
+    lengths = [len(sample.input_ids) for sample in samples]
+    used = sum(lengths)
+    assert samples and used <= seq_length, f"{used} tokens do not fit a row of {seq_length}"
+    starts = np.cumsum([0, *lengths])
+
+    def tokens(name: str, fill: float) -> Tensor:
+        """Field `name` of all samples along the token axis (the last), padded with `fill`."""
+        parts = [getattr(sample, name) for sample in samples]
+        padding = parts[0].new_full((*parts[0].shape[:-1], seq_length - used), fill)
+        return torch.cat([*parts, padding], dim=-1)
+
+    frame_grids = torch.cat([sample.frame_grids for sample in samples])
+    grids = frame_grids.numpy()
+    coordinates = patch_coordinates(grids, merge)
+    pos_index, pos_weight = grid_interpolation(grids, coordinates, grid_side)
+    labels = tokens("labels", IGNORE)
+    return Row(
+        input_ids=tokens("input_ids", pad_id),
+        labels=labels,
+        loss_weights=tokens("loss_weights", 0.0),
+        position_ids=tokens("position_ids", 0),
+        # A lone sample's patches are taken as they are: at 6 KB a patch, a needless copy would cost more than all else.
+        patches=samples[0].patches if len(samples) == 1 else torch.cat([sample.patches for sample in samples]),
+        frame_grids=frame_grids,
+        visual_positions=torch.cat(
+            [sample.visual_positions + int(start) for sample, start in zip(samples, starts, strict=False)]
+        ),
+        cu_seqlens=torch.tensor([*starts, seq_length] if used < seq_length else starts, dtype=torch.int32),
+        patch_coords=torch.from_numpy(coordinates),
+        pos_index=torch.from_numpy(pos_index),
+        pos_weight=torch.from_numpy(pos_weight),
+        num_samples=len(samples),
+        num_tokens=used,
+        num_targets=int((labels != IGNORE).sum()),
+        num_images=sum(sample.num_images for sample in samples),
+        num_videos=sum(sample.num_videos for sample in samples),
+        sources=[sample.source for sample in samples],
+        indices=[sample.index for sample in samples],
+    )
