@@ -7,17 +7,28 @@ between sections are in `settings.py`, checks against the model's shapes and the
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator, model_validator
 
 from megavlm.config.errors import UserError
 
 # Strict scalars: "8" is not a number and 1 is not a truth value, so that a slip in a file is seen. (A whole number is
-# still a good float.) Paths are written as strings.
+# still a good float.)
 Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
 Str = Annotated[str, Strict()]
 
+
+def _path(value: Any) -> Any:
+    """Refuses "", which would silently mean the current directory, and knows "~"."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise UserError("an empty path")
+        return Path(value).expanduser()
+    return value
+
+
+FilePath = Annotated[Path, BeforeValidator(_path)]
 Part = Literal["vision", "projector", "language"]
 
 
@@ -44,8 +55,10 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """Which model, from which weights, and which parts of it learn."""
 
-    hf: Path = Field(description="Hugging Face folder: config.json gives all shapes; tokenizer and processor files")
-    load: Path | None = Field(None, description="Megatron checkpoint to start from; null: random weights (train.seed)")
+    hf: FilePath = Field(description="Hugging Face folder: config.json gives all shapes; tokenizer and processor files")
+    load: FilePath | None = Field(
+        None, description="Megatron checkpoint to start from; null: random weights (train.seed)"
+    )
     freeze: list[Part] = Field(
         [],
         description="parts that do not learn. vision: patch and position embedding, blocks; projector: merger and "
@@ -71,7 +84,7 @@ class ModelSettings(Section):
 class DataSource(Section):
     """One training file or shard folder, and its share of the blend."""
 
-    path: Path = Field(description="JSONL file, or folder of WebDataset shards")
+    path: FilePath = Field(description="JSONL file, or folder of WebDataset shards")
     weight: Float = Field(1.0, gt=0, description="share of the samples drawn, relative to the other sources")
 
 
@@ -79,7 +92,7 @@ class DataSettings(Section):
     """What is read, and how samples become rows of tokens."""
 
     train: list[DataSource] = Field([], description="training sources: [{path, weight}], or one path")
-    eval: Path | None = Field(None, description="JSONL file that score and infer read, and validation loss where set")
+    eval: FilePath | None = Field(None, description="JSONL file that score and infer read")
     seq_length: Int = Field(8192, ge=1, description="tokens in a row; a row is one micro-batch")
     packing: Literal["best_fit", "none"] = Field(
         "best_fit", description="best_fit: whole samples side by side in a row; none: one sample a row"
@@ -159,10 +172,12 @@ class TrainSettings(Section):
     adam_beta1: Float = Field(0.9, ge=0, lt=1, description="decay of Adam's mean of gradients")
     adam_beta2: Float = Field(0.95, ge=0, lt=1, description="decay of Adam's mean of squared gradients")
     adam_eps: Float = Field(1e-8, gt=0, description="added to Adam's denominator")
-    weight_decay: Float = Field(0.1, ge=0, description="decoupled decay; biases and norms are left out")
+    weight_decay: Float = Field(0.1, ge=0, description="weight decay")
     clip_grad: Float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0: not clipped")
     moe_aux_loss_coeff: Float = Field(0.001, ge=0, description="weight of the load-balancing loss (MoE models only)")
-    precision: Literal["bf16", "fp32", "fp8"] = Field("bf16", description="of the compute; fp8 needs model.kernels te")
+    precision: Literal["bf16", "fp32", "fp8"] = Field(
+        "bf16", description="number format of the compute; fp8 needs model.kernels te"
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="decoder activations computed again in backward: none, attention's, whole layers"
     )

@@ -1,7 +1,5 @@
 """All settings of a run: the sections of `sections.py` put together, and the checks between them."""
 
-from pathlib import Path
-
 from pydantic import Field, model_validator
 
 from megavlm.config.errors import UserError
@@ -10,6 +8,7 @@ from megavlm.config.sections import (
     CheckpointSettings,
     DataSettings,
     DataSource,
+    FilePath,
     GenerateSettings,
     Int,
     LogSettings,
@@ -53,7 +52,9 @@ class Settings(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
     generate: GenerateSettings = GenerateSettings()
-    output: Path | None = Field(None, description="folder of the run: config.yaml, metrics.jsonl, checkpoints, report")
+    output: FilePath | None = Field(
+        None, description="folder of the run: config.yaml, metrics.jsonl, checkpoints, report"
+    )
     overwrite: Bool = Field(False, description="replace what an earlier, different run left in the output folder")
 
     @model_validator(mode="after")

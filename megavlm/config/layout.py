@@ -1,0 +1,134 @@
+"""Whether a parallel layout fits a number of processes, a batch, and the shapes of a model."""
+
+from megavlm.config.errors import UserError
+from megavlm.config.sections import TrainSettings
+from megavlm.config.settings import ParallelSettings, check_seq_length
+
+
+def check_layout(
+    parallel: ParallelSettings,
+    world_size: int,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    vocab_size: int,
+    num_experts: int | None,
+    num_layers: int,
+    seq_length: int,
+    global_batch_size: int | None,
+) -> int:
+    """Checks all that has to divide, before any process group is made.
+
+    Args:
+        parallel: the layout.
+        world_size: number of processes.
+        num_heads, num_kv_heads, vocab_size, num_layers: of the language model; num_experts: None for a dense one.
+        seq_length: tokens in a row.
+        global_batch_size: rows per step; None where nothing is trained.
+
+    Returns:
+        The data-parallel size.
+
+    Raises:
+        UserError: something does not divide; the message names the nearest values that do.
+    """
+    data_parallel = check_world_size(parallel, world_size, global_batch_size)
+    check_seq_length(seq_length, parallel)
+    tensor, pipeline, chunks = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline or 1
+    _divides("parallel.tensor", tensor, "attention heads", num_heads)
+    _divides("parallel.tensor", tensor, "key/value heads", num_kv_heads)
+    _divides("parallel.tensor", tensor, "vocabulary entries", vocab_size)
+    if chunks > 1 and num_layers % (pipeline * chunks):
+        raise UserError(
+            f"parallel.pipeline × parallel.virtual_pipeline is {pipeline} × {chunks} = {pipeline * chunks}, which does "
+            f"not divide the model's {num_layers} layers",
+            f"products that do: {_listed(_divisors(num_layers))}",
+        )
+    _divides("parallel.pipeline", pipeline, "layers", num_layers)
+    if num_experts is None:
+        for name in ("expert", "expert_tensor"):
+            if getattr(parallel, name) > 1:
+                raise UserError(
+                    f"parallel.{name} is {getattr(parallel, name)}, but the model is dense: it would be ignored",
+                    f"set parallel.{name} to 1, or point model.hf at a mixture-of-experts model",
+                )
+    else:
+        _divides("parallel.expert", parallel.expert, "experts", num_experts)
+        if tensor > 1 and not parallel.sequence:
+            raise UserError(
+                f"parallel.sequence is false with parallel.tensor {tensor} on a mixture-of-experts model: Megatron "
+                "trains experts under tensor parallelism only with sequence parallelism",
+                "set parallel.sequence to true",
+            )
+    return data_parallel
+
+
+def check_world_size(parallel: ParallelSettings, world_size: int, global_batch_size: int | None = None) -> int:
+    """The part of `check_layout` that needs no model: processes and batch. Returns the data-parallel size."""
+    model_parallel = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_parallel:
+        raise UserError(
+            f"{_count(world_size, 'process', 'es')} cannot hold the layout parallel.tensor × parallel.pipeline × "
+            f"parallel.context = {parallel.tensor} × {parallel.pipeline} × {parallel.context} = {model_parallel}",
+            f"start {_multiples(world_size, model_parallel)} processes, or change the layout",
+        )
+    expert_parallel = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    if world_size % expert_parallel:
+        raise UserError(
+            f"{_count(world_size, 'process', 'es')} cannot hold the layout parallel.expert × parallel.expert_tensor × "
+            f"parallel.pipeline = {parallel.expert} × {parallel.expert_tensor} × {parallel.pipeline} = "
+            f"{expert_parallel}",
+            f"start {_multiples(world_size, expert_parallel)} processes, or change the layout",
+        )
+    data_parallel = world_size // model_parallel
+    if global_batch_size is None:
+        return data_parallel
+    if global_batch_size % data_parallel:
+        raise UserError(
+            f"train.global_batch_size is {global_batch_size}, which is not divisible by the {data_parallel} "
+            f"data-parallel ranks ({world_size} processes / {model_parallel})",
+            f"nearest batches that are: {_multiples(global_batch_size, data_parallel)}",
+        )
+    if parallel.virtual_pipeline and (global_batch_size // data_parallel) % parallel.pipeline:
+        raise UserError(
+            f"train.global_batch_size {global_batch_size} over {data_parallel} data-parallel ranks gives "
+            f"{_count(global_batch_size // data_parallel, 'micro-batch', 'es')} each; with parallel.virtual_pipeline "
+            f"that number must be divisible by parallel.pipeline = {parallel.pipeline}",
+            f"nearest batches that fit: {_multiples(global_batch_size, data_parallel * parallel.pipeline)}",
+        )
+    return data_parallel
+
+
+def check_dense_settings(train: TrainSettings, num_experts: int | None) -> None:
+    """Raises UserError where a dense model (num_experts None) is given a setting for experts alone."""
+    if num_experts is None and train.moe_aux_loss_coeff and train.is_changed("moe_aux_loss_coeff"):
+        raise UserError(
+            f"train.moe_aux_loss_coeff is {train.moe_aux_loss_coeff:g}, but the model is dense: it would be ignored",
+            "remove it, or point model.hf at a mixture-of-experts model",
+        )
+
+
+def _divides(setting: str, value: int, what: str, count: int) -> None:
+    if count % value:
+        raise UserError(
+            f"{setting} is {value}, which does not divide the model's {count} {what}",
+            f"values that do: {_listed(_divisors(count))}",
+        )
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def _listed(numbers: list[int], most: int = 8) -> str:
+    return ", ".join(str(n) for n in numbers[:most]) + (", …" if len(numbers) > most else "")
+
+
+def _multiples(number: int, of: int) -> str:
+    """The nearest multiples of `of` below and above `number`."""
+    below = number // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
+def _count(number: int, noun: str, plural: str) -> str:
+    return f"{number} {noun}{plural if number != 1 else ''}"

@@ -1,0 +1,100 @@
+"""From configuration files and overrides to checked `Settings`, with messages that say what is wrong and where.
+
+Precedence, rising: defaults, the files named by `base:`, the file itself, overrides. Relative paths in settings are
+relative to the current directory (those in `base:` to the file that names them).
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from megavlm.config import describe, yaml_files
+from megavlm.config.errors import UserError
+from megavlm.config.settings import Settings
+from megavlm.config.yaml_files import Location, Values
+
+
+def load_settings(path: Path | str, overrides: Iterable[str] = ()) -> Settings:
+    """Reads a configuration file, its bases, and overrides of the form `section.key=value`.
+
+    Raises:
+        UserError: one message that lists everything wrong with files, keys, types, ranges or combinations.
+    """
+    values = yaml_files.read_file(Path(path))
+    for override in overrides:
+        values.update(yaml_files.parse_override(override))
+    values.tree.setdefault("model", {})  # so that "model.hf is not set" is said, not "model is not set"
+    try:
+        return Settings.model_validate(values.tree)
+    except ValidationError as error:
+        problems = [_problem(details, values, path) for details in error.errors()]
+    if len(problems) == 1:
+        raise problems[0]
+    raise UserError("\n".join([f"{len(problems)} problems in the settings:", *(f"- {p}" for p in problems)]))
+
+
+def resolved_yaml(settings: Settings) -> str:
+    """All settings as YAML text, every default written out; `load_settings` on it gives equal settings."""
+    return yaml_files.dump(settings.model_dump(mode="json", by_alias=True))
+
+
+def _problem(details: dict, values: Values, path: Path | str) -> UserError:
+    """One of pydantic's complaints in our words."""
+    location: Location = details["loc"]
+    key, kind = key_text(location), details["type"]
+    origin = values.origin(location)
+    where = f" ({origin})" if origin else ""
+    cause = details.get("ctx", {}).get("error")
+    field = describe.find(location)
+    if kind in ("extra_forbidden", "invalid_key"):
+        return UserError(f"unknown setting {key}{where}", _nearest(location))
+    if kind == "missing":
+        meaning = f" ({field.description})" if field and field.description else ""
+        return UserError(f"{key} is not set{meaning}", f"add it to {path}, or {key}=… on the command line")
+    if isinstance(cause, UserError) and (field is None or describe.section_class(field)):  # a check between fields
+        return UserError(f"{cause.message}{_origins_of_named(cause.message, values)}", cause.remedy)
+    reason = f": {cause.message}" if isinstance(cause, UserError) else ""
+    value = describe.value_text(details["input"]) if not isinstance(details["input"], str) else repr(details["input"])
+    allowed = f"; allowed: {describe.allowed(field)}" if field else f"; {details['msg']}"
+    return UserError(f"{key} is {value}{where}{reason}{allowed}")
+
+
+def key_text(location: Location) -> str:
+    """("data", "train", 0, "path") as data.train[0].path."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
+def _nearest(location: Location) -> str:
+    """What a wrong key was probably meant to be: like a neighbour, like a key elsewhere, or a word of a meaning."""
+    parent, name = location[:-1], str(location[-1])
+    siblings = _keys_under(parent)
+    if close := difflib.get_close_matches(name, siblings, n=1):
+        return f"did you mean {key_text((*parent, close[0]))}?"
+    known = {entry.key.rpartition(".")[2]: entry.key for entry in reversed(list(describe.entries()))}
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+        return f"did you mean {known[close[0]]}?"
+    for entry in describe.entries():
+        if name.replace("_", " ") in entry.meaning:
+            return f"did you mean {entry.key} ({entry.meaning})?"
+    return f"known {'in ' + key_text(parent) if parent else 'settings'}: {', '.join(siblings)}"
+
+
+def _keys_under(parent: Location) -> list[str]:
+    if not parent:
+        return describe.keys_of(Settings)
+    field = describe.find(parent)
+    model = field and (describe.section_class(field) or describe.item_class(field))
+    return describe.keys_of(model) if model else []
+
+
+def _origins_of_named(message: str, values: Values) -> str:
+    """Where the settings that a message names were set: " (a.yaml:3, override b=1)"."""
+    origins = []
+    for key in re.findall(r"[a-z_]+(?:\.[a-z_]+)+", message):
+        origin = values.origins.get(tuple(key.split(".")))
+        if origin and origin not in origins:
+            origins.append(origin)
+    return f" ({', '.join(origins)})" if origins else ""

@@ -1,0 +1,112 @@
+"""Output folders: which one may be written to, which one a run continues in."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megavlm.config import files
+from megavlm.config.errors import UserError
+from megavlm.config.load import load_settings, resolved_yaml
+from megavlm.config.settings import Settings
+
+# Settings that may differ between a run and its continuation: they change neither the data nor what one step computes.
+# train.steps is among them so that a finished run can be made longer.
+FREE_TO_CHANGE = (
+    "parallel",
+    "vision",
+    "checkpoint",
+    "log",
+    "generate",
+    "output",
+    "overwrite",
+    "data.eval",
+    "model.kernels",
+    "train.steps",
+    "train.recompute",
+    "train.logprob_chunk_tokens",
+)
+# What a run writes; overwriting removes these names and no other.
+RUN_FILES = ("config.yaml", "checkpoints", "metrics.jsonl", "loss.png", "report.html", "wandb")
+
+
+def check_output(settings: Settings) -> str:
+    """What would happen to the output folder: "new", "resume" or "replace". Changes nothing.
+
+    A folder with a config.yaml of the same run is continued, also when the run was stopped before its first checkpoint.
+    `overwrite: true` starts over instead, except in a job that the cluster has requeued (SLURM_RESTART_COUNT): that
+    one continues what its own first start began.
+
+    Raises:
+        UserError: the folder holds something else, or the run of other settings.
+    """
+    folder = settings.output
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file", "name a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return "new"
+    obstacle = _why_not_resumable(settings)
+    if settings.overwrite:
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+        return "resume" if requeued and not obstacle else "replace"
+    if obstacle:
+        raise UserError(obstacle, "choose another output, or set overwrite=true to start over")
+    return "resume"
+
+
+def prepare_output(settings: Settings) -> bool:
+    """Makes the output folder and writes config.yaml into it. For one process of the run.
+
+    Returns:
+        Whether an earlier start of this run is continued.
+
+    Raises:
+        UserError: see `check_output`.
+    """
+    action = check_output(settings)
+    if action == "replace":
+        for name in RUN_FILES:
+            path = settings.output / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    files.write_text(settings.output / "config.yaml", resolved_yaml(settings))
+    return action == "resume"
+
+
+def check_new(path: Path, settings: Settings) -> None:
+    """Raises UserError where a result file or folder exists (an empty folder does not count) and overwrite is false."""
+    exists = any(path.iterdir()) if path.is_dir() else path.exists()
+    if exists and not settings.overwrite:
+        raise UserError(f"{path} exists already", "move it away, choose another output, or set overwrite=true")
+
+
+def changed_keys(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys, apart from FREE_TO_CHANGE, whose values differ: {key: (old, new)}."""
+    before, after = _flat(old.model_dump(mode="json", by_alias=True)), _flat(new.model_dump(mode="json", by_alias=True))
+    return {
+        key: (value, after[key])
+        for key, value in before.items()
+        if value != after[key] and not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+    }
+
+
+def _why_not_resumable(settings: Settings) -> str | None:
+    """What keeps the run of `settings` from being continued in its output folder."""
+    config = settings.output / "config.yaml"
+    if not config.is_file():
+        return f"output {settings.output} is not empty and holds no run that could be continued"
+    try:
+        changes = changed_keys(load_settings(config), settings)
+    except UserError as error:
+        return f"output {settings.output} holds a run whose settings cannot be read: {error.message}"
+    listed = "".join(f"\n  {key}: {old} there, {new} now" for key, (old, new) in changes.items())
+    return f"output {settings.output} holds a run with other settings:{listed}" if listed else None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,39 @@
+"""What a verb needs beyond well-formed settings: keys that must be set, files that must exist."""
+
+from collections.abc import Iterable
+from functools import reduce
+from pathlib import Path
+
+from megavlm.config import describe
+from megavlm.config.errors import UserError
+from megavlm.config.settings import Settings
+
+
+def check_required(settings: Settings, keys: Iterable[str], verb: str) -> None:
+    """Raises UserError that names the dotted `keys` which `verb` needs and which are null or empty."""
+    meanings = {entry.key: entry.meaning for entry in describe.entries()}
+    missing = [key for key in keys if reduce(getattr, key.split("."), settings) in (None, [])]
+    if missing:
+        listed = ", ".join(f"{key} ({meanings[key]})" for key in missing)
+        example = f"{missing[0]}=…"
+        raise UserError(f"{verb} needs {listed}", f"set it in the file or on the command line: {example}")
+
+
+def check_files(settings: Settings, keys: Iterable[str]) -> None:
+    """Raises UserError for the first of `keys` (model.hf, model.load, data.train, data.eval) that does not exist."""
+    for key in keys:
+        value = reduce(getattr, key.split("."), settings)
+        if key == "data.train":
+            for index, source in enumerate(value):
+                _check_exists(f"data.train[{index}].path", source.path)
+        elif value is not None:
+            _check_exists(key, value)
+        if key == "model.hf" and not (value / "config.json").is_file():
+            raise UserError(
+                f"model.hf is {value}, a folder without config.json", "name a folder in Hugging Face's model format"
+            )
+
+
+def _check_exists(key: str, path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"{key} is {path}, which does not exist", f"relative paths start from {Path.cwd()}")
