@@ -35,6 +35,12 @@ def entries(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[Ent
             yield Entry(key, key.partition(".")[0] if "." in key else "", default, allowed(field), field.description)
 
 
+def about(section: str) -> str:
+    """The first line of a top-level section's docstring; "" for the settings outside sections."""
+    field = Settings.model_fields.get(section)
+    return section_class(field).__doc__.partition("\n")[0] if field else ""
+
+
 def find(loc: tuple[str | int, ...]) -> FieldInfo | None:
     """The field at a location such as ("data", "train", 0, "path"); None where there is none."""
     model, field = Settings, None

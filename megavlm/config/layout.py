@@ -1,8 +1,31 @@
 """Whether a parallel layout fits a number of processes, a batch, and the shapes of a model."""
 
+from typing import Any
+
 from megavlm.config.errors import UserError
-from megavlm.config.sections import TrainSettings
-from megavlm.config.settings import ParallelSettings, check_seq_length
+from megavlm.config.settings import ParallelSettings, Settings, TrainSettings, check_seq_length
+
+
+def check_model(settings: Settings, shapes: Any, world_size: int) -> int:
+    """`check_layout` and `check_dense_settings` for the `megavlm.model.shapes.Shapes` of model.hf.
+
+    Returns:
+        The data-parallel size.
+    """
+    text = shapes.text
+    num_experts = text.moe.num_experts if text.moe else None
+    check_dense_settings(settings.train, num_experts)
+    return check_layout(
+        settings.parallel,
+        world_size,
+        num_heads=text.heads,
+        num_kv_heads=text.kv_heads,
+        vocab_size=text.vocab,
+        num_experts=num_experts,
+        num_layers=text.layers,
+        seq_length=settings.data.seq_length,
+        global_batch_size=settings.train.global_batch_size,
+    )
 
 
 def check_layout(

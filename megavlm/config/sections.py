@@ -182,7 +182,7 @@ class TrainSettings(Section):
         "none", description="decoder activations computed again in backward: none, attention's, whole layers"
     )
     logprob_chunk_tokens: Int = Field(1024, ge=1, description="tokens whose logits exist at one time")
-    seed: Int = Field(1234, ge=0, lt=2**31, description="of weights, data order and dropout")
+    seed: Int = Field(1234, ge=0, le=2**31 - 1, description="of weights, data order and dropout")
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSettings":

@@ -1,0 +1,48 @@
+"""The place of this process in a group that torchrun or srun has started, as torchrun's variables say it."""
+
+import os
+import re
+
+from megavlm.config.errors import UserError
+
+
+def join_group() -> int | None:
+    """Fills in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from srun's variables where RANK is not set.
+
+    Only inside a job step: a batch script has SLURM_PROCID too, but is one process, whatever SLURM_NTASKS says.
+
+    Returns:
+        The number of processes in the group; None for a process on its own.
+
+    Raises:
+        UserError: RANK is set without the variables that belong to it.
+    """
+    environment = os.environ
+    if "RANK" not in environment and "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
+        size = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or "1"
+        if size == "1":
+            return None
+        environment["RANK"] = environment["SLURM_PROCID"]
+        environment["WORLD_SIZE"] = size
+        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or "localhost"
+        environment.setdefault("MASTER_ADDR", first_host(nodes))
+        # The same on all nodes, and different for jobs and steps that share a node.
+        number = int(environment.get("SLURM_JOB_ID", 0)) * 7 + int(environment["SLURM_STEP_ID"])
+        environment.setdefault("MASTER_PORT", str(20000 + number % 10000))
+    if "RANK" not in environment:
+        return None
+    needed = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in environment]
+    if missing:
+        raise UserError(
+            f"the environment has RANK={environment['RANK']} but not {', '.join(missing)}",
+            "start with torchrun, srun or --nproc, or unset RANK",
+        )
+    return int(environment["WORLD_SIZE"])
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a SLURM node list: "gpu[007-012,20],x1" gives "gpu007"."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
+    return "".join(part or "" for part in match.groups())
