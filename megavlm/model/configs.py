@@ -1,0 +1,111 @@
+"""From a model's shapes and the run's settings to Megatron's TransformerConfig, for the decoder and for the tower."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megavlm.config.errors import UserError
+from megavlm.model.shapes import Shapes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+
+
+def _activation(name: str, key: str):
+    if name not in ACTIVATIONS:
+        raise UserError(f"config.json: {key} is {name!r}; megavlm knows {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _common(precision: str, kernels: str) -> dict:
+    fused = kernels == "te"
+    return dict(
+        params_dtype=DTYPES[precision],
+        bf16=precision != "fp32",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        apply_rope_fusion=fused,  # a row is sbhd with b = 1, so TE's fused rotary embedding serves MRoPE as it is
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,  # Megatron wants apex for it
+        persist_layer_norm=False,
+    )
+
+
+def decoder_config(shapes: Shapes, parallel, train, kernels: str) -> TransformerConfig:
+    """The Qwen3 decoder. ``parallel``, ``train``: settings sections; ``kernels``: ``te`` or ``portable``."""
+    text = shapes.text
+    if text.attention_bias:
+        raise UserError("config.json: text_config.attention_bias is true; no Qwen3-VL has it and megavlm does not either")
+    options = _common(train.precision, kernels)
+    if text.moe is not None:
+        options |= dict(
+            num_moe_experts=text.moe.num_experts,
+            moe_router_topk=text.moe.top_k,
+            moe_ffn_hidden_size=text.moe.ffn,
+            moe_layer_freq=[int(text.is_moe_layer(i)) for i in range(text.layers)],
+            # softmax over the chosen logits alone = softmax over all, then normalised over the chosen
+            moe_router_pre_softmax=not text.moe.normalize_top_k,
+            moe_router_load_balancing_type="aux_loss",
+            moe_aux_loss_coeff=train.moe_aux_loss_coeff,
+            moe_router_dtype="fp32",
+            moe_token_dispatcher_type="alltoall",
+            moe_grouped_gemm=kernels == "te",
+            moe_permute_fusion=kernels == "te",
+        )
+    if train.precision == "fp8":
+        options |= dict(fp8="hybrid", fp8_recipe="blockwise")
+    if train.recompute == "full":
+        options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif train.recompute == "selective":
+        options |= dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    std = text.init_std
+    return TransformerConfig(
+        num_layers=text.layers,
+        hidden_size=text.hidden,
+        num_attention_heads=text.heads,
+        num_query_groups=text.kv_heads,
+        kv_channels=text.head_dim,
+        ffn_hidden_size=text.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=text.rms_eps,
+        qk_layernorm=True,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=_activation(text.hidden_act, "text_config.hidden_act"),
+        init_method_std=std,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_dtype=DTYPES[train.precision],
+        **options,
+    )
+
+
+def tower_config(shapes: Shapes, train, kernels: str) -> TransformerConfig:
+    """The vision tower and the projector: replicated on every rank, so no model parallelism inside."""
+    vision = shapes.vision
+    return TransformerConfig(
+        num_layers=vision.layers,
+        hidden_size=vision.hidden,
+        num_attention_heads=vision.heads,
+        ffn_hidden_size=vision.ffn,
+        normalization="LayerNorm",
+        layernorm_epsilon=1e-6,  # transformers' qwen3_vl states it in the code, not in config.json
+        add_bias_linear=True,
+        gated_linear_unit=False,
+        activation_func=_activation(vision.hidden_act, "vision_config.hidden_act"),
+        init_method_std=vision.init_std,
+        **_common(train.precision, kernels),
+    )

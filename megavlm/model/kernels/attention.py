@@ -1,0 +1,84 @@
+"""Attention inside the segments of a packed row, in plain PyTorch."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megavlm.model.packed import PackedRow
+
+
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, *, causal: bool, scale: float) -> Tensor:
+    """Attention that never crosses a segment.
+
+    Args:
+        query: [T, heads, head_dim]; key, value: [T, kv_heads, head_dim].
+    Returns:
+        [T, heads, head_dim].
+    """
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(
+            query, key, value, row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_q, row.max_seqlen_kv,
+            scale=scale, window_size=(-1, 0) if causal else (-1, -1),
+        )  # fmt: skip
+    out = []
+    for start, length, count in row.runs:
+        # [count * length, heads, dim] -> [count, heads, length, dim], views only
+        q, k, v = (
+            x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value)
+        )
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out.append(o.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out) if len(out) != 1 else out[0]
+
+
+def cached_attention(row: PackedRow, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention while generating: [T, 1, heads, head_dim] -> [T, 1, hidden], through the row's key/value cache."""
+    query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+    scale = 1.0 / math.sqrt(query.shape[-1])
+    out = row.cache.attend(layer_number, query, key, value, row, scale)
+    return out.reshape(out.shape[0], 1, -1)
+
+
+class PackedAttention(MegatronModule):
+    """Megatron core attention (``core_attention`` of a spec) for packed rows: [T, 1, heads, head_dim] -> [T, 1, hidden]."""
+
+    def __init__(
+        self,
+        config,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+    ):
+        super().__init__(config=config)
+        assert attention_type == "self" and not config.attention_dropout
+        self.layer_number = layer_number
+        self.causal = attn_mask_type == AttnMaskType.padding_causal  # no segment is padded inside
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedRow | None = None,
+    ) -> Tensor:
+        row = packed_seq_params
+        if row.cache is not None:
+            return cached_attention(row, self.layer_number, query, key, value)
+        out = segment_attention(
+            query.squeeze(1), key.squeeze(1), value.squeeze(1), row, causal=self.causal, scale=self.scale
+        )
+        return out.reshape(out.shape[0], 1, -1)

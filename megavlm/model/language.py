@@ -1,0 +1,141 @@
+"""The Qwen3 decoder of a Qwen3-VL: Megatron's embedding, TransformerBlock and output weight, with MRoPE and deepstack."""
+
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megavlm.model.layers import DeepstackLayer, layer_submodules
+from megavlm.model.packed import PackedRow
+from megavlm.model.rope import InterleavedMRoPE
+from megavlm.model.shapes import Shapes
+from megavlm.model.token_logprobs import Targets, token_logprobs, vocabulary_logits
+
+
+class LanguageModel(LanguageModule):
+    """One pipeline chunk of the decoder (all of it where ``parallel.pipeline`` is 1).
+
+    Args:
+        shapes: the model's numbers.
+        config: from ``decoder_config``.
+        kernels: Megatron BackendSpecProvider.
+        groups: Megatron ProcessGroupCollection of the decoder.
+        pre_process, post_process: this chunk has the embedding; has the final norm and the output weight.
+        vp_stage: index of the chunk on its rank under virtual pipelining, else None.
+    """
+
+    def __init__(self, shapes: Shapes, config, kernels, groups, *, pre_process=True, post_process=True, vp_stage=None):
+        super().__init__(config=config, pg_collection=groups)
+        text = shapes.text
+        self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = shapes.tied
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=text.vocab,
+                max_sequence_length=text.max_positions,
+                position_embedding_type="none",
+                tp_group=groups.tp,
+            )
+        self.rope = InterleavedMRoPE(text.head_dim, text.rope_theta, text.mrope_section)
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=_block_submodules(shapes, config, kernels, groups, vp_stage),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                text.hidden,
+                text.vocab,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_weight_param_allocation=pre_process and shapes.tied,
+                tp_group=groups.tp,
+            )
+        self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Hidden states from the stage before; called by Megatron's schedules."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        row: PackedRow,
+        visual: Tensor | None = None,
+        deepstack: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of one row.
+
+        Args:
+            input_ids: int64 [T].
+            position_ids: int64 [3, T].
+            row: segments, and ``visual_positions`` [N] of this rank's slice.
+            visual: [N, hidden], embeddings that take the place of the visual placeholders of this slice.
+            deepstack: [levels of this chunk, N, hidden], or None.
+            padding_mask: bool [1, t], true where this rank's slice holds padding (MoE's balancing loss leaves it out).
+        Returns:
+            [t, 1, hidden]; t is T, or T / tensor with sequence parallelism. After the final norm on the last chunk.
+        """
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)
+            if visual is not None:
+                hidden = hidden.index_copy(0, row.visual_positions, visual.unsqueeze(1).to(hidden.dtype))
+        return self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            context=deepstack,
+            rotary_pos_emb=self.rope(position_ids),
+            packed_seq_params=row,
+            padding_mask=padding_mask,
+        )
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[vocabulary / tensor, hidden]: the word embedding where tied."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+    def token_logprobs(self, hidden: Tensor, targets: Targets, chunk_tokens: int, entropy: bool = False):
+        """Log-probabilities of a row's targets; see ``megavlm.model.token_logprobs``."""
+        return token_logprobs(
+            hidden.squeeze(1), self.output_weight, targets, self.tp_group,
+            sequence_parallel=self.config.sequence_parallel, chunk_tokens=chunk_tokens, entropy=entropy,
+        )  # fmt: skip
+
+    def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """float32 [n, vocabulary] at positions [n] of the whole row, on every tensor rank; for generation only."""
+        return vocabulary_logits(
+            hidden.squeeze(1), self.output_weight, positions, self.tp_group, self.config.sequence_parallel
+        )
+
+
+def _block_submodules(shapes: Shapes, config, kernels, groups, vp_stage) -> TransformerBlockSubmodules:
+    """Specs of the layers of this chunk: each dense or MoE, as config.json says for its index."""
+    make = {
+        is_moe: ModuleSpec(
+            module=DeepstackLayer,
+            submodules=layer_submodules(
+                kernels, rms_norm=True, qk_norm=True, causal=True,
+                num_experts=shapes.text.moe.num_experts if is_moe else None,
+            ),
+        )
+        for is_moe in {shapes.text.is_moe_layer(i) for i in range(shapes.text.layers)}
+    }  # fmt: skip
+    first = get_transformer_layer_offset(config, vp_stage, groups.pp.rank())
+    count = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
+    return TransformerBlockSubmodules(
+        layer_specs=[make[shapes.text.is_moe_layer(i)] for i in range(first, first + count)],
+        layer_norm=kernels.layer_norm(rms_norm=True, for_qk=False),
+    )

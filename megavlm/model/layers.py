@@ -1,0 +1,87 @@
+"""Layer specs for Megatron's TransformerLayer, the same for both kernel sets, and the layer that takes deepstack."""
+
+from functools import partial
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+
+class DeepstackLayer(TransformerLayer):
+    """A decoder layer that adds its level of visual features to the hidden states it puts out.
+
+    The features come as Megatron's ``context`` argument, float [levels, N, hidden]: TransformerBlock hands it from layer
+    to layer untouched (there is no cross-attention) and through activation checkpointing as an argument, so recomputing
+    keeps its gradient. Level i of the tensor belongs to the i-th layer of this pipeline chunk.
+    """
+
+    def __init__(self, config, submodules, layer_number: int = 1, **kwargs):
+        super().__init__(config, submodules, layer_number, **kwargs)
+        self.level = layer_number - 1  # within the chunk: Megatron adds the chunk's offset to self.layer_number only
+
+    def forward(self, *args, **kwargs):
+        hidden_states, context = super().forward(*args, **kwargs)
+        if context is not None and self.level < context.shape[0]:
+            positions = kwargs["packed_seq_params"].visual_positions  # [N] in this rank's slice of the row
+            hidden_states = hidden_states.index_add(0, positions, context[self.level].unsqueeze(1))
+        return hidden_states, context
+
+
+def _attention(kernels, *, rms_norm: bool, qk_norm: bool, mask: AttnMaskType) -> ModuleSpec:
+    fused = kernels.fuse_layernorm_and_linear()
+    norm = kernels.layer_norm(rms_norm=rms_norm, for_qk=True) if qk_norm else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": mask},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=kernels.column_parallel_layer_norm_linear() if fused else kernels.column_parallel_linear(),
+            core_attention=kernels.core_attention(),
+            linear_proj=kernels.row_parallel_linear(),
+            q_layernorm=norm,
+            k_layernorm=norm,
+        ),
+    )
+
+
+def layer_submodules(kernels, *, rms_norm: bool, qk_norm: bool, causal: bool, num_experts: int | None = None):
+    """TransformerLayerSubmodules of one layer.
+
+    Norms that Transformer Engine fuses into the linear after them are kept in checkpoints under the fused names with
+    either kernel set, so a checkpoint of one loads into the other.
+    """
+    fused = kernels.fuse_layernorm_and_linear()
+    norm = kernels.layer_norm(rms_norm=rms_norm, for_qk=False)
+    key_map = {} if fused else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if num_experts is None:
+        mlp = partial(
+            MLP.as_mlp_submodule,
+            submodules=MLPSubmodules(
+                linear_fc1=kernels.column_parallel_layer_norm_linear() if fused else kernels.column_parallel_linear(),
+                linear_fc2=kernels.row_parallel_linear(),
+            ),
+        )
+        pre_mlp_norm = IdentityOp if fused else norm
+        if not fused:
+            key_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    else:
+        mlp = get_moe_module_spec_for_backend(kernels, num_experts=num_experts, moe_grouped_gemm=fused)
+        pre_mlp_norm = norm
+    return TransformerLayerSubmodules(
+        input_layernorm=IdentityOp if fused else norm,
+        self_attention=_attention(
+            kernels,
+            rms_norm=rms_norm,
+            qk_norm=qk_norm,
+            mask=AttnMaskType.padding_causal if causal else AttnMaskType.padding,
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=pre_mlp_norm,
+        mlp=mlp,
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=key_map,
+    )

@@ -1,0 +1,164 @@
+"""The tower's phase of a step: encode dealt frames before the decoder's schedule, walk back through them after it.
+
+Every frame of a window of micro-batches is encoded exactly once in the model-parallel group. The features go by
+all-to-all straight to the rank, stage and slice of the row that uses them, and their gradients come back the same way,
+so no pipeline stage contains the tower and any split of the decoder's layers works with deepstack.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megavlm.model.deal import Exchange, Place
+from megavlm.model.projector import Projector
+from megavlm.model.vision import Frames, VisionTower
+
+
+class TowerPhase:
+    """Runs tower and projector over the frames dealt to this rank.
+
+    Args:
+        vision, projector: the modules; parameters that do not require grad are frozen.
+        group: model-parallel ranks that share the window's frames.
+        places: what each of them needs.
+        recompute: encode without keeping activations, and again in ``backward``.
+        chunk_patches: most patches encoded at a time; a larger frame is a chunk of its own.
+    """
+
+    def __init__(
+        self,
+        vision: VisionTower,
+        projector: Projector,
+        group: dist.ProcessGroup,
+        places: list[Place],
+        *,
+        recompute: bool,
+        chunk_patches: int,
+    ):
+        self.vision, self.projector = vision, projector
+        self.group, self.places = group, places
+        self.place = places[group.rank()]
+        self.recompute, self.chunk_patches = recompute, chunk_patches
+        self.num_planes = 1 + len(vision.taps)
+        self.hidden = projector.merger.linear_fc2.out_features
+        self.merge = projector.merger.joined // vision.patch_embed.out_features
+        self._vision_learns = any(p.requires_grad for p in vision.parameters())
+        self._learns = self._vision_learns or any(p.requires_grad for p in projector.parameters())
+
+    def encode(self, frames: Frames, exchange: Exchange) -> list[tuple[Tensor, Tensor]]:
+        """Features of each micro-batch of the window, for this rank.
+
+        Args:
+            frames: the frames that ``exchange.frames`` names, on the device.
+        Returns:
+            per micro-batch (positions int64 [n], features [planes, n, hidden]); the features are leaves whose ``grad``
+            the decoder's backward fills, if anything in the tower learns. ``planes`` are those of this rank's place.
+        """
+        self._exchange, self._chunks, self._outputs = exchange, _chunks(frames, self.chunk_patches), []
+        learning = self._learns and torch.is_grad_enabled()
+        with torch.set_grad_enabled(learning and not self.recompute):
+            self._outputs = [self._encode(chunk) for chunk in self._chunks]
+        device, dtype = frames.patches.device, self.projector.merger.linear_fc2.weight.dtype
+        empty = torch.empty(self.num_planes, 0, self.hidden, device=device, dtype=dtype)
+        own = torch.cat([empty, *(output.detach() for output in self._outputs)], dim=1)
+        received = self._send_features(own)
+        if not learning:
+            self._chunks, self._outputs = [], []
+        elif self.recompute:
+            self._outputs = []
+        self._features = []
+        for rows in exchange.rows:
+            features = received[:, torch.from_numpy(rows).to(device)]
+            self._features.append(features.requires_grad_(learning))
+        move = lambda positions: torch.from_numpy(positions).to(device, non_blocking=True)
+        return [(move(p), f) for p, f in zip(exchange.positions, self._features, strict=True)]
+
+    def backward(self, scale: float) -> None:
+        """Sends the features' gradients, times ``scale``, to the frames' owners and walks back through the tower.
+
+        Parameter gradients go where autograd puts them: into the main gradients of the modules' DDP wrappers.
+        """
+        if not self._learns:
+            return
+        grad = self._return_gradients().mul_(scale)  # [num_planes, N_own, hidden]
+        start = 0
+        for index, chunk in enumerate(self._chunks):
+            output = self._encode(chunk) if self.recompute else self._outputs[index]
+            end = start + output.shape[1]
+            torch.autograd.backward(output, grad[:, start:end])
+            if not self.recompute:
+                self._outputs[index] = None  # its graph is spent; the caching allocator can have the memory now
+            start = end
+        self._chunks, self._outputs, self._features = [], [], []
+
+    def _encode(self, chunk: Frames) -> Tensor:
+        """[num_planes, N, hidden] of a chunk."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_learns):
+            hidden = self.vision(chunk)
+        if not self._vision_learns:
+            hidden = [h.detach() for h in hidden]  # Megatron's bias-dropout-add enables grad for its biases
+        return self.projector(hidden)
+
+    def _send_features(self, own: Tensor) -> Tensor:
+        """own [num_planes, N_own, hidden] -> received [this place's planes, N, hidden], source after source."""
+        if self.group.size() == 1:
+            return own[:, torch.from_numpy(self._exchange.send[0])]
+        sent = [
+            own[list(place.planes)][:, torch.from_numpy(index).to(own.device)]
+            for place, index in zip(self.places, self._exchange.send, strict=True)
+        ]
+        planes = len(self.place.planes)
+        got = self._all_to_all(sent, [(planes, n, self.hidden) for n in self._exchange.counts])
+        return torch.cat(got, dim=1)
+
+    def _return_gradients(self) -> Tensor:
+        """Gradient of this rank's own features, summed over the ranks that used them: [num_planes, N_own, hidden]."""
+        exchange, like = self._exchange, self._features[0]
+        used = torch.zeros(len(self.place.planes), sum(exchange.counts), self.hidden, device=like.device, dtype=like.dtype)
+        if self.place.gives_gradient:
+            for rows, features in zip(exchange.rows, self._features, strict=True):
+                if features.grad is not None:
+                    used[:, torch.from_numpy(rows).to(used.device)] = features.grad
+        num_own = sum(len(chunk.coords) for chunk in self._chunks) // self.merge
+        own = torch.zeros(self.num_planes, num_own, self.hidden, device=used.device, dtype=used.dtype)
+        if self.group.size() == 1:
+            own[:, torch.from_numpy(exchange.send[0])] = used
+            return own
+        shapes = [(len(place.planes), len(index), self.hidden) for place, index in zip(self.places, exchange.send, strict=True)]
+        parts = self._all_to_all(list(used.split(exchange.counts, dim=1)), shapes)
+        for place, index, part in zip(self.places, exchange.send, parts, strict=True):
+            if place.planes:
+                at = torch.from_numpy(index).to(own.device)
+                for plane, values in zip(place.planes, part, strict=True):
+                    own[plane].index_add_(0, at, values)
+        return own
+
+    def _all_to_all(self, sent: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        """One tensor to and from every rank of the group, of any shapes."""
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        flat = torch.cat([part.reshape(-1) for part in sent])
+        out = flat.new_empty(sum(sizes))
+        dist.all_to_all_single(out, flat, sizes, [part.numel() for part in sent], group=self.group)
+        return [part.view(shape) for part, shape in zip(out.split(sizes), shapes, strict=True)]
+
+
+def _chunks(frames: Frames, chunk_patches: int) -> list[Frames]:
+    """Cuts frames into groups of at most ``chunk_patches`` patches; no frame is cut."""
+    chunks, lengths, start, size = [], [], 0, 0
+
+    def close():
+        nonlocal lengths, start, size
+        if lengths:
+            part = slice(start, start + size)
+            chunks.append(
+                Frames(frames.patches[part], frames.coords[part], frames.pos_index[part], frames.pos_weight[part], lengths)
+            )
+        start, lengths, size = start + size, [], 0
+
+    for length in frames.lengths:
+        if size and size + length > chunk_patches:
+            close()
+        lengths.append(length)
+        size += length
+    close()
+    return chunks

@@ -1,0 +1,84 @@
+"""The vision tower: Conv3d patches, interpolated positions, 2-D rotary angles, attention within a frame."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor, nn
+
+from megavlm.model.layers import layer_submodules
+from megavlm.model.packed import PackedRow
+from megavlm.model.rope import VisionRope
+from megavlm.model.shapes import VisionShape
+
+
+@dataclass
+class Frames:
+    """Patches of some frames, laid end to end, on the device.
+
+    Attributes:
+        patches: float [P, patch_dim], the processor's pixel rows.
+        coords: int32 [P, 2], row and column of each patch in its frame.
+        pos_index: int32 [P, 4], pos_weight: float32 [P, 4]: corners of the learned grid and their bilinear weights.
+        lengths: patches of each frame, host integers that sum to P.
+    """
+
+    patches: Tensor
+    coords: Tensor
+    pos_index: Tensor
+    pos_weight: Tensor
+    lengths: list[int]
+
+
+class VisionTower(MegatronModule):
+    """Everything before the mergers, replicated on every rank.
+
+    Patches are a matrix product here: a Conv3d whose stride is its kernel is one, over the flattened patch.
+    """
+
+    def __init__(self, shape: VisionShape, config, kernels, groups):
+        super().__init__(config=config)
+        device = dict(device=torch.cuda.current_device(), dtype=config.params_dtype)
+        self.tp_group = groups.tp  # read by MegatronModule.sharded_state_dict
+        self.taps = shape.deepstack_layers
+        self.patch_embed = nn.Linear(shape.patch_dim, shape.hidden, **device)
+        self.position_embedding = nn.Embedding(shape.num_positions, shape.hidden, **device)
+        nn.init.normal_(self.patch_embed.weight, std=shape.init_std)
+        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.normal_(self.position_embedding.weight, std=shape.init_std)
+        self.rope = VisionRope(shape.head_dim, shape.rope_theta)
+        self.layers = nn.ModuleList(
+            TransformerLayer(
+                config,
+                layer_submodules(kernels, rms_norm=False, qk_norm=False, causal=False),
+                layer_number=number,
+                pg_collection=groups,
+            )
+            for number in range(1, shape.layers + 1)
+        )
+
+    def forward(self, frames: Frames) -> list[Tensor]:
+        """Hidden states [P, hidden] after each deepstack layer, then those of the last layer."""
+        hidden = self.patch_embed(frames.patches.to(self.patch_embed.weight.dtype))
+        corners = self.position_embedding(frames.pos_index)  # [P, 4, hidden]
+        hidden = hidden + (corners * frames.pos_weight[:, :, None].to(corners.dtype)).sum(1).to(hidden.dtype)
+        rotary = self.rope(frames.coords)
+        row = PackedRow.of(frames.lengths, hidden.device)
+        hidden, taken = hidden.unsqueeze(1), []
+        for index, layer in enumerate(self.layers):
+            hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=row)
+            if index in self.taps:
+                taken.append(hidden.squeeze(1))
+        return [*taken, hidden.squeeze(1)]
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Megatron's default, but layer by layer: a plain ModuleList would lose the layers' own key mapping."""
+        shards = {}
+        for name, module in self.named_children():
+            children = module.named_children() if module is self.layers else [("", module)]
+            for child_name, child in children:
+                path = f"{prefix}{name}.{child_name}." if child_name else f"{prefix}{name}."
+                shards |= sharded_state_dict_default(child, path, sharded_offsets, metadata, tp_group=self.tp_group)
+        return shards

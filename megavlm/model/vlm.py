@@ -1,0 +1,123 @@
+"""A whole Qwen3-VL on this rank: tower, projector, the decoder's chunks, and the tower's phase of a step."""
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megavlm.model.configs import decoder_config, tower_config
+from megavlm.model.deal import Place
+from megavlm.model.kernels import provider, resolve
+from megavlm.model.language import LanguageModel
+from megavlm.model.projector import Projector
+from megavlm.model.shapes import Shapes
+from megavlm.model.tower_phase import TowerPhase
+from megavlm.model.vision import VisionTower
+from megavlm.platform import Groups, device
+
+PARTS = ("vision", "projector", "language")
+
+
+class VLM:
+    """The model of one rank.
+
+    Args:
+        shapes: the model's numbers.
+        settings: the run's settings (sections model, parallel, vision, train are read).
+        groups: from ``megavlm.platform.init``.
+    Attributes:
+        vision, projector: replicated modules. language: one LanguageModel per virtual pipeline chunk.
+        tower: runs vision and projector over dealt frames.
+    """
+
+    def __init__(self, shapes: Shapes, settings, groups: Groups):
+        parallel = settings.parallel
+        self.shapes, self.groups, self.parallel = shapes, groups, parallel
+        self.kernels = resolve(settings.model.kernels)
+        kernels = provider(self.kernels)
+        self.decoder_config = decoder_config(shapes, parallel, settings.train, self.kernels)
+        vision_config = tower_config(shapes, settings.train, self.kernels)
+
+        self.vision = VisionTower(shapes.vision, vision_config, kernels, groups.tower).to(device())
+        self.projector = Projector(shapes.vision, vision_config).to(device())
+        # Megatron draws linears from a generator that differs over tensor ranks: make the replicas equal
+        for module in (self.vision, self.projector):
+            for parameter in module.parameters():
+                dist.broadcast(parameter.data, src=0)
+        pipeline = groups.language.pp
+        chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
+        last_chunk = (parallel.virtual_pipeline or 1) - 1
+        self.language = [
+            LanguageModel(
+                shapes,
+                self.decoder_config,
+                kernels,
+                groups.language,
+                pre_process=pipeline.rank() == 0 and not vp_stage,
+                post_process=pipeline.rank() == pipeline.size() - 1 and (vp_stage or 0) == last_chunk,
+                vp_stage=vp_stage,
+            ).to(device())
+            for vp_stage in chunks
+        ]
+        for part in settings.model.freeze:
+            for module in self.modules_of(part):
+                module.requires_grad_(False)
+        self.tower = TowerPhase(
+            self.vision,
+            self.projector,
+            groups.model_parallel,
+            self._places(),
+            recompute=settings.vision.recompute,
+            chunk_patches=settings.vision.chunk_patches,
+        )
+
+    def modules_of(self, part: str) -> list[torch.nn.Module]:
+        """Modules of ``vision``, ``projector`` or ``language``."""
+        return self.language if part == "language" else [getattr(self, part)]
+
+    def train(self, mode: bool = True) -> "VLM":
+        for part in PARTS:
+            for module in self.modules_of(part):
+                module.train(mode)
+        return self
+
+    @property
+    def linear_cost(self) -> float:
+        """Matrix products of a patch in a tower layer, in units of one query-key pair; see ``deal_frames``."""
+        vision = self.shapes.vision
+        return 2.0 * vision.hidden + vision.ffn
+
+    def chunk_levels(self, pipeline_rank: int, vp_stage: int | None) -> list[int]:
+        """Deepstack levels whose decoder layers lie in this pipeline chunk."""
+        config = self.decoder_config
+        first = get_transformer_layer_offset(config, vp_stage, pipeline_rank)
+        end = first + get_num_layers_to_build(config, vp_stage, pipeline_rank)
+        return [k for k in range(len(self.shapes.vision.deepstack_layers)) if first <= k < end]
+
+    def _places(self) -> list[Place]:
+        """What each rank of the model-parallel group needs; its ranks run over tensor fastest, then pipeline."""
+        parallel = self.parallel
+        chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
+        places = []
+        for pipeline_rank in range(parallel.pipeline):
+            levels = [k for chunk in chunks for k in self.chunk_levels(pipeline_rank, chunk)]
+            planes = ((0,) if pipeline_rank == 0 else ()) + tuple(1 + k for k in levels)
+            for tensor_rank in range(parallel.tensor):
+                if parallel.sequence_parallel:
+                    places.append(Place(parallel.tensor, tensor_rank, planes))
+                else:
+                    places.append(Place(1, 0, planes, gives_gradient=tensor_rank == 0))
+        return places
+
+    def sharded_state_dict(self, metadata: dict) -> dict:
+        """Megatron ShardedTensors of all weights, by checkpoint key."""
+        replicated = {**metadata, "dp_cp_group": self.groups.tower.dp_cp}
+        shards = {
+            **self.vision.sharded_state_dict("vision.", metadata=replicated),
+            **self.projector.sharded_state_dict("projector.", metadata=replicated),
+        }
+        for index, chunk in enumerate(self.language):
+            part = chunk.sharded_state_dict("language.", metadata={**metadata, "dp_cp_group": self.groups.language.dp_cp})
+            shards |= {f"{index}/{name}": value for name, value in part.items()} if len(self.language) > 1 else part
+        # None without delayed FP8 scaling; a checkpoint converted from Hugging Face has no such entries
+        return {name: value for name, value in shards.items() if not name.endswith("_extra_state")}

@@ -1,0 +1,46 @@
+"""The device of this process, its memory and its random numbers."""
+
+import os
+import random
+import resource
+
+import numpy as np
+import torch
+
+
+def on_gpu() -> bool:
+    """True on CUDA + NCCL; ``MEGAVLM_PLATFORM=cpu`` forces the CPU platform on a machine with a GPU."""
+    return os.environ.get("MEGAVLM_PLATFORM", "") != "cpu" and torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device every tensor of the model lives on."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
+
+
+def backend() -> str:
+    """Name of the torch.distributed backend for tensors on ``device()``."""
+    return "nccl" if on_gpu() else "gloo"
+
+
+def synchronize() -> None:
+    """Waits for the device; nothing to wait for on a CPU."""
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
+def memory_gib() -> float:
+    """Peak memory of this process in GiB: allocated by torch on a GPU, resident on a CPU."""
+    if on_gpu():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, numpy, torch and Megatron's tracker of per-rank states (dropout differs over tensor ranks)."""
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

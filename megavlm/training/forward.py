@@ -1,0 +1,46 @@
+"""One micro-batch through this rank's part of the decoder."""
+
+import torch
+from torch import Tensor
+
+from megavlm.model.language import LanguageModel
+from megavlm.model.vlm import VLM
+from megavlm.training.feed import MicroBatch, Window
+
+
+def encode_window(vlm: VLM, window: Window) -> None:
+    """Runs the tower over a window's frames and gives each micro-batch its features."""
+    for micro_batch, (positions, features) in zip(
+        window.micro_batches, vlm.tower.encode(window.frames, window.exchange), strict=True
+    ):
+        micro_batch.row.visual_positions = positions
+        micro_batch.features = features
+
+
+def forward_chunk(vlm: VLM, chunk: LanguageModel, micro_batch: MicroBatch) -> Tensor:
+    """Hidden states [t, 1, hidden] of one decoder chunk (the stage before hands over its own through Megatron)."""
+    visual, deepstack = None, None
+    if micro_batch.features is not None:
+        planes = vlm.tower.place.planes
+        if chunk.pre_process:
+            visual = micro_batch.features[planes.index(0)]
+        levels = vlm.chunk_levels(vlm.groups.language.pp.rank(), chunk.vp_stage)
+        if levels:
+            first = planes.index(1 + levels[0])
+            deepstack = micro_batch.features[first : first + len(levels)]
+    return chunk(
+        micro_batch.input_ids,
+        micro_batch.position_ids,
+        micro_batch.row,
+        visual=visual,
+        deepstack=deepstack,
+        padding_mask=micro_batch.padding_mask,
+    )
+
+
+@torch.no_grad()
+def logprobs_of(vlm: VLM, micro_batch: MicroBatch, chunk_tokens: int) -> Tensor:
+    """float32 [slices, m] log-probabilities of a row's targets (see ``Targets``); for scoring, one pipeline stage."""
+    hidden = forward_chunk(vlm, vlm.language[0], micro_batch)
+    logprobs, _ = vlm.language[0].token_logprobs(hidden, micro_batch.targets, chunk_tokens)
+    return logprobs

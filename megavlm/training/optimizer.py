@@ -1,0 +1,113 @@
+"""Gradient buffers, optimizers and the learning-rate schedule, one set for each part of the model that learns.
+
+Megatron's DistributedDataParallel and optimizers are built per part: the tower's and the projector's over the whole
+world (their frames are dealt over all ranks), the decoder's over its data ranks. So each part's gradient norm is at
+hand, a frozen part costs nothing, and all of them are clipped and stepped as one.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megavlm.model.vlm import PARTS, VLM
+from megavlm.platform import device
+
+
+class Optimization:
+    """Everything that turns gradients into weights.
+
+    Attributes:
+        ddp: per learning part, one DistributedDataParallel per module (several under virtual pipelining).
+        optimizer: Megatron's ChainedOptimizer over all parts. scheduler: its OptimizerParamScheduler.
+    """
+
+    def __init__(self, vlm: VLM, train):
+        """``train``: TrainSettings. Build after the weights are loaded: optimizers keep a float32 copy of them."""
+        self.train = train
+        sharded = train.optimizer != "sgd"  # Megatron's DistributedOptimizer takes no optimizer without state
+        self._config = OptimizerConfig(
+            optimizer=train.optimizer,
+            lr=train.lr,
+            min_lr=train.min_lr,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.adam_beta1,
+            adam_beta2=train.adam_beta2,
+            adam_eps=train.adam_eps,
+            sgd_momentum=0.0,
+            bf16=train.precision != "fp32",
+            params_dtype=vlm.decoder_config.params_dtype,
+            use_distributed_optimizer=sharded,
+            clip_grad=train.clip_grad,
+        )
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
+        self.ddp: dict[str, list[DistributedDataParallel]] = {}
+        self._parts: dict[str, list] = {}
+        for part in PARTS:
+            modules = [m for m in vlm.modules_of(part) if any(p.requires_grad for p in m.parameters())]
+            if not modules:
+                continue
+            groups = vlm.groups.language if part == "language" else vlm.groups.tower
+            self.ddp[part] = [
+                DistributedDataParallel(m.config, ddp_config, m, disable_bucketing=i > 0, pg_collection=groups)
+                for i, m in enumerate(modules)
+            ]
+            built = get_megatron_optimizer(
+                self._config, self.ddp[part], use_gloo_process_groups=False, pg_collection=groups
+            )
+            self._parts[part] = built.chained_optimizers if isinstance(built, ChainedOptimizer) else [built]
+        self.optimizer = ChainedOptimizer([opt for opts in self._parts.values() for opt in opts])
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=train.lr,
+            min_lr=train.min_lr,
+            lr_warmup_steps=train.warmup_steps,
+            lr_decay_steps=max(train.steps, train.warmup_steps + 1),
+            lr_decay_style=train.schedule,
+            start_wd=train.weight_decay,
+            end_wd=train.weight_decay,
+            wd_incr_steps=train.steps,
+            wd_incr_style="constant",
+        )
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the step to come."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def zero_grad(self) -> None:
+        for ddp in (d for ddps in self.ddp.values() for d in ddps):
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self) -> dict[str, float]:
+        """Clips and applies the gradients that stand in the buffers; moves the schedule on.
+
+        Returns:
+            ``grad_norm`` before clipping and ``grad_norm/PART`` for each part, 0.0 where it is frozen.
+        """
+        self.optimizer.prepare_grads()
+        norms = self._norms()
+        if self.train.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.train.clip_grad, norms["grad_norm"])
+        self.optimizer.step_with_ready_grads()
+        self.scheduler.step(increment=1)
+        return norms
+
+    def _norms(self) -> dict[str, float]:
+        squares = torch.zeros(len(PARTS), dtype=torch.float32, device=device())
+        for opt, index in ((opt, PARTS.index(part)) for part, opts in self._parts.items() for opt in opts):
+            grads = opt.get_grads_for_grad_norm()
+            square = torch.zeros((), dtype=torch.float32, device=device())
+            if grads:
+                square = torch.stack(torch._foreach_norm(grads)).square().sum()
+            dist.all_reduce(square, group=opt.get_grad_stats_parallel_group())
+            squares[index] += square
+        squares = squares.tolist()  # the one wait for the device in a step: a bad gradient must not reach the weights
+        norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares, strict=True)}
+        return {"grad_norm": math.sqrt(sum(squares)), **norms}

@@ -1,0 +1,133 @@
+"""One optimizer step: encode, forward and backward through Megatron's schedule, tower backward, update."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megavlm.model.vlm import VLM
+from megavlm.platform import device
+from megavlm.training.feed import Feed, MicroBatch, Window
+from megavlm.training.forward import encode_window, forward_chunk
+from megavlm.training.optimizer import Optimization
+
+
+@dataclass
+class StepResult:
+    """What a step did, over the whole world.
+
+    ``norms`` as ``Optimization.step`` gives them; ``counts``: tokens, target_tokens, images, videos, samples, frames,
+    row_tokens, and the sums of squares that FLOPs are counted from. ``windows``: this rank's group's own.
+    """
+
+    loss: float
+    lr: float
+    norms: dict[str, float]
+    counts: dict[str, float]
+
+
+class Step:
+    """Runs steps.
+
+    Args:
+        num_micro_batches: rows of a step per data rank.
+        chunk_tokens: targets whose logits exist at one time.
+    """
+
+    def __init__(self, vlm: VLM, optimization: Optimization, feed: Feed, num_micro_batches: int, chunk_tokens: int):
+        self.vlm, self.optimization, self.feed = vlm, optimization, feed
+        self.num_micro_batches, self.chunk_tokens = num_micro_batches, chunk_tokens
+        self.groups = vlm.groups
+        self._schedule = get_forward_backward_func()
+        trained = optimization.ddp.get("language")
+        self._chunks = trained or vlm.language
+        config = vlm.decoder_config
+        config.finalize_model_grads_func = lambda *args, **kwargs: None  # the tower's backward is still to come
+        config.deallocate_pipeline_outputs = False
+        config.variable_seq_lengths = False
+
+    def __call__(self) -> StepResult:
+        window = self.feed.window(self.num_micro_batches)
+        counts = self._count(window)
+        lr = self.optimization.lr
+        self.optimization.zero_grad()
+        encode_window(self.vlm, window)
+        loss = self._forward_backward(window, counts["loss_weight"])
+        # the features' gradients stand divided over the data ranks only, the tower's DDP averages over the world
+        self.vlm.tower.backward(scale=dist.get_world_size() / self.groups.data_size)
+        self._finalize()
+        norms = self.optimization.step()
+        return StepResult(loss, lr, norms, counts)
+
+    def _forward_backward(self, window: Window, loss_weight: float) -> float:
+        """Gradients of the decoder and of the features; returns the loss over the global batch."""
+        micro_batches = window.micro_batches
+        # Megatron divides by micro-batches and data ranks; the loss is a sum over the global batch divided once
+        scale = len(micro_batches) * self.groups.data_size / max(loss_weight, 1e-12)
+        losses = self._schedule(
+            forward_step_func=partial(self._forward_step, scale=scale),
+            data_iterator=[iter(micro_batches) for _ in self._chunks],
+            model=self._chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=len(micro_batches[0].input_ids),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        total = torch.zeros((), dtype=torch.float32, device=device())
+        if losses and self.groups.language.tp.rank() == 0:
+            total = torch.stack(losses).sum()
+        dist.all_reduce(total)
+        return total.item() / max(loss_weight, 1e-12)
+
+    def _forward_step(self, micro_batches, model, scale: float):
+        """Megatron's ``forward_step_func``: hidden states, or on the last stage the log-probabilities and their loss."""
+        micro_batch: MicroBatch = next(micro_batches)
+        chunk = unwrap_model(model)
+        hidden = forward_chunk(self.vlm, chunk, micro_batch)
+        if not chunk.post_process:
+            return hidden, None
+        logprobs, _ = chunk.token_logprobs(hidden, micro_batch.targets, self.chunk_tokens)
+        return logprobs, partial(_weighted_nll, weights=micro_batch.targets.weights, scale=scale)
+
+    def _finalize(self) -> None:
+        """Reduces all gradients over the ranks that hold parts of them."""
+        for part, ddps in self.optimization.ddp.items():
+            if part == "language":
+                finalize_model_grads(ddps)
+            else:
+                for ddp in ddps:
+                    ddp.finish_grad_sync()
+
+    def _count(self, window: Window) -> dict[str, float]:
+        """Sums over the global batch; host arithmetic and host network only."""
+        rows = [m.host for m in window.micro_batches]
+        here = {
+            "loss_weight": sum(row.loss_weights.sum().item() for row in rows),
+            "tokens": sum(row.num_tokens for row in rows),
+            "row_tokens": sum(len(row.input_ids) for row in rows),
+            "target_tokens": sum(row.num_targets for row in rows),
+            "images": sum(row.num_images for row in rows),
+            "videos": sum(row.num_videos for row in rows),
+            "samples": sum(row.num_samples for row in rows),
+            "segment_squares": sum(float(n) ** 2 for row in rows for n in row.segment_lengths[: row.num_samples]),
+            "patches": sum(n for row in rows for n in row.frame_lengths),
+            "frame_squares": sum(float(n) ** 2 for row in rows for n in row.frame_lengths),
+            "frames": sum(len(row.frame_lengths) for row in rows),
+        }
+        if not self.groups.is_leader:  # the group's ranks hold the same rows: count them once
+            here = dict.fromkeys(here, 0.0)
+        here["frames_encoded"] = len(window.frames.lengths)
+        sums = torch.tensor(list(here.values()), dtype=torch.float64)
+        dist.all_reduce(sums, group=self.groups.world_host)
+        return dict(zip(here, sums.tolist(), strict=True))
+
+
+def _weighted_nll(logprobs: Tensor, weights: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The row's share of the loss, times ``scale``, and for the metrics the plain weighted sum."""
+    nll = -(logprobs * weights).sum()
+    return nll * scale, nll.detach()
