@@ -1,0 +1,52 @@
+# Everything a clone needs, each target with its own set-up in .venv (once; again when the two files below change).
+#   make demo       train and try a tiny Qwen3-VL on this machine
+#   make test       style and the tests that need neither a GPU nor more than about a minute each
+#   make test-all   all tests; those for a GPU are skipped where there is none
+#   make lint       style alone
+#   make clean      remove .venv, caches and the demo's output
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTHON ?=
+
+.PHONY: demo test test-all lint clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/python -m megavlm.demo
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/shellcheck --external-sources launch/*.sh .ci/run
+
+clean:
+	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A half-made .venv (no pip, or another Python) is made anew. Under pyenv, python3 follows .python-version.
+$(INSTALLED): pyproject.toml constraints.txt
+	@is_312() { "$$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; }; \
+	if ! { is_312 $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1; }; then \
+	  for python in $(PYTHON) python3 python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python; do \
+	    is_312 "$$python" && break; python=; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "megavlm needs Python 3.12; neither python3 nor python3.12 on the PATH is one, and pyenv has none." >&2; \
+	    echo "Install it (for example: pyenv install 3.12), or name one: make PYTHON=/path/to/python3.12 test" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "making $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear $(VENV) || { \
+	    echo "python -m venv failed; on Debian and Ubuntu it is in the package python3.12-venv" >&2; exit 1; }; \
+	fi
+	@echo "installing the packages of constraints.txt into $(VENV) (some minutes and 5 GB the first time)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

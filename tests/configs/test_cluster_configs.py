@@ -1,0 +1,127 @@
+"""The configurations for clusters: each recipe with each model fits the number of GPUs that the model's file names."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from megavlm.config import describe, yaml_files
+from megavlm.config.layout import check_dense_settings, check_layout
+from megavlm.config.load import load_settings
+from megavlm.model.shapes import Shapes
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]
+STAGES = [f"pretrain/stage{stage}.yaml" for stage in range(4)]
+RECIPES = [*STAGES, "tune/sft.yaml"]
+
+
+@pytest.fixture(autouse=True)
+def _at_the_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths in the files are relative to the checkout; the reader's own variables do not count."""
+    monkeypatch.chdir(CONFIGS.parent)
+    for name in ("MODEL", "MODELS", "DATA", "RUNS"):
+        monkeypatch.delenv(f"MEGAVLM_{name}", raising=False)
+
+
+def intended_world(model: str) -> int:
+    first_line = (CONFIGS / "models" / f"{model}.yaml").read_text().splitlines()[0]
+    return int(re.fullmatch(r"# world: (\d+)", first_line)[1])
+
+
+def test_the_lists_above_are_what_the_folders_hold() -> None:
+    assert sorted(MODELS) == sorted(path.stem for path in CONFIGS.glob("models/*.yaml"))
+    assert sorted(MODELS) == sorted(path.parent.name for path in CONFIGS.glob("models/*/config.json"))
+    found = [
+        path.relative_to(CONFIGS).as_posix() for folder in ("pretrain", "tune") for path in CONFIGS.glob(f"{folder}/*")
+    ]
+    assert sorted(RECIPES) == sorted(found)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_recipe_fits_the_intended_world(model: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAVLM_MODEL", model)
+    settings = load_settings(CONFIGS / recipe)
+    assert settings.model.hf == Path("configs/models") / model
+    text = Shapes.from_hf(settings.model.hf).text
+    experts = text.moe and text.moe.num_experts
+    check_layout(
+        settings.parallel,
+        intended_world(model),
+        num_heads=text.heads,
+        num_kv_heads=text.kv_heads,
+        vocab_size=text.vocab,
+        num_experts=experts,
+        num_layers=text.layers,
+        seq_length=settings.data.seq_length,
+        global_batch_size=settings.train.global_batch_size,
+    )
+    check_dense_settings(settings.train, experts)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_model_file_stands_alone(model: str) -> None:
+    """For score, infer and export, which need no recipe."""
+    assert load_settings(CONFIGS / "models" / f"{model}.yaml").model.hf.name == model
+
+
+# As the model cards round them: a wrong layer count, width or tied embedding shows.
+PARAMETERS = {"2b": 2.13e9, "4b": 4.44e9, "8b": 8.77e9, "32b": 33.4e9, "30b-a3b": 31.1e9, "235b-a22b": 236e9}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_shapes_have_the_released_number_of_parameters(model: str) -> None:
+    config = AutoConfig.from_pretrained(CONFIGS / "models" / model, local_files_only=True)
+    with torch.device("meta"):
+        reference = AutoModelForImageTextToText.from_config(config)
+    count = sum(parameter.numel() for parameter in reference.parameters())
+    assert float(f"{count:.3g}") == PARAMETERS[model]
+
+
+def test_stages_are_the_published_ones() -> None:
+    """Freeze sets, row lengths and numbers of tokens, and each stage starts from the one before it."""
+    stages = [load_settings(CONFIGS / name) for name in STAGES]
+    assert [settings.stage for settings in stages] == [0, 1, 2, 3]
+    assert [settings.model.freeze for settings in stages] == [["vision", "language"], [], [], []]
+    assert [settings.data.seq_length for settings in stages] == [8192, 8192, 32768, 262144]
+    tokens = [s.train.steps * s.train.global_batch_size * s.data.seq_length for s in stages]
+    assert tokens == pytest.approx([67e9, 1e12, 1e12, 100e9], rel=0.01)
+    outputs = [settings.output for settings in stages]
+    assert [settings.model.load for settings in stages[1:]] == outputs[:-1]
+    assert len(set(outputs)) == 4
+
+
+@pytest.mark.parametrize("variable", ["MEGAVLM_MODELS", "MEGAVLM_DATA", "MEGAVLM_RUNS"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_variables_reach_the_paths(recipe: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "/elsewhere")
+    settings = load_settings(CONFIGS / recipe)
+    paths = {
+        "MEGAVLM_MODELS": [settings.model.hf],
+        "MEGAVLM_DATA": [source.path for source in settings.data.train],
+        "MEGAVLM_RUNS": [settings.model.load, settings.output],
+    }[variable]
+    assert all(path.is_relative_to("/elsewhere") for path in paths)
+
+
+def leaves(tree: dict, above: tuple[str, ...] = ()):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*above, key))
+        else:
+            yield (*above, key), value
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_no_file_restates_a_default(path: Path) -> None:
+    values = yaml_files.read_file(path)
+    for location, value in leaves(values.tree):
+        if not values.origin(location).startswith(f"{path}:"):
+            continue  # set by a base
+        field, key = describe.find(location), ".".join(location)
+        assert field is not None, f"unknown setting {key}"
+        if not field.is_required():
+            assert value != field.get_default(call_default_factory=True), f"{key} is the default anyway"
