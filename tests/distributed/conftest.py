@@ -1,0 +1,36 @@
+"""Worlds of 2, 4 and 8 gloo processes for the tests in this folder; see pool.py."""
+
+import gc
+
+import pytest
+from pool import Pool
+
+
+def forget_megatron() -> None:
+    """Leaves nothing of a call's layout to the next one in the same process."""
+    from megatron.core import num_microbatches_calculator, parallel_state
+
+    parallel_state.destroy_model_parallel()
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def world2():
+    yield from _world(2)
+
+
+@pytest.fixture(scope="session")
+def world4():
+    yield from _world(4)
+
+
+@pytest.fixture(scope="session")
+def world8():
+    yield from _world(8)
+
+
+def _world(size: int):
+    pool = Pool(size, after_each=forget_megatron)
+    yield pool
+    pool.close()
