@@ -9,7 +9,7 @@ Fields that every line has (`REQUIRED`); a trainer may add its own, such as `moe
     grad_norm/PART      the same of one part: vision, projector, language; 0.0 where the part is frozen
     tokens              useful tokens of the step over all ranks: padding is left out
     target_tokens       those of them that are predicted
-    images              pictures and videos in them
+    images              pictures in them
     packing             useful share of the rows, 0 to 1
     seconds             wall-clock time of the step
     tokens_per_second   tokens / seconds, over all ranks
@@ -25,6 +25,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from megavlm.config.files import write_text
 
 FILE_NAME = "metrics.jsonl"
 PARTS = ("vision", "projector", "language")
@@ -133,9 +135,7 @@ def drop_after(path: Path, step: int) -> None:
     text = path.read_text(encoding="utf-8", errors="replace")
     kept = "".join(raw + "\n" for raw, line in _parse(text) if line["step"] <= step)
     if kept != text:
-        replacement = path.with_name(path.name + ".tmp")
-        replacement.write_text(kept, encoding="utf-8")
-        replacement.replace(path)
+        write_text(path, kept)
 
 
 def _parse(text: str) -> list[tuple[str, dict[str, Any]]]:

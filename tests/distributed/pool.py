@@ -19,12 +19,6 @@ RankError, which has each rank's traceback or stack; the processes are then repl
 
 import atexit
 import contextlib
-import datetime
-import faulthandler
-import gc
-import importlib
-import importlib.util
-import inspect
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -33,7 +27,6 @@ import pickle
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import warnings
@@ -42,13 +35,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pool_worker import ENVIRONMENT, Failure, address, name_of, work
+
 PRELOAD = ["torch", "torch.distributed", "megatron.core", "megatron.core.models.gpt", "megatron.core.optimizer"]
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "MEGAVLM_PLATFORM": "cpu",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 START_SECONDS = 180.0  # of all processes of a world, on a machine that is busy
 GRACE_SECONDS = 3.0  # for the other ranks to report too once one has failed
 
@@ -70,14 +59,6 @@ class _Worker:
     process: multiprocessing.Process
     connection: multiprocessing.connection.Connection
     log: Path  # its stdout and stderr
-
-
-@dataclass
-class _Failure:
-    """What a rank reports in place of a result."""
-
-    text: str
-    exception: BaseException | None = None
 
 
 class Pool:
@@ -117,11 +98,11 @@ class Pool:
         if not self._workers:
             self._start()
         self._calls += 1
-        message = pickle.dumps((self._calls, sys.path, _address(function), pickle.dumps((args, kwargs))))
+        message = pickle.dumps((self._calls, sys.path, address(function), pickle.dumps((args, kwargs))))
         for worker in self._workers:
             worker.log.write_bytes(b"")
             worker.connection.send_bytes(message)
-        results = self._collect(timeout or self.timeout, _name(function))
+        results = self._collect(timeout or self.timeout, name_of(function))
         if output := self._output():
             print(output)
         for worker in self._workers:
@@ -152,12 +133,12 @@ class Pool:
         atexit.register(self.close)  # multiprocessing's own exit handler would wait for the workers
         self._folder = tempfile.TemporaryDirectory(prefix="megavlm-world-")
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        after_each = _address(self.after_each) if self.after_each else None
+        after_each = address(self.after_each) if self.after_each else None
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             log = Path(self._folder.name) / f"rank{rank}.log"
             process = context.Process(
-                target=_work,
+                target=work,
                 args=(rank, self.world_size, self._store.port, theirs, str(log), after_each),
                 name=f"world{self.world_size}-rank{rank}",
             )
@@ -169,7 +150,7 @@ class Pool:
     def _collect(self, seconds: float, name: str) -> list[Any]:
         """One report from each rank; RankError unless all are results."""
         results: dict[int, Any] = {}
-        failures: dict[int, _Failure] = {}
+        failures: dict[int, Failure] = {}
         deadline = time.monotonic() + seconds
         while len(results) + len(failures) < self.world_size:
             waiting = {
@@ -181,7 +162,7 @@ class Pool:
             for connection in ready:
                 rank = waiting[connection]
                 report = self._receive(rank)
-                if isinstance(report, _Failure):
+                if isinstance(report, Failure):
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
                     failures[rank] = report
                 else:
@@ -198,13 +179,13 @@ class Pool:
             report = worker.connection.recv_bytes()
         except (EOFError, OSError):
             worker.process.join(timeout=5)
-            return _Failure(f"the process died with exit code {worker.process.exitcode}")
+            return Failure(f"the process died with exit code {worker.process.exitcode}")
         try:
             return pickle.loads(report)
         except Exception:
-            return _Failure(f"its result cannot be unpickled:\n{traceback.format_exc()}")
+            return Failure(f"its result cannot be unpickled:\n{traceback.format_exc()}")
 
-    def _give_up(self, name: str, seconds: float, done: set[int], failures: dict[int, _Failure]) -> RankError:
+    def _give_up(self, name: str, seconds: float, done: set[int], failures: dict[int, Failure]) -> RankError:
         """The error for a failed call. The processes stay only where every rank raised: then none is left hanging."""
         hanging = [rank for rank in range(self.world_size) if rank not in done and rank not in failures]
         for rank in hanging:
@@ -212,7 +193,7 @@ class Pool:
         if hanging:
             time.sleep(1.0)
         cause = "while another rank failed" if failures else f"for more than {seconds:g} s"
-        failures |= {rank: _Failure(f"no answer {cause}; its stack is in its output below") for rank in hanging}
+        failures |= {rank: Failure(f"no answer {cause}; its stack is in its output below") for rank in hanging}
         exceptions = {rank: failure.exception for rank, failure in failures.items()}
         texts = [f"rank {rank}: {failure.text.rstrip()}" for rank, failure in failures.items()]
         texts.append(self._output() or "(no output)")
@@ -229,112 +210,6 @@ class Pool:
         """What the ranks have printed during the call, a line of heading before each."""
         texts = [(rank, worker.log.read_text(errors="replace")) for rank, worker in enumerate(self._workers)]
         return "\n".join(f"--- output of rank {rank}\n{text.rstrip()}" for rank, text in texts if text.strip())
-
-
-def _work(rank: int, world_size: int, port: int, connection, log: str, after_each: tuple | None) -> None:
-    """A worker's life: one call after another until its input ends."""
-    os.setpgid(0, 0)  # so that its own children can be killed with it
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
-    faulthandler.register(signal.SIGQUIT, file=sys.stderr, all_threads=True)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ |= ENVIRONMENT | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-    }
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # some containers cannot resolve their own host name
-
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    gc.freeze()  # a collection after each call need not look at all of torch and Megatron again
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    connection.send_bytes(pickle.dumps("ready"))
-    while True:
-        try:
-            message = pickle.loads(connection.recv_bytes())
-        except (EOFError, OSError):
-            return
-        if message is None:
-            _clean_up(after_each)
-            continue
-        call, path, function, arguments = message
-        try:
-            sys.path[:] = path  # pytest adds a folder for each test module
-            function = _load(function)
-            args, kwargs = pickle.loads(arguments)
-            dist.init_process_group(
-                "gloo",
-                store=dist.PrefixStore(f"call{call}", store),
-                rank=rank,
-                world_size=world_size,
-                timeout=datetime.timedelta(hours=1),  # the pool's own timeout comes first, and says where it hangs
-            )
-            report = pickle.dumps(function(*args, **kwargs))
-        except BaseException as error:
-            report = _pickled_failure(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        connection.send_bytes(report)
-
-
-def _clean_up(after_each: tuple | None) -> None:
-    import torch.distributed as dist
-
-    if after_each is not None:
-        _load(after_each)()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def _pickled_failure(error: BaseException) -> bytes:
-    text = "".join(traceback.format_exception(error))
-    try:
-        report = pickle.dumps(_Failure(text, error))
-        pickle.loads(report)  # some exceptions can be pickled but not made again
-        return report
-    except Exception:
-        return pickle.dumps(_Failure(text, RuntimeError(f"{type(error).__name__}: {error}")))
-
-
-def _name(function: Callable) -> str:
-    return f"{function.__module__}.{function.__qualname__}"
-
-
-def _address(function: Callable) -> tuple[str, str, str]:
-    """(module, its file, name): enough to find the function in a process where pytest has imported nothing."""
-    if "<" in function.__qualname__:  # <locals>, <lambda>
-        raise TypeError(f"{_name(function)} must stand at the top level of a module to run in other processes")
-    return function.__module__, inspect.getfile(inspect.unwrap(function)), function.__qualname__
-
-
-def _load(address: tuple[str, str, str]) -> Callable:
-    module_name, file, name = address
-    module = sys.modules.get(module_name)
-    if module is None or getattr(module, "__file__", None) != file:
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError:
-            module = None
-        if module is None or getattr(module, "__file__", None) != file:
-            spec = importlib.util.spec_from_file_location(module_name, file)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[module_name] = module
-            spec.loader.exec_module(module)
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
 
 
 def _kill(worker: _Worker) -> None:
