@@ -1,0 +1,30 @@
+"""Hugging Face Qwen3-VL folder → Megatron checkpoint. See megavlm/convert for how."""
+
+import argparse
+import sys
+
+from megavlm.config.errors import UserError
+from megavlm.convert import hf_to_mcore
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Turn a Hugging Face Qwen3-VL folder into a Megatron checkpoint that any parallel layout loads. "
+        "Needs no GPU and about 2 GB of memory.",
+        epilog="example: python checkpoint_tools/hf2mcore.py --hf Qwen3-VL-2B-Instruct --out checkpoints/qwen3-vl-2b",
+    )
+    parser.add_argument("--hf", required=True, metavar="DIR", help="folder with config.json and *.safetensors")
+    parser.add_argument("--out", required=True, metavar="CKPT", help="checkpoint folder to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args()
+    hf_to_mcore(args.hf, args.out, overwrite=args.overwrite, progress=not args.quiet)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

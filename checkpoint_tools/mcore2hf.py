@@ -1,0 +1,46 @@
+"""Megatron checkpoint → Hugging Face Qwen3-VL folder. See megavlm/convert for how."""
+
+import argparse
+import sys
+
+import torch
+
+from megavlm.config.errors import UserError
+from megavlm.convert import mcore_to_hf
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Turn a Megatron checkpoint, converted or saved by training, into a Hugging Face folder. Names, "
+        "files and dtypes are those of the weights in --hf if it has any, else those the checkpoint remembers.",
+        epilog="example: python checkpoint_tools/mcore2hf.py --mcore out/sft/checkpoints/step_00001000 "
+        "--hf Qwen3-VL-2B-Instruct --out Qwen3-VL-2B-mine",
+    )
+    parser.add_argument(
+        "--mcore", required=True, metavar="CKPT", help="checkpoint folder; optimizer states are passed over"
+    )
+    parser.add_argument("--hf", required=True, metavar="DIR", help="folder with config.json, processor and tokenizer")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of all weights (default: as in --hf)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args()
+    mcore_to_hf(
+        args.mcore,
+        args.hf,
+        args.out,
+        dtype=DTYPES.get(args.dtype),
+        overwrite=args.overwrite,
+        progress=not args.quiet,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

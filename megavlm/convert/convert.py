@@ -1,0 +1,175 @@
+"""The two conversions, each one pass over the weights in constant memory."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavlm.config.errors import UserError
+from megavlm.convert.hf_folder import HfLayout, HfWeights, HfWriter, copy_configuration, short_list
+from megavlm.convert.mcore_checkpoint import McoreCheckpoint, Source, write_checkpoint
+from megavlm.convert.names import Entry, table
+from megavlm.convert.output import new_folder, progress_bar
+from megavlm.model.shapes import Shapes
+
+HF_LAYOUT = "hf_layout.json"
+"""File in a checkpoint that remembers names, files and dtypes of the HF folder it descends from."""
+
+
+def hf_to_mcore(hf: str | Path, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> None:
+    """Turn a Hugging Face Qwen3-VL folder into a Megatron checkpoint that any parallel layout loads.
+
+    Tensors keep their dtype. Needs neither a GPU nor the model in memory.
+
+    Args:
+        hf: folder with config.json and safetensors files.
+        out: checkpoint folder to make.
+        overwrite: replace an existing checkpoint.
+        progress: show a bar on stderr.
+
+    Raises:
+        UserError: anything missing, damaged, unknown or of a wrong shape in ``hf``; ``out`` exists.
+    """
+    hf, out = Path(hf), Path(out)
+    shapes = Shapes.from_hf(hf)
+    weights = HfWeights(hf)
+    entries = table(shapes)
+    check_names(entries, weights.layout, hf)
+    sources = [_source(entry, weights, hf) for entry in entries]
+    total = sum(info.nbytes for info in weights.layout.tensors.values())
+    with new_folder(out, overwrite=overwrite, mark="metadata.json") as partial:
+        (partial / HF_LAYOUT).write_text(weights.layout.to_json(), encoding="utf-8")
+        with progress_bar(f"{hf.name} → {out.name}", total, show=progress) as advance:
+            write_checkpoint(partial, sources, {"step": 0, "model_type": shapes.model_type}, advance)
+
+
+def mcore_to_hf(
+    mcore: str | Path,
+    hf: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> None:
+    """Turn a Megatron checkpoint (converted or saved by training) into a Hugging Face folder.
+
+    Names, files and dtypes are those of the weights in ``hf`` if it has any, else those remembered in the checkpoint,
+    else transformers' names in files of 5 GB and the dtype of the checkpoint.
+
+    Args:
+        mcore: checkpoint folder; optimizer states in it are passed over.
+        hf: folder with config.json, processor and tokenizer files, which are copied.
+        out: folder to make.
+        dtype: dtype of all weights instead.
+        overwrite: replace an existing model folder.
+        progress: show a bar on stderr.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor or has one of another shape than ``hf`` says; ``out`` exists; and
+            whatever HfWeights and McoreCheckpoint raise.
+    """
+    mcore, hf, out = Path(mcore), Path(hf), Path(out)
+    if out.resolve() == hf.resolve():
+        raise UserError(f"--out and --hf are the same folder: {out}", "choose another --out")
+    entries = table(Shapes.from_hf(hf))
+    checkpoint = McoreCheckpoint(mcore)
+    check_keys(entries, checkpoint)
+    layout = hf_layout(hf, mcore)
+    if layout is None:
+        stored = checkpoint.tensors[entries[0].key][1]
+        layout = HfLayout.sharded({name: shape for entry in entries for name, shape in entry.hf.items()}, stored)
+    check_names(entries, layout, hf if HfWeights.present(hf) else mcore / HF_LAYOUT)
+    layout = layout if dtype is None else layout.with_dtype(dtype)
+    tensors = layout.tensors
+    with new_folder(out, overwrite=overwrite, mark="config.json") as partial:
+        copy_configuration(hf, partial, dtype)
+        writer = HfWriter(partial, layout)
+        total = sum(info.nbytes for info in tensors.values())
+        with progress_bar(f"{mcore.name} → {out.name}", total, show=progress) as advance:
+            for entry in entries:
+                for first, last in rows(entry):
+                    tensor = checkpoint.read(entry.key, first, last)
+                    wanted = [_piece_shape(entry, tensors[name].shape) for name in entry.hf]
+                    for name, part in zip(entry.hf, entry.layout.to_hf(tensor, wanted), strict=True):
+                        for target in (name, *(copy for copy in entry.copies if copy in tensors)):
+                            writer.write(target, part, first)
+                            advance(part.numel() * tensors[target].torch_dtype.itemsize)
+        writer.close()
+
+
+def hf_layout(hf: str | Path, mcore: str | Path | None = None) -> HfLayout | None:
+    """The layout a converted folder should have: that of ``hf``'s weights, else the one remembered in ``mcore``."""
+    if HfWeights.present(Path(hf)):
+        return HfWeights(Path(hf)).layout
+    if mcore is not None and (Path(mcore) / HF_LAYOUT).is_file():
+        return HfLayout.from_json((Path(mcore) / HF_LAYOUT).read_text(encoding="utf-8"))
+    return None
+
+
+def rows(entry: Entry) -> list[tuple[int, int]]:
+    """The ranges of axis 0 in which an entry is converted."""
+    size = entry.shape[0] // entry.pieces
+    return [(piece * size, (piece + 1) * size) for piece in range(entry.pieces)]
+
+
+def check_names(entries: list[Entry], layout: HfLayout, where: Path) -> None:
+    """Every HF tensor of the table is there, with its shape, and no other.
+
+    Raises:
+        UserError: naming the tensors.
+    """
+    tensors = layout.tensors
+    wanted = {name: entry for entry in entries for name in (*entry.hf, *entry.copies)}
+    missing = [name for entry in entries for name in entry.hf if name not in tensors]
+    if missing:
+        raise UserError(
+            f"{where}: missing tensor {short_list(missing)}", "config.json and the weights must be of one model"
+        )
+    unknown = [name for name in tensors if name not in wanted]
+    if unknown:
+        raise UserError(f"{where}: tensor {short_list(unknown)} is no weight of the model that config.json describes")
+    for name, entry in wanted.items():
+        if name in tensors and not entry.accepts(name, tensors[name].shape):
+            expected = list(entry.hf.get(name, entry.shape))
+            raise UserError(f"{where}: {name} has shape {list(tensors[name].shape)}; config.json makes it {expected}")
+
+
+def check_keys(entries: list[Entry], checkpoint: McoreCheckpoint) -> None:
+    """Every Megatron tensor of the table is there, with its shape. Others (optimizer states) are allowed.
+
+    Raises:
+        UserError: naming the tensors.
+    """
+    missing = [entry.key for entry in entries if entry.key not in checkpoint.tensors]
+    if missing:
+        raise UserError(
+            f"{checkpoint.path}: missing tensor {short_list(missing)}", "the checkpoint must be of the model in --hf"
+        )
+    for entry in entries:
+        stored = checkpoint.tensors[entry.key][0]
+        enough = entry.padded and stored[0] >= entry.shape[0] and stored[1:] == entry.shape[1:]
+        if stored != entry.shape and not enough:
+            raise UserError(
+                f"{checkpoint.path}: {entry.key} has shape {list(stored)}; config.json makes it {list(entry.shape)}"
+            )
+
+
+def _source(entry: Entry, weights: HfWeights, folder: Path) -> Source:
+    infos = [weights.layout.tensors[name] for name in entry.hf]
+    dtypes = {info.dtype for info in infos}
+    if len(dtypes) > 1:
+        raise UserError(f"{folder}: {', '.join(entry.hf)} have different dtypes: {', '.join(sorted(dtypes))}")
+
+    def load(first: int, last: int) -> Tensor:
+        parts = [weights.read(name) for name in entry.hf]
+        if entry.pieces > 1:
+            parts = [part[first:last] for part in parts]
+        return entry.layout.to_mcore(parts, (last - first, *entry.shape[1:]))
+
+    return Source(entry.key, entry.shape, infos[0].torch_dtype, load, entry.pieces)
+
+
+def _piece_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of one piece of an HF tensor; pieces are always cut along axis 0."""
+    return (shape[0] // entry.pieces, *shape[1:])

@@ -1,0 +1,176 @@
+"""A Hugging Face model folder: its weights as a lazy mapping, and the layout that a copy of it must have."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavlm.config.errors import UserError
+from megavlm.convert.safetensors_file import DTYPE_NAMES, SafetensorsReader, SafetensorsWriter, TensorInfo
+
+SINGLE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken"}  # configuration, processor, tokenizer, chat template
+_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class HfLayout:
+    """Which tensors, in which files, in which order, shape and dtype: all of a folder's weights but the numbers.
+
+    Attributes:
+        files: per file name its tensors in the order of the data.
+        metadata: per file name the free text fields of its header, or None.
+        index: content of the shard index, or None for a single file.
+    """
+
+    files: dict[str, dict[str, TensorInfo]]
+    metadata: dict[str, dict[str, str] | None]
+    index: dict | None = None
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors of all files."""
+        return {name: info for file in self.files.values() for name, info in file.items()}
+
+    def to_json(self) -> str:
+        files = {
+            file: {"metadata": self.metadata[file], "tensors": {n: [i.dtype, *i.shape] for n, i in tensors.items()}}
+            for file, tensors in self.files.items()
+        }
+        return json.dumps({"files": files, "index": self.index}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "HfLayout":
+        data = json.loads(text)
+        files = {
+            file: {name: TensorInfo(dtype, tuple(shape)) for name, (dtype, *shape) in content["tensors"].items()}
+            for file, content in data["files"].items()
+        }
+        return cls(files, {file: content["metadata"] for file, content in data["files"].items()}, data["index"])
+
+    @classmethod
+    def sharded(cls, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> "HfLayout":
+        """A layout for tensors that no folder has listed: files of about 5 GB, in the order given."""
+        groups: list[dict[str, TensorInfo]] = [{}]
+        size = total = 0
+        for name, shape in shapes.items():
+            info = TensorInfo(DTYPE_NAMES[dtype], tuple(shape))
+            if size and size + info.nbytes > _SHARD_BYTES:
+                groups.append({})
+                size = 0
+            groups[-1][name] = info
+            size, total = size + info.nbytes, total + info.nbytes
+        if len(groups) == 1:
+            return cls({SINGLE_FILE: groups[0]}, {SINGLE_FILE: {"format": "pt"}})
+        files = {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+        weight_map = {name: file for file, group in files.items() for name in group}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        return cls(files, {file: {"format": "pt"} for file in files}, index)
+
+    def with_dtype(self, dtype: torch.dtype) -> "HfLayout":
+        """The same layout with every tensor in ``dtype``."""
+        name = DTYPE_NAMES[dtype]
+        files = {f: {n: TensorInfo(name, i.shape) for n, i in tensors.items()} for f, tensors in self.files.items()}
+        index = self.index
+        if index is not None:
+            total = sum(info.nbytes for tensors in files.values() for info in tensors.values())
+            index = {**index, "metadata": {**index.get("metadata", {}), "total_size": total}}
+        return HfLayout(files, self.metadata, index)
+
+
+@dataclass
+class HfWeights:
+    """The weights of a folder, mapped; ``layout`` describes them.
+
+    Raises:
+        UserError: no weights in the folder, a file missing or damaged, a tensor of the index not in its file.
+    """
+
+    folder: Path
+    layout: HfLayout = field(init=False)
+    _readers: dict[str, SafetensorsReader] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        index = None
+        if (self.folder / INDEX).is_file():
+            try:
+                index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+                weight_map = index["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{self.folder / INDEX} is no shard index: {error!r}") from None
+            names = list(dict.fromkeys(weight_map.values()))
+        elif (self.folder / SINGLE_FILE).is_file():
+            weight_map, names = {}, [SINGLE_FILE]
+        else:
+            raise UserError(
+                f"{self.folder} holds no weights: neither {INDEX} nor {SINGLE_FILE}",
+                "give a complete Hugging Face folder; a download may be incomplete",
+            )
+        files = {name: SafetensorsReader(self.folder / name) for name in sorted(names)}
+        self.layout = HfLayout(
+            {name: file.tensors for name, file in files.items()},
+            {name: file.metadata for name, file in files.items()},
+            index,
+        )
+        self._readers = {tensor: file for file in files.values() for tensor in file.tensors}
+        for tensor, name in weight_map.items():
+            if tensor not in files[name].tensors:
+                raise UserError(f"{self.folder}: tensor {tensor} is not in {name}, where {INDEX} says it is")
+
+    @staticmethod
+    def present(folder: Path) -> bool:
+        """Whether the folder holds weights at all (it may hold just configuration and processor)."""
+        return any(folder.glob("*.safetensors"))
+
+    def read(self, name: str) -> Tensor:
+        """Tensor ``name``, backed by its file; do not write to it."""
+        return self._readers[name].read(name)
+
+
+class HfWriter:
+    """Writes the weights of a new folder into the files of ``layout``, tensor by tensor, in any order."""
+
+    def __init__(self, folder: Path, layout: HfLayout):
+        self.folder, self.layout = folder, layout
+        self._writers = {}
+        for file, tensors in layout.files.items():
+            writer = SafetensorsWriter(folder / file, tensors, layout.metadata[file])
+            self._writers |= dict.fromkeys(tensors, writer)
+
+    def write(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
+        """Put ``tensor`` into ``name``, cast to the layout's dtype, from row ``first_row`` of axis 0 on."""
+        info = self._writers[name].tensors[name]
+        self._writers[name].write(name, tensor.to(info.torch_dtype), first_row)
+
+    def close(self) -> None:
+        """Flush everything and write the shard index."""
+        for writer in set(self._writers.values()):
+            writer.close()
+        if self.layout.index is not None:
+            text = json.dumps(self.layout.index, indent=2) + "\n"  # transformers' form; the order is the original's
+            (self.folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def copy_configuration(source: Path, out: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy configuration, processor and tokenizer files; with ``dtype``, note it in config.json."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in _COPIED and file.name != INDEX and not file.name.startswith("."):
+            shutil.copyfile(file, out / file.name)
+    if dtype is not None:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            for key in {"dtype", "torch_dtype"} & part.keys():
+                part[key] = str(dtype).removeprefix("torch.")
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def short_list(names: Iterable[str], limit: int = 5) -> str:
+    """The first few names and how many more there are, for messages."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,199 @@
+"""Megatron's torch_dist checkpoints, read and written by one process without a model and tensor by tensor.
+
+Such a checkpoint is a torch.distributed.checkpoint (DCP) folder plus Megatron's metadata.json; its tensors have one
+global shape whatever layout wrote them, so any layout loads them. Everything here goes through DCP's planner interface:
+the save planner hands out each tensor only when the writer asks for it, the load planner reads one slice at a time.
+Non-tensor state is one object named "common_state" (``megatron.core.dist_checkpointing.serialization.save``).
+"""
+
+import dataclasses
+import io
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.futures import Future
+
+from megavlm.config.errors import UserError
+from megavlm.convert.layout import Shape
+
+# Tensors of one file stay referenced until it is complete (torch's writer keeps them), so this bounds the memory.
+_FILE_BYTES = 2**30
+_COMMON_KEY = "common_state/shard_0_1"  # ShardedObject("common_state", …, (1,), (0,)).unique_key
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor to be written: ``load(first, last)`` gives its rows [first, last) of axis 0, on the CPU.
+
+    ``pieces`` divides axis 0 into parts that are loaded and stored one at a time.
+    """
+
+    key: str
+    shape: Shape
+    dtype: torch.dtype
+    load: Callable[[int, int], Tensor]
+    pieces: int = 1
+
+
+class McoreCheckpoint:
+    """A Megatron checkpoint of any origin (converted or saved by training), read slice by slice.
+
+    Attributes:
+        tensors: key to (global shape, dtype) of every tensor, optimizer states included.
+
+    Raises:
+        UserError: the folder is missing or is no complete torch_dist checkpoint.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not path.is_dir():
+            raise UserError(f"no such checkpoint folder: {path}")
+        if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
+            steps = sorted(child.name for child in path.glob("**/step_*") if child.is_dir())
+            remedy = (
+                f"it holds {steps[-1]}: give that folder" if steps else "give a folder written by hf2mcore or training"
+            )
+            raise UserError(f"{path} is no Megatron checkpoint: metadata.json or .metadata is missing", remedy)
+        self._reader = dcp.FileSystemReader(path)
+        try:
+            self._metadata = self._reader.read_metadata()
+        except Exception as error:  # pickle raises whatever the damaged bytes lead it to
+            raise UserError(f"{path / '.metadata'} cannot be read: {error!r}") from None
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._stored: dict[str, TensorStorageMetadata] = {
+            key: stored
+            for key, stored in self._metadata.state_dict_metadata.items()
+            if not isinstance(stored, BytesStorageMetadata)
+        }
+        self.tensors = {key: (tuple(s.size), s.properties.dtype) for key, s in self._stored.items()}
+
+    def read(self, key: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows [first, last) of axis 0 of tensor ``key``, put together from the stored shards.
+
+        Raises:
+            UserError: a data file is missing, damaged or incomplete.
+        """
+        stored = self._stored[key]
+        size = list(stored.size)
+        offsets = [0] * len(size)
+        if size:
+            last = size[0] if last is None else last
+            offsets[0], size[0] = first, last - first
+        target = torch.empty(size, dtype=stored.properties.dtype)
+        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(size))
+        items = create_read_items_for_chunk_list(key, stored, [wanted])
+        if sum(math.prod(item.lengths) for item in items) != target.numel():
+            raise UserError(f"{self.path}: the stored shards of {key} do not cover it", "save the checkpoint again")
+        try:
+            self._reader.read_data(LoadPlan(items), _IntoOneTensor(target))
+        except Exception as error:  # torch.load's unpickler raises many types for a damaged file
+            raise UserError(f"{self.path}: cannot read {key}: {error}", "the checkpoint is damaged") from None
+        return target
+
+
+class _IntoOneTensor(dcp.DefaultLoadPlanner):
+    """Load planner whose only destination is ``target``."""
+
+    def __init__(self, target: Tensor):
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item) -> Tensor:
+        box = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._target[tuple(slice(begin, begin + length) for begin, length in box)]
+
+    def commit_tensor(self, read_item, tensor: Tensor) -> None:
+        pass
+
+
+def write_checkpoint(
+    path: Path, sources: Iterable[Source], common: dict, advance: Callable[[int], None] = lambda nbytes: None
+) -> None:
+    """Write a torch_dist checkpoint into folder ``path``, holding about a GiB of it in memory at a time.
+
+    Args:
+        path: a new folder; Megatron's ``dist_checkpointing.load`` reads it in any layout.
+        sources: the tensors; each is asked for once, piece by piece.
+        common: non-tensor state, of types that ``torch.load(weights_only=True)`` accepts.
+        advance: called with the bytes of each piece as it is written.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
+        dcp.save({}, storage_writer=_GroupedWriter(path), planner=_LazyPlanner(sources, common, advance), no_dist=True)
+    # megatron.core.dist_checkpointing.core.CheckpointingConfig; last, for its presence says that the folder is complete
+    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (path / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
+
+
+class _LazyPlanner(dcp.DefaultSavePlanner):
+    """Save planner over Sources instead of a state dict."""
+
+    def __init__(self, sources: Iterable[Source], common: dict, advance: Callable[[int], None]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._sources = {source.key: source for source in sources}
+        self._common, self._advance = common, advance
+
+    def create_local_plan(self) -> SavePlan:
+        items = [WriteItem(MetadataIndex(_COMMON_KEY), WriteItemType.BYTE_IO)]
+        for source in self._sources.values():
+            size, rows = torch.Size(source.shape), source.shape[0] // source.pieces
+            for piece in range(source.pieces):
+                offset = torch.Size([piece * rows] + [0] * (len(size) - 1))
+                chunk = ChunkStorageMetadata(offset, torch.Size([rows, *size[1:]]))
+                data = TensorWriteData(chunk, TensorProperties(dtype=source.dtype), size)
+                items.append(WriteItem(MetadataIndex(source.key, offset), WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            data = io.BytesIO()
+            torch.save([self._common], data)
+            return data
+        chunk = write_item.tensor_data.chunk
+        tensor = self._sources[write_item.index.fqn].load(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])
+        assert tensor.shape == chunk.sizes, (write_item.index, tensor.shape)
+        self._advance(tensor.nbytes)
+        return tensor.contiguous()
+
+
+class _GroupedWriter(dcp.FileSystemWriter):
+    """DCP's file writer, with several files of bounded size from one process instead of a single huge one."""
+
+    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future:
+        groups: list[list[WriteItem]] = [[]]
+        size = 0
+        for item in plan.items:
+            if item.type != WriteItemType.BYTE_IO:
+                data = item.tensor_data
+                nbytes = math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
+                if size and size + nbytes > _FILE_BYTES:
+                    groups.append([])
+                    size = 0
+                size += nbytes
+            groups[-1].append(item)
+        results = []
+        for number, items in enumerate(groups):
+            prefix = dataclasses.replace(plan.storage_data, prefix=f"__0_{number}_")
+            part = dataclasses.replace(plan, items=items, storage_data=prefix)
+            results += super().write_data(part, planner).wait()
+        future: Future = Future()
+        future.set_result(results)
+        return future

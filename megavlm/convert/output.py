@@ -1,0 +1,58 @@
+"""New folders that appear whole or not at all, and the progress bar of the streaming tools."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megavlm.config.errors import UserError
+
+
+@contextmanager
+def new_folder(out: Path, *, overwrite: bool, mark: str) -> Iterator[Path]:
+    """Yield an empty ``OUT.partial`` that becomes ``out`` when the block ends without an exception.
+
+    Args:
+        out: the folder to be made.
+        overwrite: replace an existing ``out``, but only one that holds the file ``mark`` (one of our own results).
+        mark: a file that every complete result holds.
+
+    Raises:
+        UserError: ``out`` exists and may not be replaced, or its parent cannot be written.
+    """
+    if out.exists():
+        if not overwrite:
+            raise UserError(f"{out} exists already", "choose another --out, or give --overwrite to replace it")
+        if not (out / mark).is_file():
+            raise UserError(f"{out} exists and holds no {mark}, so it is not replaced", "choose another --out")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)  # an interrupted earlier run
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {partial}: {error.strerror}") from None
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if out.exists():
+        replaced = out.with_name(out.name + ".replaced")
+        out.rename(replaced)
+        partial.rename(out)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(out)
+
+
+@contextmanager
+def progress_bar(description: str, total_bytes: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; yields the function that advances it by a number of bytes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not show) as progress:
+        task = progress.add_task(description, total=total_bytes)
+        yield lambda nbytes: progress.advance(task, nbytes)

@@ -1,0 +1,156 @@
+"""Reading and writing one safetensors file without holding its tensors in memory.
+
+The library's own writer wants every tensor of a file at once; here the header is written first, from names and shapes
+alone, and each tensor (or slice of one) goes to its place when it is ready. Reading maps the file, so untouched tensors
+cost nothing and touched ones live in the page cache.
+
+Format: 8 bytes little-endian header length; JSON header {name: {dtype, shape, data_offsets}}; the data.
+Source: the format section of safetensors' README.
+"""
+
+import json
+import math
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavlm.config.errors import UserError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """dtype (safetensors' spelling, "BF16") and shape of a stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+
+class SafetensorsReader:
+    """A safetensors file, mapped read-only.
+
+    Attributes:
+        tensors: name to TensorInfo, in the order of the data.
+        metadata: the header's free text fields, or None.
+
+    Raises:
+        UserError: the file is missing, no safetensors file, or shorter than its header says.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or 8 + length > size:
+                    raise _damaged(path, f"{size:,} bytes, too short for its header")
+                header = json.loads(file.read(length))
+                # Private mapping: torch wants a writable buffer; nothing writes, so no page is ever copied.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except FileNotFoundError:
+            raise UserError(f"no such file: {path}", "fetch the missing file of the Hugging Face folder") from None
+        except (ValueError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise _damaged(path, str(error)) from None
+        self.metadata: dict[str, str] | None = header.pop("__metadata__", None)
+        self._begin = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, field in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if field["dtype"] not in DTYPES:
+                raise UserError(f"{path}: {name} has dtype {field['dtype']}; allowed: {', '.join(DTYPES)}")
+            info = TensorInfo(field["dtype"], tuple(field["shape"]))
+            begin, end = field["data_offsets"]
+            if end - begin != info.nbytes:
+                raise _damaged(path, f"{name} should have {info.nbytes:,} bytes but has {end - begin:,}")
+            if 8 + length + end > size:
+                raise _damaged(path, f"cut off at {size:,} bytes, inside {name}, which ends at {8 + length + end:,}")
+            self.tensors[name] = info
+            self._begin[name] = 8 + length + begin
+
+    def read(self, name: str) -> Tensor:
+        """Tensor ``name``, backed by the file: valid as long as it is referenced; do not write to it."""
+        info = self.tensors[name]
+        count = math.prod(info.shape)
+        if count == 0:
+            return torch.empty(info.shape, dtype=info.torch_dtype)
+        flat = torch.frombuffer(self._map, dtype=info.torch_dtype, count=count, offset=self._begin[name])
+        return flat.view(info.shape)
+
+
+class SafetensorsWriter:
+    """A new safetensors file, filled tensor by tensor in any order.
+
+    Args:
+        path: file to create.
+        tensors: names and shapes in the order of the data.
+        metadata: free text fields of the header; transformers wants ``{"format": "pt"}``.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str] | None):
+        header: dict = {} if metadata is None else {"__metadata__": metadata}
+        self._begin, end = {}, 0
+        for name, info in tensors.items():
+            self._begin[name] = end
+            end += info.nbytes
+            offsets = [self._begin[name], end]
+            header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as the library writes it
+        self.path, self.tensors = path, tensors
+        self._data = 8 + len(text)
+        self._missing = {name: info.nbytes for name, info in tensors.items()}
+        self._file = path.open("xb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.flush()
+        self._file.truncate(self._data + end)
+
+    def write(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
+        """Put ``tensor`` (CPU, the stored dtype) into ``name``, from row ``first_row`` of axis 0 on."""
+        info = self.tensors[name]
+        assert tensor.dtype == info.torch_dtype, (name, tensor.dtype, info)
+        row = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
+        offset = self._data + self._begin[name] + first_row * row
+        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._missing[name] -= len(data)
+        while data:  # one call writes at most 2 GiB
+            written = os.pwrite(self._file.fileno(), data, offset)
+            data, offset = data[written:], offset + written
+
+    def close(self) -> None:
+        """Flush to the disk. Every byte must have been written."""
+        assert not any(self._missing.values()), {n: b for n, b in self._missing.items() if b}
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is no complete safetensors file: {what}", "fetch or write the file again")
