@@ -54,15 +54,13 @@ class _Stream:
     def __exit__(self, *exc):
         return False
 
-    def __eq__(self, other):
-        return isinstance(other, _Stream)
-
-    __hash__ = None
-
     def _nothing(self, *args, **kwargs):
         return None
 
-    wait_stream = wait_event = record = wait = synchronize = record_event = _nothing
+    wait_stream = wait_event = record = wait = synchronize = _nothing
+
+    def record_event(self, event=None):
+        return event or _Stream()
 
     def query(self):
         return True
