@@ -34,7 +34,7 @@ class Verb:
             flag; returns an exit status or None for 0.
         summary: one line for the list of verbs.
         example: command lines for its help.
-        sections: sections of settings that it reads.
+        sections: sections of settings, or single keys, that it reads.
         requires: keys without a usable default that must be set.
         reads: keys of files that must exist.
         writes: result file or folder below `output` that must not exist yet; "" for a run folder; None for nothing.
@@ -74,7 +74,7 @@ VERBS = {
         "megavlm.training.score:main",
         "log-probabilities of each target token of data.eval, into scores.jsonl",
         "megavlm score sft.yaml model.load=runs/sft/checkpoints/step_00000100 output=runs/scores",
-        sections=("model", "data", "parallel", "vision", "train"),
+        sections=("model", "data", "parallel", "vision", "train.precision", "train.logprob_chunk_tokens"),
         requires=("output", "model.load", "data.eval"),
         reads=("model.hf", "model.load", "data.eval"),
         writes="scores.jsonl",
@@ -84,7 +84,7 @@ VERBS = {
         "answers to the questions of data.eval, into answers.jsonl, or to one prompt",
         "megavlm infer sft.yaml model.load=CHECKPOINT data.eval=questions.jsonl output=runs/answers\n"
         'megavlm infer sft.yaml model.load=CHECKPOINT --prompt "What is this?" --image cat.png',
-        sections=("model", "data", "parallel", "vision", "train", "generate"),
+        sections=("model", "data", "parallel", "vision", "train.precision", "train.seed", "generate"),
         requires=("model.load",),
         reads=("model.hf", "model.load", "data.eval"),
         writes="answers.jsonl",

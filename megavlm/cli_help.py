@@ -62,12 +62,12 @@ def _settings_table(sections: tuple[str, ...], required: tuple[str, ...]) -> Tab
     table = Table(box=None, padding=(0, 2, 0, 2), expand=True, header_style="dim")
     for title, ratio in (("key", None), ("default", None), ("allowed", 4), ("meaning", 7)):
         table.add_column(title, ratio=ratio, no_wrap=ratio is None)
-    for section in sections:
-        about = describe.about(section)
+    shown = [entry for entry in describe.entries() if entry.section in sections or entry.key in sections]
+    for section in dict.fromkeys(entry.section for entry in sorted(shown, key=lambda entry: entry.section != "")):
         table.add_row()
         if section:
-            table.add_row(Text(section, "bold"), "", "", Text(about, "italic"))
-        for entry in describe.entries():
+            table.add_row(Text(section, "bold"), "", "", Text(describe.about(section), "italic"))
+        for entry in shown:
             if entry.section == section:
                 needed = entry.key in required or entry.default == "required"
                 default = Text("required", "yellow") if needed else Text(entry.default)

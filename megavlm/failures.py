@@ -1,5 +1,6 @@
 """How a failure is told: one readable message on the terminal, however many processes saw it."""
 
+import fcntl
 import json
 import os
 import sys
@@ -9,15 +10,12 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-from rich.console import Console
-from rich.text import Text
-
 from megavlm.config import files
 from megavlm.config.errors import UserError
 
 USER_ERROR, OTHER_ERROR = 2, 1  # exit statuses
 FOLDER_VARIABLE = "MEGAVLM_FAILURE_FOLDER"  # set for the workers that `--nproc` starts
+_BEGAN = time.time()
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,9 @@ class Failure:
 
 def show(message: str, remedy: str | None = None) -> None:
     """Prints a message, and what to do about it, on standard error."""
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(Text.assemble(("error: ", "bold red"), message))
     if remedy:
@@ -74,13 +75,17 @@ def _hand_over(failure: Failure, folder: Path) -> None:
 
 
 def _first_on_this_machine() -> bool:
-    """Whether no other process with our parent (the torchrun agent or the srun step) has asked this before."""
+    """Whether no other process of our parent (the torchrun agent, the srun step) has told of a failure since we began.
+
+    They share a file whose last change is the last telling; an older one belongs to an earlier job of the same parent.
+    """
+    path = Path(tempfile.gettempdir()) / f"megavlm-failed-{os.getuid()}-{os.getppid()}"
     try:
-        parent = psutil.Process(os.getppid())
-        name = f"megavlm-failed-{parent.pid}-{int(parent.create_time() * 100)}"
-        os.close(os.open(Path(tempfile.gettempdir()) / name, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    except (OSError, psutil.Error):
-        pass  # a message too many is better than none
-    return True
+        with path.open("a") as marker:
+            fcntl.flock(marker, fcntl.LOCK_EX)
+            told = marker.tell() > 0 and os.fstat(marker.fileno()).st_mtime > _BEGAN
+            if not told:
+                marker.write(".")
+        return not told
+    except OSError:
+        return True  # a message too many is better than none

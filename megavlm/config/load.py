@@ -56,10 +56,11 @@ def _problem(details: dict, values: Values, path: Path | str) -> UserError:
         return UserError(f"{key} is not set{meaning}", f"add it to {path}, or {key}=… on the command line")
     if isinstance(cause, UserError) and (field is None or describe.section_class(field)):  # a check between fields
         return UserError(f"{cause.message}{_origins_of_named(cause.message, values)}", cause.remedy)
-    reason = f": {cause.message}" if isinstance(cause, UserError) else ""
     value = describe.value_text(details["input"]) if not isinstance(details["input"], str) else repr(details["input"])
-    allowed = f"; allowed: {describe.allowed(field)}" if field else f"; {details['msg']}"
-    return UserError(f"{key} is {value}{where}{reason}{allowed}")
+    if isinstance(cause, UserError):
+        return UserError(f"{key} is {value}{where}: {cause.message}", cause.remedy)
+    allowed = f"allowed: {describe.allowed(field)}" if field else details["msg"]
+    return UserError(f"{key} is {value}{where}; {allowed}")
 
 
 def key_text(location: Location) -> str:
@@ -93,7 +94,7 @@ def _keys_under(parent: Location) -> list[str]:
 def _origins_of_named(message: str, values: Values) -> str:
     """Where the settings that a message names were set: " (a.yaml:3, override b=1)"."""
     origins = []
-    for key in re.findall(r"[a-z_]+(?:\.[a-z_]+)+", message):
+    for key in re.findall(r"[a-z_]+(?:\.[a-z0-9_]+)+", message):
         origin = values.origins.get(tuple(key.split(".")))
         if origin and origin not in origins:
             origins.append(origin)

@@ -72,12 +72,9 @@ class ModelSettings(Section):
     @classmethod
     def _something_learns(cls, freeze: list[str]) -> list[str]:
         if len(set(freeze)) < len(freeze):
-            raise UserError(f"model.freeze names a part twice: {freeze}")
+            raise UserError("a part is named twice")
         if len(freeze) == 3:
-            raise UserError(
-                "model.freeze names vision, projector and language: nothing would be trained",
-                "leave at least one of them out",
-            )
+            raise UserError("nothing would be trained", "leave vision, projector or language out")
         return freeze
 
 

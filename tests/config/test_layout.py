@@ -1,0 +1,88 @@
+"""Layouts that fit and layouts that do not."""
+
+import pytest
+
+from megavlm.config.errors import UserError
+from megavlm.config.layout import check_dense_settings, check_layout, check_model
+from megavlm.config.settings import ParallelSettings, Settings, TrainSettings
+
+SHAPES = {"num_heads": 32, "num_kv_heads": 8, "vocab_size": 151936, "num_layers": 36, "seq_length": 8192}
+
+
+def check(world_size=8, batch=64, experts=None, **layout):
+    shapes = {**SHAPES, **{key: layout.pop(key) for key in list(layout) if key in SHAPES}}
+    parallel = ParallelSettings(**layout)
+    return check_layout(parallel, world_size, num_experts=experts, global_batch_size=batch, **shapes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data_parallel"),
+    [
+        ({}, 8),
+        ({"tensor": 2}, 4),
+        ({"tensor": 2, "pipeline": 2, "context": 2}, 1),
+        ({"pipeline": 4, "virtual_pipeline": 3}, 2),
+        ({"tensor": 2, "expert": 4, "experts": 128}, 4),
+        ({"world_size": 32, "tensor": 4, "pipeline": 2, "expert": 8, "expert_tensor": 2, "experts": 128}, 4),
+        ({"batch": None, "tensor": 2}, 4),
+    ],
+)
+def test_fitting_layouts(arguments, data_parallel):
+    assert check(**arguments) == data_parallel
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "remedy"),
+    [
+        (
+            {"world_size": 6, "tensor": 2, "pipeline": 2},
+            "6 processes cannot hold the layout parallel.tensor × parallel.pipeline × parallel.context = 2 × 2 × 1 = 4",
+            "start 4 or 8 processes",
+        ),
+        ({"world_size": 1, "tensor": 2}, "1 process cannot hold", "start 2 processes"),
+        ({"world_size": 2, "expert": 4, "experts": 8}, "parallel.expert × parallel.expert_tensor", "start 4 processes"),
+        ({"tensor": 8, "num_heads": 12, "num_kv_heads": 12}, "parallel.tensor is 8", "1, 2, 3, 4, 6, 12"),
+        ({"tensor": 8, "num_kv_heads": 4}, "does not divide the model's 4 key/value heads", "1, 2, 4"),
+        ({"tensor": 2, "vocab_size": 101}, "does not divide the model's 101 vocabulary entries", "1, 101"),
+        ({"pipeline": 8}, "parallel.pipeline is 8, which does not divide the model's 36 layers", "1, 2, 3, 4, 6, 9"),
+        ({"pipeline": 4, "virtual_pipeline": 2}, "4 × 2 = 8, which does not divide the model's 36 layers", "12"),
+        ({"expert": 2}, "parallel.expert is 2, but the model is dense: it would be ignored", "to 1"),
+        ({"expert_tensor": 2}, "parallel.expert_tensor is 2, but the model is dense", "to 1"),
+        ({"expert": 8, "experts": 12}, "does not divide the model's 12 experts", "1, 2, 3, 4, 6, 12"),
+        ({"tensor": 2, "sequence": False, "experts": 8}, "only with sequence parallelism", "parallel.sequence to true"),
+        ({"batch": 12}, "train.global_batch_size is 12, which is not divisible by the 8", "8 or 16"),
+        ({"batch": 4}, "train.global_batch_size is 4, which is not divisible by the 8", "that are: 8"),
+        (
+            {"batch": 4, "pipeline": 4, "virtual_pipeline": 3},
+            "gives 2 micro-batches each",
+            "nearest batches that fit: 8",
+        ),
+        ({"seq_length": 100, "context": 8}, "data.seq_length is 100", "96 and 112"),
+    ],
+)
+def test_layouts_that_do_not_fit(arguments, message, remedy):
+    with pytest.raises(UserError) as caught:
+        check(**arguments)
+    assert message in caught.value.message
+    assert remedy in caught.value.remedy
+
+
+def test_load_balancing_on_a_dense_model_would_be_ignored():
+    check_dense_settings(TrainSettings(), None)
+    check_dense_settings(TrainSettings(moe_aux_loss_coeff=0.0), None)
+    check_dense_settings(TrainSettings(moe_aux_loss_coeff=0.01), 8)
+    with pytest.raises(UserError, match=r"moe_aux_loss_coeff is 0.01, but the model is dense"):
+        check_dense_settings(TrainSettings(moe_aux_loss_coeff=0.01), None)
+
+
+def test_check_model_takes_the_numbers_from_shapes():
+    class Text:
+        heads, kv_heads, vocab, layers, moe = 4, 2, 512, 4, None
+
+    class Shapes:
+        text = Text
+
+    settings = Settings(model={"hf": "x"}, parallel={"tensor": 2})
+    assert check_model(settings, Shapes, 4) == 2
+    with pytest.raises(UserError, match="2 key/value heads"):
+        check_model(Settings(model={"hf": "x"}, parallel={"tensor": 4}), Shapes, 4)

@@ -1,0 +1,78 @@
+"""Checks between settings, and that every setting explains itself."""
+
+import pytest
+
+from megavlm.config import describe
+from megavlm.config.settings import Settings
+
+HF = "model: {hf: folder}\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.lr=1e-5", "train.min_lr=1e-4"], "train.min_lr is 0.0001, more than train.lr, 1e-05"),
+        (["train.steps=5", "train.warmup_steps=6"], "train.warmup_steps is 6, more than train.steps, 5"),
+        (["train.schedule=constant", "train.min_lr=1e-6"], "schedule constant stays at lr: it would be ignored"),
+        (["train.optimizer=sgd", "train.adam_beta2=0.9"], "train.adam_beta2 is 0.9, but train.optimizer is sgd"),
+        (["train.precision=fp8"], "train.precision is fp8, but model.kernels is auto"),
+        (["model.freeze=[vision, projector, language]"], "nothing would be trained"),
+        (["model.freeze=[vision, vision]"], "a part is named twice"),
+        (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline is 2, but parallel.pipeline is 1"),
+        (["data.min_pixels=100", "data.max_pixels=50"], "data.min_pixels is 100, more than data.max_pixels, 50"),
+        (["data.packing=none", "data.packing_buffer=5"], "data.packing none keeps no buffer"),
+        (["generate.top_p=0.5"], "generate.top_p is 0.5, but generate.temperature is 0"),
+        (["generate.top_k=5"], "generate.top_k is 5, but generate.temperature is 0"),
+        (["data.seq_length=30", "parallel.tensor=4"], "data.seq_length is 30, which is not divisible by"),
+    ],
+)
+def test_combinations_refused(refused, overrides, message):
+    error = refused(HF, *overrides)
+    assert message in error.message
+    assert all(override in error.message for override in overrides if override.split("=")[0] in error.message)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"train": {"lr": 1e-5, "min_lr": 1e-5, "steps": 5, "warmup_steps": 5}},
+        {"train": {"precision": "fp8"}, "model": {"hf": "x", "kernels": "te"}},
+        {"model": {"hf": "x", "freeze": ["vision", "language"]}},
+        {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+        {"generate": {"temperature": 0.7, "top_p": 0.5, "top_k": 5}},
+        {"data": {"seq_length": 32}, "parallel": {"tensor": 4, "context": 4}},
+    ],
+)
+def test_combinations_accepted(values):
+    Settings(**{"model": {"hf": "x"}, **values})
+
+
+def test_context_parallelism_needs_two_pieces_for_each_rank(refused):
+    error = refused(HF, "data.seq_length=40", "parallel.context=4", "parallel.tensor=2")
+    assert "not divisible by 2 × parallel.context × parallel.tensor = 16" in error.message
+    assert error.remedy == "nearest lengths that are: 32 and 48"
+
+
+def test_sequence_parallelism_is_off_without_tensor_parallelism():
+    assert not Settings(model={"hf": "x"}).parallel.sequence_parallel
+    assert Settings(model={"hf": "x"}, parallel={"tensor": 2}).parallel.sequence_parallel
+    assert not Settings(model={"hf": "x"}, parallel={"tensor": 2, "sequence": False}).parallel.sequence_parallel
+
+
+def test_settings_are_final():
+    with pytest.raises(ValueError, match="frozen"):
+        Settings(model={"hf": "x"}).train.steps = 3
+
+
+def test_every_setting_has_default_range_and_meaning():
+    entries = list(describe.entries())
+    assert len({entry.key for entry in entries}) == len(entries) > 40
+    for entry in entries:
+        assert entry.meaning, entry.key
+        assert entry.allowed, entry.key
+        assert entry.default, entry.key
+    assert [entry.key for entry in entries if entry.default == "required"] == ["model.hf"]
+    by_key = {entry.key: entry for entry in entries}
+    assert by_key["checkpoint.async"].allowed == "true | false"
+    assert by_key["generate.top_p"].allowed == "number > 0 and ≤ 1"
+    assert by_key["log.wandb.mode"].section == "log"
