@@ -115,7 +115,8 @@ def pack(samples: Sequence[Sample], seq_length: int, *, pad_id: int, grid_side: 
     """
     lengths = [len(sample.input_ids) for sample in samples]
     used = sum(lengths)
-    assert samples and used <= seq_length, f"{used} tokens do not fit a row of {seq_length}"
+    assert samples, "a row holds at least one sample"
+    assert used <= seq_length, f"{used} tokens do not fit a row of {seq_length}"
     starts = np.cumsum([0, *lengths])
 
     def tokens(name: str, fill: float) -> Tensor:

@@ -81,7 +81,7 @@ def test_interpolation_equals_transformers(side):
 
 
 def test_tower_sees_the_same_positions():
-    """Through the model: the sum of its position embedding, and its rotary cosines, from our tensors and from its own."""
+    """Through the model: the position embedding it adds and its rotary angles, made from our tensors."""
     config = Qwen3VLVisionConfig(depth=1, hidden_size=32, num_heads=2, intermediate_size=8, num_position_embeddings=81)
     tower = Qwen3VLVisionModel(config)
     grids = np.array(GRIDS, dtype=np.int32)

@@ -1,0 +1,172 @@
+"""The Hugging Face folder's own processor: its limits, the sizes it will give, and its pixel rows."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoProcessor, Qwen3VLProcessor
+from transformers.image_utils import SizeDict
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as resized_picture
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resized_video
+from transformers.video_utils import VideoMetadata
+
+from megavlm.config.errors import UserError
+from megavlm.data.media import Picture, Video
+
+
+@dataclass
+class Still:
+    """A picture and the grid (1, h, w) of patches it becomes."""
+
+    picture: Picture
+    grid: tuple[int, int, int]
+
+
+@dataclass
+class Clip:
+    """A video, the frames sampled from it, and the grid (t, h, w) of patches they become."""
+
+    video: Video
+    metadata: VideoMetadata
+    grid: tuple[int, int, int]
+
+
+class VisionProcessor:
+    """What the rest of the package needs of a ``Qwen3VLProcessor``.
+
+    Args:
+        hf_dir: folder with config.json, tokenizer and processor files.
+        settings: the ``data`` section: min_pixels, max_pixels, video_fps, video_max_frames (None: as in the folder).
+
+    Raises:
+        UserError: the folder has no Qwen3-VL processor, or the limits contradict each other.
+    """
+
+    def __init__(self, hf_dir: Path, settings: Any):
+        self.hf = _load(hf_dir)
+        _apply_limits(self.hf, settings)
+        pictures = self.hf.image_processor
+        self.merge = pictures.merge_size
+        self.patch_dim = 3 * pictures.temporal_patch_size * pictures.patch_size**2
+        self.video_fps = self.hf.video_processor.fps
+        config = json.loads((hf_dir / "config.json").read_text(encoding="utf-8"))
+        self.grid_side = round(config["vision_config"]["num_position_embeddings"] ** 0.5)
+
+    def place_picture(self, picture: Picture) -> Still:
+        """The picture's grid, from its header. Raises UserError if there is no such picture or it is too narrow."""
+        height, width = picture.size()
+        processor = self.hf.image_processor
+        try:
+            height, width = resized_picture(
+                height,
+                width,
+                factor=processor.patch_size * processor.merge_size,
+                min_pixels=processor.size["shortest_edge"],
+                max_pixels=processor.size["longest_edge"],
+            )
+        except ValueError as error:  # more than 200 times as long as wide
+            raise UserError(f"{picture.source}: picture {picture.path}: {error}") from error
+        return Still(picture, (1, height // processor.patch_size, width // processor.patch_size))
+
+    def place_video(self, video: Video) -> Clip:
+        """The frames to sample and their grid, from the header. Raises UserError if it is no video or one frame."""
+        metadata = video.probe()
+        processor = self.hf.video_processor
+        metadata.frames_indices = processor.sample_frames(metadata)
+        count, factor = len(metadata.frames_indices), processor.patch_size * processor.merge_size
+        most = processor.size["longest_edge"]
+        if processor.cap_pixels_per_frame:  # as in the video processor's resize
+            cap = min(processor.max_video_tokens * factor**2, most // count)
+            most = max(cap, int(processor.size["shortest_edge"] * 1.05)) * count
+        try:
+            height, width = resized_video(
+                count,
+                metadata.height,
+                metadata.width,
+                temporal_factor=processor.temporal_patch_size,
+                factor=factor,
+                min_pixels=processor.size["shortest_edge"],
+                max_pixels=most,
+            )
+        except ValueError as error:  # one frame, or more than 200 times as long as wide
+            raise UserError(f"{video.source}: video {video.name}: {error}") from error
+        steps = -(-count // processor.temporal_patch_size)
+        return Clip(video, metadata, (steps, height // processor.patch_size, width // processor.patch_size))
+
+    def insert_media(self, text: str, stills: list[Still], clips: list[Clip]) -> tuple[str, list[dict]]:
+        """Replace the place of each picture and video by its text, with **one** placeholder token per frame.
+
+        Returns the text and, in text order, what was replaced: "type" ("image" or "video"), "span" and "new_span" in
+        characters. The processor writes the texts itself (a video's has time stamps); it only believes that every
+        frame is a single token wide.
+        """
+        one = self.merge  # patches per side of one token
+        images = [self.hf.replace_image_token({"image_grid_thw": np.array([[1, one, one]])}, 0) for _ in stills]
+        videos = [
+            self.hf.replace_video_token(
+                {"video_grid_thw": np.array([[clip.grid[0], one, one]]), "video_metadata": [clip.metadata]}, 0
+            )
+            for clip in clips
+        ]
+        texts, replaced = self.hf.get_text_with_replacements([text], images, videos)
+        return texts[0], replaced[0]
+
+    def pixel_rows(self, media: list[Still | Clip]) -> torch.Tensor:
+        """Decode and process: float32 [P, patch_dim], in the order given. Raises UserError for an unreadable file."""
+        stills = [item for item in media if isinstance(item, Still)]
+        rows: list[torch.Tensor] = []
+        if stills:
+            pixels = [still.picture.pixels() for still in stills]
+            done = self.hf.image_processor(images=pixels, return_tensors="pt")
+            rows = [done["pixel_values"]]
+            assert done["image_grid_thw"].tolist() == [list(still.grid) for still in stills], "size foreseen wrongly"
+        if len(stills) < len(media):
+            pictures = iter(rows[0].split([int(np.prod(still.grid)) for still in stills]) if stills else ())
+            rows = [next(pictures) if isinstance(item, Still) else self._clip_rows(item) for item in media]
+        return rows[0] if len(rows) == 1 else torch.cat(rows or [torch.empty(0, self.patch_dim)])
+
+    def _clip_rows(self, clip: Clip) -> torch.Tensor:
+        pixels = clip.video.pixels(clip.metadata.frames_indices)
+        done = self.hf.video_processor(
+            videos=[pixels], video_metadata=[clip.metadata], do_sample_frames=False, return_tensors="pt"
+        )
+        assert done["video_grid_thw"].tolist() == [list(clip.grid)], "size foreseen wrongly"
+        return done["pixel_values_videos"]
+
+
+def _load(folder: Path) -> Qwen3VLProcessor:
+    if not folder.is_dir():
+        raise UserError(f"no such Hugging Face folder: {folder}", "set model.hf to a local folder with a processor")
+    try:
+        processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises many types for missing or broken files
+        raise UserError(f"{folder}: its processor cannot be loaded: {error}") from error
+    if not isinstance(processor, Qwen3VLProcessor):
+        raise UserError(
+            f"{folder}: has a {type(processor).__name__}, not a Qwen3-VL processor",
+            "copy the released folder's processor and tokenizer files (all *.json, *.txt and *.jinja) there",
+        )
+    return processor
+
+
+def _apply_limits(processor: Qwen3VLProcessor, settings: Any) -> None:
+    """Write the settings' limits into the processor, so that it and our foresight of its sizes have one source."""
+    pictures, videos = processor.image_processor, processor.video_processor
+    least = settings.min_pixels or pictures.size["shortest_edge"]
+    most = settings.max_pixels or pictures.size["longest_edge"]
+    if least > most:
+        raise UserError(
+            f"pictures have at least {least} and at most {most} pixels (data.min_pixels, data.max_pixels, and the "
+            "processor's own limits where these are null)",
+            "lower data.min_pixels or raise data.max_pixels",
+        )
+    pictures.size = SizeDict(shortest_edge=least, longest_edge=most)
+    videos.fps = settings.video_fps or videos.fps
+    if settings.video_max_frames:
+        videos.max_frames = settings.video_max_frames
+        videos.min_frames = min(videos.min_frames, settings.video_max_frames)
+    # None means False to the processor, and a warning with each run.
+    videos.cap_pixels_per_frame = bool(videos.cap_pixels_per_frame)

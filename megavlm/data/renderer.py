@@ -1,0 +1,223 @@
+"""From a record to a sample, in two steps.
+
+A *draft* has all that is cheap: the text, its tokens and targets, and how large each picture will be. Packing needs no
+more than its length. The pixels are read when the draft has found its row, so that a packing buffer of a thousand
+drafts costs a few megabytes.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megavlm.config.errors import UserError
+from megavlm.data.media import find_picture, find_video
+from megavlm.data.positions import mrope_positions
+from megavlm.data.processor import Clip, Still, VisionProcessor
+from megavlm.data.records import Kind, Record, check_record
+from megavlm.data.row import IGNORE, Row, Sample, pack
+from megavlm.data.template import ChatTemplate
+
+
+@dataclass(kw_only=True)
+class Draft:
+    """A sample without pixels, the visual tokens of each frame written as one.
+
+    Attributes:
+        token_ids: int32 [s].
+        repeats: int32 [s], 1 for text; for the one token that stands for a frame, the frame's visual tokens.
+        weights: float32 [s], loss weight of each token as a target, 0 where it is none.
+        frame_grids: int32 [F, 2], patches (h, w) of each frame in text order.
+        media: pictures and videos in text order.
+        length: tokens t of the sample.
+        source: "file:line".
+        index: place of the sample in its file.
+    """
+
+    token_ids: np.ndarray
+    repeats: np.ndarray
+    weights: np.ndarray
+    frame_grids: np.ndarray
+    media: list[Still | Clip]
+    length: int
+    source: str
+    index: int
+
+
+class Renderer:
+    """Renders records with the processor of a Hugging Face folder.
+
+    Token ids and pixel rows are those of the processor called with the same messages; picture and video limits are
+    the folder's unless the settings say otherwise.
+
+    Args:
+        hf_dir: folder with config.json, tokenizer and processor files.
+        settings: the ``data`` section: seq_length, min_pixels, max_pixels, video_fps, video_max_frames.
+
+    Raises:
+        UserError: the folder has no Qwen3-VL processor, or the limits contradict each other.
+    """
+
+    def __init__(self, hf_dir: str | Path, settings: Any):
+        # Workers are forked; the tokenizer's threads would not survive that, and one text at a time needs none.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.vision = VisionProcessor(Path(hf_dir), settings)
+        self.processor = self.vision.hf
+        self.tokenizer = self.processor.tokenizer
+        self.seq_length = settings.seq_length
+        self.pad_id = next(id for id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if id is not None)
+        self._template = ChatTemplate(self.processor) if self.processor.chat_template else None
+
+    def encode(self, record: dict, base: Path, source: str, *, kind: Kind, index: int = 0) -> Sample:
+        """Render one record at once; arguments and errors as of ``draft`` and ``complete``."""
+        return self.complete(self.draft(record, base, source, kind=kind, index=index))
+
+    def draft(self, record: dict, base: Path, source: str, *, kind: Kind, index: int = 0) -> Draft:
+        """Everything but the pixels.
+
+        Args:
+            record: the parsed line.
+            base: folder to which paths in the record are relative.
+            source: "file:line", for messages.
+            kind: "tune": assistant turns are targets, with their end token; "pretrain": every token after the first is,
+                except visual placeholders; "prompt": nothing is, assistant messages at the end are left out and the
+                beginning of an answer is added. A ``text`` record is a document for "tune" as for "pretrain".
+            index: place of the sample in its file.
+
+        Raises:
+            UserError: a record that cannot be used, a picture or video whose header cannot be read, or (except for
+                prompts) more tokens than a row has.
+        """
+        checked = check_record(record, kind, source)
+        text, turns = self._text(checked, kind, source)
+        self._check_places(text, checked, source)
+        stills = [self.vision.place_picture(find_picture(named, base, source)) for named in checked.images]
+        fps = self.vision.video_fps
+        clips = [self.vision.place_video(find_video(named, base, source, fps)) for named in checked.videos]
+        text, replaced = self.vision.insert_media(text, stills, clips)
+        queues = {"image": iter(stills), "video": iter(clips)}
+        media = [next(queues[item["type"]]) for item in replaced]
+        grids = [(h, w) for t, h, w in (item.grid for item in media) for _ in range(t)]
+        frame_grids = np.array(grids, dtype=np.int32).reshape(-1, 2)
+
+        encoding = self.tokenizer(text, return_offsets_mapping=True, return_attention_mask=False)
+        token_ids = np.array(encoding["input_ids"], dtype=np.int32)
+        is_visual = (token_ids == self.processor.image_token_id) | (token_ids == self.processor.video_token_id)
+        repeats = np.ones(len(token_ids), dtype=np.int32)
+        repeats[is_visual] = frame_grids.prod(axis=1) // self.vision.merge**2
+        if turns is None:
+            weights = np.full(len(token_ids), float(kind != "prompt"), dtype=np.float32)
+        else:
+            starts = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
+            weights = _weights_of(_shifted(turns, replaced), starts)
+        weights[is_visual] = 0
+
+        draft = Draft(
+            token_ids=token_ids,
+            repeats=repeats,
+            weights=weights,
+            frame_grids=frame_grids,
+            media=media,
+            length=int(repeats.sum()),
+            source=source,
+            index=index,
+        )
+        if kind != "prompt":
+            self._check_length(draft, int(repeats[is_visual].sum()))
+        return draft
+
+    def complete(self, draft: Draft) -> Sample:
+        """Read the pixels and write out tokens, targets and positions. Raises UserError for an unreadable file."""
+        is_visual = (draft.token_ids == self.processor.image_token_id) | (
+            draft.token_ids == self.processor.video_token_id
+        )
+        visual_positions = np.flatnonzero(np.repeat(is_visual, draft.repeats))
+        tokens = torch.from_numpy(np.repeat(draft.token_ids, draft.repeats).astype(np.int64))
+        weights = torch.from_numpy(np.repeat(draft.weights, draft.repeats))
+        loss_weights = torch.cat([weights[1:], weights.new_zeros(1)])
+        next_tokens = torch.cat([tokens[1:], tokens.new_zeros(1)])
+        positions = mrope_positions(draft.length, draft.frame_grids, visual_positions, self.vision.merge)
+        num_videos = sum(isinstance(item, Clip) for item in draft.media)
+        return Sample(
+            input_ids=tokens,
+            labels=torch.where(loss_weights > 0, next_tokens, IGNORE),
+            loss_weights=loss_weights,
+            position_ids=torch.from_numpy(positions),
+            patches=self.vision.pixel_rows(draft.media),
+            frame_grids=torch.from_numpy(draft.frame_grids),
+            visual_positions=torch.from_numpy(visual_positions),
+            num_images=len(draft.media) - num_videos,
+            num_videos=num_videos,
+            source=draft.source,
+            index=draft.index,
+        )
+
+    def pack(self, samples: Sequence[Sample], seq_length: int | None = None) -> Row:
+        """Lay samples end to end in one row of `seq_length` tokens (default: data.seq_length)."""
+        return pack(
+            samples,
+            seq_length or self.seq_length,
+            pad_id=self.pad_id,
+            grid_side=self.vision.grid_side,
+            merge=self.vision.merge,
+        )
+
+    def _text(self, record: Record, kind: Kind, source: str) -> tuple[str, list[tuple[int, int, float]] | None]:
+        """The record as text with one placeholder per picture or video, and the learned turns (None: not by turns)."""
+        processor = self.processor
+        if record.text is not None:
+            placeholder = {"image": processor.image_token, "video": processor.video_token}
+            parts = [
+                part["text"]
+                if part["type"] == "text"
+                else processor.vision_start_token + placeholder[part["type"]] + processor.vision_end_token
+                for part in record.text
+            ]
+            return "".join(parts), None
+        if self._template is None:
+            raise UserError(
+                f"{source}: messages need a chat template, and the processor in model.hf has none",
+                "add the model's chat_template.jinja to the folder",
+            )
+        if kind == "tune":
+            return self._template.turns(record.messages, record.weights, record.tools, source)
+        return self._template.render(record.messages, record.tools, prompt=kind == "prompt", source=source), None
+
+    def _check_places(self, text: str, record: Record, source: str) -> None:
+        """The rendered text must have one placeholder per file: a template may drop some, a text may contain more."""
+        for token, media in ((self.processor.image_token, record.images), (self.processor.video_token, record.videos)):
+            if text.count(token) != len(media):
+                raise UserError(
+                    f"{source}: the rendered text has {text.count(token)} {token} for {len(media)} files",
+                    f"put pictures and videos into user messages only, and remove {token} from the text itself",
+                )
+
+    def _check_length(self, draft: Draft, num_visual: int) -> None:
+        if draft.length > self.seq_length:
+            raise UserError(
+                f"{draft.source}: the sample has {draft.length} tokens ({num_visual} of them visual), but a row has "
+                f"data.seq_length = {self.seq_length}",
+                "raise data.seq_length, lower data.max_pixels or data.video_max_frames, or remove the sample",
+            )
+
+
+def _shifted(spans: list[tuple[int, int, float]], replaced: list[dict]) -> list[tuple[int, int, float]]:
+    """Spans of a text after the replacements (their ends in old and new characters say by how much it moved)."""
+    ends = np.array([0, *(item["span"][1] for item in replaced)])
+    moved = np.array([0, *(item["new_span"][1] - item["span"][1] for item in replaced)])
+
+    def move(place: int) -> int:
+        return place + int(moved[np.searchsorted(ends, place, side="right") - 1])
+
+    return [(move(start), move(end), weight) for start, end, weight in spans]
+
+
+def _weights_of(spans: list[tuple[int, int, float]], starts: np.ndarray) -> np.ndarray:
+    """The weight of each token, from the character at which it starts; 0 outside of all spans (which ascend)."""
+    bounds = np.array([bound for start, end, _ in spans for bound in (start, end)])
+    values = np.array([0.0, *(value for _, _, weight in spans for value in (weight, 0.0))], dtype=np.float32)
+    return values[np.searchsorted(bounds, starts, side="right")]

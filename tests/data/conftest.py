@@ -1,0 +1,70 @@
+"""A small model folder, and real pictures and videos in files."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from megavlm.config.settings import DataSettings
+from megavlm.data.renderer import Renderer
+from megavlm.demo.model_folder import make_model_folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def make_renderer(model_folder):
+    """A renderer with the given data settings."""
+    return lambda **settings: Renderer(model_folder, DataSettings(**settings))
+
+
+@pytest.fixture(scope="session")
+def renderer(make_renderer) -> Renderer:
+    return make_renderer(seq_length=4096)
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory) -> SimpleNamespace:
+    """Files of many kinds in one folder: `media.base`, and their names."""
+    base = tmp_path_factory.mktemp("media")
+    pictures = ["large.jpg", "wide.png", "grey.png", "alpha.png", "tall.gif", "tiny.webp", "cmyk.jpg", "turned.jpg"]
+    astronaut = Image.fromarray(skimage.data.astronaut())
+    astronaut.save(base / "large.jpg", quality=92)
+    astronaut.crop((0, 0, 300, 40)).save(base / "wide.png")
+    Image.fromarray(skimage.data.coins()).save(base / "grey.png")
+    Image.fromarray(skimage.data.chelsea()).convert("RGBA").resize((61, 99)).save(base / "alpha.png")
+    astronaut.convert("P").resize((33, 170)).save(base / "tall.gif")
+    astronaut.resize((17, 5)).save(base / "tiny.webp")
+    astronaut.convert("CMYK").resize((120, 90)).save(base / "cmyk.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    astronaut.crop((100, 0, 300, 400)).save(base / "turned.jpg", exif=exif)
+    video(base / "clip.mp4", frames=23, fps=10, size=(96, 64))
+    video(base / "long.webm", frames=40, fps=8, size=(64, 64))
+    for number in range(5):
+        astronaut.rotate(10 * number).resize((80, 48)).save(base / f"frame{number}.png")
+    return SimpleNamespace(
+        base=base,
+        pictures=pictures,
+        frames=[f"frame{number}.png" for number in range(5)],
+    )
+
+
+def video(path: Path, frames: int, fps: int, size: tuple[int, int]) -> None:
+    """A video of a photograph passing by; `size` is (width, height)."""
+    scene = skimage.data.chelsea()
+    codec = "libvpx" if path.suffix == ".webm" else "mpeg4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for number in range(frames):
+            view = np.ascontiguousarray(scene[50 : 50 + size[1], 4 * number : 4 * number + size[0]])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(view, format="rgb24")))
+        container.mux(stream.encode())

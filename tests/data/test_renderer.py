@@ -1,0 +1,292 @@
+"""Rendered samples against the Hugging Face processor called with the same messages."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoProcessor
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+from transformers.video_utils import VideoMetadata, load_video
+
+from megavlm.config.errors import UserError
+from megavlm.data.row import IGNORE
+
+
+def talk(*contents, system=None):
+    """Messages in turn from user and assistant."""
+    turns = [{"role": "assistant" if n % 2 else "user", "content": content} for n, content in enumerate(contents)]
+    return [{"role": "system", "content": system}, *turns] if system is not None else turns
+
+
+RECORDS = {
+    "text": {"messages": talk("Hello?", "Good morning.\n\nMore — ünïcode 图片 🙂.", system="Be brief.")},
+    "empty system": {"messages": talk("Hi", "Ho", system="")},
+    "one picture": {"messages": talk("<image>What is it?", "A woman."), "images": ["large.jpg"]},
+    "turns": {
+        "messages": talk("<image>\nand <image>?", "Two.", "And <image>", "", "Thanks <image>", "Bye\n"),
+        "images": ["wide.png", "grey.png", "alpha.png", "tall.gif"],
+    },
+    "formats": {"messages": talk("<image>" * 8, "Eight."), "images": "all"},
+    "video": {"messages": talk("<video>What happens?", "A cat passes."), "videos": ["clip.mp4"]},
+    "video without a frame count": {"messages": talk("Look: <video>", "Yes."), "videos": ["long.webm"]},
+    "frames": {"messages": talk("<video>?", "It turns."), "videos": ["frames"]},
+    "mixture": {
+        "messages": talk("<video><image>a<video>", "b", "<image>", "c"),
+        "images": ["turned.jpg", "tiny.webp"],
+        "videos": ["long.webm", "frames"],
+    },
+    "parts": {
+        "messages": talk(
+            [{"type": "text", "text": "Is <image> "}, {"type": "image", "image": "cmyk.jpg"}, {"type": "image"}],
+            [{"type": "text", "text": "yes"}],
+        ),
+        "images": ["tiny.webp"],
+    },
+}
+
+
+@pytest.fixture(params=RECORDS)
+def record(request, media):
+    record = dict(RECORDS[request.param])
+    if record.get("images") == "all":
+        record["images"] = media.pictures
+    if "videos" in record:
+        record["videos"] = [media.frames if named == "frames" else named for named in record["videos"]]
+    return record
+
+
+def reference(processor, record, media, prompt=False):
+    """What the processor makes of the record; pictures opened by PIL, videos by transformers' PyAV reader."""
+    pictures, videos, metadata = iter(record.get("images", ())), [], []
+    messages = []
+    for message in record["messages"]:
+        content = message["content"]
+        if isinstance(content, str):
+            content = [
+                {"type": piece[1:-1]} if piece in ("<image>", "<video>") else {"type": "text", "text": piece}
+                for piece in re.split("(<image>|<video>)", content)
+                if piece
+            ]
+        content = [dict(part) for part in content]
+        for part in content:
+            if part["type"] == "image":
+                picture = Image.open(media.base / (part.get("image") or next(pictures)))
+                part["image"] = ImageOps.exif_transpose(picture).convert("RGB")
+        messages.append({"role": message["role"], "content": content})
+    for named in record.get("videos", ()):
+        if isinstance(named, list):
+            frames = np.stack([np.asarray(Image.open(media.base / name).convert("RGB")) for name in named])
+            fps = processor.video_processor.fps
+            about = VideoMetadata(total_num_frames=len(frames), fps=fps, frames_indices=np.arange(len(frames)))
+        elif named.endswith("webm"):  # its header has no count: read it whole, then choose
+            every, about = load_video(str(media.base / named), sample_indices_fn=lambda metadata: np.arange(1000))
+            about.total_num_frames = len(every)
+            about.frames_indices = processor.video_processor.sample_frames(about)
+            frames = every[about.frames_indices]
+        else:
+            frames, about = load_video(
+                str(media.base / named),
+                sample_indices_fn=lambda metadata: processor.video_processor.sample_frames(metadata),
+            )
+        videos.append(frames)
+        metadata.append(about)
+    text = processor.apply_chat_template(messages, add_generation_prompt=prompt)
+    images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+    return processor(
+        text=[text],
+        images=images or None,
+        videos=videos or None,
+        video_metadata=metadata or None,
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+
+
+@pytest.mark.parametrize("kind", ["tune", "pretrain"])
+def test_equals_the_processor(renderer, model_folder, media, record, kind):
+    processor = AutoProcessor.from_pretrained(model_folder)
+    sample = renderer.encode(record, media.base, "here:1", kind=kind)
+    expected = reference(processor, record, media)
+    torch.testing.assert_close(sample.input_ids, expected["input_ids"][0])
+
+    # Pixel rows in text order: the next picture or video each time one begins.
+    types = expected["mm_token_type_ids"][0]
+    image_grid, video_grid = expected.get("image_grid_thw"), expected.get("video_grid_thw")
+    queues = {
+        1: iter([] if image_grid is None else expected["pixel_values"].split(image_grid.prod(1).tolist())),
+        2: iter([] if video_grid is None else expected["pixel_values_videos"].split(
+            [h * w for t, h, w in video_grid.tolist() for _ in range(t)])),
+    }  # fmt: skip
+    begins = torch.cat([types[:1], torch.where(types[1:] != types[:-1], types[1:], 0)])
+    rows = [next(queues[kind]) for kind in begins[begins > 0].tolist()]
+    assert [next(queue, None) for queue in queues.values()] == [None, None]
+    torch.testing.assert_close(sample.patches, torch.cat(rows) if rows else torch.empty(0, 1536), rtol=0, atol=0)
+    assert sample.frame_grids.prod(1).tolist() == [len(block) for block in rows]
+    torch.testing.assert_close(sample.visual_positions, torch.nonzero(types)[:, 0])
+
+    with torch.device("meta"):
+        model = Qwen3VLModel(Qwen3VLConfig(vision_config={"depth": 1}, text_config={"num_hidden_layers": 1}))
+    positions, _ = model.get_rope_index(
+        expected["input_ids"], expected["mm_token_type_ids"], image_grid_thw=image_grid, video_grid_thw=video_grid
+    )
+    torch.testing.assert_close(sample.position_ids, positions[:, 0])
+    assert sample.num_images == (0 if image_grid is None else len(image_grid))
+    assert sample.num_videos == (0 if video_grid is None else len(video_grid))
+
+
+def test_tuning_targets_are_the_assistant_turns(renderer, media, record):
+    sample = renderer.encode(record, media.base, "here:1", kind="tune")
+    tokenizer = renderer.tokenizer
+    header = tokenizer("<|im_start|>assistant\n")["input_ids"]
+    ids, end = sample.input_ids.tolist(), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    is_target = np.zeros(len(ids), dtype=bool)
+    for start in range(len(ids)):
+        if ids[start : start + len(header)] == header:
+            first = start + len(header)
+            is_target[first : ids.index(end, first) + 1] = True
+    expected = torch.where(torch.from_numpy(is_target), sample.input_ids, IGNORE).roll(-1)
+    expected[-1] = IGNORE
+    assert is_target.any()
+    torch.testing.assert_close(sample.labels, expected)
+    torch.testing.assert_close(sample.loss_weights, (expected != IGNORE).float())
+
+
+def test_pretraining_targets_are_all_text(renderer, media, record):
+    sample = renderer.encode(record, media.base, "here:1", kind="pretrain")
+    is_visual = torch.zeros(len(sample.input_ids), dtype=torch.bool)
+    is_visual[sample.visual_positions] = True
+    torch.testing.assert_close(sample.labels[:-1], torch.where(is_visual, IGNORE, sample.input_ids)[1:])
+    assert sample.labels[-1] == IGNORE
+
+
+def test_document(renderer, media):
+    record = {"text": "A coin <image> and\n<image>.", "images": ["grey.png", "tiny.webp"]}
+    sample = renderer.encode(record, media.base, "here:1", kind="pretrain")
+    mark = "<|vision_start|><|image_pad|><|vision_end|>"
+    expected = renderer.processor(
+        text=[record["text"].replace("<image>", mark)],
+        images=[Image.open(media.base / name).convert("RGB") for name in record["images"]],
+        return_tensors="pt",
+    )
+    torch.testing.assert_close(sample.input_ids, expected["input_ids"][0])
+    torch.testing.assert_close(sample.patches, expected["pixel_values"], rtol=0, atol=0)
+    assert (sample.labels != IGNORE).sum() == len(sample.input_ids) - 1 - len(sample.visual_positions)
+
+
+def test_prompt_ends_where_the_answer_begins(renderer, model_folder, media):
+    record = {"messages": talk("<image>?", "One.", "Sure?", "Yes."), "images": ["wide.png"]}
+    sample = renderer.encode(record, media.base, "here:1", kind="prompt")
+    asked = record | {"messages": record["messages"][:-1]}
+    expected = reference(AutoProcessor.from_pretrained(model_folder), asked, media, prompt=True)
+    torch.testing.assert_close(sample.input_ids, expected["input_ids"][0])
+    assert (sample.labels == IGNORE).all()
+
+
+def test_loss_can_be_switched_off_and_weighted(renderer, media):
+    messages = talk("a", "bb", "c", "dd", "e", "ff")
+    messages[1]["loss"] = False
+    messages[3]["weight"] = 0.25
+    sample = renderer.encode({"messages": messages}, media.base, "here:1", kind="tune")
+    learned = {
+        weight: renderer.tokenizer.decode(sample.labels[sample.loss_weights == weight]) for weight in (0.25, 1.0)
+    }
+    assert learned == {0.25: "dd<|im_end|>", 1.0: "ff<|im_end|>"}
+    assert ((sample.labels != IGNORE) == (sample.loss_weights > 0)).all()
+
+
+def test_tools_and_tool_calls(renderer, media):
+    call = {"type": "function", "function": {"name": "count", "arguments": {"what": "coins"}}}
+    messages = [
+        {"role": "user", "content": "<image>How many?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "24"},
+        {"role": "assistant", "content": "24 coins."},
+    ]
+    tools = [{"type": "function", "function": {"name": "count", "parameters": {}}}]
+    record = {"messages": messages, "images": ["grey.png"], "tools": tools}
+    sample = renderer.encode(record, media.base, "here:1", kind="tune")
+    learned = renderer.tokenizer.decode(sample.labels[sample.labels != IGNORE])
+    assert re.fullmatch(r'<tool_call>\n\{"name": "count".*\}\n</tool_call><\|im_end\|>24 coins.<\|im_end\|>', learned)
+
+
+def test_pixel_limits_are_the_processors(make_renderer, media):
+    record = {"messages": talk("<image>", "!"), "images": ["large.jpg"]}
+    small = make_renderer(seq_length=4096, max_pixels=64 * 64).encode(record, media.base, "here:1", kind="tune")
+    assert small.frame_grids.tolist() == [[4, 4]]
+    record["images"] = ["tiny.webp"]
+    large = make_renderer(seq_length=4096, min_pixels=96 * 96).encode(record, media.base, "here:1", kind="tune")
+    assert large.frame_grids.prod() * 16 * 16 >= 96 * 96
+
+
+def test_video_limits(make_renderer, media):
+    record = {"messages": talk("<video>", "!"), "videos": ["long.webm"]}  # 5 seconds
+    for settings, frames in ({"video_fps": 1.0}, 5), ({"video_fps": 4.0}, 20), ({"video_max_frames": 3}, 3):
+        sample = make_renderer(seq_length=4096, **settings).encode(record, media.base, "here:1", kind="tune")
+        assert len(sample.frame_grids) == (frames + 1) // 2
+
+
+def test_frames_with_their_own_rate(renderer, media):
+    record = {"messages": talk("<video>", "!"), "videos": [{"frames": media.frames[:4], "fps": 2.0}]}
+    same = renderer.encode(record, media.base, "here:1", kind="tune")
+    record["videos"] = [media.frames[:4]]
+    torch.testing.assert_close(renderer.encode(record, media.base, "here:1", kind="tune").input_ids, same.input_ids)
+    record["videos"] = [{"frames": media.frames[:4], "fps": 4}]
+    text = renderer.tokenizer.decode(renderer.encode(record, media.base, "here:1", kind="tune").input_ids)
+    assert "<0.1 seconds>" in text
+
+
+BROKEN = {
+    "too many pictures": ({"messages": talk("<image>", "!"), "images": ["wide.png", "wide.png"]}, "1 <image> in the"),
+    "too few pictures": ({"messages": talk("<image><image>", "!"), "images": ["wide.png"]}, "2 <image> in the text"),
+    "no pictures": ({"messages": talk("<image>", "!")}, "1 <image> in the text, but 0 in images"),
+    "picture in an answer": ({"messages": talk("?", "<image>"), "images": ["wide.png"]}, "user messages only"),
+    "placeholder in the text": ({"messages": talk("<|image_pad|>", "!")}, "remove <|image_pad|>"),
+    "missing picture": ({"messages": talk("<image>", "!"), "images": ["no.png"]}, r"no\.png does not exist"),
+    "not a picture": ({"messages": talk("<image>", "!"), "images": ["clip.mp4"]}, r"clip\.mp4 cannot be read"),
+    "truncated picture": ({"messages": talk("<image>", "!"), "images": ["cut.jpg"]}, r"cut\.jpg cannot be read"),
+    "truncated png": ({"messages": talk("<image>", "!"), "images": ["cut.png"]}, r"cut\.png cannot be read"),
+    "line of a picture": ({"messages": talk("<image>", "!"), "images": ["line.png"]}, "aspect ratio"),
+    "not a video": ({"messages": talk("<video>", "!"), "videos": ["wide.png"]}, "video"),
+    "missing frame": ({"messages": talk("<video>", "!"), "videos": [["frame0.png", "no.png"]]}, "does not exist"),
+    "one frame": ({"messages": talk("<video>", "!"), "videos": [["frame0.png"]]}, "temporal_factor"),
+    "frames of two sizes": ({"messages": talk("<video>", "!"), "videos": [["frame0.png", "wide.png"]]}, "differ in"),
+    "rate of a file": ({"messages": talk("<video>", "!"), "videos": [{"frames": "clip.mp4", "fps": 2}]}, "own rate"),
+    "too long": ({"messages": talk("?", "word " * 5000)}, r"has \d+ tokens .* data.seq_length = 4096"),
+    "no answer": ({"messages": talk("?")}, "nothing to learn"),
+    "slip in a field": ({"messages": talk("<image>", "!"), "image": ["wide.png"]}, "did you mean 'images'"),
+    "text and messages": ({"messages": talk("?", "!"), "text": "x"}, "both"),
+    "neither": ({"conversation": []}, "neither"),
+    "no role": ({"messages": [{"from": "human", "value": "?"}]}, "no role"),
+    "unknown role": ({"messages": [{"role": "human", "content": "?"}]}, "role 'human'; allowed: system"),
+    "images as a string": ({"messages": talk("<image>", "!"), "images": "wide.png"}, "images must be a list"),
+    "content as a number": ({"messages": talk(3, "!")}, r"messages\[0\].content must be"),
+    "loss of a question": ({"messages": [{"role": "user", "content": "?", "loss": True}]}, "would be ignored"),
+    "a list": ([1, 2], "must be a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_errors_name_sample_and_cause(renderer, media, name):
+    record, message = BROKEN[name]
+    for kind in ("jpg", "png"):
+        whole = (media.base / ("large.jpg" if kind == "jpg" else "grey.png")).read_bytes()
+        (media.base / f"cut.{kind}").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (2, 900)).save(media.base / "line.png")
+    with pytest.raises(UserError, match=message) as error:
+        renderer.encode(record, media.base, "data.jsonl:7", kind="tune")
+    assert str(error.value).startswith("data.jsonl:7: ")
+
+
+def test_folder_without_processor(tmp_path, make_renderer):
+    from megavlm.config.settings import DataSettings
+    from megavlm.data.renderer import Renderer
+
+    with pytest.raises(UserError, match="no such Hugging Face folder"):
+        Renderer(tmp_path / "none", DataSettings())
+    with pytest.raises(UserError, match="processor cannot be loaded"):
+        Renderer(tmp_path, DataSettings())
+    with pytest.raises(UserError, match=r"data\.min_pixels"):
+        make_renderer(min_pixels=2**30)
