@@ -84,7 +84,7 @@ print_ranks() {
   echo
   for ((rank = 0; rank < nodes * gpus; rank++)); do
     node=$((rank / gpus)) local_rank=$((rank % gpus))
-    printf '%s[%d] SLURM_PROCID=%d SLURM_LOCALID=%d SLURM_NTASKS=%d' \
+    printf '%s[%d] SLURM_STEP_ID=0 SLURM_PROCID=%d SLURM_LOCALID=%d SLURM_NTASKS=%d' \
       "${hosts[node]}" "$local_rank" "$rank" "$local_rank" $((nodes * gpus))
     for name in "${environment[@]}"; do
       printf ' %s=%q' "$name" "${!name}"

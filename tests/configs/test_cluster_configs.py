@@ -82,16 +82,16 @@ def test_shapes_have_the_released_number_of_parameters(model: str) -> None:
 
 
 def test_stages_are_the_published_ones() -> None:
-    """Freeze sets, row lengths and numbers of tokens, and each stage starts from the one before it."""
+    """Freeze sets, row lengths and numbers of tokens, and each stage starts from the last step of the one before."""
     stages = [load_settings(CONFIGS / name) for name in STAGES]
     assert [settings.stage for settings in stages] == [0, 1, 2, 3]
     assert [settings.model.freeze for settings in stages] == [["vision", "language"], [], [], []]
     assert [settings.data.seq_length for settings in stages] == [8192, 8192, 32768, 262144]
     tokens = [s.train.steps * s.train.global_batch_size * s.data.seq_length for s in stages]
     assert tokens == pytest.approx([67e9, 1e12, 1e12, 100e9], rel=0.01)
-    outputs = [settings.output for settings in stages]
-    assert [settings.model.load for settings in stages[1:]] == outputs[:-1]
-    assert len(set(outputs)) == 4
+    last = [s.output / "checkpoints" / f"step_{s.train.steps:08d}" for s in stages]
+    assert [settings.model.load for settings in stages[1:]] == last[:-1]
+    assert len({settings.output for settings in stages}) == 4
 
 
 @pytest.mark.parametrize("variable", ["MEGAVLM_MODELS", "MEGAVLM_DATA", "MEGAVLM_RUNS"])

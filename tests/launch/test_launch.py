@@ -14,7 +14,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STAGES = {f"stage{n}": ["pretrain", f"configs/pretrain/stage{n}.yaml"] for n in range(4)}
 JOBS = {**STAGES, "sft": ["sft", "configs/tune/sft.yaml"]}
-RENDEZVOUS = {"MASTER_ADDR", "MASTER_PORT"}
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -69,6 +68,17 @@ def test_dry_run_shows_each_rank(job: str) -> None:
         assert shown["env"]["SLURM_NTASKS"] == "16"
         assert shown["env"]["MASTER_ADDR"] == "node0"
     assert len({rank["env"]["MASTER_PORT"] for rank in ranks}) == 1
+
+
+def test_printed_environment_is_what_the_command_understands() -> None:
+    """The command takes its place among the ranks from the printed variables."""
+    shown = dry_run("stage1")[1][11]["env"]
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    code = f"import os, megavlm.environment as e; print(e.join_group(), *map(os.environ.get, {names}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(**shown), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["16", "11", "16", "3", "node0", shown["MASTER_PORT"]]
 
 
 @pytest.mark.parametrize("job", JOBS)
