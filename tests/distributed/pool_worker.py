@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -41,7 +42,7 @@ def work(rank: int, world_size: int, port: int, connection, log: str, after_each
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     faulthandler.register(signal.SIGQUIT, file=sys.stderr, all_threads=True)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(os.path.dirname(log),), daemon=True).start()
     os.environ |= ENVIRONMENT | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -95,8 +96,10 @@ def _clean_up(after_each: tuple | None) -> None:
         dist.destroy_process_group()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: str) -> None:
+    """Waits for the end of the process that has the pool; if that comes first, leaves nothing behind."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

@@ -1,0 +1,122 @@
+"""Weights & Biases: the lines of metrics.jsonl as curves there, without ever standing in the way of training."""
+
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+FOLDER = "wandb"  # within the output folder: W&B's own files, and the run's id
+ID_FILE = "run_id"
+
+
+class WandbLog:
+    """One run at Weights & Biases, continued under the same id when training continues.
+
+    Whatever goes wrong there (no network, a wrong key, a full disk) is said once and then training goes on without:
+    from online to offline when the run cannot start, from either to nothing when a line cannot be logged.
+
+    Args:
+        mode: "auto": online where WANDB_API_KEY is set, otherwise offline; "off": wandb is not even imported;
+            "offline": files that `wandb sync` uploads later; "online".
+        project: project the run appears in.
+        output_dir: the run's folder; W&B's files go to its `wandb/`, and nowhere else.
+        config: the resolved settings, as plain values.
+        enabled: False on all ranks but 0, where every call does nothing.
+        warn: called with a message where something goes wrong (`Progress.say`).
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        project: str,
+        output_dir: str | Path,
+        config: Mapping[str, Any],
+        enabled: bool = True,
+        warn: Callable[[str], None] = print,
+    ):
+        self._warn = warn
+        self._run = None
+        self.mode = _resolve(mode) if enabled else "off"
+        self._folder = Path(output_dir) / FOLDER
+        if self.mode == "online" and not self._start("online", project, config):
+            self.mode = "offline"
+        if self.mode == "offline" and self._run is None and not self._start("offline", project, config):
+            self.mode = "off"
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Logs one line of metrics.jsonl."""
+        if self._run is None:
+            return
+        try:
+            self._run.log({name: value for name, value in line.items() if value is not None})
+        except Exception as error:
+            self._give_up("cannot log", error)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Ends the run, online after its last lines are uploaded. `exit_code` other than 0 marks it as failed."""
+        if self._run is None:
+            return
+        try:
+            self._run.finish(exit_code=exit_code)
+        except Exception as error:
+            self._give_up("cannot end the run", error)
+        self._run = None
+
+    @property
+    def description(self) -> str:
+        """For the header of a run: where its curves are."""
+        if self._run is None:
+            return "off"
+        if self.mode == "offline":
+            return f"offline, files in {self._folder}"
+        return self._run.url or "online"
+
+    def _start(self, mode: str, project: str, config: Mapping[str, Any]) -> bool:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for kind in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):  # the home folder may be full, or not there
+                os.environ.setdefault(f"WANDB_{kind}_DIR", str(self._folder / kind.lower()))
+            os.environ.setdefault("WANDB_SILENT", "true")  # the setting alone lets the log-in speak
+            import wandb
+
+            wandb.teardown()  # forgets an attempt to start online that has failed
+            self._run = wandb.init(
+                project=project,
+                name="/".join(self._folder.parent.absolute().parts[-2:]),
+                id=self._run_id(),
+                resume="allow",
+                mode=mode,
+                dir=self._folder.parent,
+                config=dict(config),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30, disable_code=True),
+            )
+            # The step is an axis of its own: after a resume, steps come again that W&B's counter has passed
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:
+            remedy = "continuing offline" if mode == "online" else "continuing without"
+            self._warn(f"warning: wandb does not start {mode} ({_first_line(error)}); {remedy}")
+            return False
+        return True
+
+    def _run_id(self) -> str:
+        """The id of an earlier part of this run, or a new one."""
+        file = self._folder / ID_FILE
+        if not file.exists():
+            file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        return file.read_text(encoding="utf-8").strip()
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        self._warn(f"warning: wandb {what} ({_first_line(error)}); continuing without")
+        self._run, self.mode = None, "off"
+
+
+def _resolve(mode: str) -> str:
+    if mode == "auto":
+        return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    return mode
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,129 @@
+"""Weights & Biases: offline without a key, quiet, inside the output folder, and never in the way."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from megavlm.training.wandb_log import WandbLog
+
+LINE = {"step": 1, "loss": 0.5, "mfu": None}
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch, tmp_path):
+    """No key, a home folder of its own, and an environment that is as before afterwards."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_SILENT", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
+        monkeypatch.setenv(name, "")  # remembered, so that it is restored
+        monkeypatch.delenv(name)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+class FakeWandb(SimpleNamespace):
+    """Stands in for the package: starts in the modes it is told to, and records."""
+
+    def __init__(self, works=("online", "offline"), log_error=None):
+        super().__init__(works=works, started=[], logged=[], finished=[])
+        self.log_error = log_error
+        self.Settings = SimpleNamespace
+
+    def teardown(self):
+        pass
+
+    def init(self, mode, **options):
+        if mode not in self.works:
+            raise RuntimeError("no route to host\nand more")
+        self.started.append((mode, options["id"]))
+        return SimpleNamespace(
+            url="https://wandb.example/run", define_metric=lambda *a, **k: None, log=self._log, finish=self._finish
+        )
+
+    def _log(self, line):
+        if self.log_error:
+            raise self.log_error
+        self.logged.append(line)
+
+    def _finish(self, exit_code):
+        self.finished.append(exit_code)
+
+
+def fake(monkeypatch, **options):
+    module = FakeWandb(**options)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_offline_for_real(tmp_path, capfd):
+    """The package itself: a file that has the numbers, one id over a resume, silence, nothing in the home folder."""
+    output = tmp_path / "run"
+    for _ in range(2):
+        run = WandbLog("auto", "megavlm", output, {"train": {"lr": 1e-4}})
+        assert run.mode == "offline"
+        assert str(output) in run.description
+        run.log({"step": 7, "loss": 0.123456789})
+        run.close()
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+    files = list(output.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    assert {file.stem for file in files} == {f"run-{(output / 'wandb/run_id').read_text().strip()}"}
+    assert all(b"0.123456789" in file.read_bytes() for file in files)
+    assert not list((tmp_path / "home").iterdir())
+
+
+def test_off_imports_nothing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail, and warn
+    warnings = []
+    run = WandbLog("off", "p", tmp_path, {}, warn=warnings.append)
+    run.log(LINE)
+    run.close()
+    assert (run.description, warnings, list(tmp_path.glob("wandb*"))) == ("off", [], [])
+
+
+def test_other_ranks_do_nothing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    warnings = []
+    WandbLog("offline", "p", tmp_path, {}, enabled=False, warn=warnings.append).log(LINE)
+    assert warnings == []
+
+
+def test_auto_is_online_with_a_key(monkeypatch, tmp_path):
+    wandb = fake(monkeypatch)
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    run = WandbLog("auto", "p", tmp_path, {})
+    run.log(LINE)
+    run.close(exit_code=1)
+    assert wandb.started[0][0] == "online"
+    assert wandb.logged == [{"step": 1, "loss": 0.5}]
+    assert wandb.finished == [1]
+    assert run.description == "off"
+
+
+def test_online_falls_back_to_offline_under_the_same_id(monkeypatch, tmp_path):
+    wandb = fake(monkeypatch, works=("offline",))
+    warnings = []
+    run = WandbLog("online", "p", tmp_path, {}, warn=warnings.append)
+    assert run.mode == "offline"
+    assert wandb.started == [("offline", (tmp_path / "wandb/run_id").read_text().strip())]
+    assert warnings == ["warning: wandb does not start online (no route to host); continuing offline"]
+
+
+def test_no_start_is_a_warning(monkeypatch, tmp_path):
+    fake(monkeypatch, works=())
+    warnings = []
+    run = WandbLog("offline", "p", tmp_path, {}, warn=warnings.append)
+    run.log(LINE)
+    run.close()
+    assert run.mode == "off"
+    assert len(warnings) == 1
+
+
+def test_failing_log_is_said_once(monkeypatch, tmp_path):
+    fake(monkeypatch, log_error=OSError("disk full"))
+    warnings = []
+    run = WandbLog("offline", "p", tmp_path, {}, warn=warnings.append)
+    run.log(LINE)
+    run.log(LINE)
+    assert warnings == ["warning: wandb cannot log (disk full); continuing without"]
