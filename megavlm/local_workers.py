@@ -115,10 +115,10 @@ def _wait(workers: list[subprocess.Popen], folder: Path, stop: _Stop) -> int:
             return failures.OTHER_ERROR
         failure = failures.first(folder)
         codes = [worker.poll() for worker in workers]
-        # A worker that vanished comes first: its peers' failures are mere consequences.
-        broken = [rank for rank, code in enumerate(codes) if code]
-        if broken:
-            return _vanished(broken[0], codes[broken[0]], folder, stop)
+        broken = next((rank for rank, code in enumerate(codes) if code), None)
+        # A worker that vanished comes first: failures of its peers are mere consequences.
+        if broken is not None and not (failure and failure.rank == broken):
+            return _vanished(broken, codes[broken], folder, stop)
         if failure:
             title = "" if failure.status == failures.USER_ERROR else f"rank {failure.rank} failed:\n"
             failures.show(title + failure.message, failure.remedy)
