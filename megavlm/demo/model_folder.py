@@ -105,19 +105,19 @@ def make_model_folder(
 ) -> Path:
     """Write a random Qwen3-VL (`moe`: Qwen3-VL-MoE) folder that transformers' Auto classes load, and return its path.
 
-    `text` and `vision` override single fields of `TEXT` and `VISION`, for example `text={"initializer_range": 0.2}`;
-    `tied` says whether the output layer shares the embedding's weights. `corpus` teaches the tokenizer its merges, up
-    to `vocab_size` tokens with the 26 added ones (fewer if the corpus has no more); the model's vocabulary is that
-    rounded up to a multiple of 128. `norm_noise` is the standard deviation of what is added to every weight of one
-    dimension: initialisation leaves norms at 1 and biases at 0, where a lost one would not show. `min_pixels` and
-    `max_pixels` bound a picture's size in the processor's configuration, and the pixels of all frames of a video
-    (`max_pixels` times 16). The same arguments give the same bytes.
+    `text` and `vision` override single fields of `TEXT` and `VISION`, for example `text={"initializer_range": 0.2}`
+    (unless given, it is 1 / sqrt(hidden_size)); `tied` says whether the output layer shares the embedding's weights.
+    `corpus` teaches the tokenizer its merges, up to `vocab_size` tokens with the 26 added ones (fewer if the corpus has
+    no more); the model's vocabulary is that rounded up to a multiple of 128. `norm_noise` is the standard deviation of
+    what is added to every weight of one dimension: initialisation leaves norms at 1 and biases at 0, where a lost one
+    would not show. `min_pixels` and `max_pixels` bound a picture's size in the processor's configuration; the pixels of
+    all frames of a video are bounded by 2 and 16 times as many. The same arguments give the same bytes.
 
     Raises UserError if `out` exists already.
     """
     out = Path(out)
     if out.exists():
-        raise UserError(f"{out}: exists already; remove it or name another folder for the model")
+        raise UserError(f"{out}: exists already", "remove it or name another folder for the model")
     tokenizer = _tokenizer(corpus, vocab_size)
     config = _config(tokenizer, {**(TEXT_MOE if moe else {}), **(text or {})}, vision or {}, moe, tied)
     model = _random_model(config, moe, seed, norm_noise).to(getattr(torch, dtype))
@@ -169,11 +169,14 @@ def _tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
 def _config(tokenizer: Qwen2Tokenizer, text: dict, vision: dict, moe: bool, tied: bool) -> Qwen3VLConfig:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    # The released 0.02 suits widths around 2048; a narrow model with it starts with next to no signal in its layers.
     text = {**TEXT, **text}
+    text.setdefault("initializer_range", text["hidden_size"] ** -0.5)
     text.setdefault("vocab_size", -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
     text |= {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
     text |= {"pad_token_id": ids["<|endoftext|>"], "tie_word_embeddings": tied}
     vision = {**VISION, "out_hidden_size": text["hidden_size"], **vision}
+    vision.setdefault("initializer_range", vision["hidden_size"] ** -0.5)
     return (Qwen3VLMoeConfig if moe else Qwen3VLConfig)(
         text_config=text,
         vision_config=vision,
