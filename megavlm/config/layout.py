@@ -1,31 +1,7 @@
 """Whether a parallel layout fits a number of processes, a batch, and the shapes of a model."""
 
-from typing import Any
-
 from megavlm.config.errors import UserError
-from megavlm.config.settings import ParallelSettings, Settings, TrainSettings, check_seq_length
-
-
-def check_model(settings: Settings, shapes: Any, world_size: int) -> int:
-    """`check_layout` and `check_dense_settings` for the `megavlm.model.shapes.Shapes` of model.hf.
-
-    Returns:
-        The data-parallel size.
-    """
-    text = shapes.text
-    num_experts = text.moe.num_experts if text.moe else None
-    check_dense_settings(settings.train, num_experts)
-    return check_layout(
-        settings.parallel,
-        world_size,
-        num_heads=text.heads,
-        num_kv_heads=text.kv_heads,
-        vocab_size=text.vocab,
-        num_experts=num_experts,
-        num_layers=text.layers,
-        seq_length=settings.data.seq_length,
-        global_batch_size=settings.train.global_batch_size,
-    )
+from megavlm.config.settings import ParallelSettings, check_seq_length
 
 
 def check_layout(
@@ -120,15 +96,6 @@ def check_world_size(parallel: ParallelSettings, world_size: int, global_batch_s
             f"nearest batches that fit: {_multiples(global_batch_size, data_parallel * parallel.pipeline)}",
         )
     return data_parallel
-
-
-def check_dense_settings(train: TrainSettings, num_experts: int | None) -> None:
-    """Raises UserError where a dense model (num_experts None) is given a setting for experts alone."""
-    if num_experts is None and train.moe_aux_loss_coeff and train.is_changed("moe_aux_loss_coeff"):
-        raise UserError(
-            f"train.moe_aux_loss_coeff is {train.moe_aux_loss_coeff:g}, but the model is dense: it would be ignored",
-            "remove it, or point model.hf at a mixture-of-experts model",
-        )
 
 
 def _divides(setting: str, value: int, what: str, count: int) -> None:
