@@ -3,8 +3,9 @@
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
+
+from megavlm.config.settings import Settings
 
 FOLDER = "wandb"  # within the output folder: W&B's own files, and the run's id
 ID_FILE = "run_id"
@@ -17,31 +18,26 @@ class WandbLog:
     from online to offline when the run cannot start, from either to nothing when a line cannot be logged.
 
     Args:
-        mode: "auto": online where WANDB_API_KEY is set, otherwise offline; "off": wandb is not even imported;
-            "offline": files that `wandb sync` uploads later; "online".
-        project: project the run appears in.
-        output_dir: the run's folder; W&B's files go to its `wandb/`, and nowhere else.
-        config: the resolved settings, as plain values.
+        settings: of the run; `log.wandb.mode` is "auto": online where WANDB_API_KEY is set, otherwise offline; "off":
+            wandb is not even imported; "offline": files that `wandb sync` uploads later; or "online". W&B's files go
+            to the output folder's `wandb/`, and nowhere else.
         enabled: False on all ranks but 0, where every call does nothing.
         warn: called with a message where something goes wrong (`Progress.say`).
     """
 
     def __init__(
         self,
-        mode: str,
-        project: str,
-        output_dir: str | Path,
-        config: Mapping[str, Any],
+        settings: Settings,
         enabled: bool = True,
         warn: Callable[[str], None] = print,
     ):
         self._warn = warn
         self._run = None
-        self.mode = _resolve(mode) if enabled else "off"
-        self._folder = Path(output_dir) / FOLDER
-        if self.mode == "online" and not self._start("online", project, config):
+        self._folder = settings.output / FOLDER
+        self.mode = _resolve(settings.log.wandb.mode) if enabled else "off"
+        if self.mode == "online" and not self._start("online", settings):
             self.mode = "offline"
-        if self.mode == "offline" and self._run is None and not self._start("offline", project, config):
+        if self.mode == "offline" and not self._start("offline", settings):
             self.mode = "off"
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -53,12 +49,15 @@ class WandbLog:
         except Exception as error:
             self._give_up("cannot log", error)
 
-    def close(self, exit_code: int = 0) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         """Ends the run, online after its last lines are uploaded. `exit_code` other than 0 marks it as failed."""
         if self._run is None:
             return
         try:
+            import wandb
+
             self._run.finish(exit_code=exit_code)
+            wandb.teardown()  # ends W&B's helper process; before that the file may not be whole
         except Exception as error:
             self._give_up("cannot end the run", error)
         self._run = None
@@ -72,7 +71,7 @@ class WandbLog:
             return f"offline, files in {self._folder}"
         return self._run.url or "online"
 
-    def _start(self, mode: str, project: str, config: Mapping[str, Any]) -> bool:
+    def _start(self, mode: str, settings: Settings) -> bool:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for kind in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):  # the home folder may be full, or not there
@@ -82,13 +81,13 @@ class WandbLog:
 
             wandb.teardown()  # forgets an attempt to start online that has failed
             self._run = wandb.init(
-                project=project,
+                project=settings.log.wandb.project,
                 name="/".join(self._folder.parent.absolute().parts[-2:]),
                 id=self._run_id(),
                 resume="allow",
                 mode=mode,
                 dir=self._folder.parent,
-                config=dict(config),
+                config=settings.model_dump(mode="json", by_alias=True),
                 settings=wandb.Settings(silent=True, console="off", init_timeout=30, disable_code=True),
             )
             # The step is an axis of its own: after a resume, steps come again that W&B's counter has passed

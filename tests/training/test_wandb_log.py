@@ -5,9 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from megavlm.config.settings import Settings
 from megavlm.training.wandb_log import WandbLog
 
 LINE = {"step": 1, "loss": 0.5, "mfu": None}
+
+
+def settings(mode, output):
+    return Settings(model={"hf": "model"}, output=output, log={"wandb": {"mode": mode}}, train={"lr": 1e-4})
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +64,11 @@ def test_offline_for_real(tmp_path, capfd):
     """The package itself: a file that has the numbers, one id over a resume, silence, nothing in the home folder."""
     output = tmp_path / "run"
     for _ in range(2):
-        run = WandbLog("auto", "megavlm", output, {"train": {"lr": 1e-4}})
+        run = WandbLog(settings("auto", output))
         assert run.mode == "offline"
         assert str(output) in run.description
         run.log({"step": 7, "loss": 0.123456789})
-        run.close()
+        run.finish()
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
     files = list(output.glob("wandb/offline-run-*/run-*.wandb"))
@@ -76,25 +81,25 @@ def test_offline_for_real(tmp_path, capfd):
 def test_off_imports_nothing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail, and warn
     warnings = []
-    run = WandbLog("off", "p", tmp_path, {}, warn=warnings.append)
+    run = WandbLog(settings("off", tmp_path), warn=warnings.append)
     run.log(LINE)
-    run.close()
+    run.finish()
     assert (run.description, warnings, list(tmp_path.glob("wandb*"))) == ("off", [], [])
 
 
 def test_other_ranks_do_nothing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     warnings = []
-    WandbLog("offline", "p", tmp_path, {}, enabled=False, warn=warnings.append).log(LINE)
+    WandbLog(settings("offline", tmp_path), enabled=False, warn=warnings.append).log(LINE)
     assert warnings == []
 
 
 def test_auto_is_online_with_a_key(monkeypatch, tmp_path):
     wandb = fake(monkeypatch)
     monkeypatch.setenv("WANDB_API_KEY", "key")
-    run = WandbLog("auto", "p", tmp_path, {})
+    run = WandbLog(settings("auto", tmp_path))
     run.log(LINE)
-    run.close(exit_code=1)
+    run.finish(exit_code=1)
     assert wandb.started[0][0] == "online"
     assert wandb.logged == [{"step": 1, "loss": 0.5}]
     assert wandb.finished == [1]
@@ -104,7 +109,7 @@ def test_auto_is_online_with_a_key(monkeypatch, tmp_path):
 def test_online_falls_back_to_offline_under_the_same_id(monkeypatch, tmp_path):
     wandb = fake(monkeypatch, works=("offline",))
     warnings = []
-    run = WandbLog("online", "p", tmp_path, {}, warn=warnings.append)
+    run = WandbLog(settings("online", tmp_path), warn=warnings.append)
     assert run.mode == "offline"
     assert wandb.started == [("offline", (tmp_path / "wandb/run_id").read_text().strip())]
     assert warnings == ["warning: wandb does not start online (no route to host); continuing offline"]
@@ -113,9 +118,9 @@ def test_online_falls_back_to_offline_under_the_same_id(monkeypatch, tmp_path):
 def test_no_start_is_a_warning(monkeypatch, tmp_path):
     fake(monkeypatch, works=())
     warnings = []
-    run = WandbLog("offline", "p", tmp_path, {}, warn=warnings.append)
+    run = WandbLog(settings("offline", tmp_path), warn=warnings.append)
     run.log(LINE)
-    run.close()
+    run.finish()
     assert run.mode == "off"
     assert len(warnings) == 1
 
@@ -123,7 +128,7 @@ def test_no_start_is_a_warning(monkeypatch, tmp_path):
 def test_failing_log_is_said_once(monkeypatch, tmp_path):
     fake(monkeypatch, log_error=OSError("disk full"))
     warnings = []
-    run = WandbLog("offline", "p", tmp_path, {}, warn=warnings.append)
+    run = WandbLog(settings("offline", tmp_path), warn=warnings.append)
     run.log(LINE)
     run.log(LINE)
     assert warnings == ["warning: wandb cannot log (disk full); continuing without"]

@@ -1,0 +1,104 @@
+"""loss.png: the curves of one run at a glance."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megavlm.config.files import atomic_open
+from megavlm.training.metrics import PARTS, read_metrics
+
+FILE_NAME = "loss.png"
+COLORS = {"loss": "#2563eb", "lr": "#f59e0b", "vision": "#0d9488", "projector": "#db2777", "language": "#7c3aed"}
+
+
+def smooth(values: Sequence[float | None], window: float | None = None) -> list[float | None]:
+    """Exponential moving average over about `window` steps, unbiased at its start; None (no number) passes through.
+
+    The window is a thirtieth of the run, at least 1 step and at most 100, unless given.
+    """
+    window = window or min(max(len(values) / 30, 1.0), 100.0)
+    decay = 1 - 1 / window
+    total = weight = 0.0
+    smoothed: list[float | None] = []
+    for value in values:
+        if value is None:
+            smoothed.append(None)
+            continue
+        total = decay * total + value
+        weight = decay * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def write_loss_plot(output_dir: str | Path, title: str | None = None) -> Path | None:
+    """Draws loss and learning rate over gradient norms, from metrics.jsonl of an output folder.
+
+    Returns:
+        The file, replaced atomically; None where there is nothing to draw.
+    """
+    lines = read_metrics(output_dir)
+    if not lines:
+        return None
+    path = Path(output_dir) / FILE_NAME
+    figure = _draw(lines, title or path.absolute().parent.name)
+    with atomic_open(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=150)
+    return path
+
+
+def _draw(lines: list[dict[str, Any]], title: str):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second to import: only where it is needed
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 6.2), layout="constrained")
+    FigureCanvasAgg(figure)  # no display, and none of pyplot's global state
+    loss_axes, norm_axes = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    steps = [line["step"] for line in lines]
+
+    def column(name: str) -> list[float]:
+        values = [line.get(name) for line in lines]
+        return [float("nan") if value is None else value for value in values]
+
+    losses = [line.get("loss") for line in lines]
+    marker = "o" if len(lines) == 1 else None  # one point makes no line
+    smoothed = [float("nan") if value is None else value for value in smooth(losses)]
+    loss_axes.plot(steps, column("loss"), color=COLORS["loss"], alpha=0.3, linewidth=1, marker=marker)
+    loss_axes.plot(steps, smoothed, color=COLORS["loss"], linewidth=2, label="loss (smoothed)")
+    loss_axes.set_ylabel("loss", color=COLORS["loss"])
+    if known := [value for value in smoothed if value == value]:
+        loss_axes.set_title(f"loss {known[-1]:.4g} after step {steps[-1]}", loc="right", fontsize=10, color="#6b7280")
+    loss_axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+
+    lr_axes = loss_axes.twinx()
+    lr_axes.plot(steps, column("lr"), color=COLORS["lr"], linewidth=1.2, linestyle=(0, (4, 2)), label="learning rate")
+    lr_axes.set_ylabel("learning rate", color=COLORS["lr"])
+    lr_axes.set_ylim(bottom=0)
+    lr_axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
+    handles = [*loss_axes.get_lines()[1:], *lr_axes.get_lines()]
+    loss_axes.legend(handles=handles, frameon=False, loc="upper right")
+
+    norm_axes.plot(steps, column("grad_norm"), color="#374151", linewidth=1.4, label="whole")
+    for part in PARTS:
+        norms = column(f"grad_norm/{part}")
+        if any(norm > 0 for norm in norms):  # a frozen part has none
+            norm_axes.plot(steps, norms, color=COLORS[part], linewidth=1, alpha=0.8, label=part)
+    if any(norm > 0 for norm in column("grad_norm")):
+        norm_axes.set_yscale("log")
+    norm_axes.set_ylabel("gradient norm")
+    norm_axes.set_xlabel("step")
+    norm_axes.legend(frameon=False, ncols=4, loc="upper right", fontsize=9)
+    norm_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    for axes in (loss_axes, norm_axes, lr_axes):
+        axes.spines[["top"]].set_visible(False)
+        axes.margins(x=0.01)
+        axes.tick_params(labelsize=9)
+    for axes in (loss_axes, norm_axes):
+        axes.spines[["right"]].set_visible(False)
+        axes.grid(color="#e5e7eb", linewidth=0.7)
+        axes.set_axisbelow(True)
+    lr_axes.spines[["right", "left", "bottom"]].set_visible(False)
+    loss_axes.set_zorder(lr_axes.get_zorder() + 1)  # the loss lies over the learning rate
+    loss_axes.patch.set_visible(False)
+    return figure

@@ -1,0 +1,42 @@
+"""loss.png: drawn for any run, from one step on; the smoothing."""
+
+import pytest
+from PIL import Image
+
+from megavlm.training.metrics import REQUIRED, MetricsWriter
+from megavlm.training.plots import smooth, write_loss_plot
+
+
+def write_run(folder, losses, **changes):
+    with MetricsWriter(folder) as writer:
+        for step, loss in enumerate(losses, start=1):
+            writer.write({**dict.fromkeys(REQUIRED, 1.0), "step": step, "loss": loss, "lr": 1e-4 / step, **changes})
+
+
+def test_smooth_is_unbiased_and_skips_gaps():
+    assert smooth([5.0] * 40) == pytest.approx([5.0] * 40)
+    assert smooth([1.0, None, 3.0], window=2) == [1.0, None, pytest.approx((0.5 * 1 + 3) / 1.5)]
+    assert smooth([4.0, 2.0]) == [4.0, 2.0]  # a short run is shown as it is
+    assert smooth([]) == []
+
+
+@pytest.mark.parametrize("losses", [[2.0], [3.0 / step for step in range(1, 200)], [2.0, float("nan"), 1.0]])
+def test_plot_is_a_picture(tmp_path, losses):
+    write_run(tmp_path, losses, **{"grad_norm/vision": 0.0})
+    path = write_loss_plot(tmp_path)
+    assert path == tmp_path / "loss.png"
+    with Image.open(path) as picture:
+        assert picture.size == (1350, 930)
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_plot_of_a_run_without_gradients(tmp_path, recwarn):
+    write_run(tmp_path, [1.0, 1.0], **{name: 0.0 for name in REQUIRED if name.startswith("grad_norm")})
+    assert write_loss_plot(tmp_path).exists()
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_nothing_to_draw(tmp_path):
+    assert write_loss_plot(tmp_path) is None
+    assert not list(tmp_path.iterdir())
