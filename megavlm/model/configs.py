@@ -66,7 +66,9 @@ def decoder_config(shapes: Shapes, parallel, train, kernels: str) -> Transformer
         options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif train.recompute == "selective":
         options |= dict(recompute_granularity="selective", recompute_modules=["core_attn"])
-    std = text.init_std
+    if parallel.virtual_pipeline:
+        # With two stages both neighbours are the same rank, and Megatron's batched sends would cross
+        options |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
     return TransformerConfig(
         num_layers=text.layers,
         hidden_size=text.hidden,
@@ -80,7 +82,7 @@ def decoder_config(shapes: Shapes, parallel, train, kernels: str) -> Transformer
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=_activation(text.hidden_act, "text_config.hidden_act"),
-        init_method_std=std,
+        init_method_std=text.init_std,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,

@@ -17,17 +17,23 @@ def encode_window(vlm: VLM, window: Window) -> None:
         micro_batch.features = features
 
 
+def feature_planes(vlm: VLM, chunk: LanguageModel, micro_batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
+    """What one decoder chunk uses of a micro-batch's features: embeddings [n, hidden], deepstack [levels, n, hidden]."""
+    if micro_batch.features is None:
+        return None, None
+    planes, visual, deepstack = vlm.tower.place.planes, None, None
+    if chunk.pre_process:
+        visual = micro_batch.features[planes.index(0)]
+    levels = vlm.chunk_levels(vlm.groups.language.pp.rank(), chunk.vp_stage)
+    if levels:
+        first = planes.index(1 + levels[0])
+        deepstack = micro_batch.features[first : first + len(levels)]
+    return visual, deepstack
+
+
 def forward_chunk(vlm: VLM, chunk: LanguageModel, micro_batch: MicroBatch) -> Tensor:
     """Hidden states [t, 1, hidden] of one decoder chunk (the stage before hands over its own through Megatron)."""
-    visual, deepstack = None, None
-    if micro_batch.features is not None:
-        planes = vlm.tower.place.planes
-        if chunk.pre_process:
-            visual = micro_batch.features[planes.index(0)]
-        levels = vlm.chunk_levels(vlm.groups.language.pp.rank(), chunk.vp_stage)
-        if levels:
-            first = planes.index(1 + levels[0])
-            deepstack = micro_batch.features[first : first + len(levels)]
+    visual, deepstack = feature_planes(vlm, chunk, micro_batch)
     return chunk(
         micro_batch.input_ids,
         micro_batch.position_ids,

@@ -1,0 +1,165 @@
+"""A training run: from settings to checkpoints, metrics and a report. Pretraining and tuning differ only in their data."""
+
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from megavlm.config.output import prepare_output
+from megavlm.config.settings import Settings
+from megavlm.data.loader import build_loader
+from megavlm.data.renderer import Renderer
+from megavlm.model.vlm import PARTS
+from megavlm.platform import memory_gib
+from megavlm.training.checkpoint import Checkpoints, latest
+from megavlm.training.feed import Feed
+from megavlm.training.flops import Work, peak_flops, step_flops
+from megavlm.training.metrics import MetricsWriter, throughput
+from megavlm.training.optimizer import Optimization
+from megavlm.training.plots import write_loss_plot
+from megavlm.training.progress import Progress
+from megavlm.training.report import write_report
+from megavlm.training.setup import Session, start
+from megavlm.training.step import Step, StepResult
+from megavlm.training.units import short
+from megavlm.training.wandb_log import WandbLog
+
+
+def train(settings: Settings, kind: str, title: str) -> int:
+    """Trains to ``train.steps``, or continues the run that stands in the output folder.
+
+    Args:
+        kind: how records are rendered, "pretrain" or "tune".
+        title: heading on the terminal.
+    Returns:
+        exit status 0, also when a signal stopped the run after a checkpoint.
+    """
+    session = start(settings, training=True)
+    groups, output = session.groups, settings.output
+    resuming = _from_first_rank(session, lambda: prepare_output(settings))
+    checkpoint = _from_first_rank(session, lambda: latest(output / "checkpoints")) if resuming else None
+
+    loader = None
+    if groups.is_leader:
+        loader = build_loader(
+            settings.data,
+            Renderer(settings.model.hf, settings.data),
+            kind,
+            dp_rank=groups.data_rank,
+            dp_size=groups.data_size,
+            seed=settings.train.seed,
+        )
+    optimization = Optimization(session.vlm, settings.train)
+    checkpoints = Checkpoints(
+        output / "checkpoints", session.vlm, optimization, loader, settings.checkpoint, settings.train
+    )
+    first = checkpoints.restore(checkpoint) if checkpoint else 0
+    step = Step(
+        session.vlm,
+        optimization,
+        Feed(session.vlm, iter(loader) if loader is not None else None),
+        settings.train.global_batch_size // groups.data_size,
+        settings.train.logprob_chunk_tokens,
+    )
+    stop = _StopSignal(session)
+    steps, every = settings.train.steps, settings.checkpoint.every
+    wandb = WandbLog(settings, enabled=session.is_first)
+    with (
+        Progress(steps, first, title, _header(session), enabled=session.is_first) as progress,
+        MetricsWriter(output, first, enabled=session.is_first) as metrics,
+    ):
+        if checkpoint is None and resuming:
+            progress.say("no checkpoint yet: starts at step 0")
+        for number in range(first + 1, steps + 1):
+            began = time.perf_counter()
+            line = _line(session, number, step(), began)
+            if number % settings.log.every == 0 or number == steps:
+                metrics.write(line)
+                wandb.log(line)
+            progress.update(line)
+            stopping = stop.asked()
+            if number == steps or stopping or (every and number % every == 0):
+                checkpoints.save(number)
+            if stopping:
+                break
+        checkpoints.finish()
+        if session.is_first:
+            metrics.close()
+            write_loss_plot(output)
+            write_report(output)
+            ending = f"stopped at step {number}" if stopping and number < steps else f"done: {steps} steps"
+            progress.say(f"{ending} · {output / 'report.html'}")
+    wandb.finish()
+    dist.barrier()
+    return 0
+
+
+def _from_first_rank(session: Session, call):
+    """The result of ``call`` on rank 0, on every rank; an exception there is raised everywhere."""
+    box = [None, None]
+    if session.is_first:
+        try:
+            box[0] = call()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, group=session.groups.world_host)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def _line(session: Session, number: int, result: StepResult, began: float) -> dict:
+    """A line of metrics.jsonl."""
+    counts, settings = result.counts, session.settings
+    peak = peak_flops(torch.cuda.get_device_name() if session.vlm.vision.patch_embed.weight.is_cuda else None)
+    flops = step_flops(session.shapes, Work.from_counts(counts), settings.model.freeze)
+    whole = {
+        name: int(counts[name]) for name in ("tokens", "target_tokens", "images", "videos", "samples", "frames", "frames_encoded")
+    }
+    return {
+        "step": number,
+        "loss": result.loss,
+        "lr": result.lr,
+        **result.norms,
+        **whole,
+        **throughput(
+            counts["tokens"], counts["row_tokens"], time.perf_counter() - began, flops, dist.get_world_size(), peak
+        ),
+        "memory_gib": memory_gib(),
+    }
+
+
+def _header(session: Session) -> dict[str, str]:
+    settings, vlm = session.settings, session.vlm
+    parameters = {
+        part: sum(p.numel() for m in vlm.modules_of(part) for p in m.parameters() if p.requires_grad) for part in PARTS
+    }
+    parallel = settings.parallel
+    layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "expert": parallel.expert, "data": session.groups.data_size}
+    return {
+        "model": f"{settings.model.hf} · {vlm.kernels} kernels · {settings.train.precision}",
+        "learns": " · ".join(f"{part} {short(count)}" if count else f"{part} frozen" for part, count in parameters.items()),
+        "layout": " × ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process",
+        "data": ", ".join(str(source.path) for source in settings.data.train),
+        "rows": f"{settings.train.global_batch_size} a step, {settings.data.seq_length} tokens each",
+        "output": str(settings.output),
+    }
+
+
+class _StopSignal:
+    """SIGTERM or SIGUSR1 (SLURM's warning before the limit) asks all ranks to save and leave after the current step."""
+
+    def __init__(self, session: Session):
+        self._group, self._asked = session.groups.world_host, False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_) -> None:
+        self._asked = True
+
+    def asked(self) -> bool:
+        """Whether any rank was asked; the same answer on all of them."""
+        flag = torch.tensor([int(self._asked)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())

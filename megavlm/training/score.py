@@ -1,0 +1,70 @@
+"""`megavlm score`: log-probabilities of every target token of a data file."""
+
+import json
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megavlm.config.files import write_text
+from megavlm.config.settings import Settings
+from megavlm.data.loader import read_samples
+from megavlm.data.renderer import Renderer
+from megavlm.data.row import IGNORE, Row, Sample
+from megavlm.training.eval_rows import EvalRows
+from megavlm.training.feed import MicroBatch
+from megavlm.training.forward import encode_window, logprobs_of
+from megavlm.training.setup import start
+
+
+def main(settings: Settings) -> int:
+    """Reads ``data.eval``, writes ``scores.jsonl`` in its order: index, logprobs, sum, tokens."""
+    session = start(settings, training=False)
+    samples = None
+    if session.groups.is_leader:
+        renderer = Renderer(settings.model.hf, settings.data)
+        samples = read_samples(settings.data.eval, renderer, "tune")
+    rows = EvalRows(session, _rows(samples, renderer, settings, session.groups) if samples is not None else None, "scoring")
+    scores: list[dict] = []
+    for window, real in rows:
+        with torch.no_grad():
+            encode_window(session.vlm, window)
+        micro_batch = window.micro_batches[0]
+        logprobs = logprobs_of(session.vlm, micro_batch, settings.train.logprob_chunk_tokens)
+        if real and session.groups.is_leader:
+            scores += sample_scores(micro_batch, logprobs.cpu())
+    scores = rows.gather(scores)
+    if session.is_first:
+        path = settings.output / "scores.jsonl"
+        write_text(path, "".join(json.dumps(score) + "\n" for score in sorted(scores, key=lambda s: s["index"])))
+        mean = sum(score["sum"] for score in scores) / max(1, sum(score["tokens"] for score in scores))
+        print(f"{len(scores)} samples · mean log-probability {mean:.4f} · {path}")
+    return 0
+
+
+def _rows(samples: Iterator[Sample], renderer: Renderer, settings: Settings, groups) -> Iterator[Row]:
+    """Every data rank takes each n-th sample and fills rows in file order."""
+    waiting: list[Sample] = []
+    for number, sample in enumerate(samples):
+        if number % groups.data_size != groups.data_rank:
+            continue
+        full = sum(len(s.input_ids) for s in waiting) + len(sample.input_ids) > settings.data.seq_length
+        if waiting and (full or settings.data.packing == "none"):
+            yield renderer.pack(waiting)
+            waiting = []
+        waiting.append(sample)
+    if waiting:
+        yield renderer.pack(waiting)
+
+
+def sample_scores(micro_batch: MicroBatch, logprobs: Tensor) -> list[dict]:
+    """One result per sample of a row. ``logprobs``: [slices, m] on the host, as ``Targets.row_index`` places them."""
+    row, there = micro_batch.host, micro_batch.targets.row_index >= 0
+    whole = torch.zeros(len(row.labels))
+    whole[micro_batch.targets.row_index[there]] = logprobs[there]
+    lengths = row.segment_lengths
+    results = []
+    for values, labels, index in zip(whole.split(lengths), row.labels.split(lengths), row.indices, strict=False):
+        values = values[labels != IGNORE].tolist()
+        results.append({"index": index, "logprobs": values, "sum": sum(values), "tokens": len(values)})
+    return results

@@ -1,0 +1,91 @@
+"""What every verb that runs the model does first: process groups, shapes, checks, the model and its weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megavlm.config.errors import UserError
+from megavlm.config.layout import check_layout
+from megavlm.config.settings import Settings
+from megavlm.model.shapes import Shapes
+from megavlm.model.vlm import VLM
+from megavlm.platform import Groups, init
+from megavlm.training.checkpoint import latest, load_weights
+
+
+@dataclass
+class Session:
+    """A model on its ranks, and who this rank is."""
+
+    settings: Settings
+    shapes: Shapes
+    groups: Groups
+    vlm: VLM
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and shows what the run has to say."""
+        return dist.get_rank() == 0
+
+
+def check_shapes(settings: Settings, shapes: Shapes, world_size: int) -> int:
+    """Whether this model fits this layout on so many processes; returns the data-parallel size.
+
+    Raises:
+        UserError: it does not, or the layout is one that is not built yet.
+    """
+    text, parallel = shapes.text, settings.parallel
+    data_parallel = check_layout(
+        parallel,
+        world_size,
+        num_heads=text.heads,
+        num_kv_heads=text.kv_heads,
+        vocab_size=text.vocab,
+        num_experts=text.moe.num_experts if text.moe else None,
+        num_layers=text.layers,
+        seq_length=settings.data.seq_length,
+        global_batch_size=settings.train.global_batch_size,
+    )
+    if text.moe is None and settings.train.is_changed("moe_aux_loss_coeff"):
+        raise UserError(
+            f"train.moe_aux_loss_coeff is {settings.train.moe_aux_loss_coeff:g}, but the model has no experts: it would "
+            "be ignored",
+            "remove it, or point model.hf at a mixture-of-experts model",
+        )
+    return data_parallel
+
+
+def start(settings: Settings, *, training: bool) -> Session:
+    """Builds the model on this rank and loads ``model.load`` into it, if it is set.
+
+    Args:
+        training: whether weights will change; otherwise the model is in eval mode.
+    """
+    groups = init(settings.parallel, settings.train.seed)
+    shapes = Shapes.from_hf(settings.model.hf)
+    check_shapes(settings, shapes, dist.get_world_size())
+    if settings.parallel.context > 1:
+        raise UserError(
+            f"parallel.context is {settings.parallel.context}: context parallelism is not built yet",
+            "set parallel.context to 1",
+        )
+    if settings.parallel.pipeline > 1 and not training:
+        raise UserError(
+            f"parallel.pipeline is {settings.parallel.pipeline}, but scoring and answering run in one stage",
+            "set parallel.pipeline=1 on the command line; any checkpoint loads in any layout",
+        )
+    vlm = VLM(shapes, settings, groups).train(training)
+    if settings.model.load is not None:
+        load_weights(find_checkpoint(settings.model.load), vlm)
+    return Session(settings, shapes, groups, vlm)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """``model.load`` as a checkpoint: itself, or the newest one of the run folder that it names."""
+    if (path / "checkpoints").is_dir():
+        newest = latest(path / "checkpoints")
+        if newest is None:
+            raise UserError(f"model.load is {path}, a run that has no complete checkpoint yet", "name another one")
+        return newest
+    return path
