@@ -1,7 +1,7 @@
 """Whether a parallel layout fits a number of processes, a batch, and the shapes of a model."""
 
 from megavlm.config.errors import UserError
-from megavlm.config.settings import ParallelSettings, check_seq_length
+from megavlm.config.settings import ParallelSettings, TrainSettings, check_seq_length
 
 
 def check_layout(
@@ -96,6 +96,15 @@ def check_world_size(parallel: ParallelSettings, world_size: int, global_batch_s
             f"nearest batches that fit: {_multiples(global_batch_size, data_parallel * parallel.pipeline)}",
         )
     return data_parallel
+
+
+def check_dense_settings(train: TrainSettings, num_experts: int | None) -> None:
+    """Raises UserError where a dense model (num_experts None) is given a setting for experts alone."""
+    if num_experts is None and train.moe_aux_loss_coeff and train.is_changed("moe_aux_loss_coeff"):
+        raise UserError(
+            f"train.moe_aux_loss_coeff is {train.moe_aux_loss_coeff:g}, but the model is dense: it would be ignored",
+            "remove it, or point model.hf at a mixture-of-experts model",
+        )
 
 
 def _divides(setting: str, value: int, what: str, count: int) -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from megavlm.config.errors import UserError
-from megavlm.config.layout import check_layout
-from megavlm.config.settings import ParallelSettings
+from megavlm.config.layout import check_dense_settings, check_layout
+from megavlm.config.settings import ParallelSettings, TrainSettings
 
 SHAPES = {"num_heads": 32, "num_kv_heads": 8, "vocab_size": 151936, "num_layers": 36, "seq_length": 8192}
 
@@ -65,3 +65,11 @@ def test_layouts_that_do_not_fit(arguments, message, remedy):
         check(**arguments)
     assert message in caught.value.message
     assert remedy in caught.value.remedy
+
+
+def test_load_balancing_on_a_dense_model_would_be_ignored():
+    check_dense_settings(TrainSettings(), None)
+    check_dense_settings(TrainSettings(moe_aux_loss_coeff=0.0), None)
+    check_dense_settings(TrainSettings(moe_aux_loss_coeff=0.01), 8)
+    with pytest.raises(UserError, match=r"moe_aux_loss_coeff is 0.01, but the model is dense"):
+        check_dense_settings(TrainSettings(moe_aux_loss_coeff=0.01), None)
