@@ -10,8 +10,6 @@
 import json
 import os
 import random
-import shutil
-import tempfile
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from megavlm.config.errors import UserError
+from megavlm.convert.output import new_folder
 from megavlm.demo.photographs import PHOTOGRAPHS, load_photograph
 
 NUM_HELDOUT = 360
@@ -55,11 +53,7 @@ def write_data(out: str | os.PathLike, seed: int = 0) -> Path:
     Picture paths are relative to the files. The same seed gives the same bytes. Raises UserError if `out` exists.
     """
     out = Path(out)
-    if out.exists():
-        raise UserError(f"{out}: exists already", "remove it or name another folder for the data")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out, overwrite=False, mark=f"{HELDOUT_FILE}.jsonl") as unfinished:
         rng = random.Random(seed)
         train, heldout = _write_digits(unfinished, rng)
         photographs = _write_photographs(unfinished)
@@ -76,11 +70,6 @@ def write_data(out: str | os.PathLike, seed: int = 0) -> Path:
         for name, lines in records.items():
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             (unfinished / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        unfinished.chmod(0o755)  # mkdtemp makes it private
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return out
 
 

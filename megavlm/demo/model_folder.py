@@ -6,8 +6,6 @@ reads a released folder can be run on it.
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from megavlm.config.errors import UserError
+from megavlm.convert.output import new_folder
 from megavlm.demo.chat_template import CHAT_TEMPLATE
 
 # In the order of the released vocabulary, where <|endoftext|> is 151643 and <|vision_start|> 151652.
@@ -116,23 +114,12 @@ def make_model_folder(
     Raises UserError if `out` exists already.
     """
     out = Path(out)
-    if out.exists():
-        raise UserError(f"{out}: exists already", "remove it or name another folder for the model")
-    tokenizer = _tokenizer(corpus, vocab_size)
-    config = _config(tokenizer, {**(TEXT_MOE if moe else {}), **(text or {})}, vision or {}, moe, tied)
-    model = _random_model(config, moe, seed, norm_noise).to(getattr(torch, dtype))
-
-    # Complete in a folder beside the target, then one rename: nobody ever sees half a model.
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out, overwrite=False, mark="config.json") as unfinished:
+        tokenizer = _tokenizer(corpus, vocab_size)
+        config = _config(tokenizer, {**(TEXT_MOE if moe else {}), **(text or {})}, vision or {}, moe, tied)
+        model = _random_model(config, moe, seed, norm_noise).to(getattr(torch, dtype))
         model.save_pretrained(unfinished, max_shard_size=max_shard_size)
         _processor(tokenizer, config, min_pixels, max_pixels).save_pretrained(unfinished)
-        unfinished.chmod(0o755)  # mkdtemp makes it private
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return out
 
 

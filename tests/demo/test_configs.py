@@ -1,0 +1,78 @@
+"""The demo's configurations load, follow each other, keep held-out questions apart, and hold their samples."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from megavlm.config.layout import check_layout
+from megavlm.config.load import load_settings
+from megavlm.demo.data import HELDOUT_FILE, PHOTOGRAPH_PIXELS, TRAIN_FILES
+from megavlm.demo.model_folder import TEXT
+from megavlm.demo.run import DEFAULT_OUT, OUT_VARIABLE, STAGES
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
+
+
+@pytest.fixture(autouse=True)
+def _default_folder(monkeypatch):
+    monkeypatch.delenv(OUT_VARIABLE, raising=False)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_config_suits_two_processes_and_its_place_in_the_chain(stage):
+    settings = load_settings(CONFIGS / f"{stage}.yaml")
+    out, position = Path(DEFAULT_OUT), STAGES.index(stage)
+    assert settings.stage == (position if stage != "sft" else None)
+    assert settings.model.hf == out / "model"
+    assert settings.model.load == out / (STAGES[position - 1] if position else "start")
+    assert settings.output == out / stage
+    assert settings.parallel.tensor == 2
+    assert settings.parallel.sequence_parallel
+    data_parallel = check_layout(
+        settings.parallel,
+        2,
+        num_heads=TEXT["num_attention_heads"],
+        num_kv_heads=TEXT["num_key_value_heads"],
+        vocab_size=1024,
+        num_experts=None,
+        num_layers=TEXT["num_hidden_layers"],
+        seq_length=settings.data.seq_length,
+        global_batch_size=settings.train.global_batch_size,
+    )
+    assert data_parallel == 1
+
+
+def test_only_stage_0_freezes_and_rows_grow():
+    stages = [load_settings(CONFIGS / f"{stage}.yaml") for stage in STAGES]
+    assert [sorted(settings.model.freeze) for settings in stages] == [["language", "vision"], [], [], [], []]
+    lengths = [settings.data.seq_length for settings in stages[:4]]
+    assert lengths == sorted(lengths)
+    assert lengths[1] < lengths[2] < lengths[3]
+
+
+def test_heldout_questions_are_in_no_training_list():
+    for stage in STAGES:
+        settings = load_settings(CONFIGS / f"{stage}.yaml")
+        names = {source.path.stem for source in settings.data.train}
+        assert names <= set(TRAIN_FILES)
+    assert settings.data.eval.stem == HELDOUT_FILE
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_sample_fits_into_a_row(stage, demo_data, demo_model):
+    settings = load_settings(CONFIGS / f"{stage}.yaml")
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    longest = 0
+    for name in {source.path.name for source in settings.data.train}:
+        for line in (demo_data / name).read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            turns = [{"content": record["text"]}] if "text" in record else record["messages"]
+            text = "".join(turn["content"] for turn in turns)
+            photographs = sum(path.startswith("photographs/") for path in record.get("images", []))
+            digits = len(record.get("images", [])) - photographs
+            visual = digits + photographs * (PHOTOGRAPH_PIXELS // 32) ** 2  # and a start and an end mark each
+            marks = 2 * (digits + photographs) + 8  # 8: the chat template's, or the end of the text
+            longest = max(longest, len(tokenizer(text.replace("<image>", "")).input_ids) + visual + marks)
+    assert longest <= settings.data.seq_length
