@@ -1,6 +1,7 @@
 """loss.png: the curves of one run at a glance."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,21 @@ FILE_NAME = "loss.png"
 COLORS = {"loss": "#2563eb", "lr": "#f59e0b", "vision": "#0d9488", "projector": "#db2777", "language": "#7c3aed"}
 
 
-def smooth(values: Sequence[float | None], window: float | None = None) -> list[float | None]:
-    """Exponential moving average over about `window` steps, unbiased at its start; None (no number) passes through.
+def smooth(values: Sequence[float | None], reach: int | None = None) -> list[float | None]:
+    """Mean of each value and its neighbours up to `reach` places to both sides; None stays None.
 
-    The window is a thirtieth of the run, at least 1 step and at most 100, unless given.
+    To both sides, so that it does not lag behind a falling loss; therefore it reaches no further back than forward
+    near the start. At the end it is the mean of the latest values. `reach` is a thirtieth of the run, at most 100,
+    unless given.
     """
-    window = window or min(max(len(values) / 30, 1.0), 100.0)
-    decay = 1 - 1 / window
-    total = weight = 0.0
-    smoothed: list[float | None] = []
-    for value in values:
-        if value is None:
-            smoothed.append(None)
-            continue
-        total = decay * total + value
-        weight = decay * weight + 1
-        smoothed.append(total / weight)
-    return smoothed
+    reach = min(len(values) // 30, 100) if reach is None else reach
+    sums = [0.0, *accumulate(value or 0.0 for value in values)]
+    counts = [0, *accumulate(value is not None for value in values)]
+    means: list[float | None] = []
+    for place, value in enumerate(values):
+        start, end = max(place - reach, 0), min(place + min(reach, place) + 1, len(values))
+        means.append(None if value is None else (sums[end] - sums[start]) / (counts[end] - counts[start]))
+    return means
 
 
 def write_loss_plot(output_dir: str | Path, title: str | None = None) -> Path | None:

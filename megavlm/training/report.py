@@ -1,0 +1,271 @@
+"""report.html: a run and those before it, on one page that needs no other file.
+
+    python -m megavlm.training.report DIR
+
+A run's config.yaml names the checkpoint that it started from; where that lies in another output folder, the report
+goes on there, so that the report of a tuning run shows all stages of pretraining. Answers that `megavlm infer` has
+written into one of these folders, or into a folder beside them, are shown with their pictures.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from megavlm import __version__
+from megavlm.config.errors import UserError
+from megavlm.config.files import write_text
+from megavlm.training import units
+from megavlm.training.charts import Band, Curve, chart
+from megavlm.training.metrics import PARTS, read_metrics
+from megavlm.training.plots import smooth
+from megavlm.training.report_answers import AnswerGroup, Source, group_answers, read_source
+
+FILE_NAME = "report.html"
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+
+@dataclass
+class Run:
+    """What an output folder tells of its run.
+
+    Attributes:
+        folder: the output folder.
+        config: its config.yaml; {} where there is none.
+        lines: its metrics, oldest first; [] where nothing was trained.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    lines: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Raises UserError if config.yaml does not parse."""
+        file = folder / "config.yaml"
+        config = None
+        if file.is_file():
+            try:
+                config = yaml.safe_load(file.read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise UserError(f"{file} is not valid YAML: {error}") from None
+        return cls(folder, config if isinstance(config, dict) else {}, read_metrics(folder))
+
+    def setting(self, key: str) -> Any:
+        """The value of a dotted key; None where it is not set."""
+        value: Any = self.config
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    @property
+    def name(self) -> str:
+        stage = self.setting("stage")
+        return self.folder.absolute().name if stage is None else f"stage {stage}"
+
+    @property
+    def learns(self) -> list[str]:
+        """Parts that are not frozen."""
+        return [part for part in PARTS if part not in (self.setting("model.freeze") or [])]
+
+    def column(self, name: str) -> list[float | None]:
+        """One field of every line; None where a line lacks it."""
+        return [line.get(name) for line in self.lines]
+
+    def total(self, name: str) -> float:
+        """Sum of a field over all steps. Where only every k-th step has a line, it stands for k steps."""
+        known = [value for value in self.column(name) if value is not None]
+        return sum(known) * self.lines[-1]["step"] / len(self.lines) if self.lines else 0.0
+
+    def typical(self, name: str) -> float | None:
+        """Median of a field; the first line, in which everything is started up, is left out where there are more."""
+        known = [value for value in self.column(name)[min(1, len(self.lines) - 1) :] if value is not None]
+        return median(known) if known else None
+
+    @property
+    def first_and_last_loss(self) -> tuple[float | None, float | None]:
+        """The first loss, and the moving average at the end."""
+        known = [value for value in self.column("loss") if value is not None]
+        return (known[0], smooth(known)[-1]) if known else (None, None)
+
+
+def write_report(output_dir: str | Path) -> Path:
+    """Writes report.html into an output folder, atomically; an earlier one is replaced.
+
+    Reads config.yaml, metrics.jsonl, answers.jsonl and accuracy.json of this folder, of its predecessors and of
+    folders beside them, and the questions that answers belong to.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: there is nothing to report, or a file in these folders is damaged.
+    """
+    folder = Path(output_dir)
+    chain = follow(folder)
+    trained = [run for run in chain if run.lines]
+    answers = group_answers(find_answers(chain))
+    if not trained and not answers:
+        raise UserError(
+            f"{folder} has neither metrics.jsonl nor answers.jsonl: there is nothing to report",
+            "name the output folder of a run",
+        )
+    write_text(folder / FILE_NAME, _render(chain, trained, answers))
+    return folder / FILE_NAME
+
+
+def follow(folder: Path) -> list[Run]:
+    """The run of `folder` and those it goes back to, the oldest first."""
+    chain, seen = [], set()
+    while folder is not None and folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        chain.insert(0, Run.read(folder))
+        folder = _run_folder(chain[0].setting("model.load"), folder)
+    return chain
+
+
+def find_answers(chain: list[Run]) -> list[Source]:
+    """Answers in the folders of the chain, and in folders beside them that answer from one of its checkpoints.
+
+    Ordered by the checkpoint that answered, the earliest first.
+    """
+    places = {run.folder.resolve(): place for place, run in enumerate(chain)}
+    found = []
+    candidates = {path.parent for run in chain for path in run.folder.absolute().parent.glob("*/answers.jsonl")}
+    for folder in sorted(candidates | {run.folder.absolute() for run in chain}):
+        place = places.get(folder.resolve())
+        run = Run.read(folder) if place is None else chain[place]
+        if place is None or not run.lines:
+            loaded = _run_folder(run.setting("model.load"), folder)
+            place = places.get(loaded.resolve()) if loaded else place
+        eval_path = run.setting("data.eval")
+        source = read_source(folder, _existing(Path(eval_path), folder) if eval_path else None)
+        if place is not None and source is not None:
+            found.append((place, source))
+    return [source for _, source in sorted(found, key=lambda item: item[0])]
+
+
+def _run_folder(load: str | None, folder: Path) -> Path | None:
+    """The output folder that a checkpoint lies in; None where it is no run's, or is gone.
+
+    A tree of folders that was moved is found by names: the predecessor is looked for beside `folder`.
+    """
+    if not load:
+        return None
+    parts = Path(load).parts
+    at = parts.index("checkpoints") if "checkpoints" in parts else len(parts)
+    named = Path(*parts[:at]) if at else None
+    if named is None:
+        return None
+    path = _existing(named, folder) or folder.absolute().parent / named.name
+    is_run = (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file()
+    return path if is_run and path.resolve() != folder.resolve() else None
+
+
+def _existing(path: Path, folder: Path) -> Path | None:
+    """A path as a run of `folder` meant it: relative to where it was started, which is here or above its folder."""
+    starts = [Path.cwd(), *folder.absolute().parents]
+    return next((start / path for start in starts if (start / path).exists()), None)
+
+
+def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup]) -> str:
+    import jinja2  # comes with transformers
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    for function in (units.short, units.number, units.duration, units.percent):
+        environment.filters[function.__name__] = function
+    environment.filters["total_of"] = Run.total
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        run=chain[-1],
+        trained=trained,
+        overview=_overview(trained),
+        charts=[_charts(run) for run in trained],
+        settings=_settings(chain),
+        answers=answers,
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        version=__version__,
+    )
+
+
+def _overview(runs: list[Run]) -> str:
+    """The loss of all runs, one after the other."""
+    if len(runs) < 2:
+        return ""
+    steps, losses, average, bands, start = [], [], [], [], 0
+    for run in runs:
+        steps += [start, *(start + line["step"] for line in run.lines)]
+        losses += [None, *run.column("loss")]  # None: no line from one run to the next
+        average += [None, *smooth(run.column("loss"))]
+        bands.append(Band(run.name, start, steps[-1]))
+        start = steps[-1]
+    return chart("Loss", steps, [Curve("loss", losses, "loss", average)], bands=bands, kind="tall")
+
+
+def _charts(run: Run) -> list[str]:
+    steps = run.column("step")
+    norms = [Curve.smoothed(part, run.column(f"grad_norm/{part}"), part) for part in run.learns]
+    if len(norms) > 1:
+        norms.insert(0, Curve.smoothed("whole", run.column("grad_norm"), "text"))
+    speed, mfu = run.column("tokens_per_second"), run.column("mfu")
+    charts = [
+        chart("Loss", steps, [Curve.smoothed("loss", run.column("loss"), "loss")], kind="large"),
+        chart("Gradient norm", steps, norms, log=True),
+        chart("Learning rate", steps, [Curve("learning rate", run.column("lr"), "lr")], from_zero=True),
+        chart(
+            "Tokens per second", steps, [Curve.smoothed("tokens/s", speed, "speed")], from_zero=True, label=units.short
+        ),
+        chart("MFU", steps, [Curve.smoothed("MFU", mfu, "speed")], from_zero=True, label=units.percent),
+        chart("Peak memory, GiB", steps, [Curve("GiB", run.column("memory_gib"), "soft")], from_zero=True),
+    ]
+    return [drawn for drawn in charts if drawn]
+
+
+def _settings(chain: list[Run]) -> list[tuple[Run, list[tuple[str, str, bool]]]]:
+    """Per run (key, value, differs from the run before), in the form of an override on the command line."""
+    tables, before = [], None
+    for run in chain:
+        flat = _flat(run.config)
+        differs = {key: before is not None and before.get(key) != text for key, text in flat.items()}
+        tables.append((run, [(key, text, differs[key]) for key, text in flat.items()]))
+        before = flat
+    return tables
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + str(name)] = _yaml(value)
+    return flat
+
+
+def _yaml(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...").strip()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: writes the report of each folder."""
+    parser = argparse.ArgumentParser(prog="python -m megavlm.training.report", description="write report.html again")
+    parser.add_argument("output_dir", nargs="+", type=Path, metavar="DIR", help="output folder of a run")
+    try:
+        for folder in parser.parse_args(arguments).output_dir:
+            print(write_report(folder))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
