@@ -132,22 +132,34 @@ def follow(folder: Path) -> list[Run]:
 def find_answers(chain: list[Run]) -> list[Source]:
     """Answers in the folders of the chain, and in folders beside them that answer from one of its checkpoints.
 
-    Ordered by the checkpoint that answered, the earliest first.
+    Ordered by the checkpoint that answered, the earliest first; the one that the whole chain started from is earlier
+    than any of the runs.
     """
     places = {run.folder.resolve(): place for place, run in enumerate(chain)}
+    start = _loaded(chain[0])
     found = []
     candidates = {path.parent for run in chain for path in run.folder.absolute().parent.glob("*/answers.jsonl")}
     for folder in sorted(candidates | {run.folder.absolute() for run in chain}):
-        place = places.get(folder.resolve())
-        run = Run.read(folder) if place is None else chain[place]
-        if place is None or not run.lines:
+        own_place = places.get(folder.resolve())
+        run = Run.read(folder) if own_place is None else chain[own_place]
+        place = own_place
+        if not run.lines:  # it has trained nothing: the answers are those of what it loaded
             loaded = _run_folder(run.setting("model.load"), folder)
-            place = places.get(loaded.resolve()) if loaded else place
+            place = places.get(loaded.resolve(), own_place) if loaded else own_place
+            if place is None and start is not None and _loaded(run) == start:
+                place = -1
         eval_path = run.setting("data.eval")
         source = read_source(folder, _existing(Path(eval_path), folder) if eval_path else None)
         if place is not None and source is not None:
             found.append((place, source))
     return [source for _, source in sorted(found, key=lambda item: item[0])]
+
+
+def _loaded(run: Run) -> Path | None:
+    """The checkpoint that a run started from, whatever it is; None where there is none."""
+    load = run.setting("model.load")
+    path = _existing(Path(load), run.folder) if load else None
+    return path.resolve() if path else None
 
 
 def _run_folder(load: str | None, folder: Path) -> Path | None:

@@ -116,6 +116,16 @@ def test_report_again_replaces_the_first(runs):
     assert not [path for path in (runs / "sft").iterdir() if path.name.startswith(".")]
 
 
+def test_answers_from_the_very_start_come_first(runs):
+    start = runs.parent / "start"
+    start.mkdir()
+    write_answers(runs / "untrained", ["?"] * 40, start, runs.parent / "data/eval.jsonl")
+    write_answers(runs / "of another model", ["?"] * 40, runs.parent / "data", runs.parent / "data/eval.jsonl")
+    page = write_report(runs / "sft").read_text()
+    assert page.index(">untrained<") < page.index(">before<") < page.index(">after<")
+    assert "of another model" not in page
+
+
 def test_report_of_answers_alone(runs):
     page = write_report(runs / "after").read_text()
     assert page.count('class="charts"') == 3
