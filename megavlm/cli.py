@@ -120,7 +120,13 @@ VERBS = {
         "read a configuration and its data's first samples; say what would happen or what is wrong",
         "megavlm validate stage2.yaml --world-size 64",
         reads=(),
-        flags={"world_size": {"metavar": "N", "type": int, "help": "number of processes it is meant for"}},
+        flags={
+            "world_size": {"metavar": "N", "type": int, "help": "number of processes it is meant for"},
+            "no_files": {
+                "action": "store_true",
+                "help": "look at settings, shapes and layout alone; data and checkpoints may be missing",
+            },
+        },
         local_workers=False,
     ),
 }

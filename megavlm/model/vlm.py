@@ -118,6 +118,17 @@ class VLM:
         }
         for index, chunk in enumerate(self.language):
             part = chunk.sharded_state_dict("language.", metadata={**metadata, "dp_cp_group": self.groups.language.dp_cp})
-            shards |= {f"{index}/{name}": value for name, value in part.items()} if len(self.language) > 1 else part
+            # chunks number their layers from 0 each: told apart here, while the shards' own keys are global
+            shards |= {f"{index}/{name}": value for name, value in part.items()}
         # None without delayed FP8 scaling; a checkpoint converted from Hugging Face has no such entries
         return {name: value for name, value in shards.items() if not name.endswith("_extra_state")}
+
+    def load_sharded(self, loaded: dict) -> None:
+        """Takes over what ``dist_checkpointing.load`` returned for ``sharded_state_dict``."""
+        modules = {"vision.": self.vision, "projector.": self.projector}
+        modules |= {f"{index}/language.": chunk for index, chunk in enumerate(self.language)}
+        for prefix, module in modules.items():
+            part = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
+            result = module.load_state_dict(part, strict=False)
+            missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+            assert not missing and not result.unexpected_keys, f"{prefix}: {missing[:3]} {result.unexpected_keys[:3]}"

@@ -104,7 +104,12 @@ class Feed:
         vision = self.vlm.shapes.vision
         patch_owner = torch.from_numpy(np.repeat(owner, patches))
         shapes = {"patches": (vision.patch_dim,), "patch_coords": (2,), "pos_index": (4,), "pos_weight": (4,)}
-        dtypes = {"patches": torch.float32, "patch_coords": torch.int32, "pos_index": torch.int32, "pos_weight": torch.float32}
+        dtypes = {
+            "patches": torch.float32,
+            "patch_coords": torch.int32,
+            "pos_index": torch.int32,
+            "pos_weight": torch.float32,
+        }
         mine, sending = {}, []
         for name in _PIXEL_FIELDS:
             if self.groups.is_leader:

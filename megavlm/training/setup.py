@@ -6,12 +6,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megavlm.config.errors import UserError
-from megavlm.config.layout import check_layout
+from megavlm.config.layout import check_dense_settings, check_layout
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
 from megavlm.platform import Groups, init
-from megavlm.training.checkpoint import latest, load_weights
+from megavlm.training.checkpoint import latest
+from megavlm.training.state import load_weights
 
 
 @dataclass
@@ -29,15 +30,16 @@ class Session:
         return dist.get_rank() == 0
 
 
-def check_shapes(settings: Settings, shapes: Shapes, world_size: int) -> int:
+def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, training: bool = True) -> int:
     """Whether this model fits this layout on so many processes; returns the data-parallel size.
 
     Raises:
-        UserError: it does not, or the layout is one that is not built yet.
+        UserError: it does not; the message says which values would.
     """
-    text, parallel = shapes.text, settings.parallel
-    data_parallel = check_layout(
-        parallel,
+    text = shapes.text
+    check_dense_settings(settings.train, text.moe.num_experts if text.moe else None)
+    return check_layout(
+        settings.parallel,
         world_size,
         num_heads=text.heads,
         num_kv_heads=text.kv_heads,
@@ -45,15 +47,8 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int) -> int:
         num_experts=text.moe.num_experts if text.moe else None,
         num_layers=text.layers,
         seq_length=settings.data.seq_length,
-        global_batch_size=settings.train.global_batch_size,
+        global_batch_size=settings.train.global_batch_size if training else None,
     )
-    if text.moe is None and settings.train.is_changed("moe_aux_loss_coeff"):
-        raise UserError(
-            f"train.moe_aux_loss_coeff is {settings.train.moe_aux_loss_coeff:g}, but the model has no experts: it would "
-            "be ignored",
-            "remove it, or point model.hf at a mixture-of-experts model",
-        )
-    return data_parallel
 
 
 def start(settings: Settings, *, training: bool) -> Session:
@@ -64,7 +59,7 @@ def start(settings: Settings, *, training: bool) -> Session:
     """
     groups = init(settings.parallel, settings.train.seed)
     shapes = Shapes.from_hf(settings.model.hf)
-    check_shapes(settings, shapes, dist.get_world_size())
+    check_shapes(settings, shapes, dist.get_world_size(), training=training)
     if settings.parallel.context > 1:
         raise UserError(
             f"parallel.context is {settings.parallel.context}: context parallelism is not built yet",

@@ -1,4 +1,4 @@
-"""Worlds of 2, 4 and 8 gloo processes for the tests in this folder; see pool.py."""
+"""Worlds of 1, 2, 4 and 8 gloo processes for the tests in this folder; see pool.py."""
 
 import gc
 
@@ -13,6 +13,11 @@ def forget_megatron() -> None:
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.unset_num_microbatches_calculator()
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def world1():
+    yield from _world(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,142 @@
+"""One training step in some layout, and the same in plain PyTorch on transformers' model."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from toy import reference_inputs, reference_model
+
+ROWS = ((0, 1, 2), (3, 5), (4, 6), (7,))  # toy records in each row of a step; the second row has no picture
+STEPS, LR = 3, 0.01
+
+
+@dataclass
+class Trained:
+    """Steps as (loss, {part: grad_norm}), and the weights after them by Hugging Face name."""
+
+    steps: list[tuple[float, dict[str, float]]]
+    weights: dict[str, torch.Tensor]
+
+
+def part_of(name: str) -> str:
+    """Part of the model that an HF weight belongs to."""
+    if "visual" not in name:
+        return "language"
+    return "projector" if "merger" in name else "vision"
+
+
+def train_reference(folder: Path, records: list[dict], root: Path, freeze: tuple[str, ...] = ()) -> Trained:
+    """SGD without momentum on the mean over all targets of the batch, sample by sample: nothing is packed here."""
+    from transformers import AutoProcessor
+
+    model, processor = reference_model(folder), AutoProcessor.from_pretrained(folder)
+    inputs = [(reference_inputs(processor, record, root), targets_of(processor, record, root)) for record in records]
+    count = sum(len(where) for _, where in inputs)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) not in freeze)
+    steps = []
+    for _ in range(STEPS):
+        model.zero_grad()
+        total = 0.0
+        for arguments, where in inputs:
+            logprobs = model(**arguments).logits[0].log_softmax(-1)
+            nll = -logprobs[where - 1, arguments["input_ids"][0, where]].sum() / count
+            if nll.requires_grad:
+                nll.backward()
+            total += nll.item()
+        squares = dict.fromkeys(("vision", "projector", "language"), 0.0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    squares[part_of(name)] += parameter.grad.double().square().sum().item()
+                    parameter -= LR * parameter.grad
+        steps.append((total, {part: square**0.5 for part, square in squares.items()}))
+    return Trained(steps, {name: value.clone() for name, value in model.state_dict().items()})
+
+
+def targets_of(processor, record: dict, root: Path) -> torch.Tensor:
+    """int64 [n]: places of the tokens that are learned: every assistant turn with its end token.
+
+    Found from the rendered tokens alone: after "<|im_start|>assistant\\n" up to and including "<|im_end|>".
+    """
+    tokens = reference_inputs(processor, record, root)["input_ids"][0].tolist()
+    start = processor.tokenizer.encode("<|im_start|>assistant\n")
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    places, at = [], 0
+    while at < len(tokens):
+        if tokens[at : at + len(start)] == start:
+            at += len(start)
+            while True:
+                places.append(at)
+                at += 1
+                if tokens[at - 1] == end:
+                    break
+        else:
+            at += 1
+    return torch.tensor(places)
+
+
+def train_layout(folder: Path, checkpoint: Path, root: Path, records: list[dict], settings: dict, out: Path):
+    """Runs on every rank of a world: trains the toy in one layout; saves the weights to ``out``.
+
+    Returns [(loss, norms, counts)] of the steps.
+    """
+    from megatron.core import dist_checkpointing
+    from megavlm import platform
+    from megavlm.config.settings import Settings
+    from megavlm.convert import SHARDED_METADATA
+    from megavlm.data.renderer import Renderer
+    from megavlm.model.shapes import Shapes
+    from megavlm.model.vlm import VLM
+    from megavlm.training.feed import Feed
+    from megavlm.training.optimizer import Optimization
+    from megavlm.training.state import load_weights
+    from megavlm.training.step import Step
+
+    settings = Settings(**settings)
+    groups = platform.init(settings.parallel)
+    vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
+    load_weights(checkpoint, vlm)
+    renderer = Renderer(folder, settings.data)
+    samples = [renderer.encode(r, root, f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
+    rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
+    each = len(rows) // groups.data_size
+    mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
+    feed = Feed(vlm, iter(mine * STEPS) if groups.is_leader else None)
+    step = Step(vlm, Optimization(vlm, settings.train), feed, each, settings.train.logprob_chunk_tokens)
+    results = [step() for _ in range(STEPS)]
+    if groups.language.dp.rank() == 0 and torch.distributed.get_rank() == 0:
+        os.makedirs(out)
+    torch.distributed.barrier()
+    dist_checkpointing.save(vlm.sharded_state_dict(dict(SHARDED_METADATA)), str(out))
+    return [(result.loss, result.norms, result.counts) for result in results]
+
+
+def settings_of(folder: Path, parallel: dict, *, freeze: tuple[str, ...] = (), moe: bool = False, **train) -> dict:
+    """Settings of the parity runs: float32, plain SGD, rows of 256 tokens."""
+    vision = train.pop("vision", {})
+    return {
+        "model": {"hf": str(folder), "freeze": list(freeze)},
+        "data": {"seq_length": 256},
+        "parallel": parallel,
+        "vision": vision,
+        "train": {
+            "precision": "fp32", "optimizer": "sgd", "lr": LR, "schedule": "constant", "steps": STEPS,
+            "global_batch_size": len(ROWS), "clip_grad": 0.0, "weight_decay": 0.0, "logprob_chunk_tokens": 64,
+            **({"moe_aux_loss_coeff": 0.0} if moe else {}), **train,
+        },
+    }  # fmt: skip
+
+
+def weights_of(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a Megatron checkpoint by Hugging Face name, through the project's own conversion table."""
+    from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+    from megavlm.convert.names import table
+    from megavlm.model.shapes import Shapes
+
+    stored, weights = McoreCheckpoint(checkpoint), {}
+    for entry in table(Shapes.from_hf(folder)):
+        tensor = stored.read(entry.key)
+        weights |= dict(zip(entry.hf, entry.layout.to_hf(tensor, list(entry.hf.values())), strict=True))
+    return weights
