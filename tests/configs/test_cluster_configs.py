@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from megavlm.cli import main
 from megavlm.config import describe, yaml_files
-from megavlm.config.layout import check_dense_settings, check_layout
 from megavlm.config.load import load_settings
-from megavlm.model.shapes import Shapes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]
@@ -42,24 +41,17 @@ def test_the_lists_above_are_what_the_folders_hold() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("model", MODELS)
-def test_recipe_fits_the_intended_world(model: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_passes_validate_for_the_intended_world(
+    model: str, recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """From the shapes alone: no weights, no data."""
     monkeypatch.setenv("MEGAVLM_MODEL", model)
-    settings = load_settings(CONFIGS / recipe)
-    assert settings.model.hf == Path("configs/models") / model
-    text = Shapes.from_hf(settings.model.hf).text
-    experts = text.moe and text.moe.num_experts
-    check_layout(
-        settings.parallel,
-        intended_world(model),
-        num_heads=text.heads,
-        num_kv_heads=text.kv_heads,
-        vocab_size=text.vocab,
-        num_experts=experts,
-        num_layers=text.layers,
-        seq_length=settings.data.seq_length,
-        global_batch_size=settings.train.global_batch_size,
-    )
-    check_dense_settings(settings.train, experts)
+    world = intended_world(model)
+    status = main(["validate", f"configs/{recipe}", "--world-size", str(world), "--no-files"])
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    assert f"{world} processes" in shown.out
+    assert f"configs/models/{model} " in shown.out
 
 
 @pytest.mark.parametrize("model", MODELS)
