@@ -43,7 +43,9 @@ def decoder_config(shapes: Shapes, parallel, train, kernels: str) -> Transformer
     """The Qwen3 decoder. ``parallel``, ``train``: settings sections; ``kernels``: ``te`` or ``portable``."""
     text = shapes.text
     if text.attention_bias:
-        raise UserError("config.json: text_config.attention_bias is true; no Qwen3-VL has it and megavlm does not either")
+        raise UserError(
+            "config.json: text_config.attention_bias is true; no Qwen3-VL has it and megavlm does not either"
+        )
     options = _common(train.precision, kernels)
     if text.moe is not None:
         options |= dict(

@@ -36,7 +36,7 @@ class Place:
     Attributes:
         slices, slice_index: the row is cut into so many equal parts by sequence parallelism; which this rank holds.
         planes: feature planes used on this rank: 0 embeds (first stage), 1 + k is deepstack level k.
-        gives_gradient: false on ranks that hold a copy of another's gradient (tensor ranks without sequence parallelism).
+        gives_gradient: false where another rank holds the same gradient (tensor ranks without sequence parallelism).
     """
 
     slices: int

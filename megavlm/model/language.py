@@ -1,11 +1,15 @@
-"""The Qwen3 decoder of a Qwen3-VL: Megatron's embedding, TransformerBlock and output weight, with MRoPE and deepstack."""
+"""The Qwen3 decoder: Megatron's embedding, TransformerBlock and output weight, with MRoPE and deepstack."""
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
@@ -105,7 +109,11 @@ class LanguageModel(LanguageModule):
     @property
     def output_weight(self) -> Tensor:
         """[vocabulary / tensor, hidden]: the word embedding where tied."""
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        return (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
 
     def token_logprobs(self, hidden: Tensor, targets: Targets, chunk_tokens: int, entropy: bool = False):
         """Log-probabilities of a row's targets; see ``megavlm.model.token_logprobs``."""

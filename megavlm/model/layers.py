@@ -15,9 +15,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 class DeepstackLayer(TransformerLayer):
     """A decoder layer that adds its level of visual features to the hidden states it puts out.
 
-    The features come as Megatron's ``context`` argument, float [levels, N, hidden]: TransformerBlock hands it from layer
-    to layer untouched (there is no cross-attention) and through activation checkpointing as an argument, so recomputing
-    keeps its gradient. Level i of the tensor belongs to the i-th layer of this pipeline chunk.
+    The features come as Megatron's ``context`` argument, float [levels, N, hidden]: TransformerBlock hands it from
+    layer to layer untouched (there is no cross-attention) and through activation checkpointing as an argument, so
+    recomputing keeps its gradient. Level i of the tensor belongs to the i-th layer of this pipeline chunk.
     """
 
     def __init__(self, config, submodules, layer_number: int = 1, **kwargs):

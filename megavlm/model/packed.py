@@ -9,7 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 def runs_of(lengths: list[int]) -> list[tuple[int, int, int]]:
     """Joins neighbouring segments of equal length: ``[(start, length, count), …]``.
 
-    Attention over a run is one batched call on a view, so a row of forty equally long samples costs one call, not forty.
+    Attention over a run is one batched call on a view, so forty equally long samples cost one call, not forty.
     """
     runs: list[tuple[int, int, int]] = []
     start = 0

@@ -8,7 +8,7 @@ from megavlm.model.shapes import VisionShape
 
 
 class Merger(nn.Module):
-    """Norm, join neighbouring patches, Linear, GELU, Linear. Deepstack mergers norm after joining, the main one before."""
+    """Norm, join neighbours, Linear, GELU, Linear. Deepstack mergers norm after joining, the main one before."""
 
     def __init__(self, shape: VisionShape, dtype: torch.dtype, *, norm_joined: bool):
         super().__init__()

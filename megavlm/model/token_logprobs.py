@@ -1,7 +1,7 @@
 """Token log-probabilities from the last hidden states: vocabulary-parallel, in chunks, recomputed in backward.
 
-A [T, vocabulary] matrix never exists: logits live for ``chunk_tokens`` targets at a time, and positions without a target
-cost nothing. Cross-entropy, preference and policy losses all start from here.
+A [T, vocabulary] matrix never exists: logits live for ``chunk_tokens`` targets at a time, and positions without a
+target cost nothing. Cross-entropy, preference and policy losses all start from here.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Targets:
     """Where a row has targets, split as its hidden states are.
 
     Attributes:
-        local: int64 [m] on the device: positions in this rank's slice of the row, padded with 0 to the longest slice's m.
+        local: int64 [m] on the device: positions in this rank's slice of the row, padded with 0 to the longest's m.
         tokens: int64 [slices, m]: the token to be predicted at each position of every slice, 0 where padded.
         weights: float32 [slices, m]: loss weights, 0 where padded.
         row_index: int64 [slices, m] on the host: position in the row, -1 where padded.
@@ -31,7 +31,7 @@ class Targets:
     def of(cls, labels: Tensor, loss_weights: Tensor, slices: int, rank: int, device: torch.device) -> "Targets":
         """From host tensors labels int64 [T] (-100: no target) and loss_weights float32 [T].
 
-        ``slices``: into how many equal parts sequence parallelism cuts the row (1: not at all); ``rank``: which is ours.
+        ``slices``: equal parts into which sequence parallelism cuts the row (1: none); ``rank``: which is ours.
         """
         length = labels.shape[0] // slices
         found = [(labels[s * length : (s + 1) * length] != -100).nonzero().flatten() for s in range(slices)]
@@ -72,7 +72,9 @@ def token_logprobs(
     Returns:
         float32 [slices, m] log-probabilities, and entropies of the same shape or None.
     """
-    return _TokenLogprobs.apply(hidden, weight, targets.local, targets.tokens, group, sequence_parallel, chunk_tokens, entropy)
+    return _TokenLogprobs.apply(
+        hidden, weight, targets.local, targets.tokens, group, sequence_parallel, chunk_tokens, entropy
+    )
 
 
 def vocabulary_logits(

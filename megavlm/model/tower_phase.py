@@ -114,7 +114,9 @@ class TowerPhase:
     def _return_gradients(self) -> Tensor:
         """Gradient of this rank's own features, summed over the ranks that used them: [num_planes, N_own, hidden]."""
         exchange, like = self._exchange, self._features[0]
-        used = torch.zeros(len(self.place.planes), sum(exchange.counts), self.hidden, device=like.device, dtype=like.dtype)
+        used = torch.zeros(
+            len(self.place.planes), sum(exchange.counts), self.hidden, device=like.device, dtype=like.dtype
+        )
         if self.place.gives_gradient:
             for rows, features in zip(exchange.rows, self._features, strict=True):
                 if features.grad is not None:
@@ -124,7 +126,10 @@ class TowerPhase:
         if self.group.size() == 1:
             own[:, torch.from_numpy(exchange.send[0])] = used
             return own
-        shapes = [(len(place.planes), len(index), self.hidden) for place, index in zip(self.places, exchange.send, strict=True)]
+        shapes = [
+            (len(place.planes), len(index), self.hidden)
+            for place, index in zip(self.places, exchange.send, strict=True)
+        ]
         parts = self._all_to_all(list(used.split(exchange.counts, dim=1)), shapes)
         for place, index, part in zip(self.places, exchange.send, parts, strict=True):
             if place.planes:
@@ -151,7 +156,9 @@ def _chunks(frames: Frames, chunk_patches: int) -> list[Frames]:
         if lengths:
             part = slice(start, start + size)
             chunks.append(
-                Frames(frames.patches[part], frames.coords[part], frames.pos_index[part], frames.pos_weight[part], lengths)
+                Frames(
+                    frames.patches[part], frames.coords[part], frames.pos_index[part], frames.pos_weight[part], lengths
+                )
             )
         start, lengths, size = start + size, [], 0
 

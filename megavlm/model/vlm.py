@@ -117,7 +117,9 @@ class VLM:
             **self.projector.sharded_state_dict("projector.", metadata=replicated),
         }
         for index, chunk in enumerate(self.language):
-            part = chunk.sharded_state_dict("language.", metadata={**metadata, "dp_cp_group": self.groups.language.dp_cp})
+            part = chunk.sharded_state_dict(
+                "language.", metadata={**metadata, "dp_cp_group": self.groups.language.dp_cp}
+            )
             # chunks number their layers from 0 each: told apart here, while the shards' own keys are global
             shards |= {f"{index}/{name}": value for name, value in part.items()}
         # None without delayed FP8 scaling; a checkpoint converted from Hugging Face has no such entries
@@ -131,4 +133,4 @@ class VLM:
             part = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
             result = module.load_state_dict(part, strict=False)
             missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
-            assert not missing and not result.unexpected_keys, f"{prefix}: {missing[:3]} {result.unexpected_keys[:3]}"
+            assert not [*missing, *result.unexpected_keys], f"{prefix}: {missing[:3]} {result.unexpected_keys[:3]}"

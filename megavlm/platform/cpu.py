@@ -6,6 +6,7 @@ All of them are installed once, by ``install()``, on a machine without a GPU, an
 
 import contextlib
 import logging
+import warnings
 
 import torch
 import torch.distributed
@@ -25,7 +26,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
     - ``torch.empty(…, device="cuda")``: optimizer flags, schedules' token count, gradient norm, MoE dispatcher
     - ``tensor.to("cuda")``, ``tensor.cuda()``: ``tensor_parallel.data``, optimizer state reloading
-    - ``param.type()``: DistributedOptimizer and Float16Optimizer compare it with ``"torch.cuda.FloatTensor"`` and the like
+    - ``param.type()``: DistributedOptimizer and Float16Optimizer compare it with ``"torch.cuda.FloatTensor"``
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -118,6 +119,8 @@ def install() -> None:
         setattr(owner, name, replacement)
     # CudaRNGStatesTracker.fork warns when the CPU generator moves inside it; here that is the generator it forks
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
+    # DistributedOptimizer clears `.grad` of views; torch warns at the caller, which here is the mode above
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     torch.compiler.set_stance("force_eager")  # `jit_fuser` of the fusions is torch.compile: a C++ build per worker
     _mode = _CudaMeansCpu()
     _mode.__enter__()  # for the life of the process

@@ -18,7 +18,7 @@ def encode_window(vlm: VLM, window: Window) -> None:
 
 
 def feature_planes(vlm: VLM, chunk: LanguageModel, micro_batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
-    """What one decoder chunk uses of a micro-batch's features: embeddings [n, hidden], deepstack [levels, n, hidden]."""
+    """What a decoder chunk uses of a micro-batch's features: embeddings [n, hidden], deepstack [levels, n, hidden]."""
     if micro_batch.features is None:
         return None, None
     planes, visual, deepstack = vlm.tower.place.planes, None, None

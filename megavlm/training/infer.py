@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from megavlm.config.files import write_text
 from megavlm.config.settings import Settings
-from megavlm.data.loader import read_samples
+from megavlm.data.jsonl import read_samples
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row, Sample
 from megavlm.model.generate import Sampling, generate
@@ -28,7 +28,10 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
     samples = None
     if session.groups.is_leader:
         if prompt is None:
-            samples = read_samples(settings.data.eval, renderer, "prompt")
+            groups = session.groups
+            samples = read_samples(
+                settings.data.eval, renderer, "prompt", rank=groups.data_rank, num_ranks=groups.data_size
+            )
         else:
             samples = iter([renderer.encode(_record(prompt, image, video), Path.cwd(), "--prompt", kind="prompt")])
     answers = answer_all(session, renderer, samples)
@@ -47,7 +50,7 @@ def answer_all(session: Session, renderer: Renderer, samples: Iterator[Sample] |
     """``{"index", "answer"}`` of every prompt in order, on rank 0 (elsewhere empty).
 
     Args:
-        samples: prompts, on the leader of each model-parallel group; all leaders give the same.
+        samples: this data rank's prompts, on the leader of each model-parallel group.
     """
     settings, groups = session.settings.generate, session.groups
     sampling = Sampling(
@@ -91,17 +94,15 @@ def _record(prompt: str, images: Sequence[Path], videos: Sequence[Path]) -> dict
 
 
 def _rows(samples: Iterator[Sample], renderer: Renderer, session: Session) -> Iterator[Row]:
-    """Every data rank takes each n-th prompt; ``generate.batch_size`` of them make a row of their own length."""
-    groups, slices = session.groups, session.settings.parallel.tensor
+    """``generate.batch_size`` prompts make a row of their own length."""
+    slices = session.settings.parallel.tensor
     waiting: list[Sample] = []
 
     def row() -> Row:
         tokens = sum(len(sample.input_ids) for sample in waiting)
         return renderer.pack(waiting, -(-tokens // slices) * slices)
 
-    for number, sample in enumerate(samples):
-        if number % groups.data_size != groups.data_rank:
-            continue
+    for sample in samples:
         waiting.append(sample)
         if len(waiting) == session.settings.generate.batch_size:
             yield row()

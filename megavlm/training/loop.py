@@ -1,4 +1,4 @@
-"""A training run: from settings to checkpoints, metrics and a report. Pretraining and tuning differ only in their data."""
+"""A training run: from settings to checkpoints, metrics and a report. Pretraining and tuning differ in data alone."""
 
 import signal
 import time
@@ -52,7 +52,7 @@ def train(settings: Settings, kind: str, title: str) -> int:
         )
     optimization = Optimization(session.vlm, settings.train)
     checkpoints = Checkpoints(
-        output / "checkpoints", session.vlm, optimization, loader, settings.checkpoint, settings.train
+        output / "checkpoints", session.vlm, optimization, loader, settings.checkpoint, settings.train, session.origin
     )
     first = checkpoints.restore(checkpoint) if checkpoint else 0
     step = Step(
@@ -78,6 +78,7 @@ def train(settings: Settings, kind: str, title: str) -> int:
                 metrics.write(line)
                 wandb.log(line)
             progress.update(line)
+            checkpoints.poll()
             stopping = stop.asked()
             if number == steps or stopping or (every and number % every == 0):
                 checkpoints.save(number)
@@ -115,7 +116,8 @@ def _line(session: Session, number: int, result: StepResult, began: float) -> di
     peak = peak_flops(torch.cuda.get_device_name() if session.vlm.vision.patch_embed.weight.is_cuda else None)
     flops = step_flops(session.shapes, Work.from_counts(counts), settings.model.freeze)
     whole = {
-        name: int(counts[name]) for name in ("tokens", "target_tokens", "images", "videos", "samples", "frames", "frames_encoded")
+        name: int(counts[name])
+        for name in ("tokens", "target_tokens", "images", "videos", "samples", "frames", "frames_encoded")
     }
     return {
         "step": number,
@@ -136,10 +138,17 @@ def _header(session: Session) -> dict[str, str]:
         part: sum(p.numel() for m in vlm.modules_of(part) for p in m.parameters() if p.requires_grad) for part in PARTS
     }
     parallel = settings.parallel
-    layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "expert": parallel.expert, "data": session.groups.data_size}
+    layout = {
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "expert": parallel.expert,
+        "data": session.groups.data_size,
+    }
     return {
         "model": f"{settings.model.hf} · {vlm.kernels} kernels · {settings.train.precision}",
-        "learns": " · ".join(f"{part} {short(count)}" if count else f"{part} frozen" for part, count in parameters.items()),
+        "learns": " · ".join(
+            f"{part} {short(count)}" if count else f"{part} frozen" for part, count in parameters.items()
+        ),
         "layout": " × ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process",
         "data": ", ".join(str(source.path) for source in settings.data.train),
         "rows": f"{settings.train.global_batch_size} a step, {settings.data.seq_length} tokens each",

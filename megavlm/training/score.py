@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megavlm.config.files import write_text
 from megavlm.config.settings import Settings
-from megavlm.data.loader import read_samples
+from megavlm.data.jsonl import read_samples
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE, Row, Sample
 from megavlm.training.eval_rows import EvalRows
@@ -23,8 +23,10 @@ def main(settings: Settings) -> int:
     samples = None
     if session.groups.is_leader:
         renderer = Renderer(settings.model.hf, settings.data)
-        samples = read_samples(settings.data.eval, renderer, "tune")
-    rows = EvalRows(session, _rows(samples, renderer, settings, session.groups) if samples is not None else None, "scoring")
+        samples = read_samples(
+            settings.data.eval, renderer, "tune", rank=session.groups.data_rank, num_ranks=session.groups.data_size
+        )
+    rows = EvalRows(session, fill_rows(samples, renderer, settings.data) if samples is not None else None, "scoring")
     scores: list[dict] = []
     for window, real in rows:
         with torch.no_grad():
@@ -42,14 +44,12 @@ def main(settings: Settings) -> int:
     return 0
 
 
-def _rows(samples: Iterator[Sample], renderer: Renderer, settings: Settings, groups) -> Iterator[Row]:
-    """Every data rank takes each n-th sample and fills rows in file order."""
+def fill_rows(samples: Iterator[Sample], renderer: Renderer, data) -> Iterator[Row]:
+    """Fills rows in the order of the samples; one sample a row with ``data.packing`` none."""
     waiting: list[Sample] = []
-    for number, sample in enumerate(samples):
-        if number % groups.data_size != groups.data_rank:
-            continue
-        full = sum(len(s.input_ids) for s in waiting) + len(sample.input_ids) > settings.data.seq_length
-        if waiting and (full or settings.data.packing == "none"):
+    for sample in samples:
+        full = sum(len(s.input_ids) for s in waiting) + len(sample.input_ids) > data.seq_length
+        if waiting and (full or data.packing == "none"):
             yield renderer.pack(waiting)
             waiting = []
         waiting.append(sample)

@@ -17,12 +17,13 @@ from megavlm.training.state import load_weights
 
 @dataclass
 class Session:
-    """A model on its ranks, and who this rank is."""
+    """A model on its ranks, with its weights."""
 
     settings: Settings
     shapes: Shapes
     groups: Groups
     vlm: VLM
+    origin: Path | None  # checkpoint that the weights came from
 
     @property
     def is_first(self) -> bool:
@@ -71,9 +72,10 @@ def start(settings: Settings, *, training: bool) -> Session:
             "set parallel.pipeline=1 on the command line; any checkpoint loads in any layout",
         )
     vlm = VLM(shapes, settings, groups).train(training)
-    if settings.model.load is not None:
-        load_weights(find_checkpoint(settings.model.load), vlm)
-    return Session(settings, shapes, groups, vlm)
+    origin = find_checkpoint(settings.model.load) if settings.model.load is not None else None
+    if origin is not None:
+        load_weights(origin, vlm)
+    return Session(settings, shapes, groups, vlm, origin)
 
 
 def find_checkpoint(path: Path) -> Path:

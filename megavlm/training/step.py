@@ -85,7 +85,7 @@ class Step:
         return total.item() / max(loss_weight, 1e-12)
 
     def _forward_step(self, micro_batches, model, scale: float):
-        """Megatron's ``forward_step_func``: hidden states, or on the last stage the log-probabilities and their loss."""
+        """Megatron's ``forward_step_func``: hidden states, or on the last stage log-probabilities and their loss."""
         micro_batch: MicroBatch = next(micro_batches)
         chunk = unwrap_model(model)
         hidden = forward_chunk(self.vlm, chunk, micro_batch)

@@ -56,21 +56,26 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     train, data, parallel = settings.train, settings.data, settings.parallel
     text, vision = shapes.text, shapes.vision
     sizes = [(name, getattr(parallel, name)) for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")]
-    layout = " × ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes if size > 1) or "no model parallelism"
+    layout = (
+        " × ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes if size > 1) or "no model parallelism"
+    )
+    active = short(active_decoder_weights(text))
+    levels = ", ".join(map(str, vision.deepstack_layers))
     facts = [
-        ("model", f"{settings.model.hf} · {shapes.model_type} · {short(active_decoder_weights(text))} weights active per token"),
-        ("decoder", f"{text.layers} layers of {text.hidden}, {text.heads} heads over {text.kv_heads}, vocabulary {text.vocab:,}"),
-        ("tower", f"{vision.layers} layers of {vision.hidden}, deepstack after {', '.join(map(str, vision.deepstack_layers))}"),
+        ("model", f"{settings.model.hf} · {shapes.model_type} · {active} decoder weights active per token"),
+        ("decoder", f"{text.layers} layers of {text.hidden}, {text.heads} heads over {text.kv_heads} key/value heads"),
+        ("tower", f"{vision.layers} layers of {vision.hidden}, deepstack after layers {levels}"),
         ("frozen", ", ".join(settings.model.freeze) or "nothing"),
         ("layout", f"{world_size} processes: {layout} · data {data_parallel}"),
         ("start", str(settings.model.load or "random weights")),
     ]
     if train.global_batch_size and train.steps:
         tokens = train.global_batch_size * data.seq_length
-        each = train.global_batch_size // data_parallel
+        rows = f"{train.global_batch_size} rows × {data.seq_length:,} tokens = {short(tokens)} tokens"
+        schedule = f"lr {train.lr:g} → {train.min_lr:g} ({train.schedule})"
         facts += [
-            ("step", f"{train.global_batch_size} rows × {data.seq_length:,} tokens = {short(tokens)} tokens, {each} rows per data rank"),
-            ("run", f"{train.steps:,} steps = {short(tokens * train.steps)} tokens, lr {train.lr:g} → {train.min_lr:g} ({train.schedule})"),
+            ("step", f"{rows}, {train.global_batch_size // data_parallel} rows per data rank"),
+            ("run", f"{train.steps:,} steps = {short(tokens * train.steps)} tokens, {schedule}"),
         ]
     if settings.output is not None:
         facts.append(("output", str(settings.output)))
@@ -91,7 +96,7 @@ def _check_files(settings: Settings) -> None:
 
 def _first_samples(settings: Settings, path: Path) -> str:
     """One line on the first samples of a source, rendered for real."""
-    from megavlm.data.loader import read_samples
+    from megavlm.data.jsonl import read_samples
     from megavlm.data.renderer import Renderer
 
     kind = "tune" if settings.stage is None else "pretrain"
@@ -103,5 +108,5 @@ def _first_samples(settings: Settings, path: Path) -> str:
     return (
         f"[bold]{path}[/]: first {len(samples)} samples have {min(tokens)} to {max(tokens)} tokens, "
         f"{visual / sum(tokens):.0%} visual, {targets / sum(tokens):.0%} targets, "
-        f"{sum(sample.num_images for sample in samples)} pictures, {sum(sample.num_videos for sample in samples)} videos"
+        f"{sum(s.num_images for s in samples)} pictures, {sum(s.num_videos for s in samples)} videos"
     )

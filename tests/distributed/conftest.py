@@ -3,6 +3,7 @@
 import gc
 
 import pytest
+from parity import Toys
 from pool import Pool
 
 
@@ -39,3 +40,8 @@ def _world(size: int):
     pool = Pool(size, after_each=forget_megatron)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory) -> Toys:
+    return Toys(tmp_path_factory.mktemp("toys"))

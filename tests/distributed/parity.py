@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from toy import reference_inputs, reference_model
+from toy import reference_inputs, reference_model, toy_folder, toy_records
 
 ROWS = ((0, 1, 2), (3, 5), (4, 6), (7,))  # toy records in each row of a step; the second row has no picture
 STEPS, LR = 3, 0.01
@@ -83,6 +83,7 @@ def train_layout(folder: Path, checkpoint: Path, root: Path, records: list[dict]
     Returns [(loss, norms, counts)] of the steps.
     """
     from megatron.core import dist_checkpointing
+
     from megavlm import platform
     from megavlm.config.settings import Settings
     from megavlm.convert import SHARDED_METADATA
@@ -140,3 +141,28 @@ def weights_of(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
         tensor = stored.read(entry.key)
         weights |= dict(zip(entry.hf, entry.layout.to_hf(tensor, list(entry.hf.values())), strict=True))
     return weights
+
+
+class Toys:
+    """Toy models, their Megatron checkpoints, and reference runs, each made once."""
+
+    def __init__(self, root: Path):
+        self.root, self.records = root, toy_records(root)
+        self._references: dict = {}
+
+    def folder(self, kind: str) -> Path:
+        """``kind``: dense, dense-untied, moe, moe-tied."""
+        return toy_folder(self.root, moe=kind.startswith("moe"), tied=kind in ("dense", "moe-tied"))
+
+    def checkpoint(self, kind: str) -> Path:
+        from megavlm.convert import hf_to_mcore
+
+        path = self.root / f"{kind}-mcore"
+        if not path.exists():
+            hf_to_mcore(self.folder(kind), path, progress=False)
+        return path
+
+    def reference(self, kind: str, freeze: tuple[str, ...] = ()) -> Trained:
+        if (kind, freeze) not in self._references:
+            self._references[kind, freeze] = train_reference(self.folder(kind), self.records, self.root, freeze)
+        return self._references[kind, freeze]

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import Trained, settings_of, train_layout, train_reference, weights_of
-from toy import toy_folder, toy_records
+from parity import Toys, settings_of, train_layout, weights_of
 
 # name: (processes, model, parallel settings, other settings)
 LAYOUTS = {
@@ -23,35 +22,6 @@ LAYOUTS = {
     "MoE EP2 × TP2": (4, "moe", {"expert": 2, "tensor": 2}, {}),
     "MoE EP2 × PP2": (4, "moe", {"expert": 2, "pipeline": 2}, {}),
 }
-
-
-class Toys:
-    """Toy models, their Megatron checkpoints, and reference runs, each made once."""
-
-    def __init__(self, root: Path):
-        self.root, self.records = root, toy_records(root)
-        self._references: dict = {}
-
-    def folder(self, kind: str) -> Path:
-        return toy_folder(self.root, moe=kind == "moe", tied=kind == "dense")
-
-    def checkpoint(self, kind: str) -> Path:
-        from megavlm.convert import hf_to_mcore
-
-        path = self.root / f"{kind}-mcore"
-        if not path.exists():
-            hf_to_mcore(self.folder(kind), path, progress=False)
-        return path
-
-    def reference(self, kind: str, freeze: tuple[str, ...] = ()) -> Trained:
-        if (kind, freeze) not in self._references:
-            self._references[kind, freeze] = train_reference(self.folder(kind), self.records, self.root, freeze)
-        return self._references[kind, freeze]
-
-
-@pytest.fixture(scope="session")
-def toys(tmp_path_factory) -> Toys:
-    return Toys(tmp_path_factory.mktemp("toys"))
 
 
 def compare(toys: Toys, world, kind: str, parallel: dict, out: Path, freeze: tuple[str, ...] = (), **train) -> dict:

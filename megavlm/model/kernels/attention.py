@@ -11,7 +11,9 @@ from torch import Tensor
 from megavlm.model.packed import PackedRow
 
 
-def segment_attention(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, *, causal: bool, scale: float) -> Tensor:
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, *, causal: bool, scale: float
+) -> Tensor:
     """Attention that never crosses a segment.
 
     Args:
@@ -46,7 +48,7 @@ def cached_attention(row: PackedRow, layer_number: int, query: Tensor, key: Tens
 
 
 class PackedAttention(MegatronModule):
-    """Megatron core attention (``core_attention`` of a spec) for packed rows: [T, 1, heads, head_dim] -> [T, 1, hidden]."""
+    """Megatron's ``core_attention`` for packed rows: [T, 1, heads, head_dim] -> [T, 1, hidden]."""
 
     def __init__(
         self,
@@ -60,7 +62,8 @@ class PackedAttention(MegatronModule):
         pg_collection=None,
     ):
         super().__init__(config=config)
-        assert attention_type == "self" and not config.attention_dropout
+        assert attention_type == "self"
+        assert not config.attention_dropout
         self.layer_number = layer_number
         self.causal = attn_mask_type == AttnMaskType.padding_causal  # no segment is padded inside
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)

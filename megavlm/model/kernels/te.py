@@ -9,7 +9,9 @@ from megavlm.model.kernels.attention import cached_attention
 class PackedTEAttention(TEDotProductAttention):
     """TE's fused attention over the segments of a row. Query, key, value: [T, 1, heads, head_dim] -> [T, 1, hidden]."""
 
-    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+    def forward(
+        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
         row = packed_seq_params
         if row.cache is not None:  # one token per sequence: too small for the fused kernel to matter
             return cached_attention(row, self.layer_number, query, key, value)
