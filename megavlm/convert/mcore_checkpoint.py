@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -84,6 +85,18 @@ class McoreCheckpoint:
         }
         self.tensors = {key: (tuple(s.size), s.properties.dtype) for key, s in self._stored.items()}
 
+    def check_files(self) -> None:
+        """Raise UserError if a data file is missing or shorter than what it is said to hold."""
+        ends: dict[str, int] = {}
+        for stored in self._metadata.storage_data.values():
+            ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
+        for name, end in sorted(ends.items()):
+            file = self.path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size is None or size < end:
+                found = "missing" if size is None else f"{size:,} bytes instead of {end:,}"
+                raise UserError(f"{self.path} is incomplete: {name} is {found}", "use another checkpoint")
+
     def read(self, key: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows [first, last) of axis 0 of tensor ``key``, put together from the stored shards.
 
@@ -136,7 +149,12 @@ def write_checkpoint(
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
-        dcp.save({}, storage_writer=_GroupedWriter(path), planner=_LazyPlanner(sources, common, advance), no_dist=True)
+        # not synced file by file: the disk works while the next file is made, and the loop below waits for it once
+        writer = _GroupedWriter(path, sync_files=False)
+        dcp.save({}, storage_writer=writer, planner=_LazyPlanner(sources, common, advance), no_dist=True)
+    for file in path.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
     # megatron.core.dist_checkpointing.core.CheckpointingConfig; last, for its presence says that the folder is complete
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (path / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
