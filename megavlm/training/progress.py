@@ -15,7 +15,6 @@ from rich.text import Text
 
 from megavlm.training.units import duration, number, percent, short
 
-NO_BREAK = "\u00a0"
 RECENT_STEPS = 50  # steps that the remaining time is estimated from
 
 
@@ -131,14 +130,22 @@ class Progress:
             Text(percent(self._step / self.total_steps, 0), style="cyan"),
             Text(f"{duration(elapsed)} · {duration(self.remaining_seconds())} left", style="dim"),
         )
-        facts = Text("waiting for the first step", style="dim")
-        if self._line:
-            # no-break spaces keep a name and its value on one line of a narrow terminal
-            facts = Text("  ").join(
-                Text.assemble((f"{name} ".replace(" ", NO_BREAK), "dim"), (value.replace(" ", NO_BREAK), style))
-                for name, value, style, _ in _facts(self._line)
-            )
-        return Group(bar, facts)
+        if not self._line:
+            return Group(bar, Text("waiting for the first step", style="dim"))
+        facts = [Text.assemble((f"{name} ", "dim"), (value, style)) for name, value, style, _ in _facts(self._line)]
+        return Group(bar, *_fill_lines(facts, self._console.width))
+
+
+def _fill_lines(facts: list[Text], width: int) -> list[Text]:
+    """The facts side by side on as many lines as they need; none is cut in two."""
+    lines = [facts[0]]
+    for fact in facts[1:]:
+        joined = Text.assemble(lines[-1], "  ", fact)
+        if joined.cell_len <= width:
+            lines[-1] = joined
+        else:
+            lines.append(fact)
+    return lines
 
 
 def plain_line(line: Mapping[str, Any], total_steps: int, remaining_seconds: float | None) -> str:
