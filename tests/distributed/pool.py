@@ -38,7 +38,7 @@ from typing import Any
 from pool_worker import ENVIRONMENT, Failure, address, name_of, work
 
 PRELOAD = ["torch", "torch.distributed", "megatron.core", "megatron.core.models.gpt", "megatron.core.optimizer"]
-START_SECONDS = 180.0  # of all processes of a world, on a machine that is busy
+START_SECONDS = 600.0  # of all processes of a world, on a machine that is busy
 GRACE_SECONDS = 3.0  # for the other ranks to report too once one has failed
 
 
@@ -71,7 +71,7 @@ class Pool:
             destroyed; importable by name.
     """
 
-    def __init__(self, world_size: int, timeout: float = 180.0, after_each: Callable[[], None] | None = None):
+    def __init__(self, world_size: int, timeout: float = 300.0, after_each: Callable[[], None] | None = None):
         self.world_size = world_size
         self.timeout = timeout
         self.after_each = after_each
