@@ -8,6 +8,9 @@ import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megavlm.config.errors import UserError
+from megavlm.config.files import write_text
+from megavlm.config.load import resolved_yaml
+from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.training.feed import Feed, Window
 from megavlm.training.setup import Session
@@ -65,3 +68,10 @@ class EvalRows:
         boxes = [None] * world if self._session.is_first else None
         dist.gather_object(results, boxes, dst=0, group=self._session.groups.world_host)
         return list(itertools.chain.from_iterable(boxes)) if boxes else []
+
+
+def note_settings(settings: Settings) -> None:
+    """Leaves config.yaml in an output folder that has none: the report of a run finds its answers by it."""
+    path = settings.output / "config.yaml"
+    if not path.exists():
+        write_text(path, resolved_yaml(settings))

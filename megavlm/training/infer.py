@@ -15,7 +15,7 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row, Sample
 from megavlm.model.generate import Sampling, generate
 from megavlm.platform import device
-from megavlm.training.eval_rows import EvalRows
+from megavlm.training.eval_rows import EvalRows, note_settings
 from megavlm.training.feed import Window
 from megavlm.training.forward import encode_window, feature_planes
 from megavlm.training.setup import Session, start
@@ -40,6 +40,7 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
     if prompt is not None:
         print(answers[0]["answer"])
         return 0
+    note_settings(settings)
     path = settings.output / "answers.jsonl"
     write_text(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     print(f"{len(answers)} answers · {path}")

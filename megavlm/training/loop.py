@@ -64,11 +64,11 @@ def train(settings: Settings, kind: str, title: str) -> int:
     )
     stop = _StopSignal(session)
     steps, every = settings.train.steps, settings.checkpoint.every
-    wandb = WandbLog(settings, enabled=session.is_first)
     with (
         Progress(steps, first, title, _header(session), enabled=session.is_first) as progress,
         MetricsWriter(output, first, enabled=session.is_first) as metrics,
     ):
+        wandb = WandbLog(settings, enabled=session.is_first, warn=progress.say)
         if checkpoint is None and resuming:
             progress.say("no checkpoint yet: starts at step 0")
         for number in range(first + 1, steps + 1):
@@ -87,11 +87,14 @@ def train(settings: Settings, kind: str, title: str) -> int:
         checkpoints.finish()
         if session.is_first:
             metrics.close()
-            write_loss_plot(output)
-            write_report(output)
+            try:
+                write_loss_plot(output)
+                write_report(output)
+            except Exception as error:  # the run itself is whole
+                progress.say(f"no report: {error}")
             ending = f"stopped at step {number}" if stopping and number < steps else f"done: {steps} steps"
             progress.say(f"{ending} · {output / 'report.html'}")
-    wandb.finish()
+        wandb.finish()
     dist.barrier()
     return 0
 

@@ -11,7 +11,7 @@ from megavlm.config.settings import Settings
 from megavlm.data.jsonl import read_samples
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE, Row, Sample
-from megavlm.training.eval_rows import EvalRows
+from megavlm.training.eval_rows import EvalRows, note_settings
 from megavlm.training.feed import MicroBatch
 from megavlm.training.forward import encode_window, logprobs_of
 from megavlm.training.setup import start
@@ -37,6 +37,7 @@ def main(settings: Settings) -> int:
             scores += sample_scores(micro_batch, logprobs.cpu())
     scores = rows.gather(scores)
     if session.is_first:
+        note_settings(settings)
         path = settings.output / "scores.jsonl"
         write_text(path, "".join(json.dumps(score) + "\n" for score in sorted(scores, key=lambda s: s["index"])))
         mean = sum(score["sum"] for score in scores) / max(1, sum(score["tokens"] for score in scores))

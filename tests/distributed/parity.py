@@ -26,7 +26,9 @@ def part_of(name: str) -> str:
     return "projector" if "merger" in name else "vision"
 
 
-def train_reference(folder: Path, records: list[dict], root: Path, freeze: tuple[str, ...] = ()) -> Trained:
+def train_reference(
+    folder: Path, records: list[dict], root: Path, freeze: tuple[str, ...] = (), *, lr: float = LR, steps: int = STEPS
+) -> Trained:
     """SGD without momentum on the mean over all targets of the batch, sample by sample: nothing is packed here."""
     from transformers import AutoProcessor
 
@@ -35,8 +37,8 @@ def train_reference(folder: Path, records: list[dict], root: Path, freeze: tuple
     count = sum(len(where) for _, where in inputs)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) not in freeze)
-    steps = []
-    for _ in range(STEPS):
+    done = []
+    for _ in range(steps):
         model.zero_grad()
         total = 0.0
         for arguments, where in inputs:
@@ -50,9 +52,9 @@ def train_reference(folder: Path, records: list[dict], root: Path, freeze: tuple
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     squares[part_of(name)] += parameter.grad.double().square().sum().item()
-                    parameter -= LR * parameter.grad
-        steps.append((total, {part: square**0.5 for part, square in squares.items()}))
-    return Trained(steps, {name: value.clone() for name, value in model.state_dict().items()})
+                    parameter -= lr * parameter.grad
+        done.append((total, {part: square**0.5 for part, square in squares.items()}))
+    return Trained(done, {name: value.clone() for name, value in model.state_dict().items()})
 
 
 def targets_of(processor, record: dict, root: Path) -> torch.Tensor:
