@@ -64,8 +64,9 @@ class RowLoader:
 
     def close(self) -> None:
         """End the worker processes; the loader cannot be used any more."""
-        if self._rows is not None:
-            self._rows.close()
+        if self._rows is None:
+            return
+        self._rows.close()
         has_workers, self._rows, self._loader = self._loader.num_workers > 0, None, None
         if has_workers:
             gc.collect()  # torch's loader and its iterator hold each other; the workers end with them

@@ -114,27 +114,21 @@ class VisionProcessor:
         texts, replaced = self.hf.get_text_with_replacements([text], images, videos)
         return texts[0], replaced[0]
 
-    def pixel_rows(self, media: list[Still | Clip]) -> torch.Tensor:
-        """Decode and process: float32 [P, patch_dim], in the order given. Raises UserError for an unreadable file."""
-        stills = [item for item in media if isinstance(item, Still)]
-        rows: list[torch.Tensor] = []
-        if stills:
-            pixels = [still.picture.pixels() for still in stills]
-            done = self.hf.image_processor(images=pixels, return_tensors="pt")
-            rows = [done["pixel_values"]]
-            assert done["image_grid_thw"].tolist() == [list(still.grid) for still in stills], "size foreseen wrongly"
-        if len(stills) < len(media):
-            pictures = iter(rows[0].split([int(np.prod(still.grid)) for still in stills]) if stills else ())
-            rows = [next(pictures) if isinstance(item, Still) else self._clip_rows(item) for item in media]
-        return rows[0] if len(rows) == 1 else torch.cat(rows or [torch.empty(0, self.patch_dim)])
-
-    def _clip_rows(self, clip: Clip) -> torch.Tensor:
-        pixels = clip.video.pixels(clip.metadata.frames_indices)
-        done = self.hf.video_processor(
-            videos=[pixels], video_metadata=[clip.metadata], do_sample_frames=False, return_tensors="pt"
-        )
-        assert done["video_grid_thw"].tolist() == [list(clip.grid)], "size foreseen wrongly"
-        return done["pixel_values_videos"]
+    def pixel_rows(self, item: Still | Clip) -> torch.Tensor:
+        """Decode and process: float32 [t * h * w, patch_dim]. Raises UserError for an unreadable file."""
+        if isinstance(item, Still):
+            done = self.hf.image_processor(images=[item.picture.pixels()], return_tensors="pt")
+            rows, grid = done["pixel_values"], done["image_grid_thw"]
+        else:
+            done = self.hf.video_processor(
+                videos=[item.video.pixels(item.metadata.frames_indices)],
+                video_metadata=[item.metadata],
+                do_sample_frames=False,
+                return_tensors="pt",
+            )
+            rows, grid = done["pixel_values_videos"], done["video_grid_thw"]
+        assert grid.tolist() == [list(item.grid)], "the processor's size was foreseen wrongly"
+        return rows
 
 
 def _load(folder: Path) -> Qwen3VLProcessor:

@@ -47,6 +47,11 @@ class Draft:
     source: str
     index: int
 
+    @property
+    def num_patches(self) -> int:
+        """Pixel rows P of the sample."""
+        return int(self.frame_grids.prod(axis=1).sum())
+
 
 class Renderer:
     """Renders records with the processor of a Hugging Face folder.
@@ -130,8 +135,18 @@ class Renderer:
             self._check_length(draft, int(repeats[is_visual].sum()))
         return draft
 
-    def complete(self, draft: Draft) -> Sample:
-        """Read the pixels and write out tokens, targets and positions. Raises UserError for an unreadable file."""
+    def complete(self, draft: Draft, patches: torch.Tensor | None = None) -> Sample:
+        """Read the pixels, into `patches` if given, and write out tokens, targets and positions.
+
+        Raises UserError for an unreadable file.
+        """
+        if patches is None and len(draft.media) == 1:
+            patches = self.vision.pixel_rows(draft.media[0])
+        else:
+            patches = torch.empty(draft.num_patches, self.vision.patch_dim) if patches is None else patches
+            parts = patches.split([int(np.prod(item.grid)) for item in draft.media])
+            for item, part in zip(draft.media, parts, strict=True):
+                part.copy_(self.vision.pixel_rows(item))
         is_visual = (draft.token_ids == self.processor.image_token_id) | (
             draft.token_ids == self.processor.video_token_id
         )
@@ -147,7 +162,7 @@ class Renderer:
             labels=torch.where(loss_weights > 0, next_tokens, IGNORE),
             loss_weights=loss_weights,
             position_ids=torch.from_numpy(positions),
-            patches=self.vision.pixel_rows(draft.media),
+            patches=patches,
             frame_grids=torch.from_numpy(draft.frame_grids),
             visual_positions=torch.from_numpy(visual_positions),
             num_images=len(draft.media) - num_videos,
@@ -156,14 +171,31 @@ class Renderer:
             index=draft.index,
         )
 
-    def pack(self, samples: Sequence[Sample], seq_length: int | None = None) -> Row:
-        """Lay samples end to end in one row of `seq_length` tokens (default: data.seq_length)."""
+    def pack(
+        self, samples: Sequence[Sample], seq_length: int | None = None, patches: torch.Tensor | None = None
+    ) -> Row:
+        """Lay samples end to end in one row of `seq_length` tokens (default: data.seq_length); see ``row.pack``."""
+        vision = self.vision
         return pack(
             samples,
             seq_length or self.seq_length,
             pad_id=self.pad_id,
-            grid_side=self.vision.grid_side,
-            merge=self.vision.merge,
+            grid_side=vision.grid_side,
+            merge=vision.merge,
+            patches=patches,
+        )
+
+    def complete_row(self, drafts: Sequence[Draft]) -> Row:
+        """Complete drafts and pack them. Raises UserError for an unreadable file.
+
+        A picture of a megapixel is 25 MB of pixel rows. They are written once, to the memory in which the row leaves a
+        worker process.
+        """
+        counts = [draft.num_patches for draft in drafts]
+        patches = _empty_shared(sum(counts), self.vision.patch_dim)
+        parts = patches.split(counts)
+        return self.pack(
+            [self.complete(draft, part) for draft, part in zip(drafts, parts, strict=True)], patches=patches
         )
 
     def _text(self, record: Record, kind: Kind, source: str) -> tuple[str, list[tuple[int, int, float]] | None]:
@@ -203,6 +235,14 @@ class Renderer:
                 f"data.seq_length = {self.seq_length}",
                 "raise data.seq_length, lower data.max_pixels or data.video_max_frames, or remove the sample",
             )
+
+
+def _empty_shared(rows: int, width: int) -> torch.Tensor:
+    """An uninitialised float32 matrix; in a worker process, in memory shared with the trainer (as torch's collate)."""
+    if torch.utils.data.get_worker_info() is None or not rows:
+        return torch.empty(rows, width)
+    storage = torch.UntypedStorage._new_shared(4 * rows * width)
+    return torch.empty(0).set_(storage).view(rows, width)
 
 
 def _shifted(spans: list[tuple[int, int, float]], replaced: list[dict]) -> list[tuple[int, int, float]]:

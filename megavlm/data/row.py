@@ -103,7 +103,15 @@ class Row:
         return replace(self, **pinned)
 
 
-def pack(samples: Sequence[Sample], seq_length: int, *, pad_id: int, grid_side: int, merge: int) -> Row:
+def pack(
+    samples: Sequence[Sample],
+    seq_length: int,
+    *,
+    pad_id: int,
+    grid_side: int,
+    merge: int,
+    patches: Tensor | None = None,
+) -> Row:
     """Lay samples end to end in one row of exactly `seq_length` tokens.
 
     Args:
@@ -112,6 +120,7 @@ def pack(samples: Sequence[Sample], seq_length: int, *, pad_id: int, grid_side: 
         pad_id: token that fills the rest.
         grid_side: side of the tower's learned position grid.
         merge: patches per side that one visual token joins.
+        patches: the patches of all samples, where they lie end to end already; None: they are copied together.
     """
     lengths = [len(sample.input_ids) for sample in samples]
     used = sum(lengths)
@@ -135,8 +144,7 @@ def pack(samples: Sequence[Sample], seq_length: int, *, pad_id: int, grid_side: 
         labels=labels,
         loss_weights=tokens("loss_weights", 0.0),
         position_ids=tokens("position_ids", 0),
-        # A lone sample's patches are taken as they are: at 6 KB a patch, a needless copy would cost more than all else.
-        patches=samples[0].patches if len(samples) == 1 else torch.cat([sample.patches for sample in samples]),
+        patches=torch.cat([sample.patches for sample in samples]) if patches is None else patches,
         frame_grids=frame_grids,
         visual_positions=torch.cat(
             [sample.visual_positions + int(start) for sample, start in zip(samples, starts, strict=False)]

@@ -120,7 +120,7 @@ class RowDataset(BaseWrapperDataset[Draft, Row]):
             chosen = [self._buffer[place] for place in places]
             for place in reversed(places):
                 self._buffer.pop(place)
-            yield self._renderer.pack([self._renderer.complete(draft) for draft in chosen])
+            yield self._renderer.complete_row(chosen)
 
     def len_worker(self, worker_idx: int | None = None) -> int:
         return self.dataset.len_worker(worker_idx)
