@@ -52,8 +52,7 @@ class VisionProcessor:
         self.merge = pictures.merge_size
         self.patch_dim = 3 * pictures.temporal_patch_size * pictures.patch_size**2
         self.video_fps = self.hf.video_processor.fps
-        config = json.loads((hf_dir / "config.json").read_text(encoding="utf-8"))
-        self.grid_side = round(config["vision_config"]["num_position_embeddings"] ** 0.5)
+        self.grid_side = _grid_side(hf_dir / "config.json")
 
     def place_picture(self, picture: Picture) -> Still:
         """The picture's grid, from its header. Raises UserError if there is no such picture or it is too narrow."""
@@ -144,6 +143,15 @@ def _load(folder: Path) -> Qwen3VLProcessor:
             "copy the released folder's processor and tokenizer files (all *.json, *.txt and *.jinja) there",
         )
     return processor
+
+
+def _grid_side(config: Path) -> int:
+    """Side of the square grid of position embeddings that the tower has learned."""
+    try:
+        vision = json.loads(config.read_text(encoding="utf-8"))["vision_config"]
+        return round(vision["num_position_embeddings"] ** 0.5)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{config}: vision_config.num_position_embeddings cannot be read: {error!r}") from error
 
 
 def _apply_limits(processor: Qwen3VLProcessor, settings: Any) -> None:

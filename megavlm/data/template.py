@@ -18,11 +18,12 @@ class ChatTemplate:
         self._processor = processor
         self._end = processor.tokenizer.eos_token
         question = [{"role": "user", "content": "?"}]
-        answered = [*question, {"role": "assistant", "content": "!"}]
-        before = self._run(question)
-        # Thinking models' prompt may already open the thought, which the template writes only into the latest turns.
-        self._prompt = self._run(question, prompt=True)[len(before) :]
-        pairs = zip(self._prompt, self._run(answered)[len(before) :], strict=False)
+        answered = [*question, {"role": "assistant", "content": "!"}, *question]
+        folder = "model.hf"  # named where even this cannot be rendered
+        before = self.render(question, None, folder)
+        # The prompt of a thinking model opens the thought, which its template writes only into the latest turn.
+        self._prompt = self.render(question, None, folder, prompt=True)[len(before) :]
+        pairs = zip(self._prompt, self.render(answered, None, folder)[len(before) :], strict=False)
         self._header = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def render(self, messages: list[dict], tools: list[dict] | None, source: str, prompt: bool = False) -> str:
@@ -31,7 +32,9 @@ class ChatTemplate:
         Raises UserError, naming `source`, if the template fails.
         """
         try:
-            return self._run(messages, tools, prompt)
+            return self._processor.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+            )
         except Exception as error:  # a template raises what it likes
             raise UserError(f"{source}: the chat template cannot render these messages: {error}") from error
 
@@ -64,6 +67,3 @@ class ChatTemplate:
                     raise UserError(f"{source}: messages[{number}] is not found in what the chat template writes")
                 spans.append((len(earlier + opening), end + len(self._end), weight))
         return text, spans
-
-    def _run(self, messages: list[dict], tools: list[dict] | None = None, prompt: bool = False) -> str:
-        return self._processor.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)

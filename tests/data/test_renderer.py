@@ -12,6 +12,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.video_utils import VideoMetadata, load_video
 
 from megavlm.config.errors import UserError
+from megavlm.config.settings import DataSettings
+from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
 
 
@@ -201,7 +203,7 @@ def test_tools_and_tool_calls(renderer, media):
     call = {"type": "function", "function": {"name": "count", "arguments": {"what": "coins"}}}
     messages = [
         {"role": "user", "content": "<image>How many?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "24"},
         {"role": "assistant", "content": "24 coins."},
     ]
@@ -280,13 +282,15 @@ def test_errors_name_sample_and_cause(renderer, media, name):
     assert str(error.value).startswith("data.jsonl:7: ")
 
 
-def test_folder_without_processor(tmp_path, make_renderer):
-    from megavlm.config.settings import DataSettings
-    from megavlm.data.renderer import Renderer
-
+def test_folder_without_processor(tmp_path, make_renderer, model_folder):
     with pytest.raises(UserError, match="no such Hugging Face folder"):
         Renderer(tmp_path / "none", DataSettings())
     with pytest.raises(UserError, match="processor cannot be loaded"):
+        Renderer(tmp_path, DataSettings())
+    for file in model_folder.iterdir():
+        if file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(UserError, match=r"config\.json.*num_position_embeddings cannot be read"):
         Renderer(tmp_path, DataSettings())
     with pytest.raises(UserError, match=r"data\.min_pixels"):
         make_renderer(min_pixels=2**30)

@@ -1,0 +1,65 @@
+"""Finding the assistant's turns in what a chat template writes."""
+
+import pytest
+from transformers import AutoProcessor
+
+from megavlm.config.errors import UserError
+from megavlm.data.template import ChatTemplate
+
+# As the Thinking models' own: the prompt opens the thought, and only the latest turn keeps it.
+THINKING = """
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message.role + '\n' -}}
+  {%- if message.role != 'assistant' -%}
+    {{- message.content -}}
+  {%- else -%}
+    {%- set thought, _, answer = message.content.rpartition('</think>') -%}
+    {%- if loop.last -%}{{- '<think>\n' + thought.removeprefix('<think>').strip() + '\n</think>\n\n' -}}{%- endif -%}
+    {{- answer.strip() -}}
+  {%- endif -%}
+  {{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}
+"""
+# Numbers the messages from the end, so that each turn changes when another follows.
+REWRITING = "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.revindex }}\n{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.fixture
+def learned(model_folder):
+    """The learned parts of a conversation under a template (None: the folder's own)."""
+    processor = AutoProcessor.from_pretrained(model_folder)
+
+    def learned(messages, template=None):
+        processor.chat_template = template or processor.chat_template
+        weights = [float(message["role"] == "assistant") for message in messages]
+        text, spans = ChatTemplate(processor).turns(messages, weights, None, "here:1")
+        return [text[start:end] for start, end, _ in spans]
+
+    return learned
+
+
+def talk(*contents, first="user"):
+    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
+    return [{"role": roles[number % 2], "content": content} for number, content in enumerate(contents)]
+
+
+def test_turns_end_with_their_end_token(learned):
+    assert learned(talk("a", "b", "c", "")) == ["b<|im_end|>", "<|im_end|>"]
+    assert learned(talk("a", "assistant\n", "a", "assistant\n")) == ["assistant\n<|im_end|>"] * 2
+    assert learned(talk("b", "a", "b", first="assistant")) == ["b<|im_end|>", "b<|im_end|>"]
+
+
+def test_thoughts_of_earlier_turns_are_not_looked_for(learned):
+    messages = talk("a", "<think>Hm.</think>b", "c", "<think>Well.</think>d")
+    assert learned(messages, THINKING) == ["b<|im_end|>", "Well.\n</think>\n\nd<|im_end|>"]
+
+
+def test_template_that_rewrites_earlier_turns(learned):
+    with pytest.raises(UserError, match=r"here:1: messages\[1\] is not found"):
+        learned(talk("a", "b"), REWRITING)
+
+
+def test_template_that_fails(learned):
+    with pytest.raises(UserError, match="here:1: the chat template cannot render these messages: too many"):
+        learned(talk("a", "b", "c", "d"), "{% if messages|length > 3 %}{{ raise_exception('too many') }}{% endif %}")
