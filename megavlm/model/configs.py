@@ -31,7 +31,6 @@ def _common(precision: str, kernels: str) -> dict:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         apply_rope_fusion=fused,  # a row is sbhd with b = 1, so TE's fused rotary embedding serves MRoPE as it is
-        bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # Megatron wants apex for it
@@ -46,7 +45,7 @@ def decoder_config(shapes: Shapes, parallel, train, kernels: str) -> Transformer
         raise UserError(
             "config.json: text_config.attention_bias is true; no Qwen3-VL has it and megavlm does not either"
         )
-    options = _common(train.precision, kernels)
+    options = _common(train.precision, kernels) | dict(bias_activation_fusion=kernels == "te")
     if text.moe is not None:
         options |= dict(
             num_moe_experts=text.moe.num_experts,
@@ -111,5 +110,6 @@ def tower_config(shapes: Shapes, train, kernels: str) -> TransformerConfig:
         gated_linear_unit=False,
         activation_func=_activation(vision.hidden_act, "vision_config.hidden_act"),
         init_method_std=vision.init_std,
+        bias_activation_fusion=False,  # Megatron fuses no tanh GELU
         **_common(train.precision, kernels),
     )
