@@ -1,0 +1,105 @@
+"""Rules of the house that no linter knows: who imports whom, how long a file gets, and what stands in no file."""
+
+import ast
+import functools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "megavlm").rglob("*.py"))
+MAX_LINES = 350
+
+# What each folder or file of the package may import from the package, beside itself. A name allows all below it.
+MAY_IMPORT = {
+    "config": [],
+    "platform": [],
+    "model": ["config", "platform"],
+    "data": ["config"],
+    "convert": ["model.shapes", "config"],
+    "training": ["model", "data", "convert", "config", "platform"],
+    "pretrain": ["training", "config"],
+    "environment": ["config"],
+    "failures": ["config"],
+    "local_workers": ["failures"],
+    "cli_help": ["config"],
+    "cli": ["cli_help", "environment", "failures", "local_workers", "pretrain", "training", "convert", "config"],
+    "__main__": ["cli"],
+    "demo": [*("cli", "pretrain", "training", "model", "data", "convert", "config", "platform", "failures")],
+}
+# (file, what it imports): upward edges that are to go; one that has gone must leave this list.
+EXCEPTIONS = {("training/validate.py", "pretrain.stages")}
+
+# Addresses of package registries, and absolute paths that only one machine has.
+REGISTRY = re.compile(rb"\b(pypi|pythonhosted|anaconda|npmjs)\.(org|com)\b")
+MACHINE_PATH = re.compile(rb"(?<![\w.$}])/(work|root|home|Users)/\w|(?<![\w.$}])/tmp/(?!requirements\.txt\b)\w")
+
+
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All nodes of a module's syntax tree."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names inside the package that a module imports, wherever in it the import stands; without "megavlm."."""
+    names = set()
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("megavlm.") for name in names if name.startswith("megavlm.")}
+
+
+def is_module(name: str) -> bool:
+    """Whether the first part of a dotted name is a file or folder of the package, not something in its __init__."""
+    path = ROOT / "megavlm" / name.partition(".")[0]
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def test_imports_run_downward() -> None:
+    wrong = set()
+    for path in MODULES:
+        file = path.relative_to(ROOT / "megavlm")
+        here = file.with_suffix("").parts[0]
+        if here == "__init__":
+            allowed = []
+        else:
+            assert here in MAY_IMPORT, f"megavlm/{here} is new: say in MAY_IMPORT what it may import"
+            allowed = [here, *MAY_IMPORT[here]]
+        for name in filter(is_module, imports(path)):
+            if not any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed):
+                wrong.add((file.as_posix(), name))
+    assert wrong == EXCEPTIONS
+
+
+def test_no_module_is_long() -> None:
+    lengths = {path: path.read_text(encoding="utf-8").count("\n") for path in MODULES}
+    assert not {str(path): length for path, length in lengths.items() if length > MAX_LINES}
+
+
+def test_only_the_platform_asks_for_a_gpu() -> None:
+    asking = []
+    for path in MODULES:
+        if path.parent.name != "platform":
+            # torch.cuda.is_available is an attribute's name, `from torch.cuda import is_available` an alias's
+            names = [getattr(node, "attr", None) or getattr(node, "name", None) for node in nodes(path)]
+            asking += [str(path)] * ("is_available" in names)
+    assert not asking
+
+
+def test_no_registry_and_no_path_of_one_machine() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    found = []
+    for path in (ROOT / name for name in listed.stdout.split("\0") if name):
+        content = path.read_bytes() if path.is_file() else b""  # a file may be deleted and not yet committed so
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if REGISTRY.search(line) or MACHINE_PATH.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line[:100].decode(errors='replace').strip()}")
+    assert not found
