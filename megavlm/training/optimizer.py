@@ -90,9 +90,16 @@ class Optimization:
 
         Returns:
             ``grad_norm`` before clipping and ``grad_norm/PART`` for each part, 0.0 where it is frozen.
+        Raises:
+            FloatingPointError: a gradient is infinite or not a number; names the parts.
         """
         self.optimizer.prepare_grads()
         norms = self._norms()
+        if not math.isfinite(norms["grad_norm"]):
+            bad = [part for part in PARTS if not math.isfinite(norms[f"grad_norm/{part}"])]
+            raise FloatingPointError(
+                f"the gradient of {', '.join(bad)} is not finite; the weights were left as they are"
+            )
         if self.train.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.train.clip_grad, norms["grad_norm"])
         self.optimizer.step_with_ready_grads()

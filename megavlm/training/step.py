@@ -22,7 +22,7 @@ class StepResult:
     """What a step did, over the whole world.
 
     ``norms`` as ``Optimization.step`` gives them; ``counts``: tokens, target_tokens, images, videos, samples, frames,
-    row_tokens, and the sums of squares that FLOPs are counted from. ``windows``: this rank's group's own.
+    row_tokens, and the sums of squares that FLOPs are counted from.
     """
 
     loss: float
@@ -44,8 +44,7 @@ class Step:
         self.num_micro_batches, self.chunk_tokens = num_micro_batches, chunk_tokens
         self.groups = vlm.groups
         self._schedule = get_forward_backward_func()
-        trained = optimization.ddp.get("language")
-        self._chunks = trained or vlm.language
+        self._chunks = optimization.ddp.get("language", vlm.language)
         config = vlm.decoder_config
         config.finalize_model_grads_func = lambda *args, **kwargs: None  # the tower's backward is still to come
         config.deallocate_pipeline_outputs = False
@@ -57,15 +56,18 @@ class Step:
         lr = self.optimization.lr
         self.optimization.zero_grad()
         encode_window(self.vlm, window)
-        loss = self._forward_backward(window, counts["loss_weight"])
+        nll = self._forward_backward(window, counts["loss_weight"])
         # the features' gradients stand divided over the data ranks only, the tower's DDP averages over the world
         self.vlm.tower.backward(scale=dist.get_world_size() / self.groups.data_size)
         self._finalize()
         norms = self.optimization.step()
-        return StepResult(loss, lr, norms, counts)
+        return StepResult(nll.item() / max(counts["loss_weight"], 1e-12), lr, norms, counts)
 
-    def _forward_backward(self, window: Window, loss_weight: float) -> float:
-        """Gradients of the decoder and of the features; returns the loss over the global batch."""
+    def _forward_backward(self, window: Window, loss_weight: float) -> Tensor:
+        """Gradients of the decoder and of the features; returns the weighted sum of losses over the global batch.
+
+        It stays on the device: reading it here would hold up the tower's backward.
+        """
         micro_batches = window.micro_batches
         # Megatron divides by micro-batches and data ranks; the loss is a sum over the global batch divided once
         scale = len(micro_batches) * self.groups.data_size / max(loss_weight, 1e-12)
@@ -82,7 +84,7 @@ class Step:
         if losses and self.groups.language.tp.rank() == 0:
             total = torch.stack(losses).sum()
         dist.all_reduce(total)
-        return total.item() / max(loss_weight, 1e-12)
+        return total
 
     def _forward_step(self, micro_batches, model, scale: float):
         """Megatron's ``forward_step_func``: hidden states, or on the last stage log-probabilities and their loss."""
