@@ -1,0 +1,14 @@
+"""Folders that several tests here read and none changes."""
+
+import pytest
+from tiny_models import make_folder
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("dense") / "hf", tied=True)
+
+
+@pytest.fixture(scope="session")
+def moe(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("moe") / "hf", moe=True)

@@ -1,0 +1,60 @@
+"""Each layout against its definition written out element by element, and against its inverse."""
+
+import pytest
+import torch
+
+from megavlm.convert.layout import Experts, FusedQkv, GroupedQkv, Same, Stacked
+
+HEADS, GROUPS, DIM, HIDDEN = 6, 2, 4, 5
+
+
+def numbered(*shape):
+    return torch.arange(torch.Size(shape).numel()).reshape(shape)
+
+
+@pytest.mark.parametrize("inner", [(HIDDEN,), ()], ids=["weight", "bias"])
+def test_grouped_qkv(inner):
+    q, k, v = numbered(HEADS * DIM, *inner), -numbered(GROUPS * DIM, *inner) - 1, 1000 + numbered(GROUPS * DIM, *inner)
+    each = HEADS // GROUPS * DIM
+    expected = []
+    for group in range(GROUPS):
+        expected += [q[group * each : (group + 1) * each]]
+        expected += [x[group * DIM : (group + 1) * DIM] for x in (k, v)]
+    expected = torch.cat(expected)
+    layout = GroupedQkv(GROUPS)
+    assert torch.equal(layout.to_mcore([q, k, v], tuple(expected.shape)), expected)
+    back = layout.to_hf(expected, [x.shape for x in (q, k, v)])
+    assert all(torch.equal(x, y) for x, y in zip(back, (q, k, v), strict=True))
+
+
+@pytest.mark.parametrize("inner", [(HIDDEN,), ()], ids=["weight", "bias"])
+def test_fused_qkv(inner):
+    qkv = numbered(3 * HEADS * DIM, *inner)
+    q, k, v = qkv.chunk(3)
+    expected = torch.cat([x[h * DIM : (h + 1) * DIM] for h in range(HEADS) for x in (q, k, v)])
+    assert torch.equal(FusedQkv(HEADS).to_mcore([qkv], tuple(qkv.shape)), expected)
+    assert torch.equal(FusedQkv(HEADS).to_hf(expected, [qkv.shape])[0], qkv)
+
+
+def test_stacked():
+    gate, up = numbered(3, HIDDEN), 100 + numbered(3, HIDDEN)
+    both = Stacked().to_mcore([gate, up], (6, HIDDEN))
+    assert torch.equal(both[:3], gate)
+    assert torch.equal(both[3:], up)
+    assert all(torch.equal(x, y) for x, y in zip(Stacked().to_hf(both, [(3, 5), (3, 5)]), (gate, up), strict=True))
+
+
+def test_same_flattens_a_convolution():
+    conv = numbered(7, 3, 2, 4, 4)
+    matrix = Same().to_mcore([conv], (7, 96))
+    assert matrix[2, 1 * 32 + 1 * 16 + 3 * 4 + 2] == conv[2, 1, 1, 3, 2]
+    assert torch.equal(Same().to_hf(matrix, [conv.shape])[0], conv)
+
+
+def test_experts_are_turned_only_when_the_shape_says_so():
+    stored = numbered(3, 6, 5)
+    assert torch.equal(Experts().to_mcore([stored], (3, 6, 5)), stored)
+    assert torch.equal(Experts().to_mcore([stored], (3, 5, 6)), stored.mT)
+    assert torch.equal(Experts().to_hf(stored, [(3, 5, 6)])[0], stored.mT)
+    square = numbered(3, 4, 4)
+    assert torch.equal(Experts().to_mcore([square], (3, 4, 4)), square)
