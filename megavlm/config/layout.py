@@ -15,6 +15,8 @@ def check_layout(
     num_layers: int,
     seq_length: int,
     global_batch_size: int | None,
+    ffn: int | None = None,
+    expert_ffn: int | None = None,
 ) -> int:
     """Checks all that has to divide, before any process group is made.
 
@@ -37,6 +39,8 @@ def check_layout(
     _divides("parallel.tensor", tensor, "attention heads", num_heads)
     _divides("parallel.tensor", tensor, "key/value heads", num_kv_heads)
     _divides("parallel.tensor", tensor, "vocabulary entries", vocab_size)
+    _divides("parallel.tensor", tensor, "columns of an MLP", ffn or 0)
+    _divides("parallel.expert_tensor", parallel.expert_tensor, "columns of an expert", expert_ffn or 0)
     if chunks > 1 and num_layers % (pipeline * chunks):
         raise UserError(
             f"parallel.pipeline × parallel.virtual_pipeline is {pipeline} × {chunks} = {pipeline * chunks}, which does "

@@ -34,6 +34,24 @@ def check_files(settings: Settings, keys: Iterable[str]) -> None:
             )
 
 
+def check_stage(settings: Settings) -> None:
+    """Raises UserError where the settings contradict ``stage``.
+
+    Stage 0 trains the projector alone; later stages start from a checkpoint.
+    """
+    frozen = set(settings.model.freeze)
+    if settings.stage == 0 and frozen != {"vision", "language"}:
+        raise UserError(
+            f"stage is 0, which trains the projector alone, but model.freeze is {sorted(frozen)}",
+            "set model.freeze: [vision, language], or choose stage 1",
+        )
+    if settings.stage > 0 and settings.model.load is None:
+        raise UserError(
+            f"stage is {settings.stage}, which continues stage {settings.stage - 1}, but model.load is not set",
+            "set model.load to the output folder, or a checkpoint, of the stage before",
+        )
+
+
 def _check_exists(key: str, path: Path) -> None:
     if not path.exists():
         raise UserError(f"{key} is {path}, which does not exist", f"relative paths start from {Path.cwd()}")

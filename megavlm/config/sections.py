@@ -81,7 +81,7 @@ class ModelSettings(Section):
 class DataSource(Section):
     """One training file or shard folder, and its share of the blend."""
 
-    path: FilePath = Field(description="JSONL file, or folder of WebDataset shards")
+    path: FilePath = Field(description="JSONL file, one sample a line")
     weight: Float = Field(1.0, gt=0, description="share of the samples drawn, relative to the other sources")
 
 

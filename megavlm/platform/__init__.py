@@ -1,12 +1,13 @@
 """What Megatron-core stands on: CUDA + NCCL, or CPU + gloo. Nothing else in the package asks "is this a GPU?"."""
 
-from megavlm.platform.device import backend, device, memory_gib, on_gpu, seed_everything, synchronize
+from megavlm.platform.device import backend, device, device_name, memory_gib, on_gpu, seed_everything, synchronize
 from megavlm.platform.groups import Groups, init, shutdown
 
 __all__ = [
     "Groups",
     "backend",
     "device",
+    "device_name",
     "init",
     "memory_gib",
     "on_gpu",

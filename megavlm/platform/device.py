@@ -23,6 +23,11 @@ def backend() -> str:
     return "nccl" if on_gpu() else "gloo"
 
 
+def device_name() -> str | None:
+    """The GPU's name as its driver gives it; None on a CPU."""
+    return torch.cuda.get_device_name() if on_gpu() else None
+
+
 def synchronize() -> None:
     """Waits for the device; nothing to wait for on a CPU."""
     if on_gpu():
@@ -37,9 +42,10 @@ def memory_gib() -> float:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, numpy, torch and Megatron's tracker of per-rank states (dropout differs over tensor ranks)."""
-    from megatron.core import tensor_parallel
+    """Seeds Python, numpy, torch and Megatron's tracker; tensor ranks and pipeline stages draw differently."""
+    from megatron.core import parallel_state, tensor_parallel
 
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # as far apart as Megatron's own offsets
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -11,7 +11,7 @@ from megavlm.config.settings import Settings
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.model.vlm import PARTS
-from megavlm.platform import memory_gib
+from megavlm.platform import device_name, memory_gib, on_gpu
 from megavlm.training.checkpoint import Checkpoints, latest
 from megavlm.training.feed import Feed
 from megavlm.training.flops import Work, peak_flops, step_flops
@@ -20,7 +20,8 @@ from megavlm.training.optimizer import Optimization
 from megavlm.training.plots import write_loss_plot
 from megavlm.training.progress import Progress
 from megavlm.training.report import write_report
-from megavlm.training.setup import Session, start
+from megavlm.training.setup import Session, find_checkpoint, start
+from megavlm.training.state import load_weights
 from megavlm.training.step import Step, StepResult
 from megavlm.training.units import short
 from megavlm.training.wandb_log import WandbLog
@@ -35,11 +36,15 @@ def train(settings: Settings, kind: str, title: str) -> int:
     Returns:
         exit status 0, also when a signal stopped the run after a checkpoint.
     """
-    session = start(settings, training=True)
+    session = start(settings, training=True, load=False)
     groups, output = session.groups, settings.output
     resuming = _from_first_rank(session, lambda: prepare_output(settings))
     checkpoint = _from_first_rank(session, lambda: latest(output / "checkpoints")) if resuming else None
 
+    origin = None
+    if checkpoint is None and settings.model.load is not None:
+        origin = find_checkpoint(settings.model.load)
+        load_weights(origin, session.vlm)
     loader = None
     if groups.is_leader:
         loader = build_loader(
@@ -49,10 +54,11 @@ def train(settings: Settings, kind: str, title: str) -> int:
             dp_rank=groups.data_rank,
             dp_size=groups.data_size,
             seed=settings.train.seed,
+            pin_memory=on_gpu(),
         )
     optimization = Optimization(session.vlm, settings.train)
     checkpoints = Checkpoints(
-        output / "checkpoints", session.vlm, optimization, loader, settings.checkpoint, settings.train, session.origin
+        output / "checkpoints", session.vlm, optimization, loader, settings.checkpoint, settings.train, origin
     )
     first = checkpoints.restore(checkpoint) if checkpoint else 0
     step = Step(
@@ -71,6 +77,7 @@ def train(settings: Settings, kind: str, title: str) -> int:
         wandb = WandbLog(settings, enabled=session.is_first, warn=progress.say)
         if checkpoint is None and resuming:
             progress.say("no checkpoint yet: starts at step 0")
+        number, stopping = first, False
         for number in range(first + 1, steps + 1):
             began = time.perf_counter()
             line = _line(session, number, step(), began)
@@ -116,7 +123,7 @@ def _from_first_rank(session: Session, call):
 def _line(session: Session, number: int, result: StepResult, began: float) -> dict:
     """A line of metrics.jsonl."""
     counts, settings = result.counts, session.settings
-    peak = peak_flops(torch.cuda.get_device_name() if session.vlm.vision.patch_embed.weight.is_cuda else None)
+    peak = peak_flops(device_name())
     flops = step_flops(session.shapes, Work.from_counts(counts), settings.model.freeze)
     whole = {
         name: int(counts[name])

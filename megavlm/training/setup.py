@@ -23,7 +23,6 @@ class Session:
     shapes: Shapes
     groups: Groups
     vlm: VLM
-    origin: Path | None  # checkpoint that the weights came from
 
     @property
     def is_first(self) -> bool:
@@ -38,6 +37,11 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, trainin
         UserError: it does not; the message says which values would.
     """
     text = shapes.text
+    if settings.parallel.context > 1:
+        raise UserError(
+            f"parallel.context is {settings.parallel.context}: context parallelism is not built yet",
+            "set parallel.context to 1",
+        )
     check_dense_settings(settings.train, text.moe.num_experts if text.moe else None)
     return check_layout(
         settings.parallel,
@@ -47,35 +51,32 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, trainin
         vocab_size=text.vocab,
         num_experts=text.moe.num_experts if text.moe else None,
         num_layers=text.layers,
+        ffn=text.ffn,
+        expert_ffn=text.moe.ffn if text.moe else None,
         seq_length=settings.data.seq_length,
         global_batch_size=settings.train.global_batch_size if training else None,
     )
 
 
-def start(settings: Settings, *, training: bool) -> Session:
+def start(settings: Settings, *, training: bool, load: bool = True) -> Session:
     """Builds the model on this rank and loads ``model.load`` into it, if it is set.
 
     Args:
         training: whether weights will change; otherwise the model is in eval mode.
+        load: False for a run that may have a checkpoint of its own.
     """
     groups = init(settings.parallel, settings.train.seed)
     shapes = Shapes.from_hf(settings.model.hf)
     check_shapes(settings, shapes, dist.get_world_size(), training=training)
-    if settings.parallel.context > 1:
-        raise UserError(
-            f"parallel.context is {settings.parallel.context}: context parallelism is not built yet",
-            "set parallel.context to 1",
-        )
     if settings.parallel.pipeline > 1 and not training:
         raise UserError(
             f"parallel.pipeline is {settings.parallel.pipeline}, but scoring and answering run in one stage",
             "set parallel.pipeline=1 on the command line; any checkpoint loads in any layout",
         )
     vlm = VLM(shapes, settings, groups).train(training)
-    origin = find_checkpoint(settings.model.load) if settings.model.load is not None else None
-    if origin is not None:
-        load_weights(origin, vlm)
-    return Session(settings, shapes, groups, vlm, origin)
+    if load and settings.model.load is not None:
+        load_weights(find_checkpoint(settings.model.load), vlm)
+    return Session(settings, shapes, groups, vlm)
 
 
 def find_checkpoint(path: Path) -> Path:

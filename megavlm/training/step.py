@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -61,6 +62,7 @@ class Step:
         self.vlm.tower.backward(scale=dist.get_world_size() / self.groups.data_size)
         self._finalize()
         norms = self.optimization.step()
+        get_moe_metrics_tracker().clear()  # it would add up the balancing losses of all steps
         return StepResult(nll.item() / max(counts["loss_weight"], 1e-12), lr, norms, counts)
 
     def _forward_backward(self, window: Window, loss_weight: float) -> Tensor:

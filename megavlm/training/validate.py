@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megavlm.config.errors import UserError
+from megavlm.config.requirements import check_stage
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
 from megavlm.training.flops import active_decoder_weights
@@ -32,9 +33,7 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
     )
     data_parallel = check_shapes(settings, shapes, world_size)
     if settings.stage is not None:
-        from megavlm.pretrain import stages
-
-        stages.check(settings)
+        check_stage(settings)
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
