@@ -28,6 +28,10 @@ from megavlm.convert import HF_LAYOUT, SHARDED_METADATA
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 
 _log = logging.getLogger(__name__)
+# Said once on every rank: to prefer nvidia-resiliency-ext, which exists for CUDA alone.
+logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").addFilter(
+    lambda record: "async save is deprecated" not in record.getMessage()
+)
 _NAME = re.compile(r"step_(\d+)")
 
 
@@ -74,8 +78,6 @@ class Checkpoints:
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
             folder.mkdir(parents=True)
-            if self._hf_layout:
-                (folder / HF_LAYOUT).write_text(self._hf_layout, encoding="utf-8")
         dist.barrier(self._world)
         strategy = TorchDistSaveShardedStrategy()
         replicas = self.vlm.groups.language.dp_cp
@@ -160,6 +162,8 @@ class Checkpoints:
     def _publish(self, folder: Path) -> None:
         """Give the finished folder its name and delete what is no longer kept."""
         if dist.get_rank() == 0:
+            if self._hf_layout:
+                (folder / HF_LAYOUT).write_text(self._hf_layout, encoding="utf-8")
             final = folder.with_suffix("")
             if final.exists():  # an unreadable one, that the run had to pass over when it resumed
                 shutil.rmtree(final)

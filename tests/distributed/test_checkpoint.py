@@ -39,7 +39,7 @@ class CountingLoader:
         self.place = state["place"]
 
 
-def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at=None, restore=None):
+def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at=(), restore=None):
     """Runs on every rank: trains from ``weights`` or a checkpoint.
 
     Returns losses, local weights after the last step, random numbers drawn after it, rows read (None: no leader), and
@@ -74,7 +74,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     losses = []
     for number in range(first + 1, steps + 1):
         losses.append(step().loss)
-        if number == save_at:
+        if number in save_at:
             store.save(number)
         store.poll()
     store.finish()
@@ -98,11 +98,11 @@ def toys(tmp_path_factory):
     return made
 
 
-def adam(folder: Path, kind: str, parallel: dict, *, background: bool = True, **train) -> dict:
+def adam(folder: Path, kind: str, parallel: dict, *, background: bool = True, keep: int = 3, **train) -> dict:
     train = {"optimizer": "adam", "lr": 1e-3, "precision": "bf16", "global_batch_size": 2, "warmup_steps": 2, **train}
     settings = settings_of(folder, parallel, moe=kind == "moe", **train)
     settings["train"] |= {"schedule": "cosine", "steps": 4}
-    return {**settings, "checkpoint": {"async": background}}
+    return {**settings, "checkpoint": {"async": background, "keep": keep}}
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
@@ -113,9 +113,9 @@ def test_continues_on_the_same_bits(layout, background, toys, tmp_path, request)
         pytest.skip("covered by the others")
     world, toy = request.getfixturevalue(f"world{size}"), toys[kind]
     settings = adam(toy[0], kind, parallel, background=background)
-    straight = world.run(run, *toy, settings, tmp_path, steps=4, save_at=2)
+    straight = world.run(run, *toy, settings, tmp_path, steps=3, save_at=[2])
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
-    resumed = world.run(run, *toy, settings, tmp_path, steps=4, restore=tmp_path / "step_00000002")
+    resumed = world.run(run, *toy, settings, tmp_path, steps=3, restore=tmp_path / "step_00000002")
     for (losses, weights, draws, place, _), (late_losses, late_weights, late_draws, late_place, first) in zip(
         straight, resumed, strict=True
     ):
@@ -139,15 +139,35 @@ def test_continues_in_another_layout(kind, first, second, toys, tmp_path, reques
     toy = toys[kind]
     worlds = [request.getfixturevalue(f"world{size}") for size, _ in (first, second)]
     settings = [adam(toy[0], kind, parallel, precision="fp32") for _, parallel in (first, second)]
-    straight = worlds[0].run(run, *toy, settings[0], tmp_path, steps=4, save_at=2)
-    resumed = worlds[1].run(run, *toy, settings[1], tmp_path, steps=4, restore=tmp_path / "step_00000002")
+    straight = worlds[0].run(run, *toy, settings[0], tmp_path, steps=3, save_at=[2])
+    resumed = worlds[1].run(run, *toy, settings[1], tmp_path, steps=3, restore=tmp_path / "step_00000002")
     assert resumed[0][0] == pytest.approx(straight[0][0][2:], rel=1e-5)
-    assert straight[0][0][3] != pytest.approx(straight[0][0][1], rel=1e-3)  # the same rows, two steps earlier
+    assert straight[0][0][2] != pytest.approx(straight[0][0][0], rel=1e-3)  # the same rows, two steps earlier
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_keeps_the_newest(background, toys, tmp_path, world1):
+    toy = toys["dense"]
+    settings = adam(toy[0], "dense", {}, background=background, keep=2)
+    (tmp_path / "step_00000007.partial").mkdir(parents=True)  # of a run that was killed
+    world1.run(run, *toy, settings, tmp_path, steps=4, save_at=[1, 2, 3, 4])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+    # the newest one is damaged: the run goes on from the one before, and its own step 4 takes that place
+    next((tmp_path / "step_00000004").glob("*.distcp")).unlink()
+    world1.run(run, *toy, settings, tmp_path, steps=4, save_at=[4], restore=tmp_path / "step_00000003")
+    (tmp_path / "step_00000009").mkdir()
+    assert world1.run(newest, tmp_path) == [tmp_path / "step_00000004"]
+
+
+def newest(root):
+    from megavlm.training.checkpoint import latest
+
+    return latest(root)
 
 
 def test_another_run_is_refused(toys, tmp_path, world1, world2):
     toy = toys["dense"]
-    world1.run(run, *toy, adam(toy[0], "dense", {}), tmp_path, steps=1, save_at=1)
+    world1.run(run, *toy, adam(toy[0], "dense", {}), tmp_path, steps=1, save_at=[1])
     cases = [
         (world2, adam(toy[0], "dense", {}), "data-parallel ranks 1, now it is 2"),
         (world1, adam(toy[0], "dense", {}, optimizer="sgd"), "train.optimizer adam, now it is sgd"),
@@ -165,7 +185,7 @@ def test_exports_with_the_original_layout(toys, tmp_path, world2):
 
     folder, *rest = toys["dense"]
     settings = adam(folder, "dense", {"tensor": 2}, lr=1e-30, weight_decay=0.0)
-    world2.run(run, folder, *rest, settings, tmp_path / "run", steps=1, save_at=1)
+    world2.run(run, folder, *rest, settings, tmp_path / "run", steps=1, save_at=[1])
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((folder / "config.json").read_text())
     mcore_to_hf(tmp_path / "run" / "step_00000001", tmp_path / "bare", tmp_path / "out", progress=False)

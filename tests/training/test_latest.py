@@ -1,0 +1,48 @@
+"""The newest checkpoint that can be read is found; damaged and half-written ones are named."""
+
+import pytest
+import torch
+
+from megavlm.convert.mcore_checkpoint import Source, write_checkpoint
+from megavlm.training.checkpoint import latest
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Checkpoints of steps 100, 200 and 300."""
+    for step in (100, 200, 300):
+        folder = tmp_path / f"step_{step:08}"
+        folder.mkdir()
+        weight = torch.full((64, 64), float(step))
+        write_checkpoint(
+            folder, [Source("language.x", (64, 64), torch.float32, lambda a, b, w=weight: w[a:b])], {"step": step}
+        )
+    return tmp_path
+
+
+def test_the_newest(root):
+    assert latest(root) == root / "step_00000300"
+
+
+def test_nothing_there(tmp_path):
+    assert latest(tmp_path / "checkpoints") is None
+    (tmp_path / "step_00000100.partial").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("file", ["metadata.json", ".metadata", "__0_0_0.distcp"])
+def test_incomplete_ones_are_named(root, file, caplog):
+    (root / "step_00000300" / file).unlink()
+    data = root / "step_00000200" / "__0_0_0.distcp"
+    data.write_bytes(data.read_bytes()[:-100])
+    assert latest(root) == root / "step_00000100"
+    messages = [record.getMessage() for record in caplog.records if record.name == "megavlm.training.checkpoint"]
+    assert "step_00000300" in messages[0]
+    assert file in messages[0]
+    assert "step_00000200 is incomplete: __0_0_0.distcp is" in messages[1]
+
+
+def test_half_written_is_never_taken(root):
+    (root / "step_00000300").rename(root / "step_00000400.partial")
+    assert latest(root) == root / "step_00000200"
