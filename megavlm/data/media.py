@@ -91,7 +91,7 @@ class Video:
         import av
 
         with _explained(self.source, "video", self.path), av.open(str(self.path)) as container:
-            wanted, decoded = set(indices.tolist()), {}
+            wanted, decoded, index = set(indices.tolist()), {}, -1
             for index, frame in enumerate(container.decode(video=0)):
                 if index in wanted:
                     decoded[index] = torch.from_numpy(frame.to_ndarray(format="rgb24"))

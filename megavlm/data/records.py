@@ -110,16 +110,14 @@ class _Places:
                 'parts are {"type": "text", "text": …}, {"type": "image", "image": path} or '
                 '{"type": "video", "video": path}',
             )
-        inline = next((part[name] for name in (kind, "path") if name in part), None)
-        if inline is not None:
-            if kind == "video" and "fps" in part:
-                inline = {"frames": inline, "fps": part["fps"]}
-            placed, name = inline, kind + "s"
-        else:
+        placed = next((part[name] for name in (kind, "path") if name in part), None)
+        if placed is None:
             name = kind + "s"
             number = self._places[name]
             self._places[name] += 1
             placed = self._listed[name][number] if number < len(self._listed[name]) else None
+        elif kind == "video" and "fps" in part:
+            placed = {"frames": placed, "fps": part["fps"]}
         (self.images if kind == "image" else self.videos).append(placed)
         return {"type": kind}
 

@@ -111,7 +111,7 @@ class Renderer:
 
         encoding = self.tokenizer(text, return_offsets_mapping=True, return_attention_mask=False)
         token_ids = np.array(encoding["input_ids"], dtype=np.int32)
-        is_visual = (token_ids == self.processor.image_token_id) | (token_ids == self.processor.video_token_id)
+        is_visual = self._is_visual(token_ids)
         repeats = np.ones(len(token_ids), dtype=np.int32)
         repeats[is_visual] = frame_grids.prod(axis=1) // self.vision.merge**2
         if turns is None:
@@ -132,7 +132,7 @@ class Renderer:
             index=index,
         )
         if kind != "prompt":
-            self._check_length(draft, int(repeats[is_visual].sum()))
+            self._check_size(draft)
         return draft
 
     def complete(self, draft: Draft, patches: torch.Tensor | None = None) -> Sample:
@@ -147,10 +147,7 @@ class Renderer:
             parts = patches.split([int(np.prod(item.grid)) for item in draft.media])
             for item, part in zip(draft.media, parts, strict=True):
                 part.copy_(self.vision.pixel_rows(item))
-        is_visual = (draft.token_ids == self.processor.image_token_id) | (
-            draft.token_ids == self.processor.video_token_id
-        )
-        visual_positions = np.flatnonzero(np.repeat(is_visual, draft.repeats))
+        visual_positions = np.flatnonzero(np.repeat(self._is_visual(draft.token_ids), draft.repeats))
         tokens = torch.from_numpy(np.repeat(draft.token_ids, draft.repeats).astype(np.int64))
         weights = torch.from_numpy(np.repeat(draft.weights, draft.repeats))
         loss_weights = torch.cat([weights[1:], weights.new_zeros(1)])
@@ -228,13 +225,19 @@ class Renderer:
                     f"put pictures and videos into user messages only, and remove {token} from the text itself",
                 )
 
-    def _check_length(self, draft: Draft, num_visual: int) -> None:
+    def _check_size(self, draft: Draft) -> None:
+        if not draft.weights[1:].any():
+            raise UserError(f"{draft.source}: nothing to learn: the sample has no target token", "remove the sample")
         if draft.length > self.seq_length:
+            visual = int(draft.repeats[self._is_visual(draft.token_ids)].sum())
             raise UserError(
-                f"{draft.source}: the sample has {draft.length} tokens ({num_visual} of them visual), but a row has "
+                f"{draft.source}: the sample has {draft.length} tokens ({visual} of them visual), but a row has "
                 f"data.seq_length = {self.seq_length}",
                 "raise data.seq_length, lower data.max_pixels or data.video_max_frames, or remove the sample",
             )
+
+    def _is_visual(self, token_ids: np.ndarray) -> np.ndarray:
+        return (token_ids == self.processor.image_token_id) | (token_ids == self.processor.video_token_id)
 
 
 def _empty_shared(rows: int, width: int) -> torch.Tensor:

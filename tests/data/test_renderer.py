@@ -257,6 +257,7 @@ BROKEN = {
     "frames of two sizes": ({"messages": talk("<video>", "!"), "videos": [["frame0.png", "wide.png"]]}, "differ in"),
     "rate of a file": ({"messages": talk("<video>", "!"), "videos": [{"frames": "clip.mp4", "fps": 2}]}, "own rate"),
     "too long": ({"messages": talk("?", "word " * 5000)}, r"has \d+ tokens .* data.seq_length = 4096"),
+    "empty text": ({"text": ""}, "nothing to learn"),
     "no answer": ({"messages": talk("?")}, "nothing to learn"),
     "slip in a field": ({"messages": talk("<image>", "!"), "image": ["wide.png"]}, "did you mean 'images'"),
     "text and messages": ({"messages": talk("?", "!"), "text": "x"}, "both"),

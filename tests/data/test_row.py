@@ -61,3 +61,13 @@ def test_full_row_has_no_padding_segment(renderer, samples):
     assert row.segment_lengths == [length]
     assert row.patches.shape == (0, 1536)
     assert row.frame_lengths == []
+
+
+def test_pinning_takes_all_tensors_and_keeps_the_rest(renderer, samples, monkeypatch):
+    row = renderer.pack(samples, 2048)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # there may be no GPU to pin for
+    for name, value in vars(row.pin_memory()).items():
+        if torch.is_tensor(value):
+            torch.testing.assert_close(value, getattr(row, name) + 1)
+        else:
+            assert value == getattr(row, name)
