@@ -37,7 +37,6 @@ def toy_records(root: Path) -> list[dict]:
     """Eight conversations: one picture, several of different sizes, a video, text only."""
     root.mkdir(parents=True, exist_ok=True)
     picture = lambda name, *size: _picture(root, name, size)
-    frames = [picture("astronaut", 96, 64 + 8 * i) for i in range(4)]
     frames = [picture("astronaut", 96, 64)] * 2 + [picture("chelsea", 96, 64)] * 2
     say = lambda role, content: {"role": role, "content": content}
     return [
@@ -91,7 +90,7 @@ def reference_model(folder: Path):
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def reference_inputs(processor, record: dict, root: Path) -> dict:
+def reference_inputs(processor, record: dict, root: Path, *, add_generation_prompt: bool = False) -> dict:
     """What transformers' processor makes of a record: the arguments of the model's forward."""
     parts = []
     images, videos = iter(record.get("images", [])), iter(record.get("videos", []))
@@ -108,7 +107,7 @@ def reference_inputs(processor, record: dict, root: Path) -> dict:
             else:
                 content.append({"type": "text", "text": piece})
         parts.append({"role": message["role"], "content": content})
-    text = processor.apply_chat_template(parts, tokenize=False)
+    text = processor.apply_chat_template(parts, tokenize=False, add_generation_prompt=add_generation_prompt)
     arguments = {}
     if clips:
         frames = [np.stack([np.array(Image.open(root / f).convert("RGB")) for f in clip["frames"]]) for clip in clips]
