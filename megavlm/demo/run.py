@@ -105,6 +105,7 @@ class Demo:
         self._run("megavlm", "sft", sft, *nproc)
         self._run("megavlm", "export", sft, f"model.load={out / 'sft'}", "--out", out / "exported")
         self._run("megavlm", "infer", sft, f"model.load={out / 'sft'}", f"output={out / 'after'}", *nproc)
+        self._run("python", "-m", "megavlm.training.report", out / "sft")  # once more: now there are answers to show
 
     def check(self) -> bool:
         """Counts right answers before and after, and compares with transformers on the exported folder."""
