@@ -7,6 +7,7 @@ import torch
 
 from megavlm.config.errors import UserError
 from megavlm.convert import mcore_to_hf
+from megavlm.convert.memory import keep_freed_memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
+    keep_freed_memory()
     mcore_to_hf(
         args.mcore,
         args.hf,
