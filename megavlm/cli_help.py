@@ -32,9 +32,9 @@ def show_verb(name: str, verb) -> None:
     flags = {"--" + keyword.replace("_", "-"): options for keyword, options in verb.flags.items()}
     if verb.local_workers:
         flags["--nproc"] = {"metavar": "N", "help": "start N processes on this machine (not under torchrun or srun)"}
-    synopsis = " ".join(
-        f"{flag} {o['metavar']}" if o.get("required") else f"[{flag} {o['metavar']}]" for flag, o in flags.items()
-    )
+    # with its value, where it takes one
+    spelled = {flag: f"{flag} {options.get('metavar', '')}".rstrip() for flag, options in flags.items()}
+    synopsis = " ".join(text if flags[flag].get("required") else f"[{text}]" for flag, text in spelled.items())
     console.print(_usage(f"{name} CONFIG.yaml [section.key=value …] {synopsis}"))
     console.print(Padding(verb.summary[0].upper() + verb.summary[1:] + ".", (1, 0, 1, 2), expand=False))
     _title(console, "Example" if "\n" not in verb.example else "Examples")
@@ -45,7 +45,7 @@ def show_verb(name: str, verb) -> None:
         _title(console, "Options")
         table = Table(box=None, show_header=False, padding=(0, 2))
         for flag, options in flags.items():
-            table.add_row(Text(f"{flag} {options['metavar']}", "bold cyan"), options["help"])
+            table.add_row(Text(spelled[flag], "bold cyan"), options["help"])
         console.print(Padding(table, (0, 0, 1, 0), expand=False))
     _title(console, "Settings")
     intro = (
