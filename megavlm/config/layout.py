@@ -41,13 +41,17 @@ def check_layout(
     _divides("parallel.tensor", tensor, "vocabulary entries", vocab_size)
     _divides("parallel.tensor", tensor, "columns of an MLP", ffn or 0)
     _divides("parallel.expert_tensor", parallel.expert_tensor, "columns of an expert", expert_ffn or 0)
-    if chunks > 1 and num_layers % (pipeline * chunks):
-        raise UserError(
-            f"parallel.pipeline × parallel.virtual_pipeline is {pipeline} × {chunks} = {pipeline * chunks}, which does "
-            f"not divide the model's {num_layers} layers",
-            f"products that do: {_listed(_divisors(num_layers))}",
-        )
-    _divides("parallel.pipeline", pipeline, "layers", num_layers)
+    if parallel.first_stage_layers or parallel.last_stage_layers:
+        _check_uneven_stages(parallel, num_layers)
+    else:
+        if chunks > 1 and num_layers % (pipeline * chunks):
+            raise UserError(
+                f"parallel.pipeline × parallel.virtual_pipeline is {pipeline} × {chunks} = {pipeline * chunks}, which "
+                f"does not divide the model's {num_layers} layers",
+                f"products that do: {_listed(_divisors(num_layers))}; or give parallel.first_stage_layers or "
+                "last_stage_layers",
+            )
+        _divides("parallel.pipeline", pipeline, "layers", num_layers)
     if num_experts is None:
         for name in ("expert", "expert_tensor"):
             if getattr(parallel, name) > 1:
@@ -102,6 +106,16 @@ def check_world_size(parallel: ParallelSettings, world_size: int, global_batch_s
     return data_parallel
 
 
+def check_window(window: int | None, parallel: ParallelSettings) -> None:
+    """Raises UserError where a window of micro-batches cannot fill an interleaved pipeline."""
+    if window and parallel.virtual_pipeline and window % parallel.pipeline:
+        raise UserError(
+            f"vision.window is {window}; with parallel.virtual_pipeline it must be divisible by parallel.pipeline = "
+            f"{parallel.pipeline}",
+            f"nearest windows that are: {_multiples(window, parallel.pipeline)}; or null, the whole step",
+        )
+
+
 def check_dense_settings(train: TrainSettings, num_experts: int | None) -> None:
     """Raises UserError where a dense model (num_experts None) is given a setting for experts alone."""
     if num_experts is None and train.moe_aux_loss_coeff and train.is_changed("moe_aux_loss_coeff"):
@@ -109,6 +123,29 @@ def check_dense_settings(train: TrainSettings, num_experts: int | None) -> None:
             f"train.moe_aux_loss_coeff is {train.moe_aux_loss_coeff:g}, but the model is dense: it would be ignored",
             "remove it, or point model.hf at a mixture-of-experts model",
         )
+
+
+def _check_uneven_stages(parallel: ParallelSettings, num_layers: int) -> None:
+    """First and last stage as told, the remaining layers even over the other stages, each stage even over its chunks."""
+    told = {
+        name: getattr(parallel, name)
+        for name in ("first_stage_layers", "last_stage_layers")
+        if getattr(parallel, name) is not None
+    }
+    listed = " and ".join(f"parallel.{name} {layers}" for name, layers in told.items())
+    rest, stages = num_layers - sum(told.values()), parallel.pipeline - len(told)
+    if rest < stages or (stages == 0 and rest) or (stages and rest % stages):
+        raise UserError(
+            f"{listed} of the model's {num_layers} layers leave {rest} for {_count(stages, 'other stage', 's')}",
+            "choose numbers that leave the same number of layers, at least one, for each of the other stages",
+        )
+    chunks = parallel.virtual_pipeline or 1
+    for name, layers in {**told, "layers of every other stage": rest // stages if stages else chunks}.items():
+        if layers % chunks:
+            raise UserError(
+                f"{listed}: {name} is {layers}, which parallel.virtual_pipeline {chunks} does not divide",
+                f"choose multiples of {chunks}",
+            )
 
 
 def _divides(setting: str, value: int, what: str, count: int) -> None:

@@ -94,6 +94,12 @@ class DataSettings(Section):
     packing: Literal["best_fit", "none"] = Field(
         "best_fit", description="best_fit: whole samples side by side in a row; none: one sample a row"
     )
+    align: Int | None = Field(
+        None,
+        ge=1,
+        description="samples are padded in their row to a multiple of this many tokens; null: 2 × parallel.context, or "
+        "none without it. Set it to have the same rows in layouts of different context",
+    )
     packing_buffer: Int = Field(1000, ge=1, description="samples among which best_fit looks for one that fits")
     shuffle: Bool = Field(True, description="visit samples in an order drawn from train.seed; false: file order")
     workers: Int = Field(2, ge=0, description="processes that read and render samples; 0: the training process does")
@@ -128,6 +134,10 @@ class ParallelSettings(Section):
     tensor: Int = Field(1, ge=1, description="processes that share each layer's matrices; divides heads and vocabulary")
     pipeline: Int = Field(1, ge=1, description="pipeline stages of the decoder's layers")
     virtual_pipeline: Int | None = Field(None, ge=2, description="chunks of layers per stage (interleaved 1F1B)")
+    first_stage_layers: Int | None = Field(
+        None, ge=1, description="decoder layers of the first stage; null: as many as the others"
+    )
+    last_stage_layers: Int | None = Field(None, ge=1, description="decoder layers of the last stage; null: likewise")
     context: Int = Field(1, ge=1, description="processes that share a row's tokens in attention")
     expert: Int = Field(1, ge=1, description="processes over which experts are dealt (MoE models only)")
     expert_tensor: Int = Field(1, ge=1, description="processes that share each expert's matrices (MoE models only)")
@@ -138,6 +148,11 @@ class ParallelSettings(Section):
         """Whether sequence parallelism is at work: Megatron has it only for tensor > 1."""
         return self.sequence and self.tensor > 1
 
+    @property
+    def pieces(self) -> int:
+        """Equal pieces in which context parallelism cuts each sample: an early and a late one for each rank."""
+        return 2 * self.context if self.context > 1 else 1
+
     @model_validator(mode="after")
     def _consistent(self) -> "ParallelSettings":
         if self.virtual_pipeline and self.pipeline == 1:
@@ -146,6 +161,12 @@ class ParallelSettings(Section):
                 "it would be ignored",
                 "set parallel.pipeline to 2 or more, or virtual_pipeline to null",
             )
+        for name in ("first_stage_layers", "last_stage_layers"):
+            if getattr(self, name) and self.pipeline == 1:
+                raise UserError(
+                    f"parallel.{name} is {getattr(self, name)}, but parallel.pipeline is 1: it would be ignored",
+                    f"set parallel.pipeline to 2 or more, or {name} to null",
+                )
         return self
 
 
@@ -154,6 +175,18 @@ class VisionSettings(Section):
 
     recompute: Bool = Field(False, description="run the tower's forward again in backward, to keep less memory")
     chunk_patches: Int = Field(65536, ge=4, description="patches encoded at a time (a frame is never cut)")
+    window: Int | None = Field(
+        None,
+        ge=1,
+        description="micro-batches whose frames are encoded together, and whose features exist at one time; null: 4, "
+        "with several pipeline stages the whole step",
+    )
+    offload: Bool = Field(False, description="features, and pixels to be encoded again, wait in host memory")
+    deal: Literal["model_parallel", "world"] = Field(
+        "model_parallel",
+        description="ranks that share the frames: those of one row; or all, which relieves data ranks with heavy "
+        "pictures",
+    )
 
 
 class TrainSettings(Section):

@@ -65,7 +65,26 @@ class Settings(Section):
                 "set model.kernels to te, or train.precision to bf16",
             )
         check_seq_length(self.data.seq_length, self.parallel)
+        self._check_align()
         return self
+
+    @property
+    def align(self) -> int:
+        """Samples are padded in their rows to a multiple of this many tokens."""
+        return self.data.align or self.parallel.pieces
+
+    def _check_align(self) -> None:
+        if self.align % self.parallel.pieces:
+            raise UserError(
+                f"data.align is {self.data.align}, but context parallelism cuts each sample in 2 × parallel.context = "
+                f"{self.parallel.pieces} equal pieces",
+                f"set data.align to null or a multiple of {self.parallel.pieces}",
+            )
+        if self.data.seq_length % self.align:
+            raise UserError(
+                f"data.seq_length is {self.data.seq_length}, which is not divisible by data.align = {self.align}",
+                f"set data.seq_length to {-(-self.data.seq_length // self.align) * self.align}",
+            )
 
 
 def check_seq_length(seq_length: int, parallel: ParallelSettings) -> None:
@@ -74,7 +93,7 @@ def check_seq_length(seq_length: int, parallel: ParallelSettings) -> None:
     Sequence parallelism cuts a row in `tensor` slices; context parallelism first in 2 * context pieces, of which each
     rank takes an early and a late one, so that causal attention costs every rank the same.
     """
-    cut = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
+    cut = parallel.tensor * parallel.pieces
     if seq_length % cut:
         formula = "2 × parallel.context × parallel.tensor" if parallel.context > 1 else "parallel.tensor"
         below, above = seq_length // cut * cut, (seq_length // cut + 1) * cut

@@ -19,7 +19,7 @@ from megavlm.data.media import find_picture, find_video
 from megavlm.data.positions import mrope_positions
 from megavlm.data.processor import Clip, Still, VisionProcessor
 from megavlm.data.records import Kind, Record, check_record
-from megavlm.data.row import IGNORE, Row, Sample, pack
+from megavlm.data.row import IGNORE, Row, Sample, aligned, pack
 from megavlm.data.template import ChatTemplate
 
 
@@ -62,18 +62,19 @@ class Renderer:
     Args:
         hf_dir: folder with config.json, tokenizer and processor files.
         settings: the ``data`` section: seq_length, min_pixels, max_pixels, video_fps, video_max_frames.
+        align: samples are padded in their rows to a multiple of this many tokens (``Settings.align``).
 
     Raises:
         UserError: the folder has no Qwen3-VL processor, or the limits contradict each other.
     """
 
-    def __init__(self, hf_dir: str | Path, settings: Any):
+    def __init__(self, hf_dir: str | Path, settings: Any, align: int = 1):
         # Workers are forked; the tokenizer's threads would not survive that, and one text at a time needs none.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.vision = VisionProcessor(Path(hf_dir), settings)
         self.processor = self.vision.hf
         self.tokenizer = self.processor.tokenizer
-        self.seq_length = settings.seq_length
+        self.seq_length, self.align = settings.seq_length, align
         self.pad_id = next(id for id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if id is not None)
         self._template = ChatTemplate(self.processor) if self.processor.chat_template else None
 
@@ -179,6 +180,7 @@ class Renderer:
             pad_id=self.pad_id,
             grid_side=vision.grid_side,
             merge=vision.merge,
+            align=self.align,
             patches=patches,
         )
 
@@ -228,7 +230,7 @@ class Renderer:
     def _check_size(self, draft: Draft) -> None:
         if not draft.weights[1:].any():
             raise UserError(f"{draft.source}: nothing to learn: the sample has no target token", "remove the sample")
-        if draft.length > self.seq_length:
+        if aligned(draft.length, self.align) > self.seq_length:
             visual = int(draft.repeats[self._is_visual(draft.token_ids)].sum())
             raise UserError(
                 f"{draft.source}: the sample has {draft.length} tokens ({visual} of them visual), but a row has "

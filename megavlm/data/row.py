@@ -44,6 +44,11 @@ class Sample:
     index: int
 
 
+def aligned(length: int, align: int) -> int:
+    """`length` rounded up to a multiple of `align`."""
+    return -(-length // align) * align
+
+
 @dataclass(kw_only=True)
 class Row:
     """One micro-batch: whole samples end to end, and padding up to exactly T tokens.
@@ -53,7 +58,8 @@ class Row:
 
     Attributes:
         cu_seqlens: int32 [S + 1], where each segment starts, ending with T. The first ``num_samples`` segments are the
-            samples; padding, where there is any, is one more.
+            samples, each with the padding that aligns it; padding at the end of the row is one more.
+        sample_lengths: tokens of each sample, without padding.
         num_samples: samples in the row.
         num_tokens: tokens that are not padding.
         num_targets: positions with a label.
@@ -72,6 +78,7 @@ class Row:
     frame_grids: Tensor
     visual_positions: Tensor
     cu_seqlens: Tensor
+    sample_lengths: list[int]
     patch_coords: Tensor
     pos_index: Tensor
     pos_weight: Tensor
@@ -85,8 +92,15 @@ class Row:
 
     @property
     def segment_lengths(self) -> list[int]:
-        """Tokens of each segment (samples, then padding where there is any); sums to T."""
+        """Tokens of each segment (aligned samples, then padding where there is any); sums to T."""
         return self.cu_seqlens.diff().tolist()
+
+    def is_padding(self) -> Tensor:
+        """bool [T], true where a token belongs to no sample."""
+        padding = torch.ones(len(self.input_ids), dtype=torch.bool)
+        for start, length in zip(self.cu_seqlens.tolist(), self.sample_lengths, strict=False):
+            padding[start : start + length] = False
+        return padding
 
     @property
     def frame_lengths(self) -> list[int]:
@@ -110,29 +124,34 @@ def pack(
     pad_id: int,
     grid_side: int,
     merge: int,
+    align: int = 1,
     patches: Tensor | None = None,
 ) -> Row:
     """Lay samples end to end in one row of exactly `seq_length` tokens.
 
     Args:
-        samples: at least one; together at most `seq_length` tokens.
+        samples: at least one; together, each aligned, at most `seq_length` tokens.
         seq_length: tokens T of the row.
         pad_id: token that fills the rest.
         grid_side: side of the tower's learned position grid.
         merge: patches per side that one visual token joins.
+        align: each sample is padded to a multiple of this many tokens, which divides `seq_length`.
         patches: the patches of all samples, where they lie end to end already; None: they are copied together.
     """
     lengths = [len(sample.input_ids) for sample in samples]
-    used = sum(lengths)
+    starts = np.cumsum([0, *(aligned(length, align) for length in lengths)])
+    used = int(starts[-1])
     assert samples, "a row holds at least one sample"
     assert used <= seq_length, f"{used} tokens do not fit a row of {seq_length}"
-    starts = np.cumsum([0, *lengths])
+    assert seq_length % align == 0, f"rows of {seq_length} tokens, samples aligned to {align}"
 
     def tokens(name: str, fill: float) -> Tensor:
         """Field `name` of all samples along the token axis (the last), padded with `fill`."""
-        parts = [getattr(sample, name) for sample in samples]
-        padding = parts[0].new_full((*parts[0].shape[:-1], seq_length - used), fill)
-        return torch.cat([*parts, padding], dim=-1)
+        first = getattr(samples[0], name)
+        row = first.new_full((*first.shape[:-1], seq_length), fill)
+        for sample, start, length in zip(samples, starts, lengths, strict=False):
+            row[..., start : start + length] = getattr(sample, name)
+        return row
 
     frame_grids = torch.cat([sample.frame_grids for sample in samples])
     grids = frame_grids.numpy()
@@ -150,11 +169,12 @@ def pack(
             [sample.visual_positions + int(start) for sample, start in zip(samples, starts, strict=False)]
         ),
         cu_seqlens=torch.tensor([*starts, seq_length] if used < seq_length else starts, dtype=torch.int32),
+        sample_lengths=lengths,
         patch_coords=torch.from_numpy(coordinates),
         pos_index=torch.from_numpy(pos_index),
         pos_weight=torch.from_numpy(pos_weight),
         num_samples=len(samples),
-        num_tokens=used,
+        num_tokens=sum(lengths),
         num_targets=int((labels != IGNORE).sum()),
         num_images=sum(sample.num_images for sample in samples),
         num_videos=sum(sample.num_videos for sample in samples),

@@ -22,7 +22,7 @@ from megavlm.data.order import shuffled
 from megavlm.data.packing import best_fit
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Draft, Renderer
-from megavlm.data.row import Row
+from megavlm.data.row import Row, aligned
 
 _FIRST_DRAFTS = 50  # that wait when the first row is filled
 
@@ -116,7 +116,8 @@ class RowDataset(BaseWrapperDataset[Draft, Row]):
             while len(self._buffer.buffer) < self._wanted:
                 self._buffer.append(next(drafts))
             self._wanted = min(self._wanted * 9 // 8 + 1, self.buffer_size)
-            places = best_fit([draft.length for draft in self._buffer], self._renderer.seq_length)
+            lengths = [aligned(draft.length, self._renderer.align) for draft in self._buffer]
+            places = best_fit(lengths, self._renderer.seq_length)
             chosen = [self._buffer[place] for place in places]
             for place in reversed(places):
                 self._buffer.pop(place)

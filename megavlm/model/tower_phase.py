@@ -1,6 +1,6 @@
 """The tower's phase of a step: encode dealt frames before the decoder's schedule, walk back through them after it.
 
-Every frame of a window of micro-batches is encoded exactly once in the model-parallel group. The features go by
+Every frame of a window of micro-batches is encoded exactly once in the group of ranks that share it. The features go by
 all-to-all straight to the rank, stage and slice of the row that uses them, and their gradients come back the same way,
 so no pipeline stage contains the tower and any split of the decoder's layers works with deepstack.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 from megavlm.model.deal import Exchange, Place
 from megavlm.model.projector import Projector
 from megavlm.model.vision import Frames, VisionTower
+from megavlm.platform import device
 
 
 class TowerPhase:
@@ -19,10 +20,13 @@ class TowerPhase:
 
     Args:
         vision, projector: the modules; parameters that do not require grad are frozen.
-        group: model-parallel ranks that share the window's frames.
+        group: ranks that share the window's frames.
         places: what each of them needs.
         recompute: encode without keeping activations, and again in ``backward``.
         chunk_patches: most patches encoded at a time; a larger frame is a chunk of its own.
+        offload: features that wait for the decoder, and pixels that wait to be encoded again, are in host memory.
+    Attributes:
+        frames_encoded: frames that this rank has run through the tower (recomputing not counted); reset it at will.
     """
 
     def __init__(
@@ -34,11 +38,14 @@ class TowerPhase:
         *,
         recompute: bool,
         chunk_patches: int,
+        offload: bool = False,
     ):
         self.vision, self.projector = vision, projector
         self.group, self.places = group, places
         self.place = places[group.rank()]
         self.recompute, self.chunk_patches = recompute, chunk_patches
+        self.waiting_device = torch.device("cpu") if offload else device()
+        self.frames_encoded = 0
         self.num_planes = 1 + len(vision.taps)
         self.hidden = projector.merger.linear_fc2.out_features
         self.merge = projector.merger.joined // vision.patch_embed.out_features
@@ -49,28 +56,31 @@ class TowerPhase:
         """Features of each micro-batch of the window, for this rank.
 
         Args:
-            frames: the frames that ``exchange.frames`` names, on the device.
+            frames: the frames dealt to this rank, on the device.
         Returns:
             per micro-batch (positions int64 [n], features [planes, n, hidden]); the features are leaves whose ``grad``
-            the decoder's backward fills, if anything in the tower learns. ``planes`` are those of this rank's place.
+            the decoder's backward fills, if anything in the tower learns; with ``offload`` they are in host memory, and
+            so their gradients return to it. ``planes`` are those of this rank's place.
         """
         self._exchange, self._chunks, self._outputs = exchange, _chunks(frames, self.chunk_patches), []
+        self.frames_encoded += len(frames.lengths)
         learning = self._learns and torch.is_grad_enabled()
         with torch.set_grad_enabled(learning and not self.recompute):
             self._outputs = [self._encode(chunk) for chunk in self._chunks]
-        device, dtype = frames.patches.device, self.projector.merger.linear_fc2.weight.dtype
-        empty = torch.empty(self.num_planes, 0, self.hidden, device=device, dtype=dtype)
+        where, dtype = frames.patches.device, self.projector.merger.linear_fc2.weight.dtype
+        empty = torch.empty(self.num_planes, 0, self.hidden, device=where, dtype=dtype)
         own = torch.cat([empty, *(output.detach() for output in self._outputs)], dim=1)
         received = self._send_features(own)
         if not learning:
             self._chunks, self._outputs = [], []
         elif self.recompute:
             self._outputs = []
+            self._chunks = [chunk.to(self.waiting_device) for chunk in self._chunks]
         self._features = []
         for rows in exchange.rows:
-            features = received[:, torch.from_numpy(rows).to(device)]
+            features = received[:, torch.from_numpy(rows).to(where)].to(self.waiting_device)
             self._features.append(features.requires_grad_(learning))
-        move = lambda positions: torch.from_numpy(positions).to(device, non_blocking=True)
+        move = lambda positions: torch.from_numpy(positions).to(where, non_blocking=True)
         return [(move(p), f) for p, f in zip(exchange.positions, self._features, strict=True)]
 
     def backward(self, scale: float) -> None:
@@ -83,7 +93,7 @@ class TowerPhase:
         grad = self._return_gradients().mul_(scale)  # [num_planes, N_own, hidden]
         start = 0
         for index, chunk in enumerate(self._chunks):
-            output = self._encode(chunk) if self.recompute else self._outputs[index]
+            output = self._encode(chunk.to(grad.device)) if self.recompute else self._outputs[index]
             end = start + output.shape[1]
             torch.autograd.backward(output, grad[:, start:end])
             if not self.recompute:
@@ -113,14 +123,12 @@ class TowerPhase:
 
     def _return_gradients(self) -> Tensor:
         """Gradient of this rank's own features, summed over the ranks that used them: [num_planes, N_own, hidden]."""
-        exchange, like = self._exchange, self._features[0]
-        used = torch.zeros(
-            len(self.place.planes), sum(exchange.counts), self.hidden, device=like.device, dtype=like.dtype
-        )
+        exchange, dtype = self._exchange, self._features[0].dtype
+        used = torch.zeros(len(self.place.planes), sum(exchange.counts), self.hidden, device=device(), dtype=dtype)
         if self.place.gives_gradient:
             for rows, features in zip(exchange.rows, self._features, strict=True):
                 if features.grad is not None:
-                    used[:, torch.from_numpy(rows).to(used.device)] = features.grad
+                    used[:, torch.from_numpy(rows).to(used.device)] = features.grad.to(used.device)
         num_own = sum(len(chunk.coords) for chunk in self._chunks) // self.merge
         own = torch.zeros(self.num_planes, num_own, self.hidden, device=used.device, dtype=used.dtype)
         if self.group.size() == 1:
@@ -155,11 +163,7 @@ def _chunks(frames: Frames, chunk_patches: int) -> list[Frames]:
         nonlocal lengths, start, size
         if lengths:
             part = slice(start, start + size)
-            chunks.append(
-                Frames(
-                    frames.patches[part], frames.coords[part], frames.pos_index[part], frames.pos_weight[part], lengths
-                )
-            )
+            chunks.append(frames.slice(part, lengths))
         start, lengths, size = start + size, [], 0
 
     for length in frames.lengths:

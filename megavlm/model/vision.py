@@ -31,6 +31,16 @@ class Frames:
     pos_weight: Tensor
     lengths: list[int]
 
+    def slice(self, patches: slice, lengths: list[int]) -> "Frames":
+        """The frames, of ``lengths``, that these patches make up."""
+        return Frames(
+            self.patches[patches], self.coords[patches], self.pos_index[patches], self.pos_weight[patches], lengths
+        )
+
+    def to(self, device: torch.device) -> "Frames":
+        moved = (x.to(device) for x in (self.patches, self.coords, self.pos_index, self.pos_weight))
+        return Frames(*moved, self.lengths)
+
 
 class VisionTower(MegatronModule):
     """Everything before the mergers, replicated on every rank.

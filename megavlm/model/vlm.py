@@ -1,5 +1,7 @@
 """A whole Qwen3-VL on this rank: tower, projector, the decoder's chunks, and the tower's phase of a step."""
 
+import itertools
+
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -25,12 +27,13 @@ class VLM:
         shapes: the model's numbers.
         settings: the run's settings (sections model, parallel, vision, train are read).
         groups: from ``megavlm.platform.init``.
+        share_frames: whether ``vision.deal`` may be obeyed: data ranks that share frames must take the same steps.
     Attributes:
         vision, projector: replicated modules. language: one LanguageModel per virtual pipeline chunk.
         tower: runs vision and projector over dealt frames.
     """
 
-    def __init__(self, shapes: Shapes, settings, groups: Groups):
+    def __init__(self, shapes: Shapes, settings, groups: Groups, *, share_frames: bool = True):
         parallel = settings.parallel
         self.shapes, self.groups, self.parallel = shapes, groups, parallel
         self.kernels = resolve(settings.model.kernels)
@@ -62,13 +65,15 @@ class VLM:
         for part in settings.model.freeze:
             for module in self.modules_of(part):
                 module.requires_grad_(False)
+        self.dealt_over_world = share_frames and settings.vision.deal == "world" and groups.data_size > 1
         self.tower = TowerPhase(
             self.vision,
             self.projector,
-            groups.model_parallel,
+            dist.group.WORLD if self.dealt_over_world else groups.model_parallel,
             self._places(),
             recompute=settings.vision.recompute,
             chunk_patches=settings.vision.chunk_patches,
+            offload=settings.vision.offload,
         )
 
     def modules_of(self, part: str) -> list[torch.nn.Module]:
@@ -83,9 +88,15 @@ class VLM:
 
     @property
     def linear_cost(self) -> float:
-        """Matrix products of a patch in a tower layer, in units of one query-key pair; see ``deal_frames``."""
+        """Matrix products of a patch in a tower layer, in units of one query-key pair; see ``deal_frames``.
+
+        A pair costs 2 × hidden multiplications in a layer, a patch 4 × hidden² + 2 × hidden × ffn, and in each merger a
+        quarter of joined² + joined × out.
+        """
         vision = self.shapes.vision
-        return 2.0 * vision.hidden + vision.ffn
+        mergers = (1 + len(vision.deepstack_layers)) * vision.merged_hidden * (vision.merged_hidden + vision.out_hidden)
+        per_patch = mergers / (vision.merged_hidden // vision.hidden)
+        return 2.0 * vision.hidden + vision.ffn + per_patch / (2.0 * vision.hidden * vision.layers)
 
     def chunk_levels(self, pipeline_rank: int, vp_stage: int | None) -> list[int]:
         """Deepstack levels whose decoder layers lie in this pipeline chunk."""
@@ -95,18 +106,31 @@ class VLM:
         return [k for k in range(len(self.shapes.vision.deepstack_layers)) if first <= k < end]
 
     def _places(self) -> list[Place]:
-        """What each rank of the model-parallel group needs; its ranks run over tensor fastest, then pipeline."""
+        """What each rank of the group that shares the frames needs."""
+        places = self._places_of_a_row()
+        if not self.dealt_over_world:
+            return places
+        by_rank = {
+            rank: place.of_data_rank(data_rank)
+            for data_rank, ranks in enumerate(self.groups.members)
+            for rank, place in zip(ranks, places, strict=True)
+        }
+        return [by_rank[rank] for rank in range(len(by_rank))]
+
+    def _places_of_a_row(self) -> list[Place]:
+        """For the ranks of a model-parallel group, which run over tensor fastest, then context, then pipeline."""
         parallel = self.parallel
         chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
         places = []
         for pipeline_rank in range(parallel.pipeline):
             levels = [k for chunk in chunks for k in self.chunk_levels(pipeline_rank, chunk)]
             planes = ((0,) if pipeline_rank == 0 else ()) + tuple(1 + k for k in levels)
-            for tensor_rank in range(parallel.tensor):
+            for context_rank, tensor_rank in itertools.product(range(parallel.context), range(parallel.tensor)):
                 if parallel.sequence_parallel:
-                    places.append(Place(parallel.tensor, tensor_rank, planes))
+                    cut, gives_gradient = (parallel.tensor, tensor_rank), True
                 else:
-                    places.append(Place(1, 0, planes, gives_gradient=tensor_rank == 0))
+                    cut, gives_gradient = (1, 0), tensor_rank == 0
+                places.append(Place(parallel.context, context_rank, *cut, planes, gives_gradient))
         return places
 
     def sharded_state_dict(self, metadata: dict) -> dict:

@@ -18,7 +18,8 @@ class Groups:
     ``language`` is Megatron's collection for the decoder. ``tower`` is the collection for the replicated vision tower:
     no model parallelism inside, the whole world as its data ranks. ``model_parallel`` spans TP × CP × PP, the ranks
     that share one stream of rows and deal its frames among themselves; ``model_parallel_host`` are the same ranks on
-    gloo, for metadata that must stay on the host.
+    gloo, for metadata that must stay on the host. ``members``: the ranks of each such group, first data rank first.
+    ``data_peers_host``: on gloo, the ranks at the same place in those groups, one for each data rank.
     """
 
     language: "ProcessGroupCollection"  # noqa: F821 (megatron.core.process_groups_config)
@@ -26,6 +27,8 @@ class Groups:
     model_parallel: dist.ProcessGroup
     model_parallel_host: dist.ProcessGroup
     world_host: dist.ProcessGroup
+    data_peers_host: dist.ProcessGroup
+    members: list[list[int]]
     data_rank: int
     data_size: int
 
@@ -72,6 +75,10 @@ def init(parallel, seed: int = 1234, timeout_minutes: float = 30.0) -> Groups:
         tower=_tower_collection(),
         model_parallel=model_parallel,
         model_parallel_host=host,
+        data_peers_host=dist.new_subgroups_by_enumeration(
+            [list(peers) for peers in zip(*ranks, strict=True)], backend="gloo"
+        )[0],
+        members=ranks,
         world_host=dist.new_group(backend="gloo") if on_gpu() else dist.group.WORLD,
         data_rank=ranks.index(mine),
         data_size=len(ranks),

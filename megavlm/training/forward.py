@@ -1,10 +1,12 @@
 """One micro-batch through this rank's part of the decoder."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megavlm.model.language import LanguageModel
 from megavlm.model.vlm import VLM
+from megavlm.platform import device
 from megavlm.training.feed import MicroBatch, Window
 
 
@@ -22,12 +24,13 @@ def feature_planes(vlm: VLM, chunk: LanguageModel, micro_batch: MicroBatch) -> t
     if micro_batch.features is None:
         return None, None
     planes, visual, deepstack = vlm.tower.place.planes, None, None
+    move = lambda planes: planes.to(device(), non_blocking=True)  # from host memory with vision.offload
     if chunk.pre_process:
-        visual = micro_batch.features[planes.index(0)]
+        visual = move(micro_batch.features[planes.index(0)])
     levels = vlm.chunk_levels(vlm.groups.language.pp.rank(), chunk.vp_stage)
     if levels:
         first = planes.index(1 + levels[0])
-        deepstack = micro_batch.features[first : first + len(levels)]
+        deepstack = move(micro_batch.features[first : first + len(levels)])
     return visual, deepstack
 
 
@@ -46,7 +49,13 @@ def forward_chunk(vlm: VLM, chunk: LanguageModel, micro_batch: MicroBatch) -> Te
 
 @torch.no_grad()
 def logprobs_of(vlm: VLM, micro_batch: MicroBatch, chunk_tokens: int) -> Tensor:
-    """float32 [slices, m] log-probabilities of a row's targets (see ``Targets``); for scoring, one pipeline stage."""
+    """float32 [T] on the host: log-probability of each target of a row, 0 elsewhere. For one pipeline stage."""
     hidden = forward_chunk(vlm, vlm.language[0], micro_batch)
     logprobs, _ = vlm.language[0].token_logprobs(hidden, micro_batch.targets, chunk_tokens)
-    return logprobs
+    row_index = micro_batch.targets.row_index
+    row = torch.zeros(len(micro_batch.host.labels))
+    row[row_index[row_index >= 0]] = logprobs.cpu()[row_index >= 0]
+    if vlm.parallel.context > 1:  # each context rank has the targets of its own part
+        row = row.to(device())
+        dist.all_reduce(row, group=vlm.groups.language.cp)
+    return row.cpu()

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
+from megavlm.config.errors import UserError
 from megavlm.config.files import write_text
 from megavlm.config.settings import Settings
 from megavlm.data.jsonl import read_samples
@@ -23,6 +24,11 @@ from megavlm.training.setup import Session, start
 
 def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = (), video: Sequence[Path] = ()) -> int:
     """Writes ``answers.jsonl`` (index, answer) for ``data.eval`` in its order, or prints the answer to ``prompt``."""
+    if settings.parallel.context > 1:
+        raise UserError(
+            f"parallel.context is {settings.parallel.context}, but answers are made without context parallelism",
+            "set parallel.context=1 on the command line; any checkpoint loads in any layout",
+        )
     session = start(settings, training=False)
     renderer = Renderer(settings.model.hf, settings.data)
     samples = None

@@ -49,7 +49,7 @@ def train(settings: Settings, kind: str, title: str) -> int:
     if groups.is_leader:
         loader = build_loader(
             settings.data,
-            Renderer(settings.model.hf, settings.data),
+            Renderer(settings.model.hf, settings.data, settings.align),
             kind,
             dp_rank=groups.data_rank,
             dp_size=groups.data_size,
@@ -67,6 +67,7 @@ def train(settings: Settings, kind: str, title: str) -> int:
         Feed(session.vlm, iter(loader) if loader is not None else None),
         settings.train.global_batch_size // groups.data_size,
         settings.train.logprob_chunk_tokens,
+        settings.vision.window,
     )
     stop = _StopSignal(session)
     steps, every = settings.train.steps, settings.checkpoint.every
@@ -135,6 +136,7 @@ def _line(session: Session, number: int, result: StepResult, began: float) -> di
         "lr": result.lr,
         **result.norms,
         **whole,
+        "tower_imbalance": round(counts["tower_imbalance"], 4),
         **throughput(
             counts["tokens"], counts["row_tokens"], time.perf_counter() - began, flops, dist.get_world_size(), peak
         ),
@@ -151,6 +153,7 @@ def _header(session: Session) -> dict[str, str]:
     layout = {
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,
+        "context": parallel.context,
         "expert": parallel.expert,
         "data": session.groups.data_size,
     }

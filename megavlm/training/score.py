@@ -10,9 +10,8 @@ from megavlm.config.files import write_text
 from megavlm.config.settings import Settings
 from megavlm.data.jsonl import read_samples
 from megavlm.data.renderer import Renderer
-from megavlm.data.row import IGNORE, Row, Sample
+from megavlm.data.row import IGNORE, Row, Sample, aligned
 from megavlm.training.eval_rows import EvalRows, note_settings
-from megavlm.training.feed import MicroBatch
 from megavlm.training.forward import encode_window, logprobs_of
 from megavlm.training.setup import start
 
@@ -22,7 +21,7 @@ def main(settings: Settings) -> int:
     session = start(settings, training=False)
     samples = None
     if session.groups.is_leader:
-        renderer = Renderer(settings.model.hf, settings.data)
+        renderer = Renderer(settings.model.hf, settings.data, settings.align)
         samples = read_samples(
             settings.data.eval, renderer, "tune", rank=session.groups.data_rank, num_ranks=session.groups.data_size
         )
@@ -34,7 +33,7 @@ def main(settings: Settings) -> int:
         micro_batch = window.micro_batches[0]
         logprobs = logprobs_of(session.vlm, micro_batch, settings.train.logprob_chunk_tokens)
         if real and session.groups.is_leader:
-            scores += sample_scores(micro_batch, logprobs.cpu())
+            scores += sample_scores(micro_batch.host, logprobs)
     scores = rows.gather(scores)
     if session.is_first:
         note_settings(settings)
@@ -49,7 +48,7 @@ def fill_rows(samples: Iterator[Sample], renderer: Renderer, data) -> Iterator[R
     """Fills rows in the order of the samples; one sample a row with ``data.packing`` none."""
     waiting: list[Sample] = []
     for sample in samples:
-        full = sum(len(s.input_ids) for s in waiting) + len(sample.input_ids) > data.seq_length
+        full = sum(aligned(len(s.input_ids), renderer.align) for s in [*waiting, sample]) > data.seq_length
         if waiting and (full or data.packing == "none"):
             yield renderer.pack(waiting)
             waiting = []
@@ -58,14 +57,11 @@ def fill_rows(samples: Iterator[Sample], renderer: Renderer, data) -> Iterator[R
         yield renderer.pack(waiting)
 
 
-def sample_scores(micro_batch: MicroBatch, logprobs: Tensor) -> list[dict]:
-    """One result per sample of a row. ``logprobs``: [slices, m] on the host, as ``Targets.row_index`` places them."""
-    row, there = micro_batch.host, micro_batch.targets.row_index >= 0
-    whole = torch.zeros(len(row.labels))
-    whole[micro_batch.targets.row_index[there]] = logprobs[there]
+def sample_scores(row: Row, logprobs: Tensor) -> list[dict]:
+    """One result per sample of a row. ``logprobs``: [T], as of ``logprobs_of``."""
     lengths = row.segment_lengths
     results = []
-    for values, labels, index in zip(whole.split(lengths), row.labels.split(lengths), row.indices, strict=False):
+    for values, labels, index in zip(logprobs.split(lengths), row.labels.split(lengths), row.indices, strict=False):
         values = values[labels != IGNORE].tolist()
         results.append({"index": index, "logprobs": values, "sum": sum(values), "tokens": len(values)})
     return results

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megavlm.config.errors import UserError
-from megavlm.config.layout import check_dense_settings, check_layout
+from megavlm.config.layout import check_dense_settings, check_layout, check_window
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
@@ -37,12 +37,8 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, trainin
         UserError: it does not; the message says which values would.
     """
     text = shapes.text
-    if settings.parallel.context > 1:
-        raise UserError(
-            f"parallel.context is {settings.parallel.context}: context parallelism is not built yet",
-            "set parallel.context to 1",
-        )
     check_dense_settings(settings.train, text.moe.num_experts if text.moe else None)
+    check_window(settings.vision.window, settings.parallel)
     return check_layout(
         settings.parallel,
         world_size,
@@ -73,7 +69,7 @@ def start(settings: Settings, *, training: bool, load: bool = True) -> Session:
             f"parallel.pipeline is {settings.parallel.pipeline}, but scoring and answering run in one stage",
             "set parallel.pipeline=1 on the command line; any checkpoint loads in any layout",
         )
-    vlm = VLM(shapes, settings, groups).train(training)
+    vlm = VLM(shapes, settings, groups, share_frames=training).train(training)
     if load and settings.model.load is not None:
         load_weights(find_checkpoint(settings.model.load), vlm)
     return Session(settings, shapes, groups, vlm)

@@ -11,11 +11,14 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megavlm.data.row import Row
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
 from megavlm.training.feed import Feed, MicroBatch, Window
 from megavlm.training.forward import encode_window, forward_chunk
 from megavlm.training.optimizer import Optimization
+
+_WINDOW = 4  # rows: enough frames to deal evenly, few enough for their features to fit
 
 
 @dataclass
@@ -23,7 +26,8 @@ class StepResult:
     """What a step did, over the whole world.
 
     ``norms`` as ``Optimization.step`` gives them; ``counts``: tokens, target_tokens, images, videos, samples, frames,
-    row_tokens, and the sums of squares that FLOPs are counted from.
+    frames_encoded (over all ranks: equal to frames), row_tokens, tower_imbalance (planned cost of the slowest rank over
+    the mean, where frames are shared), and the sums of squares that FLOPs are counted from.
     """
 
     loss: float
@@ -38,12 +42,23 @@ class Step:
     Args:
         num_micro_batches: rows of a step per data rank.
         chunk_tokens: targets whose logits exist at one time.
+        window: micro-batches that are encoded, decoded and walked back together, so that features do not pile up; None:
+            ``_WINDOW``, with several pipeline stages all of the step (a window fills and drains the pipeline).
     """
 
-    def __init__(self, vlm: VLM, optimization: Optimization, feed: Feed, num_micro_batches: int, chunk_tokens: int):
+    def __init__(
+        self,
+        vlm: VLM,
+        optimization: Optimization,
+        feed: Feed,
+        num_micro_batches: int,
+        chunk_tokens: int,
+        window: int | None = None,
+    ):
         self.vlm, self.optimization, self.feed = vlm, optimization, feed
         self.num_micro_batches, self.chunk_tokens = num_micro_batches, chunk_tokens
         self.groups = vlm.groups
+        self.window = window or (_WINDOW if vlm.parallel.pipeline == 1 else num_micro_batches)
         self._schedule = get_forward_backward_func()
         self._chunks = optimization.ddp.get("language", vlm.language)
         config = vlm.decoder_config
@@ -52,40 +67,52 @@ class Step:
         config.variable_seq_lengths = False
 
     def __call__(self) -> StepResult:
-        window = self.feed.window(self.num_micro_batches)
-        counts = self._count(window)
+        rows = self.feed.rows(self.num_micro_batches)
+        counts = self._count(rows.hosts)
         lr = self.optimization.lr
         self.optimization.zero_grad()
-        encode_window(self.vlm, window)
-        nll = self._forward_backward(window, counts["loss_weight"])
+        self.vlm.tower.frames_encoded = 0
         # the features' gradients stand divided over the data ranks only, the tower's DDP averages over the world
-        self.vlm.tower.backward(scale=dist.get_world_size() / self.groups.data_size)
+        tower_scale = dist.get_world_size() / (self.groups.data_size * self.vlm.parallel.context)
+        sums = torch.zeros(2, dtype=torch.float32, device=device())  # of weighted losses; frames encoded
+        planned, mean_planned = 0.0, 0.0
+        for window in self.feed.windows(rows, self.window):
+            encode_window(self.vlm, window)
+            sums[0] += self._forward_backward(window, counts["loss_weight"])
+            self.vlm.tower.backward(tower_scale)
+            planned, mean_planned = planned + window.loads.max(), mean_planned + window.loads.mean()
+        sums[1] += self.vlm.tower.frames_encoded
+        dist.all_reduce(sums)
         self._finalize()
         norms = self.optimization.step()
         get_moe_metrics_tracker().clear()  # it would add up the balancing losses of all steps
-        return StepResult(nll.item() / max(counts["loss_weight"], 1e-12), lr, norms, counts)
+        nll, counts["frames_encoded"] = sums.tolist()
+        counts["tower_imbalance"] = planned / mean_planned if planned else 1.0
+        return StepResult(nll / max(counts["loss_weight"], 1e-12), lr, norms, counts)
 
     def _forward_backward(self, window: Window, loss_weight: float) -> Tensor:
-        """Gradients of the decoder and of the features; returns the weighted sum of losses over the global batch.
+        """Gradients of the decoder and of the features; returns this rank's part of the weighted sum of losses.
 
         It stays on the device: reading it here would hold up the tower's backward.
         """
         micro_batches = window.micro_batches
         # Megatron divides by micro-batches and data ranks; the loss is a sum over the global batch divided once
         scale = len(micro_batches) * self.groups.data_size / max(loss_weight, 1e-12)
+        # the balancing loss of experts is a mean over all micro-batches of the step, not over those of a window
+        balancing = len(micro_batches) / self.num_micro_batches
+        self.vlm.decoder_config.moe_grad_scale_func = lambda: torch.tensor(balancing, device=device())
         losses = self._schedule(
             forward_step_func=partial(self._forward_step, scale=scale),
             data_iterator=[iter(micro_batches) for _ in self._chunks],
             model=self._chunks,
             num_microbatches=len(micro_batches),
-            seq_length=len(micro_batches[0].input_ids),
+            seq_length=len(micro_batches[0].host.input_ids),
             micro_batch_size=1,
             forward_only=False,
         )
         total = torch.zeros((), dtype=torch.float32, device=device())
         if losses and self.groups.language.tp.rank() == 0:
             total = torch.stack(losses).sum()
-        dist.all_reduce(total)
         return total
 
     def _forward_step(self, micro_batches, model, scale: float):
@@ -107,9 +134,8 @@ class Step:
                 for ddp in ddps:
                     ddp.finish_grad_sync()
 
-    def _count(self, window: Window) -> dict[str, float]:
+    def _count(self, rows: list[Row]) -> dict[str, float]:
         """Sums over the global batch; host arithmetic and host network only."""
-        rows = [m.host for m in window.micro_batches]
         here = {
             "loss_weight": sum(row.loss_weights.sum().item() for row in rows),
             "tokens": sum(row.num_tokens for row in rows),
@@ -125,7 +151,6 @@ class Step:
         }
         if not self.groups.is_leader:  # the group's ranks hold the same rows: count them once
             here = dict.fromkeys(here, 0.0)
-        here["frames_encoded"] = len(window.frames.lengths)
         sums = torch.tensor(list(here.values()), dtype=torch.float64)
         dist.all_reduce(sums, group=self.groups.world_host)
         return dict(zip(here, sums.tolist(), strict=True))

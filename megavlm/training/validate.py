@@ -99,7 +99,7 @@ def _first_samples(settings: Settings, path: Path) -> str:
     from megavlm.data.renderer import Renderer
 
     kind = "tune" if settings.stage is None else "pretrain"
-    renderer = Renderer(settings.model.hf, settings.data)
+    renderer = Renderer(settings.model.hf, settings.data, settings.align)
     samples = list(itertools.islice(read_samples(path, renderer, kind), FIRST_SAMPLES))
     tokens = [len(sample.input_ids) for sample in samples]
     visual = sum(len(sample.visual_positions) for sample in samples)

@@ -101,13 +101,15 @@ def train_layout(folder: Path, checkpoint: Path, root: Path, records: list[dict]
     groups = platform.init(settings.parallel)
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     load_weights(checkpoint, vlm)
-    renderer = Renderer(folder, settings.data)
+    renderer = Renderer(folder, settings.data, settings.align)
     samples = [renderer.encode(r, root, f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
     each = len(rows) // groups.data_size
     mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
     feed = Feed(vlm, iter(mine * STEPS) if groups.is_leader else None)
-    step = Step(vlm, Optimization(vlm, settings.train), feed, each, settings.train.logprob_chunk_tokens)
+    step = Step(
+        vlm, Optimization(vlm, settings.train), feed, each, settings.train.logprob_chunk_tokens, settings.vision.window
+    )
     results = [step() for _ in range(STEPS)]
     if groups.language.dp.rank() == 0 and torch.distributed.get_rank() == 0:
         os.makedirs(out)

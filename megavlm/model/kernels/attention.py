@@ -8,6 +8,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megavlm.model.kernels.context import context_attention
 from megavlm.model.packed import PackedRow
 
 
@@ -67,6 +68,8 @@ class PackedAttention(MegatronModule):
         self.layer_number = layer_number
         self.causal = attn_mask_type == AttnMaskType.padding_causal  # no segment is padded inside
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.context_group = pg_collection.cp
+        assert self.causal or self.context_group.size() == 1
 
     def forward(
         self,
@@ -81,7 +84,9 @@ class PackedAttention(MegatronModule):
         row = packed_seq_params
         if row.cache is not None:
             return cached_attention(row, self.layer_number, query, key, value)
-        out = segment_attention(
-            query.squeeze(1), key.squeeze(1), value.squeeze(1), row, causal=self.causal, scale=self.scale
-        )
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.context_group.size() > 1:
+            out = context_attention(query, key, value, row, self.context_group, self.scale)
+        else:
+            out = segment_attention(query, key, value, row, causal=self.causal, scale=self.scale)
         return out.reshape(out.shape[0], 1, -1)

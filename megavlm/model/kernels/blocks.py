@@ -1,0 +1,60 @@
+"""One block of attention with its log-sum-exp, forward and backward: what blockwise attention is put together from.
+
+These are the kernels behind ``scaled_dot_product_attention``, called directly because that does not hand out the
+log-sum-exp. Query [B, heads, n, dim], key and value [B, kv_heads, m, dim], log-sum-exp float32 [B, heads, n].
+"""
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [B, heads, n, dim] and log-sum-exp; ``causal`` needs n = m."""
+    if not query.is_cuda:
+        return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+    key, value = _one_per_head(key, query), _one_per_head(value, query)
+    if query.dtype == torch.float32:
+        out, log_sum, *_ = _aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scale
+        )
+        return out, log_sum[..., : query.shape[2]]  # the kernel pads it
+    return _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)[:2]
+
+
+def backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value. ``out``, ``log_sum`` may be those of attention over more than this block."""
+    log_sum = log_sum.contiguous()
+    if not query.is_cuda:
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, log_sum, 0.0, causal, scale=scale
+        )
+    heads = key.shape[1]
+    key, value = _one_per_head(key, query), _one_per_head(value, query)
+    unused = torch.zeros((), dtype=torch.int64, device=query.device)  # state of the dropout that there is not
+    if query.dtype == torch.float32:
+        grads = _aten._scaled_dot_product_efficient_attention_backward(
+            grad, query, key, value, None, out, _padded(log_sum), unused, unused, 0.0,
+            (True, True, True, False), causal, scale=scale,
+        )[:3]  # fmt: skip
+    else:
+        grads = _aten._scaled_dot_product_flash_attention_backward(
+            grad, query, key, value, out, log_sum, None, None, query.shape[2], key.shape[2],
+            0.0, causal, unused, unused, scale=scale,
+        )  # fmt: skip
+    grad_query, *rest = grads
+    grad_key, grad_value = (x.unflatten(1, (heads, -1)).sum(2) for x in rest)
+    return grad_query, grad_key, grad_value
+
+
+def _one_per_head(x: Tensor, query: Tensor) -> Tensor:
+    """Grouped keys or values repeated, one for each query head."""
+    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
+
+
+def _padded(log_sum: Tensor) -> Tensor:
+    """With n rounded up to a multiple of 32, as the memory-efficient kernel keeps it."""
+    return torch.nn.functional.pad(log_sum, (0, -log_sum.shape[-1] % 32), value=float("inf"))
