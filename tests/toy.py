@@ -26,7 +26,7 @@ def toy_folder(root: Path, *, moe: bool = False, tied: bool = True) -> Path:
     return folder
 
 
-def _picture(root: Path, name: str, size: tuple[int, int]) -> str:
+def picture(root: Path, name: str, size: tuple[int, int]) -> str:
     path = root / f"{name}-{size[0]}x{size[1]}.png"
     if not path.exists():
         Image.fromarray(getattr(photographs, name)()).convert("RGB").resize(size).save(path)
@@ -36,13 +36,13 @@ def _picture(root: Path, name: str, size: tuple[int, int]) -> str:
 def toy_records(root: Path) -> list[dict]:
     """Eight conversations: one picture, several of different sizes, a video, text only."""
     root.mkdir(parents=True, exist_ok=True)
-    picture = lambda name, *size: _picture(root, name, size)
-    frames = [picture("astronaut", 96, 64)] * 2 + [picture("chelsea", 96, 64)] * 2
+    still = lambda name, *size: picture(root, name, size)
+    frames = [still("astronaut", 96, 64)] * 2 + [still("chelsea", 96, 64)] * 2
     say = lambda role, content: {"role": role, "content": content}
     return [
         {
             "messages": [say("user", "<image>What is this?"), say("assistant", "A cat, looking at you.")],
-            "images": [picture("chelsea", 96, 64)],
+            "images": [still("chelsea", 96, 64)],
         },
         {
             "messages": [
@@ -50,7 +50,7 @@ def toy_records(root: Path) -> list[dict]:
                 say("user", "Compare <image> with <image> and <image>."),
                 say("assistant", "A cup, a rocket, and an astronaut."),
             ],
-            "images": [picture("coffee", 128, 96), picture("rocket", 64, 160), picture("astronaut", 32, 32)],
+            "images": [still("coffee", 128, 96), still("rocket", 64, 160), still("astronaut", 32, 32)],
         },
         {
             "messages": [say("user", "<video>What happens?"), say("assistant", "She becomes a cat.")],
@@ -64,16 +64,16 @@ def toy_records(root: Path) -> list[dict]:
                 say("user", "And here? <image>"),
                 say("assistant", "Coffee, of course: a cup of it."),
             ],
-            "images": [picture("astronaut", 160, 160), picture("coffee", 64, 64)],
+            "images": [still("astronaut", 160, 160), still("coffee", 64, 64)],
         },
         {"messages": [say("user", "Name a colour, please."), say("assistant", "Blue, like the sky — ça va?")]},
         {
             "messages": [say("user", "Read: <image>"), say("assistant", "Region-based segmentation.")],
-            "images": [picture("page", 384, 192)],
+            "images": [still("page", 384, 192)],
         },
         {
             "messages": [say("user", "<image><image>Same?"), say("assistant", "No.")],
-            "images": [picture("rocket", 64, 32), picture("chelsea", 32, 96)],
+            "images": [still("rocket", 64, 32), still("chelsea", 32, 96)],
         },
     ]
 

@@ -126,7 +126,7 @@ def check_dense_settings(train: TrainSettings, num_experts: int | None) -> None:
 
 
 def _check_uneven_stages(parallel: ParallelSettings, num_layers: int) -> None:
-    """First and last stage as told, the remaining layers even over the other stages, each stage even over its chunks."""
+    """First and last stage as told, the other layers even over the other stages, each stage even over its chunks."""
     told = {
         name: getattr(parallel, name)
         for name in ("first_stage_layers", "last_stage_layers")

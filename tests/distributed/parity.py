@@ -8,7 +8,9 @@ import torch
 from toy import reference_inputs, reference_model, toy_folder, toy_records
 
 ROWS = ((0, 1, 2), (3, 5), (4, 6), (7,))  # toy records in each row of a step; the second row has no picture
-STEPS, LR = 3, 0.01
+# So large a rate that updates stand above the rounding of the weights they are added to, and small enough to train.
+STEPS, LR = 3, 0.2
+AUX = 0.05  # of the experts' balancing loss: a tenth of the router's gradient in the toy
 
 
 @dataclass
@@ -27,9 +29,21 @@ def part_of(name: str) -> str:
 
 
 def train_reference(
-    folder: Path, records: list[dict], root: Path, freeze: tuple[str, ...] = (), *, lr: float = LR, steps: int = STEPS
+    folder: Path,
+    records: list[dict],
+    root: Path,
+    freeze: tuple[str, ...] = (),
+    *,
+    rows: tuple[tuple[int, ...], ...] | None = None,
+    aux: float = 0.0,
+    lr: float = LR,
+    steps: int = STEPS,
 ) -> Trained:
-    """SGD without momentum on the mean over all targets of the batch, sample by sample: nothing is packed here."""
+    """SGD without momentum on the mean over all targets of the batch, sample by sample: nothing is packed here.
+
+    ``aux`` is the coefficient of the experts' balancing loss, which looks at the samples of a row together: the mean
+    over the ``rows`` is added to what is learned, not to the loss that is reported.
+    """
     from transformers import AutoProcessor
 
     model, processor = reference_model(folder), AutoProcessor.from_pretrained(folder)
@@ -41,12 +55,17 @@ def train_reference(
     for _ in range(steps):
         model.zero_grad()
         total = 0.0
-        for arguments, where in inputs:
-            logprobs = model(**arguments).logits[0].log_softmax(-1)
-            nll = -logprobs[where - 1, arguments["input_ids"][0, where]].sum() / count
-            if nll.requires_grad:
-                nll.backward()
-            total += nll.item()
+        for row in rows or [(i,) for i in range(len(records))]:
+            learned, routers = torch.zeros(()), watch_routers(model) if aux else {}
+            for arguments, where in (inputs[i] for i in row):
+                logprobs = model(**arguments).logits[0].log_softmax(-1)
+                nll = -logprobs[where - 1, arguments["input_ids"][0, where]].sum() / count
+                learned = learned + nll
+                total += nll.item()
+            for logits in routers.values():
+                learned = learned + aux * balancing_loss(torch.cat(logits), model.config.text_config) / len(rows)
+            if learned.requires_grad:
+                learned.backward()
         squares = dict.fromkeys(("vision", "projector", "language"), 0.0)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -55,6 +74,27 @@ def train_reference(
                     parameter -= lr * parameter.grad
         done.append((total, {part: square**0.5 for part, square in squares.items()}))
     return Trained(done, {name: value.clone() for name, value in model.state_dict().items()})
+
+
+def watch_routers(model) -> dict[int, list[torch.Tensor]]:
+    """Router logits [t, experts] of each layer, filled by every forward from now on until this is called again."""
+    seen: dict[int, list[torch.Tensor]] = {}
+    for index, layer in enumerate(model.model.language_model.layers):
+        gate = layer.mlp.gate
+        gate._forward_hooks.clear()
+        gate.register_forward_hook(lambda _, args, out, index=index: seen.setdefault(index, []).append(out[0]))
+    return seen
+
+
+def balancing_loss(logits: torch.Tensor, config) -> torch.Tensor:
+    """E Σ f_i P_i of one layer and row (Switch Transformer, arXiv:2101.03961, counting the k choices of each token).
+
+    f_i: share of the T · k choices that fell on expert i; P_i: mean router probability of expert i.
+    """
+    experts, k = config.num_experts, config.num_experts_per_tok
+    probabilities = logits.float().softmax(-1)
+    chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(k).indices, 1.0)
+    return experts * (chosen.sum(0) / (len(logits) * k) * probabilities.mean(0)).sum()
 
 
 def targets_of(processor, record: dict, root: Path) -> torch.Tensor:
@@ -79,7 +119,9 @@ def targets_of(processor, record: dict, root: Path) -> torch.Tensor:
     return torch.tensor(places)
 
 
-def train_layout(folder: Path, checkpoint: Path, root: Path, records: list[dict], settings: dict, out: Path):
+def train_layout(
+    folder: Path, checkpoint: Path, root: Path, records: list[dict], settings: dict, out: Path, rows_of_step=ROWS
+):
     """Runs on every rank of a world: trains the toy in one layout; saves the weights to ``out``.
 
     Returns [(loss, norms, counts)] of the steps.
@@ -103,7 +145,7 @@ def train_layout(folder: Path, checkpoint: Path, root: Path, records: list[dict]
     load_weights(checkpoint, vlm)
     renderer = Renderer(folder, settings.data, settings.align)
     samples = [renderer.encode(r, root, f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
-    rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
+    rows = [renderer.pack([samples[i] for i in row]) for row in rows_of_step]
     each = len(rows) // groups.data_size
     mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
     feed = Feed(vlm, iter(mine * STEPS) if groups.is_leader else None)
@@ -120,16 +162,16 @@ def train_layout(folder: Path, checkpoint: Path, root: Path, records: list[dict]
 
 def settings_of(folder: Path, parallel: dict, *, freeze: tuple[str, ...] = (), moe: bool = False, **train) -> dict:
     """Settings of the parity runs: float32, plain SGD, rows of 256 tokens."""
-    vision = train.pop("vision", {})
+    vision, seq_length = train.pop("vision", {}), train.pop("seq_length", 256)
     return {
         "model": {"hf": str(folder), "freeze": list(freeze)},
-        "data": {"seq_length": 256},
+        "data": {"seq_length": seq_length},
         "parallel": parallel,
         "vision": vision,
         "train": {
             "precision": "fp32", "optimizer": "sgd", "lr": LR, "schedule": "constant", "steps": STEPS,
             "global_batch_size": len(ROWS), "clip_grad": 0.0, "weight_decay": 0.0, "logprob_chunk_tokens": 64,
-            **({"moe_aux_loss_coeff": 0.0} if moe else {}), **train,
+            **({"moe_aux_loss_coeff": AUX} if moe else {}), **train,
         },
     }  # fmt: skip
 
@@ -168,5 +210,8 @@ class Toys:
 
     def reference(self, kind: str, freeze: tuple[str, ...] = ()) -> Trained:
         if (kind, freeze) not in self._references:
-            self._references[kind, freeze] = train_reference(self.folder(kind), self.records, self.root, freeze)
+            aux = AUX if kind.startswith("moe") else 0.0
+            self._references[kind, freeze] = train_reference(
+                self.folder(kind), self.records, self.root, freeze, rows=ROWS, aux=aux
+            )
         return self._references[kind, freeze]

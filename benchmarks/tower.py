@@ -1,0 +1,167 @@
+"""Dealing frames over a model-parallel group beside encoding every frame on every rank.
+
+``python -m benchmarks.tower [--json FILE]``: real photographs through a tower of random weights on two processes in the
+layouts TP2, PP2 and CP2. Time is that of the tower's phase of a step (encode, exchange of features, backward with
+recompute), of the slower rank, both ways in turn. Balance is the planned cost of the slowest of four ranks over the
+mean, for windows of 16 photographs from 64 px thumbnails to 2,000 px and the tower of the released 8B model.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.ranks import run_ranks, versions
+
+LAYOUTS = {"TP2": {"tensor": 2}, "PP2": {"pipeline": 2}, "CP2": {"context": 2}}
+NAMES = ("astronaut", "chelsea", "coffee", "rocket", "page", "retina", "brick", "grass")
+TOWER = {
+    "depth": 4,
+    "hidden_size": 128,
+    "num_heads": 4,
+    "intermediate_size": 512,
+    "deepstack_visual_indexes": [0, 1, 2],
+}
+REPEATS = 3
+
+
+def photographs(root: Path, count: int, most: int) -> list[dict]:
+    """``count`` records of one photograph each, longer sides from 64 to ``most`` pixels, evenly in their logarithm."""
+    from skimage import data
+
+    sides = np.exp(np.random.default_rng(0).uniform(np.log(64), np.log(most), count)).astype(int)
+    sides[:2] = 64, most
+    records = []
+    for index, side in enumerate(sides):
+        picture = Image.fromarray(getattr(data, NAMES[index % len(NAMES)])()).convert("RGB")
+        scale = side / max(picture.size)
+        file = root / f"{index}.jpg"
+        picture.resize([max(32, round(edge * scale)) for edge in picture.size]).save(file)
+        records.append({"text": "<image> A picture.", "images": [file.name]})
+    return records
+
+
+def balance(root: Path, records: list[dict], folder: Path) -> list[float]:
+    """Planned imbalance over 4 ranks of windows of 16 photographs, for the released tower of 27 layers."""
+    from megavlm.config.settings import Settings
+    from megavlm.data.renderer import Renderer
+    from megavlm.model.deal import deal_frames
+
+    renderer = Renderer(folder, Settings(model={"hf": folder}, data={"seq_length": 262144}).data)
+    drafts = [renderer.draft(record, root, "photographs", kind="pretrain") for record in records]
+    patches = [draft.frame_grids.prod(axis=1) for draft in drafts]
+    result = []
+    for start in range(0, len(patches), 16):
+        _, loads = deal_frames(np.concatenate(patches[start : start + 16]), 4, linear_cost=2.0 * 1152 + 4304)
+        result.append(loads.max() / loads.mean())
+    return result
+
+
+def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> dict[str, list[float]]:
+    """Seconds of the tower's phase of one step, on each rank; run on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    from megavlm import platform
+    from megavlm.config.settings import Settings
+    from megavlm.data.renderer import Renderer
+    from megavlm.model.deal import Place, VisualTokens, plan_exchange
+    from megavlm.model.row_cut import RowCut
+    from megavlm.model.shapes import Shapes
+    from megavlm.model.tower_phase import TowerPhase
+    from megavlm.model.vision import Frames
+    from megavlm.model.vlm import VLM
+    from megavlm.training.feed import Feed
+
+    settings = Settings(
+        model={"hf": folder}, data={"seq_length": 32768}, parallel=parallel, train={"precision": "fp32"},
+        vision={"recompute": True, "chunk_patches": 16384},
+    )  # fmt: skip
+    groups = platform.init(settings.parallel)
+    vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
+    renderer = Renderer(folder, settings.data, settings.align)
+    row = renderer.pack(
+        [renderer.encode(r, root, "photographs", kind="pretrain", index=i) for i, r in enumerate(records)]
+    )
+    window = Feed(vlm, iter([row]) if groups.is_leader else None).window(1)
+
+    # The other way: a group of one, which encodes all frames itself.
+    place = Place(planes=tuple(range(vlm.tower.num_planes)))
+    lengths = np.asarray(row.frame_lengths)
+    cut = RowCut.of(row.segment_lengths, 1)
+    tokens = VisualTokens.of([lengths // vlm.tower.merge], [row.visual_positions.numpy()], [cut], place)
+    alone = TowerPhase(vlm.vision, vlm.projector, groups.tower.tp, [place], recompute=True, chunk_patches=16384)
+    everything = Frames(row.patches, row.patch_coords, row.pos_index, row.pos_weight, row.frame_lengths)
+    own_plan = plan_exchange(tokens, np.zeros(len(lengths), dtype=np.int64), [place], 0, 1)
+
+    def step(tower, frames, exchange) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        for _, features in tower.encode(frames, exchange):
+            features.grad = torch.ones_like(features)
+        tower.backward(1.0)
+        return time.perf_counter() - start
+
+    seconds = {"dealt": [], "everywhere": []}
+    for repeat in range(REPEATS + 1):
+        pair = step(vlm.tower, window.frames, window.exchange), step(alone, everything, own_plan)
+        if repeat:  # the first is a warm-up
+            for name, value in zip(seconds, pair, strict=True):
+                seconds[name].append(value)
+    platform.shutdown()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", help="also write the numbers to this file")
+    args = parser.parse_args()
+    from megavlm.demo.model_folder import make_model_folder
+
+    with tempfile.TemporaryDirectory(prefix="megavlm-tower-") as temporary:
+        root = Path(temporary)
+        folder = make_model_folder(root / "model", vision=TOWER, max_pixels=2048 * 2048)
+        many = photographs(root, 256, 2000)
+        imbalance = balance(root, many, folder)
+        few = photographs(root, 12, 800)
+        results = {}
+        for name, parallel in LAYOUTS.items():
+            ranks = run_ranks(2, measure, folder, root, few, parallel)
+            slower = {way: [max(pair) for pair in zip(*(rank[way] for rank in ranks), strict=True)] for way in ranks[0]}
+            ratios = [b / a for a, b in zip(slower["dealt"], slower["everywhere"], strict=True)]
+            results[name] = {
+                **{way: statistics.median(values) for way, values in slower.items()},
+                "ratio": statistics.median(ratios), "ratios": [min(ratios), max(ratios)],
+            }  # fmt: skip
+    table = Table(
+        "layout",
+        "dealt, s",
+        "everywhere, s",
+        "ratio",
+        "min to max",
+        title="tower's phase of a step, 12 photographs up to 800 px",
+    )
+    for name, r in results.items():
+        low, high = r["ratios"]
+        table.add_row(
+            name, f"{r['dealt']:.2f}", f"{r['everywhere']:.2f}", f"{r['ratio']:.2f}", f"{low:.2f} to {high:.2f}"
+        )
+    Console().print(table)
+    print(
+        f"slowest of 4 ranks over the mean, {len(imbalance)} windows: "
+        f"median {statistics.median(imbalance):.3f}, most {max(imbalance):.3f}"
+    )
+    if args.json:
+        content = {"versions": versions(), "layouts": results, "imbalance_of_4_ranks": [float(x) for x in imbalance]}
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
