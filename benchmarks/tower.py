@@ -3,7 +3,7 @@
 ``python -m benchmarks.tower [--json FILE]``: real photographs through a tower of random weights on two processes in the
 layouts TP2, PP2 and CP2. Time is that of the tower's phase of a step (encode, exchange of features, backward with
 recompute), of the slower rank, both ways in turn. Balance is the planned cost of the slowest of four ranks over the
-mean, for windows of 16 photographs from 64 px thumbnails to 2,000 px and the tower of the released 8B model.
+mean, for windows of four rows of 8,192 tokens full of photographs from 64 px thumbnails to 2,000 px.
 """
 
 import argparse
@@ -29,7 +29,7 @@ TOWER = {
     "intermediate_size": 512,
     "deepstack_visual_indexes": [0, 1, 2],
 }
-REPEATS = 3
+REPEATS = 5
 
 
 def photographs(root: Path, count: int, most: int) -> list[dict]:
@@ -49,7 +49,7 @@ def photographs(root: Path, count: int, most: int) -> list[dict]:
 
 
 def balance(root: Path, records: list[dict], folder: Path) -> list[float]:
-    """Planned imbalance over 4 ranks of windows of 16 photographs, for the released tower of 27 layers."""
+    """Planned imbalance over 4 ranks of windows of 4 rows of 8,192 tokens, for the tower of the released 8B model."""
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
     from megavlm.model.deal import deal_frames
@@ -57,9 +57,11 @@ def balance(root: Path, records: list[dict], folder: Path) -> list[float]:
     renderer = Renderer(folder, Settings(model={"hf": folder}, data={"seq_length": 262144}).data)
     drafts = [renderer.draft(record, root, "photographs", kind="pretrain") for record in records]
     patches = [draft.frame_grids.prod(axis=1) for draft in drafts]
+    window_of = np.cumsum([p.sum() for p in patches]) // (4 * 4 * 8192)  # four patches a token
     result = []
-    for start in range(0, len(patches), 16):
-        _, loads = deal_frames(np.concatenate(patches[start : start + 16]), 4, linear_cost=2.0 * 1152 + 4304)
+    for window in range(window_of[-1]):
+        frames = np.concatenate([p for p, w in zip(patches, window_of, strict=True) if w == window])
+        _, loads = deal_frames(frames, 4, linear_cost=2.0 * 1152 + 4304)
         result.append(loads.max() / loads.mean())
     return result
 
@@ -128,7 +130,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="megavlm-tower-") as temporary:
         root = Path(temporary)
         folder = make_model_folder(root / "model", vision=TOWER, max_pixels=2048 * 2048)
-        many = photographs(root, 256, 2000)
+        many = photographs(root, 400, 2000)
         imbalance = balance(root, many, folder)
         few = photographs(root, 12, 800)
         results = {}

@@ -3,7 +3,7 @@
 import pytest
 
 from megavlm.config.errors import UserError
-from megavlm.config.layout import check_dense_settings, check_layout
+from megavlm.config.layout import check_dense_settings, check_layout, check_window
 from megavlm.config.settings import ParallelSettings, TrainSettings
 
 SHAPES = {"num_heads": 32, "num_kv_heads": 8, "vocab_size": 151936, "num_layers": 36, "seq_length": 8192}
@@ -25,6 +25,9 @@ def check(world_size=8, batch=64, experts=None, **layout):
         ({"tensor": 2, "expert": 4, "experts": 128}, 4),
         ({"world_size": 32, "tensor": 4, "pipeline": 2, "expert": 8, "expert_tensor": 2, "experts": 128}, 4),
         ({"batch": None, "tensor": 2}, 4),
+        ({"pipeline": 4, "first_stage_layers": 8, "last_stage_layers": 8}, 2),
+        ({"pipeline": 2, "first_stage_layers": 19}, 4),
+        ({"pipeline": 4, "virtual_pipeline": 2, "first_stage_layers": 6, "last_stage_layers": 6}, 2),
     ],
 )
 def test_fitting_layouts(arguments, data_parallel):
@@ -58,6 +61,17 @@ def test_fitting_layouts(arguments, data_parallel):
             "nearest batches that fit: 8",
         ),
         ({"seq_length": 100, "context": 8}, "data.seq_length is 100", "96 and 112"),
+        (
+            {"pipeline": 4, "first_stage_layers": 8, "last_stage_layers": 7},
+            "last_stage_layers 7 of the model's 36 layers leave 21 for 2 other stages",
+            "the same number of layers",
+        ),
+        ({"pipeline": 2, "first_stage_layers": 36}, "leave 0 for 1 other stage", "at least one"),
+        (
+            {"pipeline": 4, "virtual_pipeline": 2, "first_stage_layers": 7, "last_stage_layers": 7, "num_layers": 38},
+            "first_stage_layers is 7, which parallel.virtual_pipeline 2 does not divide",
+            "multiples of 2",
+        ),
     ],
 )
 def test_layouts_that_do_not_fit(arguments, message, remedy):
@@ -65,6 +79,16 @@ def test_layouts_that_do_not_fit(arguments, message, remedy):
         check(**arguments)
     assert message in caught.value.message
     assert remedy in caught.value.remedy
+
+
+def test_a_window_must_fill_an_interleaved_pipeline():
+    parallel = ParallelSettings(pipeline=4, virtual_pipeline=2)
+    check_window(None, parallel)
+    check_window(8, parallel)
+    check_window(6, ParallelSettings(pipeline=4))
+    with pytest.raises(UserError, match=r"vision.window is 6; .* divisible by parallel.pipeline = 4") as caught:
+        check_window(6, parallel)
+    assert "4 or 8" in caught.value.remedy
 
 
 def test_load_balancing_on_a_dense_model_would_be_ignored():

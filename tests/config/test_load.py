@@ -120,7 +120,7 @@ def test_resolved_yaml_gives_the_same_settings_back_with_every_default(write):
         ("train.learning_rate", "did you mean train.lr (highest learning rate)?"),
         ("modle", "did you mean model?"),
         ("log.wandb.projcet", "did you mean log.wandb.project?"),
-        ("vision.xyz", "known in vision: recompute, chunk_patches"),
+        ("vision.xyz", "known in vision: recompute, chunk_patches, window, offload, deal"),
     ],
 )
 def test_unknown_key_names_the_nearest(refused, key, remedy):
@@ -162,7 +162,7 @@ def test_unknown_key_in_a_list_of_sources(refused):
         ),
         (
             "vision=7",
-            "vision is 7 (override vision=7); allowed: section with recompute, chunk_patches",
+            "vision is 7 (override vision=7); allowed: section with recompute, chunk_patches, window, offload, deal",
         ),
         ("output=''", "output is '' (override output=''): an empty path"),
     ],

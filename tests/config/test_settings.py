@@ -24,6 +24,9 @@ HF = "model: {hf: folder}\n"
         (["generate.top_p=0.5"], "generate.top_p is 0.5, but generate.temperature is 0"),
         (["generate.top_k=5"], "generate.top_k is 5, but generate.temperature is 0"),
         (["data.seq_length=30", "parallel.tensor=4"], "data.seq_length is 30, which is not divisible by"),
+        (["parallel.first_stage_layers=3"], "parallel.first_stage_layers is 3, but parallel.pipeline is 1"),
+        (["data.align=6", "parallel.context=2"], "data.align is 6, but context parallelism cuts each sample"),
+        (["data.align=3"], "data.seq_length is 8192, which is not divisible by data.align = 3"),
     ],
 )
 def test_combinations_refused(refused, overrides, message):
@@ -51,6 +54,13 @@ def test_context_parallelism_needs_two_pieces_for_each_rank(refused):
     error = refused(HF, "data.seq_length=40", "parallel.context=4", "parallel.tensor=2")
     assert "not divisible by 2 × parallel.context × parallel.tensor = 16" in error.message
     assert error.remedy == "nearest lengths that are: 32 and 48"
+
+
+def test_samples_are_aligned_to_what_context_parallelism_needs():
+    settings = lambda **data: Settings(model={"hf": "x"}, parallel={"context": 4}, data=data)
+    assert Settings(model={"hf": "x"}).align == 1
+    assert settings().align == 8
+    assert settings(align=16).align == 16
 
 
 def test_sequence_parallelism_is_off_without_tensor_parallelism():

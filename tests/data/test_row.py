@@ -1,5 +1,7 @@
 """Packing samples into a row."""
 
+import copy
+
 import pytest
 import torch
 
@@ -45,6 +47,23 @@ def test_row_holds_the_samples_one_after_another(renderer, samples):
     assert (row.labels[padding] == IGNORE).all()
     assert not row.loss_weights[padding].any()
     assert not row.position_ids[:, padding].any()
+
+
+def test_aligned_samples(renderer, samples):
+    lengths = [len(sample.input_ids) for sample in samples]
+    aligning = copy.copy(renderer)
+    aligning.align = 16
+    row, plain = aligning.pack(samples, 2048), renderer.pack(samples, 2048)
+    padded = [-(-length // 16) * 16 for length in lengths]
+    assert any(a != b for a, b in zip(padded, lengths, strict=True))
+    assert row.segment_lengths == [*padded, 2048 - sum(padded)]
+    assert (row.num_tokens, row.num_targets, row.sample_lengths) == (sum(lengths), plain.num_targets, lengths)
+    real = ~row.is_padding()
+    assert int(real.sum()) == row.num_tokens
+    for name in ("input_ids", "labels", "loss_weights", "position_ids"):
+        torch.testing.assert_close(getattr(row, name)[..., real], getattr(plain, name)[..., ~plain.is_padding()])
+    assert not row.loss_weights[~real].any()
+    torch.testing.assert_close(row.input_ids[row.visual_positions], plain.input_ids[plain.visual_positions])
 
 
 def test_patch_positions_do_not_depend_on_the_neighbours(renderer, samples):

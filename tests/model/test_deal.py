@@ -1,0 +1,94 @@
+"""Dealing frames, and the plan of who sends which visual token where."""
+
+import itertools
+
+import numpy as np
+import pytest
+from skimage import data as photographs
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from megavlm.model.deal import Place, VisualTokens, deal_frames, plan_exchange
+from megavlm.model.row_cut import RowCut
+
+LINEAR_8B = 2.0 * 1152 + 4304
+
+
+def window_of_photographs(tokens: int, seed: int) -> np.ndarray:
+    """Patches of real photographs that fill so many visual tokens; longer sides from 64 to 2,000 px, evenly in log."""
+    random = np.random.default_rng(seed)
+    shapes = [getattr(photographs, name)().shape[:2] for name in ("astronaut", "chelsea", "coffee", "rocket", "page")]
+    patches = []
+    for index in itertools.count():
+        side = np.exp(random.uniform(np.log(64), np.log(2000)))
+        height, width = (max(32, round(edge * side / max(shapes[index % 5]))) for edge in shapes[index % 5])
+        height, width = smart_resize(height, width, factor=32, min_pixels=65536, max_pixels=16777216)
+        if sum(patches) + height * width // 256 > 4 * tokens:
+            return np.array(patches)
+        patches.append(height // 16 * (width // 16))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_photographs_of_many_sizes_are_dealt_evenly(seed):
+    patches = window_of_photographs(4 * 8192, seed)  # the default: four rows
+    owner, loads = deal_frames(patches, 4, LINEAR_8B)
+    cost = LINEAR_8B * patches + patches.astype(float) ** 2
+    assert loads == pytest.approx([cost[owner == rank].sum() for rank in range(4)])
+    assert loads.max() / loads.mean() <= 1.10
+    by_count = np.array([cost[rank::4].sum() for rank in range(4)])  # as many pictures for each, whatever their cost
+    assert by_count.max() / by_count.mean() > 1.10
+
+
+def test_one_giant_and_thousands_of_tiny_frames():
+    owner, loads = deal_frames(np.array([60000]), 4, LINEAR_8B)
+    assert sorted(loads > 0) == [False, False, False, True]
+    owner, loads = deal_frames(np.full(5000, 4), 4, LINEAR_8B)
+    assert np.bincount(owner).tolist() == [1250] * 4
+    owner, loads = deal_frames(np.array([], dtype=np.int64), 4, LINEAR_8B)
+    assert len(owner) == 0
+    assert loads.tolist() == [0.0] * 4
+
+
+def places_of(context: int, slices: int, stages: list[tuple[int, ...]], data: int) -> list[Place]:
+    return [
+        Place(context, c, slices, s, planes, data_rank=d)
+        for d in range(data) for planes in stages for c in range(context) for s in range(slices)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("context", "slices", "data"), [(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 2)])
+def test_every_token_arrives_where_it_belongs(context, slices, data):
+    """Carried out in numpy: a token's value is (data rank, micro-batch, row position), and arrives at that place."""
+    random = np.random.default_rng(0)
+    places = places_of(context, slices, [(0, 1), (2,), ()], data)
+    lengths = [[32, 64, 32], [96, 32]]
+    rows = []  # per data rank: (frame tokens, positions) of each micro-batch
+    for _ in range(data):
+        window = []
+        for row in lengths:
+            counts = random.integers(1, 9, size=5)
+            window.append((counts, np.sort(random.choice(sum(row), counts.sum(), replace=False))))
+        rows.append(window)
+    cuts = [RowCut.of(row, context) for row in lengths]
+    tokens = [
+        VisualTokens.of([c for c, _ in window], [p for _, p in window], cuts, Place(context, 0, slices, 0, data_rank=d))
+        for d, window in enumerate(rows)
+    ]
+    values = np.concatenate(
+        [np.array([(d, m, at) for at in p]) for d, window in enumerate(rows) for m, (_, p) in enumerate(window)]
+    )
+    joined = VisualTokens.join(tokens, [10] * data)
+    patches = 4 * np.concatenate([c for window in rows for c, _ in window])
+    owner, _ = deal_frames(patches, len(places), 10.0)
+    plans = [plan_exchange(joined, owner, places, rank, len(lengths)) for rank in range(len(places))]
+    own = [values[owner[joined.frame] == rank] for rank in range(len(places))]
+    for rank, (place, plan) in enumerate(zip(places, plans, strict=True)):
+        sent = [own[source][plans[source].send[rank]] for source in range(len(places))]
+        assert plan.counts == [len(part) for part in sent]
+        received = np.concatenate(sent)
+        if not place.planes:
+            assert len(received) == 0
+        for m, (cut, at, positions) in enumerate(zip(cuts, plan.rows, plan.positions, strict=True)):
+            expected = cut.order[place.context_index].reshape(slices, -1)[place.slice_index]
+            visual = rows[place.data_rank][m][1] if place.planes else []
+            assert sorted(expected[positions]) == sorted(set(expected) & set(visual))
+            assert [tuple(value) for value in received[at]] == [(place.data_rank, m, p) for p in expected[positions]]
