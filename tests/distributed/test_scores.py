@@ -60,7 +60,9 @@ def score_without(settings: dict, part: str | None) -> list[dict]:
             window.frames.pos_weight = torch.nn.functional.one_hot(nearest, 4).float()
         with torch.no_grad():
             encode_window(session.vlm, window)
-        scores += score.sample_scores(window.micro_batches[0], logprobs_of(session.vlm, window.micro_batches[0], 64))
+        scores += score.sample_scores(
+            window.micro_batches[0].host, logprobs_of(session.vlm, window.micro_batches[0], 64)
+        )
     return scores
 
 
@@ -98,6 +100,8 @@ CASES = {
     "MoE, tied": (1, "moe-tied", {}),
     "dense, tied, TP2": (2, "dense", {"tensor": 2}),
     "dense, tied, DP2": (2, "dense", {}),
+    "dense, tied, CP2": (2, "dense", {"context": 2}),
+    "dense, tied, TP2 × CP2": (4, "dense", {"tensor": 2, "context": 2}),
     "MoE, untied, EP2": (2, "moe", {"expert": 2}),
 }
 
