@@ -11,10 +11,12 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megavlm.data.row import Row
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
 from megavlm.training.feed import Feed, MicroBatch, Window
 from megavlm.training.forward import encode_window, forward_chunk
+from megavlm.training.guard import describe
 from megavlm.training.optimizer import Optimization
 
 
@@ -23,13 +25,15 @@ class StepResult:
     """What a step did, over the whole world.
 
     ``norms`` as ``Optimization.step`` gives them; ``counts``: tokens, target_tokens, images, videos, samples, frames,
-    row_tokens, and the sums of squares that FLOPs are counted from.
+    row_tokens, and the sums of squares that FLOPs are counted from. ``trouble``: why the step was skipped and left
+    everything as it was, None where it was not.
     """
 
     loss: float
     lr: float
     norms: dict[str, float]
     counts: dict[str, float]
+    trouble: str | None = None
 
 
 class Step:
@@ -52,18 +56,29 @@ class Step:
         config.variable_seq_lengths = False
 
     def __call__(self) -> StepResult:
-        window = self.feed.window(self.num_micro_batches)
-        counts = self._count(window)
         lr = self.optimization.lr
+        nll, counts = self.gradients(self.feed, self.num_micro_batches)
+        reading = self.optimization.step(nll, counts["loss_weight"])
+        trouble = describe(reading.bad, self._row_losses, self.groups) if reading.bad else None
+        return StepResult(reading.loss, lr, reading.norms, counts, trouble)
+
+    def gradients(self, feed: Feed, num_rows: int) -> tuple[Tensor, dict[str, float]]:
+        """Forward and backward of the next rows of ``feed``; the reduced gradients stand in the optimizer's buffers.
+
+        Returns:
+            the weighted sum of losses over the global batch, on the device, and the counts of ``StepResult``.
+        """
+        window = feed.window(num_rows)
+        counts = self._count(window)
+        self._row_losses: list[tuple[Row, Tensor]] = []  # of this rank's rows, where they have one
         self.optimization.zero_grad()
         encode_window(self.vlm, window)
         nll = self._forward_backward(window, counts["loss_weight"])
         # the features' gradients stand divided over the data ranks only, the tower's DDP averages over the world
         self.vlm.tower.backward(scale=dist.get_world_size() / self.groups.data_size)
         self._finalize()
-        norms = self.optimization.step()
         get_moe_metrics_tracker().clear()  # it would add up the balancing losses of all steps
-        return StepResult(nll.item() / max(counts["loss_weight"], 1e-12), lr, norms, counts)
+        return nll, counts
 
     def _forward_backward(self, window: Window, loss_weight: float) -> Tensor:
         """Gradients of the decoder and of the features; returns the weighted sum of losses over the global batch.
@@ -82,6 +97,8 @@ class Step:
             micro_batch_size=1,
             forward_only=False,
         )
+        if losses:  # this is the last stage
+            self._row_losses += zip((m.host for m in micro_batches), losses, strict=True)
         total = torch.zeros((), dtype=torch.float32, device=device())
         if losses and self.groups.language.tp.rank() == 0:
             total = torch.stack(losses).sum()
