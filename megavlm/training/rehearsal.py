@@ -41,9 +41,9 @@ def rehearse(step: Step, renderer: Renderer | None, settings: Settings) -> str:
     """
     began = time.perf_counter()
     num_rows = min(step.num_micro_batches, rows_in_flight(settings.parallel))
-    rows = [longest_row(renderer)] * num_rows if renderer is not None else None
     with _same_random_numbers():
         try:
+            rows = [longest_row(renderer)] * num_rows if renderer is not None else None
             reserved = _optimizer_state_to_come(step.optimization)
             step.gradients(Feed(step.vlm, iter(rows) if rows is not None else None), num_rows)
             peak = _largest(memory_gib(), step)
