@@ -80,13 +80,13 @@ def test_a_disk_that_does_not_answer_ends_the_run_with_the_stacks_of_all_ranks(t
         2,
         f"data.train=[{{path: {data}}}]",
         "data.workers=0",
-        "train.hang_minutes=0.2",
+        "train.hang_minutes=0.3",
         status=1,
     )
     told = {rank: (tmp_path / "run" / "stacks" / f"rank{rank}.txt").read_text() for rank in (0, 1)}
     for rank, text in told.items():
         assert f"rank {rank} of 2 on " in text
-        assert "no progress for 0.2 minutes (train.hang_minutes) since step 2" in text
+        assert "no progress for 0.3 minutes (train.hang_minutes) since step 2" in text
     assert "in find_picture" in told[1] or "media.py" in told[1]  # the rank that reads the sixth sample
     assert "media.py" not in told[0]
     assert "step.py" in told[0]  # it waits for the other one

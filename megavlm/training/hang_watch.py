@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 FOLDER = "stacks"  # within the output folder
-_MOST_GRACE = 15.0  # seconds between showing the stacks and ending: every rank should have shown its own
+_MOST_GRACE = 10.0  # seconds between showing the stacks and ending: every rank should have shown its own
 _WITHOUT_WATCH = 30.0  # minutes that a collective waits where there is no watch
 
 

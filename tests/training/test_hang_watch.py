@@ -78,7 +78,8 @@ import datetime, torch.distributed as dist
 from megavlm import platform
 from megavlm.config.settings import ParallelSettings
 groups = platform.init(ParallelSettings(), timeout_minutes=77)
-for group in (dist.group.WORLD, groups.world_host, groups.model_parallel, groups.model_parallel_host, groups.language.tp):
+named = (groups.world_host, groups.model_parallel, groups.model_parallel_host, groups.language.tp)
+for group in (dist.group.WORLD, *named):
     options = group._get_backend(platform.device()).options
     assert options._timeout == datetime.timedelta(minutes=77), (group, options._timeout)
 """
