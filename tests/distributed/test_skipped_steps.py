@@ -94,14 +94,14 @@ def test_a_step_that_is_not_finite_leaves_no_trace(case, toys, request):
         assert f"{suspects}; other samples of the step: record 3, record 7" in trouble
 
 
-def read_with_one_bad_rank(bad_rank: int):
+def read_with_one_bad_rank(bad_rank: int, weight: float = 3.0):
     from megavlm.platform.cpu import install
     from megavlm.training.guard import read
 
     install()
     here = torch.distributed.get_rank() == bad_rank
     squares = torch.tensor([4.0, math.inf if here else 9.0, 0.0])
-    return read(torch.tensor(6.0), 3.0, squares)
+    return read(torch.tensor(6.0), weight, squares)
 
 
 def test_one_rank_speaks_for_all(world2):
@@ -111,3 +111,5 @@ def test_one_rank_speaks_for_all(world2):
     for reading in world2.run(read_with_one_bad_rank, 5):
         assert reading.bad == []
         assert reading.norms["grad_norm"] == pytest.approx(13**0.5)
+    for reading in world2.run(read_with_one_bad_rank, 5, weight=math.inf):  # it would make a loss and a gradient of 0
+        assert reading.bad == ["loss"]
