@@ -52,7 +52,7 @@ def balance(root: Path, records: list[dict], folder: Path) -> list[float]:
     """Planned imbalance over 4 ranks of windows of 4 rows of 8,192 tokens, for the tower of the released 8B model."""
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
-    from megavlm.model.deal import deal_frames
+    from megavlm.model.deal import deal_frames, frame_cost
 
     renderer = Renderer(folder, Settings(model={"hf": folder}, data={"seq_length": 262144}).data)
     drafts = [renderer.draft(record, root, "photographs", kind="pretrain") for record in records]
@@ -61,8 +61,9 @@ def balance(root: Path, records: list[dict], folder: Path) -> list[float]:
     result = []
     for window in range(window_of[-1]):
         frames = np.concatenate([p for p, w in zip(patches, window_of, strict=True) if w == window])
-        _, loads = deal_frames(frames, 4, linear_cost=2.0 * 1152 + 4304)
-        result.append(loads.max() / loads.mean())
+        linear_cost = 2.0 * 1152 + 4304
+        owner, cost = deal_frames(frames, 4, linear_cost), frame_cost(frames, linear_cost)
+        result.append(max(cost[owner == rank].sum() for rank in range(4)) * 4 / cost.sum())
     return result
 
 

@@ -47,7 +47,7 @@ def report(error: BaseException) -> int:
     srun, the first process on a machine to fail of bad input prints; a traceback is printed by every process.
     """
     user = isinstance(error, UserError)
-    status = USER_ERROR if user else OTHER_ERROR
+    status = error.status if user else OTHER_ERROR
     rank = int(os.environ.get("RANK", 0))
     text = error.message if user else "".join(traceback.format_exception(error)).rstrip()
     failure = Failure(rank, status, text, error.remedy if user else None)

@@ -25,9 +25,12 @@ FREE_TO_CHANGE = (
     "train.steps",
     "train.recompute",
     "train.logprob_chunk_tokens",
+    "train.max_skipped_steps",
+    "train.hang_minutes",
+    "train.rehearsal",
 )
 # What a run writes; overwriting removes these names and no other.
-RUN_FILES = ("config.yaml", "checkpoints", "metrics.jsonl", "loss.png", "report.html", "wandb")
+RUN_FILES = ("config.yaml", "checkpoints", "metrics.jsonl", "loss.png", "report.html", "wandb", "stacks")
 
 
 def check_output(settings: Settings) -> str:

@@ -212,6 +212,15 @@ class TrainSettings(Section):
         "none", description="decoder activations computed again in backward: none, attention's, whole layers"
     )
     logprob_chunk_tokens: Int = Field(1024, ge=1, description="tokens whose logits exist at one time")
+    max_skipped_steps: Int = Field(
+        3, ge=0, description="steps in a row that may be skipped for a loss or gradient that is not finite; 0: none"
+    )
+    rehearsal: Bool = Field(
+        True, description="before the first step, run the longest row that may come, to see whether it fits in memory"
+    )
+    hang_minutes: Float | None = Field(
+        30.0, gt=0, description="a run without a step for so long shows its stacks and ends; null: it waits"
+    )
     seed: Int = Field(1234, ge=0, le=2**31 - 1, description="of weights, data order and dropout")
 
     @model_validator(mode="after")

@@ -13,23 +13,30 @@ import numpy as np
 from megavlm.model.row_cut import RowCut
 
 
-def deal_frames(num_patches: np.ndarray, ranks: int, linear_cost: float) -> tuple[np.ndarray, np.ndarray]:
-    """Owner of each frame, int64 [F]: longest first, each to the least loaded rank; and the load of each, [ranks].
+def frame_cost(num_patches: np.ndarray, linear_cost: float) -> np.ndarray:
+    """``linear_cost * n + n²`` for frames of n patches, float64 [F]: in units of one query-key pair of attention.
+
+    ``linear_cost``: that of a patch's matrix products.
+    """
+    return linear_cost * num_patches + num_patches.astype(np.float64) ** 2
+
+
+def deal_frames(num_patches: np.ndarray, ranks: int, linear_cost: float) -> np.ndarray:
+    """Owner of each frame, int64 [F]: the costliest first, each to the least loaded rank.
 
     Args:
         num_patches: int [F].
         ranks: size of the group that shares the frames.
-        linear_cost: cost of a patch's matrix products in units of one query-key pair of attention; a frame of n patches
-            costs ``linear_cost * n + n²``.
+        linear_cost: see ``frame_cost``.
     """
-    cost = linear_cost * num_patches + num_patches.astype(np.float64) ** 2
+    cost = frame_cost(num_patches, linear_cost)
     owner = np.zeros(len(num_patches), dtype=np.int64)
     load = [(0.0, rank) for rank in range(ranks)]
     for frame in np.argsort(-cost, kind="stable"):
         total, rank = heapq.heappop(load)
         owner[frame] = rank
         heapq.heappush(load, (total + cost[frame], rank))
-    return owner, np.array([total for total, _ in sorted(load, key=lambda entry: entry[1])])
+    return owner
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ all-to-all straight to the rank, stage and slice of the row that uses them, and 
 so no pipeline stage contains the tower and any split of the decoder's layers works with deepstack.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -46,6 +49,7 @@ class TowerPhase:
         self.recompute, self.chunk_patches = recompute, chunk_patches
         self.waiting_device = torch.device("cpu") if offload else device()
         self.frames_encoded = 0
+        self.timed: Callable[[], AbstractContextManager] = nullcontext  # around what this rank does without the others
         self.num_planes = 1 + len(vision.taps)
         self.hidden = projector.merger.linear_fc2.out_features
         self.merge = projector.merger.joined // vision.patch_embed.out_features
@@ -65,7 +69,7 @@ class TowerPhase:
         self._exchange, self._chunks, self._outputs = exchange, _chunks(frames, self.chunk_patches), []
         self.frames_encoded += len(frames.lengths)
         learning = self._learns and torch.is_grad_enabled()
-        with torch.set_grad_enabled(learning and not self.recompute):
+        with self.timed(), torch.set_grad_enabled(learning and not self.recompute):
             self._outputs = [self._encode(chunk) for chunk in self._chunks]
         where, dtype = frames.patches.device, self.projector.merger.linear_fc2.weight.dtype
         empty = torch.empty(self.num_planes, 0, self.hidden, device=where, dtype=dtype)
@@ -91,14 +95,15 @@ class TowerPhase:
         if not self._learns:
             return
         grad = self._return_gradients().mul_(scale)  # [num_planes, N_own, hidden]
-        start = 0
-        for index, chunk in enumerate(self._chunks):
-            output = self._encode(chunk.to(grad.device)) if self.recompute else self._outputs[index]
-            end = start + output.shape[1]
-            torch.autograd.backward(output, grad[:, start:end])
-            if not self.recompute:
-                self._outputs[index] = None  # its graph is spent; the caching allocator can have the memory now
-            start = end
+        with self.timed():
+            start = 0
+            for index, chunk in enumerate(self._chunks):
+                output = self._encode(chunk.to(grad.device)) if self.recompute else self._outputs[index]
+                end = start + output.shape[1]
+                torch.autograd.backward(output, grad[:, start:end])
+                if not self.recompute:
+                    self._outputs[index] = None  # its graph is spent; the caching allocator can have the memory now
+                start = end
         self._chunks, self._outputs, self._features = [], [], []
 
     def _encode(self, chunk: Frames) -> Tensor:

@@ -1,6 +1,17 @@
 """What Megatron-core stands on: CUDA + NCCL, or CPU + gloo. Nothing else in the package asks "is this a GPU?"."""
 
-from megavlm.platform.device import backend, device, device_name, memory_gib, on_gpu, seed_everything, synchronize
+from megavlm.platform.device import (
+    backend,
+    device,
+    device_name,
+    mark,
+    memory_gib,
+    on_gpu,
+    reset_memory,
+    seconds_between,
+    seed_everything,
+    synchronize,
+)
 from megavlm.platform.groups import Groups, init, shutdown
 
 __all__ = [
@@ -9,8 +20,11 @@ __all__ = [
     "device",
     "device_name",
     "init",
+    "mark",
     "memory_gib",
     "on_gpu",
+    "reset_memory",
+    "seconds_between",
     "seed_everything",
     "shutdown",
     "synchronize",

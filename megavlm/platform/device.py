@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import time
 
 import numpy as np
 import torch
@@ -39,6 +40,26 @@ def memory_gib() -> float:
     if on_gpu():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def reset_memory() -> None:
+    """``memory_gib`` counts from here on. (On a CPU it cannot: the kernel keeps one peak per process.)"""
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def mark() -> "torch.cuda.Event | float":
+    """A point in the device's work, set without waiting for it: on a CPU, which works at once, the time in seconds."""
+    if not on_gpu():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: "torch.cuda.Event | float", end: "torch.cuda.Event | float") -> float:
+    """Seconds from one ``mark`` to another. The device must have passed both."""
+    return start.elapsed_time(end) / 1000 if on_gpu() else end - start
 
 
 def seed_everything(seed: int) -> None:

@@ -43,7 +43,7 @@ def init(parallel, seed: int = 1234, timeout_minutes: float = 30.0) -> Groups:
 
     ``parallel`` has the fields of ``ParallelSettings``: tensor, pipeline, virtual_pipeline, context, expert,
     expert_tensor. Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them; without them
-    the process is a world of one.
+    the process is a world of one. ``timeout_minutes``: longest wait of a collective in any group.
     """
     if not on_gpu():
         cpu.install()
@@ -68,18 +68,18 @@ def init(parallel, seed: int = 1234, timeout_minutes: float = 30.0) -> Groups:
     language = ProcessGroupCollection.use_mpu_process_groups()
     ranks = _model_parallel_ranks(parallel)
     mine = next(group for group in ranks if dist.get_rank() in group)
-    model_parallel, _ = dist.new_subgroups_by_enumeration(ranks, backend=backend())
-    host, _ = dist.new_subgroups_by_enumeration(ranks, backend="gloo") if on_gpu() else (model_parallel, None)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    model_parallel, _ = dist.new_subgroups_by_enumeration(ranks, timeout, backend())
+    host, _ = dist.new_subgroups_by_enumeration(ranks, timeout, "gloo") if on_gpu() else (model_parallel, None)
+    peers, _ = dist.new_subgroups_by_enumeration([list(peers) for peers in zip(*ranks, strict=True)], timeout, "gloo")
     return Groups(
         language=language,
         tower=_tower_collection(),
         model_parallel=model_parallel,
         model_parallel_host=host,
-        data_peers_host=dist.new_subgroups_by_enumeration(
-            [list(peers) for peers in zip(*ranks, strict=True)], backend="gloo"
-        )[0],
+        data_peers_host=peers,
         members=ranks,
-        world_host=dist.new_group(backend="gloo") if on_gpu() else dist.group.WORLD,
+        world_host=dist.new_group(timeout=timeout, backend="gloo") if on_gpu() else dist.group.WORLD,
         data_rank=ranks.index(mine),
         data_size=len(ranks),
     )

@@ -140,7 +140,7 @@ class Checkpoints:
         if self.loader is not None:
             self.loader.load_state_dict(state["data"])
         if "rng" in state:
-            _set_random_state(state["rng"])
+            set_random_state(state["rng"])
         self._hf_layout = _read_text(folder / HF_LAYOUT)
         return state["step"]
 
@@ -148,11 +148,11 @@ class Checkpoints:
         metadata, groups = dict(SHARDED_METADATA), self.vlm.groups
         model = self.vlm.sharded_state_dict(metadata)
         optimizer = self.optimization.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
-        random_state = None if loading else _random_state()
+        generators = None if loading else random_state()
         state = {
             "model": model,
             "optimizer": optimizer,
-            "rng": ShardedObject("rng", random_state, (dist.get_world_size(),), (dist.get_rank(),)),
+            "rng": ShardedObject("rng", generators, (dist.get_world_size(),), (dist.get_rank(),)),
         }
         if self.loader is not None:
             place = None if loading else self.loader.state_dict()
@@ -224,7 +224,7 @@ def _load_optimizer(chained: ChainedOptimizer, state: dict) -> None:
             value["step"] = torch.tensor(value["step"])
 
 
-def _random_state() -> dict:
+def random_state() -> dict:
     """State of every generator of this rank."""
     return {
         "python": random.getstate(),
@@ -235,7 +235,7 @@ def _random_state() -> dict:
     }
 
 
-def _set_random_state(state: dict) -> None:
+def set_random_state(state: dict) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.cuda.set_rng_state(state["device"])

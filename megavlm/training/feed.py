@@ -39,15 +39,11 @@ class MicroBatch:
 
 @dataclass
 class Window:
-    """Micro-batches that share one tower phase, the frames of them dealt to this rank, and the exchange's plan.
-
-    ``loads``: float64 [ranks], planned cost of the frames of each rank that shares them; see ``deal_frames``.
-    """
+    """Micro-batches that share one tower phase, the frames of them dealt to this rank, and the exchange's plan."""
 
     micro_batches: list[MicroBatch]
     frames: Frames
     exchange: Exchange
-    loads: np.ndarray
 
 
 @dataclass
@@ -115,7 +111,7 @@ class Feed:
         parts = self._of_all_data_ranks((np.concatenate(frame_patches), tokens))
         counts = [len(patches) for patches, _ in parts]
         patches = np.concatenate([patches for patches, _ in parts])
-        owner, loads = deal_frames(patches, tower.group.size(), self.vlm.linear_cost)
+        owner = deal_frames(patches, tower.group.size(), self.vlm.linear_cost)
         exchange = plan_exchange(
             VisualTokens.join([tokens for _, tokens in parts], counts),
             owner,
@@ -129,7 +125,7 @@ class Feed:
             self._micro_batch(host, cut, positions)
             for host, cut, positions in zip(hosts, cuts, exchange.positions, strict=True)
         ]
-        return Window(micro_batches, frames, exchange, loads)
+        return Window(micro_batches, frames, exchange)
 
     def _tell(self, message):
         """The leader's object, on every rank."""

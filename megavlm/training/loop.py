@@ -15,14 +15,18 @@ from megavlm.platform import device_name, memory_gib, on_gpu
 from megavlm.training.checkpoint import Checkpoints, latest
 from megavlm.training.feed import Feed
 from megavlm.training.flops import Work, peak_flops, step_flops
+from megavlm.training.guard import SkippedSteps, weights_failure
+from megavlm.training.hang_watch import HangWatch
 from megavlm.training.metrics import MetricsWriter, throughput
 from megavlm.training.optimizer import Optimization
 from megavlm.training.plots import write_loss_plot
 from megavlm.training.progress import Progress
+from megavlm.training.rehearsal import rehearse
 from megavlm.training.report import write_report
 from megavlm.training.setup import Session, find_checkpoint, start
 from megavlm.training.state import load_weights
 from megavlm.training.step import Step, StepResult
+from megavlm.training.stragglers import Stragglers
 from megavlm.training.units import short
 from megavlm.training.wandb_log import WandbLog
 
@@ -35,8 +39,16 @@ def train(settings: Settings, kind: str, title: str) -> int:
         title: heading on the terminal.
     Returns:
         exit status 0, also when a signal stopped the run after a checkpoint.
+    Raises:
+        UserError: the longest row does not fit in memory. RunFailure: too many skipped steps in a row.
     """
+    with HangWatch.of_run(settings) as watch:
+        return _train(settings, kind, title, watch)
+
+
+def _train(settings: Settings, kind: str, title: str, watch: HangWatch) -> int:
     session = start(settings, training=True, load=False)
+    watch.beat("building the model")
     groups, output = session.groups, settings.output
     resuming = _from_first_rank(session, lambda: prepare_output(settings))
     checkpoint = _from_first_rank(session, lambda: latest(output / "checkpoints")) if resuming else None
@@ -45,11 +57,13 @@ def train(settings: Settings, kind: str, title: str) -> int:
     if checkpoint is None and settings.model.load is not None:
         origin = find_checkpoint(settings.model.load)
         load_weights(origin, session.vlm)
-    loader = None
+        watch.beat("loading the weights")
+    loader = renderer = None
     if groups.is_leader:
+        renderer = Renderer(settings.model.hf, settings.data, settings.align)
         loader = build_loader(
             settings.data,
-            Renderer(settings.model.hf, settings.data, settings.align),
+            renderer,
             kind,
             dp_rank=groups.data_rank,
             dp_size=groups.data_size,
@@ -61,10 +75,12 @@ def train(settings: Settings, kind: str, title: str) -> int:
         output / "checkpoints", session.vlm, optimization, loader, settings.checkpoint, settings.train, origin
     )
     first = checkpoints.restore(checkpoint) if checkpoint else 0
+    watch.beat("building the optimizer and restoring the run")
+    stragglers = Stragglers(session.vlm)
     step = Step(
         session.vlm,
         optimization,
-        Feed(session.vlm, iter(loader) if loader is not None else None),
+        Feed(session.vlm, stragglers.rows(iter(loader)) if loader is not None else None),
         settings.train.global_batch_size // groups.data_size,
         settings.train.logprob_chunk_tokens,
         settings.vision.window,
@@ -78,18 +94,35 @@ def train(settings: Settings, kind: str, title: str) -> int:
         wandb = WandbLog(settings, enabled=session.is_first, warn=progress.say)
         if checkpoint is None and resuming:
             progress.say("no checkpoint yet: starts at step 0")
+        if settings.train.rehearsal and first < steps:
+            progress.say(rehearse(step, renderer, settings))
+            watch.beat("the rehearsal")
+        skipped = SkippedSteps(settings.train.max_skipped_steps, progress.say)
         number, stopping = first, False
         for number in range(first + 1, steps + 1):
             began = time.perf_counter()
-            line = _line(session, number, step(), began)
-            if number % settings.log.every == 0 or number == steps:
+            stragglers.start()
+            result = step()
+            line = _line(session, number, result, began)
+            if number % settings.log.every == 0 or number == steps or result.trouble:
+                line |= stragglers.fields()
                 metrics.write(line)
                 wandb.log(line)
             progress.update(line)
             checkpoints.poll()
+            watch.beat(f"step {number}")
             stopping = stop.asked()
-            if number == steps or stopping or (every and number % every == 0):
+            saving = number == steps or stopping or bool(every and number % every == 0)
+            failure = skipped.failure(number, result.trouble)
+            if result.trouble and saving and not failure:
+                failure = weights_failure(session.vlm)  # it would take the place of an older, good checkpoint
+            if failure:
+                checkpoints.finish()  # an earlier one may still be in the making
+                wandb.finish(exit_code=1)
+                raise failure
+            if saving:
                 checkpoints.save(number)
+                watch.beat(f"the checkpoint of step {number}")
             if stopping:
                 break
         checkpoints.finish()
@@ -133,10 +166,10 @@ def _line(session: Session, number: int, result: StepResult, began: float) -> di
     return {
         "step": number,
         "loss": result.loss,
+        "skipped": int(result.trouble is not None),
         "lr": result.lr,
         **result.norms,
         **whole,
-        "tower_imbalance": round(counts["tower_imbalance"], 4),
         **throughput(
             counts["tokens"], counts["row_tokens"], time.perf_counter() - began, flops, dist.get_world_size(), peak
         ),

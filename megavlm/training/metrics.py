@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON line per reported training step.
+"""metrics.jsonl: one JSON line per reported training step, and one for each step that was skipped.
 
 Fields that every line has (`REQUIRED`); a trainer may add its own, such as `moe_aux_loss`:
 
@@ -16,6 +16,18 @@ Fields that every line has (`REQUIRED`); a trainer may add its own, such as `moe
     model_tflops        model TFLOP/s of one device: what the mathematics needs, without recomputation and padding
     mfu                 model_tflops over the device's bf16 peak, 0 to 1; null where the peak is not known (CPU)
     memory_gib          peak memory of rank 0's process: allocated on a GPU, resident on a CPU
+
+Those that the training loop adds:
+
+    skipped             1: the loss or a gradient was not finite and the step changed nothing; otherwise 0
+    videos, samples     in the rows, over all ranks
+    frames              of pictures and videos in the rows, and frames_encoded: how often the tower encoded one
+    seconds_data        longest wait of a data rank for its rows
+    seconds_tower       time in which a rank encodes its frames and walks back through them, mean over ranks;
+                        waiting for other ranks is left out
+    seconds_tower_max   the same of the slowest rank
+    tower_imbalance     seconds_tower_max / seconds_tower, from 1; null where no rank took any time
+    slowest_rank        rank with the most of both together: its own waiting for rows and its own time in the tower
 
 A number that is not finite is written as null: NaN is not JSON.
 """

@@ -5,17 +5,17 @@ world (their frames are dealt over all ranks), the decoder's over its data ranks
 hand, a frozen part costs nothing, and all of them are clipped and stepped as one.
 """
 
-import math
-
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.platform import device
+from megavlm.training.guard import Reading, read
 
 
 class Optimization:
@@ -85,28 +85,28 @@ class Optimization:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def step(self) -> dict[str, float]:
-        """Clips and applies the gradients that stand in the buffers; moves the schedule on.
+    def step(self, total: Tensor, weight: float) -> Reading:
+        """Clips and applies the gradients that stand in the buffers and moves the schedule on.
 
-        Returns:
-            ``grad_norm`` before clipping and ``grad_norm/PART`` for each part, 0.0 where it is frozen.
-        Raises:
-            FloatingPointError: a gradient is infinite or not a number; names the parts.
+        Where the loss or a gradient is not finite on any rank, no rank does: weights, optimizer state and schedule stay
+        as they are, and the result's ``bad`` says what it was.
+
+        Args:
+            total: weighted sum of losses over the global batch, on the device. weight: sum of its loss weights.
         """
         self.optimizer.prepare_grads()
-        norms = self._norms()
-        if not math.isfinite(norms["grad_norm"]):
-            bad = [part for part in PARTS if not math.isfinite(norms[f"grad_norm/{part}"])]
-            raise FloatingPointError(
-                f"the gradient of {', '.join(bad)} is not finite; the weights were left as they are"
-            )
+        reading = read(total, weight, self._squares())
+        if reading.bad:
+            return reading
         if self.train.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.train.clip_grad, norms["grad_norm"])
+            norm = reading.norms["grad_norm"]
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.train.clip_grad, norm)
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
-        return norms
+        return reading
 
-    def _norms(self) -> dict[str, float]:
+    def _squares(self) -> Tensor:
+        """float32 [parts] on the device: the squared gradient norm of each part over all ranks."""
         squares = torch.zeros(len(PARTS), dtype=torch.float32, device=device())
         for opt, index in ((opt, PARTS.index(part)) for part, opts in self._parts.items() for opt in opts):
             grads = opt.get_grads_for_grad_norm()
@@ -115,6 +115,4 @@ class Optimization:
                 square = torch.stack(torch._foreach_norm(grads)).square().sum()
             dist.all_reduce(square, group=opt.get_grad_stats_parallel_group())
             squares[index] += square
-        squares = squares.tolist()  # the one wait for the device in a step: a bad gradient must not reach the weights
-        norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares, strict=True)}
-        return {"grad_norm": math.sqrt(sum(squares)), **norms}
+        return squares

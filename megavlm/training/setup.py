@@ -12,6 +12,7 @@ from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
 from megavlm.platform import Groups, init
 from megavlm.training.checkpoint import latest
+from megavlm.training.hang_watch import collective_minutes
 from megavlm.training.state import load_weights
 
 
@@ -61,7 +62,7 @@ def start(settings: Settings, *, training: bool, load: bool = True) -> Session:
         training: whether weights will change; otherwise the model is in eval mode.
         load: False for a run that may have a checkpoint of its own.
     """
-    groups = init(settings.parallel, settings.train.seed)
+    groups = init(settings.parallel, settings.train.seed, collective_minutes(settings.train.hang_minutes))
     shapes = Shapes.from_hf(settings.model.hf)
     check_shapes(settings, shapes, dist.get_world_size(), training=training)
     if settings.parallel.pipeline > 1 and not training:

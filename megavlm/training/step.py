@@ -16,6 +16,7 @@ from megavlm.model.vlm import VLM
 from megavlm.platform import device
 from megavlm.training.feed import Feed, MicroBatch, Window
 from megavlm.training.forward import encode_window, forward_chunk
+from megavlm.training.guard import describe
 from megavlm.training.optimizer import Optimization
 
 _WINDOW = 4  # rows: enough frames to deal evenly, few enough for their features to fit
@@ -26,14 +27,15 @@ class StepResult:
     """What a step did, over the whole world.
 
     ``norms`` as ``Optimization.step`` gives them; ``counts``: tokens, target_tokens, images, videos, samples, frames,
-    frames_encoded (over all ranks: equal to frames), row_tokens, tower_imbalance (planned cost of the slowest rank over
-    the mean, where frames are shared), and the sums of squares that FLOPs are counted from.
+    frames_encoded (over all ranks: equal to frames), row_tokens, and the sums of squares that FLOPs are counted from.
+    ``trouble``: why the step was skipped and left everything as it was, None where it was not.
     """
 
     loss: float
     lr: float
     norms: dict[str, float]
     counts: dict[str, float]
+    trouble: str | None = None
 
 
 class Step:
@@ -67,30 +69,39 @@ class Step:
         config.variable_seq_lengths = False
 
     def __call__(self) -> StepResult:
-        rows = self.feed.rows(self.num_micro_batches)
-        counts = self._count(rows.hosts)
         lr = self.optimization.lr
+        nll, counts = self.gradients(self.feed, self.num_micro_batches)
+        reading = self.optimization.step(nll, counts["loss_weight"])
+        trouble = describe(reading.bad, self._row_losses, self.groups) if reading.bad else None
+        return StepResult(reading.loss, lr, reading.norms, counts, trouble)
+
+    def gradients(self, feed: Feed, num_rows: int) -> tuple[Tensor, dict[str, float]]:
+        """Forward and backward of the next rows of ``feed``; the reduced gradients stand in the optimizer's buffers.
+
+        Returns:
+            the weighted sum of losses over the global batch, on the device, and the counts of ``StepResult``.
+        """
+        rows = feed.rows(num_rows)
+        counts = self._count(rows.hosts)
+        self._row_losses: list[tuple[Row, Tensor]] = []  # of this rank's rows, where they have one
         self.optimization.zero_grad()
         self.vlm.tower.frames_encoded = 0
         # the features' gradients stand divided over the data ranks only, the tower's DDP averages over the world
         tower_scale = dist.get_world_size() / (self.groups.data_size * self.vlm.parallel.context)
-        sums = torch.zeros(2, dtype=torch.float32, device=device())  # of weighted losses; frames encoded
-        planned, mean_planned = 0.0, 0.0
-        for window in self.feed.windows(rows, self.window):
+        total = torch.zeros((), dtype=torch.float32, device=device())
+        for window in feed.windows(rows, self.window):
             encode_window(self.vlm, window)
-            sums[0] += self._forward_backward(window, counts["loss_weight"])
+            total += self._forward_backward(window, counts["loss_weight"], num_rows)
             self.vlm.tower.backward(tower_scale)
-            planned, mean_planned = planned + window.loads.max(), mean_planned + window.loads.mean()
-        sums[1] += self.vlm.tower.frames_encoded
-        dist.all_reduce(sums)
+        dist.all_reduce(total)
         self._finalize()
-        norms = self.optimization.step()
         get_moe_metrics_tracker().clear()  # it would add up the balancing losses of all steps
-        nll, counts["frames_encoded"] = sums.tolist()
-        counts["tower_imbalance"] = planned / mean_planned if planned else 1.0
-        return StepResult(nll / max(counts["loss_weight"], 1e-12), lr, norms, counts)
+        encoded = torch.tensor(self.vlm.tower.frames_encoded)
+        dist.all_reduce(encoded, group=self.groups.world_host)
+        counts["frames_encoded"] = encoded.item()
+        return total, counts
 
-    def _forward_backward(self, window: Window, loss_weight: float) -> Tensor:
+    def _forward_backward(self, window: Window, loss_weight: float, num_rows: int) -> Tensor:
         """Gradients of the decoder and of the features; returns this rank's part of the weighted sum of losses.
 
         It stays on the device: reading it here would hold up the tower's backward.
@@ -99,7 +110,7 @@ class Step:
         # Megatron divides by micro-batches and data ranks; the loss is a sum over the global batch divided once
         scale = len(micro_batches) * self.groups.data_size / max(loss_weight, 1e-12)
         # the balancing loss of experts is a mean over all micro-batches of the step, not over those of a window
-        balancing = len(micro_batches) / self.num_micro_batches
+        balancing = len(micro_batches) / num_rows
         self.vlm.decoder_config.moe_grad_scale_func = lambda: torch.tensor(balancing, device=device())
         losses = self._schedule(
             forward_step_func=partial(self._forward_step, scale=scale),
@@ -110,6 +121,8 @@ class Step:
             micro_batch_size=1,
             forward_only=False,
         )
+        if losses:  # this is the last stage
+            self._row_losses += zip((m.host for m in micro_batches), losses, strict=True)
         total = torch.zeros((), dtype=torch.float32, device=device())
         if losses and self.groups.language.tp.rank() == 0:
             total = torch.stack(losses).sum()

@@ -1,0 +1,131 @@
+"""Steps whose loss or gradient is not finite: seen by all ranks, skipped by all ranks, and told with their samples."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megavlm.config.errors import RunFailure
+from megavlm.data.row import Row
+from megavlm.model.vlm import PARTS, VLM
+from megavlm.platform import Groups, device
+
+MOST_SAMPLES = 10  # named in a message
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The numbers of a step, the same on every rank.
+
+    Attributes:
+        loss: averaged over the global count of targets.
+        norms: ``grad_norm`` before clipping and ``grad_norm/PART`` for each part, 0.0 where it is frozen.
+        bad: what is infinite or not a number on some rank: "loss" and the parts whose gradient is; [] in a good step.
+    """
+
+    loss: float
+    norms: dict[str, float]
+    bad: list[str]
+
+
+def read(total: Tensor, weight: float, squares: Tensor) -> Reading:
+    """Brings a step's numbers to the host: the one wait for the device in a step.
+
+    A rank that alone saw a bad number would skip alone and part from the others for good, so the verdict is the sum of
+    all ranks' verdicts; it stays on the device until everything is read at once.
+
+    Args:
+        total: float32 scalar on the device, weighted sum of losses over the global batch.
+        weight: sum of the loss weights over the global batch.
+        squares: float32 [parts] on the device, squared gradient norm of each part.
+    """
+    loss = total / max(weight, 1e-12) if math.isfinite(weight) else torch.full_like(total, math.nan)
+    values = torch.cat([loss[None], squares])
+    bad = (~values.isfinite()).float()
+    dist.all_reduce(bad)
+    (loss, *squares), flags = torch.stack([values, bad]).tolist()
+    norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares, strict=True)}
+    names = [name for name, flag in zip(("loss", *PARTS), flags, strict=True) if flag]
+    return Reading(loss, {"grad_norm": math.sqrt(sum(squares)), **norms}, names)
+
+
+def describe(bad: list[str], row_losses: list[tuple[Row, Tensor]], groups: Groups) -> str:
+    """What is not finite and which samples took part, rows first whose own loss is not finite. Call it on all ranks.
+
+    Args:
+        bad: of the ``Reading``.
+        row_losses: this rank's rows of the step and the weighted sum of losses of each; [] on ranks without a loss.
+    """
+    mine = []
+    if groups.language.tp.rank() == 0:  # its peers hold the same rows and the same losses
+        mine = [(row.sources, math.isfinite(nll.item() + row.loss_weights.sum().item())) for row, nll in row_losses]
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine, group=groups.world_host)
+    rows = [row for rank in gathered for row in rank]
+    suspects = dict.fromkeys(source for sources, finite in rows if not finite for source in sources)
+    others = dict.fromkeys(source for sources, _ in rows for source in sources if source not in suspects)
+    parts = [name for name in bad if name != "loss"]
+    what = ["the loss"] * ("loss" in bad) + [f"the gradient of {', '.join(parts)}"] * bool(parts)
+    text = f"{' and '.join(what)} {'is' if len(what) == 1 else 'are'} not finite"
+    if suspects:
+        text += f"; rows whose own loss is not finite: {_listed(suspects, MOST_SAMPLES)}"
+    if others and len(suspects) < MOST_SAMPLES:
+        text += f"; {'other ' if suspects else ''}samples of the step: {_listed(others, MOST_SAMPLES - len(suspects))}"
+    return text
+
+
+class SkippedSteps:
+    """Counts skipped steps in a row.
+
+    Args:
+        most: as many may follow one another; one more ends the run.
+        say: shows a message (`Progress.say`).
+    """
+
+    def __init__(self, most: int, say: Callable[[str], None]):
+        self.most, self._say, self._count = most, say, 0
+
+    def failure(self, step: int, trouble: str | None) -> RunFailure | None:
+        """Takes note of a step; what to raise where it was one skip too many.
+
+        Args:
+            trouble: what ``describe`` said of the step, None if it was a good one.
+        """
+        self._count = self._count + 1 if trouble else 0
+        if self._count > self.most:
+            return RunFailure(
+                f"step {step}: {trouble}. The weights were left as they are; "
+                f"train.max_skipped_steps is {self.most}, and this would be skip {self._count} in a row",
+                "look at these samples; lower train.lr or train.clip_grad if the loss had risen before; "
+                "the same command continues from the newest checkpoint",
+            )
+        if trouble:
+            self._say(f"step {step} skipped, weights left as they are: {trouble}")
+        return None
+
+
+def weights_failure(vlm: VLM) -> RunFailure | None:
+    """What to raise where a weight is not finite on some rank, so that no further step can be good. Call on all ranks.
+
+    For the rare checkpoint that follows a skipped step: it waits for the device.
+    """
+    bad = torch.zeros(len(PARTS), device=device())
+    for index, part in enumerate(PARTS):
+        for weight in (p for module in vlm.modules_of(part) for p in module.parameters()):
+            bad[index] += ~weight.isfinite().all()
+    dist.all_reduce(bad)
+    parts = [part for part, flag in zip(PARTS, bad.tolist(), strict=True) if flag]
+    if not parts:
+        return None
+    return RunFailure(
+        f"weights of {', '.join(parts)} are not finite; no checkpoint was written",
+        "continue from an older checkpoint, or check the one that model.load names",
+    )
+
+
+def _listed(names: dict[str, None], most: int) -> str:
+    shown = list(names)[:most]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

@@ -1,0 +1,169 @@
+"""A rehearsal before the first step: does the longest row that may come fit in memory?
+
+Otherwise a run ends at the first long row, hours in. The row goes the way of every other, through the feed, the tower,
+the decoder and the reduction of gradients, on all ranks; nothing is updated, and no number of the training changes.
+"""
+
+import contextlib
+import math
+import socket
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megavlm.config.errors import UserError
+from megavlm.config.settings import Settings
+from megavlm.data.positions import mrope_positions
+from megavlm.data.renderer import Renderer
+from megavlm.data.row import IGNORE, Row, Sample
+from megavlm.platform import device, memory_gib, reset_memory
+from megavlm.training.checkpoint import random_state, set_random_state
+from megavlm.training.feed import Feed
+from megavlm.training.optimizer import Optimization
+from megavlm.training.step import Step
+
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
+_BLOCK = 4096  # patches drawn at random; more of them repeat these
+
+
+def rehearse(step: Step, renderer: Renderer | None, settings: Settings) -> str:
+    """Runs the longest row forward and backward on all ranks; afterwards everything is as it was before.
+
+    Args:
+        step: the run's; its feed is not read. renderer: None on ranks that are no leader.
+    Returns:
+        seconds and peak memory, for the terminal.
+    Raises:
+        UserError: a rank ran out of memory; names the settings that help. The other ranks are then left waiting.
+    """
+    began = time.perf_counter()
+    num_rows = min(step.num_micro_batches, rows_in_flight(settings.parallel, step.window))
+    with _same_random_numbers():
+        try:
+            rows = [longest_row(renderer)] * num_rows if renderer is not None else None
+            reserved = _optimizer_state_to_come(step.optimization)
+            step.gradients(Feed(step.vlm, iter(rows) if rows is not None else None), num_rows)
+            peak = _largest(memory_gib(), step)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _too_large(error, settings) from None
+    del reserved
+    step.optimization.zero_grad()
+    reset_memory()
+    if rows is None:
+        return ""  # rank 0, which shows it, is a leader
+    visual = len(rows[0].visual_positions)
+    return (
+        f"rehearsal: {num_rows} × {settings.data.seq_length} tokens, {visual} of them visual, "
+        f"{time.perf_counter() - began:.1f} s, peak {peak[0]:.3g} GiB on rank {peak[1]}"
+    )
+
+
+def rows_in_flight(parallel, window: int) -> int:
+    """Rows whose features, or activations in the first of several stages, exist at one time, at most."""
+    if parallel.pipeline == 1:
+        return window
+    return parallel.pipeline * (2 if parallel.virtual_pipeline else 1)
+
+
+def longest_row(renderer: Renderer) -> Row:
+    """A row of exactly ``data.seq_length`` tokens, one sample: pictures as large as the settings allow, as many as fit.
+
+    Every token but the last has a target. Pixels and text are random numbers of a generator of its own: equal tokens
+    would all go to the same experts.
+    """
+    vision, draw = renderer.vision, np.random.default_rng(0)
+    pixels_of_token = vision.hf.image_processor.patch_size**2 * vision.merge**2
+    limits = vision.hf.image_processor.size
+    least, most = (limits[edge] // pixels_of_token for edge in ("shortest_edge", "longest_edge"))
+    length = renderer.seq_length
+    tokens = draw.integers(0, min(renderer.tokenizer.vocab_size, renderer.processor.image_token_id), length)
+    grids, visual, used = [], [np.empty(0, np.int64)], 0
+    while (room := min(length - used - 2, most)) >= max(least, 1):  # a token before the picture and one behind
+        height = math.isqrt(room)
+        width = room // height
+        grids.append((height * vision.merge, width * vision.merge))
+        visual.append(np.arange(used + 1, used + 1 + height * width))
+        used += height * width + 2
+    frame_grids = np.array(grids, dtype=np.int32).reshape(-1, 2)
+    visual = np.concatenate(visual)
+    tokens[visual] = renderer.processor.image_token_id
+    num_patches = int(frame_grids.prod(axis=1).sum())
+    block = torch.from_numpy(draw.uniform(-1, 1, (min(_BLOCK, num_patches), vision.patch_dim)).astype(np.float32))
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    is_target = torch.arange(length) < length - 1
+    sample = Sample(
+        input_ids=tokens,
+        labels=torch.where(is_target, tokens.roll(-1), IGNORE),
+        loss_weights=is_target.float(),
+        position_ids=torch.from_numpy(mrope_positions(length, frame_grids, visual, vision.merge)),
+        patches=block[torch.arange(num_patches) % max(len(block), 1)],
+        frame_grids=torch.from_numpy(frame_grids),
+        visual_positions=torch.from_numpy(visual),
+        num_images=len(grids),
+        num_videos=0,
+        source="rehearsal",
+        index=0,
+    )
+    return renderer.pack([sample])
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch, numpy or a library under them could not get memory, of the device or of the host."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in words for word in _MEMORY_WORDS)
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Whatever is drawn inside, the numbers drawn after it are those that would have come without it."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+def _optimizer_state_to_come(optimization: Optimization) -> torch.Tensor | None:
+    """As much memory as Adam will take at its first step: two float32 per number that this rank updates."""
+    if optimization.train.optimizer != "adam" or any(
+        o.optimizer.state for o in optimization.optimizer.chained_optimizers
+    ):
+        return None
+    numbers = sum(p.numel() for group in optimization.optimizer.param_groups for p in group["params"])
+    return torch.ones(2 * numbers, dtype=torch.float32, device=device())  # written to, or a CPU would not count it
+
+
+def _largest(memory: float, step: Step) -> tuple[float, int]:
+    """The largest peak of all ranks in GiB, and the rank."""
+    group = step.groups.world_host
+    peaks = [torch.empty(1, dtype=torch.float64) for _ in range(group.size())]
+    dist.all_gather(peaks, torch.tensor([memory], dtype=torch.float64), group=group)
+    return max((peak.item(), rank) for rank, peak in enumerate(peaks))
+
+
+def _too_large(error: Exception, settings: Settings) -> UserError:
+    train, vision = settings.train, settings.vision
+    tower_learns = not {"vision", "projector"} <= set(settings.model.freeze)
+    advice = [
+        *(["train.recompute=full"] if train.recompute != "full" else []),
+        *(["vision.recompute=true"] if tower_learns and not vision.recompute else []),
+        "a larger parallel.tensor or parallel.context, on more processes",
+        f"data.seq_length below {settings.data.seq_length}",
+        *(
+            [f"train.logprob_chunk_tokens below {train.logprob_chunk_tokens}"]
+            if train.logprob_chunk_tokens > 64
+            else []
+        ),
+    ]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"the longest row that may come, of data.seq_length = {settings.data.seq_length} tokens, does not fit: "
+        f"rank {dist.get_rank()} on {socket.gethostname()} ran out of memory after a peak of {memory_gib():.3g} GiB "
+        f"({reason})",
+        f"in this order: {'; '.join(advice)}. train.rehearsal=false starts all the same",
+    )

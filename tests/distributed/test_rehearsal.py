@@ -1,0 +1,136 @@
+"""A rehearsal changes no number of the training, on any rank; and one that does not fit says what to do."""
+
+import random
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from parity import ROWS, settings_of
+from pool import RankError
+
+# name: (processes, model, parallel settings, other settings)
+LAYOUTS = {
+    "one process, bf16": (1, "dense", {}, {"precision": "bf16", "optimizer": "adam"}),
+    "DP2": (2, "dense", {}, {"optimizer": "adam"}),
+    "TP2": (2, "dense", {"tensor": 2}, {"optimizer": "adam"}),
+    "PP2 × VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}, {"optimizer": "adam", "recompute": "full"}),
+    "MoE EP2": (2, "moe", {"expert": 2}, {"moe_aux_loss_coeff": 0.01}),
+}
+
+
+def train(folder, checkpoint, root, records, settings, rehearsal: bool, address_space: int | None = None):
+    """Runs on every rank: two steps. ``address_space``: bytes that the rehearsal may add to this process's.
+
+    Returns what the rehearsal said, losses and norms, weights and Adam's state after the steps, random numbers drawn
+    after them, and whether the rehearsal left a gradient.
+    """
+    from megavlm import platform
+    from megavlm.config.settings import Settings
+    from megavlm.data.renderer import Renderer
+    from megavlm.model.shapes import Shapes
+    from megavlm.model.vlm import VLM
+    from megavlm.training.feed import Feed
+    from megavlm.training.optimizer import Optimization
+    from megavlm.training.rehearsal import rehearse
+    from megavlm.training.state import load_weights
+    from megavlm.training.step import Step
+
+    settings = Settings(**settings)
+    groups = platform.init(settings.parallel)
+    vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
+    load_weights(checkpoint, vlm)
+    renderer = Renderer(folder, settings.data)
+    samples = [renderer.encode(r, root, f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
+    rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
+    each = len(rows) // groups.data_size
+    mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
+    feed = Feed(vlm, iter(mine * 2) if groups.is_leader else None)
+    optimization = Optimization(vlm, settings.train)
+    step = Step(vlm, optimization, feed, each, settings.train.logprob_chunk_tokens)
+    said, left = None, False
+    if rehearsal:
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        if address_space is not None:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + address_space, before[1]))
+        try:
+            said = rehearse(step, renderer if groups.is_leader else None, settings)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+        buffers = [
+            b
+            for ddps in optimization.ddp.values()
+            for ddp in ddps
+            for b in (*ddp.buffers, *ddp.expert_parallel_buffers)
+        ]
+        left = any(buffer.grad_data.any().item() for buffer in buffers)
+    results = [step() for _ in range(2)]
+    chunks = [vlm.vision, vlm.projector, *vlm.language]
+    weights = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
+    optimizers = [part.optimizer for part in optimization.optimizer.chained_optimizers]
+    moments = [torch.as_tensor(v) for o in optimizers for state in o.state.values() for v in state.values()]
+    draws = (random.random(), np.random.rand(), torch.rand(1).item())
+    return said, [(r.loss, r.lr, r.norms, r.counts) for r in results], weights + moments, draws, left
+
+
+def settings_for(folder, kind, parallel, **train_settings):
+    settings = settings_of(folder, parallel, moe=kind == "moe", **train_settings)
+    settings["data"]["max_pixels"] = 32 * 32 * 64
+    return settings
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_numbers_are_the_same_with_and_without(layout, toys, request):
+    size, kind, parallel, train_settings = LAYOUTS[layout]
+    world, folder = request.getfixturevalue(f"world{size}"), toys.folder(kind)
+    arguments = folder, toys.checkpoint(kind), toys.root, toys.records
+    arguments = *arguments, settings_for(folder, kind, parallel, **train_settings)
+    without = world.run(train, *arguments, False)
+    for (said, *numbers, left), (_, *expected, _) in zip(world.run(train, *arguments, True), without, strict=True):
+        assert numbers[0] == expected[0]
+        assert all(torch.equal(x, y) for x, y in zip(numbers[1], expected[1], strict=True))
+        assert numbers[2] == expected[2]
+        assert not left
+        rows = 4 if "virtual_pipeline" in parallel else 1
+        # 64 + 2, 64 + 2, 64 + 2 and 56 + 2 tokens: three pictures of the largest size and one in the room that is left
+        assert said.startswith(f"rehearsal: {rows} × 256 tokens, 248 of them visual") or said == ""
+
+
+def draw_inside():
+    from megavlm import platform
+    from megavlm.config.settings import ParallelSettings
+    from megavlm.training.rehearsal import _same_random_numbers
+
+    platform.init(ParallelSettings())
+    draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())
+    drawn = []
+    with _same_random_numbers():
+        drawn.append(draw())
+    return [*drawn, draw()]
+
+
+def test_random_numbers_drawn_in_it_come_again(world1):
+    ((inside, after),) = world1.run(draw_inside)
+    assert inside == after
+
+
+def test_a_row_too_large_names_the_settings_that_help(toys, world1):
+    folder = toys.folder("dense")
+    settings = settings_for(folder, "dense", {}, optimizer="adam", logprob_chunk_tokens=128, vision={"recompute": True})
+    settings["data"]["seq_length"] = 8192  # one sample: on a CPU its attention alone takes gigabytes
+    arguments = folder, toys.checkpoint("dense"), toys.root, toys.records, settings
+    with pytest.raises(RankError) as caught:
+        world1.run(train, *arguments, True, 2**30)
+    error = caught.value.exceptions[0]
+    assert type(error).__name__ == "UserError"
+    assert "data.seq_length = 8192" in error.message
+    assert "rank 0 on " in error.message
+    assert "ran out of memory after a peak of" in error.message
+    assert "vision.recompute" not in error.remedy  # set already
+    names = ["train.recompute=full", "parallel.tensor", "data.seq_length", "train.logprob_chunk_tokens"]
+    places = [error.remedy.find(name) for name in names]
+    assert places == sorted(places)
+    assert places[0] > 0
+    assert "train.rehearsal=false" in error.remedy

@@ -1,0 +1,88 @@
+"""A process that makes no progress shows its stacks and ends; one that does is left alone."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megavlm.training.hang_watch import HangWatch, collective_minutes
+
+SCRIPT = """
+import re, sys, time
+from pathlib import Path
+from megavlm.training.hang_watch import HangWatch
+
+def sleeps():
+    time.sleep(60)
+
+def keeps_the_lock():  # a regular expression of exponential time: no other Python thread runs meanwhile
+    re.match("(a+)+$", "a" * 60 + "b")
+
+with HangWatch(float(sys.argv[2]) / 60, Path(sys.argv[3]), 3, 8) as watch:
+    watch.beat("step 12")
+    globals()[sys.argv[1]]()
+"""
+
+
+def ended(function: str, seconds: float, output: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", SCRIPT, function, str(seconds), str(output)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_a_sleeping_process_shows_its_stacks_and_ends(tmp_path):
+    began = time.monotonic()
+    done = ended("sleeps", 1.0, tmp_path / "run")
+    assert time.monotonic() - began < 40  # and not 60
+    assert done.returncode == 1
+    text = (tmp_path / "run" / "stacks" / "rank3.txt").read_text()
+    for told in (done.stderr, text):
+        assert "rank 3 of 8 on " in told
+        assert "since step 12" in told
+        assert "in sleeps" in told
+        assert told.count("most recent call first") == 2  # its own thread is one of them
+
+
+def test_a_process_that_no_thread_can_run_in_ends_too(tmp_path):
+    done = ended("keeps_the_lock", 1.0, tmp_path / "run")
+    assert done.returncode == 1
+    assert "in keeps_the_lock" in done.stderr
+
+
+def test_signs_of_progress_keep_it_alive(tmp_path):
+    with HangWatch(1.0 / 60, tmp_path, 0, 1) as watch:
+        for number in range(6):
+            time.sleep(0.5)
+            watch.beat(f"step {number}")
+    time.sleep(1.5)  # nor does it fire once the run has ended
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_null_is_off(tmp_path):
+    with HangWatch(None, tmp_path, 0, 1) as watch:
+        watch.beat("step 1")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("minutes", [0.1, 30.0, 1000.0])
+def test_it_comes_before_the_timeout_of_collectives(minutes):
+    assert collective_minutes(minutes) > minutes + 1
+
+
+def test_every_group_waits_so_long(tmp_path):
+    """Groups of gloo and NCCL have defaults of their own, which would end a run before the watch does."""
+    script = """
+import datetime, torch.distributed as dist
+from megavlm import platform
+from megavlm.config.settings import ParallelSettings
+groups = platform.init(ParallelSettings(), timeout_minutes=77)
+named = (groups.world_host, groups.model_parallel, groups.model_parallel_host, groups.language.tp)
+for group in (dist.group.WORLD, *named):
+    options = group._get_backend(platform.device()).options
+    assert options._timeout == datetime.timedelta(minutes=77), (group, options._timeout)
+"""
+    environment = {**os.environ, "MEGAVLM_PLATFORM": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
