@@ -152,6 +152,7 @@ def _too_large(error: Exception, settings: Settings) -> UserError:
     advice = [
         *(["train.recompute=full"] if train.recompute != "full" else []),
         *(["vision.recompute=true"] if tower_learns and not vision.recompute else []),
+        *(["vision.window=1"] if settings.parallel.pipeline == 1 and vision.window != 1 else []),
         "a larger parallel.tensor or parallel.context, on more processes",
         f"data.seq_length below {settings.data.seq_length}",
         *(
