@@ -10,8 +10,8 @@ def keep_freed_memory() -> None:
     """Let the next tensor have the memory of the last one.
 
     glibc returns a large block to the kernel as soon as it is freed, and the kernel zeroes each page of the next one
-    again: a quarter of the CPU time of mcore2hf. To be called before there are threads. No effect with another C
-    library.
+    again: a quarter of the CPU time of mcore2hf on one thread. To be called before there are threads. No effect
+    with another C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -2,18 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import torch
 
 THREADS = 4
 """Enough for one to wait for the disk and one to hold the interpreter's lock while others copy; each costs memory."""
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
-
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def in_threads[Item, Result](function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """``[function(item) for item in items]``, several at a time, begun in this order.
 
     Torch's own threads are off meanwhile: they would only wait for the same cores, spinning.
