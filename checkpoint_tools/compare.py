@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megavlm.config.errors import UserError
-from megavlm.convert import compare
+from megavlm.imports import no_collection
 
 
 def main() -> int:
@@ -20,6 +20,8 @@ def main() -> int:
     parser.add_argument("--b", required=True, metavar="DIR", help="Hugging Face folder or checkpoint")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
+    with no_collection():  # after --help and wrong arguments, for it takes seconds
+        from megavlm.convert import compare
     differences, count = compare(args.a, args.b, progress=not args.quiet)
     if not differences:
         print(f"equal: all {count} tensors have the same bits")

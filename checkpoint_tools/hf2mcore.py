@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from megavlm.config.errors import UserError
-from megavlm.convert import hf_to_mcore
+from megavlm.imports import no_collection
 
 
 def main() -> int:
@@ -18,6 +18,10 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
+    with no_collection():  # after --help and wrong arguments, for it takes seconds
+        from megavlm.convert import hf_to_mcore
+        from megavlm.convert.memory import keep_freed_memory
+    keep_freed_memory()
     hf_to_mcore(args.hf, args.out, overwrite=args.overwrite, progress=not args.quiet)
     return 0
 

@@ -3,13 +3,10 @@
 import argparse
 import sys
 
-import torch
-
 from megavlm.config.errors import UserError
-from megavlm.convert import mcore_to_hf
-from megavlm.convert.memory import keep_freed_memory
+from megavlm.imports import no_collection
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names in torch
 
 
 def main() -> int:
@@ -28,12 +25,17 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
+    with no_collection():  # after --help and wrong arguments, for it takes seconds
+        import torch
+
+        from megavlm.convert import mcore_to_hf
+        from megavlm.convert.memory import keep_freed_memory
     keep_freed_memory()
     mcore_to_hf(
         args.mcore,
         args.hf,
         args.out,
-        dtype=DTYPES.get(args.dtype),
+        dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else None,
         overwrite=args.overwrite,
         progress=not args.quiet,
     )

@@ -19,6 +19,7 @@ from megavlm.config import layout, output, requirements
 from megavlm.config.errors import UserError
 from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings
+from megavlm.imports import no_collection
 
 RUN = ("model", "data", "parallel", "vision", "train", "checkpoint", "log", "generate")
 RUN_REQUIRES = ("output", "data.train", "train.steps", "train.global_batch_size", "train.lr")
@@ -186,7 +187,9 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
         if nproc and nproc > 1:
             return local_workers.run(arguments, nproc)
     module, _, function = verb.target.partition(":")
-    return getattr(importlib.import_module(module), function)(settings, **options) or 0
+    with no_collection():
+        target = getattr(importlib.import_module(module), function)
+    return target(settings, **options) or 0
 
 
 def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], world_size: int) -> None:

@@ -24,8 +24,15 @@ MAY_IMPORT = {
     "environment": ["config"],
     "failures": ["config"],
     "local_workers": ["failures"],
+    "imports": [],
     "cli_help": ["config"],
-    "cli": ["cli_help", "environment", "failures", "local_workers", "pretrain", "training", "convert", "config"],
+    "cli": [
+        *("cli_help", "environment", "failures", "imports", "local_workers"),
+        "pretrain",
+        "training",
+        "convert",
+        "config",
+    ],
     "__main__": ["cli"],
     "demo": [*("cli", "pretrain", "training", "model", "data", "convert", "config", "platform", "failures")],
 }

@@ -10,6 +10,7 @@ from megavlm.convert.hf_folder import HfLayout, HfWeights, HfWriter, copy_config
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint, Source, write_checkpoint
 from megavlm.convert.names import Entry, table
 from megavlm.convert.output import new_folder, progress_bar
+from megavlm.convert.threads import in_threads
 from megavlm.model.shapes import Shapes
 
 HF_LAYOUT = "hf_layout.json"
@@ -87,15 +88,18 @@ def mcore_to_hf(
         writer = HfWriter(partial, layout)
         total = sum(info.nbytes for info in tensors.values())
         with progress_bar(f"{mcore.name} → {out.name}", total, show=progress) as advance:
-            for entry in entries:
-                for first, last in rows(entry):
-                    tensor = checkpoint.read(entry.key, first, last)
-                    wanted = [_piece_shape(entry, tensors[name].shape) for name in entry.hf]
-                    for name, part in zip(entry.hf, entry.layout.to_hf(tensor, wanted), strict=True):
-                        for target in (name, *(copy for copy in entry.copies if copy in tensors)):
-                            writer.write(target, part, first)
-                            advance(part.numel() * tensors[target].torch_dtype.itemsize)
-        writer.close()
+
+            def convert(piece: tuple[Entry, int, int]) -> None:
+                entry, first, last = piece
+                tensor = checkpoint.read(entry.key, first, last)
+                wanted = [_piece_shape(entry, tensors[name].shape) for name in entry.hf]
+                for name, part in zip(entry.hf, entry.layout.to_hf(tensor, wanted), strict=True):
+                    for target in (name, *(copy for copy in entry.copies if copy in tensors)):
+                        writer.write(target, part, first)
+                        advance(part.numel() * tensors[target].torch_dtype.itemsize)
+
+            in_threads(convert, [(entry, *piece) for entry in entries for piece in rows(entry)])
+            writer.close()
 
 
 def hf_layout(hf: str | Path, mcore: str | Path | None = None) -> HfLayout | None:

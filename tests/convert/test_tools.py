@@ -51,3 +51,12 @@ def test_one_message_and_status_2(tmp_path):
     assert ended.stderr.startswith(f"error: no such Hugging Face folder: {tmp_path / 'nowhere'}\n  → ")
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
+
+
+@pytest.mark.parametrize("tool", ["hf2mcore.py", "mcore2hf.py", "compare.py"])
+def test_help_waits_for_no_torch(tool):
+    command = [sys.executable, "-X", "importtime", TOOLS / tool, "--help"]
+    environment = {"PYTHONPATH": str(TOOLS.parent), "PATH": ""}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "argparse" in ended.stderr
+    assert "torch" not in ended.stderr
