@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megavlm.convert.mcore_checkpoint import Source, write_checkpoint
-from megavlm.training.checkpoint import latest
+from megavlm.training.checkpoint_folders import latest
 
 
 @pytest.fixture
@@ -37,7 +37,9 @@ def test_incomplete_ones_are_named(root, file, caplog):
     data = root / "step_00000200" / "__0_0_0.distcp"
     data.write_bytes(data.read_bytes()[:-100])
     assert latest(root) == root / "step_00000100"
-    messages = [record.getMessage() for record in caplog.records if record.name == "megavlm.training.checkpoint"]
+    messages = [
+        record.getMessage() for record in caplog.records if record.name == "megavlm.training.checkpoint_folders"
+    ]
     assert "step_00000300" in messages[0]
     assert file in messages[0]
     assert "step_00000200 is incomplete: __0_0_0.distcp is" in messages[1]
