@@ -16,65 +16,72 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-_KIND = "fully_reshardable"
-
 
 def saved_state(chained: ChainedOptimizer, model: dict, metadata: dict) -> dict:
     """What this rank stores of the optimizers; ``model`` is the sharded state of the weights. Call it on all ranks.
 
-    Tensors are the optimizers' own where this rank holds a parameter alone: use them before the next step.
+    Tensors are the optimizers' own where this rank holds a parameter alone: use them before the next step. Of their
+    settings only the number of steps is stored, which all of them have in common: layouts differ in how many there are.
     """
     optimizers = chained.chained_optimizers
-    if not all(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers):
+    if not _are_sharded(optimizers):
         return chained.sharded_state_dict(model, metadata=metadata)
     entries = {entry.data: entry for entry in model.values() if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
-    states = [
-        {
-            **optimizer.state_dict(),
-            "param_state": dict(enumerate(_stored_here(optimizer, entries))),
-            "param_state_sharding_type": _KIND,
-        }
-        for optimizer in optimizers
-    ]
-    return states[0] if len(states) == 1 else dict(enumerate(states))
+    return {
+        "step": _groups_of(optimizers[0].state_dict())[0]["step"],
+        "tensors": [list(_stored_here(optimizer, entries)) for optimizer in optimizers],
+    }
 
 
 def wanted_state(chained: ChainedOptimizer, model: dict, metadata: dict) -> dict:
     """What this rank loads of the optimizers, to be given to ``load_state``."""
-    for adam in (optimizer.optimizer for optimizer in chained.chained_optimizers if _uses_torch_adam(optimizer)):
-        for parameter in (p for group in adam.param_groups for p in group["params"]):
-            if not adam.state[parameter]:  # DistributedOptimizer.state_dict asks for a step
-                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-                adam.state[parameter] = {"step": torch.zeros(()), **moments}
-    return chained.sharded_state_dict(model, is_loading=True, metadata=metadata)
+    optimizers = chained.chained_optimizers
+    if not _are_sharded(optimizers):
+        return chained.sharded_state_dict(model, is_loading=True, metadata=metadata)
+    return {
+        "tensors": [
+            optimizer.sharded_param_state_fully_reshardable(model, is_loading=True, metadata=metadata)
+            for optimizer in optimizers
+        ]
+    }
 
 
 def load_state(chained: ChainedOptimizer, state: dict) -> None:
-    """``chained.load_state_dict(state)``, also for DistributedOptimizer over torch's Adam.
+    """Take over what ``dist_checkpointing.load`` returned for ``wanted_state``.
 
-    That one looks for a stored tensor for each tensor of Adam's state, "step" too, which is stored as a number; and it
-    gives all parameters one step tensor, which each of them would count up. So its moments are loaded while the steps
-    are plain numbers, and each parameter gets its own afterwards.
+    Over torch's Adam, Megatron's DistributedOptimizer looks for a stored tensor for each tensor of Adam's state,
+    "step" too, which is stored as a number; and it gives all parameters one step tensor, which each of them would count
+    up. So tensors are loaded while the steps are plain numbers, and each parameter gets its own afterwards.
     """
     optimizers = chained.chained_optimizers
-    if not any(map(_uses_torch_adam, optimizers)):
+    if not _are_sharded(optimizers):
         chained.load_state_dict(state)
         return
-    states = [state] if len(optimizers) == 1 else [state[index] for index in range(len(optimizers))]
-    for optimizer, part in zip(optimizers, states, strict=True):
-        tensors = part.pop("param_state")
-        optimizer.load_state_dict(part)
-        values = optimizer.optimizer.state.values()
-        for value in values:
-            value["step"] = value["step"].item()
+    for optimizer, tensors in zip(optimizers, state["tensors"], strict=True):
+        adam = optimizer.optimizer
+        if isinstance(adam, torch.optim.Adam):  # where neither Transformer Engine nor Apex is installed
+            for parameter in (p for group in adam.param_groups for p in group["params"]):
+                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.zeros(()), **moments}  # DistributedOptimizer relies on them
+        settings = optimizer.state_dict()
+        for group in _groups_of(settings):
+            group["step"] = state["step"]
+        optimizer.load_state_dict(settings)
+        if isinstance(adam, torch.optim.Adam):
+            for value in adam.state.values():
+                value["step"] = value["step"].item()
         optimizer.load_parameter_state_from_fully_reshardable(tensors)
-        for value in values:
-            value["step"] = torch.tensor(value["step"])
+        if isinstance(adam, torch.optim.Adam):
+            for value in adam.state.values():
+                value["step"] = torch.tensor(value["step"])
 
 
-def _uses_torch_adam(optimizer) -> bool:
-    """Whether DistributedOptimizer stands on torch's Adam: where neither Transformer Engine nor Apex is installed."""
-    return isinstance(optimizer, DistributedOptimizer) and isinstance(optimizer.optimizer, torch.optim.Adam)
+def _are_sharded(optimizers: list) -> bool:
+    return all(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers)
+
+
+def _groups_of(settings: dict) -> list[dict]:
+    return settings["optimizer"]["param_groups"]
 
 
 def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dict]:
