@@ -31,6 +31,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megavlm.config.errors import UserError
@@ -164,8 +165,8 @@ class _Files(FileSystemWriterAsync):
 
     def prepare_write_data(self, plan, planner) -> None:
         data = [(item, planner.resolve_data(item)) for item in plan.items]
-        others = [(item, value) for item, value in data if not isinstance(value, torch.Tensor)]
-        tensors = [(item, value.detach()) for item, value in data if isinstance(value, torch.Tensor)]
+        others = [(item, value) for item, value in data if not isinstance(value, Tensor)]
+        tensors = [(item, value.detach()) for item, value in data if isinstance(value, Tensor)]
         self.num_bytes = sum(value.nbytes for _, value in tensors) + sum(
             value.getbuffer().nbytes for _, value in others
         )
@@ -181,14 +182,22 @@ class _Files(FileSystemWriterAsync):
         """Torch's write results, or what went wrong."""
         if not self.write_buckets:
             return []
-        (bucket,) = self.write_buckets
-        _, results = self.write_preloaded_data([self.transforms], 0, bucket, None, None, use_fsync=True)
+        ((file, name, (others, tensors)),) = self.write_buckets
+        own = ((item, _own_storage(tensor)) for item, tensor in tensors)  # one at a time
+        _, results = self.write_preloaded_data(
+            [self.transforms], 0, (file, name, (others, own)), None, None, use_fsync=True
+        )
         if isinstance(results, Exception):
             cause = results
             while not isinstance(cause, OSError) and cause.__context__ is not None:
                 cause = cause.__context__  # torch tells of a full disk as "unexpected pos"
             results = cause if isinstance(cause, OSError) else RuntimeError(f"{type(results).__name__}: {results}")
         return results
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """``torch.save`` of a part of a buffer would write all of the buffer."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _write_in_child(files: _Files, connection, parent: int) -> None:

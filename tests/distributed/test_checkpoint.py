@@ -158,6 +158,7 @@ def test_continues_on_the_same_bits(name, background, toys, tmp_path, request):
     settings = adam(toy, layout, background=background)
     straight = world.run(run, *toy, settings, tmp_path, steps=3, save_at=[2])
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+    assert_compact(tmp_path / "step_00000002")
     resumed = world.run(run, *toy, settings, tmp_path, steps=3, restore=tmp_path / "step_00000002")
     for (metrics, weights, draws, place, _), (late_metrics, late_weights, late_draws, late_place, first) in zip(
         straight, resumed, strict=True
@@ -167,6 +168,16 @@ def test_continues_on_the_same_bits(name, background, toys, tmp_path, request):
         assert all(torch.equal(x, y) for x, y in zip(weights, late_weights, strict=True))
         assert late_draws == draws
         assert late_place == place
+
+
+def assert_compact(checkpoint):
+    """The files hold each tensor once, a kilobyte of zip archive around each piece, and objects."""
+    from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+
+    tensors = McoreCheckpoint(checkpoint).tensors.values()
+    nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
+    files = sum(file.stat().st_size for file in checkpoint.iterdir())
+    assert nbytes < files < nbytes + 4096 * len(tensors) + 2**20
 
 
 @pytest.mark.parametrize("pair", PAIRS)
