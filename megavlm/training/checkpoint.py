@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megavlm.config.errors import UserError
 from megavlm.convert import HF_LAYOUT, SHARDED_METADATA
-from megavlm.training.checkpoint_folders import partial_folder, publish
+from megavlm.training.checkpoint_folders import clean, partial_folder, publish
 from megavlm.training.checkpoint_writer import CheckpointWriter
 from megavlm.training.optimizer_state import load_state, saved_state, wanted_state
 
@@ -31,9 +31,6 @@ class Checkpoints:
         vlm: the model. optimization: its optimizers and schedule. loader: its rows, None where this rank reads none.
         settings: of the run; its checkpoint, train, data and parallel sections.
         origin: checkpoint the run's weights came from, whose note on the Hugging Face files is handed on.
-
-    Attributes:
-        seconds: that the training loop has waited here since it last asked (``take_seconds``).
     """
 
     def __init__(self, root: Path, vlm, optimization, loader, settings, origin: Path | None = None):
@@ -48,11 +45,13 @@ class Checkpoints:
         }
         self._world = vlm.groups.world_host
         self._start = self._from_first_rank(secrets.token_hex(4))
+        if dist.get_rank() == 0:
+            clean(root)
         self._hf_layout = _read_text(origin / HF_LAYOUT) if origin else None
         self._writer = CheckpointWriter(
             vlm.groups.language.dp_cp, self._world, background=settings.checkpoint.async_save
         )
-        self.seconds = 0.0
+        self._seconds = 0.0
 
     def save(self, step: int) -> None:
         """Write the state after ``step``. With ``async_save`` it returns once the state may change.
@@ -73,7 +72,7 @@ class Checkpoints:
             "workers": self._workers,
         }
         self._writer.start(state, partial_folder(self.root, step, self._start))
-        self.seconds += time.perf_counter() - began
+        self._seconds += time.perf_counter() - began
         if not self.settings.async_save:
             self.finish()
 
@@ -90,7 +89,7 @@ class Checkpoints:
 
     def take_seconds(self) -> float:
         """Seconds that this rank's training loop has waited here since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
+        seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def restore(self, folder: Path) -> int:
@@ -150,7 +149,7 @@ class Checkpoints:
     def _finish(self, *, wait: bool) -> None:
         began = time.perf_counter()
         self._writer.finish(self._seal, wait=wait)
-        self.seconds += time.perf_counter() - began
+        self._seconds += time.perf_counter() - began
 
     def _seal(self, folder: Path) -> None:
         if self._hf_layout:

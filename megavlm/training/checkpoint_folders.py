@@ -58,6 +58,11 @@ def publish(partial: Path, keep: int, keep_every: int | None) -> None:
         forever = keep_every is not None and number % keep_every == 0
         if number > step or (path in older[:-keep] and not forever):
             _delete(path)
+    clean(root)
+
+
+def clean(root: Path) -> None:
+    """Delete what earlier starts of the run left half written or half deleted."""
     for path in [*root.glob("step_*.partial"), *root.glob("step_*.deleted")]:
         shutil.rmtree(path, ignore_errors=True)  # a writer elsewhere may still add to it: next time, then
 
