@@ -204,6 +204,7 @@ def _write_in_child(files: _Files, connection, parent: int) -> None:
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the trainer to act on
     gc.disable()
+    torch.set_num_threads(1)  # the pool of threads did not come along: a parallel copy would wait for it forever
     connection.send(files.write())
     os._exit(0)  # what the trainer registered for its exit is not this process's to do
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from pool import PRELOAD, _environment
 from pool_worker import ENVIRONMENT
 
+import megavlm.failures
 from megavlm.training.metrics import read_metrics
 
 GRACE_SECONDS = 0.5  # between SIGTERM and SIGKILL; torchrun gives 30 and srun two
@@ -138,6 +139,7 @@ def _fork(main: Callable, arguments: list[str], rank: int, size: int, port: int,
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
+        megavlm.failures._BEGAN = time.time()  # as it would be without the fork
         status = main(arguments)
         sys.stdout.flush()
         sys.stderr.flush()

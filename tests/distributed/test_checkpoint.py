@@ -75,7 +75,7 @@ class CountingLoader:
         self.place = states[0]["place"]
 
 
-def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at=(), restore=None):
+def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at=(), restore=None, threads=1):
     """Runs on every rank: trains from ``weights`` or a checkpoint.
 
     Returns loss and norms of each step, local weights after the last step, random numbers drawn after it, rows
@@ -92,6 +92,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     from megavlm.training.state import load_weights
     from megavlm.training.step import Step
 
+    torch.set_num_threads(threads)
     settings = Settings(**settings)
     groups = platform.init(settings.parallel)
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
@@ -209,6 +210,14 @@ def test_keeps_the_newest(background, toys, tmp_path, world1):
     world1.run(run, *toy, settings, tmp_path, steps=4, save_at=[4], restore=tmp_path / "step_00000003")
     (tmp_path / "step_00000009").mkdir()
     assert world1.run(newest, tmp_path) == [tmp_path / "step_00000004"]
+
+
+def test_a_writer_has_no_threads_of_its_parent(toys, tmp_path, world1):
+    """OpenMP's threads do not live in a forked child: a copy that counts on them hangs."""
+    toy = toys["dense"]
+    settings = adam(toy, ONE)
+    world1.run(run, *toy, settings, tmp_path, steps=2, save_at=[1, 2], threads=2, timeout=120)
+    assert_compact(tmp_path / "step_00000002")
 
 
 def newest(root):
