@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint.py [--dir DIR] [--json FILE] [--layers N]
 
-A random model of some forty million parameters (bf16 weights, float32 copy and Adam moments: 14 bytes each) takes
+A random model of a hundred million parameters (bf16 weights, float32 copy and Adam moments: 14 bytes each) takes
 real steps on one process and on two, and is saved four times in each way. Waiting is what the training loop spends in
 ``save``, in ``poll`` after every step, and in ``finish`` before the next save. While a checkpoint is written in the
 background the steps share processors and memory with the writer: their time is listed beside that of undisturbed ones.
@@ -150,7 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", help="where to work (default: the system's temporary folder)")
     parser.add_argument("--json", help="also write the numbers to this file")
-    parser.add_argument("--layers", type=int, default=3, help="decoder layers of 12 million parameters each")
+    parser.add_argument("--layers", type=int, default=8, help="decoder layers of 12 million parameters each")
     parser.add_argument("--rank-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_of:

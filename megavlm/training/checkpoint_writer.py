@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,9 @@ class _Pending:
     metadata: Metadata | None  # on the first rank
     process: multiprocessing.Process | None
     connection: Any  # where the results come from; None: they are in ``results``
-    results: Any = None
+    results: Any
+    everyone: list | None = None  # on the first rank, when all have written: (bytes, results) of each rank
+    sealing: Future | None = None  # on the first rank, after that
 
 
 class CheckpointWriter:
@@ -71,6 +74,7 @@ class CheckpointWriter:
         self._plans = (None, None, False)  # of Megatron: central plan, local plan, whether they are valid for all ranks
         self._metadata: Metadata | None = None
         self._pending: _Pending | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # what waits for the disk on the first rank
 
     def start(self, state: dict, folder: Path) -> None:
         """Begin to write ``state`` into ``folder``. Call it on all ranks, after the one before is finished.
@@ -96,26 +100,32 @@ class CheckpointWriter:
         """If a folder is being written, and that has ended on all ranks, make it whole. Call it on all ranks.
 
         Args:
-            seal: called on the first rank with the folder when all of it is on disk.
+            seal: called on the first rank, in a thread, with the folder when all of it is on disk.
             wait: until it has ended.
 
         Raises:
             WriteError: on all ranks, if one could not write; the folder is removed.
         """
-        pending = self._pending
+        pending, first = self._pending, dist.get_rank() == 0
         if pending is None:
             return
-        if not wait:
-            running = pending.connection is not None and not pending.connection.poll()
-            flag = torch.tensor([int(running)])
-            dist.all_reduce(flag, group=self._host)
-            if flag.item():
+        if pending.everyone is None:
+            if not wait and self._is_true_anywhere(pending.connection is not None and not pending.connection.poll()):
                 return
+            mine = (pending.files.num_bytes, _results_of(pending))
+            pending.everyone = [None] * dist.get_world_size() if first else []
+            dist.gather_object(mine, pending.everyone if first else None, dst=0, group=self._host)
+            if first:
+                pending.sealing = self._thread.submit(_complete, pending, seal)
+        if not wait and self._is_true_anywhere(pending.sealing is not None and not pending.sealing.done()):
+            return
         self._pending = None
-        mine = (pending.files.num_bytes, _results_of(pending))
-        everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(mine, everyone, dst=0, group=self._host)
-        self._on_first_rank(pending.folder, lambda: _complete(pending, everyone, seal), everyone)
+        self._on_first_rank(pending.folder, lambda: pending.sealing.result(), pending.everyone)
+
+    def _is_true_anywhere(self, flag: bool) -> bool:
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, group=self._host)
+        return bool(flags.item())
 
     def _plan(self, state: dict, folder: Path) -> tuple["_Files", Metadata | None]:
         shards, common = save_preprocess(state, validate_access_integrity=self._plans[0] is None)
@@ -222,12 +232,12 @@ def _results_of(pending: _Pending) -> list | Exception:
     return results
 
 
-def _complete(pending: _Pending, everyone: list[tuple[int, Any]], seal: Callable[[Path], None]) -> None:
+def _complete(pending: _Pending, seal: Callable[[Path], None]) -> None:
     """On the first rank: what makes the written files a checkpoint."""
-    failed = [results for _, results in everyone if isinstance(results, Exception)]
+    failed = [results for _, results in pending.everyone if isinstance(results, Exception)]
     if failed:
         raise failed[0]
-    pending.files.finish(pending.metadata, [results for _, results in everyone])
+    pending.files.finish(pending.metadata, [results for _, results in pending.everyone])
     save_config(CheckpointingConfig(TorchDistSaveShardedStrategy().backend, 1), str(pending.folder))
     seal(pending.folder)
 
