@@ -102,8 +102,12 @@ class Checkpoints:
             UserError: the run was of another optimizer, precision, set of learning parts, or number of data workers.
         """
         common = dist_checkpointing.load_common_state_dict(str(folder))
+        if "workers" not in common:
+            raise UserError(
+                f"{folder} holds weights, but no run of this version", "start a new run from it (model.load)"
+            )
         for name, value in self._identity.items():
-            if "identity" in common and common["identity"][name] != value:
+            if common["identity"][name] != value:
                 raise UserError(
                     f"{folder} was written with {name} {common['identity'][name]}, now it is {value}",
                     "resume with the settings of the interrupted run, or start a new run from it (model.load)",
