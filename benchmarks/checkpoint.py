@@ -6,6 +6,7 @@ A random model of a hundred million parameters (bf16 weights, float32 copy and A
 real steps on one process and on two, and is saved four times in each way. Waiting is what the training loop spends in
 ``save``, in ``poll`` after every step, and in ``finish`` before the next save. While a checkpoint is written in the
 background the steps share processors and memory with the writer: their time is listed beside that of undisturbed ones.
+The fastest save of each way after the first is compared, as other work on the machine only adds; so are medians.
 """
 
 import argparse
@@ -132,14 +133,15 @@ def summary(name: str, ranks: list[dict]) -> dict:
     """The slowest rank of each save; the first save plans what the later ones repeat."""
     foreground, background = ([max(times) for times in zip(*(r[way] for r in ranks), strict=True)]
                               for way in ("foreground", "background"))  # fmt: skip
-    later = statistics.median(background[1:]) / statistics.median(foreground[1:])
+    share = lambda of: round(of(background[1:]) / of(foreground[1:]), 3)
     first = ranks[0]
     return {
         "layout": name,
         "gigabytes": round(first["bytes"] / 1e9, 3),
         "foreground_seconds": [round(s, 3) for s in foreground],
         "background_wait_seconds": [round(s, 3) for s in background],
-        "share": round(later, 3),
+        "share_of_fastest": share(min),
+        "share_of_median": share(statistics.median),
         "share_of_first": round(background[0] / foreground[0], 3),
         "step_seconds_alone": round(first["step_alone"], 3),
         "step_seconds_beside_writer": round(first["step_beside_writer"] or 0, 3),
@@ -169,13 +171,14 @@ def main() -> int:
                 shutil.rmtree(work / way)
     finally:
         shutil.rmtree(work)
-    good = all(row["share"] <= MAX_SHARE for row in rows)
+    good = all(row["share_of_fastest"] <= MAX_SHARE for row in rows)
     view = Table(
         "layout",
         "GB",
         "in the foreground, s",
         "waiting, in the background, s",
-        "share",
+        "share, of the fastest",
+        "of the medians",
         "of the first",
         "step alone, s",
         "step beside the writer, s",
@@ -184,7 +187,7 @@ def main() -> int:
         cells = [", ".join(f"{x:.2f}" for x in cell) if isinstance(cell, list) else str(cell) for cell in row.values()]
         view.add_row(*cells)
     Console().print(view)
-    print(f"waiting is at most {MAX_SHARE:.0%} of a save in the foreground (medians after the first): {good}")
+    print(f"waiting is at most {MAX_SHARE:.0%} of a save in the foreground (fastest after the first): {good}")
     if args.json:
         about = {
             "cores": len(os.sched_getaffinity(0)),
