@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megavlm import environment, failures, local_workers
+from megavlm import environment, failures, local_workers, processes
 from megavlm.config import layout, output, requirements
 from megavlm.config.errors import UserError
 from megavlm.config.load import load_settings
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (default: the process's own) and returns its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if local_workers.is_worker():
-        local_workers.end_with_parent()
+        processes.end_with_parent()
     try:
         return _main(arguments)
     except KeyboardInterrupt:

@@ -6,7 +6,6 @@ into 1 with a banner, ends workers 30 seconds after SIGTERM even while they writ
 Rank 0 has the terminal; what the others print goes to a log whose end is shown if that rank is the one that fails.
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -22,7 +21,6 @@ from megavlm import failures
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a checkpoint is written, then the run ends with status 0
 _LOG_LINES = 40
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def run(arguments: Sequence[str], nproc: int) -> int:
@@ -46,12 +44,6 @@ def run(arguments: Sequence[str], nproc: int) -> int:
 def is_worker() -> bool:
     """Whether this process was started by `run`."""
     return failures.FOLDER_VARIABLE in os.environ
-
-
-def end_with_parent() -> None:
-    """Has the kernel end this process when its parent dies, even by SIGKILL, so that no worker is left behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Stop:

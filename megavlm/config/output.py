@@ -21,6 +21,7 @@ FREE_TO_CHANGE = (
     "output",
     "overwrite",
     "data.eval",
+    "data.workers",  # the checkpoint says which numbers can continue its data
     "model.kernels",
     "train.steps",
     "train.recompute",

@@ -255,7 +255,21 @@ class CheckpointSettings(Section):
         None, ge=1, description="steps between checkpoints; null: only at the end or when stopped"
     )
     keep: Int = Field(3, ge=1, description="newest checkpoints kept; older ones are deleted")
+    keep_every: Int | None = Field(
+        None, ge=1, description="checkpoints of steps divisible by this are never deleted; null: they are as all others"
+    )
     async_save: Bool = Field(True, alias="async", description="write in the background while training goes on")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CheckpointSettings":
+        if self.keep_every and (not self.every or self.keep_every % self.every):
+            every = self.every or "null"
+            raise UserError(
+                f"checkpoint.keep_every is {self.keep_every}, but checkpoint.every is {every}: "
+                "there are no checkpoints at its steps",
+                f"choose a multiple of {self.every}" if self.every else "set checkpoint.every, or keep_every to null",
+            )
+        return self
 
 
 class WandbSettings(Section):

@@ -75,11 +75,15 @@ class McoreCheckpoint:
                 f"it holds {steps[-1]}: give that folder" if steps else "give a folder written by hf2mcore or training"
             )
             raise UserError(f"{path} is no Megatron checkpoint: metadata.json or .metadata is missing", remedy)
+        try:
+            json.loads((path / "metadata.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path / 'metadata.json'} cannot be read: {error}", "use another checkpoint") from None
         self._reader = dcp.FileSystemReader(path)
         try:
             self._metadata = self._reader.read_metadata()
         except Exception as error:  # pickle raises whatever the damaged bytes lead it to
-            raise UserError(f"{path / '.metadata'} cannot be read: {error!r}") from None
+            raise UserError(f"{path / '.metadata'} cannot be read: {error!r}", "use another checkpoint") from None
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._stored: dict[str, TensorStorageMetadata] = {
             key: stored

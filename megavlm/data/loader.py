@@ -10,6 +10,7 @@ from collections.abc import Generator
 from typing import Any
 
 from megatron.energon import SavableDataLoader, WorkerConfig
+from megatron.energon.savable_loader import SavableDataLoaderState
 from megatron.energon.wrappers import BlendDataset
 
 from megavlm.config.errors import UserError
@@ -18,6 +19,7 @@ from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.sources import DraftDataset, ErrorsAsItems, RowDataset
+from megavlm.processes import end_with_parent
 
 _PREFETCH = 2  # rows that each worker makes ahead
 
@@ -28,12 +30,17 @@ class RowLoader:
     ``state_dict()`` holds the place of every worker of this rank behind the rows taken so far, and what waits in their
     packing buffers (as line numbers, not as data); a loader built from the same settings and given that state by
     ``load_state_dict`` before its first row continues with the very row that would have come next.
+
+    Rank r takes rows from its workers in turn; worker w of it is number r + ranks × w of all. So row n of all ranks
+    together comes from worker n modulo their number, on whichever rank that worker lies: given the states of all
+    workers, another number of ranks with as many workers in all continues the same sequence of rows.
     """
 
     def __init__(self, loader: SavableDataLoader, identity: dict[str, Any]):
         self._loader = loader
         self._identity = identity
         self._rows: Generator[Row | UserError] | None = None
+        self._taken = 0  # rows, by this rank
 
     def __iter__(self) -> "RowLoader":
         return self
@@ -45,22 +52,36 @@ class RowLoader:
         row = next(self._rows)
         if isinstance(row, UserError):
             raise row
+        self._taken += 1
         return row
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of this rank, for a checkpoint: strings, numbers and bytes."""
-        return {"identity": self._identity, "state": pickle.dumps(self._loader.save_state_rank())}
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The state of each worker of this rank, for a checkpoint: strings, numbers and bytes."""
+        rank, workers = self._loader.save_state_rank(), max(self._loader.num_workers, 1)
+        states = [None] * workers if rank is None else rank.worker_states  # None: not started yet
+        rows = self._taken * self._loader.worker_config.world_size
+        return [{"identity": self._identity, "rows": rows, "state": pickle.dumps(state)} for state in states]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state. Raises UserError if the state is of other data or another layout."""
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Continue from the states of this rank's workers, in their order.
+
+        Raises UserError if they are of other data, or of another number of workers in all.
+        """
         for name, value in self._identity.items():
-            if state["identity"].get(name) != value:
+            if states[0]["identity"].get(name) != value:
                 raise UserError(
-                    f"the checkpoint was written with {name} {state['identity'].get(name)}, now it is {value}: "
+                    f"the checkpoint was written with {name} {states[0]['identity'].get(name)}, now it is {value}: "
                     "the data cannot be continued from its place",
                     "resume with the settings of the interrupted run, or start a new run from its weights (model.load)",
                 )
-        self._loader.restore_state_rank(pickle.loads(state["state"]))
+        self._taken, rest = divmod(states[0]["rows"], self._loader.worker_config.world_size)
+        assert rest == 0, states[0]["rows"]  # every step takes as many rows on each rank
+        workers = [pickle.loads(state["state"]) for state in states]
+        if workers[0] is not None:
+            turn = self._taken % len(workers)
+            self._loader.restore_state_rank(
+                SavableDataLoaderState(worker_states=workers, next_worker_id=turn, micro_batch_size=None)
+            )
 
     def close(self) -> None:
         """End the worker processes; the loader cannot be used any more."""
@@ -128,8 +149,7 @@ def build_loader(
     loader.pin_memory = pin_memory  # energon always wants it, and torch warns of that where there is no GPU
     loader.worker_init_fn = _start_worker
     identity = {
-        "data-parallel ranks": dp_size,
-        "data.workers": settings.workers,
+        "data workers in all": [dp_size * max(settings.workers, 1), settings.workers > 0],
         "data.train": [[file.path.name, len(file), s.weight] for file, s in zip(files, settings.train, strict=True)],
         "data.seq_length": renderer.seq_length,
         "data.packing": [settings.packing, rows.buffer_size],
@@ -145,6 +165,7 @@ def _start_worker(worker: int) -> None:
     A signal to stop, sent to all processes of a job, is for the trainer to act on: it still needs rows until its step
     is done. Only the trainer itself ends a worker.
     """
+    end_with_parent()
     gc.freeze()  # what the trainer left behind, tensors on the GPU among it, is not this process's to collect
     for stop in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(stop, signal.SIG_IGN)

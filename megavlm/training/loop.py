@@ -12,7 +12,8 @@ from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.model.vlm import PARTS
 from megavlm.platform import device_name, memory_gib, on_gpu
-from megavlm.training.checkpoint import Checkpoints, latest
+from megavlm.training.checkpoint import Checkpoints
+from megavlm.training.checkpoint_folders import latest
 from megavlm.training.feed import Feed
 from megavlm.training.flops import Work, peak_flops, step_flops
 from megavlm.training.guard import SkippedSteps, weights_failure
@@ -71,9 +72,7 @@ def _train(settings: Settings, kind: str, title: str, watch: HangWatch) -> int:
             pin_memory=on_gpu(),
         )
     optimization = Optimization(session.vlm, settings.train)
-    checkpoints = Checkpoints(
-        output / "checkpoints", session.vlm, optimization, loader, settings.checkpoint, settings.train, origin
-    )
+    checkpoints = Checkpoints(output / "checkpoints", session.vlm, optimization, loader, settings, origin)
     first = checkpoints.restore(checkpoint) if checkpoint else 0
     watch.beat("building the optimizer and restoring the run")
     stragglers = Stragglers(session.vlm)
@@ -105,7 +104,7 @@ def _train(settings: Settings, kind: str, title: str, watch: HangWatch) -> int:
             result = step()
             line = _line(session, number, result, began)
             if number % settings.log.every == 0 or number == steps or result.trouble:
-                line |= stragglers.fields()
+                line |= {**stragglers.fields(), "seconds_checkpoint": checkpoints.take_seconds()}
                 metrics.write(line)
                 wandb.log(line)
             progress.update(line)

@@ -28,16 +28,20 @@ Those that the training loop adds:
     seconds_tower_max   the same of the slowest rank
     tower_imbalance     seconds_tower_max / seconds_tower, from 1; null where no rank took any time
     slowest_rank        rank with the most of both together: its own waiting for rows and its own time in the tower
+    seconds_checkpoint  time that rank 0 has waited for checkpoints since the line before; not part of seconds
 
 A number that is not finite is written as null: NaN is not JSON.
 """
 
+import contextlib
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.config.files import write_text
 
 FILE_NAME = "metrics.jsonl"
@@ -105,13 +109,27 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends one line. Values are plain numbers, None, or scalars with `.item()` (tensors, numpy)."""
+        """Appends one line. Values are plain numbers, None, or scalars with `.item()` (tensors, numpy).
+
+        Raises UserError where the disk is full.
+        """
         if self._file is None:
             return
         missing = [name for name in REQUIRED if name not in line]
         assert not missing, f"metrics of a step lack {', '.join(missing)}"
-        self._file.write(json.dumps({name: _plain(value) for name, value in line.items()}, allow_nan=False) + "\n")
-        self._file.flush()
+        text = json.dumps({name: _plain(value) for name, value in line.items()}, allow_nan=False)
+        try:
+            self._file.write(text + "\n")
+            self._file.flush()
+        except OSError as error:
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):
+                file.close()  # it tries to write again
+            free = shutil.disk_usage(self.path.parent).free / 1e9
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; {free:.3g} GB are free there",
+                "make room, then start the same command again: it continues from the newest checkpoint",
+            ) from None
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""

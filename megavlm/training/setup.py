@@ -11,7 +11,7 @@ from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
 from megavlm.platform import Groups, init
-from megavlm.training.checkpoint import latest
+from megavlm.training.checkpoint_folders import latest
 from megavlm.training.hang_watch import collective_minutes
 from megavlm.training.state import load_weights
 

@@ -111,14 +111,41 @@ def test_continues_with_the_row_that_would_have_come(load, workers, packing):
     assert contents(islice(continued(unused), 2)) == rows[:2]
 
 
+@pytest.mark.parametrize(("before", "after"), [((2, 2), (1, 4)), ((1, 4), (2, 2)), ((2, 2), (4, 1))])
+def test_continues_on_another_number_of_ranks(load, before, after):
+    """(ranks, workers of each), as many workers in all: the same rows in each step, in the same order."""
+    sources, batch = ("talks.jsonl", "documents.jsonl"), max(before[0], after[0])
+
+    def ranks_of(layout):
+        ranks, workers = layout
+        return [load(sources, dp_rank=rank, dp_size=ranks, workers=workers, packing_buffer=30) for rank in range(ranks)]
+
+    def step(loaders):
+        return [contents([next(loader)])[0] for _ in range(batch // len(loaders)) for loader in loaders]
+
+    straight = ranks_of(before)
+    steps = [step(straight) for _ in range(6)]
+    first = ranks_of(before)
+    for done in (1, 3):  # two rows a step stop in the middle of a round, some workers not even asked
+        while first[0]._taken * len(first) < done * batch:
+            step(first)
+        states = {}
+        for rank, loader in enumerate(first):
+            states |= {rank + len(first) * worker: state for worker, state in enumerate(loader.state_dict())}
+        second = ranks_of(after)
+        for rank, loader in enumerate(second):
+            loader.load_state_dict([states[rank + len(second) * worker] for worker in range(4 // len(second))])
+        assert [step(second) for _ in range(3)] == steps[done : done + 3]
+
+
 def test_state_fits_only_the_same_run(load):
     state = load().state_dict()
     for settings, named in (
-        ({"dp_size": 2}, "data-parallel ranks 1, now it is 2"),
+        ({"dp_size": 2}, "data workers in all"),
         ({"seq_length": 256}, r"data\.seq_length 512, now it is 256"),
         ({"seed": 5}, "train.seed"),
         ({"train": "documents.jsonl"}, "data.train"),
-        ({"workers": 1}, "data.workers"),
+        ({"workers": 1}, "data workers in all"),
     ):
         with pytest.raises(UserError, match=named):
             load(**settings).load_state_dict(state)

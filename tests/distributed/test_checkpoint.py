@@ -1,49 +1,85 @@
 """Checkpoints of a run: continuing gives the same bits in the same layout, and the same numbers in another."""
 
+import math
 import random
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from parity import ROWS, settings_of
+from parity import settings_of
 from pool import RankError
 from toy import toy_folder, toy_records
 
-LAYOUTS = {
-    "one process": (1, "dense", {}),
-    "TP2": (2, "dense", {"tensor": 2}),
-    "DP2": (2, "dense", {}),
-    "PP2 × VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}),
-    "MoE EP2": (2, "moe", {"expert": 2}),
+ROWS = ((0, 1, 2), (3, 5), (4, 6), (7,), (5, 6), (0, 3))  # toy records in each row
+WORKERS = 4  # data workers in all, on however many ranks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks, kind of the model, ``parallel`` settings."""
+
+    world: int
+    kind: str
+    parallel: dict
+
+    @property
+    def data_size(self) -> int:
+        return self.world // math.prod(self.parallel.get(name, 1) for name in ("tensor", "pipeline", "context"))
+
+
+ONE, MOE = Layout(1, "dense", {}), Layout(1, "moe", {})
+TP2, PP2, DP2 = Layout(2, "dense", {"tensor": 2}), Layout(2, "dense", {"pipeline": 2}), Layout(2, "dense", {})
+VPP2 = Layout(2, "dense", {"pipeline": 2, "virtual_pipeline": 2})
+DP4, TP2_DP2 = Layout(4, "dense", {}), Layout(4, "dense", {"tensor": 2})
+TP2_PP2 = Layout(4, "dense", {"tensor": 2, "pipeline": 2})
+EP2 = Layout(2, "moe", {"expert": 2})
+EP2_TP2 = Layout(4, "moe", {"expert": 2, "tensor": 2, "expert_tensor": 1})
+EP2_ETP2 = Layout(4, "moe", {"expert": 2, "tensor": 2, "expert_tensor": 2})
+EP2_PP2 = Layout(4, "moe", {"expert": 2, "pipeline": 2})
+
+SAME = {"one process": ONE, "TP2": TP2, "DP2": DP2, "PP2 × VPP2": VPP2, "MoE EP2": EP2}
+# Saved under the first, continued under the second. A pair with context parallelism is one more line.
+PAIRS = {
+    "TP2 to DP2": (TP2, DP2),
+    "TP2 to PP2": (TP2, PP2),
+    "DP2 to one process": (DP2, ONE),
+    "one process to TP2 × PP2": (ONE, TP2_PP2),
+    "PP2 × VPP2 to TP2": (VPP2, TP2),
+    "PP2 to PP2 × VPP2": (PP2, VPP2),
+    "DP4 to TP2": (DP4, TP2),
+    "TP2 × DP2 to DP4": (TP2_DP2, DP4),
+    "MoE EP2 to one process": (EP2, MOE),
+    "MoE EP2 × TP2 to EP2 × PP2": (EP2_TP2, EP2_PP2),
+    "MoE one process to EP2 × TP2": (MOE, EP2_TP2),
 }
 
 
 class CountingLoader:
-    """The same few rows over and over; its place is a number."""
+    """The same few rows over and over, dealt to the data ranks in turn; its place: rows of all ranks."""
 
-    def __init__(self, rows):
-        self.rows, self.place = rows, 0
+    def __init__(self, rows, data_rank, data_size, workers):
+        self.rows, self.rank, self.size, self.workers, self.place = rows, data_rank, data_size, workers, 0
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        self.place += 1
-        return self.rows[(self.place - 1) % len(self.rows)]
+        self.place += self.size
+        return self.rows[(self.place - self.size + self.rank) % len(self.rows)]
 
     def state_dict(self):
-        return {"place": self.place}
+        return [{"place": self.place}] * self.workers
 
-    def load_state_dict(self, state):
-        self.place = state["place"]
+    def load_state_dict(self, states):
+        self.place = states[0]["place"]
 
 
-def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at=(), restore=None):
+def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at=(), restore=None, threads=1):
     """Runs on every rank: trains from ``weights`` or a checkpoint.
 
-    Returns losses, local weights after the last step, random numbers drawn after it, rows read (None: no leader), and
-    the step that the checkpoint said.
+    Returns loss and norms of each step, local weights after the last step, random numbers drawn after it, rows
+    read by all ranks (None: no leader), and the step that the checkpoint said.
     """
     from megavlm import platform
     from megavlm.config.settings import Settings
@@ -56,6 +92,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     from megavlm.training.state import load_weights
     from megavlm.training.step import Step
 
+    torch.set_num_threads(threads)
     settings = Settings(**settings)
     groups = platform.init(settings.parallel)
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
@@ -64,16 +101,18 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     renderer = Renderer(folder, settings.data)
     samples = [renderer.encode(r, root, f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
-    each = 2 // groups.data_size  # rows of a step on this rank; four rows make two steps
-    mine = [row for i, row in enumerate(rows) if i % groups.data_size == groups.data_rank]
-    loader = CountingLoader(mine) if groups.is_leader else None
+    each = settings.train.global_batch_size // groups.data_size  # rows of a step on this rank
+    loader = (
+        CountingLoader(rows, groups.data_rank, groups.data_size, settings.data.workers) if groups.is_leader else None
+    )
     optimization = Optimization(vlm, settings.train)
-    store = Checkpoints(checkpoints, vlm, optimization, loader, settings.checkpoint, settings.train, origin=weights)
+    store = Checkpoints(checkpoints, vlm, optimization, loader, settings, origin=weights)
     first = store.restore(restore) if restore else 0
     step = Step(vlm, optimization, Feed(vlm, loader), each, settings.train.logprob_chunk_tokens)
-    losses = []
+    metrics = []
     for number in range(first + 1, steps + 1):
-        losses.append(step().loss)
+        result = step()
+        metrics.append({"loss": result.loss, **result.norms})
         if number in save_at:
             store.save(number)
         store.poll()
@@ -81,7 +120,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     chunks = [vlm.vision, vlm.projector, *vlm.language]
     local = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
     draws = (random.random(), np.random.rand(), torch.rand(1).item())
-    return losses, local, draws, loader and loader.place, first
+    return metrics, local, draws, loader and loader.place, first
 
 
 @pytest.fixture(scope="session")
@@ -98,58 +137,72 @@ def toys(tmp_path_factory):
     return made
 
 
-def adam(folder: Path, kind: str, parallel: dict, *, background: bool = True, keep: int = 3, **train) -> dict:
-    train = {"optimizer": "adam", "lr": 1e-3, "precision": "bf16", "global_batch_size": 2, "warmup_steps": 2, **train}
-    settings = settings_of(folder, parallel, moe=kind == "moe", **train)
-    settings["train"] |= {"schedule": "cosine", "steps": 4}
+def adam(toy, layout: Layout, *, background: bool = True, keep: int = 3, workers: int | None = None, **train) -> dict:
+    settings = settings_of(
+        toy[0],
+        layout.parallel,
+        moe=layout.kind == "moe",
+        **{"optimizer": "adam", "lr": 1e-3, "precision": "bf16", "global_batch_size": 2, "warmup_steps": 2, **train},
+    )
+    settings["train"] |= {"schedule": "cosine", "steps": 6}
+    settings["data"] = {**settings.get("data", {}), "workers": workers or WORKERS // layout.data_size}
     return {**settings, "checkpoint": {"async": background, "keep": keep}}
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_continues_on_the_same_bits(layout, background, toys, tmp_path, request):
-    size, kind, parallel = LAYOUTS[layout]
-    if background and layout not in ("one process", "TP2"):
+@pytest.mark.parametrize("name", SAME)
+def test_continues_on_the_same_bits(name, background, toys, tmp_path, request):
+    layout = SAME[name]
+    if background and name not in ("one process", "TP2", "DP2"):
         pytest.skip("covered by the others")
-    world, toy = request.getfixturevalue(f"world{size}"), toys[kind]
-    settings = adam(toy[0], kind, parallel, background=background)
+    world, toy = request.getfixturevalue(f"world{layout.world}"), toys[layout.kind]
+    settings = adam(toy, layout, background=background)
     straight = world.run(run, *toy, settings, tmp_path, steps=3, save_at=[2])
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+    assert_compact(tmp_path / "step_00000002")
     resumed = world.run(run, *toy, settings, tmp_path, steps=3, restore=tmp_path / "step_00000002")
-    for (losses, weights, draws, place, _), (late_losses, late_weights, late_draws, late_place, first) in zip(
+    for (metrics, weights, draws, place, _), (late_metrics, late_weights, late_draws, late_place, first) in zip(
         straight, resumed, strict=True
     ):
         assert first == 2
-        assert late_losses == losses[2:]
+        assert late_metrics == metrics[2:]
         assert all(torch.equal(x, y) for x, y in zip(weights, late_weights, strict=True))
         assert late_draws == draws
         assert late_place == place
 
 
-@pytest.mark.parametrize(
-    ("kind", "first", "second"),
-    [
-        ("dense", (2, {"tensor": 2}), (2, {"pipeline": 2})),
-        ("dense", (2, {"pipeline": 2}), (1, {})),
-        ("moe", (2, {"expert": 2}), (4, {"tensor": 2, "expert": 2, "expert_tensor": 1})),
-    ],
-    ids=["TP2 to PP2", "PP2 to one process", "MoE EP2 to TP2 × EP2"],
-)
-def test_continues_in_another_layout(kind, first, second, toys, tmp_path, request):
-    toy = toys[kind]
-    worlds = [request.getfixturevalue(f"world{size}") for size, _ in (first, second)]
-    settings = [adam(toy[0], kind, parallel, precision="fp32") for _, parallel in (first, second)]
-    straight = worlds[0].run(run, *toy, settings[0], tmp_path, steps=3, save_at=[2])
-    resumed = worlds[1].run(run, *toy, settings[1], tmp_path, steps=3, restore=tmp_path / "step_00000002")
-    assert resumed[0][0] == pytest.approx(straight[0][0][2:], rel=1e-5)
-    assert straight[0][0][2] != pytest.approx(straight[0][0][0], rel=1e-3)  # the same rows, two steps earlier
+def assert_compact(checkpoint):
+    """The files hold each tensor once, a kilobyte of zip archive around each piece, and objects."""
+    from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+
+    tensors = McoreCheckpoint(checkpoint).tensors.values()
+    nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
+    files = sum(file.stat().st_size for file in checkpoint.iterdir())
+    assert nbytes < files < nbytes + 4096 * len(tensors) + 2**20
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_continues_in_another_layout(pair, toys, tmp_path, request):
+    """Float32, where another order of sums is the only difference: 1e-5 of each number."""
+    first, second = PAIRS[pair]
+    toy, batch = toys[first.kind], max(2, first.data_size, second.data_size)
+    straight, resumed = (
+        request.getfixturevalue(f"world{layout.world}").run(
+            run, *toy, adam(toy, layout, precision="fp32", global_batch_size=batch), tmp_path, steps=5, **how
+        )[0]
+        for layout, how in ((first, {"save_at": [2]}), (second, {"restore": tmp_path / "step_00000002"}))
+    )
+    assert (straight[3], resumed[3], resumed[4]) == (5 * batch, 5 * batch, 2)
+    for before, after in zip(straight[0][2:], resumed[0], strict=True):
+        assert after == pytest.approx(before, rel=1e-5)
+    assert straight[0][2]["loss"] != pytest.approx(straight[0][0]["loss"], rel=1e-3)  # the rows of two steps earlier
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
 def test_keeps_the_newest(background, toys, tmp_path, world1):
     toy = toys["dense"]
-    settings = adam(toy[0], "dense", {}, background=background, keep=2)
-    (tmp_path / "step_00000007.partial").mkdir(parents=True)  # of a run that was killed
+    settings = adam(toy, ONE, background=background, keep=2)
+    (tmp_path / "step_00000007.0badcafe.partial").mkdir(parents=True)  # of a run that was killed
     world1.run(run, *toy, settings, tmp_path, steps=4, save_at=[1, 2, 3, 4])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
     # the newest one is damaged: the run goes on from the one before, and its own step 4 takes that place
@@ -159,19 +212,28 @@ def test_keeps_the_newest(background, toys, tmp_path, world1):
     assert world1.run(newest, tmp_path) == [tmp_path / "step_00000004"]
 
 
+def test_a_writer_has_no_threads_of_its_parent(toys, tmp_path, world1):
+    """OpenMP's threads do not live in a forked child: a copy that counts on them hangs."""
+    toy = toys["dense"]
+    settings = adam(toy, ONE)
+    world1.run(run, *toy, settings, tmp_path, steps=2, save_at=[1, 2], threads=2, timeout=120)
+    assert_compact(tmp_path / "step_00000002")
+
+
 def newest(root):
-    from megavlm.training.checkpoint import latest
+    from megavlm.training.checkpoint_folders import latest
 
     return latest(root)
 
 
 def test_another_run_is_refused(toys, tmp_path, world1, world2):
     toy = toys["dense"]
-    world1.run(run, *toy, adam(toy[0], "dense", {}), tmp_path, steps=1, save_at=[1])
+    world1.run(run, *toy, adam(toy, ONE, workers=2), tmp_path, steps=1, save_at=[1])
     cases = [
-        (world2, adam(toy[0], "dense", {}), "data-parallel ranks 1, now it is 2"),
-        (world1, adam(toy[0], "dense", {}, optimizer="sgd"), "train.optimizer adam, now it is sgd"),
-        (world1, adam(toy[0], "dense", {}, freeze=("vision",)), "learning parts"),
+        (world2, adam(toy, DP2, workers=2), r"(?s)1 data-parallel ranks × data\.workers=2, now .*set data\.workers=1;"),
+        (world1, adam(toy, ONE, workers=3), r"(?s)data\.workers=3.*set data\.workers=2;"),
+        (world1, adam(toy, ONE, workers=2, optimizer="sgd"), "train.optimizer adam, now it is sgd"),
+        (world1, adam(toy, ONE, workers=2, freeze=("vision",)), "learning parts"),
     ]
     for world, settings, words in cases:
         with pytest.raises(RankError, match=words):
@@ -184,7 +246,7 @@ def test_exports_with_the_original_layout(toys, tmp_path, world2):
     from megavlm.convert.safetensors_file import SafetensorsReader
 
     folder, *rest = toys["dense"]
-    settings = adam(folder, "dense", {"tensor": 2}, lr=1e-30, weight_decay=0.0)
+    settings = adam(toys["dense"], TP2, lr=1e-30, weight_decay=0.0)
     world2.run(run, folder, *rest, settings, tmp_path / "run", steps=1, save_at=[1])
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((folder / "config.json").read_text())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megavlm.convert.mcore_checkpoint import Source, write_checkpoint
-from megavlm.training.checkpoint import latest
+from megavlm.training.checkpoint_folders import latest, partial_folder, publish
 
 
 @pytest.fixture
@@ -32,15 +32,40 @@ def test_nothing_there(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["metadata.json", ".metadata", "__0_0_0.distcp"])
-def test_incomplete_ones_are_named(root, file, caplog):
-    (root / "step_00000300" / file).unlink()
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+def test_damaged_ones_are_named(root, file, damage, caplog):
+    path = root / "step_00000300" / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
     data = root / "step_00000200" / "__0_0_0.distcp"
     data.write_bytes(data.read_bytes()[:-100])
     assert latest(root) == root / "step_00000100"
-    messages = [record.getMessage() for record in caplog.records if record.name == "megavlm.training.checkpoint"]
+    messages = [record.getMessage() for record in caplog.records if record.name.endswith("checkpoint_folders")]
     assert "step_00000300" in messages[0]
     assert file in messages[0]
     assert "step_00000200 is incomplete: __0_0_0.distcp is" in messages[1]
+
+
+def test_an_empty_folder_is_named(root, caplog):
+    (root / "step_00000400").mkdir()
+    assert latest(root) == root / "step_00000300"
+    assert "step_00000400 is no Megatron checkpoint" in caplog.text
+
+
+def test_keeps_the_newest_and_every_nth(root):
+    partial = partial_folder(root, 400, "0badcafe")
+    (root / "step_00000300").rename(partial)
+    (root / "step_00000500").mkdir()  # unreadable, passed over when the run resumed
+    (root / "step_00000450.12345678.partial").mkdir()
+    (root / "step_00000050.deleted").mkdir()
+    publish(partial, keep=1, keep_every=100)
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000100", "step_00000200", "step_00000400"]
+    assert latest(root) == root / "step_00000400"
+    (root / "step_00000400").rename(partial)
+    publish(partial, keep=1, keep_every=200)
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000200", "step_00000400"]
 
 
 def test_half_written_is_never_taken(root):

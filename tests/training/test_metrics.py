@@ -1,10 +1,12 @@
 """metrics.jsonl: what is written, and what is left after a kill and a resume."""
 
 import json
+import resource
 
 import pytest
 import torch
 
+from megavlm.config.errors import UserError
 from megavlm.training.metrics import REQUIRED, MetricsWriter, read_metrics, throughput
 
 
@@ -55,6 +57,22 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path):
     assert file.read_bytes().startswith(kept_bytes)
     assert read_metrics(file)[-1]["loss"] == 9.0
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """A limit on the size of files stands for the full disk: it fails a write in the middle, too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = MetricsWriter(tmp_path)
+    writer.write(line(1))
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
+    try:
+        with writer, pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: .* GB are free"):
+            writer.write(line(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size + 20
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1]
 
 
 def test_whole_last_line_without_newline_is_kept_apart(tmp_path):

@@ -1,0 +1,254 @@
+"""Writes sharded state into a torch_dist folder, in the background if wished, while training goes on.
+
+Megatron plans who writes what, once: later saves have the same shape. Its own background writer is not used: it copies
+everything first, starts a helper by spawn (seconds) that outlives a killed trainer, and loses the reason of a failure.
+Here a forked child writes: it sees the memory as it was at the fork, so that nothing on the CPU is copied; it ends with
+its parent; and its results, or the exception, come back through a pipe.
+"""
+
+import gc
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megavlm.config.errors import UserError
+from megavlm.processes import end_with_parent
+
+
+class WriteError(UserError):
+    """A checkpoint could not be written. The run's older ones are as they were."""
+
+
+@dataclass
+class _Pending:
+    """A checkpoint in the making."""
+
+    folder: Path
+    files: "_Files"
+    metadata: Metadata | None  # on the first rank
+    process: multiprocessing.Process | None
+    connection: Any  # where the results come from; None: they are in ``results``
+    results: Any
+    everyone: list | None = None  # on the first rank, when all have written: (bytes, results) of each rank
+    sealing: Future | None = None  # on the first rank, after that
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one shape, one at a time.
+
+    Args:
+        replicas: ranks that hold copies of the same state and share the writing of it.
+        host: the whole world, on the host network.
+        background: write in a forked child.
+    """
+
+    def __init__(self, replicas: dist.ProcessGroup, host: dist.ProcessGroup, *, background: bool):
+        self._host, self._background = host, background
+        self._sharing = None
+        if replicas.size() > 1:
+            self._sharing = FullyParallelSaveStrategyWrapper(None, replicas, do_cache_distribution=True)
+        self._plans = (None, None, False)  # of Megatron: central plan, local plan, whether they are valid for all ranks
+        self._metadata: Metadata | None = None
+        self._pending: _Pending | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # what waits for the disk on the first rank
+
+    def start(self, state: dict, folder: Path) -> None:
+        """Begin to write ``state`` into ``folder``. Call it on all ranks, after the one before is finished.
+
+        Returns once the tensors may change. Raises WriteError where the folder cannot be made.
+        """
+        assert self._pending is None
+        self._on_first_rank(folder, partial(folder.mkdir, parents=True))
+        files, metadata = self._plan(state, folder)
+        process = connection = results = None
+        if self._background:
+            connection, theirs = multiprocessing.Pipe(duplex=False)
+            process = multiprocessing.get_context("fork").Process(
+                target=_write_in_child, args=(files, theirs, os.getpid()), daemon=True
+            )
+            process.start()
+            theirs.close()
+        else:
+            results = files.write()
+        self._pending = _Pending(folder, files, metadata, process, connection, results)
+
+    def finish(self, seal: Callable[[Path], None], *, wait: bool) -> None:
+        """If a folder is being written, and that has ended on all ranks, make it whole. Call it on all ranks.
+
+        Args:
+            seal: called on the first rank, in a thread, with the folder when all of it is on disk.
+            wait: until it has ended.
+
+        Raises:
+            WriteError: on all ranks, if one could not write; the folder is removed.
+        """
+        pending, first = self._pending, dist.get_rank() == 0
+        if pending is None:
+            return
+        if pending.everyone is None:
+            if not wait and self._is_true_anywhere(pending.connection is not None and not pending.connection.poll()):
+                return
+            mine = (pending.files.num_bytes, _results_of(pending))
+            pending.everyone = [None] * dist.get_world_size() if first else []
+            dist.gather_object(mine, pending.everyone if first else None, dst=0, group=self._host)
+            if first:
+                pending.sealing = self._thread.submit(_complete, pending, seal)
+        if not wait and self._is_true_anywhere(pending.sealing is not None and not pending.sealing.done()):
+            return
+        self._pending = None
+        self._on_first_rank(pending.folder, lambda: pending.sealing.result(), pending.everyone)
+
+    def _is_true_anywhere(self, flag: bool) -> bool:
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, group=self._host)
+        return bool(flags.item())
+
+    def _plan(self, state: dict, folder: Path) -> tuple["_Files", Metadata | None]:
+        shards, common = save_preprocess(state, validate_access_integrity=self._plans[0] is None)
+        shards["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=dist.get_rank())
+        if self._sharing is not None:
+            self._sharing.apply_saving_parallelization(shards)
+        shards, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, True)
+        files = _Files(folder)
+        planner = MCoreSavePlanner(
+            dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+        )
+        planned = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(shards, False),
+            files,
+            self._host,
+            planner=planner,
+            cached_ckpt_structure=self._plans,
+        )
+        (_, metadata, _), *plans, _ = planned
+        self._plans = tuple(plans)
+        self._metadata = metadata or self._metadata
+        return files, self._metadata
+
+    def _on_first_rank(self, folder: Path, call, everyone: list | None = None) -> None:
+        """``call`` on rank 0; an OSError there is a WriteError everywhere. After any error the folder is removed."""
+        box, cause = [None], None
+        if dist.get_rank() == 0:
+            try:
+                call()
+            except Exception as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                cause = error
+                if isinstance(error, OSError):
+                    needed = sum(size for size, _ in everyone) if everyone else None
+                    box[0] = WriteError(*_explain(folder, error, needed))
+                else:
+                    box[0] = RuntimeError(f"the checkpoint {folder} could not be written: {error!r}")
+        dist.broadcast_object_list(box, src=0, group=self._host)
+        if box[0] is not None:
+            raise box[0] from cause
+
+
+class _Files(FileSystemWriterAsync):
+    """What this rank writes: one file. Tensors in host memory are not copied."""
+
+    num_bytes = 0
+
+    def prepare_write_data(self, plan, planner) -> None:
+        data = [(item, planner.resolve_data(item)) for item in plan.items]
+        others = [(item, value) for item, value in data if not isinstance(value, Tensor)]
+        tensors = [(item, value.detach()) for item, value in data if isinstance(value, Tensor)]
+        self.num_bytes = sum(value.nbytes for _, value in tensors) + sum(
+            value.getbuffer().nbytes for _, value in others
+        )
+        if data:
+            name = f"{plan.storage_data.prefix}0.distcp"
+            self.write_buckets = self.preload_tensors(
+                [(os.path.join(self.checkpoint_dir, name), name, (others, tensors))]
+            )
+        else:
+            self.write_buckets = []
+
+    def write(self) -> list | Exception:
+        """Torch's write results, or what went wrong."""
+        if not self.write_buckets:
+            return []
+        ((file, name, (others, tensors)),) = self.write_buckets
+        own = ((item, _own_storage(tensor)) for item, tensor in tensors)  # one at a time
+        _, results = self.write_preloaded_data(
+            [self.transforms], 0, (file, name, (others, own)), None, None, use_fsync=True
+        )
+        if isinstance(results, Exception):
+            cause = results
+            while not isinstance(cause, OSError) and cause.__context__ is not None:
+                cause = cause.__context__  # torch tells of a full disk as "unexpected pos"
+            results = cause if isinstance(cause, OSError) else RuntimeError(f"{type(results).__name__}: {results}")
+        return results
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """``torch.save`` of a part of a buffer would write all of the buffer."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _write_in_child(files: _Files, connection, parent: int) -> None:
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the trainer to act on
+    gc.disable()
+    torch.set_num_threads(1)  # the pool of threads did not come along: a parallel copy would wait for it forever
+    connection.send(files.write())
+    os._exit(0)  # what the trainer registered for its exit is not this process's to do
+
+
+def _results_of(pending: _Pending) -> list | Exception:
+    if pending.connection is None:
+        return pending.results
+    try:
+        results = pending.connection.recv()
+    except EOFError:
+        pending.process.join()
+        results = OSError(f"the writing process ended with {pending.process.exitcode}")
+    pending.connection.close()
+    pending.process.join()
+    return results
+
+
+def _complete(pending: _Pending, seal: Callable[[Path], None]) -> None:
+    """On the first rank: what makes the written files a checkpoint."""
+    failed = [results for _, results in pending.everyone if isinstance(results, Exception)]
+    if failed:
+        raise failed[0]
+    pending.files.finish(pending.metadata, [results for _, results in pending.everyone])
+    save_config(CheckpointingConfig(TorchDistSaveShardedStrategy().backend, 1), str(pending.folder))
+    seal(pending.folder)
+
+
+def _explain(folder: Path, error: OSError, needed: int | None) -> tuple[str, str]:
+    where = folder.parent
+    while not where.exists():
+        where = where.parent
+    room = f"{shutil.disk_usage(where).free / 1e9:.3g} GB are free there"
+    if needed is not None:
+        room = f"it takes {needed / 1e9:.3g} GB, {room}"
+    message = f"cannot write the checkpoint {folder}: {error.strerror or error}; {room}"
+    remedy = "make room, or lower checkpoint.keep, and start the same command again: it continues from the newest one"
+    return message, remedy

@@ -1,0 +1,150 @@
+"""The optimizers' state in a checkpoint: under each parameter's global name and shape, whatever layout wrote it.
+
+Megatron's DistributedOptimizer cuts the parameters of a buffer, laid end to end, into one equal piece for each data
+rank. Its own way to store that ("fully_reshardable") copies everything five times and hands every data rank the state
+of all of them. Here the rank that holds most of a parameter stores it, and only what its neighbours hold of it travels.
+What is stored, and how it is loaded, is Megatron's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+
+def saved_state(chained: ChainedOptimizer, model: dict, metadata: dict) -> dict:
+    """What this rank stores of the optimizers; ``model`` is the sharded state of the weights. Call it on all ranks.
+
+    Tensors are the optimizers' own where this rank holds a parameter alone: use them before the next step. Of their
+    settings only the number of steps is stored, which all of them have in common: layouts differ in how many there are.
+    """
+    optimizers = chained.chained_optimizers
+    if not _are_sharded(optimizers):
+        return chained.sharded_state_dict(model, metadata=metadata)
+    entries = {entry.data: entry for entry in model.values() if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
+    return {
+        "step": _groups_of(optimizers[0].state_dict())[0]["step"],
+        "tensors": [list(_stored_here(optimizer, entries)) for optimizer in optimizers],
+    }
+
+
+def wanted_state(chained: ChainedOptimizer, model: dict, metadata: dict) -> dict:
+    """What this rank loads of the optimizers, to be given to ``load_state``."""
+    optimizers = chained.chained_optimizers
+    if not _are_sharded(optimizers):
+        return chained.sharded_state_dict(model, is_loading=True, metadata=metadata)
+    return {
+        "tensors": [
+            optimizer.sharded_param_state_fully_reshardable(model, is_loading=True, metadata=metadata)
+            for optimizer in optimizers
+        ]
+    }
+
+
+def load_state(chained: ChainedOptimizer, state: dict) -> None:
+    """Take over what ``dist_checkpointing.load`` returned for ``wanted_state``.
+
+    Over torch's Adam, Megatron's DistributedOptimizer looks for a stored tensor for each tensor of Adam's state,
+    "step" too, which is stored as a number; and it gives all parameters one step tensor, which each of them would count
+    up. So tensors are loaded while the steps are plain numbers, and each parameter gets its own afterwards.
+    """
+    optimizers = chained.chained_optimizers
+    if not _are_sharded(optimizers):
+        chained.load_state_dict(state)
+        return
+    for optimizer, tensors in zip(optimizers, state["tensors"], strict=True):
+        adam = optimizer.optimizer
+        if isinstance(adam, torch.optim.Adam):  # where neither Transformer Engine nor Apex is installed
+            for parameter in (p for group in adam.param_groups for p in group["params"]):
+                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.zeros(()), **moments}  # DistributedOptimizer relies on them
+        settings = optimizer.state_dict()
+        for group in _groups_of(settings):
+            group["step"] = state["step"]
+        optimizer.load_state_dict(settings)
+        if isinstance(adam, torch.optim.Adam):
+            for value in adam.state.values():
+                value["step"] = value["step"].item()
+        optimizer.load_parameter_state_from_fully_reshardable(tensors)
+        if isinstance(adam, torch.optim.Adam):
+            for value in adam.state.values():
+                value["step"] = torch.tensor(value["step"])
+
+
+def _are_sharded(optimizers: list) -> bool:
+    return all(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers)
+
+
+def _groups_of(settings: dict) -> list[dict]:
+    return settings["optimizer"]["param_groups"]
+
+
+def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dict]:
+    """For each parameter that this rank stores: {kind of state: ShardedTensor or its factory}."""
+    group, keys = optimizer.data_parallel_group, ("param", *optimizer.optimizer_state_keys)
+    stored, transfers = [], []
+    for parameter, pieces in _pieces(optimizer):
+        owner = max(pieces, key=lambda rank: (pieces[rank][1] - pieces[rank][0], -rank))
+        here = pieces.get(group.rank())
+        if here is None:
+            continue
+        tensors = optimizer._get_main_param_and_optimizer_states(parameter)
+        own = {key: tensors[key].detach().view(-1) for key in keys}
+        if group.rank() != owner:
+            transfers += [dist.P2POp(dist.isend, own[key], group=group, group_peer=owner) for key in keys]
+            continue
+        if len(pieces) > 1:
+            whole = {key: own[key].new_empty(parameter.numel()) for key in keys}
+            for rank, (first, last) in pieces.items():
+                for key in keys:
+                    place = whole[key][first:last]
+                    if rank == owner:
+                        place.copy_(own[key])
+                    else:
+                        transfers.append(dist.P2POp(dist.irecv, place, group=group, group_peer=rank))
+            own = whole
+        stored.append((entries[parameter], own))
+    if transfers:
+        for work in dist.batch_isend_irecv(transfers):
+            work.wait()
+    alone = group.size() == dist.get_world_size()
+    for entry, own in stored:
+        yield {key: _named(entry, key, tensor, alone) for key, tensor in own.items()}
+
+
+def _pieces(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, dict[int, tuple[int, int]]]]:
+    """For each parameter, which elements of it each data rank holds: {rank: (first, last)}; all ranks agree on it."""
+    size = optimizer.data_parallel_group.size()
+    for buffer in optimizer.buffers:
+        for parameter, (begin, end, bucket_index) in buffer.param_index_map.items():
+            bucket = buffer.buckets[bucket_index]
+            length = bucket.grad_data.numel() // size
+            begin, end = begin - bucket.offset, end - bucket.offset
+            yield (
+                parameter,
+                {
+                    rank: (max(begin, rank * length) - begin, min(end, (rank + 1) * length) - begin)
+                    for rank in range(begin // length, (end - 1) // length + 1)
+                },
+            )
+
+
+def _named(entry: ShardedTensor | ShardedTensorFactory, key: str, tensor: Tensor, alone: bool):
+    """The entry of a weight made into that of its state.
+
+    Its owner counts as the first of the data ranks, or as the first of all where it is the owner for the whole world.
+    """
+    assert len(entry.replica_id) == 3, entry  # Megatron's (pipeline copy, tensor rank, data rank)
+    changes = {
+        "key": f"optimizer.state.{key}.{entry.key}",
+        "data": tensor.view(entry.data.shape),
+        "replica_id": (0, 0, 0) if alone else (*entry.replica_id[:2], 0),
+    }
+    if isinstance(entry, ShardedTensor):
+        changes["dtype"] = tensor.dtype
+    return replace(entry, **changes)
