@@ -7,6 +7,11 @@ from pathlib import Path
 import torch
 from toy import reference_inputs, reference_model, toy_folder, toy_records
 
+# Fields of metrics.jsonl that tell of the machine, not of the training.
+VARYING = {
+    *("seconds", "seconds_checkpoint", "seconds_data", "seconds_tower", "seconds_tower_max", "slowest_rank"),
+    *("tower_imbalance", "tokens_per_second", "model_tflops", "mfu", "memory_gib"),
+}
 ROWS = ((0, 1, 2), (3, 5), (4, 6), (7,))  # toy records in each row of a step; the second row has no picture
 # So large a rate that updates stand above the rounding of the weights they are added to, and small enough to train.
 STEPS, LR = 3, 0.2

@@ -37,9 +37,11 @@ EP2 = Layout(2, "moe", {"expert": 2})
 EP2_TP2 = Layout(4, "moe", {"expert": 2, "tensor": 2, "expert_tensor": 1})
 EP2_ETP2 = Layout(4, "moe", {"expert": 2, "tensor": 2, "expert_tensor": 2})
 EP2_PP2 = Layout(4, "moe", {"expert": 2, "pipeline": 2})
+CP2, CP2_PP2 = Layout(2, "dense", {"context": 2}), Layout(4, "dense", {"context": 2, "pipeline": 2})
+EP2_CP2 = Layout(2, "moe", {"expert": 2, "context": 2})
 
-SAME = {"one process": ONE, "TP2": TP2, "DP2": DP2, "PP2 × VPP2": VPP2, "MoE EP2": EP2}
-# Saved under the first, continued under the second. A pair with context parallelism is one more line.
+SAME = {"one process": ONE, "TP2": TP2, "DP2": DP2, "PP2 × VPP2": VPP2, "CP2": CP2, "MoE EP2": EP2}
+# Saved under the first, continued under the second.
 PAIRS = {
     "TP2 to DP2": (TP2, DP2),
     "TP2 to PP2": (TP2, PP2),
@@ -52,6 +54,9 @@ PAIRS = {
     "MoE EP2 to one process": (EP2, MOE),
     "MoE EP2 × TP2 to EP2 × PP2": (EP2_TP2, EP2_PP2),
     "MoE one process to EP2 × TP2": (MOE, EP2_TP2),
+    "CP2 to TP2": (CP2, TP2),
+    "DP2 to CP2 × PP2": (DP2, CP2_PP2),
+    "MoE EP2 × CP2 to EP2": (EP2_CP2, EP2),
 }
 
 
@@ -98,7 +103,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     if restore is None:
         load_weights(weights, vlm)
-    renderer = Renderer(folder, settings.data)
+    renderer = Renderer(folder, settings.data, settings.align)
     samples = [renderer.encode(r, root, f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
     each = settings.train.global_batch_size // groups.data_size  # rows of a step on this rank
@@ -145,7 +150,7 @@ def adam(toy, layout: Layout, *, background: bool = True, keep: int = 3, workers
         **{"optimizer": "adam", "lr": 1e-3, "precision": "bf16", "global_batch_size": 2, "warmup_steps": 2, **train},
     )
     settings["train"] |= {"schedule": "cosine", "steps": 6}
-    settings["data"] = {**settings.get("data", {}), "workers": workers or WORKERS // layout.data_size}
+    settings["data"] |= {"workers": workers or WORKERS // layout.data_size, "align": 4}  # the same rows in all layouts
     return {**settings, "checkpoint": {"async": background, "keep": keep}}
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from killing import Commands, Kill
-from parity import LR
+from parity import LR, VARYING
 from toy import toy_records, write_records
 
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.training.checkpoint_folders import latest
 from megavlm.training.metrics import read_metrics
 
-VARYING = {"seconds", "seconds_checkpoint", "tokens_per_second", "model_tflops", "mfu", "memory_gib"}
 LAYOUTS = {"DP2": [], "TP2": ["parallel.tensor=2"]}
 
 
