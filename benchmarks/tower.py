@@ -75,8 +75,7 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     from megavlm import platform
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
-    from megavlm.model.deal import Place, VisualTokens, plan_exchange
-    from megavlm.model.row_cut import RowCut
+    from megavlm.model.deal import Place, VisualRow, VisualTokens, plan_exchange
     from megavlm.model.shapes import Shapes
     from megavlm.model.tower_phase import TowerPhase
     from megavlm.model.vision import Frames
@@ -97,12 +96,12 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
 
     # The other way: a group of one, which encodes all frames itself.
     place = Place(planes=tuple(range(vlm.tower.num_planes)))
-    lengths = np.asarray(row.frame_lengths)
-    cut = RowCut.of(row.segment_lengths, 1)
-    tokens = VisualTokens.of([lengths // vlm.tower.merge], [row.visual_positions.numpy()], [cut], place)
+    counts = np.asarray(row.frame_lengths) // vlm.tower.merge
+    starts = row.visual_positions.numpy()[np.cumsum(counts) - counts]
+    tokens = VisualTokens.of([VisualRow(row.segment_lengths, counts, starts)], place, 0)
     alone = TowerPhase(vlm.vision, vlm.projector, groups.tower.tp, [place], recompute=True, chunk_patches=16384)
     everything = Frames(row.patches, row.patch_coords, row.pos_index, row.pos_weight, row.frame_lengths)
-    own_plan = plan_exchange(tokens, np.zeros(len(lengths), dtype=np.int64), [place], 0, 1)
+    own_plan = plan_exchange(tokens, np.zeros(len(counts), dtype=np.int64), [place], 0, 1)
 
     def step(tower, frames, exchange) -> float:
         dist.barrier()

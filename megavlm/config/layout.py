@@ -140,6 +140,11 @@ def _check_uneven_stages(parallel: ParallelSettings, num_layers: int) -> None:
             "choose numbers that leave the same number of layers, at least one, for each of the other stages",
         )
     chunks = parallel.virtual_pipeline or 1
+    if chunks > 1 and not stages:
+        raise UserError(
+            f"{listed} name every stage of an interleaved pipeline, which Megatron cannot place",
+            "give one of the two; the other follows",
+        )
     for name, layers in {**told, "layers of every other stage": rest // stages if stages else chunks}.items():
         if layers % chunks:
             raise UserError(

@@ -21,6 +21,7 @@ FREE_TO_CHANGE = (
     "output",
     "overwrite",
     "data.eval",
+    "data.align",  # follows parallel.context; the run says that its rows are packed differently from here on
     "data.workers",  # the checkpoint says which numbers can continue its data
     "model.kernels",
     "train.steps",

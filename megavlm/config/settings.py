@@ -93,7 +93,7 @@ def check_seq_length(seq_length: int, parallel: ParallelSettings) -> None:
     Sequence parallelism cuts a row in `tensor` slices; context parallelism first in 2 * context pieces, of which each
     rank takes an early and a late one, so that causal attention costs every rank the same.
     """
-    cut = parallel.tensor * parallel.pieces
+    cut = (parallel.tensor if parallel.sequence_parallel else 1) * parallel.pieces
     if seq_length % cut:
         formula = "2 × parallel.context × parallel.tensor" if parallel.context > 1 else "parallel.tensor"
         below, above = seq_length // cut * cut, (seq_length // cut + 1) * cut

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from megavlm.model.row_cut import RowCut
+from megavlm.platform import to_device
 
 
 def frame_cost(num_patches: np.ndarray, linear_cost: float) -> np.ndarray:
@@ -64,8 +67,19 @@ class Place:
         """Number of the slice of a row, over all data ranks, context parts and slices."""
         return (self.data_rank * self.context + self.context_index) * self.slices + self.slice_index
 
-    def of_data_rank(self, data_rank: int) -> "Place":
-        return replace(self, data_rank=data_rank)
+
+@dataclass(frozen=True)
+class VisualRow:
+    """What all ranks that share frames must know of one row. A frame's tokens are neighbours in the row.
+
+    Attributes:
+        segment_lengths: tokens of each segment.
+        frame_tokens, frame_starts: int64 [F], visual tokens of each frame, and where in the row they begin.
+    """
+
+    segment_lengths: list[int]
+    frame_tokens: np.ndarray
+    frame_starts: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -85,33 +99,23 @@ class VisualTokens:
     micro_batch: np.ndarray
 
     @classmethod
-    def of(
-        cls,
-        frame_tokens: Sequence[np.ndarray],
-        token_positions: Sequence[np.ndarray],
-        cuts: Sequence[RowCut],
-        place: Place,
-    ) -> "VisualTokens":
-        """The tokens of one data rank.
-
-        Args:
-            frame_tokens: per micro-batch, visual tokens of each of its frames, int [F_m].
-            token_positions: per micro-batch, row position of each visual token, int64 [N_m], frames in the same order.
-            cuts: how each row is cut.
-            place: any place of this data rank.
-        """
-        counts = np.concatenate([*frame_tokens, np.empty(0, np.int64)]).astype(np.int64)
-        cells, positions = [], []
-        for at, cut in zip(token_positions, cuts, strict=True):
-            length = cut.order.shape[1] // place.slices
-            slice_index, position = np.divmod(cut.local[at], length)
-            cells.append((place.data_rank * place.context + cut.owner[at]) * place.slices + slice_index)
+    def of(cls, rows: Sequence["VisualRow"], place: Place, data_rank: int) -> "VisualTokens":
+        """The tokens of one data rank's window. ``place``: any of the group, for how rows are cut."""
+        counts = np.concatenate([*(row.frame_tokens for row in rows), np.empty(0, np.int64)])
+        cells, positions, sizes = [], [], []
+        for row in rows:
+            before = np.cumsum(row.frame_tokens) - row.frame_tokens
+            at = np.repeat(row.frame_starts - before, row.frame_tokens) + np.arange(row.frame_tokens.sum())
+            cut = RowCut.of(row.segment_lengths, place.context)
+            slice_index, position = np.divmod(cut.local[at], cut.order.shape[1] // place.slices)
+            cells.append((data_rank * place.context + cut.owner[at]) * place.slices + slice_index)
             positions.append(position)
+            sizes.append(len(at))
         return cls(
             frame=np.repeat(np.arange(len(counts)), counts),
             cell=np.concatenate([*cells, np.empty(0, np.int64)]),
             position=np.concatenate([*positions, np.empty(0, np.int64)]),
-            micro_batch=np.repeat(np.arange(len(token_positions)), [len(at) for at in token_positions]),
+            micro_batch=np.repeat(np.arange(len(rows)), sizes),
         )
 
     @classmethod
@@ -128,19 +132,27 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class Exchange:
-    """The all-to-all of one window of micro-batches, as seen by one rank.
+    """The all-to-all of one window of micro-batches, as seen by one rank. Its unit is one plane of one visual token.
 
     Attributes:
-        send: per destination, int64 indices into the tokens of the frames that this rank encodes, ``N_own``.
-        counts: per source, number of tokens received from it.
-        rows: per micro-batch, int64 indices into the received tokens (sources one after the other).
-        positions: per micro-batch, int64 positions of those tokens in this rank's slice of the row.
+        num_own: tokens N_own of the frames that this rank encodes.
+        send: int64 [S], what goes out, destination after destination: indices into [planes of the model * N_own].
+        send_counts: length of each destination's part. receive_counts: likewise of what comes, source after source.
+        take: per micro-batch, int64 [planes of this rank, n], indices into what has come.
+        positions: per micro-batch, int64 [n], positions of those tokens in this rank's slice of the row.
     """
 
-    send: list[np.ndarray]
-    counts: list[int]
-    rows: list[np.ndarray]
-    positions: list[np.ndarray]
+    num_own: int
+    send: Tensor
+    send_counts: list[int]
+    receive_counts: list[int]
+    take: list[Tensor]
+    positions: list[Tensor]
+
+    def to(self, device: torch.device) -> "Exchange":
+        """The same with its indices on ``device``, without waiting for it."""
+        send, *others = (to_device(x, device) for x in (self.send, *self.take, *self.positions))
+        return replace(self, send=send, take=others[: len(self.take)], positions=others[len(self.take) :])
 
 
 def plan_exchange(
@@ -154,23 +166,32 @@ def plan_exchange(
         num_rows: micro-batches of this rank's window.
     """
     token_owner = owner[tokens.frame]
-    own = np.flatnonzero(token_owner == rank)  # N_own, in the order in which this rank encodes them
+    own = np.flatnonzero(token_owner == rank)  # in the order in which this rank encodes them
     by_cell = np.argsort(tokens.cell[own], kind="stable")
     cells = tokens.cell[own][by_cell]
     nothing = np.empty(0, np.int64)
     send = []
     for place in places:
-        first, last = np.searchsorted(cells, (place.cell, place.cell + 1)) if place.planes else (0, 0)
-        send.append(by_cell[first:last] if last > first else nothing)
+        first, last = np.searchsorted(cells, (place.cell, place.cell + 1))
+        planes = np.array(place.planes, dtype=np.int64)
+        send.append((planes[:, None] * len(own) + by_cell[None, first:last]).ravel())
 
     here = places[rank]
     needed = np.flatnonzero(tokens.cell == here.cell) if here.planes else nothing
-    received = needed[np.argsort(token_owner[needed], kind="stable")]
-    row_of = tokens.micro_batch[received]
+    needed = needed[np.argsort(token_owner[needed], kind="stable")]
+    source = token_owner[needed]
+    counts = np.bincount(source, minlength=len(places))
+    starts = np.cumsum(counts) - counts
+    plane = np.arange(len(here.planes))[:, None]
+    # a source's part is [planes, its tokens]
+    place_of = len(here.planes) * starts[source] + plane * counts[source] + (np.arange(len(needed)) - starts[source])
+    row_of = tokens.micro_batch[needed]
     rows = [np.flatnonzero(row_of == row) for row in range(num_rows)]
     return Exchange(
-        send=send,
-        counts=np.bincount(token_owner[needed], minlength=len(places)).tolist(),
-        rows=rows,
-        positions=[tokens.position[received[at]] for at in rows],
+        num_own=len(own),
+        send=torch.from_numpy(np.concatenate(send)),
+        send_counts=[len(part) for part in send],
+        receive_counts=(len(here.planes) * counts).tolist(),
+        take=[torch.from_numpy(place_of[:, at]) for at in rows],
+        positions=[torch.from_numpy(tokens.position[needed[at]]) for at in rows],
     )

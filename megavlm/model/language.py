@@ -94,7 +94,7 @@ class LanguageModel(LanguageModule):
             deepstack: [levels of this chunk, N, hidden], or None.
             padding_mask: bool [1, t], true where this rank's slice holds padding (MoE's balancing loss leaves it out).
         Returns:
-            [t, 1, hidden]; t is T, or T / tensor with sequence parallelism. After the final norm on the last chunk.
+            [t, 1, hidden]; t is T / context, and / tensor with sequence parallelism. After the final norm on the last.
         """
         hidden = None
         if self.pre_process:

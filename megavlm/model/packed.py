@@ -6,6 +6,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megavlm.model.row_cut import RowCut
+from megavlm.platform import to_device
 
 
 def runs_of(lengths: list[int]) -> list[tuple[int, int, int]]:
@@ -35,7 +36,7 @@ class PackedRow(PackedSeqParams):
     Attributes:
         lengths: segment lengths as host integers; they sum to the row's length T, also where context parallelism cuts
             the row and this rank holds t = T / context tokens of it (see ``RowCut``).
-        cu_seqlens: int32 [segments + 1] on the device.
+        cu_seqlens_q, cu_seqlens_kv: int32 [segments + 1] on the device.
         visual_positions: int64 [N], this rank's indices into its slice of the row where deepstack features are added.
         from_parts, to_parts: with context parallelism, int64 [T] on the device: index of each token of the row among
             the tokens of all context ranks laid end to end, and the other way round.
@@ -52,11 +53,11 @@ class PackedRow(PackedSeqParams):
     def of(cls, lengths: list[int], device: torch.device, cut: RowCut | None = None, **kwargs) -> "PackedRow":
         """``cut``: how context parallelism cuts the row; None: not at all."""
         if cut is not None and len(cut.order) > 1:
-            move = lambda index: torch.from_numpy(index).to(device, non_blocking=True)
+            move = lambda index: to_device(torch.from_numpy(index), device)
             kwargs["from_parts"] = move(cut.owner * cut.order.shape[1] + cut.local)
             kwargs["to_parts"] = move(cut.order.reshape(-1))
         cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+        cu_seqlens = to_device(cu_seqlens, device)
         longest = max(lengths, default=0)
         return cls(
             qkv_format="sbhd",

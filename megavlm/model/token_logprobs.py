@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megavlm.platform import to_device
+
 
 @dataclass
 class Targets:
@@ -41,7 +43,7 @@ class Targets:
             row_index[s, : len(positions)] = positions + s * length
         there = row_index >= 0
         at = row_index.clamp(min=0)
-        move = lambda x: x.to(device, non_blocking=True)
+        move = lambda x: to_device(x, device)
         return cls(
             local=move(torch.where(there[rank], at[rank] - rank * length, 0)),
             tokens=move(torch.where(there, labels[at], 0)),

@@ -52,6 +52,7 @@ class TowerPhase:
         self.timed: Callable[[], AbstractContextManager] = nullcontext  # around what this rank does without the others
         self.num_planes = 1 + len(vision.taps)
         self.hidden = projector.merger.linear_fc2.out_features
+        self._dtype = projector.merger.linear_fc2.weight.dtype
         self.merge = projector.merger.joined // vision.patch_embed.out_features
         self._vision_learns = any(p.requires_grad for p in vision.parameters())
         self._learns = self._vision_learns or any(p.requires_grad for p in projector.parameters())
@@ -71,21 +72,16 @@ class TowerPhase:
         learning = self._learns and torch.is_grad_enabled()
         with self.timed(), torch.set_grad_enabled(learning and not self.recompute):
             self._outputs = [self._encode(chunk) for chunk in self._chunks]
-        where, dtype = frames.patches.device, self.projector.merger.linear_fc2.weight.dtype
-        empty = torch.empty(self.num_planes, 0, self.hidden, device=where, dtype=dtype)
+        empty = torch.empty(self.num_planes, 0, self.hidden, device=device(), dtype=self._dtype)
         own = torch.cat([empty, *(output.detach() for output in self._outputs)], dim=1)
-        received = self._send_features(own)
+        received = self._all_to_all(own.view(-1, self.hidden)[exchange.send])
         if not learning:
             self._chunks, self._outputs = [], []
         elif self.recompute:
             self._outputs = []
             self._chunks = [chunk.to(self.waiting_device) for chunk in self._chunks]
-        self._features = []
-        for rows in exchange.rows:
-            features = received[:, torch.from_numpy(rows).to(where)].to(self.waiting_device)
-            self._features.append(features.requires_grad_(learning))
-        move = lambda positions: torch.from_numpy(positions).to(where, non_blocking=True)
-        return [(move(p), f) for p, f in zip(exchange.positions, self._features, strict=True)]
+        self._features = [received[index].to(self.waiting_device).requires_grad_(learning) for index in exchange.take]
+        return list(zip(exchange.positions, self._features, strict=True))
 
     def backward(self, scale: float) -> None:
         """Sends the features' gradients, times ``scale``, to the frames' owners and walks back through the tower.
@@ -93,6 +89,7 @@ class TowerPhase:
         Parameter gradients go where autograd puts them: into the main gradients of the modules' DDP wrappers.
         """
         if not self._learns:
+            self._features = []
             return
         grad = self._return_gradients().mul_(scale)  # [num_planes, N_own, hidden]
         with self.timed():
@@ -114,50 +111,29 @@ class TowerPhase:
             hidden = [h.detach() for h in hidden]  # Megatron's bias-dropout-add enables grad for its biases
         return self.projector(hidden)
 
-    def _send_features(self, own: Tensor) -> Tensor:
-        """own [num_planes, N_own, hidden] -> received [this place's planes, N, hidden], source after source."""
-        if self.group.size() == 1:
-            return own[:, torch.from_numpy(self._exchange.send[0])]
-        sent = [
-            own[list(place.planes)][:, torch.from_numpy(index).to(own.device)]
-            for place, index in zip(self.places, self._exchange.send, strict=True)
-        ]
-        planes = len(self.place.planes)
-        got = self._all_to_all(sent, [(planes, n, self.hidden) for n in self._exchange.counts])
-        return torch.cat(got, dim=1)
-
     def _return_gradients(self) -> Tensor:
         """Gradient of this rank's own features, summed over the ranks that used them: [num_planes, N_own, hidden]."""
-        exchange, dtype = self._exchange, self._features[0].dtype
-        used = torch.zeros(len(self.place.planes), sum(exchange.counts), self.hidden, device=device(), dtype=dtype)
+        exchange = self._exchange
+        used = torch.zeros(sum(exchange.receive_counts), self.hidden, device=device(), dtype=self._dtype)
         if self.place.gives_gradient:
-            for rows, features in zip(exchange.rows, self._features, strict=True):
+            for index, features in zip(exchange.take, self._features, strict=True):
                 if features.grad is not None:
-                    used[:, torch.from_numpy(rows).to(used.device)] = features.grad.to(used.device)
-        num_own = sum(len(chunk.coords) for chunk in self._chunks) // self.merge
-        own = torch.zeros(self.num_planes, num_own, self.hidden, device=used.device, dtype=used.dtype)
-        if self.group.size() == 1:
-            own[:, torch.from_numpy(exchange.send[0])] = used
-            return own
-        shapes = [
-            (len(place.planes), len(index), self.hidden)
-            for place, index in zip(self.places, exchange.send, strict=True)
-        ]
-        parts = self._all_to_all(list(used.split(exchange.counts, dim=1)), shapes)
-        for place, index, part in zip(self.places, exchange.send, parts, strict=True):
-            if place.planes:
-                at = torch.from_numpy(index).to(own.device)
-                for plane, values in zip(place.planes, part, strict=True):
-                    own[plane].index_add_(0, at, values)
-        return own
+                    grad = features.grad.to(used.device, non_blocking=True)
+                    used.index_copy_(0, index.flatten(), grad.reshape(-1, self.hidden))
+        own = torch.zeros(self.num_planes * exchange.num_own, self.hidden, device=device(), dtype=self._dtype)
+        own.index_add_(0, exchange.send, self._all_to_all(used, back=True))
+        return own.view(self.num_planes, exchange.num_own, self.hidden)
 
-    def _all_to_all(self, sent: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        """One tensor to and from every rank of the group, of any shapes."""
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        flat = torch.cat([part.reshape(-1) for part in sent])
-        out = flat.new_empty(sum(sizes))
-        dist.all_to_all_single(out, flat, sizes, [part.numel() for part in sent], group=self.group)
-        return [part.view(shape) for part, shape in zip(out.split(sizes), shapes, strict=True)]
+    def _all_to_all(self, sent: Tensor, *, back: bool = False) -> Tensor:
+        """What the exchange sends, [S, hidden], delivered; or, ``back``, what came, returned to where it was from."""
+        if self.group.size() == 1:
+            return sent
+        going, coming = self._exchange.send_counts, self._exchange.receive_counts
+        if back:
+            going, coming = coming, going
+        out = sent.new_empty(sum(coming), self.hidden)
+        dist.all_to_all_single(out, sent, coming, going, group=self.group)
+        return out
 
 
 def _chunks(frames: Frames, chunk_patches: int) -> list[Frames]:

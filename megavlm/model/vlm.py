@@ -1,6 +1,7 @@
 """A whole Qwen3-VL on this rank: tower, projector, the decoder's chunks, and the tower's phase of a step."""
 
 import itertools
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ class VLM:
         for part in settings.model.freeze:
             for module in self.modules_of(part):
                 module.requires_grad_(False)
-        self.dealt_over_world = share_frames and settings.vision.deal == "world" and groups.data_size > 1
+        self.dealt_over_world = share_frames and settings.vision.deal == "world"
         self.tower = TowerPhase(
             self.vision,
             self.projector,
@@ -111,7 +112,7 @@ class VLM:
         if not self.dealt_over_world:
             return places
         by_rank = {
-            rank: place.of_data_rank(data_rank)
+            rank: replace(place, data_rank=data_rank)
             for data_rank, ranks in enumerate(self.groups.members)
             for rank, place in zip(ranks, places, strict=True)
         }

@@ -4,6 +4,7 @@ from megavlm.platform.device import (
     backend,
     device,
     device_name,
+    host_buffer,
     mark,
     memory_gib,
     on_gpu,
@@ -11,6 +12,7 @@ from megavlm.platform.device import (
     seconds_between,
     seed_everything,
     synchronize,
+    to_device,
 )
 from megavlm.platform.groups import Groups, init, shutdown
 
@@ -19,6 +21,7 @@ __all__ = [
     "backend",
     "device",
     "device_name",
+    "host_buffer",
     "init",
     "mark",
     "memory_gib",
@@ -28,4 +31,5 @@ __all__ = [
     "seed_everything",
     "shutdown",
     "synchronize",
+    "to_device",
 ]

@@ -24,6 +24,18 @@ def backend() -> str:
     return "nccl" if on_gpu() else "gloo"
 
 
+def host_buffer(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised matrix in host memory; with a GPU page-locked, so that copies to it run beside its work."""
+    return torch.empty(rows, width, dtype=dtype, pin_memory=on_gpu())
+
+
+def to_device(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
+    """A host tensor on ``where``, without waiting for it: by way of page-locked memory where that is a GPU."""
+    if where.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(where, non_blocking=True)
+
+
 def device_name() -> str | None:
     """The GPU's name as its driver gives it; None on a CPU."""
     return torch.cuda.get_device_name() if on_gpu() else None

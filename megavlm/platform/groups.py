@@ -19,7 +19,8 @@ class Groups:
     no model parallelism inside, the whole world as its data ranks. ``model_parallel`` spans TP × CP × PP, the ranks
     that share one stream of rows and deal its frames among themselves; ``model_parallel_host`` are the same ranks on
     gloo, for metadata that must stay on the host. ``members``: the ranks of each such group, first data rank first.
-    ``data_peers_host``: on gloo, the ranks at the same place in those groups, one for each data rank.
+    ``data_peers_host``: on gloo, the ranks at the same place in those groups, one for each data rank; None
+    where nobody asked for it.
     """
 
     language: "ProcessGroupCollection"  # noqa: F821 (megatron.core.process_groups_config)
@@ -27,7 +28,7 @@ class Groups:
     model_parallel: dist.ProcessGroup
     model_parallel_host: dist.ProcessGroup
     world_host: dist.ProcessGroup
-    data_peers_host: dist.ProcessGroup
+    data_peers_host: dist.ProcessGroup | None
     members: list[list[int]]
     data_rank: int
     data_size: int
@@ -38,12 +39,13 @@ class Groups:
         return self.model_parallel.rank() == 0
 
 
-def init(parallel, seed: int = 1234, timeout_minutes: float = 30.0) -> Groups:
+def init(parallel, seed: int = 1234, timeout_minutes: float = 30.0, *, data_peers: bool = False) -> Groups:
     """Starts torch.distributed (unless it runs) and Megatron's parallel state for the layout ``parallel``.
 
     ``parallel`` has the fields of ``ParallelSettings``: tensor, pipeline, virtual_pipeline, context, expert,
     expert_tensor. Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them; without them
-    the process is a world of one. ``timeout_minutes``: longest wait of a collective in any group.
+    the process is a world of one. ``timeout_minutes``: longest wait of a collective in any group. ``data_peers``:
+    make that group, too.
     """
     if not on_gpu():
         cpu.install()
@@ -71,7 +73,10 @@ def init(parallel, seed: int = 1234, timeout_minutes: float = 30.0) -> Groups:
     timeout = datetime.timedelta(minutes=timeout_minutes)
     model_parallel, _ = dist.new_subgroups_by_enumeration(ranks, timeout, backend())
     host, _ = dist.new_subgroups_by_enumeration(ranks, timeout, "gloo") if on_gpu() else (model_parallel, None)
-    peers, _ = dist.new_subgroups_by_enumeration([list(peers) for peers in zip(*ranks, strict=True)], timeout, "gloo")
+    peers = None
+    if data_peers:
+        places = [list(place) for place in zip(*ranks, strict=True)]
+        peers, _ = dist.new_subgroups_by_enumeration(places, timeout, "gloo")
     return Groups(
         language=language,
         tower=_tower_collection(),

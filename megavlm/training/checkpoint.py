@@ -5,6 +5,7 @@ layout loads them), the random state of every rank and the place in the data of 
 go is ``checkpoint_folders``' job, how they are written ``checkpoint_writer``'s.
 """
 
+import logging
 import random
 import secrets
 import time
@@ -22,6 +23,8 @@ from megavlm.training.checkpoint_folders import clean, partial_folder, publish
 from megavlm.training.checkpoint_writer import CheckpointWriter
 from megavlm.training.optimizer_state import load_state, saved_state, wanted_state
 
+_log = logging.getLogger(__name__)
+
 
 class Checkpoints:
     """Writes the checkpoints of one run and continues from one. Made on all ranks.
@@ -37,6 +40,7 @@ class Checkpoints:
         self.root, self.vlm, self.optimization, self.loader = root, vlm, optimization, loader
         self.settings = settings.checkpoint
         self._layout = {"world": dist.get_world_size(), **settings.parallel.model_dump()}
+        self._align = settings.align
         self._workers = {"ranks": vlm.groups.data_size, "data.workers": settings.data.workers}
         self._identity = {
             "train.optimizer": settings.train.optimizer,
@@ -70,6 +74,7 @@ class Checkpoints:
             "identity": self._identity,
             "layout": self._layout,
             "workers": self._workers,
+            "align": self._align,
         }
         self._writer.start(state, partial_folder(self.root, step, self._start))
         self._seconds += time.perf_counter() - began
@@ -113,6 +118,12 @@ class Checkpoints:
                     "resume with the settings of the interrupted run, or start a new run from it (model.load)",
                 )
         _check_workers(folder, common["workers"], self._workers)
+        if common["align"] != self._align:
+            _log.warning(
+                "samples were padded in their rows to a multiple of %d tokens, now of %d: rows are packed differently "
+                "from here on, and no sample is lost; data.align=%d keeps them where the layout allows it",
+                common["align"], self._align, common["align"],
+            )  # fmt: skip
         wanted = self._sharded(loading=True)
         if common["layout"] != self._layout:
             del wanted["rng"]

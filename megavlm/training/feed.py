@@ -5,7 +5,7 @@ only to the rank that encodes the frame.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 from megavlm.data.row import Row
-from megavlm.model.deal import Exchange, VisualTokens, deal_frames, plan_exchange
+from megavlm.model.deal import Exchange, VisualRow, VisualTokens, deal_frames, plan_exchange
 from megavlm.model.packed import PackedRow
 from megavlm.model.row_cut import RowCut
 from megavlm.model.token_logprobs import Targets
 from megavlm.model.vision import Frames
 from megavlm.model.vlm import VLM
-from megavlm.platform import device
+from megavlm.platform import device, host_buffer, to_device
 
 _PIXEL_FIELDS = ("patches", "patch_coords", "pos_index", "pos_weight")
 
@@ -42,16 +42,19 @@ class Window:
     """Micro-batches that share one tower phase, the frames of them dealt to this rank, and the exchange's plan."""
 
     micro_batches: list[MicroBatch]
-    frames: Frames
+    frames: Frames | None  # None once they are encoded
     exchange: Exchange
 
 
 @dataclass
 class StepRows:
-    """The rows of a step: ``hosts`` without their pixels, on every rank of the group; ``full`` on the leader alone."""
+    """The rows of a step: ``hosts`` without their pixels, on every rank of the group; ``full`` on the leader alone.
+
+    A full row is None once its window has been made.
+    """
 
     hosts: list[Row]
-    full: list[Row]
+    full: list[Row | None]
 
 
 class Feed:
@@ -91,7 +94,8 @@ class Feed:
         """
         for start in range(0, len(rows.hosts), size):
             part = slice(start, start + size)
-            yield self._window(rows.hosts[part], rows.full[part])
+            full, rows.full[part] = rows.full[part], [None] * len(rows.full[part])  # their pixels may go
+            yield self._window(rows.hosts[part], full)
 
     def window(self, num_rows: int) -> Window | None:
         """The next ``num_rows`` rows as one window; None when there are none left."""
@@ -99,33 +103,19 @@ class Feed:
         return next(self.windows(rows, num_rows)) if rows else None
 
     def _window(self, hosts: list[Row], full: list[Row]) -> Window:
-        tower, context = self.vlm.tower, self.vlm.parallel.context
-        cuts = [RowCut.of(host.segment_lengths, context) for host in hosts]
-        frame_patches = [np.asarray(host.frame_lengths, dtype=np.int64) for host in hosts]
-        tokens = VisualTokens.of(
-            frame_tokens=[lengths // tower.merge for lengths in frame_patches],
-            token_positions=[host.visual_positions.numpy() for host in hosts],
-            cuts=cuts,
-            place=tower.place,
-        )
-        parts = self._of_all_data_ranks((np.concatenate(frame_patches), tokens))
-        counts = [len(patches) for patches, _ in parts]
-        patches = np.concatenate([patches for patches, _ in parts])
+        tower = self.vlm.tower
+        all_rows = self._of_all_data_ranks([_visual_row(host, tower.merge) for host in hosts])
+        tokens = [VisualTokens.of(rows, tower.place, data_rank) for data_rank, rows in enumerate(all_rows)]
+        frame_tokens = [np.concatenate([row.frame_tokens for row in rows]) for rows in all_rows]
+        counts = [len(frames) for frames in frame_tokens]
+        patches = np.concatenate(frame_tokens) * tower.merge
         owner = deal_frames(patches, tower.group.size(), self.vlm.linear_cost)
         exchange = plan_exchange(
-            VisualTokens.join([tokens for _, tokens in parts], counts),
-            owner,
-            tower.places,
-            tower.group.rank(),
-            len(hosts),
-        )
+            VisualTokens.join(tokens, counts), owner, tower.places, tower.group.rank(), len(hosts)
+        ).to(device())
         starts = np.cumsum([0, *counts])
         frames = self._pixels(full, [(patches[a:b], owner[a:b]) for a, b in itertools.pairwise(starts)])
-        micro_batches = [
-            self._micro_batch(host, cut, positions)
-            for host, cut, positions in zip(hosts, cuts, exchange.positions, strict=True)
-        ]
-        return Window(micro_batches, frames, exchange)
+        return Window([self._micro_batch(host) for host in hosts], frames, exchange)
 
     def _tell(self, message):
         """The leader's object, on every rank."""
@@ -157,24 +147,19 @@ class Feed:
         for data_rank, (patches, owner) in enumerate(dealt):
             leader = self.groups.members[data_rank][0] if self.vlm.dealt_over_world else 0
             received[leader] = int(patches[owner == here].sum())
-        sent = [0] * group.size()
-        pieces: dict[str, list[torch.Tensor]] = {name: [] for name in _PIXEL_FIELDS}
+        sent, mine = [0] * group.size(), []
         if self.groups.is_leader:
             patches, owner = dealt[self.vlm.tower.place.data_rank]
             sent = np.bincount(owner, weights=patches, minlength=group.size()).astype(int).tolist()
-            order = np.argsort(owner, kind="stable")
-            for name in _PIXEL_FIELDS:
-                frames = [part for row in full for part in _frames_of(row, name)]
-                pieces[name] = [frames[index] for index in order]
-        floats = _joined(pieces["patches"], self.vlm.shapes.vision.patch_dim, torch.float32)
-        tables = [
-            _joined(pieces["patch_coords"], 2, torch.int32),
-            _joined(pieces["pos_index"], 4, torch.int32),
-            _joined(pieces["pos_weight"], 4, torch.float32).view(torch.int32),
-        ]
+            mine = np.argsort(owner, kind="stable")
+        # the tower works in its own precision: what it would round there is rounded before it travels
+        dtype, vision = self.vlm.tower.projector.config.params_dtype, self.vlm.shapes.vision
+        floats = _in_order(full, "patches", mine, vision.patch_dim, dtype)
+        widths = {"patch_coords": 2, "pos_index": 4, "pos_weight": 4}
+        tables = [_in_order(full, name, mine, n, torch.int32) for name, n in widths.items()]
         if group.size() > 1:
             floats = self._deliver(floats, sent, received)
-            tables = list(self._deliver(torch.cat(tables, dim=1), sent, received).split([2, 4, 4], dim=1))
+            tables = self._deliver(torch.cat(tables, dim=1), sent, received).split(list(widths.values()), dim=1)
         coords, index, weight = (table.contiguous() for table in tables)
         return Frames(floats, coords, index, weight.view(torch.float32), lengths)
 
@@ -184,35 +169,45 @@ class Feed:
         dist.all_to_all_single(out, whole, received, sent, group=self.vlm.tower.group)
         return out
 
-    def _micro_batch(self, host: Row, cut: RowCut, positions: np.ndarray) -> MicroBatch:
+    def _micro_batch(self, host: Row) -> MicroBatch:
         parallel, groups, where = self.vlm.parallel, self.groups.language, device()
         slices, index = (parallel.tensor, groups.tp.rank()) if parallel.sequence_parallel else (1, 0)
+        cut = RowCut.of(host.segment_lengths, parallel.context)
         part = torch.from_numpy(cut.order[groups.cp.rank()])  # this context rank's tokens
-        move = lambda x: x.to(where, non_blocking=True)
         padding = None
         if self.vlm.shapes.text.moe is not None:
-            padding = move(host.is_padding()[part].chunk(slices)[index][None])
+            padding = to_device(host.is_padding()[part].chunk(slices)[index][None], where)
         targets = Targets.of(host.labels[part], host.loss_weights[part], slices, index, where)
         targets.row_index = torch.where(targets.row_index >= 0, part[targets.row_index], -1)
         return MicroBatch(
             host=host,
-            input_ids=move(host.input_ids[part]),
-            position_ids=move(host.position_ids[:, part]),
-            row=PackedRow.of(host.segment_lengths, where, cut, visual_positions=move(torch.from_numpy(positions))),
+            input_ids=to_device(host.input_ids[part], where),
+            position_ids=to_device(host.position_ids[:, part], where),
+            row=PackedRow.of(host.segment_lengths, where, cut),
             targets=targets,
             padding_mask=padding,
         )
 
 
-def _frames_of(row: Row, name: str) -> tuple[torch.Tensor, ...]:
-    """A per-patch field of each frame of a row, on the device."""
-    return getattr(row, name).to(device(), non_blocking=True).split(row.frame_lengths)
+def _visual_row(host: Row, merge: int) -> VisualRow:
+    """``merge``: patches of a visual token."""
+    counts = np.asarray(host.frame_lengths, dtype=np.int64) // merge
+    return VisualRow(host.segment_lengths, counts, host.visual_positions.numpy()[np.cumsum(counts) - counts])
 
 
-def _joined(parts: list[torch.Tensor], width: int, dtype: torch.dtype) -> torch.Tensor:
-    if not parts:
-        return torch.empty(0, width, dtype=dtype, device=device())
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+def _in_order(rows: list[Row], name: str, order: Sequence[int], width: int, dtype: torch.dtype) -> torch.Tensor:
+    """A per-patch field of the rows' frames, on the device, the frames in ``order``; copied once on the host.
+
+    Floats become ``dtype``; for an integer ``dtype`` of their size, their bits are taken.
+    """
+    frames = [part for row in rows for part in getattr(row, name).split(row.frame_lengths)]
+    if not dtype.is_floating_point:
+        frames = [frame.view(dtype) for frame in frames]
+    frames = [frames[index] for index in order]
+    buffer = host_buffer(sum(len(frame) for frame in frames), width, dtype)
+    if frames:
+        torch.cat(frames, out=buffer)
+    return buffer.to(device(), non_blocking=True)
 
 
 def _without_pixels(row: Row) -> Row:

@@ -12,9 +12,9 @@ from megavlm.training.feed import MicroBatch, Window
 
 def encode_window(vlm: VLM, window: Window) -> None:
     """Runs the tower over a window's frames and gives each micro-batch its features."""
-    for micro_batch, (positions, features) in zip(
-        window.micro_batches, vlm.tower.encode(window.frames, window.exchange), strict=True
-    ):
+    frames, window.frames = window.frames, None  # the tower keeps what it needs of them
+    encoded = vlm.tower.encode(frames, window.exchange)
+    for micro_batch, (positions, features) in zip(window.micro_batches, encoded, strict=True):
         micro_batch.row.visual_positions = positions
         micro_batch.features = features
 

@@ -40,7 +40,7 @@ def rehearse(step: Step, renderer: Renderer | None, settings: Settings) -> str:
         UserError: a rank ran out of memory; names the settings that help. The other ranks are then left waiting.
     """
     began = time.perf_counter()
-    num_rows = min(step.num_micro_batches, rows_in_flight(settings.parallel, step.window))
+    num_rows = min(step.num_micro_batches, step.window)  # as many as have features at one time
     with _same_random_numbers():
         try:
             rows = [longest_row(renderer)] * num_rows if renderer is not None else None
@@ -61,13 +61,6 @@ def rehearse(step: Step, renderer: Renderer | None, settings: Settings) -> str:
         f"rehearsal: {num_rows} × {settings.data.seq_length} tokens, {visual} of them visual, "
         f"{time.perf_counter() - began:.1f} s, peak {peak[0]:.3g} GiB on rank {peak[1]}"
     )
-
-
-def rows_in_flight(parallel, window: int) -> int:
-    """Rows whose features, or activations in the first of several stages, exist at one time, at most."""
-    if parallel.pipeline == 1:
-        return window
-    return parallel.pipeline * (2 if parallel.virtual_pipeline else 1)
 
 
 def longest_row(renderer: Renderer) -> Row:
@@ -148,11 +141,13 @@ def _largest(memory: float, step: Step) -> tuple[float, int]:
 
 def _too_large(error: Exception, settings: Settings) -> UserError:
     train, vision = settings.train, settings.vision
+    smallest = settings.parallel.pipeline  # rows that fill the pipeline
     tower_learns = not {"vision", "projector"} <= set(settings.model.freeze)
     advice = [
         *(["train.recompute=full"] if train.recompute != "full" else []),
         *(["vision.recompute=true"] if tower_learns and not vision.recompute else []),
-        *(["vision.window=1"] if settings.parallel.pipeline == 1 and vision.window != 1 else []),
+        *([f"vision.window={smallest}"] if vision.window != smallest else []),
+        *(["vision.offload=true"] if not vision.offload else []),
         "a larger parallel.tensor or parallel.context, on more processes",
         f"data.seq_length below {settings.data.seq_length}",
         *(

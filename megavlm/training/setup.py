@@ -40,7 +40,7 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, trainin
     text = shapes.text
     check_dense_settings(settings.train, text.moe.num_experts if text.moe else None)
     check_window(settings.vision.window, settings.parallel)
-    return check_layout(
+    data_size = check_layout(
         settings.parallel,
         world_size,
         num_heads=text.heads,
@@ -53,6 +53,12 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, trainin
         seq_length=settings.data.seq_length,
         global_batch_size=settings.train.global_batch_size if training else None,
     )
+    if training and settings.vision.deal == "world" and data_size == 1:
+        raise UserError(
+            "vision.deal is world, but there is one data-parallel rank: it would be ignored",
+            "set vision.deal to model_parallel, or start more processes",
+        )
+    return data_size
 
 
 def start(settings: Settings, *, training: bool, load: bool = True) -> Session:
@@ -62,7 +68,13 @@ def start(settings: Settings, *, training: bool, load: bool = True) -> Session:
         training: whether weights will change; otherwise the model is in eval mode.
         load: False for a run that may have a checkpoint of its own.
     """
-    groups = init(settings.parallel, settings.train.seed, collective_minutes(settings.train.hang_minutes))
+    share_frames = training and settings.vision.deal == "world"
+    groups = init(
+        settings.parallel,
+        settings.train.seed,
+        collective_minutes(settings.train.hang_minutes),
+        data_peers=share_frames,
+    )
     shapes = Shapes.from_hf(settings.model.hf)
     check_shapes(settings, shapes, dist.get_world_size(), training=training)
     if settings.parallel.pipeline > 1 and not training:
@@ -70,7 +82,7 @@ def start(settings: Settings, *, training: bool, load: bool = True) -> Session:
             f"parallel.pipeline is {settings.parallel.pipeline}, but scoring and answering run in one stage",
             "set parallel.pipeline=1 on the command line; any checkpoint loads in any layout",
         )
-    vlm = VLM(shapes, settings, groups, share_frames=training).train(training)
+    vlm = VLM(shapes, settings, groups, share_frames=share_frames).train(training)
     if load and settings.model.load is not None:
         load_weights(find_checkpoint(settings.model.load), vlm)
     return Session(settings, shapes, groups, vlm)

@@ -86,13 +86,14 @@ class Step:
         self._row_losses: list[tuple[Row, Tensor]] = []  # of this rank's rows, where they have one
         self.optimization.zero_grad()
         self.vlm.tower.frames_encoded = 0
-        # the features' gradients stand divided over the data ranks only, the tower's DDP averages over the world
+        # the features' gradients are as if averaged over data and context ranks; the tower's DDP averages over all
         tower_scale = dist.get_world_size() / (self.groups.data_size * self.vlm.parallel.context)
         total = torch.zeros((), dtype=torch.float32, device=device())
         for window in feed.windows(rows, self.window):
             encode_window(self.vlm, window)
             total += self._forward_backward(window, counts["loss_weight"], num_rows)
             self.vlm.tower.backward(tower_scale)
+            del window  # or its memory would be held while the next one is made
         dist.all_reduce(total)
         self._finalize()
         get_moe_metrics_tracker().clear()  # it would add up the balancing losses of all steps
@@ -111,7 +112,7 @@ class Step:
         scale = len(micro_batches) * self.groups.data_size / max(loss_weight, 1e-12)
         # the balancing loss of experts is a mean over all micro-batches of the step, not over those of a window
         balancing = len(micro_batches) / num_rows
-        self.vlm.decoder_config.moe_grad_scale_func = lambda: torch.tensor(balancing, device=device())
+        self.vlm.decoder_config.moe_grad_scale_func = lambda: torch.full((), balancing, device=device())
         losses = self._schedule(
             forward_step_func=partial(self._forward_step, scale=scale),
             data_iterator=[iter(micro_batches) for _ in self._chunks],

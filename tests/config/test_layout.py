@@ -66,6 +66,11 @@ def test_fitting_layouts(arguments, data_parallel):
             "last_stage_layers 7 of the model's 36 layers leave 21 for 2 other stages",
             "the same number of layers",
         ),
+        (
+            {"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 16, "last_stage_layers": 20},
+            "name every stage of an interleaved pipeline",
+            "give one of the two",
+        ),
         ({"pipeline": 2, "first_stage_layers": 36}, "leave 0 for 1 other stage", "at least one"),
         (
             {"pipeline": 4, "virtual_pipeline": 2, "first_stage_layers": 7, "last_stage_layers": 7, "num_layers": 38},

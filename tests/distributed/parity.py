@@ -145,7 +145,7 @@ def train_layout(
     from megavlm.training.step import Step
 
     settings = Settings(**settings)
-    groups = platform.init(settings.parallel)
+    groups = platform.init(settings.parallel, data_peers=settings.vision.deal == "world")
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     for chunk in vlm.language:
         chunk.embedded_tokens = 48  # the toy's rows too are embedded in parts

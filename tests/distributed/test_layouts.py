@@ -38,6 +38,16 @@ VARIANTS = {
     "MoE EP2, windows of 1": (2, "moe", {"expert": 2}, {"vision": {"window": 1}}),
     "DP2, frames over the world": (2, "dense", {}, {"vision": {"deal": "world"}}),
     "TP2 × DP2, frames over the world": (4, "dense", {"tensor": 2}, {"vision": {"deal": "world", "window": 1}}),
+    "PP2 × DP2, frames over the world": (4, "dense", {"pipeline": 2}, {"vision": {"deal": "world", "window": 1}}),
+    "CP2 × DP2, frames over the world": (4, "dense", {"context": 2}, {"vision": {"deal": "world"}}),
+    "MoE EP2, frames over the world": (2, "moe", {"expert": 2}, {"vision": {"deal": "world"}}),
+    "CP2 × PP2 × VPP2, windows of 2": (
+        4,
+        "dense",
+        {"context": 2, "pipeline": 2, "virtual_pipeline": 2},
+        {"vision": {"window": 2}},
+    ),
+    "TP2 × CP2 without sequence parallelism": (4, "dense", {"tensor": 2, "context": 2, "sequence": False}, {}),
     "MoE EP2 × CP2 × DP2": (4, "moe", {"expert": 2, "context": 2}, {}),
 }
 
@@ -110,9 +120,10 @@ def test_variant(name, toys, tmp_path, request):
     check(differences)
 
 
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"context": 2}], ids=["TP2", "CP2"])
 @pytest.mark.parametrize("freeze", [("vision",), ("projector",), ("language",), ("vision", "language")], ids="+".join)
-def test_frozen_parts(freeze, toys, tmp_path, world2):
-    settings = settings_of(toys.folder("dense"), {"tensor": 2}, freeze=freeze, vision={"recompute": True})
+def test_frozen_parts(freeze, parallel, toys, tmp_path, world2):
+    settings = settings_of(toys.folder("dense"), parallel, freeze=freeze, vision={"recompute": True})
     reference = toys.reference("dense", freeze)
     check(compare(toys, world2, "dense", settings, reference, tmp_path / "out", freeze))
 

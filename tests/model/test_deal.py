@@ -7,7 +7,7 @@ import pytest
 from skimage import data as photographs
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from megavlm.model.deal import Place, VisualTokens, deal_frames, frame_cost, plan_exchange
+from megavlm.model.deal import Place, VisualRow, VisualTokens, deal_frames, frame_cost, plan_exchange
 from megavlm.model.row_cut import RowCut
 
 LINEAR_8B = 2.0 * 1152 + 4304
@@ -57,34 +57,31 @@ def test_every_token_arrives_where_it_belongs(context, slices, data):
     random = np.random.default_rng(0)
     places = places_of(context, slices, [(0, 1), (2,), ()], data)
     lengths = [[32, 64, 32], [96, 32]]
-    rows = []  # per data rank: (frame tokens, positions) of each micro-batch
-    for _ in range(data):
-        window = []
-        for row in lengths:
+    rows, values = [], []  # per data rank its window of rows; of each visual token, in the order of frames
+    for d in range(data):
+        rows.append([])
+        for m, row in enumerate(lengths):
             counts = random.integers(1, 9, size=5)
-            window.append((counts, np.sort(random.choice(sum(row), counts.sum(), replace=False))))
-        rows.append(window)
-    cuts = [RowCut.of(row, context) for row in lengths]
-    tokens = [
-        VisualTokens.of([c for c, _ in window], [p for _, p in window], cuts, Place(context, 0, slices, 0, data_rank=d))
-        for d, window in enumerate(rows)
-    ]
-    values = np.concatenate(
-        [np.array([(d, m, at) for at in p]) for d, window in enumerate(rows) for m, (_, p) in enumerate(window)]
-    )
-    joined = VisualTokens.join(tokens, [10] * data)
-    patches = 4 * np.concatenate([c for window in rows for c, _ in window])
+            starts = np.sort(random.choice(sum(row) // 8, 5, replace=False)) * 8
+            rows[d].append(VisualRow(row, counts, starts))
+            values += [(d, m, at) for start, n in zip(starts, counts, strict=True) for at in range(start, start + n)]
+    tokens = VisualTokens.join([VisualTokens.of(window, places[0], d) for d, window in enumerate(rows)], [10] * data)
+    patches = 4 * np.concatenate([row.frame_tokens for window in rows for row in window])
     owner = deal_frames(patches, len(places), 10.0)
-    plans = [plan_exchange(joined, owner, places, rank, len(lengths)) for rank in range(len(places))]
-    own = [values[owner[joined.frame] == rank] for rank in range(len(places))]
+    plans = [plan_exchange(tokens, owner, places, rank, len(lengths)) for rank in range(len(places))]
+    own = []  # per rank, a feature of each plane and token: (plane, data rank, micro-batch, position)
+    for rank, plan in enumerate(plans):
+        mine = np.array(values)[owner[tokens.frame] == rank]
+        assert plan.num_own == len(mine)
+        own.append(np.array([(plane, *value) for plane in range(3) for value in mine]).reshape(-1, 4))
     for rank, (place, plan) in enumerate(zip(places, plans, strict=True)):
-        sent = [own[source][plans[source].send[rank]] for source in range(len(places))]
-        assert plan.counts == [len(part) for part in sent]
+        sent = [np.split(own[s][p.send.numpy()], np.cumsum(p.send_counts)[:-1])[rank] for s, p in enumerate(plans)]
+        assert plan.receive_counts == [len(part) for part in sent]
         received = np.concatenate(sent)
-        if not place.planes:
-            assert len(received) == 0
-        for m, (cut, at, positions) in enumerate(zip(cuts, plan.rows, plan.positions, strict=True)):
-            expected = cut.order[place.context_index].reshape(slices, -1)[place.slice_index]
-            visual = rows[place.data_rank][m][1] if place.planes else []
-            assert sorted(expected[positions]) == sorted(set(expected) & set(visual))
-            assert [tuple(value) for value in received[at]] == [(place.data_rank, m, p) for p in expected[positions]]
+        for m, (take, positions) in enumerate(zip(plan.take, plan.positions, strict=True)):
+            order = RowCut.of(lengths[m], context).order[place.context_index].reshape(slices, -1)[place.slice_index]
+            visual = {at for d, row, at in values if (d, row) == (place.data_rank, m)} if place.planes else set()
+            assert sorted(order[positions.numpy()]) == sorted(visual & set(order))
+            for plane, index in zip(place.planes, take, strict=True):
+                got = [tuple(value) for value in received[index.numpy()]]
+                assert got == [(plane, place.data_rank, m, at) for at in order[positions.numpy()]]

@@ -6,7 +6,7 @@ from toy import toy_folder
 
 from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
-from megavlm.training.rehearsal import is_out_of_memory, longest_row, rows_in_flight
+from megavlm.training.rehearsal import is_out_of_memory, longest_row
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +54,6 @@ def test_text_and_pixels_vary(folder):
     row, _ = row_of(folder, seq_length=256, min_pixels=32 * 32 * 300, max_pixels=32 * 32 * 300)
     assert row.num_images == 0
     assert row.input_ids.unique().numel() > 100
-
-
-def test_rows_fill_the_pipeline():
-    settings = lambda **parallel: Settings(model={"hf": "hf"}, parallel=parallel).parallel
-    assert rows_in_flight(settings(), 3) == 3
-    assert rows_in_flight(settings(pipeline=4), 16) == 4
-    assert rows_in_flight(settings(pipeline=4, virtual_pipeline=2), 16) == 8
 
 
 def test_what_counts_as_out_of_memory():
