@@ -10,9 +10,14 @@ from pool import Pool
 def forget_megatron() -> None:
     """Leaves nothing of a call's layout to the next one in the same process."""
     from megatron.core import num_microbatches_calculator, parallel_state
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.unset_num_microbatches_calculator()
+    # A dispatcher keeps its last routing, whose graph leads back to the model by ways that the garbage collector cannot
+    # see: model and process groups would stay, and hundreds of gloo's threads with them.
+    for dispatcher in (thing for thing in gc.get_objects() if isinstance(thing, MoETokenDispatcher)):
+        vars(dispatcher).clear()
     gc.collect()
 
 

@@ -1,5 +1,7 @@
 """Every parallel layout computes the training step that plain PyTorch computes on transformers' own model."""
 
+import os
+
 import pytest
 import torch
 from parity import ROWS, Toys, Trained, settings_of, train_layout, train_reference, weights_of
@@ -126,6 +128,21 @@ def test_frozen_parts(freeze, parallel, toys, tmp_path, world2):
     settings = settings_of(toys.folder("dense"), parallel, freeze=freeze, vision={"recompute": True})
     reference = toys.reference("dense", freeze)
     check(compare(toys, world2, "dense", settings, reference, tmp_path / "out", freeze))
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_a_world_leaves_nothing_behind(toys, tmp_path, world2):
+    """Each process group has gloo threads, which poll: a world that stayed alive would slow down all that come after."""
+    settings = settings_of(toys.folder("moe"), {"expert": 2}, moe=True)
+    counts = []
+    for out in ("first", "second"):
+        arguments = toys.folder("moe"), toys.checkpoint("moe"), toys.root, toys.records, settings, tmp_path / out
+        world2.run(train_layout, *arguments)
+        counts.append(world2.run(threads)[0])
+    assert counts[1] <= counts[0] + 10  # of some 50 for each world
 
 
 def test_the_balancing_loss_matters(toys):
