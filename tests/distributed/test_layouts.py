@@ -135,7 +135,7 @@ def threads() -> int:
 
 
 def test_a_world_leaves_nothing_behind(toys, tmp_path, world2):
-    """Each process group has gloo threads, which poll: a world that stayed alive would slow down all that come after."""
+    """A process group has gloo threads, which poll: a world that stayed alive would slow down all that come after."""
     settings = settings_of(toys.folder("moe"), {"expert": 2}, moe=True)
     counts = []
     for out in ("first", "second"):
