@@ -83,7 +83,8 @@ def _first_on_this_machine() -> bool:
     try:
         with path.open("a") as marker:
             fcntl.flock(marker, fcntl.LOCK_EX)
-            told = marker.tell() > 0 and os.fstat(marker.fileno()).st_mtime > _BEGAN
+            state = os.fstat(marker.fileno())  # as it is now: another may have written while this one waited for the lock
+            told = state.st_size > 0 and state.st_mtime > _BEGAN
             if not told:
                 marker.write(".")
         return not told
