@@ -83,7 +83,7 @@ def _first_on_this_machine() -> bool:
     try:
         with path.open("a") as marker:
             fcntl.flock(marker, fcntl.LOCK_EX)
-            state = os.fstat(marker.fileno())  # as it is now: another may have written while this one waited for the lock
+            state = os.fstat(marker.fileno())  # now: another may have told while this one waited for the lock
             told = state.st_size > 0 and state.st_mtime > _BEGAN
             if not told:
                 marker.write(".")
