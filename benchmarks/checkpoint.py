@@ -6,7 +6,7 @@ A random model of a hundred million parameters (bf16 weights, float32 copy and A
 real steps on one process and on two, and is saved four times in each way. Waiting is what the training loop spends in
 ``save``, in ``poll`` after every step, and in ``finish`` before the next save. While a checkpoint is written in the
 background the steps share processors and memory with the writer: their time is listed beside that of undisturbed ones.
-The fastest save of each way after the first is compared, as other work on the machine only adds; so are medians.
+Medians of the saves after the first, which plans for the others, are compared; so are the fastest.
 """
 
 import argparse
@@ -80,7 +80,9 @@ def measure(work: Path, parallel: dict) -> dict:
     def timed_step() -> float:
         began = time.perf_counter()
         step()
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        dist.barrier()  # a rank that waits for the other's step does not wait for the checkpoint
+        return seconds
 
     timed_step()
     alone, beside, waits = [timed_step() for _ in range(3)], [], {}
@@ -171,7 +173,7 @@ def main() -> int:
                 shutil.rmtree(work / way)
     finally:
         shutil.rmtree(work)
-    good = all(row["share_of_fastest"] <= MAX_SHARE for row in rows)
+    good = all(row["share_of_median"] <= MAX_SHARE for row in rows)
     view = Table(
         "layout",
         "GB",
@@ -187,7 +189,7 @@ def main() -> int:
         cells = [", ".join(f"{x:.2f}" for x in cell) if isinstance(cell, list) else str(cell) for cell in row.values()]
         view.add_row(*cells)
     Console().print(view)
-    print(f"waiting is at most {MAX_SHARE:.0%} of a save in the foreground (fastest after the first): {good}")
+    print(f"waiting is at most {MAX_SHARE:.0%} of a save in the foreground (medians after the first): {good}")
     if args.json:
         about = {
             "cores": len(os.sched_getaffinity(0)),
