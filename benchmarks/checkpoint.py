@@ -84,6 +84,11 @@ def measure(work: Path, parallel: dict) -> dict:
         dist.barrier()  # a rank that waits for the other's step does not wait for the checkpoint
         return seconds
 
+    def published(folder: Path) -> bool:
+        there = [folder.exists()]
+        dist.broadcast_object_list(there, src=0)  # it appears at any moment: all ranks must agree
+        return there[0]
+
     timed_step()
     alone, beside, waits = [timed_step() for _ in range(3)], [], {}
     for background in (False, True):
@@ -92,10 +97,9 @@ def measure(work: Path, parallel: dict) -> dict:
         waits[background] = []
         for number in range(1, SAVES + 1):
             store.save(number)
-            while not (root / f"step_{number:08}").exists():
+            while not published(root / f"step_{number:08}"):
                 beside.append(timed_step())
                 store.poll()
-                dist.barrier()  # all ranks look at the folder at the same time
             store.finish()
             waits[background].append(store.take_seconds())
         size = sum(file.stat().st_size for file in root.glob("*/*"))
