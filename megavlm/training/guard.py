@@ -32,7 +32,7 @@ class Reading:
 
 
 def read(total: Tensor, weight: float, squares: Tensor) -> Reading:
-    """Brings a step's numbers to the host: the one wait for the device in a step.
+    """Brings a step's numbers to the host, all of them in one read.
 
     A rank that alone saw a bad number would skip alone and part from the others for good, so the verdict is the sum of
     all ranks' verdicts; it stays on the device until everything is read at once.
