@@ -228,8 +228,7 @@ def _results_of(pending: _Pending) -> list | Exception:
         pending.process.join()
         results = OSError(f"the writing process ended with {pending.process.exitcode}")
     pending.connection.close()
-    pending.process.join()
-    return results
+    return results  # the child is not waited for: giving back its memory takes it longer than all of this
 
 
 def _complete(pending: _Pending, seal: Callable[[Path], None]) -> None:
