@@ -83,6 +83,8 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
     if origin is Annotated:
         return _allowed(arguments[0], [*arguments[1:], *metadata])
     if origin in (Union, UnionType):
+        if Path in arguments and NoneType not in arguments:
+            return "path or URL"
         kinds = [a for a in arguments if a is not NoneType]
         text = " or ".join(_allowed(kind, metadata) for kind in kinds)
         return text + ", or null" if NoneType in arguments else text

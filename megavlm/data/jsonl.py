@@ -1,88 +1,109 @@
-"""JSONL files: an index of their lines, and samples in file order."""
+"""JSONL files: where their lines begin, and any of their samples by number."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megavlm.config.errors import UserError
-from megavlm.data.records import Kind
-from megavlm.data.renderer import Renderer
-from megavlm.data.row import Sample
+from megavlm.config.files import atomic_open
+from megavlm.data.files import File, beside, is_folder
+from megavlm.data.media import Find
 
 _BLOCK = 1 << 24  # bytes read at a time while looking for line ends
+_KEPT_FROM = 1 << 26  # bytes of a file from which on its index is kept on disk
 
 
 class JsonlFile:
     """Random access to the lines of a file; blank lines do not count.
 
-    One pass over the bytes finds where the lines begin (no line is parsed); 8 bytes a line are kept. Reading shares no
-    file position, so forked workers may use one object.
+    One pass over the bytes finds where the lines begin (no line is parsed). For a large file that is kept, once for
+    all runs, in ``$MEGAVLM_CACHE`` (default ``~/.cache/megavlm``) and read from there by the page, so that a worker's
+    memory does not grow with the data set.
 
     Args:
-        path: the file.
+        path: a path, or a URL that fsspec knows.
 
     Raises:
         UserError: no such file, a folder, or no line in it.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            found = "is not a file" if self.path.exists() else "does not exist"
-            raise UserError(f"data file {self.path} {found}", "give the path of a JSONL file")
-        self._file = os.open(self.path, os.O_RDONLY)
-        ends = self._line_ends()
-        starts = np.concatenate([[0], ends[:-1]])
-        is_blank = np.zeros(len(ends), dtype=bool)
-        for line in np.flatnonzero(ends - starts <= 16):  # a blank line is short; nothing else so short is a sample
-            is_blank[line] = not os.pread(self._file, int(ends[line] - starts[line]), int(starts[line])).strip()
-        self._starts, self._ends = starts[~is_blank], ends[~is_blank]
-        self._lines = np.flatnonzero(~is_blank) + 1 if is_blank.any() else None
+        self.path = str(path)
+        self._file = File(self.path)
+        try:
+            self._spans = _line_spans(self._file)
+        except (OSError, ValueError, ImportError) as error:
+            found = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+            if _is_folder(self.path):
+                found = "is a folder without JSONL"
+            raise UserError(f"data file {self.path} {found}", "give the path or URL of a JSONL file") from None
         if len(self) == 0:
             raise UserError(f"data file {self.path} is empty", "give a file with one JSON object per line")
 
     def __len__(self) -> int:
-        return len(self._starts)
-
-    def __del__(self):
-        if hasattr(self, "_file"):
-            os.close(self._file)
+        return len(self._spans)
 
     def source(self, index: int) -> str:
         """ "file:line" of sample `index`."""
-        return f"{self.path}:{index + 1 if self._lines is None else self._lines[index]}"
+        return f"{self.path}:{int(self._spans[index, 2])}"
 
-    def read(self, index: int) -> Any:
-        """The parsed line of sample `index` (from 0). Raises UserError if it is not JSON."""
-        start, end = int(self._starts[index]), int(self._ends[index])
+    def read(self, index: int) -> tuple[Any, Find]:
+        """The parsed line of sample `index` (from 0), and where its media are found.
+
+        Raises UserError if it is not JSON, or cannot be read.
+        """
+        start, end = (int(bound) for bound in self._spans[index, :2])
         try:
-            return json.loads(os.pread(self._file, end - start, start))
+            return json.loads(self._file.read(start, end)), partial(beside, self.path)
         except ValueError as error:  # also of bytes that are not UTF-8
             raise UserError(
                 f"{self.source(index)}: not valid JSON: {error}", "write one JSON object per line"
             ) from None
-
-    def _line_ends(self) -> np.ndarray:
-        """Offset behind each line; the last line need not end in a line feed."""
-        size, ends = os.fstat(self._file).st_size, []
-        for offset in range(0, size, _BLOCK):
-            block = np.frombuffer(os.pread(self._file, _BLOCK, offset), dtype=np.uint8)
-            ends.append(np.flatnonzero(block == ord("\n")) + offset + 1)
-        found = np.concatenate([np.empty(0, dtype=np.int64), *ends])
-        return found if not size or (len(found) and found[-1] == size) else np.append(found, size)
+        except OSError as error:
+            raise UserError(f"{self.source(index)}: cannot be read: {error}") from None
 
 
-def read_samples(
-    path: str | Path, renderer: Renderer, kind: Kind, *, rank: int = 0, num_ranks: int = 1
-) -> Iterator[Sample]:
-    """The samples of a JSONL file in file order, rendered one by one; of each `num_ranks`, the `rank`-th.
+def _is_folder(path: str) -> bool:
+    try:
+        return is_folder(path)
+    except Exception:
+        return False
 
-    Raises UserError, naming file and line, at the first sample that cannot be used.
-    """
-    file = JsonlFile(path)
-    for index in range(rank, len(file), num_ranks):
-        yield renderer.encode(file.read(index), file.path.parent, file.source(index), kind=kind, index=index)
+
+def _line_spans(file: File) -> np.ndarray:
+    """int64 [samples, 3]: first byte, last byte, number from 1 of each line that is not blank."""
+    size = file.size()
+    if size < _KEPT_FROM:
+        return _find_lines(file, size)
+    folder = Path(os.environ.get("MEGAVLM_CACHE") or Path.home() / ".cache" / "megavlm") / "lines"
+    changed = os.stat(file.url).st_mtime_ns if file.local_path else None
+    where = os.path.abspath(file.url) if file.local_path else file.url
+    kept = folder / f"{hashlib.sha256(repr((where, size, changed)).encode()).hexdigest()[:32]}.npy"
+    if not kept.exists():
+        spans = _find_lines(file, size)
+        try:
+            with atomic_open(kept, "wb") as out:
+                np.save(out, spans)
+        except OSError:  # a full disk or a home that may not be written to: this run does without
+            return spans
+    return np.load(kept, mmap_mode="r")
+
+
+def _find_lines(file: File, size: int) -> np.ndarray:
+    ends, last = [], b""
+    for start in range(0, size, _BLOCK):
+        last = file.read(start, min(start + _BLOCK, size))
+        ends.append(np.flatnonzero(np.frombuffer(last, dtype=np.uint8) == ord("\n")) + start + 1)
+    found = np.concatenate([np.empty(0, dtype=np.int64), *ends])
+    if last and not last.endswith(b"\n"):  # the last line need not end in a line feed
+        found = np.append(found, size)
+    starts = np.concatenate([[0], found[:-1]]).astype(np.int64)
+    is_blank = np.zeros(len(found), dtype=bool)
+    for line in np.flatnonzero(found - starts <= 16):  # a blank line is short; nothing else so short is a sample
+        is_blank[line] = not file.read(int(starts[line]), int(found[line])).strip()
+    return np.stack([starts, found, np.arange(1, len(found) + 1)], axis=1)[~is_blank]

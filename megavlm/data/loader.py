@@ -1,27 +1,24 @@
 """Rows for training: endless, shuffled, blended, packed in worker processes, and resumable to the sample."""
 
 import gc
-import hashlib
 import os
-import pickle
 import signal
 import threading
 from collections.abc import Generator
 from typing import Any
 
-from megatron.energon import SavableDataLoader, WorkerConfig
-from megatron.energon.savable_loader import SavableDataLoaderState
-from megatron.energon.wrappers import BlendDataset
+from torch.utils.data import DataLoader
 
 from megavlm.config.errors import UserError
-from megavlm.data.jsonl import JsonlFile
+from megavlm.data.draws import dealt_anew
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
-from megavlm.data.sources import DraftDataset, ErrorsAsItems, RowDataset
+from megavlm.data.rows import RowDataset
+from megavlm.data.sources import Source, open_sources
 from megavlm.processes import end_with_parent
 
-_PREFETCH = 2  # rows that each worker makes ahead
+_MOST_AHEAD = 16  # rows that a worker makes before they are taken: pixels are large
 
 
 class RowLoader:
@@ -36,9 +33,18 @@ class RowLoader:
     workers, another number of ranks with as many workers in all continues the same sequence of rows.
     """
 
-    def __init__(self, loader: SavableDataLoader, identity: dict[str, Any]):
-        self._loader = loader
-        self._identity = identity
+    def __init__(self, dataset: RowDataset, num_workers: int, rows_per_step: int, pin_memory: bool, identity: dict):
+        ahead = min(max(2, -(-rows_per_step // max(num_workers, 1))), _MOST_AHEAD)
+        self._dataset, self._identity = dataset, identity
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=ahead if num_workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+            multiprocessing_context="fork" if num_workers else None,
+        )
         self._rows: Generator[Row | UserError] | None = None
         self._taken = 0  # rows, by this rank
 
@@ -46,26 +52,37 @@ class RowLoader:
         return self
 
     def __next__(self) -> Row:
-        """The next row. Raises UserError, naming file and line, for a sample that cannot be used."""
+        """The next row. Raises UserError where none can come: a source none of whose samples can be used."""
         if self._rows is None:
             self._rows = iter(self._loader)
         row = next(self._rows)
         if isinstance(row, UserError):
             raise row
         self._taken += 1
+        self._dataset.places[row.place["worker"]] = row.place
         return row
 
+    @property
+    def sources(self) -> list[Source]:
+        return self._dataset.sources
+
     def state_dict(self) -> list[dict[str, Any]]:
-        """The state of each worker of this rank, for a checkpoint: strings, numbers and bytes."""
-        rank, workers = self._loader.save_state_rank(), max(self._loader.num_workers, 1)
-        states = [None] * workers if rank is None else rank.worker_states  # None: not started yet
-        rows = self._taken * self._loader.worker_config.world_size
-        return [{"identity": self._identity, "rows": rows, "state": pickle.dumps(state)} for state in states]
+        """The state of each worker of this rank, for a checkpoint: strings, numbers, lists of them."""
+        ranks, places = self._dataset.workers.step, self._dataset.places
+        return [
+            {"identity": self._identity, "rows": self._taken * ranks, "place": places.get(worker)}
+            for worker in self._dataset.workers
+        ]
 
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Continue from the states of this rank's workers, in their order.
+    def load_state_dict(self, states: list[dict[str, Any]]) -> str | None:
+        """Continue from the states of all workers of all ranks, in the order of their numbers.
 
-        Raises UserError if they are of other data, or of another number of workers in all.
+        Returns:
+            None where the same rows come as without an interruption; otherwise, where there are now more or fewer
+            workers in all, what is different.
+
+        Raises:
+            UserError: they are of other data.
         """
         for name, value in self._identity.items():
             if states[0]["identity"].get(name) != value:
@@ -74,23 +91,30 @@ class RowLoader:
                     "the data cannot be continued from its place",
                     "resume with the settings of the interrupted run, or start a new run from its weights (model.load)",
                 )
-        self._taken, rest = divmod(states[0]["rows"], self._loader.worker_config.world_size)
-        assert rest == 0, states[0]["rows"]  # every step takes as many rows on each rank
-        workers = [pickle.loads(state["state"]) for state in states]
-        if workers[0] is not None:
-            turn = self._taken % len(workers)
-            self._loader.restore_state_rank(
-                SavableDataLoaderState(worker_states=workers, next_worker_id=turn, micro_batch_size=None)
-            )
+        dataset = self._dataset
+        if len(states) == dataset.num_workers:
+            self._taken, rest = divmod(states[0]["rows"], dataset.workers.step)
+            assert rest == 0, states[0]["rows"]  # every step takes as many rows on each rank
+            dataset.places = {w: states[w]["place"] for w in dataset.workers if states[w]["place"] is not None}
+            dataset.turn = self._taken % len(dataset.workers)
+            return None
+        before = [state["place"] or dataset.start_of(number) for number, state in enumerate(states)]
+        draws = dealt_anew([place["draws"] for place in before], dataset.num_workers)
+        waiting = [sample for place in before for sample in place["waiting"]]
+        wanted = max(place["wanted"] for place in before)
+        dataset.places = {
+            w: {"worker": w, "draws": draws[w], "waiting": waiting[w :: dataset.num_workers], "wanted": wanted}
+            for w in dataset.workers
+        }
+        return (
+            f"{dataset.num_workers} data workers in all continue the work of {len(states)}: samples come in another "
+            f"order from here on; none is repeated or left out, the {len(waiting)} that waited to be packed included"
+        )
 
     def close(self) -> None:
         """End the worker processes; the loader cannot be used any more."""
-        if self._rows is None:
-            return
-        self._rows.close()
-        has_workers, self._rows, self._loader = self._loader.num_workers > 0, None, None
-        if has_workers:
-            gc.collect()  # torch's loader and its iterator hold each other; the workers end with them
+        self._rows = self._loader = None
+        gc.collect()  # torch's loader and its iterator hold each other; the workers end with them
 
 
 def build_loader(
@@ -101,66 +125,48 @@ def build_loader(
     dp_rank: int,
     dp_size: int,
     seed: int,
+    rows_per_step: int = 1,
     pin_memory: bool = False,
 ) -> RowLoader:
     """The training rows of one data-parallel rank.
 
     Args:
-        settings: the ``data`` section: train, packing, packing_buffer, shuffle, workers, seq_length.
+        settings: the ``data`` section.
         renderer: of the model's folder, with the same settings.
         kind: "tune" or "pretrain".
         dp_rank: this data-parallel rank of `dp_size`; call it on one process of each model-parallel group.
         dp_size: data-parallel ranks.
         seed: of sample order and blending.
+        rows_per_step: that this rank takes at a time: so many are made ahead.
         pin_memory: hand rows over in page-locked memory, for training on a GPU.
 
     Raises:
         UserError: no sources, or a source that is missing or empty.
     """
-    if not settings.train:
-        raise UserError("data.train names no data", "name a file: data.train: [{path: …}]")
-    workers = WorkerConfig(rank=dp_rank, world_size=dp_size, num_workers=settings.workers, seed_offset=seed)
-    files = [JsonlFile(source.path) for source in settings.train]
-    drafts = [
-        DraftDataset(
-            file,
-            renderer,
-            kind,
-            key=_key(seed, number) if settings.shuffle else None,
-            worker_config=workers,
-        )
-        for number, file in enumerate(files)
-    ]
-    if len(drafts) == 1:
-        samples = drafts[0]
-    else:
-        weights = [source.weight for source in settings.train]
-        samples = BlendDataset(*zip(drafts, weights, strict=True), worker_config=workers)
-    rows = RowDataset(samples, renderer, settings.packing_buffer if settings.packing == "best_fit" else 1)
-    loader = SavableDataLoader(
-        ErrorsAsItems(rows, worker_config=workers),
-        # A state after every row, so that continuing renders nothing twice.
-        checkpoint_every_sec=0,
-        checkpoint_every_min_n_samples=1,
-        prefetch_factor=_PREFETCH,
-        gc_collect_every_n_steps=0,
-        watchdog_timeout_seconds=None,
+    sources = open_sources(settings)
+    dataset = RowDataset(
+        sources,
+        renderer,
+        kind,
+        buffer_size=settings.packing_buffer if settings.packing == "best_fit" else 1,
+        max_patches=settings.row_patches,
+        seed=seed if settings.shuffle else None,
+        first_worker=dp_rank,
+        stride=dp_size,
+        num_workers=dp_size * max(settings.workers, 1),
     )
-    loader.pin_memory = pin_memory  # energon always wants it, and torch warns of that where there is no GPU
-    loader.worker_init_fn = _start_worker
     identity = {
-        "data workers in all": [dp_size * max(settings.workers, 1), settings.workers > 0],
-        "data.train": [[file.path.name, len(file), s.weight] for file, s in zip(files, settings.train, strict=True)],
+        "data.train and data.replay": [[s.file.path.rpartition("/")[2], len(s.file), round(s.share, 6)] for s in sources],
         "data.seq_length": renderer.seq_length,
-        "data.packing": [settings.packing, rows.buffer_size],
+        "data.packing": [settings.packing, dataset.buffer_size],
         "data.shuffle": settings.shuffle,
         "train.seed": seed,
     }
-    return RowLoader(loader, identity)
+    return RowLoader(dataset, settings.workers, rows_per_step, pin_memory, identity)
 
 
 def _start_worker(worker: int) -> None:
-    """In a new worker process, instead of energon's own start, which walks over (and so copies) the trainer's heap.
+    """In a new worker process.
 
     A signal to stop, sent to all processes of a job, is for the trainer to act on: it still needs rows until its step
     is done. Only the trainer itself ends a worker.
@@ -177,8 +183,3 @@ def _end_with_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-def _key(seed: int, source: int) -> int:
-    """Orders differ between seeds and between the sources of one blend; epochs count up from here."""
-    return int.from_bytes(hashlib.sha256(f"{seed},{source}".encode()).digest()[:6])

@@ -3,10 +3,9 @@
 The size decides how many tokens a sample has, so packing needs it long before anybody decodes a pixel.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from transformers.video_utils import VideoMetadata
 
 from megavlm.config.errors import UserError
+from megavlm.data.files import File
 
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
@@ -25,32 +25,38 @@ _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 class Picture:
     """A picture file. `source` ("file:line") is the sample that names it, for messages."""
 
-    path: Path
+    file: File
     source: str
 
     def size(self) -> tuple[int, int]:
         """(height, width) as the viewer sees it, read from the header. Raises UserError if there is no such picture."""
-        with _explained(self.source, "picture", self.path), Image.open(self.path) as image:
+        with _explained(self.source, "picture", self.file), self._image() as image:
             width, height = image.size
             is_transposed = image.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSED
         return (width, height) if is_transposed else (height, width)
 
     def pixels(self) -> torch.Tensor:
         """The decoded picture, upright: uint8 [3, height, width], RGB. Raises UserError if it cannot be decoded."""
-        with _explained(self.source, "picture", self.path):
-            with Image.open(self.path) as image:
+        with _explained(self.source, "picture", self.file):
+            with self._image() as image:
                 if image.format != "JPEG":  # PIL reads every format, but JPEG at a third of torchvision's speed
                     image = ImageOps.exif_transpose(image).convert("RGB")
                     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-            data = read_file(str(self.path))
+            path = self.file.local_path
+            data = read_file(path) if path else torch.frombuffer(bytearray(self.file.read()), dtype=torch.uint8)
             return decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True)
+
+    @contextmanager
+    def _image(self) -> Iterator[Image.Image]:
+        with self.file.open() as stream, Image.open(stream) as image:
+            yield image
 
 
 @dataclass
 class Video:
     """A video: one file, or frames as pictures with their rate in frames per second."""
 
-    path: Path | None
+    file: File | None
     frames: list[Picture]
     fps: float | None
     source: str
@@ -58,11 +64,11 @@ class Video:
     @property
     def name(self) -> str:
         """The file, or the first of the frames, for messages."""
-        return str(self.path or f"of frames {self.frames[0].path}, …")
+        return str(self.file or f"of frames {self.frames[0].file}, …")
 
     def probe(self) -> VideoMetadata:
         """Number, rate and size of all frames, from the file's header. Raises UserError if it is not a video."""
-        if self.path is None:
+        if self.file is None:
             sizes = [frame.size() for frame in self.frames]
             if len(set(sizes)) > 1:
                 raise UserError(
@@ -71,9 +77,7 @@ class Video:
                 )
             count, fps, (height, width) = len(sizes), self.fps, sizes[0]
         else:
-            import av  # on first use: only some data sets have videos
-
-            with _explained(self.source, "video", self.path), av.open(str(self.path)) as container:
+            with self._container() as container:
                 if not container.streams.video:
                     raise ValueError("it has no video stream")
                 stream = container.streams.video[0]
@@ -86,11 +90,9 @@ class Video:
 
     def pixels(self, indices: np.ndarray) -> torch.Tensor:
         """The chosen frames, decoded: uint8 [len(indices), 3, height, width]; `indices` ascend. Raises UserError."""
-        if self.path is None:
+        if self.file is None:
             return torch.stack([self.frames[index].pixels() for index in indices])
-        import av
-
-        with _explained(self.source, "video", self.path), av.open(str(self.path)) as container:
+        with self._container() as container:
             wanted, decoded, index = set(indices.tolist()), {}, -1
             for index, frame in enumerate(container.decode(video=0)):
                 if index in wanted:
@@ -101,15 +103,30 @@ class Video:
                 raise ValueError(f"frame {max(wanted)} cannot be decoded; the file ends after {index + 1} frames")
             return torch.stack([decoded[index] for index in indices.tolist()]).permute(0, 3, 1, 2).contiguous()
 
+    @contextmanager
+    def _container(self) -> Iterator[Any]:
+        import av  # on first use: only some data sets have videos
 
-def find_picture(named: Any, base: Path, source: str) -> Picture:
-    """The picture that a record names by a path: absolute, or relative to the folder of its file."""
+        with (
+            _explained(self.source, "video", self.file),
+            self.file.open() as stream,
+            av.open(self.file.local_path or stream) as container,
+        ):
+            yield container
+
+
+Find = Callable[[str], File]
+"""Where the media of a sample are found: from what its record names to the file."""
+
+
+def find_picture(named: Any, find: Find, source: str) -> Picture:
+    """The picture that a record names by a path."""
     if not isinstance(named, str):
         raise UserError(f"{source}: a picture is named by its path, found {str(named)[:200]}")
-    return Picture(base / named, source)
+    return Picture(find(named), source)
 
 
-def find_video(named: Any, base: Path, source: str, sampled_fps: float) -> Video:
+def find_video(named: Any, find: Find, source: str, sampled_fps: float) -> Video:
     """The video that a record names: a path, a list of frames' paths, or ``{"frames": path or list, "fps": number}``.
 
     A list without a rate is taken as sampled at `sampled_fps`, the rate at which files are sampled.
@@ -125,23 +142,25 @@ def find_video(named: Any, base: Path, source: str, sampled_fps: float) -> Video
                 f"{source}: fps {fps} for the video file {named}: the file says its own rate; this would be ignored",
                 "remove fps; data.video_fps says how many frames are sampled per second",
             )
-        return Video(base / named, [], None, source)
+        return Video(find(named), [], None, source)
     if not isinstance(named, list) or not named:
         raise UserError(f"{source}: a video is a path or a list of frames' paths, found {str(named)[:200]}")
     fps = sampled_fps if fps is None else fps
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not fps > 0:
         raise UserError(f"{source}: fps must be a number above 0, found {fps!r}")
-    return Video(None, [find_picture(frame, base, source) for frame in named], float(fps), source)
+    return Video(None, [find_picture(frame, find, source) for frame in named], float(fps), source)
 
 
 @contextmanager
-def _explained(source: str, what: str, path: Path) -> Iterator[None]:
+def _explained(source: str, what: str, file: File) -> Iterator[None]:
     """Turns whatever a decoder raises into a UserError that names the sample, the file and the cause."""
     try:
         yield
     except FileNotFoundError as error:
         raise UserError(
-            f"{source}: {what} {path} does not exist", "paths are absolute or relative to the folder of the data file"
+            f"{source}: {what} {file} does not exist", "paths are absolute or relative to the folder of the data file"
         ) from error
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"{source}: {what} {path} cannot be read: {error}") from error
+        raise UserError(f"{source}: {what} {file} cannot be read: {error}") from error

@@ -67,7 +67,7 @@ class VisionProcessor:
                 max_pixels=processor.size["longest_edge"],
             )
         except ValueError as error:  # more than 200 times as long as wide
-            raise UserError(f"{picture.source}: picture {picture.path}: {error}") from error
+            raise UserError(f"{picture.source}: picture {picture.file}: {error}") from error
         return Still(picture, (1, height // processor.patch_size, width // processor.patch_size))
 
     def place_video(self, video: Video) -> Clip:

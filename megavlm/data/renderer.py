@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from megavlm.config.errors import UserError
-from megavlm.data.media import find_picture, find_video
+from megavlm.data.media import Find, find_picture, find_video
 from megavlm.data.positions import mrope_positions
 from megavlm.data.processor import Clip, Still, VisionProcessor
 from megavlm.data.records import Kind, Record, check_record
@@ -36,6 +36,7 @@ class Draft:
         length: tokens t of the sample.
         source: "file:line".
         index: place of the sample in its file.
+        source_id: number of its source in the blend.
     """
 
     token_ids: np.ndarray
@@ -46,11 +47,20 @@ class Draft:
     length: int
     source: str
     index: int
+    source_id: int = 0
 
     @property
     def num_patches(self) -> int:
         """Pixel rows P of the sample."""
         return int(self.frame_grids.prod(axis=1).sum())
+
+
+class DraftError(Exception):
+    """The pixels of draft number ``place`` could not be read; ``__cause__`` says why."""
+
+    def __init__(self, place: int):
+        super().__init__(place)
+        self.place = place
 
 
 class Renderer:
@@ -78,16 +88,16 @@ class Renderer:
         self.pad_id = next(id for id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if id is not None)
         self._template = ChatTemplate(self.processor) if self.processor.chat_template else None
 
-    def encode(self, record: dict, base: Path, source: str, *, kind: Kind, index: int = 0) -> Sample:
+    def encode(self, record: dict, find: Find, source: str, *, kind: Kind, index: int = 0) -> Sample:
         """Render one record at once; arguments and errors as of ``draft`` and ``complete``."""
-        return self.complete(self.draft(record, base, source, kind=kind, index=index))
+        return self.complete(self.draft(record, find, source, kind=kind, index=index))
 
-    def draft(self, record: dict, base: Path, source: str, *, kind: Kind, index: int = 0) -> Draft:
+    def draft(self, record: dict, find: Find, source: str, *, kind: Kind, index: int = 0) -> Draft:
         """Everything but the pixels.
 
         Args:
             record: the parsed line.
-            base: folder to which paths in the record are relative.
+            find: where the media are found that the record names.
             source: "file:line", for messages.
             kind: "tune": assistant turns are targets, with their end token; "pretrain": every token after the first is,
                 except visual placeholders; "prompt": nothing is, assistant messages at the end are left out and the
@@ -101,9 +111,9 @@ class Renderer:
         checked = check_record(record, kind, source)
         text, turns = self._text(checked, kind, source)
         self._check_places(text, checked, source)
-        stills = [self.vision.place_picture(find_picture(named, base, source)) for named in checked.images]
+        stills = [self.vision.place_picture(find_picture(named, find, source)) for named in checked.images]
         fps = self.vision.video_fps
-        clips = [self.vision.place_video(find_video(named, base, source, fps)) for named in checked.videos]
+        clips = [self.vision.place_video(find_video(named, find, source, fps)) for named in checked.videos]
         text, replaced = self.vision.insert_media(text, stills, clips)
         queues = {"image": iter(stills), "video": iter(clips)}
         media = [next(queues[item["type"]]) for item in replaced]
@@ -167,6 +177,7 @@ class Renderer:
             num_videos=num_videos,
             source=draft.source,
             index=draft.index,
+            source_id=draft.source_id,
         )
 
     def pack(
@@ -185,7 +196,7 @@ class Renderer:
         )
 
     def complete_row(self, drafts: Sequence[Draft]) -> Row:
-        """Complete drafts and pack them. Raises UserError for an unreadable file.
+        """Complete drafts and pack them. Raises DraftError for the first one that has an unreadable file.
 
         A picture of a megapixel is 25 MB of pixel rows. They are written once, to the memory in which the row leaves a
         worker process.
@@ -193,9 +204,15 @@ class Renderer:
         counts = [draft.num_patches for draft in drafts]
         patches = _empty_shared(sum(counts), self.vision.patch_dim)
         parts = patches.split(counts)
-        return self.pack(
-            [self.complete(draft, part) for draft, part in zip(drafts, parts, strict=True)], patches=patches
-        )
+        samples = []
+        for place, (draft, part) in enumerate(zip(drafts, parts, strict=True)):
+            try:
+                samples.append(self.complete(draft, part))
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise DraftError(place) from error
+        return self.pack(samples, patches=patches)
 
     def _text(self, record: Record, kind: Kind, source: str) -> tuple[str, list[tuple[int, int, float]] | None]:
         """The record as text with one placeholder per picture or video, and the learned turns (None: not by turns)."""

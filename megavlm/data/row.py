@@ -1,12 +1,13 @@
 """A sample ready for the model, and the row of samples that is one micro-batch. Host tensors only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megavlm.data.faults import Fault
 from megavlm.data.positions import grid_interpolation, patch_coordinates
 
 IGNORE = -100  # label of a position at which nothing is learned (torch's own convention)
@@ -29,6 +30,7 @@ class Sample:
         num_videos: videos in the sample.
         source: "file:line", for messages.
         index: place of the sample in its file, from 0.
+        source_id: number of its source in the blend.
     """
 
     input_ids: Tensor
@@ -42,6 +44,7 @@ class Sample:
     num_videos: int
     source: str
     index: int
+    source_id: int = 0
 
 
 def aligned(length: int, align: int) -> int:
@@ -68,6 +71,9 @@ class Row:
             each patch lies, and their weights.
         sources: "file:line" of each sample.
         indices: place of each sample in its file.
+        source_ids: number of each sample's source in the blend.
+        faults: samples that were passed over since the row before.
+        place: where the worker that made the row stands behind it (see ``RowDataset``).
     """
 
     input_ids: Tensor
@@ -89,6 +95,9 @@ class Row:
     num_videos: int
     sources: list[str]
     indices: list[int]
+    source_ids: list[int]
+    faults: list[Fault] = field(default_factory=list)
+    place: dict | None = None
 
     @property
     def segment_lengths(self) -> list[int]:
@@ -110,9 +119,9 @@ class Row:
     def pin_memory(self) -> "Row":
         """The same row in page-locked memory, from which copies to a GPU run beside its work."""
         pinned = {
-            field.name: value.pin_memory()
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            name: value.pin_memory()
+            for name in (field.name for field in fields(self))
+            if isinstance(value := getattr(self, name), Tensor)
         }
         return replace(self, **pinned)
 
@@ -180,4 +189,5 @@ def pack(
         num_videos=sum(sample.num_videos for sample in samples),
         sources=[sample.source for sample in samples],
         indices=[sample.index for sample in samples],
+        source_ids=[sample.source_id for sample in samples],
     )

@@ -1,0 +1,118 @@
+"""WebDataset folders, as megatron-energon prepares them (``.nv-meta``, ``*.tar.idx``): any sample by number.
+
+A sample is the neighbouring members of a tar file whose names agree up to the first dot: ``KEY.json`` has the fields of
+a JSONL line, its media are the other members, which the record names by what stands behind the key (``"images":
+["0.jpg"]`` for ``KEY.0.jpg``) or does not list at all, where they are taken in their order. ``KEY.txt`` instead is a
+caption of the pictures beside it.
+"""
+
+import json
+import struct
+import tarfile
+from bisect import bisect_right
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from megavlm.config.errors import UserError
+from megavlm.data.files import File, beside
+from megavlm.data.media import Find
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+VIDEOS = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
+INFO, INDEX = ".nv-meta/.info.json", ".idx"
+
+
+class ShardFolder:
+    """Random access to the samples of a folder of shards.
+
+    Memory holds the names and sample counts of the shards alone; a sample's place is read from its shard's index.
+
+    Args:
+        path: a path, or a URL that fsspec knows.
+
+    Raises:
+        UserError: no such folder, or one that was not prepared.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = str(path).rstrip("/")
+        try:
+            counts = json.loads(File(f"{self.path}/{INFO}").read())["shard_counts"]
+        except FileNotFoundError:
+            raise UserError(
+                f"data folder {self.path} has no index of shards ({INFO})",
+                f"make it with: megavlm data prepare {self.path}",
+            ) from None
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"data folder {self.path}: {INFO} cannot be read: {error!r}") from None
+        self._shards = list(counts)
+        self._ends = list(accumulate(counts.values()))
+        if not self._ends or not self._ends[-1]:
+            raise UserError(f"data folder {self.path} has no samples")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def source(self, index: int) -> str:
+        """ "shard:number" of sample `index`, the number from 1."""
+        shard, number = self._locate(index)
+        return f"{shard}:{number + 1}"
+
+    def read(self, index: int) -> tuple[Any, Find]:
+        """The record of sample `index`, and where its media are found. Raises UserError if it cannot be read."""
+        shard, number = self._locate(index)
+        try:
+            parts = _parts(shard, number)
+            return _record(parts), partial(_find, shard, parts)
+        except (OSError, ValueError, tarfile.TarError, struct.error) as error:
+            found = "the shard does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+            raise UserError(f"{self.source(index)}: {found}", "prepare the folder again: megavlm data prepare") from None
+
+    def _locate(self, index: int) -> tuple[str, int]:
+        """Shard, and number of the sample in it from 0."""
+        number = bisect_right(self._ends, index)
+        first = self._ends[number - 1] if number else 0
+        return f"{self.path}/{self._shards[number]}", index - first
+
+
+def _parts(shard: str, number: int) -> dict[str, File]:
+    """The members of sample `number`, by what stands behind its key."""
+    start, end = struct.unpack("<QQ", File(shard + INDEX).read(8 * number, 8 * number + 16))
+    parts = {}
+    with File(shard, start, end).open() as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        for member in tar:
+            if member.isfile():
+                folder, _, name = member.name.rpartition("/")
+                key, _, part = name.partition(".")
+                first = start + member.offset_data
+                parts[part.lower()] = File(shard, first, first + member.size, f"{shard}:{member.name}")
+    if not parts:
+        raise tarfile.ReadError("no members at the place that its index names")
+    return parts
+
+
+def _record(parts: dict[str, File]) -> Any:
+    media = {
+        name: [part for part in parts if part.rpartition(".")[2] in kinds]
+        for name, kinds in (("images", PICTURES), ("videos", VIDEOS))
+    }
+    if "json" in parts:
+        record = json.loads(parts["json"].read())
+        if isinstance(record, dict):
+            record = {name: found for name, found in media.items() if found and name not in record} | record
+        return record
+    if "txt" in parts:
+        marks = "<image>" * len(media["images"]) + "<video>" * len(media["videos"])
+        return {"text": marks + parts["txt"].read().decode().strip(), **media}
+    raise ValueError(f"neither .json nor .txt among its members: {', '.join(parts)}")
+
+
+def _find(shard: str, parts: dict[str, File], named: str) -> File:
+    """A member by what stands behind the sample's key or by its whole name; else a file beside the shard."""
+    name = named.rpartition("/")[2]
+    for part in (name.lower(), name.partition(".")[2].lower()):
+        if part in parts:
+            return parts[part]
+    return beside(shard, named)
