@@ -45,6 +45,7 @@ def measure(folder: Path, root: Path, length: int) -> dict:
     """Runs on every rank: one row forward and backward."""
     from megavlm import platform
     from megavlm.config.settings import Settings
+    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
@@ -66,7 +67,7 @@ def measure(folder: Path, root: Path, length: int) -> dict:
     if groups.is_leader:
         renderer = Renderer(folder, settings.data, settings.align)
         record = document(root, length, length // 8192, renderer)
-        rows = iter([renderer.pack([renderer.encode(record, root, "document", kind="pretrain")])])
+        rows = iter([renderer.pack([renderer.encode(record, in_folder(root), "document", kind="pretrain")])])
     step = Step(vlm, Optimization(vlm, settings.train), Feed(vlm, rows), 1, settings.train.logprob_chunk_tokens)
     start = time.perf_counter()
     result = step()

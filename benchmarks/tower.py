@@ -51,11 +51,12 @@ def photographs(root: Path, count: int, most: int) -> list[dict]:
 def balance(root: Path, records: list[dict], folder: Path) -> list[float]:
     """Planned imbalance over 4 ranks of windows of 4 rows of 8,192 tokens, for the tower of the released 8B model."""
     from megavlm.config.settings import Settings
+    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.deal import deal_frames, frame_cost
 
     renderer = Renderer(folder, Settings(model={"hf": folder}, data={"seq_length": 262144}).data)
-    drafts = [renderer.draft(record, root, "photographs", kind="pretrain") for record in records]
+    drafts = [renderer.draft(record, in_folder(root), "photographs", kind="pretrain") for record in records]
     patches = [draft.frame_grids.prod(axis=1) for draft in drafts]
     window_of = np.cumsum([p.sum() for p in patches]) // (4 * 4 * 8192)  # four patches a token
     result = []
@@ -74,6 +75,7 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
 
     from megavlm import platform
     from megavlm.config.settings import Settings
+    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.deal import Place, VisualRow, VisualTokens, plan_exchange
     from megavlm.model.shapes import Shapes
@@ -90,7 +92,7 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     renderer = Renderer(folder, settings.data, settings.align)
     row = renderer.pack(
-        [renderer.encode(r, root, "photographs", kind="pretrain", index=i) for i, r in enumerate(records)]
+        [renderer.encode(r, in_folder(root), "photographs", kind="pretrain", index=i) for i, r in enumerate(records)]
     )
     window = Feed(vlm, iter([row]) if groups.is_leader else None).window(1)
 

@@ -20,18 +20,29 @@ def check_required(settings: Settings, keys: Iterable[str], verb: str) -> None:
 
 
 def check_files(settings: Settings, keys: Iterable[str]) -> None:
-    """Raises UserError for the first of `keys` (model.hf, model.load, data.train, data.eval) that does not exist."""
+    """Raises UserError that names all files of `keys` (model.hf, model.load, data.train, data.eval) that do not exist.
+
+    data.train stands for the replay source too. URLs are not looked at.
+    """
+    paths = {}
     for key in keys:
-        value = reduce(getattr, key.split("."), settings)
         if key == "data.train":
-            for index, source in enumerate(value):
-                _check_exists(f"data.train[{index}].path", source.path)
-        elif value is not None:
-            _check_exists(key, value)
-        if key == "model.hf" and not (value / "config.json").is_file():
-            raise UserError(
-                f"model.hf is {value}, a folder without config.json", "name a folder in Hugging Face's model format"
-            )
+            paths |= {name: source.path for name, source in settings.data.leaves.items()}
+        else:
+            paths[key] = reduce(getattr, key.split("."), settings)
+    missing = {key: path for key, path in paths.items() if isinstance(path, Path) and not path.exists()}
+    remedy = f"relative paths start from {Path.cwd()}"
+    if len(missing) == 1:
+        key, path = missing.popitem()
+        raise UserError(f"{key} is {path}, which does not exist", remedy)
+    if missing:
+        listed = "\n  ".join(f"{key}: {path}" for key, path in missing.items())
+        raise UserError(f"these files do not exist:\n  {listed}", remedy)
+    if "model.hf" in paths and not (settings.model.hf / "config.json").is_file():
+        raise UserError(
+            f"model.hf is {settings.model.hf}, a folder without config.json",
+            "name a folder in Hugging Face's model format",
+        )
 
 
 def check_stage(settings: Settings) -> None:
@@ -50,8 +61,3 @@ def check_stage(settings: Settings) -> None:
             f"stage is {settings.stage}, which continues stage {settings.stage - 1}, but model.load is not set",
             "set model.load to the output folder, or a checkpoint, of the stage before",
         )
-
-
-def _check_exists(key: str, path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"{key} is {path}, which does not exist", f"relative paths start from {Path.cwd()}")

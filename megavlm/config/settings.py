@@ -1,20 +1,16 @@
-"""All settings of a run: the sections of `sections.py` put together, and the checks between them."""
+"""All settings of a run: `sections.py` and `data_sections.py` put together, and the checks between sections."""
 
 from pydantic import Field, model_validator
 
+from megavlm.config.data_sections import DataSettings, DataSource
 from megavlm.config.errors import UserError
+from megavlm.config.section import Bool, FilePath, Int, Section
 from megavlm.config.sections import (
-    Bool,
     CheckpointSettings,
-    DataSettings,
-    DataSource,
-    FilePath,
     GenerateSettings,
-    Int,
     LogSettings,
     ModelSettings,
     ParallelSettings,
-    Section,
     TrainSettings,
     VisionSettings,
     WandbSettings,

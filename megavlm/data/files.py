@@ -3,7 +3,9 @@
 import io
 import os
 import posixpath
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -77,6 +79,11 @@ def beside(file: str | Path, named: str) -> File:
     if is_url(named) or posixpath.isabs(named):
         return File(named)
     return File(posixpath.join(posixpath.dirname(str(file)), named))
+
+
+def in_folder(folder: str | Path) -> Callable[[str], File]:
+    """Finds files by their names relative to a folder."""
+    return partial(beside, f"{folder}/")
 
 
 def exists(path: str | Path) -> bool:

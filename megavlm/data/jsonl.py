@@ -102,7 +102,7 @@ def _find_lines(file: File, size: int) -> np.ndarray:
     found = np.concatenate([np.empty(0, dtype=np.int64), *ends])
     if last and not last.endswith(b"\n"):  # the last line need not end in a line feed
         found = np.append(found, size)
-    starts = np.concatenate([[0], found[:-1]]).astype(np.int64)
+    starts = np.concatenate([[0], found])[:-1].astype(np.int64)
     is_blank = np.zeros(len(found), dtype=bool)
     for line in np.flatnonzero(found - starts <= 16):  # a blank line is short; nothing else so short is a sample
         is_blank[line] = not file.read(int(starts[line]), int(found[line])).strip()

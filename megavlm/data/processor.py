@@ -19,9 +19,10 @@ from megavlm.data.media import Picture, Video
 
 @dataclass
 class Still:
-    """A picture and the grid (1, h, w) of patches it becomes."""
+    """A picture, its size (height, width) in pixels, and the grid (1, h, w) of patches it becomes."""
 
     picture: Picture
+    size: tuple[int, int]
     grid: tuple[int, int, int]
 
 
@@ -56,7 +57,7 @@ class VisionProcessor:
 
     def place_picture(self, picture: Picture) -> Still:
         """The picture's grid, from its header. Raises UserError if there is no such picture or it is too narrow."""
-        height, width = picture.size()
+        height, width = size = picture.size()
         processor = self.hf.image_processor
         try:
             height, width = resized_picture(
@@ -68,7 +69,7 @@ class VisionProcessor:
             )
         except ValueError as error:  # more than 200 times as long as wide
             raise UserError(f"{picture.source}: picture {picture.file}: {error}") from error
-        return Still(picture, (1, height // processor.patch_size, width // processor.patch_size))
+        return Still(picture, size, (1, height // processor.patch_size, width // processor.patch_size))
 
     def place_video(self, video: Video) -> Clip:
         """The frames to sample and their grid, from the header. Raises UserError if it is no video or one frame."""

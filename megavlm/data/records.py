@@ -5,6 +5,9 @@ Tuning: ``{"messages": [{"role", "content"}, …], "images": [path, …], "video
 Pretraining: the same, or ``{"text": "…<image>…", "images": […]}``. A video is a path, a list of paths of frames
 (taken as sampled already), or ``{"frames": [path, …], "fps": number}``.
 
+``"boxes": [[x1, y1, x2, y2], …]`` fills the places marked ``<box>`` with boxes (or points, ``[x, y]``), given in
+pixels of the picture before the mark and written as Qwen3-VL knows them, from 0 to 1000 (see ``boxes``).
+
 An assistant message may say ``"loss": false`` (not learned) or ``"weight": number`` (of its tokens in the loss).
 """
 
@@ -14,10 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megavlm.config.errors import UserError
+from megavlm.data.boxes import MARK as BOX_MARK
+from megavlm.data.boxes import Box, check_box
+from megavlm.data.faults import NO_TARGET, UnfitSample
 
 Kind = Literal["tune", "pretrain", "prompt"]
 
-FIELDS = ("messages", "text", "images", "videos", "tools")
+FIELDS = ("messages", "text", "images", "videos", "boxes", "tools")
 MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "loss", "weight")
 ROLES = ("system", "user", "assistant", "tool")
 MARKS = {"<image>": "image", "<video>": "video"}
@@ -34,6 +40,7 @@ class Record:
         weights: loss weight of each message's tokens, 0 for what is not learned.
         images: path of each picture as written, in the order of their places.
         videos: each video as written, in the order of their places.
+        boxes: in the order of their places.
         tools: tool descriptions handed to the chat template.
     """
 
@@ -42,7 +49,25 @@ class Record:
     weights: list[float] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
+    boxes: list[Box] = field(default_factory=list)
     tools: list[dict] | None = None
+
+    def fill_boxes(self, sizes: list[tuple[int, int]], source: str) -> None:
+        """Write the boxes into their places; ``sizes``: (height, width) of each picture in pixels."""
+        written = iter([box.written(*sizes[box.image], source) for box in self.boxes])
+        if not self.boxes:
+            return
+
+        def fill(content: str | list[dict]) -> str | list[dict]:
+            if isinstance(content, str):
+                return re.sub(BOX_MARK, lambda _: next(written), content)
+            return [part | {"text": fill(part["text"])} if part["type"] == "text" else part for part in content]
+
+        if self.text is not None:
+            self.text = fill(self.text)
+        for message in self.messages or []:
+            if message.get("content"):
+                message["content"] = fill(message["content"])
 
 
 def check_record(raw: Any, kind: Kind, source: str) -> Record:
@@ -64,7 +89,7 @@ def check_record(raw: Any, kind: Kind, source: str) -> Record:
         found = "both" if "text" in raw else f"neither (fields: {', '.join(raw) or 'none'})"
         raise UserError(f"{source}: a sample has either messages or text; this one has {found}")
     listed = {name: _list_of_media(raw, name, source) for name in ("images", "videos")}
-    places = _Places(listed, source)
+    places = _Places(listed, _list_of_media(raw, "boxes", source) if "boxes" in raw else None, source)
     record = Record(images=places.images, videos=places.videos)
     if "text" in raw:
         if not isinstance(raw["text"], str):
@@ -75,15 +100,16 @@ def check_record(raw: Any, kind: Kind, source: str) -> Record:
     else:
         record.tools = raw.get("tools")
         record.messages, record.weights = _check_messages(raw["messages"], kind, places, source)
-    places.finish(has_dropped=kind == "prompt")
+    record.boxes = places.finish(has_dropped=kind == "prompt")
     return record
 
 
 class _Places:
     """Takes the media named in a record to their places, in order, and counts them."""
 
-    def __init__(self, listed: dict[str, list], source: str):
-        self.source = source
+    def __init__(self, listed: dict[str, list], boxes: list | None, source: str):
+        self.source, self._boxes = source, boxes
+        self._nearest: list[int] = []  # to each mark of a box: the picture before it, or else the first
         self.images: list[str] = []
         self.videos: list[Any] = []
         self._listed = listed
@@ -103,6 +129,8 @@ class _Places:
     def _place(self, part: Any, where: str) -> dict:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
+            if self._boxes is not None:
+                self._nearest += [max(len(self.images) - 1, 0)] * part["text"].count(BOX_MARK)
             return part
         if kind not in ("image", "video"):
             raise UserError(
@@ -121,16 +149,24 @@ class _Places:
         (self.images if kind == "image" else self.videos).append(placed)
         return {"type": kind}
 
-    def finish(self, has_dropped: bool) -> None:
-        """Every listed file must have had its place, and every place its file."""
-        for name, count in self._places.items():
-            listed = len(self._listed[name])
+    def finish(self, has_dropped: bool) -> list[Box]:
+        """The boxes; every listed file and box must have had its place, and every place its file or box."""
+        boxes = self._boxes or []
+        counts = [
+            ("images", "<image>", self._places["images"], len(self._listed["images"])),
+            ("videos", "<video>", self._places["videos"], len(self._listed["videos"])),
+            ("boxes", BOX_MARK, len(self._nearest), len(boxes)),
+        ]
+        for name, mark, count, listed in counts:
             if count != listed and not (has_dropped and count < listed):
-                mark = "<image>" if name == "images" else "<video>"
                 raise UserError(
                     f"{self.source}: {count} {mark} in the text, but {listed} in {name}",
                     f"give one entry of {name} for each {mark}, in the same order",
                 )
+        return [
+            check_box(box, nearest, len(self.images), self.source)
+            for box, nearest in zip(boxes, self._nearest, strict=False)
+        ]
 
 
 def _check_messages(messages: Any, kind: Kind, places: _Places, source: str) -> tuple[list[dict], list[float]]:
@@ -162,7 +198,8 @@ def _check_messages(messages: Any, kind: Kind, places: _Places, source: str) -> 
                 message["content"] = parts
         checked.append(message)
     if kind == "tune" and not any(weights):
-        raise UserError(
+        raise UnfitSample(
+            NO_TARGET,
             f"{source}: nothing to learn: no assistant message with a loss",
             "add the answer as an assistant message, or remove the sample",
         )

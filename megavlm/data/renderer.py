@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from megavlm.config.errors import UserError
+from megavlm.data.faults import NO_TARGET, TOO_LONG, UnfitSample
 from megavlm.data.media import Find, find_picture, find_video
 from megavlm.data.positions import mrope_positions
 from megavlm.data.processor import Clip, Still, VisionProcessor
@@ -85,6 +86,7 @@ class Renderer:
         self.processor = self.vision.hf
         self.tokenizer = self.processor.tokenizer
         self.seq_length, self.align = settings.seq_length, align
+        self._truncates = settings.too_long == "truncate"
         self.pad_id = next(id for id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if id is not None)
         self._template = ChatTemplate(self.processor) if self.processor.chat_template else None
 
@@ -109,9 +111,10 @@ class Renderer:
                 prompts) more tokens than a row has.
         """
         checked = check_record(record, kind, source)
+        stills = [self.vision.place_picture(find_picture(named, find, source)) for named in checked.images]
+        checked.fill_boxes([still.size for still in stills], source)
         text, turns = self._text(checked, kind, source)
         self._check_places(text, checked, source)
-        stills = [self.vision.place_picture(find_picture(named, find, source)) for named in checked.images]
         fps = self.vision.video_fps
         clips = [self.vision.place_video(find_video(named, find, source, fps)) for named in checked.videos]
         text, replaced = self.vision.insert_media(text, stills, clips)
@@ -122,16 +125,22 @@ class Renderer:
 
         encoding = self.tokenizer(text, return_offsets_mapping=True, return_attention_mask=False)
         token_ids = np.array(encoding["input_ids"], dtype=np.int32)
+        starts = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]  # characters
         is_visual = self._is_visual(token_ids)
         repeats = np.ones(len(token_ids), dtype=np.int32)
         repeats[is_visual] = frame_grids.prod(axis=1) // self.vision.merge**2
         if turns is None:
             weights = np.full(len(token_ids), float(kind != "prompt"), dtype=np.float32)
         else:
-            starts = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
             weights = _weights_of(_shifted(turns, replaced), starts)
         weights[is_visual] = 0
 
+        if kind != "prompt" and self._truncates and repeats.sum() > self.seq_length:
+            spans = [np.searchsorted(starts, item["new_span"]).tolist() for item in replaced]
+            first, dropped = self._first_kept(token_ids, repeats, spans)
+            num_frames = sum(item.grid[0] for item in media[:dropped])
+            token_ids, repeats, weights = token_ids[first:], repeats[first:], weights[first:]
+            media, frame_grids = media[dropped:], frame_grids[num_frames:]
         draft = Draft(
             token_ids=token_ids,
             repeats=repeats,
@@ -145,6 +154,22 @@ class Renderer:
         if kind != "prompt":
             self._check_size(draft)
         return draft
+
+    def _first_kept(self, token_ids: np.ndarray, repeats: np.ndarray, spans: list[list[int]]) -> tuple[int, int]:
+        """Where to cut the beginning of a sample away so that the rest fits: the first token kept, and media dropped.
+
+        ``spans``: first token of each picture or video, and the first behind it; they are kept or dropped as a whole.
+        """
+        lengths = np.cumsum(repeats[::-1])[::-1]  # from each token to the end
+        first = int(np.searchsorted(-lengths, -self.seq_length))
+        start, end = (self.processor.vision_start_token_id, self.processor.vision_end_token_id)
+        for dropped, (begin, behind) in enumerate(spans):
+            begin -= bool(begin and token_ids[begin - 1] == start)
+            behind += bool(behind < len(token_ids) and token_ids[behind] == end)
+            if first <= begin:
+                return first, dropped
+            first = max(first, behind)
+        return first, len(spans)
 
     def complete(self, draft: Draft, patches: torch.Tensor | None = None) -> Sample:
         """Read the pixels, into `patches` if given, and write out tokens, targets and positions.
@@ -246,13 +271,15 @@ class Renderer:
 
     def _check_size(self, draft: Draft) -> None:
         if not draft.weights[1:].any():
-            raise UserError(f"{draft.source}: nothing to learn: the sample has no target token", "remove the sample")
+            message = f"{draft.source}: nothing to learn: the sample has no target token"
+            raise UnfitSample(NO_TARGET, message, "remove the sample")
         if aligned(draft.length, self.align) > self.seq_length:
             visual = int(draft.repeats[self._is_visual(draft.token_ids)].sum())
-            raise UserError(
+            raise UnfitSample(
+                TOO_LONG,
                 f"{draft.source}: the sample has {draft.length} tokens ({visual} of them visual), but a row has "
                 f"data.seq_length = {self.seq_length}",
-                "raise data.seq_length, lower data.max_pixels or data.video_max_frames, or remove the sample",
+                "raise data.seq_length, lower data.max_pixels or data.video_max_frames, or set data.too_long=truncate",
             )
 
     def _is_visual(self, token_ids: np.ndarray) -> np.ndarray:

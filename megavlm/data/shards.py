@@ -68,7 +68,9 @@ class ShardFolder:
             return _record(parts), partial(_find, shard, parts)
         except (OSError, ValueError, tarfile.TarError, struct.error) as error:
             found = "the shard does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-            raise UserError(f"{self.source(index)}: {found}", "prepare the folder again: megavlm data prepare") from None
+            raise UserError(
+                f"{self.source(index)}: {found}", "prepare the folder again: megavlm data prepare"
+            ) from None
 
     def _locate(self, index: int) -> tuple[str, int]:
         """Shard, and number of the sample in it from 0."""
@@ -84,8 +86,8 @@ def _parts(shard: str, number: int) -> dict[str, File]:
     with File(shard, start, end).open() as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             if member.isfile():
-                folder, _, name = member.name.rpartition("/")
-                key, _, part = name.partition(".")
+                name = member.name.rpartition("/")[2]
+                part = name.partition(".")[2]
                 first = start + member.offset_data
                 parts[part.lower()] = File(shard, first, first + member.size, f"{shard}:{member.name}")
     if not parts:

@@ -41,7 +41,7 @@ class Checkpoints:
         self.settings = settings.checkpoint
         self._layout = {"world": dist.get_world_size(), **settings.parallel.model_dump()}
         self._align = settings.align
-        self._workers = {"ranks": vlm.groups.data_size, "data.workers": settings.data.workers}
+        self._workers = max(settings.data.workers, 1)  # of each data rank
         self._identity = {
             "train.optimizer": settings.train.optimizer,
             "train.precision": settings.train.precision,
@@ -73,7 +73,7 @@ class Checkpoints:
             "schedule": self.optimization.scheduler.num_steps,
             "identity": self._identity,
             "layout": self._layout,
-            "workers": self._workers,
+            "workers": self._workers * self.vlm.groups.data_size,
             "align": self._align,
         }
         self._writer.start(state, partial_folder(self.root, step, self._start))
@@ -100,11 +100,11 @@ class Checkpoints:
     def restore(self, folder: Path) -> int:
         """Take over the state in ``folder``; returns the number of steps done.
 
-        Weights and optimizer state load in any layout; the place in the data needs as many data workers in all;
-        random states are taken over in the same layout.
+        Weights, optimizer state and the place in the data load in any layout; random states are taken over in the same
+        layout.
 
         Raises:
-            UserError: the run was of another optimizer, precision, set of learning parts, or number of data workers.
+            UserError: the run was of another optimizer, precision or set of learning parts, or read other data.
         """
         common = dist_checkpointing.load_common_state_dict(str(folder))
         if "workers" not in common:
@@ -117,7 +117,6 @@ class Checkpoints:
                     f"{folder} was written with {name} {common['identity'][name]}, now it is {value}",
                     "resume with the settings of the interrupted run, or start a new run from it (model.load)",
                 )
-        _check_workers(folder, common["workers"], self._workers)
         if common["align"] != self._align:
             _log.warning(
                 "samples were padded in their rows to a multiple of %d tokens, now of %d: rows are packed differently "
@@ -125,6 +124,12 @@ class Checkpoints:
                 common["align"], self._align, common["align"],
             )  # fmt: skip
         wanted = self._sharded(loading=True)
+        if self.loader is not None:
+            count = common["workers"]
+            wanted["data"] = [
+                ShardedObject("data", None, (count,), (worker,), replica_id=self.vlm.groups.data_rank)
+                for worker in range(count)
+            ]
         if common["layout"] != self._layout:
             del wanted["rng"]
         state = dist_checkpointing.load(wanted, str(folder))
@@ -133,7 +138,9 @@ class Checkpoints:
         scheduler = self.optimization.scheduler
         scheduler.step(increment=state["schedule"] - scheduler.num_steps)  # the curve itself follows the settings
         if self.loader is not None:
-            self.loader.load_state_dict(state["data"])
+            different = self.loader.load_state_dict(state["data"])
+            if different and self.vlm.groups.data_rank == 0:
+                _log.warning("%s", different)
         if "rng" in state:
             set_random_state(state["rng"])
         self._hf_layout = _read_text(folder / HF_LAYOUT)
@@ -150,14 +157,12 @@ class Checkpoints:
             "optimizer": optimizer,
             "rng": ShardedObject("rng", generators, (dist.get_world_size(),), (dist.get_rank(),)),
         }
-        if self.loader is not None:
-            own = max(self._workers["data.workers"], 1)
-            places = [None] * own if loading else self.loader.state_dict()
-            count = (groups.data_size * own,)
+        if self.loader is not None and not loading:
+            count = (groups.data_size * self._workers,)
             # worker w of data rank r is number r + ranks × w of all: rows come from them in that order
             state["data"] = [
                 ShardedObject("data", place, count, (groups.data_rank + groups.data_size * worker,))
-                for worker, place in enumerate(places)
+                for worker, place in enumerate(self.loader.state_dict())
             ]
         return state
 
@@ -179,26 +184,6 @@ class Checkpoints:
 
 def _read_text(file: Path) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
-
-
-def _check_workers(folder: Path, then: dict, now: dict) -> None:
-    """Each data worker's place can be taken over by as many workers in all, however they lie on data ranks."""
-    total = then["ranks"] * max(then["data.workers"], 1)
-    in_processes = then["data.workers"] > 0
-    if total == now["ranks"] * max(now["data.workers"], 1) and in_processes == (now["data.workers"] > 0):
-        return
-    if in_processes and total % now["ranks"] == 0:
-        remedy = f"set data.workers={total // now['ranks']}"
-    elif in_processes:
-        remedy = f"choose a layout whose number of data-parallel ranks divides {total}, and data.workers to match"
-    else:
-        remedy = f"set data.workers=0 in a layout of {total} data-parallel ranks"
-    describe = lambda workers: f"{workers['ranks']} data-parallel ranks × data.workers={workers['data.workers']}"
-    raise UserError(
-        f"{folder} was written by {describe(then)}, now it is {describe(now)}: "
-        "the data can be continued by as many workers in all",
-        f"{remedy}; or start a new run from its weights (model.load)",
-    )
 
 
 def random_state() -> dict:

@@ -24,32 +24,36 @@ class Reading:
         loss: averaged over the global count of targets.
         norms: ``grad_norm`` before clipping and ``grad_norm/PART`` for each part, 0.0 where it is frozen.
         bad: what is infinite or not a number on some rank: "loss" and the parts whose gradient is; [] in a good step.
+        sources: weighted sum of losses of each source of data.
     """
 
     loss: float
     norms: dict[str, float]
     bad: list[str]
+    sources: list[float]
 
 
-def read(total: Tensor, weight: float, squares: Tensor) -> Reading:
+def read(totals: Tensor, weight: float, squares: Tensor) -> Reading:
     """Brings a step's numbers to the host, all of them in one read.
 
     A rank that alone saw a bad number would skip alone and part from the others for good, so the verdict is the sum of
     all ranks' verdicts; it stays on the device until everything is read at once.
 
     Args:
-        total: float32 scalar on the device, weighted sum of losses over the global batch.
+        totals: float32 [1 + sources] on the device, weighted sum of losses over the global batch, and of each source.
         weight: sum of the loss weights over the global batch.
         squares: float32 [parts] on the device, squared gradient norm of each part.
     """
+    total = totals[0]
     loss = total / max(weight, 1e-12) if math.isfinite(weight) else torch.full_like(total, math.nan)
     values = torch.cat([loss[None], squares])
     bad = (~values.isfinite()).float()
     dist.all_reduce(bad)
-    (loss, *squares), flags = torch.stack([values, bad]).tolist()
+    read = torch.cat([values, bad, totals[1:]]).tolist()
+    (loss, *squares), flags, sources = read[: len(values)], read[len(values) : 2 * len(values)], read[2 * len(values) :]
     norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares, strict=True)}
     names = [name for name, flag in zip(("loss", *PARTS), flags, strict=True) if flag]
-    return Reading(loss, {"grad_norm": math.sqrt(sum(squares)), **norms}, names)
+    return Reading(loss, {"grad_norm": math.sqrt(sum(squares)), **norms}, names, sources)
 
 
 def describe(bad: list[str], row_losses: list[tuple[Row, Tensor]], groups: Groups) -> str:

@@ -11,9 +11,10 @@ from transformers import GenerationConfig
 from megavlm.config.errors import UserError
 from megavlm.config.files import write_text
 from megavlm.config.settings import Settings
-from megavlm.data.jsonl import read_samples
+from megavlm.data.files import File
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row, Sample
+from megavlm.data.sources import read_samples
 from megavlm.model.generate import Sampling, generate
 from megavlm.platform import device
 from megavlm.training.eval_rows import EvalRows, note_settings
@@ -39,7 +40,7 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
                 settings.data.eval, renderer, "prompt", rank=groups.data_rank, num_ranks=groups.data_size
             )
         else:
-            samples = iter([renderer.encode(_record(prompt, image, video), Path.cwd(), "--prompt", kind="prompt")])
+            samples = iter([renderer.encode(_record(prompt, image, video), File, "--prompt", kind="prompt")])
     answers = answer_all(session, renderer, samples)
     if not session.is_first:
         return 0

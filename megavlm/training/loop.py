@@ -14,6 +14,7 @@ from megavlm.model.vlm import PARTS
 from megavlm.platform import device_name, memory_gib, on_gpu
 from megavlm.training.checkpoint import Checkpoints
 from megavlm.training.checkpoint_folders import latest
+from megavlm.training.data_errors import DataErrors
 from megavlm.training.feed import Feed
 from megavlm.training.flops import Work, peak_flops, step_flops
 from megavlm.training.guard import SkippedSteps, weights_failure
@@ -69,6 +70,7 @@ def _train(settings: Settings, kind: str, title: str, watch: HangWatch) -> int:
             dp_rank=groups.data_rank,
             dp_size=groups.data_size,
             seed=settings.train.seed,
+            rows_per_step=settings.train.global_batch_size // groups.data_size,
             pin_memory=on_gpu(),
         )
     optimization = Optimization(session.vlm, settings.train)
@@ -83,6 +85,7 @@ def _train(settings: Settings, kind: str, title: str, watch: HangWatch) -> int:
         settings.train.global_batch_size // groups.data_size,
         settings.train.logprob_chunk_tokens,
         settings.vision.window,
+        [source.label for source in settings.data.leaves.values()],
     )
     stop = _StopSignal(session)
     steps, every = settings.train.steps, settings.checkpoint.every
@@ -90,6 +93,7 @@ def _train(settings: Settings, kind: str, title: str, watch: HangWatch) -> int:
         Progress(steps, first, title, _header(session), enabled=session.is_first) as progress,
         MetricsWriter(output, first, enabled=session.is_first) as metrics,
     ):
+        errors = DataErrors(output, first, step.source_names, settings.data.max_bad_fraction, groups, progress.say)
         wandb = WandbLog(settings, enabled=session.is_first, warn=progress.say)
         if checkpoint is None and resuming:
             progress.say("no checkpoint yet: starts at step 0")
@@ -102,7 +106,7 @@ def _train(settings: Settings, kind: str, title: str, watch: HangWatch) -> int:
             began = time.perf_counter()
             stragglers.start()
             result = step()
-            line = _line(session, number, result, began)
+            line = {**_line(session, number, result, began), **errors.take(number, result.counts, result.faults)}
             if number % settings.log.every == 0 or number == steps or result.trouble:
                 line |= {**stragglers.fields(), "seconds_checkpoint": checkpoints.take_seconds()}
                 metrics.write(line)
@@ -112,7 +116,7 @@ def _train(settings: Settings, kind: str, title: str, watch: HangWatch) -> int:
             watch.beat(f"step {number}")
             stopping = stop.asked()
             saving = number == steps or stopping or bool(every and number % every == 0)
-            failure = skipped.failure(number, result.trouble)
+            failure = skipped.failure(number, result.trouble) or errors.failure()
             if result.trouble and saving and not failure:
                 failure = weights_failure(session.vlm)  # it would take the place of an older, good checkpoint
             if failure:
@@ -169,11 +173,23 @@ def _line(session: Session, number: int, result: StepResult, began: float) -> di
         "lr": result.lr,
         **result.norms,
         **whole,
+        **_of_sources(session, result),
         **throughput(
             counts["tokens"], counts["row_tokens"], time.perf_counter() - began, flops, dist.get_world_size(), peak
         ),
         "memory_gib": memory_gib(),
     }
+
+
+def _of_sources(session: Session, result: StepResult) -> dict:
+    """Loss and counts of each source of data, where there are several."""
+    names = [source.label for source in session.settings.data.leaves.values()]
+    fields = {}
+    for name, total in zip(names, result.source_losses, strict=True) if len(names) > 1 else ():
+        weight = result.counts[f"loss_weight/{name}"]
+        fields[f"loss/{name}"] = total / weight if weight else None
+        fields |= {f"{kind}/{name}": int(result.counts[f"{kind}/{name}"]) for kind in ("samples", "target_tokens")}
+    return fields
 
 
 def _header(session: Session) -> dict[str, str]:
@@ -195,7 +211,7 @@ def _header(session: Session) -> dict[str, str]:
             f"{part} {short(count)}" if count else f"{part} frozen" for part, count in parameters.items()
         ),
         "layout": " × ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process",
-        "data": ", ".join(str(source.path) for source in settings.data.train),
+        "data": ", ".join(str(source.path) for source in settings.data.leaves.values()),
         "rows": f"{settings.train.global_batch_size} a step, {settings.data.seq_length} tokens each",
         "output": str(settings.output),
     }

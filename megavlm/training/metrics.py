@@ -28,6 +28,10 @@ Those that the training loop adds:
     seconds_tower_max   the same of the slowest rank
     tower_imbalance     seconds_tower_max / seconds_tower, from 1; null where no rank took any time
     slowest_rank        rank with the most of both together: its own waiting for rows and its own time in the tower
+    loss/NAME           with several sources of data: the loss of one of them over its own targets; null without any
+    samples/NAME        and target_tokens/NAME: how many of the step's came from it
+    bad_samples         samples that could not be read, found so far in this run (each once), and dropped_samples: sound
+                        ones that fit no row; data_errors.jsonl names them
     seconds_checkpoint  time that rank 0 has waited for checkpoints since the line before; not part of seconds
 
 A number that is not finite is written as null: NaN is not JSON.
@@ -125,11 +129,7 @@ class MetricsWriter:
             file, self._file = self._file, None
             with contextlib.suppress(OSError):
                 file.close()  # it tries to write again
-            free = shutil.disk_usage(self.path.parent).free / 1e9
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror}; {free:.3g} GB are free there",
-                "make room, then start the same command again: it continues from the newest checkpoint",
-            ) from None
+            raise _disk_failure(self.path, error) from None
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
@@ -151,11 +151,31 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     lines.
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / FILE_NAME
+    return read_lines(path / FILE_NAME if path.is_dir() else path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file in which each has a step; none where there is no such file."""
     if not path.exists():
         return []
     return [line for _, line in _parse(path.read_text(encoding="utf-8", errors="replace"))]
+
+
+def append_lines(path: Path, lines: list[str]) -> None:
+    """Appends to a file of lines. Raises UserError where the disk is full."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+    except OSError as error:
+        raise _disk_failure(path, error) from None
+
+
+def _disk_failure(path: Path, error: OSError) -> UserError:
+    free = shutil.disk_usage(path.parent).free / 1e9
+    return UserError(
+        f"cannot write {path}: {error.strerror}; {free:.3g} GB are free there",
+        "make room, then start the same command again: it continues from the newest checkpoint",
+    )
 
 
 def drop_after(path: Path, step: int) -> None:

@@ -85,17 +85,18 @@ class Optimization:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def step(self, total: Tensor, weight: float) -> Reading:
+    def step(self, totals: Tensor, weight: float) -> Reading:
         """Clips and applies the gradients that stand in the buffers and moves the schedule on.
 
         Where the loss or a gradient is not finite on any rank, no rank does: weights, optimizer state and schedule stay
         as they are, and the result's ``bad`` says what it was.
 
         Args:
-            total: weighted sum of losses over the global batch, on the device. weight: sum of its loss weights.
+            totals: [1 + sources], weighted sum of losses over the global batch and of each source, on the device.
+            weight: sum of its loss weights.
         """
         self.optimizer.prepare_grads()
-        reading = read(total, weight, self._squares())
+        reading = read(totals, weight, self._squares())
         if reading.bad:
             return reading
         if self.train.clip_grad > 0:

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from megavlm.config.errors import UserError
-from megavlm.data.media import find_picture, find_video
+from megavlm.data.files import beside
+from megavlm.data.media import Find, find_picture, find_video
 from megavlm.data.records import check_record
 
 FILE_NAME = "answers.jsonl"
@@ -192,20 +194,20 @@ def _sample(
         sample.note = f"{MAX_PICTURES} of {len(media)} pictures and videos"
     for named, is_video in media[:MAX_PICTURES]:
         try:
-            sample.pictures.append(thumbnail(_picture(named, is_video, file.parent, source)))
+            sample.pictures.append(thumbnail(_picture(named, is_video, partial(beside, file), source)))
         except UserError as error:
             sample.note = str(error)
     return sample
 
 
-def _picture(named: Any, is_video: bool, base: Path, source: str) -> Image.Image:
+def _picture(named: Any, is_video: bool, find: Find, source: str) -> Image.Image:
     """The picture, or the middle frame of the video."""
     if is_video:
-        video = find_video(named, base, source, sampled_fps=1.0)
+        video = find_video(named, find, source, sampled_fps=1.0)
         middle = video.probe().total_num_frames // 2
         pixels = video.pixels(np.array([middle]))[0]
     else:
-        pixels = find_picture(named, base, source).pixels()
+        pixels = find_picture(named, find, source).pixels()
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 

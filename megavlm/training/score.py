@@ -8,9 +8,9 @@ from torch import Tensor
 
 from megavlm.config.files import write_text
 from megavlm.config.settings import Settings
-from megavlm.data.jsonl import read_samples
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE, Row, Sample, aligned
+from megavlm.data.sources import read_samples
 from megavlm.training.eval_rows import EvalRows, note_settings
 from megavlm.training.forward import encode_window, logprobs_of
 from megavlm.training.setup import start

@@ -1,8 +1,10 @@
 """One optimizer step: encode, forward and backward through Megatron's schedule, tower backward, update."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
@@ -11,7 +13,8 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megavlm.data.row import Row
+from megavlm.data.faults import BROKEN, Fault
+from megavlm.data.row import IGNORE, Row
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
 from megavlm.training.feed import Feed, MicroBatch, Window
@@ -27,7 +30,9 @@ class StepResult:
     """What a step did, over the whole world.
 
     ``norms`` as ``Optimization.step`` gives them; ``counts``: tokens, target_tokens, images, videos, samples, frames,
-    frames_encoded (over all ranks: equal to frames), row_tokens, and the sums of squares that FLOPs are counted from.
+    frames_encoded (over all ranks: equal to frames), row_tokens, the sums of squares that FLOPs are counted from,
+    faults (samples that were passed over), and for each source samples/NAME, target_tokens/NAME, loss_weight/NAME and
+    broken/NAME. ``source_losses``: weighted sum of losses of each source. ``faults``: of this data rank's rows.
     ``trouble``: why the step was skipped and left everything as it was, None where it was not.
     """
 
@@ -35,6 +40,8 @@ class StepResult:
     lr: float
     norms: dict[str, float]
     counts: dict[str, float]
+    source_losses: list[float]
+    faults: list[Fault]
     trouble: str | None = None
 
 
@@ -46,6 +53,7 @@ class Step:
         chunk_tokens: targets whose logits exist at one time.
         window: micro-batches that are encoded, decoded and walked back together, so that features do not pile up; None:
             ``_WINDOW``, with several pipeline stages all of the step (a window fills and drains the pipeline).
+        source_names: of the sources of the rows, in the order of their numbers.
     """
 
     def __init__(
@@ -56,10 +64,11 @@ class Step:
         num_micro_batches: int,
         chunk_tokens: int,
         window: int | None = None,
+        source_names: Sequence[str] = ("data",),
     ):
         self.vlm, self.optimization, self.feed = vlm, optimization, feed
         self.num_micro_batches, self.chunk_tokens = num_micro_batches, chunk_tokens
-        self.groups = vlm.groups
+        self.groups, self.source_names = vlm.groups, list(source_names)
         self.window = window or (_WINDOW if vlm.parallel.pipeline == 1 else num_micro_batches)
         self._schedule = get_forward_backward_func()
         self._chunks = optimization.ddp.get("language", vlm.language)
@@ -70,42 +79,44 @@ class Step:
 
     def __call__(self) -> StepResult:
         lr = self.optimization.lr
-        nll, counts = self.gradients(self.feed, self.num_micro_batches)
-        reading = self.optimization.step(nll, counts["loss_weight"])
+        totals, counts = self.gradients(self.feed, self.num_micro_batches)
+        reading = self.optimization.step(totals, counts["loss_weight"])
         trouble = describe(reading.bad, self._row_losses, self.groups) if reading.bad else None
-        return StepResult(reading.loss, lr, reading.norms, counts, trouble)
+        return StepResult(reading.loss, lr, reading.norms, counts, reading.sources, self._faults, trouble)
 
     def gradients(self, feed: Feed, num_rows: int) -> tuple[Tensor, dict[str, float]]:
         """Forward and backward of the next rows of ``feed``; the reduced gradients stand in the optimizer's buffers.
 
         Returns:
-            the weighted sum of losses over the global batch, on the device, and the counts of ``StepResult``.
+            weighted sums of losses over the global batch, [1 + sources] on the device: of all, and of each source; and
+            the counts of ``StepResult``.
         """
         rows = feed.rows(num_rows)
         counts = self._count(rows.hosts)
+        self._faults = [fault for row in rows.hosts for fault in row.faults]
         self._row_losses: list[tuple[Row, Tensor]] = []  # of this rank's rows, where they have one
         self.optimization.zero_grad()
         self.vlm.tower.frames_encoded = 0
         # the features' gradients are as if averaged over data and context ranks; the tower's DDP averages over all
         tower_scale = dist.get_world_size() / (self.groups.data_size * self.vlm.parallel.context)
-        total = torch.zeros((), dtype=torch.float32, device=device())
+        totals = torch.zeros(1 + len(self.source_names), dtype=torch.float32, device=device())
         for window in feed.windows(rows, self.window):
             encode_window(self.vlm, window)
-            total += self._forward_backward(window, counts["loss_weight"], num_rows)
+            totals += self._forward_backward(window, counts["loss_weight"], num_rows)
             self.vlm.tower.backward(tower_scale)
             del window  # or its memory would be held while the next one is made
-        dist.all_reduce(total)
+        dist.all_reduce(totals)
         self._finalize()
         get_moe_metrics_tracker().clear()  # it would add up the balancing losses of all steps
         encoded = torch.tensor(self.vlm.tower.frames_encoded)
         dist.all_reduce(encoded, group=self.groups.world_host)
         counts["frames_encoded"] = encoded.item()
-        return total, counts
+        return totals, counts
 
     def _forward_backward(self, window: Window, loss_weight: float, num_rows: int) -> Tensor:
-        """Gradients of the decoder and of the features; returns this rank's part of the weighted sum of losses.
+        """Gradients of the decoder and of the features; returns this rank's part of the weighted sums of losses.
 
-        It stays on the device: reading it here would hold up the tower's backward.
+        They stay on the device: reading them here would hold up the tower's backward.
         """
         micro_batches = window.micro_batches
         # Megatron divides by micro-batches and data ranks; the loss is a sum over the global batch divided once
@@ -123,11 +134,11 @@ class Step:
             forward_only=False,
         )
         if losses:  # this is the last stage
-            self._row_losses += zip((m.host for m in micro_batches), losses, strict=True)
-        total = torch.zeros((), dtype=torch.float32, device=device())
+            self._row_losses += zip((m.host for m in micro_batches), (sums[0] for sums in losses), strict=True)
+        totals = torch.zeros(1 + len(self.source_names), dtype=torch.float32, device=device())
         if losses and self.groups.language.tp.rank() == 0:
-            total = torch.stack(losses).sum()
-        return total
+            totals = torch.stack(losses).sum(dim=0)
+        return totals
 
     def _forward_step(self, micro_batches, model, scale: float):
         """Megatron's ``forward_step_func``: hidden states, or on the last stage log-probabilities and their loss."""
@@ -137,7 +148,14 @@ class Step:
         if not chunk.post_process:
             return hidden, None
         logprobs, _ = chunk.token_logprobs(hidden, micro_batch.targets, self.chunk_tokens)
-        return logprobs, partial(_weighted_nll, weights=micro_batch.targets.weights, scale=scale)
+        loss = partial(
+            _weighted_nll,
+            weights=micro_batch.targets.weights,
+            sources=micro_batch.target_sources,
+            num_sources=len(self.source_names),
+            scale=scale,
+        )
+        return logprobs, loss
 
     def _finalize(self) -> None:
         """Reduces all gradients over the ranks that hold parts of them."""
@@ -162,6 +180,8 @@ class Step:
             "patches": sum(n for row in rows for n in row.frame_lengths),
             "frame_squares": sum(float(n) ** 2 for row in rows for n in row.frame_lengths),
             "frames": sum(len(row.frame_lengths) for row in rows),
+            "faults": sum(len(row.faults) for row in rows),
+            **self._count_sources(rows),
         }
         if not self.groups.is_leader:  # the group's ranks hold the same rows: count them once
             here = dict.fromkeys(here, 0.0)
@@ -169,8 +189,31 @@ class Step:
         dist.all_reduce(sums, group=self.groups.world_host)
         return dict(zip(here, sums.tolist(), strict=True))
 
+    def _count_sources(self, rows: list[Row]) -> dict[str, float]:
+        """Samples, targets, loss weights and broken samples of each source in this rank's rows."""
+        sums = np.zeros((4, len(self.source_names)))
+        for row in rows:
+            starts = row.cu_seqlens[: row.num_samples].numpy()
+            values = [
+                np.ones(row.num_samples),
+                np.add.reduceat((row.labels != IGNORE).numpy(), starts, dtype=np.int64),
+                np.add.reduceat(row.loss_weights.numpy(), starts, dtype=np.float64),
+            ]
+            np.add.at(sums[:3], (slice(None), row.source_ids), values)
+            np.add.at(sums[3], [fault.source_id for fault in row.faults if fault.kind == BROKEN], 1)
+        kinds = ("samples", "target_tokens", "loss_weight", "broken")
+        return {
+            f"{kind}/{name}": value
+            for kind, values in zip(kinds, sums.tolist(), strict=True)
+            for name, value in zip(self.source_names, values, strict=True)
+        }
 
-def _weighted_nll(logprobs: Tensor, weights: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The row's share of the loss, times ``scale``, and for the metrics the plain weighted sum."""
-    nll = -(logprobs * weights).sum()
-    return nll * scale, nll.detach()
+
+def _weighted_nll(
+    logprobs: Tensor, weights: Tensor, sources: Tensor, num_sources: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The row's share of the loss, times ``scale``, and for the metrics the plain weighted sums, [1 + sources]."""
+    each = logprobs * weights
+    nll = -each.sum()
+    of_sources = each.new_zeros(num_sources).index_add(0, sources.flatten(), -each.detach().flatten())
+    return nll * scale, torch.cat([nll.detach()[None], of_sources])

@@ -1,14 +1,16 @@
 """`megavlm validate`: what a configuration would do, or what is wrong with it. Builds no model, starts no processes."""
 
-import itertools
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
 
 from megavlm.config.errors import UserError
-from megavlm.config.requirements import check_stage
+from megavlm.config.requirements import check_files, check_stage
 from megavlm.config.settings import Settings
+from megavlm.data.faults import Fault
+from megavlm.data.records import Kind
+from megavlm.data.renderer import Renderer
+from megavlm.data.row import IGNORE
+from megavlm.data.sources import Source, open_sources
 from megavlm.model.shapes import Shapes
 from megavlm.training.flops import active_decoder_weights
 from megavlm.training.setup import check_shapes
@@ -26,6 +28,8 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
     Raises:
         UserError: what is wrong, all missing files in one message.
     """
+    if not no_files:
+        check_files(settings, ("model.hf", "model.load", "data.train", "data.eval"))
     shapes = Shapes.from_hf(settings.model.hf)
     parallel = settings.parallel
     world_size = world_size or parallel.pipeline * max(
@@ -44,9 +48,10 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
     if no_files:
         console.print("[dim]settings, shapes and layout fit; files were not looked at[/]")
         return 0
-    _check_files(settings)
-    for source in settings.data.train:
-        console.print(_first_samples(settings, source.path))
+    if settings.data.train:
+        renderer = Renderer(settings.model.hf, settings.data, settings.align)
+        for source in open_sources(settings.data):
+            console.print(_first_samples(source, renderer, "tune" if settings.stage is None else "pretrain"))
     console.print("[green]ready[/]")
     return 0
 
@@ -81,31 +86,29 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     return facts
 
 
-def _check_files(settings: Settings) -> None:
-    """Raises UserError that names every path that is not there."""
-    paths = {"model.load": settings.model.load, "data.eval": settings.data.eval}
-    paths |= {f"data.train[{i}].path": source.path for i, source in enumerate(settings.data.train)}
-    missing = [f"{key}: {path}" for key, path in paths.items() if path is not None and not path.exists()]
-    if missing:
-        raise UserError(
-            "these files do not exist:\n  " + "\n  ".join(missing),
-            f"relative paths start from {Path.cwd()}; with --no-files only settings and layout are checked",
-        )
-
-
-def _first_samples(settings: Settings, path: Path) -> str:
+def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:
     """One line on the first samples of a source, rendered for real."""
-    from megavlm.data.jsonl import read_samples
-    from megavlm.data.renderer import Renderer
-
-    kind = "tune" if settings.stage is None else "pretrain"
-    renderer = Renderer(settings.model.hf, settings.data, settings.align)
-    samples = list(itertools.islice(read_samples(path, renderer, kind), FIRST_SAMPLES))
+    count = min(FIRST_SAMPLES, len(source.file))
+    samples, faults = [], []
+    for index in range(count):
+        name = source.file.source(index)
+        try:
+            record, find = source.file.read(index)
+            samples.append(renderer.encode(record, find, name, kind=kind, index=index))
+        except UserError as error:
+            faults.append(Fault.of(0, name, error))
+    told = (
+        f"[bold]{source.name}[/] ({source.share:.1%} of the samples, {len(source.file):,} in it): of the first {count}"
+    )
+    if faults:
+        told += f" {len(faults)} cannot be used ({faults[0].sample}: {faults[0].cause});"
+    if not samples:
+        return told.rstrip(";")
     tokens = [len(sample.input_ids) for sample in samples]
     visual = sum(len(sample.visual_positions) for sample in samples)
-    targets = sum(int((sample.labels != -100).sum()) for sample in samples)
+    targets = sum(int((sample.labels != IGNORE).sum()) for sample in samples)
     return (
-        f"[bold]{path}[/]: first {len(samples)} samples have {min(tokens)} to {max(tokens)} tokens, "
+        f"{told} {len(samples)} have {min(tokens)} to {max(tokens)} tokens, "
         f"{visual / sum(tokens):.0%} visual, {targets / sum(tokens):.0%} targets, "
         f"{sum(s.num_images for s in samples)} pictures, {sum(s.num_videos for s in samples)} videos"
     )

@@ -10,6 +10,7 @@ import skimage.data
 from PIL import Image
 
 from megavlm.config.settings import DataSettings
+from megavlm.data.files import in_folder
 from megavlm.data.renderer import Renderer
 from megavlm.demo.model_folder import make_model_folder
 
@@ -32,7 +33,7 @@ def renderer(make_renderer) -> Renderer:
 
 @pytest.fixture(scope="session")
 def media(tmp_path_factory) -> SimpleNamespace:
-    """Files of many kinds in one folder: `media.base`, and their names."""
+    """Files of many kinds in one folder: `media.base`, their names, and `media.find`."""
     base = tmp_path_factory.mktemp("media")
     pictures = ["large.jpg", "wide.png", "grey.png", "alpha.png", "tall.gif", "tiny.webp", "cmyk.jpg", "turned.jpg"]
     astronaut = Image.fromarray(skimage.data.astronaut())
@@ -52,6 +53,7 @@ def media(tmp_path_factory) -> SimpleNamespace:
         astronaut.rotate(10 * number).resize((80, 48)).save(base / f"frame{number}.png")
     return SimpleNamespace(
         base=base,
+        find=in_folder(base),
         pictures=pictures,
         frames=[f"frame{number}.png" for number in range(5)],
     )

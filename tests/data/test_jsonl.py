@@ -6,7 +6,8 @@ import pytest
 
 from megavlm.config.errors import UserError
 from megavlm.data import jsonl
-from megavlm.data.jsonl import JsonlFile, read_samples
+from megavlm.data.jsonl import JsonlFile
+from megavlm.data.sources import read_samples
 
 
 def lines(tmp_path, content: bytes) -> JsonlFile:
@@ -20,7 +21,7 @@ def test_lines_and_their_numbers(tmp_path, monkeypatch, block):
     monkeypatch.setattr(jsonl, "_BLOCK", block)
     file = lines(tmp_path, '\n{"a": 1}\n   \r\n{"b": "ü\\n"}\r\n\n[1]'.encode())
     assert len(file) == 3
-    assert [file.read(index) for index in (2, 0, 1)] == [[1], {"a": 1}, {"b": "ü\n"}]
+    assert [file.read(index)[0] for index in (2, 0, 1)] == [[1], {"a": 1}, {"b": "ü\n"}]
     assert [file.source(index).rpartition(":")[2] for index in range(3)] == ["2", "4", "6"]
 
 
@@ -33,7 +34,7 @@ def test_empty_file(tmp_path, content):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         JsonlFile(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="is a folder"):
         JsonlFile(tmp_path)
 
 
@@ -42,7 +43,7 @@ def test_line_that_does_not_parse(tmp_path, line):
     file = lines(tmp_path, b"{}\n" + line + b"\n{}\n")
     with pytest.raises(UserError, match=r"data\.jsonl:2: not valid JSON"):
         file.read(1)
-    assert file.read(2) == {}
+    assert file.read(2)[0] == {}
 
 
 def test_samples_in_file_order(tmp_path, renderer):

@@ -11,9 +11,9 @@ import torch
 
 from megavlm.config.errors import UserError
 from megavlm.config.settings import DataSettings
-from megavlm.data.jsonl import read_samples
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
+from megavlm.data.sources import read_samples
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,7 @@ def load(data, model_folder):
         loaders.append(build_loader(settings, renderer, "tune", dp_rank=dp_rank, dp_size=dp_size, seed=seed))
         return loaders[-1]
 
+    load.folder = data
     yield load
     for loader in loaders:
         loader.close()
@@ -87,31 +88,42 @@ def test_each_epoch_has_each_sample_once_in_a_new_order(load, workers):
     assert lines(islice(other, 41)) != epochs[0]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+def states_of(ranks):
+    """The states of all workers of all ranks, in the order of their numbers."""
+    states = [loader.state_dict() for loader in ranks]
+    return [state for worker in zip(*states, strict=True) for state in worker]
+
+
+@pytest.mark.parametrize("workers", [0, 2, 4])
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
 def test_continues_with_the_row_that_would_have_come(load, workers, packing):
-    settings = {"workers": workers, "packing": packing, "dp_rank": 1, "dp_size": 2}
+    """A blend, on the second of two ranks; the packing buffer is still growing at 7 rows and full at 13."""
+    settings = {"workers": workers, "packing": packing}
     settings |= {"packing_buffer": 70} if packing == "best_fit" else {}
     sources = ("talks.jsonl", "documents.jsonl")
-    rows = contents(islice(load(sources, **settings), 20))
 
-    def continued(state):
-        loader = load(sources, **settings)
-        loader.load_state_dict(state)
-        return loader
+    def start(states=None):
+        ranks = [load(sources, dp_rank=rank, dp_size=2, **settings) for rank in range(2)]
+        for loader in ranks if states else ():
+            assert loader.load_state_dict(states) is None
+        return ranks
 
-    interrupted = load(sources, **settings)
-    unused = interrupted.state_dict()
-    assert contents(islice(interrupted, 7)) == rows[:7]
-    second = continued(interrupted.state_dict())
-    at_once = second.state_dict()
-    assert contents(islice(second, 6)) == rows[7:13]
-    assert contents(islice(continued(second.state_dict()), 7)) == rows[13:]
-    assert contents(islice(continued(at_once), 2)) == rows[7:9]
-    assert contents(islice(continued(unused), 2)) == rows[:2]
+    def rows_of(ranks, count):
+        return [contents([next(loader)])[0] for _ in range(count) for loader in ranks]
+
+    rows = rows_of(start(), 20)
+    interrupted = start()
+    unused = states_of(interrupted)
+    assert rows_of(interrupted, 7) == rows[:14]
+    second = start(states_of(interrupted))
+    at_once = states_of(second)
+    assert rows_of(second, 6) == rows[14:26]
+    assert rows_of(start(states_of(second)), 7) == rows[26:]
+    assert rows_of(start(at_once), 2) == rows[14:18]
+    assert rows_of(start(unused), 2) == rows[:4]
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, 2), (1, 4)), ((1, 4), (2, 2)), ((2, 2), (4, 1))])
+@pytest.mark.parametrize(("before", "after"), [((2, 2), (1, 4)), ((1, 4), (2, 2)), ((2, 2), (4, 0))])
 def test_continues_on_another_number_of_ranks(load, before, after):
     """(ranks, workers of each), as many workers in all: the same rows in each step, in the same order."""
     sources, batch = ("talks.jsonl", "documents.jsonl"), max(before[0], after[0])
@@ -129,23 +141,53 @@ def test_continues_on_another_number_of_ranks(load, before, after):
     for done in (1, 3):  # two rows a step stop in the middle of a round, some workers not even asked
         while first[0]._taken * len(first) < done * batch:
             step(first)
-        states = {}
-        for rank, loader in enumerate(first):
-            states |= {rank + len(first) * worker: state for worker, state in enumerate(loader.state_dict())}
+        states = states_of(first)
         second = ranks_of(after)
-        for rank, loader in enumerate(second):
-            loader.load_state_dict([states[rank + len(second) * worker] for worker in range(4 // len(second))])
+        for loader in second:
+            assert loader.load_state_dict(states) is None
         assert [step(second) for _ in range(3)] == steps[done : done + 3]
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 2), (1, 2)), ((4, 1), (2, 1)), ((2, 0), (1, 3))])
+def test_continues_with_other_workers_and_loses_nothing(load, before, after):
+    """Half the data ranks, and other changes: of three epochs every sample comes three times, waiting ones included."""
+    sources = [{"path": "talks.jsonl", "epochs": 1.0}, {"path": "documents.jsonl", "epochs": 1.0}]
+
+    def ranks_of(layout, states=None):
+        ranks, workers = layout
+        named = [{**source, "path": load.folder / source["path"]} for source in sources]
+        loaders = [load(named, dp_rank=rank, dp_size=ranks, workers=workers, packing_buffer=9) for rank in range(ranks)]
+        told = [loader.load_state_dict(states) for loader in loaders] if states else []
+        return loaders, told
+
+    seen, states = Counter(), None
+    layouts = [before, after, before]  # dealt anew twice: the second time over what the first had passed over
+    for layout in layouts:
+        loaders, told = ranks_of(layout, states)
+        assert all("none is repeated or left out" in text for text in told)
+        for _ in range(2):
+            for loader in loaders:
+                seen.update(source.rpartition("/")[2] for source in next(loader).sources)
+        states = states_of(loaders)
+    while sum(seen.values()) < 3 * 51:
+        for loader in loaders:
+            seen.update(source.rpartition("/")[2] for source in next(loader).sources)
+    waiting = Counter()
+    for state in states_of(loaders):
+        for source, index in state["place"]["waiting"]:
+            waiting[f"{('talks', 'documents')[source]}.jsonl:{index + 1}"] += 1
+    assert len(seen) == 51
+    drawn = seen + waiting  # drawn so far by each worker: epochs differ by one where some are ahead
+    assert max(drawn.values()) - min(drawn.values()) <= 2
 
 
 def test_state_fits_only_the_same_run(load):
     state = load().state_dict()
     for settings, named in (
-        ({"dp_size": 2}, "data workers in all"),
         ({"seq_length": 256}, r"data\.seq_length 512, now it is 256"),
         ({"seed": 5}, "train.seed"),
         ({"train": "documents.jsonl"}, "data.train"),
-        ({"workers": 1}, "data workers in all"),
+        ({"packing": "none"}, "data.packing"),
     ):
         with pytest.raises(UserError, match=named):
             load(**settings).load_state_dict(state)
@@ -161,21 +203,75 @@ def test_packed_rows_hold_whole_samples(load, data, renderer, workers):
     assert sum(row.num_tokens for row in rows) > 0.95 * 10 * 512
 
 
-def test_sources_are_blended_by_weight(load, data):
-    sources = [{"path": data / "talks.jsonl", "weight": 1.0}, {"path": data / "documents.jsonl", "weight": 3.0}]
-    rows = islice(load(sources, packing="none"), 400)
-    counts = Counter(row.sources[0].rpartition(":")[0].rpartition("/")[2] for row in rows)
-    assert 250 < counts["documents.jsonl"] < 350
+def shares_of(loader, count):
+    rows = islice(loader, count)
+    return Counter(row.sources[0].rpartition(":")[0].rpartition("/")[2].removesuffix(".jsonl") for row in rows)
+
+
+def test_blends_have_their_shares_at_any_moment(load, data):
+    talks, documents = data / "talks.jsonl", data / "documents.jsonl"
+    (data / "old.jsonl").write_text(json.dumps({"text": "what was known before"}) + "\n")
+    old = data / "old.jsonl"
+    by_weight = [{"path": talks, "weight": 1.0}, {"path": documents, "weight": 3.0}]
+    loader = load(by_weight, packing="none")
+    for _ in range(20):
+        assert abs(shares_of(loader, 20)["documents"] - 15) <= 1
+    nested = [{"sources": by_weight, "weight": 4.0}, {"path": old, "weight": 1.0}]
+    assert shares_of(load(nested, packing="none"), 100) == {"talks": 20, "documents": 60, "old": 20}
+    replayed = {"train": by_weight, "replay": {"sources": [{"path": old}], "share": 0.5}}
+    assert shares_of(load(**replayed, packing="none"), 80) == {"talks": 10, "documents": 30, "old": 40}
+    by_epochs = [{"path": talks, "epochs": 1.0}, {"path": documents, "epochs": 3.0}]
+    rows = list(islice(load(by_epochs, packing="none"), 41 + 30))
+    times = Counter(Counter(row.sources[0].rpartition("/")[2] for row in rows).values())
+    assert times == {1: 41, 3: 10}
+
+
+def test_small_sources_do_not_come_in_all_workers_at_once(load, data):
+    sources = [{"path": data / "talks.jsonl", "weight": 15.0}, {"path": data / "documents.jsonl", "weight": 1.0}]
+    ranks = [load(sources, packing="none", dp_rank=rank, dp_size=16) for rank in range(16)]
+    turns = Counter()
+    for turn in range(16):
+        turns[turn] = sum("documents" in next(loader).sources[0] for loader in ranks)
+    assert sum(turns.values()) == 16
+    assert max(turns.values()) <= 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_errors_arrive_in_their_turn(load, data, workers):
+def test_samples_that_cannot_be_used_are_told_with_the_next_row(load, data, workers):
     good, bad = json.dumps({"text": "good"}), json.dumps({"text": "<image>", "images": ["missing.png"]})
-    (data / "bad.jsonl").write_text("\n".join([good] * 5 + [bad] + [good] * 5))
-    loader = load("bad.jsonl", shuffle=False, packing="none", workers=workers)
-    assert lines(islice(loader, 5)) == ["1", "2", "3", "4", "5"]
-    with pytest.raises(UserError, match=r"bad\.jsonl:6: picture .*missing\.png does not exist\n  → paths are"):
-        next(loader)
+    long = json.dumps({"text": "long " * 600})
+    (data / "broken.png").write_bytes((data / "large.jpg").read_bytes()[:20000])  # its header is whole
+    cut = json.dumps({"text": "<image>", "images": ["broken.png"]})
+    (data / "bad.jsonl").write_text("\n".join([good] * 5 + [bad, long, cut, "{"] + [good] * 6))
+    rows = list(islice(load("bad.jsonl", shuffle=False, packing="none", workers=workers), 12))
+    assert lines(rows) == ["1", "2", "3", "4", "5", "10", "11", "12", "13", "14", "15", "1"]
+    told = [(f.sample.rpartition(":")[2], f.kind, f.cause) for row in rows for f in row.faults]
+    assert sorted((number, kind) for number, kind, _ in told) == [
+        ("6", "broken"), ("7", "too long"), ("8", "broken"), ("9", "broken"),
+    ]  # fmt: skip
+    causes = {number: cause for number, _, cause in told}
+    assert causes["6"].startswith("picture ")
+    assert causes["6"].endswith("missing.png does not exist")
+    assert "the sample has" in causes["7"]
+    assert "broken.png cannot be read" in causes["8"]
+    assert causes["9"].startswith("not valid JSON")
+    assert not rows[0].faults
+
+
+def test_a_source_without_a_good_sample_ends_the_run(load, data):
+    bad = json.dumps({"text": "<image>", "images": ["missing.png"]})
+    (data / "all-bad.jsonl").write_text("\n".join([bad] * 7))
+    loader = load(("talks.jsonl", "all-bad.jsonl"), workers=1)
+    with pytest.raises(UserError, match=r"all-bad .*: 7 samples one after another.*missing\.png does not exist"):
+        list(islice(loader, 40))
+
+
+def test_picture_budget_of_a_row(load, data):
+    rows = list(islice(load("talks.jsonl", row_patches=200), 12))
+    assert max(len(row.patches) for row in rows) <= 200
+    assert sum(row.num_images for row in rows) > 5
+    assert {f.kind for row in rows for f in row.faults} <= {"too long"}
+    assert max(len(row.patches) for row in islice(load("talks.jsonl"), 12)) > 200
 
 
 def test_source_errors(load, data):

@@ -110,7 +110,7 @@ def reference(processor, record, media, prompt=False):
 @pytest.mark.parametrize("kind", ["tune", "pretrain"])
 def test_equals_the_processor(renderer, model_folder, media, record, kind):
     processor = AutoProcessor.from_pretrained(model_folder)
-    sample = renderer.encode(record, media.base, "here:1", kind=kind)
+    sample = renderer.encode(record, media.find, "here:1", kind=kind)
     expected = reference(processor, record, media)
     torch.testing.assert_close(sample.input_ids, expected["input_ids"][0])
 
@@ -140,7 +140,7 @@ def test_equals_the_processor(renderer, model_folder, media, record, kind):
 
 
 def test_tuning_targets_are_the_assistant_turns(renderer, media, record):
-    sample = renderer.encode(record, media.base, "here:1", kind="tune")
+    sample = renderer.encode(record, media.find, "here:1", kind="tune")
     tokenizer = renderer.tokenizer
     header = tokenizer("<|im_start|>assistant\n")["input_ids"]
     ids, end = sample.input_ids.tolist(), tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -157,7 +157,7 @@ def test_tuning_targets_are_the_assistant_turns(renderer, media, record):
 
 
 def test_pretraining_targets_are_all_text(renderer, media, record):
-    sample = renderer.encode(record, media.base, "here:1", kind="pretrain")
+    sample = renderer.encode(record, media.find, "here:1", kind="pretrain")
     is_visual = torch.zeros(len(sample.input_ids), dtype=torch.bool)
     is_visual[sample.visual_positions] = True
     torch.testing.assert_close(sample.labels[:-1], torch.where(is_visual, IGNORE, sample.input_ids)[1:])
@@ -166,7 +166,7 @@ def test_pretraining_targets_are_all_text(renderer, media, record):
 
 def test_document(renderer, media):
     record = {"text": "A coin <image> and\n<image>.", "images": ["grey.png", "tiny.webp"]}
-    sample = renderer.encode(record, media.base, "here:1", kind="pretrain")
+    sample = renderer.encode(record, media.find, "here:1", kind="pretrain")
     mark = "<|vision_start|><|image_pad|><|vision_end|>"
     expected = renderer.processor(
         text=[record["text"].replace("<image>", mark)],
@@ -180,7 +180,7 @@ def test_document(renderer, media):
 
 def test_prompt_ends_where_the_answer_begins(renderer, model_folder, media):
     record = {"messages": talk("<image>?", "One.", "Sure?", "Yes."), "images": ["wide.png"]}
-    sample = renderer.encode(record, media.base, "here:1", kind="prompt")
+    sample = renderer.encode(record, media.find, "here:1", kind="prompt")
     asked = record | {"messages": record["messages"][:-1]}
     expected = reference(AutoProcessor.from_pretrained(model_folder), asked, media, prompt=True)
     torch.testing.assert_close(sample.input_ids, expected["input_ids"][0])
@@ -191,7 +191,7 @@ def test_loss_can_be_switched_off_and_weighted(renderer, media):
     messages = talk("a", "bb", "c", "dd", "e", "ff")
     messages[1]["loss"] = False
     messages[3]["weight"] = 0.25
-    sample = renderer.encode({"messages": messages}, media.base, "here:1", kind="tune")
+    sample = renderer.encode({"messages": messages}, media.find, "here:1", kind="tune")
     learned = {
         weight: renderer.tokenizer.decode(sample.labels[sample.loss_weights == weight]) for weight in (0.25, 1.0)
     }
@@ -209,34 +209,34 @@ def test_tools_and_tool_calls(renderer, media):
     ]
     tools = [{"type": "function", "function": {"name": "count", "parameters": {}}}]
     record = {"messages": messages, "images": ["grey.png"], "tools": tools}
-    sample = renderer.encode(record, media.base, "here:1", kind="tune")
+    sample = renderer.encode(record, media.find, "here:1", kind="tune")
     learned = renderer.tokenizer.decode(sample.labels[sample.labels != IGNORE])
     assert re.fullmatch(r'<tool_call>\n\{"name": "count".*\}\n</tool_call><\|im_end\|>24 coins.<\|im_end\|>', learned)
 
 
 def test_pixel_limits_are_the_processors(make_renderer, media):
     record = {"messages": talk("<image>", "!"), "images": ["large.jpg"]}
-    small = make_renderer(seq_length=4096, max_pixels=64 * 64).encode(record, media.base, "here:1", kind="tune")
+    small = make_renderer(seq_length=4096, max_pixels=64 * 64).encode(record, media.find, "here:1", kind="tune")
     assert small.frame_grids.tolist() == [[4, 4]]
     record["images"] = ["tiny.webp"]
-    large = make_renderer(seq_length=4096, min_pixels=96 * 96).encode(record, media.base, "here:1", kind="tune")
+    large = make_renderer(seq_length=4096, min_pixels=96 * 96).encode(record, media.find, "here:1", kind="tune")
     assert large.frame_grids.prod() * 16 * 16 >= 96 * 96
 
 
 def test_video_limits(make_renderer, media):
     record = {"messages": talk("<video>", "!"), "videos": ["long.webm"]}  # 5 seconds
     for settings, frames in ({"video_fps": 1.0}, 5), ({"video_fps": 4.0}, 20), ({"video_max_frames": 3}, 3):
-        sample = make_renderer(seq_length=4096, **settings).encode(record, media.base, "here:1", kind="tune")
+        sample = make_renderer(seq_length=4096, **settings).encode(record, media.find, "here:1", kind="tune")
         assert len(sample.frame_grids) == (frames + 1) // 2
 
 
 def test_frames_with_their_own_rate(renderer, media):
     record = {"messages": talk("<video>", "!"), "videos": [{"frames": media.frames[:4], "fps": 2.0}]}
-    same = renderer.encode(record, media.base, "here:1", kind="tune")
+    same = renderer.encode(record, media.find, "here:1", kind="tune")
     record["videos"] = [media.frames[:4]]
-    torch.testing.assert_close(renderer.encode(record, media.base, "here:1", kind="tune").input_ids, same.input_ids)
+    torch.testing.assert_close(renderer.encode(record, media.find, "here:1", kind="tune").input_ids, same.input_ids)
     record["videos"] = [{"frames": media.frames[:4], "fps": 4}]
-    text = renderer.tokenizer.decode(renderer.encode(record, media.base, "here:1", kind="tune").input_ids)
+    text = renderer.tokenizer.decode(renderer.encode(record, media.find, "here:1", kind="tune").input_ids)
     assert "<0.1 seconds>" in text
 
 
@@ -279,7 +279,7 @@ def test_errors_name_sample_and_cause(renderer, media, name):
         (media.base / f"cut.{kind}").write_bytes(whole[: len(whole) // 2])
     Image.new("RGB", (2, 900)).save(media.base / "line.png")
     with pytest.raises(UserError, match=message) as error:
-        renderer.encode(record, media.base, "data.jsonl:7", kind="tune")
+        renderer.encode(record, media.find, "data.jsonl:7", kind="tune")
     assert str(error.value).startswith("data.jsonl:7: ")
 
 

@@ -18,7 +18,7 @@ def samples(renderer, media):
     records[0]["images"] = ["wide.png"]
     records[2] |= {"images": ["grey.png"], "videos": ["clip.mp4"]}
     return [
-        renderer.encode(record, media.base, f"f:{number + 1}", kind="tune", index=number)
+        renderer.encode(record, media.find, f"f:{number + 1}", kind="tune", index=number)
         for number, record in enumerate(records)
     ]
 

@@ -136,6 +136,7 @@ def train_layout(
     from megavlm import platform
     from megavlm.config.settings import Settings
     from megavlm.convert import SHARDED_METADATA
+    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
@@ -151,7 +152,7 @@ def train_layout(
         chunk.embedded_tokens = 48  # the toy's rows too are embedded in parts
     load_weights(checkpoint, vlm)
     renderer = Renderer(folder, settings.data, settings.align)
-    samples = [renderer.encode(r, root, f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
+    samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     rows = [renderer.pack([samples[i] for i in row]) for row in rows_of_step]
     each = len(rows) // groups.data_size
     mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]

@@ -74,7 +74,7 @@ class CountingLoader:
         return self.rows[(self.place - self.size + self.rank) % len(self.rows)]
 
     def state_dict(self):
-        return [{"place": self.place}] * self.workers
+        return [{"place": self.place}] * max(self.workers, 1)
 
     def load_state_dict(self, states):
         self.place = states[0]["place"]
@@ -88,6 +88,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     """
     from megavlm import platform
     from megavlm.config.settings import Settings
+    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
@@ -104,7 +105,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     if restore is None:
         load_weights(weights, vlm)
     renderer = Renderer(folder, settings.data, settings.align)
-    samples = [renderer.encode(r, root, f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
+    samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
     each = settings.train.global_batch_size // groups.data_size  # rows of a step on this rank
     loader = (

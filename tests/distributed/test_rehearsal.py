@@ -28,6 +28,7 @@ def train(folder, checkpoint, root, records, settings, rehearsal: bool, address_
     """
     from megavlm import platform
     from megavlm.config.settings import Settings
+    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
@@ -42,7 +43,7 @@ def train(folder, checkpoint, root, records, settings, rehearsal: bool, address_
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     load_weights(checkpoint, vlm)
     renderer = Renderer(folder, settings.data, settings.align)
-    samples = [renderer.encode(r, root, f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
+    samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
     each = len(rows) // groups.data_size
     mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]

@@ -31,8 +31,8 @@ def run_score(settings: dict):
 def score_without(settings: dict, part: str | None) -> list[dict]:
     """Scores with one part of the model switched off."""
     from megavlm.config.settings import Settings
-    from megavlm.data.jsonl import read_samples
     from megavlm.data.renderer import Renderer
+    from megavlm.data.sources import read_samples
     from megavlm.training import score, setup
     from megavlm.training.eval_rows import EvalRows
     from megavlm.training.forward import encode_window, logprobs_of

@@ -29,6 +29,7 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
     """
     from megavlm import platform
     from megavlm.config.settings import Settings
+    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
@@ -45,7 +46,7 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
         records = copy.deepcopy(records)
         records[4]["messages"][-1]["weight"] = 1e38  # a float32 each, but not their sum
     renderer = Renderer(folder, settings.data)
-    samples = [renderer.encode(r, root, f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
+    samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     if wrong == "pixel":
         samples[4].patches[-1, 0] = math.nan
     steps = [GOOD[0], *([BAD] if wrong else []), GOOD[1]]

@@ -19,6 +19,7 @@ def step_with_a_slow_rank(folder, checkpoint, root, records, settings, places, s
     """
     from megavlm import platform
     from megavlm.config.settings import Settings
+    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
@@ -34,7 +35,10 @@ def step_with_a_slow_rank(folder, checkpoint, root, records, settings, places, s
     load_weights(checkpoint, vlm)
     renderer = Renderer(folder, settings.data)
     row = renderer.pack(
-        [renderer.encode(records[i], root, f"record {i}", kind="tune", index=i) for i in places[groups.data_rank]]
+        [
+            renderer.encode(records[i], in_folder(root), f"record {i}", kind="tune", index=i)
+            for i in places[groups.data_rank]
+        ]
     )
     stragglers = Stragglers(vlm)
     rows = slow_rows([row, row], 0.4 if groups.data_rank == slow_rank else 0.0)
