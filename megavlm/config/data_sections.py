@@ -107,7 +107,8 @@ class DataSettings(Section):
         0.2,
         ge=0,
         le=1,
-        description="share of broken samples of a source above which the run stops (from 100 samples on)",
+        description="share of broken samples of a source above which the run stops (from 100 samples on; 0: at the "
+        "first)",
     )
     shuffle: Bool = Field(True, description="visit samples in an order drawn from train.seed; false: file order")
     workers: Int = Field(2, ge=0, description="processes that read and render samples; 0: the training process does")

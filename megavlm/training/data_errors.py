@@ -41,7 +41,7 @@ class DataErrors:
         say: Callable[[str], None],
     ):
         self.path, self._names, self._max_fraction, self._say = output / FILE_NAME, names, max_fraction, say
-        self._groups, self._listed = groups, {}
+        self._groups, self._listed, self._last = groups, {}, {}
         self._drawn, self._broken, self._told = Counter(), Counter(), Counter()  # of each source
         if dist.get_rank() == 0:
             drop_after(self.path, resume_step)
@@ -61,7 +61,10 @@ class DataErrors:
             UserError: the disk is full.
         """
         if counts["faults"]:
-            self._write(step, self._gathered(faults))
+            faults = self._gathered(faults)
+            self._last |= {self._names[fault.source_id]: fault for fault in faults if fault.kind == BROKEN}
+            if dist.get_rank() == 0:
+                self._write(step, faults)
         for name in self._names:
             self._drawn[name] += int(counts[f"samples/{name}"] + counts[f"broken/{name}"])
             self._broken[name] += int(counts[f"broken/{name}"])
@@ -72,20 +75,21 @@ class DataErrors:
         """What to raise where a source has more broken samples than ``data.max_bad_fraction``; on all ranks or none."""
         for name, drawn in self._drawn.items():
             broken = self._broken[name]
-            if drawn >= _CHECKED_FROM and broken > self._max_fraction * drawn:
+            enough = drawn >= _CHECKED_FROM or self._max_fraction == 0
+            if enough and broken > self._max_fraction * drawn:
+                last = self._last[name]
                 return UserError(
                     f"data source {name}: {broken} of {drawn} samples are broken, more than data.max_bad_fraction = "
-                    f"{self._max_fraction:g}; each is named in {self.path}",
+                    f"{self._max_fraction:g}; each is named in {self.path}, the last is {last.sample}: {last.cause}",
                     "mend or remove them, or raise data.max_bad_fraction; the same command continues",
                 )
         return None
 
     def _gathered(self, faults: list[Fault]) -> list[Fault]:
-        """All data ranks' faults on rank 0."""
-        mine = faults if self._groups.is_leader else []
-        boxes = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(mine, boxes, dst=0, group=self._groups.world_host)
-        return [fault for box in boxes or [] for fault in box]
+        """All data ranks' faults, on all ranks."""
+        boxes = [None] * dist.get_world_size()
+        dist.all_gather_object(boxes, faults if self._groups.is_leader else [], group=self._groups.world_host)
+        return [fault for box in boxes for fault in box]
 
     def _write(self, step: int, faults: list[Fault]) -> None:
         lines = []

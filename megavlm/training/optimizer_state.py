@@ -37,7 +37,7 @@ def wanted_state(chained: ChainedOptimizer, model: dict, metadata: dict) -> dict
     """What this rank loads of the optimizers, to be given to ``load_state``."""
     optimizers = chained.chained_optimizers
     if not _are_sharded(optimizers):
-        return chained.sharded_state_dict(model, is_loading=True, metadata=metadata)
+        return chained.sharded_state_dict(model, metadata=metadata)  # SGD: it has no state to be made beforehand
     return {
         "tensors": [
             optimizer.sharded_param_state_fully_reshardable(model, is_loading=True, metadata=metadata)

@@ -240,6 +240,61 @@ def test_frames_with_their_own_rate(renderer, media):
     assert "<0.1 seconds>" in text
 
 
+def test_boxes_are_written_in_thousandths(renderer, media):
+    """wide.png is 300 × 40; turned.jpg lies on its side, and boxes count its pixels as a viewer sees it."""
+    width, height = ImageOps.exif_transpose(Image.open(media.base / "turned.jpg")).size
+    record = {
+        "messages": talk("<image>Where? <box>", '{"bbox_2d": <box>, "label": "cat"}', "<image> and here?", "At <box>."),
+        "images": ["wide.png", "turned.jpg"],
+        "boxes": [[0, 0, 300, 40], [30, 10, 150, 20], [width / 4, height / 2]],
+    }
+    sample = renderer.encode(record, media.find, "here:1", kind="tune")
+    text = renderer.tokenizer.decode(sample.input_ids)
+    assert "Where? [0, 0, 1000, 1000]" in text
+    assert '{"bbox_2d": [100, 250, 500, 500], "label": "cat"}' in text
+    assert "At [250, 500]." in text
+    record["boxes"][2] = {"box": [30, 10], "image": 0}
+    assert "At [100, 250]." in renderer.tokenizer.decode(
+        renderer.encode(record, media.find, "here:1", kind="tune").input_ids
+    )
+    document = {"text": "<box> in <image>", "images": ["wide.png"], "boxes": [[150, 20]]}
+    assert renderer.tokenizer.decode(
+        renderer.encode(document, media.find, "here:1", kind="pretrain").input_ids
+    ).startswith("[500, 500] in ")
+
+
+def test_beginnings_are_cut_away_but_never_through_a_picture(make_renderer, media):
+    """Every length from a few tokens to all: the rest is the end of the whole sample, media and targets with it."""
+    record = {
+        "messages": talk("<image>one <image>", "two", "Then <video>?", "three", "<image>four", "five"),
+        "images": ["wide.png", "turned.jpg", "wide.png"],
+        "videos": [media.frames],
+    }
+    settings = {"max_pixels": 64 * 64}
+    whole = make_renderer(seq_length=4096, **settings).encode(record, media.find, "here:1", kind="tune")
+    total, counts = len(whole.input_ids), set()
+    for seq_length in range(12, total + 3):
+        renderer = make_renderer(seq_length=seq_length, too_long="truncate", **settings)
+        sample = renderer.encode(record, media.find, "here:1", kind="tune")
+        length = len(sample.input_ids)
+        assert length <= seq_length
+        assert sample.input_ids.tolist() == whole.input_ids[total - length :].tolist()
+        assert sample.labels.tolist() == whole.labels[total - length :].tolist()
+        num_patches = len(sample.patches)
+        assert torch.equal(sample.patches, whole.patches[len(whole.patches) - num_patches :])
+        assert num_patches == 4 * len(sample.visual_positions)
+        assert sample.frame_grids.prod(dim=1).sum() == num_patches
+        starts = (sample.input_ids == renderer.processor.vision_start_token_id).sum()
+        ends = (sample.input_ids == renderer.processor.vision_end_token_id).sum()
+        assert starts == ends == len(sample.frame_grids) + sample.num_videos  # a video has a pair of its own
+        assert sample.num_videos in (0, 1)
+        if sample.num_videos:
+            assert len(sample.frame_grids) >= 3  # all frames of it
+        counts.add((sample.num_images, sample.num_videos))
+        assert sample.position_ids[:, 0].tolist() == [0, 0, 0]
+    assert counts == {(0, 0), (1, 0), (1, 1), (2, 1), (3, 1)}
+
+
 BROKEN = {
     "too many pictures": ({"messages": talk("<image>", "!"), "images": ["wide.png", "wide.png"]}, "1 <image> in the"),
     "too few pictures": ({"messages": talk("<image><image>", "!"), "images": ["wide.png"]}, "2 <image> in the text"),
@@ -268,6 +323,14 @@ BROKEN = {
     "content as a number": ({"messages": talk(3, "!")}, r"messages\[0\].content must be"),
     "loss of a question": ({"messages": [{"role": "user", "content": "?", "loss": True}]}, "would be ignored"),
     "a list": ([1, 2], "must be a JSON object"),
+    "box outside": ({"text": "<image><box>", "images": ["wide.png"], "boxes": [[0, 0, 301, 40]]}, "lies outside of"),
+    "box of no picture": ({"text": "<box>", "boxes": [[0, 0]]}, "belongs to picture 0, but there are 0"),
+    "box backwards": ({"text": "<image><box>", "images": ["wide.png"], "boxes": [[9, 0, 3, 4]]}, "ends before it"),
+    "box of three": ({"text": "<image><box>", "images": ["wide.png"], "boxes": [[9, 0, 3]]}, "2 or 4 numbers"),
+    "boxes without places": (
+        {"text": "<image>", "images": ["wide.png"], "boxes": [[9, 0]]},
+        "0 <box> in the text, but",
+    ),
 }
 
 

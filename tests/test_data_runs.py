@@ -1,0 +1,145 @@
+"""Training on data as it comes: from shards, from several sources, with samples that cannot be read."""
+
+import json
+import shutil
+import tarfile
+
+import pytest
+from parity import Toys
+from test_train_verbs import megavlm, metrics_of, sft_config
+from toy import write_records
+
+COUNT = 80
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Toys:
+    return Toys(tmp_path_factory.mktemp("toys"))
+
+
+def numbered(toys, count=COUNT):
+    """The toy records over and over, each with a number in its answer."""
+    records = []
+    for number in range(count):
+        record = json.loads(json.dumps(toys.records[number % len(toys.records)]))
+        record["messages"][-1]["content"] += f" {number}"
+        records.append(record)
+    return records
+
+
+def without_times(line):
+    times = ("seconds", "tokens_per", "tflops", "mfu", "memory", "imbalance", "slowest")
+    return {name: value for name, value in line.items() if not any(time in name for time in times)}
+
+
+def test_shards_give_the_same_rows_and_the_same_loss_as_jsonl(toys, tmp_path):
+    """Bit for bit, over an epoch and more, packed and shuffled in two workers."""
+    data = write_records(toys.root / "numbered.jsonl", numbered(toys, 24))
+    megavlm("data", "prepare", "--jsonl", data, "--out", tmp_path / "shards", "--shard-size", "60KB")
+    assert len(list((tmp_path / "shards").glob("*.tar"))) > 2
+    shared = ("data.packing=best_fit", "data.packing_buffer=7", "data.shuffle=true", "data.workers=2")
+    lines = {}
+    for name, path in (("jsonl", data), ("shards", tmp_path / "shards")):
+        config = sft_config(toys, tmp_path, steps=4, lr=0.01)
+        source = f"data.train=[{{path: {path}, name: toys}}]"
+        megavlm("sft", config, *shared, source, f"output={tmp_path / name}", "train.global_batch_size=4")
+        lines[name] = [without_times(line) for line in metrics_of(tmp_path / name)]
+    assert lines["jsonl"] == lines["shards"]
+    assert sum(line["samples"] for line in lines["jsonl"]) > 24
+
+
+def break_samples(toys, records, tmp_path):
+    """Breaks every tenth record in its own way; returns the file and {line: (kind, part of the cause)}."""
+    whole = (toys.root / records[0]["images"][0]).read_bytes()
+    (toys.root / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (toys.root / "text.png").write_text("not a picture")
+    lines = [json.dumps(record) for record in records]
+    blank = {"role": "user", "content": "<image>?"}
+    answer = {"role": "assistant", "content": "!"}
+    ways = [
+        ('{"messages": [', "broken", "not valid JSON"),
+        ({"messages": [blank, answer], "images": ["missing.png"]}, "broken", "missing.png does not exist"),
+        ({"messages": [blank, answer], "images": ["cut.png"]}, "broken", "cut.png cannot be read"),
+        ({"messages": [blank, answer], "images": ["text.png"]}, "broken", "text.png cannot be read"),
+        ({"messages": [blank, answer], "images": []}, "broken", "1 <image> in the text, but 0 in images"),
+        ({"messages": [{"role": "human", "content": "?"}]}, "broken", "role 'human'; allowed"),
+        ({"messages": [{"role": "user", "content": "?"}]}, "no target", "nothing to learn"),
+        ({"messages": [{"role": "user", "content": "why? " * 200}, answer]}, "too long", "data.seq_length = 128"),
+    ]
+    expected = {}
+    for place, (record, kind, cause) in enumerate(ways):
+        lines[10 * place + 5] = record if isinstance(record, str) else json.dumps(record)
+        expected[10 * place + 6] = (kind, cause)
+    path = toys.root / "broken-lines.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path, expected
+
+
+def test_broken_samples_are_named_and_reach_no_row(toys, tmp_path):
+    """10 % of the samples, in eight ways, on two data ranks; the run is interrupted and continues in between."""
+    path, expected = break_samples(toys, numbered(toys), tmp_path)
+    good = toys.root / "good.jsonl"
+    write_records(good, toys.records[:2])
+    config = sft_config(toys, tmp_path, steps=11, lr=0.01)
+    sources = f"data.train=[{{path: {path}, weight: 9}}, {{path: {good}, weight: 1}}]"
+    changes = (sources, "data.workers=2", "checkpoint.every=5", "--nproc", 2)
+    megavlm("sft", config, *changes)
+    run = tmp_path / "run"
+    shutil.copytree(run, tmp_path / "straight")
+    shutil.rmtree(run / "checkpoints" / "step_00000011")  # as if killed behind step 9
+    megavlm("sft", config, *changes)
+
+    told = [json.loads(line) for line in (run / "data_errors.jsonl").read_text().splitlines()]
+    found = {int(line["sample"].rpartition(":")[2]): line for line in told}
+    assert len(told) == len(found) == 8
+    assert {line["source"] for line in told} == {"broken-lines"}
+    for number, (kind, cause) in expected.items():
+        assert found[number]["kind"] == kind
+        assert cause in found[number]["cause"]
+        assert str(path) in found[number]["sample"]
+    assert (tmp_path / "straight" / "data_errors.jsonl").read_text() == (run / "data_errors.jsonl").read_text()
+
+    lines = metrics_of(run)
+    assert [without_times(line) for line in lines] == [
+        without_times(line) for line in metrics_of(tmp_path / "straight")
+    ]
+    assert (lines[-1]["bad_samples"], lines[-1]["dropped_samples"]) == (6, 2)
+    for line in lines:
+        counts = [line[f"samples/{name}"] for name in ("broken-lines", "good")]
+        assert sum(counts) == line["samples"] == 8
+        targets = [line[f"target_tokens/{name}"] for name in ("broken-lines", "good")]
+        assert sum(targets) == line["target_tokens"]
+        losses = [line[f"loss/{name}"] or 0.0 for name in ("broken-lines", "good")]
+        mean = sum(loss * n for loss, n in zip(losses, targets, strict=True)) / sum(targets)
+        assert mean == pytest.approx(line["loss"], rel=1e-5)
+    assert sum(line["samples/good"] for line in lines) == pytest.approx(0.1 * 88, abs=2)
+
+
+def test_too_many_broken_samples_end_the_run(toys, tmp_path):
+    path, _ = break_samples(toys, numbered(toys), tmp_path)
+    config = sft_config(toys, tmp_path, steps=40, lr=0.01, global_batch_size=16)
+    done = megavlm("sft", config, f"data.train={path}", "data.max_bad_fraction=0.05", status=2)
+    assert "broken-lines: " in done.stderr
+    assert "data.max_bad_fraction = 0.05" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert 6 <= len(metrics_of(tmp_path / "run")) < 12  # from 100 samples on
+
+
+def test_a_corrupt_shard_costs_its_samples(toys, tmp_path):
+    """The last sample's bytes are gone, a member of another is overwritten."""
+    data = write_records(toys.root / "numbered.jsonl", numbered(toys, 24))
+    shards = tmp_path / "shards"
+    megavlm("data", "prepare", "--jsonl", data, "--out", shards, "--shard-size", "60KB")
+    first, *_, last = sorted(shards.glob("*.tar"))
+    last.write_bytes(last.read_bytes()[:3000])
+    with tarfile.open(first) as tar:
+        member = next(m for m in tar if m.name.endswith(".png"))
+    with first.open("r+b") as file:
+        file.seek(member.offset_data)
+        file.write(b"\0" * member.size)
+    megavlm("sft", sft_config(toys, tmp_path, steps=3, lr=0.01), f"data.train={shards}", "data.max_bad_fraction=1")
+    told = [json.loads(line) for line in (tmp_path / "run" / "data_errors.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in told} == {"broken"}
+    assert any(f"{last}:" in line["sample"] for line in told)
+    assert any(f"{first}:" in line["sample"] and "cannot be read" in line["cause"] for line in told)
+    assert metrics_of(tmp_path / "run")[-1]["bad_samples"] == len(told)
