@@ -87,7 +87,7 @@ class RowDataset(IterableDataset[Row]):
         in_a_row = Counter()  # faults of each source since its last good sample
 
         def add(source: int, index: int) -> None:
-            draft = self._draft(source, index)
+            draft = self.draft(source, index)
             if isinstance(draft, Draft):
                 waiting.append(draft)
                 in_a_row[source] = 0
@@ -123,7 +123,8 @@ class RowDataset(IterableDataset[Row]):
             }
             yield row
 
-    def _draft(self, source: int, index: int) -> Draft | Fault:
+    def draft(self, source: int, index: int) -> Draft | Fault:
+        """Sample `index` of source number `source` without its pixels, or what is wrong with it."""
         file = self.sources[source].file
         name = file.source(index)
         try:

@@ -1,4 +1,4 @@
-"""Line charts for the report: SVG and HTML that scale to any width, and follow the page's colours.
+"""Line charts and histograms for HTML pages: SVG and HTML that scale to any width, and follow the page's colours.
 
 Lines are drawn in an SVG that is stretched to its box; labels are HTML above it, so that text keeps its size on a
 phone. Colours are CSS variables `--NAME` of the page. The page's script reads `data-chart` for the values under the
@@ -106,6 +106,56 @@ def chart(
         height=HEIGHT,
         drawing=Markup("").join([*grid, *edges, *lines]),
         labels=Markup("").join([*_y_labels(y), *_x_labels(x), *_band_labels(bands, x)]),
+    )
+
+
+def histogram(title: str, values: Sequence[int], unit: str, *, color: str = "loss", kind: str = "") -> Markup:
+    """How often whole numbers occur: about 20 to 50 bars of equal width, whose bounds are round.
+
+    Args:
+        values: from 0 up; without any the chart is empty.
+        unit: what they count, for the text of a bar under the pointer.
+        color: name of the page's CSS variable.
+        kind: further CSS class, for its height.
+    """
+    if not len(values):
+        return Markup("")
+    low, high = min(values), max(values)
+    most = (high - low + 1) / 50
+    size = next(f * 10**power for power in range(19) for f in (1, 2, 5) if f * 10**power >= most)
+    first = low // size
+    counts = [0] * (high // size - first + 1)
+    for value in values:
+        counts[value // size - first] += 1
+    x, y = _Axis(first * size, (first + len(counts)) * size, rounded=False), _Axis(0, max(counts))
+    bars = []
+    for place, count in enumerate(counts):
+        if count:
+            start = (first + place) * size
+            bounds = f"{start:,}" if size == 1 else f"{start:,} to {start + size - 1:,}"
+            bars.append(
+                Markup('<rect x="{:.2f}" y="{:.2f}" width="{:.2f}" height="{:.2f}"><title>{}</title></rect>').format(
+                    x.at(start),
+                    y.at(count),
+                    0.92 * WIDTH / len(counts),
+                    y.at(0) - y.at(count),
+                    f"{bounds} {unit}: {count:,}",
+                )
+            )
+    y.ticks = [tick for tick in y.ticks if abs(tick - round(tick)) < 1e-9]  # counts are whole
+    grid = [_rule(0, y.at(tick), WIDTH, y.at(tick)) for tick in y.ticks]
+    return Markup(
+        '<figure class="chart {kind}"><figcaption><b>{title}</b></figcaption><div class="plot">'
+        '<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" aria-label="{title}" '
+        'style="fill:var(--{color})">{drawing}</svg>{labels}</div></figure>'
+    ).format(
+        kind=kind,
+        title=title,
+        width=WIDTH,
+        height=HEIGHT,
+        color=color,
+        drawing=Markup("").join([*grid, *bars]),
+        labels=Markup("").join([*_y_labels(y), *_x_labels(x)]),
     )
 
 

@@ -10,24 +10,23 @@ written into one of these folders, or into a folder beside them, are shown with 
 import argparse
 import sys
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import yaml
 
-from megavlm import __version__
 from megavlm.config.errors import UserError
 from megavlm.config.files import write_text
 from megavlm.training import units
 from megavlm.training.charts import Band, Curve, chart
 from megavlm.training.metrics import PARTS, read_metrics
+from megavlm.training.page import render_page
 from megavlm.training.plots import smooth
 from megavlm.training.report_answers import AnswerGroup, Source, group_answers, read_source
 
 FILE_NAME = "report.html"
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
+TEMPLATE = "report.html.jinja"
 
 
 @dataclass
@@ -186,24 +185,15 @@ def _existing(path: Path, folder: Path) -> Path | None:
 
 
 def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup]) -> str:
-    import jinja2  # comes with transformers
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    for function in (units.short, units.number, units.duration, units.percent):
-        environment.filters[function.__name__] = function
-    environment.filters["total_of"] = Run.total
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return render_page(
+        TEMPLATE,
+        filters={"total_of": Run.total},
         run=chain[-1],
         trained=trained,
         overview=_overview(trained),
         charts=[_charts(run) for run in trained],
         settings=_settings(chain),
         answers=answers,
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        version=__version__,
     )
 
 

@@ -3,9 +3,10 @@
 import json
 import re
 
+import pytest
 from markupsafe import Markup
 
-from megavlm.training.charts import MAX_POINTS, Band, Curve, chart
+from megavlm.training.charts import MAX_POINTS, Band, Curve, chart, histogram
 from megavlm.training.units import number
 
 
@@ -89,3 +90,17 @@ def test_names_are_escaped():
     for name in ("<i>", "<em>", "<u>"):
         assert name not in html
     assert json.loads(Markup(re.search(r'data-chart="([^"]*)"', html)[1]).unescape())["curves"][0]["name"] == "<i>'\""
+
+
+def test_histogram_counts_whole_numbers_between_round_bounds():
+    drawn = histogram("Lengths", [0, 3, 99, 100, 101, 198, 199], "tokens")
+    titles = re.findall("<title>(.*?)</title>", drawn)  # 200 numbers in 40 bars of 5
+    assert titles == ["0 to 4 tokens: 2", "95 to 99 tokens: 1", "100 to 104 tokens: 2", "195 to 199 tokens: 2"]
+    heights = [float(height) for height in re.findall(r'height="([\d.]+)"><title>', drawn)]
+    assert heights[0] == heights[2] == pytest.approx(2 * heights[1], abs=0.02)
+    assert labels(drawn, "y") == ["0", "1", "2"]  # no halves
+
+
+def test_histogram_of_one_value_and_of_none():
+    assert "<title>7 tokens: 1</title>" in histogram("Lengths", [7], "tokens")
+    assert histogram("Lengths", [], "tokens") == ""

@@ -1,0 +1,210 @@
+"""`megavlm data inspect`: what the data of a configuration is, in numbers on the terminal and on a page to look at.
+
+Samples are rendered as in training, up to the pixels; these are read only for the few that the page shows.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from megavlm.config.errors import UserError
+from megavlm.config.files import write_text
+from megavlm.config.settings import Settings
+from megavlm.convert.output import new_folder
+from megavlm.data.faults import BROKEN, Fault
+from megavlm.data.records import Kind
+from megavlm.data.renderer import Draft, Renderer
+from megavlm.data.rows import RowDataset
+from megavlm.data.sources import Source, open_sources
+from megavlm.training.inspect_cards import Card, make_card, shots_of
+from megavlm.training.inspect_page import write_page
+from megavlm.training.inspect_stats import (
+    PERCENTILES,
+    Look,
+    RowStats,
+    SourceStats,
+    blend_stats,
+    decimal,
+    pack_rows,
+)
+from megavlm.training.units import percent
+
+DEFAULT_OUT = Path("data-inspect")
+PAGE, SUMMARY = "index.html", "summary.json"
+CARDS = 6  # samples of each source that the page shows
+EXAMPLES = 2  # of each kind of fault, on the terminal
+
+
+def main(settings: Settings, out: Path | None = None, samples: int = 200) -> int:
+    """Looks at `samples` samples of each source, spread evenly over it; prints tables and writes a folder.
+
+    Args:
+        out: the folder, with index.html and summary.json; must not exist. Default ``data-inspect``.
+        samples: looked at of each source; all of a source that has fewer.
+
+    Raises:
+        UserError: `out` exists, there are no sources, or one is missing or empty. (Broken samples raise nothing.)
+    """
+    out = DEFAULT_OUT if out is None else Path(out)
+    if samples < 1:
+        raise UserError(f"{samples} samples to look at", "give 1 or more")
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already", "move it away, or name another folder with --out")
+    kind: Kind = "tune" if settings.stage is None else "pretrain"
+    sources = open_sources(settings.data)
+    renderer = Renderer(settings.model.hf, settings.data, settings.align)
+    console = Console(highlight=False)
+
+    looks = _look(sources, renderer, settings, kind, samples, console)
+    cards = _cards(looks, renderer, console)
+    stats = blend_stats(looks, renderer)
+    rows = pack_rows(looks, settings.data, settings.align, settings.train.seed)
+
+    for of_source in stats:
+        console.print(_table(of_source, settings.data.max_bad_fraction))
+        console.print()
+    console.print(_rows_text(rows, settings.data.seq_length))
+    with new_folder(out, overwrite=False, mark=SUMMARY) as folder:
+        write_page(folder / PAGE, settings, kind, looks, stats, rows, cards)
+        write_text(folder / SUMMARY, _summary(settings, kind, stats, rows))
+    console.print(Text(f"page: {out / PAGE}"))
+    return 0
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Up to `most` different numbers from 0 to `count` - 1, in the middles of as many equal stretches."""
+    chosen = min(count, most)
+    return [(2 * place + 1) * count // (2 * chosen) for place in range(chosen)]
+
+
+def _look(
+    sources: list[Source], renderer: Renderer, settings: Settings, kind: Kind, samples: int, console: Console
+) -> list[Look]:
+    # The worker's own class makes the drafts, so that what it would pass over is passed over here.
+    dataset = RowDataset(
+        sources,
+        renderer,
+        kind,
+        buffer_size=1,
+        max_patches=settings.data.row_patches,
+        seed=None,
+        first_worker=0,
+        stride=1,
+        num_workers=1,
+    )
+    looks = [Look(source, []) for source in sources]
+    places = [evenly(len(source.file), samples) for source in sources]
+    with _bar(console) as bar:
+        task = bar.add_task("samples", total=sum(map(len, places)))
+        for number, look in enumerate(looks):
+            bar.update(task, description=look.source.name)
+            for index in places[number]:
+                look.samples.append(dataset.draft(number, index))
+                bar.advance(task)
+    return looks
+
+
+def _cards(looks: list[Look], renderer: Renderer, console: Console) -> list[list[Card]]:
+    """Some samples of each source, with pixels. One that has none to be read becomes a fault; another is shown."""
+    cards = []
+    with _bar(console) as bar:
+        task = bar.add_task("pictures", total=sum(min(CARDS, len(look.drafts)) for look in looks))
+        for look in looks:
+            shown: dict[int, Card] = {}
+            while more := _unseen(look, shown):
+                for place in more:
+                    if (card := _card(look, place, renderer)) is not None:
+                        shown[place] = card
+                        bar.advance(task)
+            cards.append([shown[place] for place in sorted(shown)])
+    return cards
+
+
+def _unseen(look: Look, shown: dict[int, Card]) -> list[int]:
+    """Places of the samples to be shown beside those that are already, spread evenly."""
+    others = [p for p, sample in enumerate(look.samples) if isinstance(sample, Draft) and p not in shown]
+    return [others[place] for place in evenly(len(others), CARDS - len(shown))]
+
+
+def _card(look: Look, place: int, renderer: Renderer) -> Card | None:
+    draft = look.samples[place]
+    try:
+        shots = shots_of(draft, renderer)
+    except MemoryError:
+        raise
+    except Exception as error:  # as of a worker: whatever a file may hold, it costs one sample
+        look.samples[place] = Fault.of(draft.source_id, draft.source, error)
+        return None
+    return make_card(draft, shots, renderer)
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _table(stats: SourceStats, max_bad_fraction: float) -> Group:
+    """A source on the terminal."""
+    title = Text.assemble((stats.name, "bold"), "  ", (stats.path, "dim"), overflow="fold")
+    shares = Text(f"{percent(stats.share)} of the samples of the blend")
+    if stats.token_share is not None:
+        shares.append(
+            f", about {percent(stats.token_share)} of its tokens, {percent(stats.target_share)} of its targets"
+        )
+    looked = Text(f"{stats.looked_at:,} looked at, of {stats.count:,}")
+    lines: list[Any] = [title, shares, looked]
+    if stats.usable:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column("per sample", no_wrap=True)
+        for name in ("share", "mean", *(f"{p} %" for p in PERCENTILES), "max"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, share, spread in (
+            ("tokens", "", stats.tokens),
+            ("targets", percent(stats.targets_of_tokens), stats.targets),
+            ("visual tokens", percent(stats.visual_of_tokens), stats.visual),
+            ("pictures", "", stats.pictures),
+            ("videos", "", stats.videos),
+        ):
+            if spread.max or name == "tokens":
+                table.add_row(name, share, *spread.texts)
+        lines.append(table)
+        if stats.picture_size:
+            lines.append(Text(f"pictures of {stats.size_text} px (median width × height)"))
+        if stats.video_frames:
+            lines.append(Text(f"videos of {stats.video_frames:,.0f} frames (median)"))
+    dropped = f"dropped: {stats.num_dropped:,} of {stats.looked_at:,} looked at, of {stats.count:,}"
+    lines.append(Text(dropped if stats.num_dropped else "dropped: none of those looked at"))
+    for fault_kind, found in stats.dropped.items():
+        lines.append(Text(f"  {len(found):,} {fault_kind}", style="yellow"))
+        lines += [Text(f"    {sample}: {cause}", overflow="fold") for sample, cause in found[:EXAMPLES]]
+        if len(found) > EXAMPLES:
+            lines.append(Text(f"    … {len(found) - EXAMPLES:,} more, all on the page", style="dim"))
+    if len(stats.dropped.get(BROKEN, ())) > max_bad_fraction * stats.looked_at:
+        lines.append(Text(f"  more broken than data.max_bad_fraction = {percent(max_bad_fraction)}", style="bold red"))
+    return Group(*lines)
+
+
+def _rows_text(rows: RowStats | None, seq_length: int) -> Text:
+    if rows is None:
+        return Text("no sample looked at can be used: there would be no rows", style="bold red")
+    return Text(
+        f"rows of {seq_length:,} tokens about {percent(rows.fill)} full, {decimal(rows.samples)} samples per row "
+        "(packed of the samples looked at)"
+    )
+
+
+def _summary(settings: Settings, kind: Kind, stats: Sequence[SourceStats], rows: RowStats | None) -> str:
+    summary = {
+        "kind": kind,
+        "seq_length": settings.data.seq_length,
+        "rows": asdict(rows) if rows else None,
+        "sources": [asdict(of_source) for of_source in stats],
+    }
+    return json.dumps(summary, ensure_ascii=False, indent=2) + "\n"

@@ -1,0 +1,67 @@
+"""The page of `megavlm data inspect`: the blend, and each source in numbers, faults and samples. One file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from markupsafe import Markup, escape
+
+from megavlm.config.files import write_text
+from megavlm.config.settings import Settings
+from megavlm.data.records import Kind
+from megavlm.training.charts import histogram
+from megavlm.training.inspect_cards import LEVELS, Card, Piece
+from megavlm.training.inspect_stats import PERCENTILES, Look, RowStats, SourceStats, decimal
+from megavlm.training.page import render_page
+
+TEMPLATE = "inspect.html.jinja"
+MAX_FAULTS = 100  # listed of one kind in one source
+COLORS = ("loss", "lr", "speed", "projector", "language", "vision", "bad", "soft")  # of the page, for sources in turn
+
+
+def write_page(
+    file: Path,
+    settings: Settings,
+    kind: Kind,
+    looks: Sequence[Look],
+    stats: Sequence[SourceStats],
+    rows: RowStats | None,
+    cards: Sequence[Sequence[Card]],
+) -> None:
+    """Writes the page.
+
+    Args:
+        kind: of the samples.
+        looks, stats, cards: of each source, in the same order.
+    """
+    lengths = [[draft.length for draft in look.drafts] for look in looks]
+    charts = [histogram("Tokens per sample", of_source, "tokens") for of_source in lengths]
+    page = render_page(
+        TEMPLATE,
+        filters={"decimal": decimal, "whole": lambda number: f"{number:,}", "text_of": text_of},
+        settings=settings,
+        kind=kind,
+        sources=[
+            {"stats": of_source, "chart": chart, "cards": of_cards, "color": COLORS[place % len(COLORS)]}
+            for place, (of_source, chart, of_cards) in enumerate(zip(stats, charts, cards, strict=True))
+        ],
+        rows=rows,
+        percentiles=PERCENTILES,
+        levels=LEVELS,
+        max_faults=MAX_FAULTS,
+    )
+    write_text(file, page)
+
+
+def text_of(pieces: Sequence[Piece]) -> Markup:
+    """A sample's text, one ``span`` for each piece. Line ends stay, and are marked by the style."""
+    spans = []
+    for piece in pieces:
+        text = escape(piece.text).replace("\n", Markup("<i></i>\n"))
+        classes = piece.kind if piece.kind != "text" else ""
+        if piece.level:
+            classes += f" w{piece.level}"
+        attributes = Markup(' class="{}"').format(classes.strip()) if classes else Markup("")
+        if piece.title:
+            attributes += Markup(' title="{}"').format(piece.title)
+        spans.append(Markup("<span{}>{}</span>").format(attributes, text))
+    return Markup("").join(spans)

@@ -1,0 +1,230 @@
+"""What a look at the samples of a source says in numbers, and how full rows of the blend would be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megavlm.config.settings import DataSettings
+from megavlm.data.draws import Draws
+from megavlm.data.faults import BROKEN, NO_TARGET, TOO_LONG, Fault
+from megavlm.data.packing import best_fit
+from megavlm.data.processor import Clip, Still
+from megavlm.data.renderer import Draft, Renderer
+from megavlm.data.row import aligned
+from megavlm.data.sources import Source
+
+PERCENTILES = (1, 25, 50, 75, 99)
+KINDS = (BROKEN, TOO_LONG, NO_TARGET)
+_PACKED_ROWS = 200
+
+
+@dataclass
+class Look:
+    """The samples of a source that were looked at, each a draft or what is wrong with it, in the file's order."""
+
+    source: Source
+    samples: list[Draft | Fault]
+
+    @property
+    def drafts(self) -> list[Draft]:
+        return [sample for sample in self.samples if isinstance(sample, Draft)]
+
+    @property
+    def faults(self) -> list[Fault]:
+        return [sample for sample in self.samples if isinstance(sample, Fault)]
+
+
+@dataclass
+class Spread:
+    """Of one number per sample: its mean, percentiles (interpolated between samples) and largest value."""
+
+    mean: float
+    percentiles: dict[int, float]
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[int]) -> "Spread | None":
+        """None where there are no values."""
+        if not len(values):
+            return None
+        return cls(
+            mean=float(np.mean(values)),
+            percentiles={p: float(np.percentile(values, p)) for p in PERCENTILES},
+            max=float(np.max(values)),
+        )
+
+    @property
+    def texts(self) -> list[str]:
+        """Mean, percentiles and maximum as a reader wants them."""
+        return [decimal(value) for value in (self.mean, *self.percentiles.values(), self.max)]
+
+
+@dataclass
+class SourceStats:
+    """Numbers of one source. All but ``count`` and ``share`` are of the samples looked at.
+
+    Attributes:
+        name, path: of the source.
+        share: of all samples drawn, 0 to 1, as the settings say.
+        token_share, target_share: of all tokens and targets of the blend, estimated; None where nothing can be used.
+        count: samples in the source.
+        looked_at: of these.
+        usable: of those, as many as would be trained on. What follows is of them, None where there are none.
+        tokens, targets, visual: tokens of a sample; those that are predicted; those that are pixels.
+        targets_of_tokens, visual_of_tokens: share of all tokens.
+        pictures, videos: in a sample.
+        picture_size: median width and median height in pixels, as the model sees pictures; None without any.
+        video_frames: median of the frames sampled from a video; None without any.
+        dropped: what would not be trained on, by kind: (sample, cause) of each.
+    """
+
+    name: str
+    path: str
+    share: float
+    token_share: float | None
+    target_share: float | None
+    count: int
+    looked_at: int
+    usable: int
+    tokens: Spread | None
+    targets: Spread | None
+    visual: Spread | None
+    targets_of_tokens: float | None
+    visual_of_tokens: float | None
+    pictures: Spread | None
+    picture_size: tuple[float, float] | None
+    videos: Spread | None
+    video_frames: float | None
+    dropped: dict[str, list[tuple[str, str]]]
+
+    @property
+    def size_text(self) -> str:
+        """The picture size as "width × height"; "" without any."""
+        return " × ".join(f"{side:,.0f}" for side in self.picture_size or ())
+
+    @property
+    def num_dropped(self) -> int:
+        return self.looked_at - self.usable
+
+
+@dataclass
+class RowStats:
+    """Rows packed of the samples looked at.
+
+    Attributes:
+        fill: mean share of a row's tokens that belong to samples.
+        samples: mean number of samples in a row.
+        patches: Spread of the patches in a row.
+        rows: number of rows packed.
+    """
+
+    fill: float
+    samples: float
+    patches: Spread
+    rows: int
+
+
+def num_targets(draft: Draft) -> int:
+    """Tokens of the sample that are predicted: the first never is."""
+    return int(np.count_nonzero(draft.weights[1:]))
+
+
+def num_visual(draft: Draft, renderer: Renderer) -> int:
+    """Tokens of the sample that stand for pixels."""
+    return draft.num_patches // renderer.vision.merge**2
+
+
+def blend_stats(looks: Sequence[Look], renderer: Renderer) -> list[SourceStats]:
+    """The numbers of every source.
+
+    A source's share of the tokens is its share of the samples times their mean length, with what is dropped as long as
+    nothing: a source that is half broken gives half as many tokens.
+    """
+    tokens = [look.source.share * sum(d.length for d in look.drafts) / len(look.samples) for look in looks]
+    targets = [look.source.share * sum(map(num_targets, look.drafts)) / len(look.samples) for look in looks]
+    return [
+        _source_stats(look, renderer, _share(tokens[place], sum(tokens)), _share(targets[place], sum(targets)))
+        for place, look in enumerate(looks)
+    ]
+
+
+def _source_stats(look: Look, renderer: Renderer, token_share: float | None, target_share: float | None) -> SourceStats:
+    drafts = look.drafts
+    lengths, targets = [d.length for d in drafts], [num_targets(d) for d in drafts]
+    visual = [num_visual(d, renderer) for d in drafts]
+    stills = [[item for item in d.media if isinstance(item, Still)] for d in drafts]
+    clips = [[item for item in d.media if isinstance(item, Clip)] for d in drafts]
+    patch = renderer.processor.image_processor.patch_size
+    sizes = [(patch * item.grid[2], patch * item.grid[1]) for of_sample in stills for item in of_sample]
+    frames = [len(item.metadata.frames_indices) for of_sample in clips for item in of_sample]
+    dropped = {kind: [(f.sample, f.cause) for f in look.faults if f.kind == kind] for kind in KINDS}
+    return SourceStats(
+        name=look.source.name,
+        path=look.source.file.path,
+        share=look.source.share,
+        token_share=token_share,
+        target_share=target_share,
+        count=len(look.source.file),
+        looked_at=len(look.samples),
+        usable=len(drafts),
+        tokens=Spread.of(lengths),
+        targets=Spread.of(targets),
+        visual=Spread.of(visual),
+        targets_of_tokens=_share(sum(targets), sum(lengths)),
+        visual_of_tokens=_share(sum(visual), sum(lengths)),
+        pictures=Spread.of([len(of_sample) for of_sample in stills]),
+        picture_size=tuple(np.median(sizes, axis=0).tolist()) if sizes else None,
+        videos=Spread.of([len(of_sample) for of_sample in clips]),
+        video_frames=float(np.median(frames)) if frames else None,
+        dropped={kind: found for kind, found in dropped.items() if found},
+    )
+
+
+def pack_rows(looks: Sequence[Look], settings: DataSettings, align: int, seed: int) -> RowStats | None:
+    """Packs the samples looked at as a data worker would, again and again in the proportions of the blend.
+
+    Args:
+        settings: the ``data`` section: seq_length, packing, packing_buffer, row_patches, shuffle.
+        align: samples are padded to a multiple of this many tokens.
+        seed: of the order.
+
+    Returns:
+        None where no sample can be used.
+    """
+    usable = [look for look in looks if look.drafts]
+    if not usable:
+        return None
+    shares, counts = [look.source.share for look in usable], [len(look.samples) for look in usable]
+    draws = Draws(shares, counts, seed if settings.shuffle else None, 0, 1)
+    buffer = settings.packing_buffer if settings.packing == "best_fit" else 1
+    waiting: list[Draft] = []
+    tokens, samples, patches = [], [], []
+    for _ in range(_PACKED_ROWS):
+        while len(waiting) < buffer:
+            source, index = next(draws)
+            if isinstance(sample := usable[source].samples[index], Draft):
+                waiting.append(sample)
+        chosen = best_fit(
+            [aligned(draft.length, align) for draft in waiting],
+            settings.seq_length,
+            [draft.num_patches for draft in waiting] if settings.row_patches else None,
+            settings.row_patches,
+        )
+        row = [waiting[place] for place in chosen]
+        for place in reversed(chosen):
+            waiting.pop(place)
+        tokens.append(sum(draft.length for draft in row))
+        samples.append(len(row))
+        patches.append(sum(draft.num_patches for draft in row))
+    fill = float(np.mean(tokens)) / settings.seq_length
+    return RowStats(fill, float(np.mean(samples)), Spread.of(patches), _PACKED_ROWS)
+
+
+def decimal(value: float) -> str:
+    """A count or a mean of counts: 1,234 or 56 or 3.4."""
+    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

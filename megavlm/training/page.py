@@ -1,0 +1,31 @@
+"""HTML pages of the house: one file each, which needs no other; the style is in page.css.jinja."""
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from megavlm import __version__
+from megavlm.training import units
+
+
+def render_page(template: str, filters: Mapping[str, Callable] | None = None, **values: Any) -> str:
+    """The page that a template of this folder makes of `values`, which are escaped unless they are Markup.
+
+    Templates find the functions of ``units`` as filters beside `filters`, and what a footer says in ``written`` and
+    ``version``.
+    """
+    import jinja2  # comes with transformers
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= filters or {}
+    for function in (units.short, units.number, units.duration, units.percent):
+        environment.filters[function.__name__] = function
+    written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    return environment.get_template(template).render(**values, written=written, version=__version__)

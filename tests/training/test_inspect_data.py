@@ -1,0 +1,315 @@
+"""`megavlm data inspect`: its numbers against those worked out by hand, and its page read as a browser reads it.
+
+In documents of digits every digit is a token, so that lengths are known without the tokenizer.
+"""
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+from toy import picture, write_records
+
+from megavlm.config.errors import UserError
+from megavlm.config.settings import Settings
+from megavlm.data.renderer import Renderer
+from megavlm.data.row import IGNORE
+from megavlm.demo.model_folder import make_model_folder
+from megavlm.training.inspect_cards import level_of
+from megavlm.training.inspect_data import evenly, main
+
+VOID = {"meta", "img", "br", "rect", "path"}  # the last two close themselves in SVG
+
+
+class Page(HTMLParser):
+    """The tags of a page; fails where they are not closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tags, self.articles = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        if tag == "article":
+            self.articles.append([])
+        if tag == "span" and self.in_tokens() and self.open[-1][0] == "div":
+            self.articles[-1].append([attrs.get("class", ""), attrs.get("title", ""), ""])
+        if tag not in VOID:
+            self.open.append((tag, attrs))
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self.in_tokens() and self.open[-1][0] == "span":
+            self.articles[-1][-1][2] += data
+
+    def in_tokens(self):
+        return any(tag == "article" for tag, _ in self.open) and ("div", {"class": "tokens"}) in self.open
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return make_model_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def inspect(tmp_path, model_folder):
+    """Runs the job on files of records; gives summary and page."""
+
+    def run(data, samples=200, **settings):
+        data = {"train": [], "seq_length": 512, "packing_buffer": 8, **data}
+        out = tmp_path / "out"
+        assert main(Settings(model={"hf": model_folder}, data=data, **settings), out, samples) == 0
+        assert sorted(path.name for path in out.iterdir()) == ["index.html", "summary.json"]
+        return json.loads((out / "summary.json").read_text()), Page((out / "index.html").read_text())
+
+    return run
+
+
+def digits(count):
+    return {"text": ("1234567890" * (count // 10 + 1))[:count], "images": []}
+
+
+def talk(question, answer, **answered):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **answered}]
+
+
+def test_evenly():
+    assert evenly(5, 200) == [0, 1, 2, 3, 4]
+    assert evenly(100, 4) == [12, 37, 62, 87]
+    assert evenly(7, 1) == [3]
+    assert evenly(0, 3) == []
+
+
+def test_numbers(tmp_path, inspect, capsys):
+    texts = write_records(tmp_path / "texts.jsonl", [digits(count) for count in (10, 20, 30, 40, 100)])
+    large, small = picture(tmp_path, "chelsea", (128, 96)), picture(tmp_path, "coffee", (64, 32))
+    pictures = write_records(
+        tmp_path / "pictures.jsonl",
+        [{"text": "1<image>2", "images": [large]}, {"text": "1<image><image>", "images": [small, small]}],
+    )
+    blend = [{"path": texts}, {"path": pictures, "weight": 3}]
+    summary, _ = inspect({"train": blend})
+    first, second = summary["sources"]
+
+    assert (first["count"], first["looked_at"], first["usable"], first["share"]) == (5, 5, 5, 0.25)
+    assert first["tokens"]["mean"] == 40
+    assert first["tokens"]["percentiles"] == pytest.approx({"1": 10.4, "25": 20, "50": 30, "75": 40, "99": 97.6})
+    assert first["tokens"]["max"] == 100
+    assert first["targets_of_tokens"] == pytest.approx(195 / 200)  # the first of each is never predicted
+    assert first["visual_of_tokens"] == 0
+    assert first["picture_size"] is None
+
+    # A token is 32 × 32 pixels: 4 × 3 = 12, and 2 × 1 = 2; each picture stands between two tokens that mark it.
+    assert second["tokens"]["mean"] == (2 + 2 + 12 + 1 + 2 * (2 + 2)) / 2
+    assert second["targets"]["mean"] == (3 + 4) / 2
+    assert second["visual_of_tokens"] == pytest.approx(16 / 25)
+    assert second["pictures"]["mean"] == 1.5
+    assert second["picture_size"] == [64, 32]
+    assert second["share"] == 0.75
+    assert second["token_share"] == pytest.approx(0.75 * 12.5 / (0.75 * 12.5 + 0.25 * 40))
+    assert second["target_share"] == pytest.approx(0.75 * 3.5 / (0.75 * 3.5 + 0.25 * 39))
+
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "5 looked at, of 5" in printed
+    assert "tokens 40 10 20 30 40 98 100" in printed
+    assert "pictures of 64 × 32 px" in printed
+
+
+@pytest.mark.parametrize(
+    ("data", "fill", "samples"),
+    [
+        ({"seq_length": 100}, 0.9, 3),
+        ({"seq_length": 100, "packing": "none", "packing_buffer": 1000}, 0.3, 1),
+        ({"seq_length": 96, "align": 48}, 60 / 96, 2),
+    ],
+)
+def test_rows(tmp_path, inspect, data, fill, samples):
+    texts = write_records(tmp_path / "texts.jsonl", [digits(30)] * 4)
+    rows = inspect({"train": [{"path": texts}], **data})[0]["rows"]
+    assert rows["fill"] == pytest.approx(fill)
+    assert rows["samples"] == samples
+
+
+def test_rows_are_of_the_blend_and_of_what_can_be_used(tmp_path, inspect):
+    """One row holds two long samples or ten short ones: with nine short to a long one, rows of 5.5 on average."""
+    long = write_records(tmp_path / "long.jsonl", [digits(50)] * 3)
+    short = write_records(tmp_path / "short.jsonl", [digits(10), {"text": 3}])
+    # The half of `short` that is broken is passed over: 18 drawn are 9 that can be used.
+    summary, _ = inspect({"train": [{"path": long}, {"path": short, "weight": 18}], "seq_length": 100, "align": 2})
+    tokens_per_sample = (50 + 9 * 10) / 10
+    rows = summary["rows"]
+    assert rows["fill"] / rows["samples"] == pytest.approx(tokens_per_sample / 100, rel=0.05)
+    assert summary["sources"][1]["token_share"] == pytest.approx(9 * 10 / (50 + 9 * 10))
+
+
+def test_what_would_be_dropped(tmp_path, inspect, capsys):
+    good = picture(tmp_path, "coffee", (64, 64))
+    Image.open(tmp_path / good).save(tmp_path / "whole.bmp")
+    (tmp_path / "cut.bmp").write_bytes((tmp_path / "whole.bmp").read_bytes()[:4000])  # its header is sound
+    lines = [
+        '{"text": "1234", "images": []',
+        json.dumps({"text": "12<image>", "images": ["[red]gone[/red].png"]}),
+        json.dumps({"text": "12<image>", "images": ["cut.bmp"]}),
+        json.dumps(digits(101)),
+        json.dumps({"text": "1"}),
+        json.dumps({"text": "12<image>", "images": [good]}),
+        json.dumps(digits(100)),
+    ]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(lines))
+    summary, page = inspect({"train": [{"path": tmp_path / "mixed.jsonl"}], "seq_length": 100})
+    (source,) = summary["sources"]
+    assert {kind: len(found) for kind, found in source["dropped"].items()} == {
+        "broken": 3,
+        "too long": 1,
+        "no target": 1,
+    }
+    assert [sample.rpartition(":")[2] for sample, _ in source["dropped"]["broken"]] == ["1", "2", "3"]
+    assert "101 tokens" in source["dropped"]["too long"][0][1]
+    assert (source["looked_at"], source["usable"], source["tokens"]["max"]) == (7, 2, 100)
+    assert len(page.articles) == 2
+
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "dropped: 5 of 7 looked at, of 7 3 broken" in printed
+    assert "[red]gone[/red].png does not exist" in printed
+    assert "1 more, all on the page" in printed
+    assert "more broken than data.max_bad_fraction = 20.0 %" in printed
+    for cause in ("not valid JSON", "[red]gone[/red].png does not exist", "cut.bmp cannot be read"):
+        assert cause in (tmp_path / "out/index.html").read_text()
+
+
+def test_a_source_without_any_good_sample(tmp_path, inspect, capsys):
+    bad = write_records(tmp_path / "bad.jsonl", [{"text": 1}, {"messages": []}])
+    summary, page = inspect({"train": [{"path": bad}]})
+    assert summary["rows"] is None
+    assert summary["sources"][0]["tokens"] is None
+    assert summary["sources"][0]["token_share"] is None
+    assert page.articles == []
+    assert "no sample looked at can be used" in capsys.readouterr().out
+
+
+def test_samples_are_spread_over_the_source(tmp_path, inspect):
+    texts = write_records(tmp_path / "texts.jsonl", [digits(count) for count in range(10, 110)])
+    source = inspect({"train": [{"path": texts}]}, samples=4)[0]["sources"][0]
+    assert (source["count"], source["looked_at"]) == (100, 4)
+    assert source["tokens"]["mean"] == (22 + 47 + 72 + 97) / 4
+
+
+def test_nested_blend_replay_and_videos_of_frames(tmp_path, inspect):
+    frames = [picture(tmp_path, name, (96, 64)) for name in ("astronaut", "chelsea", "coffee", "rocket")]
+    clips = write_records(tmp_path / "clips.jsonl", [{"messages": talk("<video>?", "Yes."), "videos": [frames]}])
+    texts = write_records(tmp_path / "texts.jsonl", [digits(20)])
+    old = write_records(tmp_path / "old.jsonl", [digits(30)])
+    train = [{"path": texts}, {"sources": [{"path": clips}, {"path": texts, "name": "again"}], "weight": 3}]
+    summary, page = inspect({"train": train, "replay": {"sources": [{"path": old}], "share": 0.2}}, samples=1)
+    shares = {source["name"]: source["share"] for source in summary["sources"]}
+    assert shares == pytest.approx({"texts": 0.2, "clips": 0.3, "again": 0.3, "old": 0.2})
+    (clip,) = (source for source in summary["sources"] if source["name"] == "clips")
+    assert (clip["videos"]["mean"], clip["video_frames"], clip["visual"]["max"]) == (1, 4, 2 * 3 * 2)
+    chips = [text for _, _, text in page.articles[1] if "‹" in text]
+    assert chips == [f"‹video 1, frame {step} of 2: 3 × 2 = 6 tokens›" for step in (1, 2)]
+    assert sum(tag == "img" for tag, _ in page.tags) == 4  # all frames
+
+
+def test_page_shows_the_sample_as_it_is_learned(tmp_path, inspect, model_folder):
+    large = picture(tmp_path, "astronaut", (512, 256))
+    messages = [
+        *talk("<image>Was ist das? <b>&amp;", "图片 🙂 ça\n\nva <i>?", weight=0.25),
+        *talk("And?", "<think>not learned", loss=False),
+        *talk("3 👩‍🚀?", "Learned — 字", weight=1.0),
+    ]
+    record = {"messages": messages, "images": [large]}
+    file = write_records(tmp_path / "talk.jsonl", [record])
+    _, page = inspect({"train": [{"path": file}]})
+    (spans,) = page.articles
+
+    settings = Settings(model={"hf": model_folder}, data={"seq_length": 512})
+    renderer = Renderer(model_folder, settings.data)
+    sample = renderer.encode(record, lambda named: _file(tmp_path / named), "here:1", kind="tune")
+    text = renderer.tokenizer.decode(sample.input_ids)
+    run = "<|image_pad|>" * len(sample.visual_positions)
+    assert run in text
+    shown = "".join(text for _, _, text in spans)
+    assert shown == text.replace(run, "‹image 1: 11 × 5 = 55 tokens›")
+    assert len(sample.visual_positions) == 55
+
+    for weight, kind in ((0.25, "w1"), (1.0, "w3")):
+        learned = renderer.tokenizer.decode(sample.labels[sample.loss_weights == weight])
+        assert "".join(text for classes, _, text in spans if kind in classes.split()) == learned
+    assert not any({"w2", "w4", "w5"} & set(classes.split()) for classes, _, _ in spans)
+    marked = {text for classes, _, text in spans if "special" in classes.split()}
+    assert marked == {"<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<think>"}
+
+    # The titles name all tokens but the visual ones, in order.
+    titles = [line for classes, title, _ in spans if classes != "visual" for line in title.split("\n")]
+    targets = {int(p) + 1 for p in (sample.labels != IGNORE).nonzero()[:, 0]}
+    visual = set(sample.visual_positions.tolist())
+    weights = sample.loss_weights.roll(1).tolist()
+    assert titles == [
+        f"#{place} · id {token} · " + (f"weight {weights[place]:g}" if place in targets else "not a target")
+        for place, token in enumerate(sample.input_ids.tolist())
+        if place not in visual
+    ]
+
+
+def _file(path):
+    from megavlm.data.files import File
+
+    return File(str(path))
+
+
+def test_page_needs_no_other_file(tmp_path, inspect):
+    large = picture(tmp_path, "astronaut", (640, 480))
+    file = write_records(tmp_path / "talk.jsonl", [{"messages": talk("<image>?", "Yes."), "images": [large]}] * 9)
+    _, page = inspect({"train": [{"path": file}]})
+    sources = [attrs["src"] for _, attrs in page.tags if "src" in attrs]
+    assert len(page.articles) == len(sources) == 6
+    for source in sources:
+        head, _, data = source.partition(",")
+        assert head == "data:image/jpeg;base64"
+        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (320, 240)
+    assert not [tag for tag, attrs in page.tags if tag in ("link", "script") or "url(" in attrs.get("style", "")]
+    assert all(attrs["href"].startswith("#") for _, attrs in page.tags if "href" in attrs)
+
+
+def test_all_text_is_learned_in_pretraining(tmp_path, inspect):
+    file = write_records(tmp_path / "talk.jsonl", [{"messages": talk("Who?", "An astronaut.")}])
+    summary, page = inspect({"train": [{"path": file}]}, stage=1)
+    assert summary["kind"] == "pretrain"
+    (spans,) = page.articles
+    assert ["w3" in classes for classes, _, _ in spans] == [False] + [True] * (len(spans) - 1)
+
+
+def test_long_samples_are_shortened(tmp_path, inspect):
+    file = write_records(tmp_path / "long.jsonl", [digits(3000)])
+    _, page = inspect({"train": [{"path": file}], "seq_length": 3000})
+    (spans,) = page.articles
+    assert [text for classes, _, text in spans if classes == "gap"] == ["… 600 pieces of text left out here …"]
+    assert len(spans) == 2401
+    assert spans[-1][1].startswith("#2999 ")
+
+
+def test_weights_have_shades():
+    assert [level_of(weight) for weight in (0, 0.01, 0.25, 0.5, 1, 2, 4, 100)] == [0, 1, 1, 2, 3, 4, 5, 5]
+
+
+def test_refuses(tmp_path, model_folder):
+    file = write_records(tmp_path / "texts.jsonl", [digits(10)])
+    settings = Settings(model={"hf": model_folder}, data={"train": [{"path": file}]})
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="there exists already"):
+        main(settings, tmp_path / "there")
+    with pytest.raises(UserError, match="0 samples"):
+        main(settings, tmp_path / "new", samples=0)
+    assert not (tmp_path / "new").exists()
