@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from megavlm.cli import main
 from megavlm.config import describe, yaml_files
 from megavlm.config.load import load_settings
+from megavlm.data.sources import open_sources
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]
@@ -93,10 +94,40 @@ def test_variables_reach_the_paths(recipe: str, variable: str, monkeypatch: pyte
     settings = load_settings(CONFIGS / recipe)
     paths = {
         "MEGAVLM_MODELS": [settings.model.hf],
-        "MEGAVLM_DATA": [source.path for source in settings.data.train],
+        "MEGAVLM_DATA": [source.path for source in settings.data.leaves.values()],
         "MEGAVLM_RUNS": [settings.model.load, settings.output],
     }[variable]
     assert all(path.is_relative_to("/elsewhere") for path in paths)
+
+
+MIXTURES = {  # names and shares of the samples
+    "pretrain/stage0.yaml": {"captions": 0.75, "text-in-pictures": 0.25},
+    "pretrain/stage1.yaml": {"captions": 0.3, "interleaved": 0.225, "conversations": 0.225, "text": 0.25},
+    "pretrain/stage2.yaml": {
+        "documents": 0.32, "videos": 0.24, "long-text": 0.24, "interleaved": 0.1, "conversations": 0.1,
+    },
+    "pretrain/stage3.yaml": {
+        "long-documents": 0.32, "long-videos": 0.24, "books": 0.24, "documents": 0.1, "videos": 0.1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", STAGES)
+def test_each_stage_reads_its_mixture_and_validate_names_what_is_missing(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("MEGAVLM_DATA", str(tmp_path))
+    assert main(["validate", f"configs/{recipe}", "model.load=configs"]) == 2
+    told = capsys.readouterr().err
+    missing = re.findall(rf"  data\.\S+\.path: {tmp_path}/(\S+)", told)
+    assert sorted(missing) == sorted(MIXTURES[recipe])
+    for name in missing[:-1]:
+        (tmp_path / name).write_text('{"text": "words"}\n')
+    assert main(["validate", f"configs/{recipe}", "model.load=configs"]) == 2
+    assert re.search(rf"data\.\S+\.path is {tmp_path}/{missing[-1]}, which does not exist", capsys.readouterr().err)
+    (tmp_path / missing[-1]).write_text('{"text": "words"}\n')
+    shares = {source.name: source.share for source in open_sources(load_settings(CONFIGS / recipe).data)}
+    assert shares == pytest.approx(MIXTURES[recipe])
 
 
 def leaves(tree: dict, above: tuple[str, ...] = ()):
