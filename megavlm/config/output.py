@@ -22,7 +22,8 @@ FREE_TO_CHANGE = (
     "overwrite",
     "data.eval",
     "data.align",  # follows parallel.context; the run says that its rows are packed differently from here on
-    "data.workers",  # the checkpoint says which numbers can continue its data
+    "data.workers",
+    "data.max_bad_fraction",
     "model.kernels",
     "train.steps",
     "train.recompute",
@@ -32,7 +33,16 @@ FREE_TO_CHANGE = (
     "train.rehearsal",
 )
 # What a run writes; overwriting removes these names and no other.
-RUN_FILES = ("config.yaml", "checkpoints", "metrics.jsonl", "loss.png", "report.html", "wandb", "stacks")
+RUN_FILES = (
+    "config.yaml",
+    "checkpoints",
+    "metrics.jsonl",
+    "data_errors.jsonl",
+    "loss.png",
+    "report.html",
+    "wandb",
+    "stacks",
+)
 
 
 def check_output(settings: Settings) -> str:
