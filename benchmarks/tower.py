@@ -100,10 +100,10 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     place = Place(planes=tuple(range(vlm.tower.num_planes)))
     counts = np.asarray(row.frame_lengths) // vlm.tower.merge
     starts = row.visual_positions.numpy()[np.cumsum(counts) - counts]
-    tokens = VisualTokens.of([VisualRow(row.segment_lengths, counts, starts)], place, 0)
+    tokens = VisualTokens.of([VisualRow(row.segment_lengths, counts, np.arange(len(counts)), starts)], place, 0)
     alone = TowerPhase(vlm.vision, vlm.projector, groups.tower.tp, [place], recompute=True, chunk_patches=16384)
     everything = Frames(row.patches, row.patch_coords, row.pos_index, row.pos_weight, row.frame_lengths)
-    own_plan = plan_exchange(tokens, np.zeros(len(counts), dtype=np.int64), [place], 0, 1)
+    own_plan = plan_exchange(tokens, counts, np.zeros(len(counts), dtype=np.int64), [place], 0, 1)
 
     def step(tower, frames, exchange) -> float:
         dist.barrier()

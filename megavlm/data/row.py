@@ -31,6 +31,8 @@ class Sample:
         source: "file:line", for messages.
         index: place of the sample in its file, from 0.
         source_id: number of its source in the blend.
+        shares_media: its pictures and videos are those of the sample before it in the row; ``patches`` is empty.
+        facts: what its loss needs beside tokens (a pair's ``margin``, …).
     """
 
     input_ids: Tensor
@@ -45,6 +47,8 @@ class Sample:
     source: str
     index: int
     source_id: int = 0
+    shares_media: bool = False
+    facts: dict = field(default_factory=dict)
 
 
 def aligned(length: int, align: int) -> int:
@@ -57,9 +61,12 @@ class Row:
     """One micro-batch: whole samples end to end, and padding up to exactly T tokens.
 
     The tensors of ``Sample`` are concatenated ([T], [3, T], [P, …], …); ``visual_positions`` index the row. Padding
-    has token ``pad_id``, label ``IGNORE``, weight and positions 0. Further:
+    has token ``pad_id``, label ``IGNORE``, weight and positions 0. A sample that shares the pictures of the one before
+    has visual tokens of its own, but their frames are in the row once. Further:
 
     Attributes:
+        use_frames: int64 [U], the frame of each run of visual tokens, in the order of the row.
+        facts: of each sample, what its loss needs beside tokens.
         cu_seqlens: int32 [S + 1], where each segment starts, ending with T. The first ``num_samples`` segments are the
             samples, each with the padding that aligns it; padding at the end of the row is one more.
         sample_lengths: tokens of each sample, without padding.
@@ -83,6 +90,7 @@ class Row:
     patches: Tensor
     frame_grids: Tensor
     visual_positions: Tensor
+    use_frames: Tensor
     cu_seqlens: Tensor
     sample_lengths: list[int]
     patch_coords: Tensor
@@ -96,6 +104,7 @@ class Row:
     sources: list[str]
     indices: list[int]
     source_ids: list[int]
+    facts: list[dict]
     faults: list[Fault] = field(default_factory=list)
     place: dict | None = None
 
@@ -162,7 +171,7 @@ def pack(
             row[..., start : start + length] = getattr(sample, name)
         return row
 
-    frame_grids = torch.cat([sample.frame_grids for sample in samples])
+    frame_grids = torch.cat([sample.frame_grids for sample in samples if not sample.shares_media])
     grids = frame_grids.numpy()
     coordinates = patch_coordinates(grids, merge)
     pos_index, pos_weight = grid_interpolation(grids, coordinates, grid_side)
@@ -177,6 +186,7 @@ def pack(
         visual_positions=torch.cat(
             [sample.visual_positions + int(start) for sample, start in zip(samples, starts, strict=False)]
         ),
+        use_frames=_use_frames(samples),
         cu_seqlens=torch.tensor([*starts, seq_length] if used < seq_length else starts, dtype=torch.int32),
         sample_lengths=lengths,
         patch_coords=torch.from_numpy(coordinates),
@@ -185,9 +195,20 @@ def pack(
         num_samples=len(samples),
         num_tokens=sum(lengths),
         num_targets=int((labels != IGNORE).sum()),
-        num_images=sum(sample.num_images for sample in samples),
-        num_videos=sum(sample.num_videos for sample in samples),
+        num_images=sum(sample.num_images for sample in samples if not sample.shares_media),
+        num_videos=sum(sample.num_videos for sample in samples if not sample.shares_media),
         sources=[sample.source for sample in samples],
         indices=[sample.index for sample in samples],
         source_ids=[sample.source_id for sample in samples],
+        facts=[sample.facts for sample in samples],
     )
+
+
+def _use_frames(samples: Sequence[Sample]) -> Tensor:
+    uses, own, num_frames = [], range(0), 0
+    for sample in samples:
+        if not sample.shares_media:
+            own = range(num_frames, num_frames + len(sample.frame_grids))
+            num_frames = own.stop
+        uses += own
+    return torch.tensor(uses, dtype=torch.int64)

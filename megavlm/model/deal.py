@@ -70,16 +70,20 @@ class Place:
 
 @dataclass(frozen=True)
 class VisualRow:
-    """What all ranks that share frames must know of one row. A frame's tokens are neighbours in the row.
+    """What all ranks that share frames must know of one row.
+
+    A frame is used once or, by samples that share their pictures, several times; its tokens are neighbours in the row.
 
     Attributes:
         segment_lengths: tokens of each segment.
-        frame_tokens, frame_starts: int64 [F], visual tokens of each frame, and where in the row they begin.
+        frame_tokens: int64 [F], visual tokens of each frame.
+        use_frames, use_starts: int64 [U], in the order of the row: which frame, and where its tokens begin.
     """
 
     segment_lengths: list[int]
     frame_tokens: np.ndarray
-    frame_starts: np.ndarray
+    use_frames: np.ndarray
+    use_starts: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,14 @@ class VisualTokens:
     """The visual tokens of a window of micro-batches and where they go; frames in the order in which they were dealt.
 
     Attributes:
-        frame: int64 [N], the frame that each token belongs to, ascending.
+        frame: int64 [N], the frame that each token belongs to. within: int64 [N], its number among the frame's.
         cell: int64 [N], the ``Place.cell`` that needs it.
         position: int64 [N], its position in that slice.
         micro_batch: int64 [N], which micro-batch of its data rank's window.
     """
 
     frame: np.ndarray
+    within: np.ndarray
     cell: np.ndarray
     position: np.ndarray
     micro_batch: np.ndarray
@@ -101,20 +106,25 @@ class VisualTokens:
     @classmethod
     def of(cls, rows: Sequence["VisualRow"], place: Place, data_rank: int) -> "VisualTokens":
         """The tokens of one data rank's window. ``place``: any of the group, for how rows are cut."""
-        counts = np.concatenate([*(row.frame_tokens for row in rows), np.empty(0, np.int64)])
-        cells, positions, sizes = [], [], []
+        nothing = np.empty(0, np.int64)
+        frames, withins, cells, positions, sizes, num_frames = [], [], [], [], [], 0
         for row in rows:
-            before = np.cumsum(row.frame_tokens) - row.frame_tokens
-            at = np.repeat(row.frame_starts - before, row.frame_tokens) + np.arange(row.frame_tokens.sum())
+            counts = row.frame_tokens[row.use_frames]
+            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            at = np.repeat(row.use_starts, counts) + within
+            frames.append(np.repeat(row.use_frames + num_frames, counts))
+            withins.append(within)
+            num_frames += len(row.frame_tokens)
             cut = RowCut.of(row.segment_lengths, place.context)
             slice_index, position = np.divmod(cut.local[at], cut.order.shape[1] // place.slices)
             cells.append((data_rank * place.context + cut.owner[at]) * place.slices + slice_index)
             positions.append(position)
             sizes.append(len(at))
         return cls(
-            frame=np.repeat(np.arange(len(counts)), counts),
-            cell=np.concatenate([*cells, np.empty(0, np.int64)]),
-            position=np.concatenate([*positions, np.empty(0, np.int64)]),
+            frame=np.concatenate([*frames, nothing]),
+            within=np.concatenate([*withins, nothing]),
+            cell=np.concatenate([*cells, nothing]),
+            position=np.concatenate([*positions, nothing]),
             micro_batch=np.repeat(np.arange(len(rows)), sizes),
         )
 
@@ -124,6 +134,7 @@ class VisualTokens:
         starts = np.cumsum([0, *num_frames[:-1]])
         return cls(
             frame=np.concatenate([part.frame + start for part, start in zip(parts, starts, strict=True)]),
+            within=np.concatenate([part.within for part in parts]),
             cell=np.concatenate([part.cell for part in parts]),
             position=np.concatenate([part.position for part in parts]),
             micro_batch=np.concatenate([part.micro_batch for part in parts]),
@@ -156,25 +167,34 @@ class Exchange:
 
 
 def plan_exchange(
-    tokens: VisualTokens, owner: np.ndarray, places: Sequence[Place], rank: int, num_rows: int
+    tokens: VisualTokens,
+    frame_tokens: np.ndarray,
+    owner: np.ndarray,
+    places: Sequence[Place],
+    rank: int,
+    num_rows: int,
 ) -> Exchange:
     """Plans the exchange for ``rank``; work and memory go with the tokens, whatever the size of the group.
 
     Args:
-        owner: int64 [F], who encodes each frame.
+        frame_tokens, owner: int64 [F], visual tokens of each frame, and who encodes it.
         places: what each rank of the group needs.
         num_rows: micro-batches of this rank's window.
     """
     token_owner = owner[tokens.frame]
-    own = np.flatnonzero(token_owner == rank)  # in the order in which this rank encodes them
-    by_cell = np.argsort(tokens.cell[own], kind="stable")
-    cells = tokens.cell[own][by_cell]
+    own_tokens = np.where(owner == rank, frame_tokens, 0)
+    num_own = int(own_tokens.sum())
+    first_own = np.cumsum(own_tokens) - own_tokens  # this rank encodes its frames in their order
+    own = np.flatnonzero(token_owner == rank)
+    own = own[np.argsort(tokens.cell[own], kind="stable")]
+    encoded = first_own[tokens.frame[own]] + tokens.within[own]
+    cells = tokens.cell[own]
     nothing = np.empty(0, np.int64)
     send = []
     for place in places:
         first, last = np.searchsorted(cells, (place.cell, place.cell + 1))
         planes = np.array(place.planes, dtype=np.int64)
-        send.append((planes[:, None] * len(own) + by_cell[None, first:last]).ravel())
+        send.append((planes[:, None] * num_own + encoded[None, first:last]).ravel())
 
     here = places[rank]
     needed = np.flatnonzero(tokens.cell == here.cell) if here.planes else nothing
@@ -188,7 +208,7 @@ def plan_exchange(
     row_of = tokens.micro_batch[needed]
     rows = [np.flatnonzero(row_of == row) for row in range(num_rows)]
     return Exchange(
-        num_own=len(own),
+        num_own=num_own,
         send=torch.from_numpy(np.concatenate(send)),
         send_counts=[len(part) for part in send],
         receive_counts=(len(here.planes) * counts).tolist(),

@@ -112,7 +112,12 @@ class Feed:
         patches = np.concatenate(frame_tokens) * tower.merge
         owner = deal_frames(patches, tower.group.size(), self.vlm.linear_cost)
         exchange = plan_exchange(
-            VisualTokens.join(tokens, counts), owner, tower.places, tower.group.rank(), len(hosts)
+            VisualTokens.join(tokens, counts),
+            np.concatenate(frame_tokens),
+            owner,
+            tower.places,
+            tower.group.rank(),
+            len(hosts),
         ).to(device())
         starts = np.cumsum([0, *counts])
         frames = self._pixels(full, [(patches[a:b], owner[a:b]) for a, b in itertools.pairwise(starts)])
@@ -201,7 +206,9 @@ def _sources_of(host: Row, positions: torch.Tensor) -> torch.Tensor:
 def _visual_row(host: Row, merge: int) -> VisualRow:
     """``merge``: patches of a visual token."""
     counts = np.asarray(host.frame_lengths, dtype=np.int64) // merge
-    return VisualRow(host.segment_lengths, counts, host.visual_positions.numpy()[np.cumsum(counts) - counts])
+    uses = host.use_frames.numpy()
+    used = counts[uses]
+    return VisualRow(host.segment_lengths, counts, uses, host.visual_positions.numpy()[np.cumsum(used) - used])
 
 
 def _in_order(rows: list[Row], name: str, order: Sequence[int], width: int, dtype: torch.dtype) -> torch.Tensor:

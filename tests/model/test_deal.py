@@ -53,35 +53,42 @@ def places_of(context: int, slices: int, stages: list[tuple[int, ...]], data: in
 
 @pytest.mark.parametrize(("context", "slices", "data"), [(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 2)])
 def test_every_token_arrives_where_it_belongs(context, slices, data):
-    """Carried out in numpy: a token's value is (data rank, micro-batch, row position), and arrives at that place."""
+    """Carried out in numpy: a token's value is (data rank, micro-batch, frame, number in it), and arrives where used.
+
+    Frames 1 and 4 of each row are used twice, as by the two answers of a pair.
+    """
     random = np.random.default_rng(0)
     places = places_of(context, slices, [(0, 1), (2,), ()], data)
     lengths = [[32, 64, 32], [96, 32]]
-    rows, values = [], []  # per data rank its window of rows; of each visual token, in the order of frames
+    rows, values, wanted = [], [], {}  # per data rank its window of rows; encoded tokens; (data rank, row) → where what
     for d in range(data):
         rows.append([])
         for m, row in enumerate(lengths):
-            counts = random.integers(1, 9, size=5)
-            starts = np.sort(random.choice(sum(row) // 8, 5, replace=False)) * 8
-            rows[d].append(VisualRow(row, counts, starts))
-            values += [(d, m, at) for start, n in zip(starts, counts, strict=True) for at in range(start, start + n)]
+            counts, uses = random.integers(1, 9, size=5), np.array([0, 1, 1, 2, 3, 4, 4])
+            starts = np.sort(random.choice(sum(row) // 8, 7, replace=False)) * 8
+            rows[d].append(VisualRow(row, counts, uses, starts))
+            values += [(d, m, frame, n) for frame in range(5) for n in range(counts[frame])]
+            wanted[d, m] = {
+                start + n: (d, m, frame, n)
+                for start, frame in zip(starts, uses, strict=True) for n in range(counts[frame])
+            }  # fmt: skip
     tokens = VisualTokens.join([VisualTokens.of(window, places[0], d) for d, window in enumerate(rows)], [10] * data)
-    patches = 4 * np.concatenate([row.frame_tokens for window in rows for row in window])
-    owner = deal_frames(patches, len(places), 10.0)
-    plans = [plan_exchange(tokens, owner, places, rank, len(lengths)) for rank in range(len(places))]
-    own = []  # per rank, a feature of each plane and token: (plane, data rank, micro-batch, position)
+    frame_tokens = np.concatenate([row.frame_tokens for window in rows for row in window])
+    owner = deal_frames(4 * frame_tokens, len(places), 10.0)
+    plans = [plan_exchange(tokens, frame_tokens, owner, places, rank, len(lengths)) for rank in range(len(places))]
+    own = []  # per rank, a feature of each plane and token: (plane, data rank, micro-batch, frame, number)
     for rank, plan in enumerate(plans):
-        mine = np.array(values)[owner[tokens.frame] == rank]
+        mine = np.array(values)[np.repeat(owner, frame_tokens) == rank]
         assert plan.num_own == len(mine)
-        own.append(np.array([(plane, *value) for plane in range(3) for value in mine]).reshape(-1, 4))
+        own.append(np.array([(plane, *value) for plane in range(3) for value in mine]).reshape(-1, 5))
     for rank, (place, plan) in enumerate(zip(places, plans, strict=True)):
         sent = [np.split(own[s][p.send.numpy()], np.cumsum(p.send_counts)[:-1])[rank] for s, p in enumerate(plans)]
         assert plan.receive_counts == [len(part) for part in sent]
         received = np.concatenate(sent)
         for m, (take, positions) in enumerate(zip(plan.take, plan.positions, strict=True)):
             order = RowCut.of(lengths[m], context).order[place.context_index].reshape(slices, -1)[place.slice_index]
-            visual = {at for d, row, at in values if (d, row) == (place.data_rank, m)} if place.planes else set()
-            assert sorted(order[positions.numpy()]) == sorted(visual & set(order))
+            visual = wanted[place.data_rank, m] if place.planes else {}
+            assert sorted(order[positions.numpy()]) == sorted(set(visual) & set(order))
             for plane, index in zip(place.planes, take, strict=True):
                 got = [tuple(value) for value in received[index.numpy()]]
-                assert got == [(plane, place.data_rank, m, at) for at in order[positions.numpy()]]
+                assert got == [(plane, *visual[at]) for at in order[positions.numpy()]]
