@@ -53,6 +53,7 @@ def measure(work: Path, parallel: dict) -> dict:
     from megavlm.model.vlm import VLM
     from megavlm.training.checkpoint import Checkpoints
     from megavlm.training.feed import Feed
+    from megavlm.training.objective import TokenLoss
     from megavlm.training.optimizer import Optimization
     from megavlm.training.step import Step
 
@@ -75,7 +76,13 @@ def measure(work: Path, parallel: dict) -> dict:
             settings.data, renderer, "tune", dp_rank=groups.data_rank, dp_size=groups.data_size, seed=1
         )
     optimization = Optimization(vlm, settings.train)
-    step = Step(vlm, optimization, Feed(vlm, loader), 2 // groups.data_size, settings.train.logprob_chunk_tokens)
+    step = Step(
+        vlm,
+        optimization,
+        Feed(vlm, loader),
+        2 // groups.data_size,
+        TokenLoss(["data"], settings.train.logprob_chunk_tokens),
+    )
 
     def timed_step() -> float:
         began = time.perf_counter()

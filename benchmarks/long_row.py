@@ -50,6 +50,7 @@ def measure(folder: Path, root: Path, length: int) -> dict:
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.training.feed import Feed
+    from megavlm.training.objective import TokenLoss
     from megavlm.training.optimizer import Optimization
     from megavlm.training.step import Step
 
@@ -68,7 +69,13 @@ def measure(folder: Path, root: Path, length: int) -> dict:
         renderer = Renderer(folder, settings.data, settings.align)
         record = document(root, length, length // 8192, renderer)
         rows = iter([renderer.pack([renderer.encode(record, in_folder(root), "document", kind="pretrain")])])
-    step = Step(vlm, Optimization(vlm, settings.train), Feed(vlm, rows), 1, settings.train.logprob_chunk_tokens)
+    step = Step(
+        vlm,
+        Optimization(vlm, settings.train),
+        Feed(vlm, rows),
+        1,
+        TokenLoss(["data"], settings.train.logprob_chunk_tokens),
+    )
     start = time.perf_counter()
     result = step()
     return {

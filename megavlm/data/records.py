@@ -21,7 +21,7 @@ from megavlm.data.boxes import MARK as BOX_MARK
 from megavlm.data.boxes import Box, check_box
 from megavlm.data.faults import NO_TARGET, UnfitSample
 
-Kind = Literal["tune", "pretrain", "prompt"]
+Kind = Literal["tune", "pretrain", "prompt", "pair", "judged"]
 
 FIELDS = ("messages", "text", "images", "videos", "boxes", "tools")
 MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "loss", "weight")

@@ -7,7 +7,7 @@ drafts costs a few megabytes.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Draft:
         source: "file:line".
         index: place of the sample in its file.
         source_id: number of its source in the blend.
+        shares_media, facts: see ``Sample``.
+        followers: samples that stand behind it in its row and share its media: other answers to the same prompt.
     """
 
     token_ids: np.ndarray
@@ -49,11 +51,18 @@ class Draft:
     source: str
     index: int
     source_id: int = 0
+    shares_media: bool = False
+    facts: dict = field(default_factory=dict)
+    followers: list["Draft"] = field(default_factory=list)
 
     @property
     def num_patches(self) -> int:
-        """Pixel rows P of the sample."""
-        return int(self.frame_grids.prod(axis=1).sum())
+        """Pixel rows P that are to be read for the sample."""
+        return 0 if self.shares_media else int(self.frame_grids.prod(axis=1).sum())
+
+    def room(self, align: int) -> int:
+        """Tokens that it takes in a row, with those that follow it."""
+        return sum(aligned(draft.length, align) for draft in (self, *self.followers))
 
 
 class DraftError(Exception):
@@ -152,7 +161,7 @@ class Renderer:
             index=index,
         )
         if kind != "prompt":
-            self._check_size(draft)
+            self.check_size(draft)
         return draft
 
     def _first_kept(self, token_ids: np.ndarray, repeats: np.ndarray, spans: list[list[int]]) -> tuple[int, int]:
@@ -176,7 +185,9 @@ class Renderer:
 
         Raises UserError for an unreadable file.
         """
-        if patches is None and len(draft.media) == 1:
+        if draft.shares_media:
+            patches = torch.empty(0, self.vision.patch_dim)
+        elif patches is None and len(draft.media) == 1:
             patches = self.vision.pixel_rows(draft.media[0])
         else:
             patches = torch.empty(draft.num_patches, self.vision.patch_dim) if patches is None else patches
@@ -203,6 +214,8 @@ class Renderer:
             source=draft.source,
             index=draft.index,
             source_id=draft.source_id,
+            shares_media=draft.shares_media,
+            facts=draft.facts,
         )
 
     def pack(
@@ -232,7 +245,7 @@ class Renderer:
         samples = []
         for place, (draft, part) in enumerate(zip(drafts, parts, strict=True)):
             try:
-                samples.append(self.complete(draft, part))
+                samples += [self.complete(draft, part), *(self.complete(other) for other in draft.followers)]
             except MemoryError:
                 raise
             except Exception as error:
@@ -269,15 +282,18 @@ class Renderer:
                     f"put pictures and videos into user messages only, and remove {token} from the text itself",
                 )
 
-    def _check_size(self, draft: Draft) -> None:
+    def check_size(self, draft: Draft) -> None:
+        """Raises UnfitSample for a draft without a target, or that with its followers is longer than a row."""
         if not draft.weights[1:].any():
             message = f"{draft.source}: nothing to learn: the sample has no target token"
             raise UnfitSample(NO_TARGET, message, "remove the sample")
-        if aligned(draft.length, self.align) > self.seq_length:
-            visual = int(draft.repeats[self._is_visual(draft.token_ids)].sum())
+        if draft.room(self.align) > self.seq_length:
+            drafts = (draft, *draft.followers)
+            visual = sum(int(d.repeats[self._is_visual(d.token_ids)].sum()) for d in drafts)
             raise UnfitSample(
                 TOO_LONG,
-                f"{draft.source}: the sample has {draft.length} tokens ({visual} of them visual), but a row has "
+                f"{draft.source}: the sample has {sum(d.length for d in drafts)} tokens ({visual} of them visual), but "
+                f"a row has "
                 f"data.seq_length = {self.seq_length}",
                 "raise data.seq_length, lower data.max_pixels or data.video_max_frames, or set data.too_long=truncate",
             )

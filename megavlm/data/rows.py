@@ -13,8 +13,9 @@ from megavlm.data.faults import TOO_LONG, Fault, UnfitSample
 from megavlm.data.packing import best_fit
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Draft, DraftError, Renderer
-from megavlm.data.row import Row, aligned
+from megavlm.data.row import Row
 from megavlm.data.sources import Source
+from megavlm.data.units import draft_unit
 
 _FIRST_DRAFTS = 50  # that wait when the first row is filled
 _MOST_FAULTS = 1000  # one after another in one source: something is wrong with all of it
@@ -103,7 +104,7 @@ class RowDataset(IterableDataset[Row]):
             while len(waiting) < wanted:
                 add(*next(draws))
             wanted = min(wanted * 9 // 8 + 1, self.buffer_size)
-            lengths = [aligned(draft.length, self.renderer.align) for draft in waiting]
+            lengths = [draft.room(self.renderer.align) for draft in waiting]
             patches = [draft.num_patches for draft in waiting] if self.max_patches else None
             places = best_fit(lengths, self.renderer.seq_length, patches, self.max_patches)
             chosen = [waiting[place] for place in places]
@@ -128,8 +129,7 @@ class RowDataset(IterableDataset[Row]):
         file = self.sources[source].file
         name = file.source(index)
         try:
-            record, find = file.read(index)
-            draft = self.renderer.draft(record, find, name, kind=self.kind, index=index)
+            draft = draft_unit(self.renderer, file, index, self.kind)
             if self.max_patches and draft.num_patches > self.max_patches:
                 raise UnfitSample(
                     TOO_LONG,
@@ -140,7 +140,8 @@ class RowDataset(IterableDataset[Row]):
             raise
         except Exception as error:  # whatever a file may hold, it costs one sample
             return Fault.of(source, name, error)
-        draft.source_id = source
+        for sample in (draft, *draft.followers):
+            sample.source_id = source
         return draft
 
     def _completed(self, chosen: list[Draft], faults: list[Fault]) -> Row | None:

@@ -33,7 +33,8 @@ class MicroBatch:
     position_ids: torch.Tensor
     row: PackedRow
     targets: Targets
-    target_sources: torch.Tensor  # int64 [slices, m] as ``targets``: number of the source of each target
+    target_samples: torch.Tensor  # int64 [slices, m] as ``targets``: the sample of the row that each belongs to
+    sample_sources: torch.Tensor  # int64 [samples of the row]: numbers of their sources
     padding_mask: torch.Tensor | None
     features: torch.Tensor | None = None  # [planes, n, hidden], filled by the tower phase
 
@@ -191,16 +192,16 @@ class Feed:
             position_ids=to_device(host.position_ids[:, part], where),
             row=PackedRow.of(host.segment_lengths, where, cut),
             targets=targets,
-            target_sources=to_device(_sources_of(host, targets.row_index), where),
+            target_samples=to_device(_samples_at(host, targets.row_index), where),
+            sample_sources=to_device(torch.tensor(host.source_ids), where),
             padding_mask=padding,
         )
 
 
-def _sources_of(host: Row, positions: torch.Tensor) -> torch.Tensor:
-    """Number of the source at each position of the row; 0 for -1, which is none."""
-    of_sample = torch.tensor([*host.source_ids, 0])  # behind the samples: padding
-    segment = torch.searchsorted(host.cu_seqlens.long(), positions.clamp(min=0), right=True) - 1
-    return torch.where(positions >= 0, of_sample[segment.clamp(max=host.num_samples)], 0)
+def _samples_at(host: Row, positions: torch.Tensor) -> torch.Tensor:
+    """The sample at each position of the row; 0 for -1, which is none and has no weight."""
+    samples = torch.searchsorted(host.cu_seqlens.long(), positions, right=True) - 1
+    return samples.clamp(0, host.num_samples - 1)
 
 
 def _visual_row(host: Row, merge: int) -> VisualRow:

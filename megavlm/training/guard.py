@@ -24,13 +24,13 @@ class Reading:
         loss: averaged over the global count of targets.
         norms: ``grad_norm`` before clipping and ``grad_norm/PART`` for each part, 0.0 where it is frozen.
         bad: what is infinite or not a number on some rank: "loss" and the parts whose gradient is; [] in a good step.
-        sources: weighted sum of losses of each source of data.
+        sums: of the objective, over the global batch.
     """
 
     loss: float
     norms: dict[str, float]
     bad: list[str]
-    sources: list[float]
+    sums: list[float]
 
 
 def read(totals: Tensor, weight: float, squares: Tensor) -> Reading:
@@ -40,7 +40,7 @@ def read(totals: Tensor, weight: float, squares: Tensor) -> Reading:
     all ranks' verdicts; it stays on the device until everything is read at once.
 
     Args:
-        totals: float32 [1 + sources] on the device, weighted sum of losses over the global batch, and of each source.
+        totals: float32 [sums] on the device, the objective's sums over the global batch; the first is the loss's.
         weight: sum of the loss weights over the global batch.
         squares: float32 [parts] on the device, squared gradient norm of each part.
     """
@@ -49,11 +49,11 @@ def read(totals: Tensor, weight: float, squares: Tensor) -> Reading:
     values = torch.cat([loss[None], squares])
     bad = (~values.isfinite()).float()
     dist.all_reduce(bad)
-    read = torch.cat([values, bad, totals[1:]]).tolist()
-    (loss, *squares), flags, sources = read[: len(values)], read[len(values) : 2 * len(values)], read[2 * len(values) :]
+    read = torch.cat([values, bad, totals]).tolist()
+    (loss, *squares), flags, sums = read[: len(values)], read[len(values) : 2 * len(values)], read[2 * len(values) :]
     norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares, strict=True)}
     names = [name for name, flag in zip(("loss", *PARTS), flags, strict=True) if flag]
-    return Reading(loss, {"grad_norm": math.sqrt(sum(squares)), **norms}, names, sources)
+    return Reading(loss, {"grad_norm": math.sqrt(sum(squares)), **norms}, names, sums)
 
 
 def describe(bad: list[str], row_losses: list[tuple[Row, Tensor]], groups: Groups) -> str:

@@ -20,6 +20,7 @@ from megavlm.training.flops import Work, peak_flops, step_flops
 from megavlm.training.guard import SkippedSteps, weights_failure
 from megavlm.training.hang_watch import HangWatch
 from megavlm.training.metrics import MetricsWriter, throughput
+from megavlm.training.objective import TokenLoss
 from megavlm.training.optimizer import Optimization
 from megavlm.training.plots import write_loss_plot
 from megavlm.training.progress import Progress
@@ -78,14 +79,16 @@ def _train(settings: Settings, kind: str, title: str, watch: HangWatch) -> int:
     first = checkpoints.restore(checkpoint) if checkpoint else 0
     watch.beat("building the optimizer and restoring the run")
     stragglers = Stragglers(session.vlm)
+    names = [source.label for source in settings.data.leaves.values()]
+    objective = TokenLoss(names, settings.train.logprob_chunk_tokens)
     step = Step(
         session.vlm,
         optimization,
         Feed(session.vlm, stragglers.rows(iter(loader)) if loader is not None else None),
         settings.train.global_batch_size // groups.data_size,
-        settings.train.logprob_chunk_tokens,
+        objective,
         settings.vision.window,
-        [source.label for source in settings.data.leaves.values()],
+        names,
     )
     stop = _StopSignal(session)
     steps, every = settings.train.steps, settings.checkpoint.every
@@ -166,6 +169,8 @@ def _line(session: Session, number: int, result: StepResult, began: float) -> di
         name: int(counts[name])
         for name in ("tokens", "target_tokens", "images", "videos", "samples", "frames", "frames_encoded")
     }
+    names = [source.label for source in settings.data.leaves.values()]
+    per_source = [f"{kind}/{name}" for name in names for kind in ("samples", "target_tokens") if len(names) > 1]
     return {
         "step": number,
         "loss": result.loss,
@@ -173,23 +178,13 @@ def _line(session: Session, number: int, result: StepResult, began: float) -> di
         "lr": result.lr,
         **result.norms,
         **whole,
-        **_of_sources(session, result),
+        **result.fields,
+        **{name: int(counts[name]) for name in per_source},
         **throughput(
             counts["tokens"], counts["row_tokens"], time.perf_counter() - began, flops, dist.get_world_size(), peak
         ),
         "memory_gib": memory_gib(),
     }
-
-
-def _of_sources(session: Session, result: StepResult) -> dict:
-    """Loss and counts of each source of data, where there are several."""
-    names = [source.label for source in session.settings.data.leaves.values()]
-    fields = {}
-    for name, total in zip(names, result.source_losses, strict=True) if len(names) > 1 else ():
-        weight = result.counts[f"loss_weight/{name}"]
-        fields[f"loss/{name}"] = total / weight if weight else None
-        fields |= {f"{kind}/{name}": int(result.counts[f"{kind}/{name}"]) for kind in ("samples", "target_tokens")}
-    return fields
 
 
 def _header(session: Session) -> dict[str, str]:

@@ -92,8 +92,7 @@ class Optimization:
         as they are, and the result's ``bad`` says what it was.
 
         Args:
-            totals: [1 + sources], weighted sum of losses over the global batch and of each source, on the device.
-            weight: sum of its loss weights.
+            totals: [sums] on the device, the objective's sums over the global batch. weight: the loss's divisor.
         """
         self.optimizer.prepare_grads()
         reading = read(totals, weight, self._squares())

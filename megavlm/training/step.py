@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
@@ -14,12 +13,13 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megavlm.data.faults import BROKEN, Fault
-from megavlm.data.row import IGNORE, Row
+from megavlm.data.row import Row
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
 from megavlm.training.feed import Feed, MicroBatch, Window
 from megavlm.training.forward import encode_window, forward_chunk
 from megavlm.training.guard import describe
+from megavlm.training.objective import Objective, count_sources
 from megavlm.training.optimizer import Optimization
 
 _WINDOW = 4  # rows: enough frames to deal evenly, few enough for their features to fit
@@ -32,7 +32,7 @@ class StepResult:
     ``norms`` as ``Optimization.step`` gives them; ``counts``: tokens, target_tokens, images, videos, samples, frames,
     frames_encoded (over all ranks: equal to frames), row_tokens, the sums of squares that FLOPs are counted from,
     faults (samples that were passed over), and for each source samples/NAME, target_tokens/NAME, loss_weight/NAME and
-    broken/NAME. ``source_losses``: weighted sum of losses of each source. ``faults``: of this data rank's rows.
+    broken/NAME. ``fields``: of the objective, for metrics.jsonl. ``faults``: of this data rank's rows.
     ``trouble``: why the step was skipped and left everything as it was, None where it was not.
     """
 
@@ -40,7 +40,7 @@ class StepResult:
     lr: float
     norms: dict[str, float]
     counts: dict[str, float]
-    source_losses: list[float]
+    fields: dict[str, float | None]
     faults: list[Fault]
     trouble: str | None = None
 
@@ -50,7 +50,7 @@ class Step:
 
     Args:
         num_micro_batches: rows of a step per data rank.
-        chunk_tokens: targets whose logits exist at one time.
+        objective: what is minimised.
         window: micro-batches that are encoded, decoded and walked back together, so that features do not pile up; None:
             ``_WINDOW``, with several pipeline stages all of the step (a window fills and drains the pipeline).
         source_names: of the sources of the rows, in the order of their numbers.
@@ -62,12 +62,12 @@ class Step:
         optimization: Optimization,
         feed: Feed,
         num_micro_batches: int,
-        chunk_tokens: int,
+        objective: Objective,
         window: int | None = None,
         source_names: Sequence[str] = ("data",),
     ):
         self.vlm, self.optimization, self.feed = vlm, optimization, feed
-        self.num_micro_batches, self.chunk_tokens = num_micro_batches, chunk_tokens
+        self.num_micro_batches, self.objective = num_micro_batches, objective
         self.groups, self.source_names = vlm.groups, list(source_names)
         self.window = window or (_WINDOW if vlm.parallel.pipeline == 1 else num_micro_batches)
         self._schedule = get_forward_backward_func()
@@ -80,16 +80,16 @@ class Step:
     def __call__(self) -> StepResult:
         lr = self.optimization.lr
         totals, counts = self.gradients(self.feed, self.num_micro_batches)
-        reading = self.optimization.step(totals, counts["loss_weight"])
+        reading = self.optimization.step(totals, counts["weight"])
         trouble = describe(reading.bad, self._row_losses, self.groups) if reading.bad else None
-        return StepResult(reading.loss, lr, reading.norms, counts, reading.sources, self._faults, trouble)
+        fields = self.objective.fields(reading.sums, counts)
+        return StepResult(reading.loss, lr, reading.norms, counts, fields, self._faults, trouble)
 
     def gradients(self, feed: Feed, num_rows: int) -> tuple[Tensor, dict[str, float]]:
         """Forward and backward of the next rows of ``feed``; the reduced gradients stand in the optimizer's buffers.
 
         Returns:
-            weighted sums of losses over the global batch, [1 + sources] on the device: of all, and of each source; and
-            the counts of ``StepResult``.
+            the objective's sums over the global batch, on the device, and the counts of ``StepResult``.
         """
         rows = feed.rows(num_rows)
         counts = self._count(rows.hosts)
@@ -99,10 +99,10 @@ class Step:
         self.vlm.tower.frames_encoded = 0
         # the features' gradients are as if averaged over data and context ranks; the tower's DDP averages over all
         tower_scale = dist.get_world_size() / (self.groups.data_size * self.vlm.parallel.context)
-        totals = torch.zeros(1 + len(self.source_names), dtype=torch.float32, device=device())
+        totals = torch.zeros(self.objective.num_sums, dtype=torch.float32, device=device())
         for window in feed.windows(rows, self.window):
             encode_window(self.vlm, window)
-            totals += self._forward_backward(window, counts["loss_weight"], num_rows)
+            totals += self._forward_backward(window, counts["weight"], num_rows)
             self.vlm.tower.backward(tower_scale)
             del window  # or its memory would be held while the next one is made
         dist.all_reduce(totals)
@@ -113,14 +113,14 @@ class Step:
         counts["frames_encoded"] = encoded.item()
         return totals, counts
 
-    def _forward_backward(self, window: Window, loss_weight: float, num_rows: int) -> Tensor:
-        """Gradients of the decoder and of the features; returns this rank's part of the weighted sums of losses.
+    def _forward_backward(self, window: Window, weight: float, num_rows: int) -> Tensor:
+        """Gradients of the decoder and of the features; returns this rank's part of the sums.
 
         They stay on the device: reading them here would hold up the tower's backward.
         """
         micro_batches = window.micro_batches
         # Megatron divides by micro-batches and data ranks; the loss is a sum over the global batch divided once
-        scale = len(micro_batches) * self.groups.data_size / max(loss_weight, 1e-12)
+        scale = len(micro_batches) * self.groups.data_size / max(weight, 1e-12)
         # the balancing loss of experts is a mean over all micro-batches of the step, not over those of a window
         balancing = len(micro_batches) / num_rows
         self.vlm.decoder_config.moe_grad_scale_func = lambda: torch.full((), balancing, device=device())
@@ -135,27 +135,23 @@ class Step:
         )
         if losses:  # this is the last stage
             self._row_losses += zip((m.host for m in micro_batches), (sums[0] for sums in losses), strict=True)
-        totals = torch.zeros(1 + len(self.source_names), dtype=torch.float32, device=device())
+        totals = torch.zeros(self.objective.num_sums, dtype=torch.float32, device=device())
         if losses and self.groups.language.tp.rank() == 0:
             totals = torch.stack(losses).sum(dim=0)
         return totals
 
     def _forward_step(self, micro_batches, model, scale: float):
-        """Megatron's ``forward_step_func``: hidden states, or on the last stage log-probabilities and their loss."""
+        """Megatron's ``forward_step_func``: hidden states, or on the last stage outputs and their loss."""
         micro_batch: MicroBatch = next(micro_batches)
         chunk = unwrap_model(model)
         hidden = forward_chunk(self.vlm, chunk, micro_batch)
         if not chunk.post_process:
             return hidden, None
-        logprobs, _ = chunk.token_logprobs(hidden, micro_batch.targets, self.chunk_tokens)
-        loss = partial(
-            _weighted_nll,
-            weights=micro_batch.targets.weights,
-            sources=micro_batch.target_sources,
-            num_sources=len(self.source_names),
-            scale=scale,
-        )
-        return logprobs, loss
+        return self.objective.outputs(chunk, hidden, micro_batch), partial(self._loss, micro_batch, scale)
+
+    def _loss(self, micro_batch: MicroBatch, scale: float, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        loss, sums = self.objective.loss(outputs, micro_batch)
+        return loss * scale, sums
 
     def _finalize(self) -> None:
         """Reduces all gradients over the ranks that hold parts of them."""
@@ -168,8 +164,9 @@ class Step:
 
     def _count(self, rows: list[Row]) -> dict[str, float]:
         """Sums over the global batch; host arithmetic and host network only."""
+        faults = [fault for row in rows for fault in row.faults]
         here = {
-            "loss_weight": sum(row.loss_weights.sum().item() for row in rows),
+            "weight": self.objective.weight(rows),
             "tokens": sum(row.num_tokens for row in rows),
             "row_tokens": sum(len(row.input_ids) for row in rows),
             "target_tokens": sum(row.num_targets for row in rows),
@@ -180,40 +177,11 @@ class Step:
             "patches": sum(n for row in rows for n in row.frame_lengths),
             "frame_squares": sum(float(n) ** 2 for row in rows for n in row.frame_lengths),
             "frames": sum(len(row.frame_lengths) for row in rows),
-            "faults": sum(len(row.faults) for row in rows),
-            **self._count_sources(rows),
+            "faults": len(faults),
+            **count_sources(rows, self.source_names, [f.source_id for f in faults if f.kind == BROKEN]),
         }
         if not self.groups.is_leader:  # the group's ranks hold the same rows: count them once
             here = dict.fromkeys(here, 0.0)
         sums = torch.tensor(list(here.values()), dtype=torch.float64)
         dist.all_reduce(sums, group=self.groups.world_host)
         return dict(zip(here, sums.tolist(), strict=True))
-
-    def _count_sources(self, rows: list[Row]) -> dict[str, float]:
-        """Samples, targets, loss weights and broken samples of each source in this rank's rows."""
-        sums = np.zeros((4, len(self.source_names)))
-        for row in rows:
-            starts = row.cu_seqlens[: row.num_samples].numpy()
-            values = [
-                np.ones(row.num_samples),
-                np.add.reduceat((row.labels != IGNORE).numpy(), starts, dtype=np.int64),
-                np.add.reduceat(row.loss_weights.numpy(), starts, dtype=np.float64),
-            ]
-            np.add.at(sums[:3], (slice(None), row.source_ids), values)
-            np.add.at(sums[3], [fault.source_id for fault in row.faults if fault.kind == BROKEN], 1)
-        kinds = ("samples", "target_tokens", "loss_weight", "broken")
-        return {
-            f"{kind}/{name}": value
-            for kind, values in zip(kinds, sums.tolist(), strict=True)
-            for name, value in zip(self.source_names, values, strict=True)
-        }
-
-
-def _weighted_nll(
-    logprobs: Tensor, weights: Tensor, sources: Tensor, num_sources: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The row's share of the loss, times ``scale``, and for the metrics the plain weighted sums, [1 + sources]."""
-    each = logprobs * weights
-    nll = -each.sum()
-    of_sources = each.new_zeros(num_sources).index_add(0, sources.flatten(), -each.detach().flatten())
-    return nll * scale, torch.cat([nll.detach()[None], of_sources])

@@ -141,6 +141,7 @@ def train_layout(
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.training.feed import Feed
+    from megavlm.training.objective import TokenLoss
     from megavlm.training.optimizer import Optimization
     from megavlm.training.state import load_weights
     from megavlm.training.step import Step
@@ -158,7 +159,12 @@ def train_layout(
     mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
     feed = Feed(vlm, iter(mine * STEPS) if groups.is_leader else None)
     step = Step(
-        vlm, Optimization(vlm, settings.train), feed, each, settings.train.logprob_chunk_tokens, settings.vision.window
+        vlm,
+        Optimization(vlm, settings.train),
+        feed,
+        each,
+        TokenLoss(["data"], settings.train.logprob_chunk_tokens),
+        settings.vision.window,
     )
     results = [step() for _ in range(STEPS)]
     if groups.language.dp.rank() == 0 and torch.distributed.get_rank() == 0:

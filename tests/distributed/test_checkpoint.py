@@ -94,6 +94,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     from megavlm.model.vlm import VLM
     from megavlm.training.checkpoint import Checkpoints
     from megavlm.training.feed import Feed
+    from megavlm.training.objective import TokenLoss
     from megavlm.training.optimizer import Optimization
     from megavlm.training.state import load_weights
     from megavlm.training.step import Step
@@ -114,7 +115,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     optimization = Optimization(vlm, settings.train)
     store = Checkpoints(checkpoints, vlm, optimization, loader, settings, origin=weights)
     first = store.restore(restore) if restore else 0
-    step = Step(vlm, optimization, Feed(vlm, loader), each, settings.train.logprob_chunk_tokens)
+    step = Step(vlm, optimization, Feed(vlm, loader), each, TokenLoss(["data"], settings.train.logprob_chunk_tokens))
     metrics = []
     for number in range(first + 1, steps + 1):
         result = step()
@@ -232,12 +233,10 @@ def newest(root):
     return latest(root)
 
 
-def test_another_run_is_refused(toys, tmp_path, world1, world2):
+def test_another_run_is_refused(toys, tmp_path, world1):
     toy = toys["dense"]
     world1.run(run, *toy, adam(toy, ONE, workers=2), tmp_path, steps=1, save_at=[1])
     cases = [
-        (world2, adam(toy, DP2, workers=2), r"(?s)1 data-parallel ranks × data\.workers=2, now .*set data\.workers=1;"),
-        (world1, adam(toy, ONE, workers=3), r"(?s)data\.workers=3.*set data\.workers=2;"),
         (world1, adam(toy, ONE, workers=2, optimizer="sgd"), "train.optimizer adam, now it is sgd"),
         (world1, adam(toy, ONE, workers=2, freeze=("vision",)), "learning parts"),
     ]

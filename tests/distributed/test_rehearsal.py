@@ -33,6 +33,7 @@ def train(folder, checkpoint, root, records, settings, rehearsal: bool, address_
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.training.feed import Feed
+    from megavlm.training.objective import TokenLoss
     from megavlm.training.optimizer import Optimization
     from megavlm.training.rehearsal import rehearse
     from megavlm.training.state import load_weights
@@ -49,7 +50,7 @@ def train(folder, checkpoint, root, records, settings, rehearsal: bool, address_
     mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
     feed = Feed(vlm, iter(mine * 2) if groups.is_leader else None)
     optimization = Optimization(vlm, settings.train)
-    step = Step(vlm, optimization, feed, each, settings.train.logprob_chunk_tokens)
+    step = Step(vlm, optimization, feed, each, TokenLoss(["data"], settings.train.logprob_chunk_tokens))
     said, left = None, False
     if rehearsal:
         before = resource.getrlimit(resource.RLIMIT_AS)

@@ -34,6 +34,7 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.training.feed import Feed
+    from megavlm.training.objective import TokenLoss
     from megavlm.training.optimizer import Optimization
     from megavlm.training.state import load_weights
     from megavlm.training.step import Step
@@ -58,7 +59,7 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
     ]
     feed = Feed(vlm, iter(rows) if groups.is_leader else None)
     optimization = Optimization(vlm, settings.train)
-    step = Step(vlm, optimization, feed, each, settings.train.logprob_chunk_tokens)
+    step = Step(vlm, optimization, feed, each, TokenLoss(["data"], settings.train.logprob_chunk_tokens))
     results = [step() for _ in steps]
     chunks = [vlm.vision, vlm.projector, *vlm.language]
     weights = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
@@ -102,13 +103,14 @@ def read_with_one_bad_rank(bad_rank: int, weight: float = 3.0):
     install()
     here = torch.distributed.get_rank() == bad_rank
     squares = torch.tensor([4.0, math.inf if here else 9.0, 0.0])
-    return read(torch.tensor(6.0), weight, squares)
+    return read(torch.tensor([6.0, 2.5]), weight, squares)
 
 
 def test_one_rank_speaks_for_all(world2):
     for reading in world2.run(read_with_one_bad_rank, 1):
         assert reading.bad == ["projector"]
         assert reading.loss == 2.0
+        assert reading.sums == [6.0, 2.5]
     for reading in world2.run(read_with_one_bad_rank, 5):
         assert reading.bad == []
         assert reading.norms["grad_norm"] == pytest.approx(13**0.5)

@@ -24,6 +24,7 @@ def step_with_a_slow_rank(folder, checkpoint, root, records, settings, places, s
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.training.feed import Feed
+    from megavlm.training.objective import TokenLoss
     from megavlm.training.optimizer import Optimization
     from megavlm.training.state import load_weights
     from megavlm.training.step import Step
@@ -43,7 +44,9 @@ def step_with_a_slow_rank(folder, checkpoint, root, records, settings, places, s
     stragglers = Stragglers(vlm)
     rows = slow_rows([row, row], 0.4 if groups.data_rank == slow_rank else 0.0)
     feed = Feed(vlm, stragglers.rows(rows) if groups.is_leader else None)
-    step = Step(vlm, Optimization(vlm, settings.train), feed, 1, settings.train.logprob_chunk_tokens)
+    step = Step(
+        vlm, Optimization(vlm, settings.train), feed, 1, TokenLoss(["data"], settings.train.logprob_chunk_tokens)
+    )
     step()  # warms up
     stragglers.start()
     step()

@@ -1,0 +1,83 @@
+"""Records of preferences, brought to records of conversations that differ in their last answer.
+
+Pairs: ``{"prompt" or "messages", "chosen", "rejected", "margin"?, "images"?, …}``. Single judgements (KTO):
+``{"prompt" or "messages", "completion", "label": true or false, …}``. An answer is a string, a message, or a list of
+messages. Media belong to the prompt.
+"""
+
+import math
+from typing import Any
+
+from megavlm.config.errors import UserError
+
+PAIR_FIELDS = ("prompt", "chosen", "rejected", "margin")
+KTO_FIELDS = ("prompt", "completion", "label")
+
+
+def split_pair(raw: Any, source: str) -> tuple[dict, dict, dict]:
+    """The conversation with the chosen answer, that with the rejected one, and the pair's facts (``margin``).
+
+    Raises UserError for anything that is no pair.
+    """
+    prompt, rest = _prompt(raw, PAIR_FIELDS, source)
+    chosen, rejected = (_answer(raw, name, source) for name in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise UserError(f"{source}: chosen and rejected are equal: there is nothing to prefer", "remove the sample")
+    margin = raw.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise UserError(f"{source}: margin must be a number, found {margin!r}", "give a number, or leave margin out")
+    sides = [{**rest, "messages": [*prompt, *answer]} for answer in (chosen, rejected)]
+    return *sides, {"margin": float(margin)}
+
+
+def split_judgement(raw: Any, other: Any, source: str) -> tuple[dict, dict | None, dict]:
+    """The conversation, the same with the answer of another sample, and its facts (``desirable``).
+
+    The second is for the KL term of KTO: how much more likely the policy finds any answer to this prompt. None where
+    the other sample is of no use for it.
+
+    Raises UserError for anything that is no judgement.
+    """
+    prompt, rest = _prompt(raw, KTO_FIELDS, source)
+    answer = _answer(raw, "completion", source)
+    if not isinstance(raw.get("label"), bool):
+        found = repr(raw["label"]) if "label" in raw else "none"
+        raise UserError(f"{source}: label must be true (desirable) or false, found {found}", "give each sample a label")
+    mismatched = None
+    try:
+        foreign = _answer(other, "completion", source)
+        mismatched = {**rest, "messages": [*prompt, *foreign]} if foreign != answer else None
+    except (UserError, TypeError, AttributeError):
+        pass  # it is told where it is read for itself
+    return {**rest, "messages": [*prompt, *answer]}, mismatched, {"desirable": raw["label"]}
+
+
+def _prompt(raw: Any, fields: tuple[str, ...], source: str) -> tuple[list[dict], dict]:
+    """The messages of the prompt, none of which is learned, and what belongs to it beside them (media, tools)."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{source}: a line must be a JSON object")
+    if ("prompt" in raw) == ("messages" in raw):
+        found = "both" if "prompt" in raw else f"neither (fields: {', '.join(raw) or 'none'})"
+        raise UserError(f"{source}: a sample has either prompt or messages; this one has {found}")
+    prompt = raw.get("messages", raw.get("prompt"))
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(message, dict) for message in prompt):
+        raise UserError(f"{source}: the prompt must be a string or a list of messages")
+    if prompt[-1].get("role") == "assistant":
+        raise UserError(f"{source}: the prompt ends with an assistant message", "move it into the answers")
+    unlearned = [m | {"loss": False} if m.get("role") == "assistant" else m for m in prompt]
+    return unlearned, {name: value for name, value in raw.items() if name not in (*fields, "messages")}
+
+
+def _answer(raw: Any, name: str, source: str) -> list[dict]:
+    answer = raw.get(name)
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    elif isinstance(answer, dict):
+        answer = [answer]
+    if not isinstance(answer, list) or not all(isinstance(message, dict) for message in answer):
+        raise UserError(f"{source}: {name} must be a string, a message or a list of messages", f"add {name}")
+    if not any(m.get("content") or m.get("tool_calls") for m in answer if m.get("role") == "assistant"):
+        raise UserError(f"{source}: {name} is empty", "give the answer, or remove the sample")
+    return answer

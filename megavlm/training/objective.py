@@ -1,0 +1,98 @@
+"""What a step minimises: from the last hidden states of a row to its share of the loss, and sums for the metrics."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megavlm.data.row import IGNORE, Row
+from megavlm.model.language import LanguageModel
+from megavlm.training.feed import MicroBatch
+
+
+class Objective(Protocol):
+    """A loss that is a sum over rows, divided once by a weight over the global batch.
+
+    Attributes:
+        num_sums: length of the vector of sums; the first of them is the loss's own.
+    """
+
+    num_sums: int
+
+    def weight(self, rows: list[Row]) -> float:
+        """What these rows add to the number by which the loss is divided."""
+
+    def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """What the loss is made of, from the last stage's hidden states [t, 1, hidden]."""
+
+    def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The row's loss (scalar), and float32 [num_sums] without gradient that add up over rows and ranks.
+
+        Context-parallel ranks have the same row and their own part of its targets: what they return is added up. The
+        same goes for the gradients, so a loss of whole sequences is worked out on each of them.
+        """
+
+    def fields(self, sums: list[float], counts: dict[str, float]) -> dict[str, float | None]:
+        """Fields for metrics.jsonl, from the sums over the global batch and the step's counts."""
+
+
+class TokenLoss:
+    """Negative log-probability of the targets, weighted: pretraining and supervised tuning.
+
+    Args:
+        source_names: of the sources of the rows, in the order of their numbers; several have their own losses.
+        chunk_tokens: targets whose logits exist at one time.
+    """
+
+    def __init__(self, source_names: Sequence[str], chunk_tokens: int):
+        self.source_names, self.chunk_tokens = list(source_names), chunk_tokens
+        self.num_sums = 1 + len(self.source_names)
+
+    def weight(self, rows: list[Row]) -> float:
+        return sum(row.loss_weights.sum().item() for row in rows)
+
+    def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """[slices, m], as ``Targets``."""
+        return chunk.token_logprobs(hidden, micro_batch.targets, self.chunk_tokens)[0]
+
+    def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        each = outputs * micro_batch.targets.weights
+        nll = -each.sum()
+        sources = micro_batch.sample_sources[micro_batch.target_samples.flatten()]
+        of_sources = each.new_zeros(len(self.source_names)).index_add(0, sources, -each.detach().flatten())
+        return nll, torch.cat([nll.detach()[None], of_sources])
+
+    def fields(self, sums: list[float], counts: dict[str, float]) -> dict[str, float | None]:
+        if len(self.source_names) == 1:
+            return {}
+        weights = [counts[f"loss_weight/{name}"] for name in self.source_names]
+        return {
+            f"loss/{name}": total / weight if weight else None
+            for name, total, weight in zip(self.source_names, sums[1:], weights, strict=True)
+        }
+
+
+def count_sources(rows: list[Row], source_names: Sequence[str], broken: Sequence[int]) -> dict[str, float]:
+    """Samples, targets, loss weights and broken samples of each source in some rows.
+
+    Args:
+        broken: number of the source of each broken sample.
+    """
+    sums = np.zeros((4, len(source_names)))
+    for row in rows:
+        starts = row.cu_seqlens[: row.num_samples].numpy()
+        values = [
+            np.ones(row.num_samples),
+            np.add.reduceat((row.labels != IGNORE).numpy(), starts, dtype=np.int64),
+            np.add.reduceat(row.loss_weights.numpy(), starts, dtype=np.float64),
+        ]
+        np.add.at(sums[:3], (slice(None), row.source_ids), values)
+    np.add.at(sums[3], list(broken), 1)
+    kinds = ("samples", "target_tokens", "loss_weight", "broken")
+    return {
+        f"{kind}/{name}": value
+        for kind, values in zip(kinds, sums.tolist(), strict=True)
+        for name, value in zip(source_names, values, strict=True)
+    }
