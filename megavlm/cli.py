@@ -1,4 +1,4 @@
-"""The command: `megavlm VERB CONFIG.yaml [section.key=value …] [--nproc N]`.
+"""The command: `megavlm VERB CONFIG.yaml [section.key=value …] [--nproc N]`; see `megavlm.verbs`.
 
 Exit status: 0 done, or stopped by SIGTERM or SIGUSR1 after a checkpoint; 2 bad settings or data, told in one message on
 standard error; 1 anything else.
@@ -10,7 +10,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,117 +19,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings
 from megavlm.imports import no_collection
-
-RUN = ("model", "data", "parallel", "vision", "train", "checkpoint", "log", "generate")
-RUN_REQUIRES = ("output", "data.train", "train.steps", "train.global_batch_size", "train.lr")
-RUN_READS = ("model.hf", "model.load", "data.train", "data.eval")
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One job of the command.
-
-    Attributes:
-        target: "module:function", imported when the job starts; called with the settings and one keyword argument per
-            flag; returns an exit status or None for 0.
-        summary: one line for the list of verbs.
-        example: command lines for its help.
-        sections: sections of settings, or single keys, that it reads.
-        requires: keys without a usable default that must be set.
-        reads: keys of files that must exist.
-        writes: result file or folder below `output` that must not exist yet; "" for a run folder; None for nothing.
-        flags: options of this verb alone: {keyword: argparse options}; `--image` is keyword `image`.
-        local_workers: whether it takes --nproc.
-    """
-
-    target: str
-    summary: str
-    example: str
-    sections: tuple[str, ...] = RUN
-    requires: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ("model.hf", "model.load")
-    writes: str | None = None
-    flags: dict[str, dict[str, Any]] = field(default_factory=dict)
-    local_workers: bool = True
-
-
-VERBS = {
-    "pretrain": Verb(
-        "megavlm.pretrain.stages:main",
-        "train one of the four pretraining stages (stage: 0 … 3)",
-        "megavlm pretrain stage0.yaml model.load=CHECKPOINT output=runs/stage0 --nproc 2",
-        requires=("stage", *RUN_REQUIRES),
-        reads=RUN_READS,
-        writes="",
-    ),
-    "sft": Verb(
-        "megavlm.training.sft:main",
-        "supervised tuning on conversations",
-        "megavlm sft sft.yaml train.lr=1e-5 output=runs/sft --nproc 2",
-        requires=RUN_REQUIRES,
-        reads=RUN_READS,
-        writes="",
-    ),
-    "score": Verb(
-        "megavlm.training.score:main",
-        "log-probabilities of each target token of data.eval, into scores.jsonl",
-        "megavlm score sft.yaml model.load=runs/sft/checkpoints/step_00000100 output=runs/scores",
-        sections=("model", "data", "parallel", "vision", "train.precision", "train.logprob_chunk_tokens"),
-        requires=("output", "model.load", "data.eval"),
-        reads=("model.hf", "model.load", "data.eval"),
-        writes="scores.jsonl",
-    ),
-    "infer": Verb(
-        "megavlm.training.infer:main",
-        "answers to the questions of data.eval, into answers.jsonl, or to one prompt",
-        "megavlm infer sft.yaml model.load=CHECKPOINT data.eval=questions.jsonl output=runs/answers\n"
-        'megavlm infer sft.yaml model.load=CHECKPOINT --prompt "What is this?" --image cat.png',
-        sections=("model", "data", "parallel", "vision", "train.precision", "train.seed", "generate"),
-        requires=("model.load",),
-        reads=("model.hf", "model.load", "data.eval"),
-        writes="answers.jsonl",
-        flags={
-            "prompt": {"metavar": "TEXT", "help": "answer this on the terminal, instead of data.eval"},
-            "image": {
-                "metavar": "PATH",
-                "type": Path,
-                "action": "append",
-                "default": [],
-                "help": "picture shown with --prompt; may be repeated",
-            },
-            "video": {
-                "metavar": "PATH",
-                "type": Path,
-                "action": "append",
-                "default": [],
-                "help": "video shown with --prompt; may be repeated",
-            },
-        },
-    ),
-    "export": Verb(
-        "megavlm.training.export:main",
-        "a Hugging Face folder out of a checkpoint",
-        "megavlm export sft.yaml model.load=runs/sft/checkpoints/step_00000100 --out exported",
-        sections=("model",),
-        requires=("model.load",),
-        flags={"out": {"metavar": "DIR", "type": Path, "required": True, "help": "folder to write; must not exist"}},
-        local_workers=False,
-    ),
-    "validate": Verb(
-        "megavlm.training.validate:main",
-        "read a configuration and its data's first samples; say what would happen or what is wrong",
-        "megavlm validate stage2.yaml --world-size 64",
-        reads=(),
-        flags={
-            "world_size": {"metavar": "N", "type": int, "help": "number of processes it is meant for"},
-            "no_files": {
-                "action": "store_true",
-                "help": "look at settings, shapes and layout alone; data and checkpoints may be missing",
-            },
-        },
-        local_workers=False,
-    ),
-}
+from megavlm.verbs import VERBS, Verb, positive
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,11 +47,9 @@ def _main(arguments: list[str]) -> int:
 
         print(f"megavlm {__version__}")
         return 0
-    name, *rest = arguments
+    name, rest = _split(arguments)
     if name not in VERBS:
-        close = difflib.get_close_matches(name, VERBS, n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"verbs: {', '.join(VERBS)}"
-        raise UserError(f"unknown verb {name!r}", remedy)
+        return _group(name, rest)
     verb = VERBS[name]
     if "-h" in rest or "--help" in rest:
         from megavlm import cli_help
@@ -172,24 +59,49 @@ def _main(arguments: list[str]) -> int:
     return _run(name, verb, arguments, rest)
 
 
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    """The verb, of one word or two, or else the first word; and what follows."""
+    pair = " ".join(arguments[:2])
+    return (pair, arguments[2:]) if pair in VERBS else (arguments[0], arguments[1:])
+
+
+def _group(name: str, rest: list[str]) -> int:
+    """Shows the verbs that begin with the word `name`. Raises UserError if there are none, or another was meant."""
+    verbs = {verb: entry for verb, entry in VERBS.items() if verb.startswith(f"{name} ")}
+    if verbs and (not rest or rest[0] in ("-h", "--help", "help")):
+        from megavlm import cli_help
+
+        cli_help.show_verbs(verbs, name)
+        return 0 if rest else failures.USER_ERROR
+    written = f"{name} {rest[0]}" if verbs else name
+    known = verbs or VERBS
+    # a slip in the first of two words is recognised by the second
+    close = difflib.get_close_matches(" ".join([name, *rest[:1]]), known, n=1, cutoff=0.8)
+    close = close or difflib.get_close_matches(written, known, n=1)
+    remedy = f"did you mean {close[0]}?" if close else f"verbs: {', '.join(known)}"
+    raise UserError(f"unknown verb {written!r}", remedy)
+
+
 def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
     options = vars(_parser(name, verb).parse_intermixed_args(rest))
-    settings = load_settings(options.pop("config"), options.pop("overrides"))
-    nproc = options.pop("nproc", None)
-    if not local_workers.is_worker():
-        world_size = environment.join_group()
-        if world_size and nproc:
-            raise UserError(
-                f"--nproc {nproc} in a process that torchrun or srun started, as one of {world_size}",
-                "leave --nproc out, or start the command by itself",
-            )
-        _check(name, verb, settings, options, world_size or nproc or 1)
-        if nproc and nproc > 1:
-            return local_workers.run(arguments, nproc)
+    given = []
+    if verb.sections:
+        given.append(load_settings(options.pop("config"), options.pop("overrides")))
+        nproc = options.pop("nproc", None)
+        if not local_workers.is_worker():
+            world_size = environment.join_group()
+            if world_size and nproc:
+                raise UserError(
+                    f"--nproc {nproc} in a process that torchrun or srun started, as one of {world_size}",
+                    "leave --nproc out, or start the command by itself",
+                )
+            _check(name, verb, *given, options, world_size or nproc or 1)
+            if nproc and nproc > 1:
+                return local_workers.run(arguments, nproc)
     module, _, function = verb.target.partition(":")
     with no_collection():
         target = getattr(importlib.import_module(module), function)
-    return target(settings, **options) or 0
+    return target(*given, **options) or 0
 
 
 def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], world_size: int) -> None:
@@ -225,17 +137,13 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"megavlm {name}", add_help=False, allow_abbrev=False)
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    if verb.sections:
+        parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+        parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    for keyword, options in verb.positionals.items():
+        parser.add_argument(keyword, **options)
     for keyword, options in verb.flags.items():
         parser.add_argument("--" + keyword.replace("_", "-"), **options)
     if verb.local_workers:
-        parser.add_argument("--nproc", type=_positive, metavar="N", help="local processes to start")
+        parser.add_argument("--nproc", type=positive, metavar="N", help="local processes to start")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number

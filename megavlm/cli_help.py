@@ -12,41 +12,48 @@ from megavlm.config import describe
 _PLAIN_WIDTH = 120  # columns where the output is not a terminal
 
 
-def show_verbs(verbs: dict) -> None:
-    """Prints what the command is and its verbs (`megavlm.cli.VERBS`)."""
+def show_verbs(verbs: dict, group: str | None = None) -> None:
+    """Prints what the command is and its verbs (`megavlm.verbs.VERBS`), or those of a group ("data")."""
     console = _console()
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, verb in verbs.items():
         table.add_row(Text(name, "bold cyan"), verb.summary)
-    console.print(_usage("VERB CONFIG.yaml [section.key=value …] [--nproc N]"))
-    console.print(Padding("Trains and runs Qwen3-VL models on Megatron-core.", (1, 0, 1, 2), expand=False))
+    if group:
+        verb = f"{group} VERB"
+        console.print(_usage(f"{verb} …\n"))
+    else:
+        verb = "VERB"
+        console.print(_usage(f"{verb} CONFIG.yaml [section.key=value …] [--nproc N]"))
+        console.print(Padding("Trains and runs Qwen3-VL models on Megatron-core.", (1, 0, 1, 2), expand=False))
     console.print(table)
-    console.print(
-        Padding("megavlm VERB --help lists the settings of a verb, their defaults and meaning.", (1, 0, 0, 2))
-    )
+    explained = f"megavlm {verb} --help lists the options and settings of a verb, their defaults and meaning."
+    console.print(Padding(explained, (1, 0, 0, 2)))
 
 
 def show_verb(name: str, verb) -> None:
-    """Prints usage, example, options and all settings of one `megavlm.cli.Verb`."""
+    """Prints usage, example, options and all settings of one `megavlm.verbs.Verb`."""
     console = _console()
-    flags = {"--" + keyword.replace("_", "-"): options for keyword, options in verb.flags.items()}
+    arguments = {_spelled("", options): options for options in verb.positionals.values()}
+    for keyword, options in verb.flags.items():
+        arguments[_spelled("--" + keyword.replace("_", "-"), options)] = options
     if verb.local_workers:
-        flags["--nproc"] = {"metavar": "N", "help": "start N processes on this machine (not under torchrun or srun)"}
-    # with its value, where it takes one
-    spelled = {flag: f"{flag} {options.get('metavar', '')}".rstrip() for flag, options in flags.items()}
-    synopsis = " ".join(text if flags[flag].get("required") else f"[{text}]" for flag, text in spelled.items())
-    console.print(_usage(f"{name} CONFIG.yaml [section.key=value …] {synopsis}"))
+        arguments["--nproc N"] = {"help": "start N processes on this machine (not under torchrun or srun)"}
+    config = "CONFIG.yaml [section.key=value …] " if verb.sections else ""
+    synopsis = " ".join(text if options.get("required") else f"[{text}]" for text, options in arguments.items())
+    console.print(_usage(f"{name} {config}{synopsis}"))
     console.print(Padding(verb.summary[0].upper() + verb.summary[1:] + ".", (1, 0, 1, 2), expand=False))
     _title(console, "Example" if "\n" not in verb.example else "Examples")
     console.print(
         Padding(Group(*(Text(line, "green") for line in verb.example.splitlines())), (0, 0, 1, 2), expand=False)
     )
-    if flags:
+    if arguments:
         _title(console, "Options")
         table = Table(box=None, show_header=False, padding=(0, 2))
-        for flag, options in flags.items():
-            table.add_row(Text(spelled[flag], "bold cyan"), options["help"])
+        for text, options in arguments.items():
+            table.add_row(Text(text, "bold cyan"), options["help"])
         console.print(Padding(table, (0, 0, 1, 0), expand=False))
+    if not verb.sections:
+        return
     _title(console, "Settings")
     intro = (
         "In CONFIG.yaml as section: {key: value}, on the command line as section.key=value; base: names files to start"
@@ -55,6 +62,12 @@ def show_verb(name: str, verb) -> None:
     )
     console.print(Padding(intro, (0, 2, 0, 2), expand=False))
     console.print(_settings_table(("", *verb.sections), required=verb.requires))
+
+
+def _spelled(flag: str, options: dict) -> str:
+    """An argument with its value, where it takes one, as a usage line writes it."""
+    value = options.get("metavar", "")
+    return f"{flag} {value} [{value} …]".strip() if options.get("nargs") == "+" else f"{flag} {value}".strip()
 
 
 def _settings_table(sections: tuple[str, ...], required: tuple[str, ...]) -> Table:

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from megavlm import environment
-from megavlm.cli import VERBS, main
+from megavlm.cli import main
 from megavlm.config import describe
+from megavlm.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = """
@@ -99,6 +100,11 @@ def refused(capsys, *arguments: str) -> str:
     ("arguments", "message"),
     [
         (["pretrian", "run.yaml"], "unknown verb 'pretrian'\n  → did you mean pretrain?"),
+        (["sftt", "run.yaml"], "unknown verb 'sftt'\n  → did you mean sft?"),
+        (["data", "prepair"], "unknown verb 'data prepair'\n  → did you mean data prepare?"),
+        (["prepare", "shards"], "unknown verb 'prepare'\n  → did you mean data prepare?"),
+        (["date", "inspect", "run.yaml"], "unknown verb 'date'\n  → did you mean data inspect?"),
+        (["data", "run.yaml"], "unknown verb 'data run.yaml'\n  → verbs: data prepare, data inspect\n"),
         (["sft"], "megavlm sft: the following arguments are required: CONFIG.yaml"),
         (["sft", "run.yaml", "--npro", "2"], "unrecognized arguments: --npro 2"),
         (["sft", "run.yaml", "--nproc", "0"], "argument --nproc: 0 is not 1 or more"),
@@ -115,6 +121,11 @@ def refused(capsys, *arguments: str) -> str:
         (["infer", "run.yaml", "--prompt", "?", "--image", "x.png"], "no such file: x.png"),
         (["export", "run.yaml"], "the following arguments are required: --out"),
         (["export", "run.yaml", "--out", "hf"], "hf exists already"),
+        (["data", "inspect"], "megavlm data inspect: the following arguments are required: CONFIG.yaml"),
+        (["data", "inspect", "run.yaml", "data.train=[]"], "data inspect needs data.train ("),
+        (["data", "inspect", "run.yaml", "--samples", "0"], "argument --samples: 0 is not 1 or more"),
+        (["data", "inspect", "run.yaml", "--out", "hf"], "hf exists already"),
+        (["data", "prepare", "shards", "train.steps=3"], "unrecognized arguments: train.steps=3"),
         (["sft", "run.yaml", "model.hf=nowhere"], "model.hf is nowhere, which does not exist"),
         (["sft", "run.yaml", "model.hf=start"], "model.hf is start, a folder without config.json"),
         (["sft", "run.yaml", "model.load=gone"], "model.load is gone, which does not exist"),
@@ -162,6 +173,18 @@ def test_a_job_gets_its_settings_and_flags(run):
         "eval.jsonl",
     )
     assert (status, out, err) == (0, "7 what? ['train.jsonl', 'eval.jsonl'] []\n", "")
+
+
+def test_a_verb_of_two_words_and_one_without_settings(run):
+    job = "def main(*settings, **flags): print([s.train.steps for s in settings], sorted(flags.items()))"
+    status, out, err = run(job, "data", "inspect", "run.yaml", "train.steps=7")
+    assert (status, err) == (0, "")
+    assert out == f"[7] {[('out', Path('data-inspect')), ('samples', 200)]}\n"
+    status, out, err = run(job, "data", "prepare", "--jsonl", "a.jsonl", "b.jsonl", "--out", "c", "--skip-broken")
+    assert (status, err) == (0, "")
+    flags = {"folder": None, "jsonl": ["a.jsonl", "b.jsonl"], "out": Path("c"), "shard_size": None}
+    assert out == f"[] {sorted((flags | {'skip_broken': True, 'force': False}).items())}\n"
+    assert "'folder', 'shards'" in run(job, "data", "prepare", "--force", "shards")[1]
 
 
 @pytest.mark.parametrize(
@@ -426,16 +449,27 @@ def test_help_lists_every_verb(capsys):
         assert verb.summary in out
 
 
+def test_help_of_a_group_lists_its_verbs(capsys):
+    for arguments, status in (["data"], 2), (["data", "--help"], 0):
+        assert main(arguments) == status
+        out = capsys.readouterr().out
+        assert out.startswith("usage: megavlm data VERB")
+        assert [line.split()[1] for line in out.splitlines() if line.startswith("  data ")] == ["prepare", "inspect"]
+
+
 @pytest.mark.parametrize("name", VERBS)
 def test_help_of_a_verb_lists_its_settings(capsys, name):
-    assert main([name, "--help"]) == 0
+    assert main([*name.split(), "--help"]) == 0
     out = capsys.readouterr().out
     verb = VERBS[name]
     assert verb.example.splitlines()[0] in out
-    shown = [entry for entry in describe.entries() if entry.section in ("", *verb.sections)]
+    assert all("--" + flag.replace("_", "-") in out for flag in verb.flags)
+    sections = ("", *verb.sections) if verb.sections else ()
+    shown = [entry for entry in describe.entries() if entry.section in sections]
     assert all(entry.key in out for entry in shown)
     required = {line.split()[0] for line in out.splitlines() if " required " in line}
-    assert required == {"model.hf", *verb.requires}
+    assert required == ({"model.hf", *verb.requires} if verb.sections else set())
+    assert ("CONFIG.yaml" in out) == bool(verb.sections)
 
 
 def test_no_arguments_is_a_mistake_that_shows_the_help(capsys):

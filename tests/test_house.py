@@ -26,9 +26,10 @@ MAY_IMPORT = {
     "processes": [],
     "local_workers": ["failures"],
     "imports": [],
+    "verbs": [],
     "cli_help": ["config"],
     "cli": [
-        *("cli_help", "environment", "failures", "imports", "local_workers", "processes"),
+        *("cli_help", "environment", "failures", "imports", "local_workers", "processes", "verbs"),
         *("pretrain", "training", "convert", "config"),
     ],
     "__main__": ["cli"],

@@ -1,11 +1,14 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from megavlm.config.errors import UserError
 
 
 @contextmanager
@@ -43,6 +46,36 @@ def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path` atomically (see `atomic_open`)."""
     with atomic_open(path) as file:
         file.write(text)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yields an empty ``OUT.partial`` that takes the name `out` when the block ends without an exception.
+
+    After an exception, Ctrl-C too, it is removed. What `out` held before is replaced: whoever calls has checked that.
+
+    Raises:
+        UserError: the folder above `out` cannot be written to.
+    """
+    partial = out.with_name(out.name + ".partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)  # a killed earlier run's
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {partial}: {error.strerror}") from None
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if out.exists():
+        replaced = out.with_name(out.name + ".replaced")
+        out.rename(replaced)
+        partial.rename(out)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(out)
 
 
 def _umask() -> int:

@@ -1,6 +1,5 @@
 """New folders that appear whole or not at all, and the progress bar of the streaming tools."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +7,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from megavlm.config import files
 from megavlm.config.errors import UserError
 
 
 @contextmanager
 def new_folder(out: Path, *, overwrite: bool, mark: str) -> Iterator[Path]:
-    """Yield an empty ``OUT.partial`` that becomes ``out`` when the block ends without an exception.
+    """Checks that ``out`` may be written, then as `megavlm.config.files.new_folder`.
 
     Args:
         out: the folder to be made.
@@ -28,25 +28,8 @@ def new_folder(out: Path, *, overwrite: bool, mark: str) -> Iterator[Path]:
             raise UserError(f"{out} exists already", "choose another --out, or give --overwrite to replace it")
         if not (out / mark).is_file():
             raise UserError(f"{out} exists and holds no {mark}, so it is not replaced", "choose another --out")
-    partial = out.with_name(out.name + ".partial")
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)  # an interrupted earlier run
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write {partial}: {error.strerror}") from None
-    try:
+    with files.new_folder(out) as partial:
         yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if out.exists():
-        replaced = out.with_name(out.name + ".replaced")
-        out.rename(replaced)
-        partial.rename(out)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(out)
 
 
 @contextmanager

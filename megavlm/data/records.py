@@ -13,6 +13,7 @@ An assistant message may say ``"loss": false`` (not learned) or ``"weight": numb
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -102,6 +103,40 @@ def check_record(raw: Any, kind: Kind, source: str) -> Record:
         record.messages, record.weights = _check_messages(raw["messages"], kind, places, source)
     record.boxes = places.finish(has_dropped=kind == "prompt")
     return record
+
+
+def rename_media(record: Any, rename: Callable[[str], str]) -> Any:
+    """A copy of a record in which every path of a picture, video or frame is renamed; in its own order.
+
+    What has none of the forms stays as it is: `check_record` will tell of it.
+    """
+
+    def media(named: Any) -> Any:
+        if isinstance(named, str):
+            return rename(named)
+        if isinstance(named, list):
+            return [media(item) for item in named]
+        return named | {"frames": media(named["frames"])} if isinstance(named, dict) and "frames" in named else named
+
+    def part(part: Any) -> Any:
+        kind = part.get("type") if isinstance(part, dict) else None
+        field = next((name for name in (kind, "path") if name in part), None) if kind in ("image", "video") else None
+        return part if field is None else part | {field: media(part[field])}
+
+    def message(message: Any) -> Any:
+        content = message.get("content") if isinstance(message, dict) else None
+        return message | {"content": [part(item) for item in content]} if isinstance(content, list) else message
+
+    if not isinstance(record, dict):
+        return record
+    renamed = {}
+    for name, value in record.items():
+        if name in ("images", "videos") and isinstance(value, list):
+            value = media(value)
+        elif name == "messages" and isinstance(value, list):
+            value = [message(item) for item in value]
+        renamed[name] = value
+    return renamed
 
 
 class _Places:

@@ -18,6 +18,7 @@ from typing import Any
 from megavlm.config.errors import UserError
 from megavlm.data.files import File, beside
 from megavlm.data.media import Find
+from megavlm.data.records import rename_media
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 VIDEOS = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
@@ -103,7 +104,10 @@ def _record(parts: dict[str, File]) -> Any:
     if "json" in parts:
         record = json.loads(parts["json"].read())
         if isinstance(record, dict):
-            record = {name: found for name, found in media.items() if found and name not in record} | record
+            named = set()  # frames of videos, and what parts of messages name, are not to be listed as well
+            rename_media(record, lambda name: named.add(_part(parts, name)))
+            listed = {name: [part for part in found if part not in named] for name, found in media.items()}
+            record = {name: found for name, found in listed.items() if found and name not in record} | record
         return record
     if "txt" in parts:
         marks = "<image>" * len(media["images"]) + "<video>" * len(media["videos"])
@@ -113,8 +117,10 @@ def _record(parts: dict[str, File]) -> Any:
 
 def _find(shard: str, parts: dict[str, File], named: str) -> File:
     """A member by what stands behind the sample's key or by its whole name; else a file beside the shard."""
+    part = _part(parts, named)
+    return beside(shard, named) if part is None else parts[part]
+
+
+def _part(parts: dict[str, File], named: str) -> str | None:
     name = named.rpartition("/")[2]
-    for part in (name.lower(), name.partition(".")[2].lower()):
-        if part in parts:
-            return parts[part]
-    return beside(shard, named)
+    return next((part for part in (name.lower(), name.partition(".")[2].lower()) if part in parts), None)

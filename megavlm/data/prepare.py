@@ -1,0 +1,179 @@
+"""`megavlm data prepare`: shards with an index out of a folder of shards, or out of JSONL files and their media."""
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megavlm.config.errors import UserError
+from megavlm.config.files import new_folder
+from megavlm.data.faults import Fault
+from megavlm.data.files import is_url
+from megavlm.data.index_shards import find_shards, index_shards, is_up_to_date
+from megavlm.data.jsonl import JsonlFile
+from megavlm.data.shards import ShardFolder
+from megavlm.data.write_shards import ShardWriter, load_ahead
+
+SKIPPED = "skipped.jsonl"
+DEFAULT_SIZE = "500MB"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_EVERY = 30  # seconds between two lines of progress where there is no terminal
+
+
+def main(
+    folder: str | None = None,
+    jsonl: Sequence[str] = (),
+    out: Path | None = None,
+    shard_size: str | None = None,
+    skip_broken: bool = False,
+    force: bool = False,
+) -> None:
+    """The command; arguments as in its help. Raises UserError."""
+    console = Console(highlight=False, soft_wrap=True)
+    if jsonl:
+        if folder is not None or force:
+            given = "--force" if force else f"the folder {folder}"
+            raise UserError(f"{given} together with --jsonl would be ignored", "--jsonl writes a new folder, --out DIR")
+        if out is None:
+            raise UserError("--jsonl needs --out DIR", "name the folder for the shards")
+        folder = convert(jsonl, out, parse_size(shard_size or DEFAULT_SIZE), skip_broken=skip_broken)
+    else:
+        flags = {"--out": out is not None, "--shard-size": shard_size is not None, "--skip-broken": skip_broken}
+        if ignored := [flag for flag, given in flags.items() if given]:
+            raise UserError(f"{' and '.join(ignored)} without --jsonl would be ignored")
+        if folder is None:
+            raise UserError("nothing to prepare", "name a folder of shards, or give --jsonl FILE --out DIR")
+        if is_url(folder):
+            raise UserError(f"{folder} is a URL", "prepare the shards in a local folder, then copy all of it")
+        if not prepare(Path(folder), force=force):
+            console.print(f"{escape(folder)} is up to date: {_contents(folder)} (--force indexes it anew)")
+            return
+    console.print(f"[green]ready[/]: {escape(str(folder))}, {_contents(folder)}")
+    if (skipped := Path(folder) / SKIPPED).exists() and jsonl:
+        with skipped.open(encoding="utf-8") as lines:
+            number = sum(1 for _ in lines)
+        console.print(f"[yellow]left out[/]: {_count(number, 'broken sample')}, listed in {escape(str(skipped))}")
+    console.print(rf"[dim]in a configuration:[/] data: {{train: \[{{path: {escape(str(folder))}}}]}}")
+
+
+def prepare(folder: Path, *, force: bool = False) -> bool:
+    """Indexes the shards of a folder, unless that is up to date. Returns whether there was something to do.
+
+    Raises:
+        UserError: no shards, a damaged one, or a first sample that is none.
+    """
+    shards = find_shards(folder)
+    if not force and is_up_to_date(folder, shards):
+        return False
+    with _Bar("indexing", len(shards), "shards") as bar:
+        index_shards(folder, shards, bar.advance)
+    try:
+        ShardFolder(folder).read(0)
+    except UserError as error:
+        raise UserError(
+            f"the shards are indexed, but the first sample cannot be used: {error.message}",
+            "its members must be KEY.json (a line of JSONL) or KEY.txt (a caption), and media: KEY.jpg, KEY.0.jpg, …",
+        ) from None
+    return True
+
+
+def convert(jsonl: Sequence[str], out: Path, shard_bytes: int, *, skip_broken: bool = False) -> Path:
+    """Writes the samples of JSONL files, in their order, and their media into a new folder of shards, with its index.
+
+    Training from it gives the same rows, bit for bit, as training from the JSONL.
+
+    Args:
+        jsonl: paths or URLs.
+        out: must not exist; appears when it is complete.
+        shard_bytes: size that a shard grows to.
+        skip_broken: leave out what cannot be read and list it in ``skipped.jsonl``, instead of stopping there.
+    Returns:
+        `out`.
+    Raises:
+        UserError: `out` exists; a sample cannot be read (without `skip_broken`, or all of them), or a shard be written.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already", "choose another --out, or move it away")
+    files = [JsonlFile(path) for path in jsonl]
+    try:
+        with new_folder(out) as partial:
+            with (
+                _Bar("writing", sum(map(len, files)), "samples") as bar,
+                ShardWriter(partial, shard_bytes) as writer,
+                closing(load_ahead(files)) as loading,
+            ):
+                for source, future in loading:
+                    try:
+                        sample = future.result()
+                    except UserError as error:
+                        if not skip_broken:
+                            raise
+                        with (partial / SKIPPED).open("a", encoding="utf-8") as skipped:
+                            fault = Fault.of(0, source, error)
+                            line = {"sample": source, "cause": fault.cause}
+                            skipped.write(json.dumps(line, ensure_ascii=False) + "\n")
+                        bar.advance()
+                        continue
+                    writer.add(sample)
+                    bar.advance(sample.size)
+            if not writer.num_samples:
+                raise UserError(f"no sample of {', '.join(jsonl)} can be read", "run without --skip-broken to see why")
+            prepare(partial)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}", "make room, or choose another --out") from None
+    return out
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "500MB", "2GiB", "64k". Raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?|)b?", text.strip().lower())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise UserError(f"--shard-size is {text!r}; allowed: a size such as {DEFAULT_SIZE} or 2GiB")
+    return size
+
+
+class _Bar:
+    """Progress on standard error: a bar with rates and the time left, or a line now and then without a terminal."""
+
+    def __init__(self, what: str, total: int, unit: str):
+        console = Console(stderr=True, highlight=False)
+        self._console, self._what, self._total, self._unit = console, what, total, unit
+        text = "{task.completed:,.0f} of {task.total:,.0f} " + unit + "{task.fields[rate]}"
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn(text), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._done = self._bytes = 0
+
+    def __enter__(self) -> "_Bar":
+        self._began = self._told = time.monotonic()
+        self._task = self._progress.add_task(self._what, total=self._total, rate="")
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def advance(self, num_bytes: int = 0) -> None:
+        """One more is done, of so many bytes."""
+        now = time.monotonic()
+        self._done += 1
+        self._bytes += num_bytes
+        rate = f", {self._bytes / 1e6 / (now - self._began):,.1f} MB/s" if self._bytes else ""
+        self._progress.update(self._task, completed=self._done, rate=rate)
+        if not self._console.is_terminal and now - self._told > _EVERY:
+            self._told = now
+            self._console.print(f"{self._what}: {self._done:,} of {self._total:,} {self._unit}{rate}", soft_wrap=True)
+
+
+def _contents(folder: str | Path) -> str:
+    return f"{_count(len(ShardFolder(folder)), 'sample')} in {_count(len(find_shards(Path(folder))), 'shard')}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
