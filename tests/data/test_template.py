@@ -1,26 +1,12 @@
 """Finding the assistant's turns in what a chat template writes."""
 
 import pytest
+from hf_reference import THINKING
 from transformers import AutoProcessor
 
 from megavlm.config.errors import UserError
 from megavlm.data.template import ChatTemplate
 
-# As the Thinking models' own: the prompt opens the thought, and only the latest turn keeps it.
-THINKING = """
-{%- for message in messages -%}
-  {{- '<|im_start|>' + message.role + '\n' -}}
-  {%- if message.role != 'assistant' -%}
-    {{- message.content -}}
-  {%- else -%}
-    {%- set thought, _, answer = message.content.rpartition('</think>') -%}
-    {%- if loop.last -%}{{- '<think>\n' + thought.removeprefix('<think>').strip() + '\n</think>\n\n' -}}{%- endif -%}
-    {{- answer.strip() -}}
-  {%- endif -%}
-  {{- '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}
-"""
 # Numbers the messages from the end, so that each turn changes when another follows.
 REWRITING = "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.revindex }}\n{{ m.content }}<|im_end|>{% endfor %}"
 
