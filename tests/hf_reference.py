@@ -62,10 +62,7 @@ def talk(*contents, system=None):
 
 
 def reference(processor, record, base: Path, prompt=False):
-    """What the processor makes of the record; pictures opened by PIL, videos by transformers' PyAV reader.
-
-    Videos are handed over whole with their rate, and the processor samples them.
-    """
+    """What the processor makes of the record. Videos are handed over whole with their rate; it samples them itself."""
     pictures, images, messages = iter(record.get("images", ())), [], []
     for message in record["messages"]:
         message = {name: value for name, value in message.items() if name not in ("loss", "weight")}
@@ -78,8 +75,7 @@ def reference(processor, record, base: Path, prompt=False):
             ]
         for part in content if isinstance(content, list) else ():
             if part["type"] == "image":
-                picture = Image.open(base / (part.get("image") or next(pictures)))
-                images.append(ImageOps.exif_transpose(picture).convert("RGB"))
+                images.append(_picture(base / (part.get("image") or next(pictures))))
         messages.append(message | {"content": content})
     videos = [_video(named, base, processor.video_processor.fps) for named in record.get("videos", ())]
     text = processor.apply_chat_template(messages, tools=record.get("tools"), add_generation_prompt=prompt)
@@ -92,10 +88,24 @@ def reference(processor, record, base: Path, prompt=False):
     )
 
 
+def _picture(path: Path) -> str | Image.Image:
+    """A PNG's path, which the processor decodes itself; other pictures as opened by PIL.
+
+    So two decoders are compared: we leave JPEG to torchvision, and the rest to PIL.
+    """
+    with Image.open(path) as picture:
+        if picture.format == "PNG" and not picture.getexif():
+            return str(path)
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
+    # The colour that was transparent is still noted; the processor would paint it white here, but not in a PNG's file.
+    picture.info.pop("transparency", None)
+    return picture
+
+
 def _video(named, base: Path, fps: float):
     """All frames, and what is known of them; frames without a rate were sampled at the processor's."""
     if isinstance(named, dict):
-        named, fps = named["frames"], named["fps"]
+        named, fps = named["frames"], named.get("fps", fps)
     if isinstance(named, list):
         pictures = [ImageOps.exif_transpose(Image.open(base / name)).convert("RGB") for name in named]
         return np.stack(pictures), VideoMetadata(total_num_frames=len(named), fps=fps)
