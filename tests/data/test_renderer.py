@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hf_reference import assert_equal, reference, talk
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
 from megavlm.config.errors import UserError
