@@ -5,23 +5,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from hf_reference import assert_equal, reference, talk
 from PIL import Image, ImageOps
 from transformers import AutoProcessor
-from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
-from transformers.video_utils import VideoMetadata, load_video
 
 from megavlm.config.errors import UserError
 from megavlm.config.settings import DataSettings
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
-
-
-def talk(*contents, system=None):
-    """Messages in turn from user and assistant."""
-    turns = [{"role": "assistant" if n % 2 else "user", "content": content} for n, content in enumerate(contents)]
-    return [{"role": "system", "content": system}, *turns] if system is not None else turns
-
 
 RECORDS = {
     "text": {"messages": talk("Hello?", "Good morning.\n\nMore — ünïcode 图片 🙂.", system="Be brief.")},
@@ -60,83 +51,11 @@ def record(request, media):
     return record
 
 
-def reference(processor, record, media, prompt=False):
-    """What the processor makes of the record; pictures opened by PIL, videos by transformers' PyAV reader."""
-    pictures, videos, metadata = iter(record.get("images", ())), [], []
-    messages = []
-    for message in record["messages"]:
-        content = message["content"]
-        if isinstance(content, str):
-            content = [
-                {"type": piece[1:-1]} if piece in ("<image>", "<video>") else {"type": "text", "text": piece}
-                for piece in re.split("(<image>|<video>)", content)
-                if piece
-            ]
-        content = [dict(part) for part in content]
-        for part in content:
-            if part["type"] == "image":
-                picture = Image.open(media.base / (part.get("image") or next(pictures)))
-                part["image"] = ImageOps.exif_transpose(picture).convert("RGB")
-        messages.append({"role": message["role"], "content": content})
-    for named in record.get("videos", ()):
-        if isinstance(named, list):
-            frames = np.stack([np.asarray(Image.open(media.base / name).convert("RGB")) for name in named])
-            fps = processor.video_processor.fps
-            about = VideoMetadata(total_num_frames=len(frames), fps=fps, frames_indices=np.arange(len(frames)))
-        elif named.endswith("webm"):  # its header has no count: read it whole, then choose
-            every, about = load_video(str(media.base / named), sample_indices_fn=lambda metadata: np.arange(1000))
-            about.total_num_frames = len(every)
-            about.frames_indices = processor.video_processor.sample_frames(about)
-            frames = every[about.frames_indices]
-        else:
-            frames, about = load_video(
-                str(media.base / named),
-                sample_indices_fn=lambda metadata: processor.video_processor.sample_frames(metadata),
-            )
-        videos.append(frames)
-        metadata.append(about)
-    text = processor.apply_chat_template(messages, add_generation_prompt=prompt)
-    images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
-    return processor(
-        text=[text],
-        images=images or None,
-        videos=videos or None,
-        video_metadata=metadata or None,
-        do_sample_frames=False,
-        return_tensors="pt",
-    )
-
-
 @pytest.mark.parametrize("kind", ["tune", "pretrain"])
 def test_equals_the_processor(renderer, model_folder, media, record, kind):
     processor = AutoProcessor.from_pretrained(model_folder)
     sample = renderer.encode(record, media.find, "here:1", kind=kind)
-    expected = reference(processor, record, media)
-    torch.testing.assert_close(sample.input_ids, expected["input_ids"][0])
-
-    # Pixel rows in text order: the next picture or video each time one begins.
-    types = expected["mm_token_type_ids"][0]
-    image_grid, video_grid = expected.get("image_grid_thw"), expected.get("video_grid_thw")
-    queues = {
-        1: iter([] if image_grid is None else expected["pixel_values"].split(image_grid.prod(1).tolist())),
-        2: iter([] if video_grid is None else expected["pixel_values_videos"].split(
-            [h * w for t, h, w in video_grid.tolist() for _ in range(t)])),
-    }  # fmt: skip
-    begins = torch.cat([types[:1], torch.where(types[1:] != types[:-1], types[1:], 0)])
-    rows = [next(queues[kind]) for kind in begins[begins > 0].tolist()]
-    assert [next(queue, None) for queue in queues.values()] == [None, None]
-    torch.testing.assert_close(sample.patches, torch.cat(rows) if rows else torch.empty(0, 1536), rtol=0, atol=0)
-    assert sample.frame_grids.prod(1).tolist() == [len(block) for block in rows]
-    torch.testing.assert_close(sample.visual_positions, torch.nonzero(types)[:, 0])
-
-    with torch.device("meta"):
-        model = Qwen3VLModel(Qwen3VLConfig(vision_config={"depth": 1}, text_config={"num_hidden_layers": 1}))
-    positions, _ = model.get_rope_index(
-        expected["input_ids"], expected["mm_token_type_ids"], image_grid_thw=image_grid, video_grid_thw=video_grid
-    )
-    torch.testing.assert_close(sample.position_ids, positions[:, 0])
-    assert sample.num_images == (0 if image_grid is None else len(image_grid))
-    assert sample.num_videos == (0 if video_grid is None else len(video_grid))
+    assert_equal(sample, reference(processor, record, media.base))
 
 
 def test_tuning_targets_are_the_assistant_turns(renderer, media, record):
@@ -182,7 +101,7 @@ def test_prompt_ends_where_the_answer_begins(renderer, model_folder, media):
     record = {"messages": talk("<image>?", "One.", "Sure?", "Yes."), "images": ["wide.png"]}
     sample = renderer.encode(record, media.find, "here:1", kind="prompt")
     asked = record | {"messages": record["messages"][:-1]}
-    expected = reference(AutoProcessor.from_pretrained(model_folder), asked, media, prompt=True)
+    expected = reference(AutoProcessor.from_pretrained(model_folder), asked, media.base, prompt=True)
     torch.testing.assert_close(sample.input_ids, expected["input_ids"][0])
     assert (sample.labels == IGNORE).all()
 

@@ -1,28 +1,17 @@
 """Finding the assistant's turns in what a chat template writes."""
 
 import pytest
+from hf_reference import THINKING
 from transformers import AutoProcessor
 
 from megavlm.config.errors import UserError
 from megavlm.data.template import ChatTemplate
 
-# As the Thinking models' own: the prompt opens the thought, and only the latest turn keeps it.
-THINKING = """
-{%- for message in messages -%}
-  {{- '<|im_start|>' + message.role + '\n' -}}
-  {%- if message.role != 'assistant' -%}
-    {{- message.content -}}
-  {%- else -%}
-    {%- set thought, _, answer = message.content.rpartition('</think>') -%}
-    {%- if loop.last -%}{{- '<think>\n' + thought.removeprefix('<think>').strip() + '\n</think>\n\n' -}}{%- endif -%}
-    {{- answer.strip() -}}
-  {%- endif -%}
-  {{- '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}
-"""
 # Numbers the messages from the end, so that each turn changes when another follows.
-REWRITING = "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.revindex }}\n{{ m.content }}<|im_end|>{% endfor %}"
+REWRITING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.revindex }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture
@@ -30,10 +19,10 @@ def learned(model_folder):
     """The learned parts of a conversation under a template (None: the folder's own)."""
     processor = AutoProcessor.from_pretrained(model_folder)
 
-    def learned(messages, template=None):
+    def learned(messages, template=None, tools=None):
         processor.chat_template = template or processor.chat_template
         weights = [float(message["role"] == "assistant") for message in messages]
-        text, spans = ChatTemplate(processor).turns(messages, weights, None, "here:1")
+        text, spans = ChatTemplate(processor).turns(messages, weights, tools, "here:1")
         return [text[start:end] for start, end, _ in spans]
 
     return learned
@@ -55,9 +44,27 @@ def test_thoughts_of_earlier_turns_are_not_looked_for(learned):
     assert learned(messages, THINKING) == ["b<|im_end|>", "Well.\n</think>\n\nd<|im_end|>"]
 
 
+def test_thoughts_are_kept_from_the_latest_question_on(learned):
+    """With tools a turn has several messages; all lose their thoughts when the next question comes."""
+    step = [{"role": "assistant", "content": "<think>A.</think>b"}, {"role": "tool", "content": "c"}]
+    turn = [{"role": "user", "content": "q"}, *step, {"role": "assistant", "content": "<think>D.</think>e"}]
+    earlier, latest = ["b<|im_end|>", "e<|im_end|>"], ["A.\n</think>\n\nb<|im_end|>", "D.\n</think>\n\ne<|im_end|>"]
+    assert learned(turn * 3, THINKING) == earlier * 2 + latest
+
+
+def test_what_stands_before_the_first_turn(learned):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert learned(talk("b", "a", "b", first="assistant"), tools=tools) == ["b<|im_end|>"] * 2
+
+
 def test_template_that_rewrites_earlier_turns(learned):
     with pytest.raises(UserError, match=r"here:1: messages\[1\] is not found"):
-        learned(talk("a", "b"), REWRITING)
+        learned(talk("a", "b", "c", "d"), REWRITING)
+
+
+def test_template_without_a_prompt(learned):
+    with pytest.raises(UserError, match="here:1: the chat template writes nothing for add_generation_prompt"):
+        learned(talk("a", "b"), "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}")
 
 
 def test_template_that_fails(learned):
