@@ -4,6 +4,7 @@ import ast
 import functools
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ MAY_IMPORT = {
     "convert": ["model.shapes", "config"],
     "training": ["model", "data", "convert", "config", "platform", "processes"],
     "pretrain": ["training", "config"],
+    "align": [],
     "environment": ["config"],
     "failures": ["config"],
     "processes": [],
@@ -81,6 +83,21 @@ def test_imports_run_downward() -> None:
             if not any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed):
                 wrong.add((file.as_posix(), name))
     assert wrong == EXCEPTIONS
+
+
+def test_losses_import_torch_alone() -> None:
+    folder = ROOT / "megavlm" / "align" / "losses"
+    found = set()
+    for path in folder.glob("*.py"):
+        for node in nodes(path):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module)
+    ours = {f"megavlm.align.losses.{path.stem}" for path in folder.glob("*.py")}
+    strangers = {name for name in found - ours if name.partition(".")[0] not in {"torch", *sys.stdlib_module_names}}
+    assert "torch" in found
+    assert not strangers
 
 
 def test_no_module_is_long() -> None:
