@@ -66,7 +66,7 @@ def measure(folder: Path, root: Path, length: int) -> dict:
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     rows = None
     if groups.is_leader:
-        renderer = Renderer(folder, settings.data, settings.align)
+        renderer = Renderer(folder, settings.data, settings.row_align)
         record = document(root, length, length // 8192, renderer)
         rows = iter([renderer.pack([renderer.encode(record, in_folder(root), "document", kind="pretrain")])])
     step = Step(

@@ -90,7 +90,7 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     )  # fmt: skip
     groups = platform.init(settings.parallel)
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
-    renderer = Renderer(folder, settings.data, settings.align)
+    renderer = Renderer(folder, settings.data, settings.row_align)
     row = renderer.pack(
         [renderer.encode(r, in_folder(root), "photographs", kind="pretrain", index=i) for i, r in enumerate(records)]
     )

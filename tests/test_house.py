@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "convert": ["model.shapes", "config"],
     "training": ["model", "data", "convert", "config", "platform", "processes"],
     "pretrain": ["training", "config"],
-    "align": [],
+    "align": ["training", "model", "data", "config", "platform"],
     "environment": ["config"],
     "failures": ["config"],
     "processes": [],
@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "cli_help": ["config"],
     "cli": [
         *("cli_help", "environment", "failures", "imports", "local_workers", "processes", "verbs"),
-        *("pretrain", "training", "convert", "config"),
+        *("align", "pretrain", "training", "convert", "config"),
     ],
     "__main__": ["cli"],
     "demo": [*("cli", "pretrain", "training", "model", "data", "convert", "config", "platform", "failures")],

@@ -1,1 +1,1 @@
-"""Reward models and alignment with preferences."""
+"""Alignment: losses on preferences, and the trainers that minimise them."""

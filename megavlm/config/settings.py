@@ -2,6 +2,7 @@
 
 from pydantic import Field, model_validator
 
+from megavlm.config.align_sections import AlignSettings
 from megavlm.config.data_sections import DataSettings, DataSource
 from megavlm.config.errors import UserError
 from megavlm.config.section import Bool, FilePath, Int, Section
@@ -17,6 +18,7 @@ from megavlm.config.sections import (
 )
 
 __all__ = [
+    "AlignSettings",
     "CheckpointSettings",
     "DataSettings",
     "DataSource",
@@ -45,6 +47,7 @@ class Settings(Section):
     parallel: ParallelSettings = ParallelSettings()
     vision: VisionSettings = VisionSettings()
     train: TrainSettings = TrainSettings()
+    align: AlignSettings = AlignSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
     generate: GenerateSettings = GenerateSettings()
@@ -65,21 +68,21 @@ class Settings(Section):
         return self
 
     @property
-    def align(self) -> int:
+    def row_align(self) -> int:
         """Samples are padded in their rows to a multiple of this many tokens."""
         return self.data.align or self.parallel.pieces
 
     def _check_align(self) -> None:
-        if self.align % self.parallel.pieces:
+        if self.row_align % self.parallel.pieces:
             raise UserError(
                 f"data.align is {self.data.align}, but context parallelism cuts each sample in 2 × parallel.context = "
                 f"{self.parallel.pieces} equal pieces",
                 f"set data.align to null or a multiple of {self.parallel.pieces}",
             )
-        if self.data.seq_length % self.align:
+        if self.data.seq_length % self.row_align:
             raise UserError(
-                f"data.seq_length is {self.data.seq_length}, which is not divisible by data.align = {self.align}",
-                f"set data.seq_length to {-(-self.data.seq_length // self.align) * self.align}",
+                f"data.seq_length is {self.data.seq_length}, which is not divisible by data.align = {self.row_align}",
+                f"set data.seq_length to {-(-self.data.seq_length // self.row_align) * self.row_align}",
             )
 
 

@@ -82,7 +82,7 @@ class Renderer:
     Args:
         hf_dir: folder with config.json, tokenizer and processor files.
         settings: the ``data`` section: seq_length, min_pixels, max_pixels, video_fps, video_max_frames.
-        align: samples are padded in their rows to a multiple of this many tokens (``Settings.align``).
+        align: samples are padded in their rows to a multiple of this many tokens (``Settings.row_align``).
 
     Raises:
         UserError: the folder has no Qwen3-VL processor, or the limits contradict each other.

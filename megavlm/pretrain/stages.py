@@ -6,7 +6,7 @@ of all four is the same; this file knows only what would make a recipe something
 
 from megavlm.config.requirements import check_stage
 from megavlm.config.settings import Settings
-from megavlm.training.loop import train
+from megavlm.training.loop import Likelihood, train
 
 NAMES = ("alignment", "all weights", "long context", "ultra-long context")
 
@@ -14,4 +14,5 @@ NAMES = ("alignment", "all weights", "long context", "ultra-long context")
 def main(settings: Settings) -> int:
     """Runs stage ``settings.stage``. Raises UserError where the settings contradict the stage."""
     check_stage(settings)
-    return train(settings, "pretrain", f"pretrain · stage {settings.stage}, {NAMES[settings.stage]}")
+    title = f"pretrain · stage {settings.stage}, {NAMES[settings.stage]}"
+    return train(settings, Likelihood("pretrain", title))

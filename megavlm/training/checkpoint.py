@@ -40,7 +40,7 @@ class Checkpoints:
         self.root, self.vlm, self.optimization, self.loader = root, vlm, optimization, loader
         self.settings = settings.checkpoint
         self._layout = {"world": dist.get_world_size(), **settings.parallel.model_dump()}
-        self._align = settings.align
+        self._align = settings.row_align
         self._workers = max(settings.data.workers, 1)  # of each data rank
         self._identity = {
             "train.optimizer": settings.train.optimizer,

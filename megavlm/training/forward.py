@@ -1,7 +1,10 @@
-"""One micro-batch through this rank's part of the decoder."""
+"""Micro-batches through this rank's part of the decoder, without a step around them."""
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megavlm.model.language import LanguageModel
@@ -44,6 +47,41 @@ def forward_chunk(vlm: VLM, chunk: LanguageModel, micro_batch: MicroBatch) -> Te
         visual=visual,
         deepstack=deepstack,
         padding_mask=micro_batch.padding_mask,
+    )
+
+
+def prepare_schedule(config) -> None:
+    """Settings of the decoder's TransformerConfig that Megatron's schedules read."""
+    config.finalize_model_grads_func = lambda *args, **kwargs: None  # the tower's backward is still to come
+    config.deallocate_pipeline_outputs = False
+    config.variable_seq_lengths = False
+
+
+@torch.no_grad()
+def forward_only(vlm: VLM, window: Window, read: Callable[[LanguageModel, Tensor, MicroBatch], Tensor]) -> list[Tensor]:
+    """What ``read`` makes of each micro-batch of a window, on the ranks of the last stage; elsewhere [].
+
+    Args:
+        read: called with the last chunk, the hidden states [t, 1, hidden] and the micro-batch; gives a tensor.
+    """
+    encode_window(vlm, window)
+    prepare_schedule(vlm.decoder_config)
+
+    def forward_step(micro_batches, model):
+        micro_batch = next(micro_batches)
+        hidden = forward_chunk(vlm, model, micro_batch)
+        if not model.post_process:
+            return hidden, None
+        return read(model, hidden, micro_batch), lambda output: (output.new_zeros(()), output)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(window.micro_batches) for _ in vlm.language],
+        model=vlm.language,
+        num_microbatches=len(window.micro_batches),
+        seq_length=len(window.micro_batches[0].host.input_ids),
+        micro_batch_size=1,
+        forward_only=True,
     )
 
 

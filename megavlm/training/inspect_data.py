@@ -59,13 +59,13 @@ def main(settings: Settings, out: Path | None = None, samples: int = 200) -> int
         raise UserError(f"{out} exists already", "move it away, or name another folder with --out")
     kind: Kind = "tune" if settings.stage is None else "pretrain"
     sources = open_sources(settings.data)
-    renderer = Renderer(settings.model.hf, settings.data, settings.align)
+    renderer = Renderer(settings.model.hf, settings.data, settings.row_align)
     console = Console(highlight=False)
 
     looks = _look(sources, renderer, settings, kind, samples, console)
     cards = _cards(looks, renderer, console)
     stats = blend_stats(looks, renderer)
-    rows = pack_rows(looks, settings.data, settings.align, settings.train.seed)
+    rows = pack_rows(looks, settings.data, settings.row_align, settings.train.seed)
 
     for of_source in stats:
         console.print(_table(of_source, settings.data.max_bad_fraction))

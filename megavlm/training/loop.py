@@ -2,6 +2,8 @@
 
 import signal
 import time
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -9,7 +11,10 @@ import torch.distributed as dist
 from megavlm.config.output import prepare_output
 from megavlm.config.settings import Settings
 from megavlm.data.loader import build_loader
+from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
+from megavlm.data.row import Row
+from megavlm.data.sources import Source
 from megavlm.model.vlm import PARTS
 from megavlm.platform import device_name, memory_gib, on_gpu
 from megavlm.training.checkpoint import Checkpoints
@@ -20,7 +25,7 @@ from megavlm.training.flops import Work, peak_flops, step_flops
 from megavlm.training.guard import SkippedSteps, weights_failure
 from megavlm.training.hang_watch import HangWatch
 from megavlm.training.metrics import MetricsWriter, throughput
-from megavlm.training.objective import TokenLoss
+from megavlm.training.objective import Objective, TokenLoss
 from megavlm.training.optimizer import Optimization
 from megavlm.training.plots import write_loss_plot
 from megavlm.training.progress import Progress
@@ -34,22 +39,55 @@ from megavlm.training.units import short
 from megavlm.training.wandb_log import WandbLog
 
 
-def train(settings: Settings, kind: str, title: str) -> int:
+class Method(Protocol):
+    """What training learns from its samples.
+
+    Attributes:
+        kind: how records are rendered. title: heading on the terminal.
+    """
+
+    kind: Kind
+    title: str
+
+    def objective(self, session: Session, renderer: Renderer | None, sources: list[Source] | None) -> Objective:
+        """What is minimised. Called on all ranks, before the optimizer is built and a checkpoint restored.
+
+        ``renderer`` and ``sources`` are there on leaders. It may leave other weights behind than it found, if those
+        are the ones of ``model.load``.
+        """
+
+    def rows(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows with what the objective needs beside them; called on leaders, after ``objective``."""
+
+
+class Likelihood:
+    """Targets are to become likelier: pretraining ("pretrain") and supervised tuning ("tune")."""
+
+    def __init__(self, kind: Kind, title: str):
+        self.kind, self.title = kind, title
+
+    def objective(self, session: Session, renderer: Renderer | None, sources: list[Source] | None) -> Objective:
+        settings = session.settings
+        names = [source.label for source in settings.data.leaves.values()]
+        return TokenLoss(names, settings.train.logprob_chunk_tokens)
+
+    def rows(self, rows: Iterator[Row]) -> Iterator[Row]:
+        return rows
+
+
+def train(settings: Settings, method: Method) -> int:
     """Trains to ``train.steps``, or continues the run that stands in the output folder.
 
-    Args:
-        kind: how records are rendered, "pretrain" or "tune".
-        title: heading on the terminal.
     Returns:
         exit status 0, also when a signal stopped the run after a checkpoint.
     Raises:
         UserError: the longest row does not fit in memory. RunFailure: too many skipped steps in a row.
     """
     with HangWatch.of_run(settings) as watch:
-        return _train(settings, kind, title, watch)
+        return _train(settings, method, watch)
 
 
-def _train(settings: Settings, kind: str, title: str, watch: HangWatch) -> int:
+def _train(settings: Settings, method: Method, watch: HangWatch) -> int:
     session = start(settings, training=True, load=False)
     watch.beat("building the model")
     groups, output = session.groups, settings.output
@@ -63,28 +101,29 @@ def _train(settings: Settings, kind: str, title: str, watch: HangWatch) -> int:
         watch.beat("loading the weights")
     loader = renderer = None
     if groups.is_leader:
-        renderer = Renderer(settings.model.hf, settings.data, settings.align)
+        renderer = Renderer(settings.model.hf, settings.data, settings.row_align)
         loader = build_loader(
             settings.data,
             renderer,
-            kind,
+            method.kind,
             dp_rank=groups.data_rank,
             dp_size=groups.data_size,
             seed=settings.train.seed,
             rows_per_step=settings.train.global_batch_size // groups.data_size,
             pin_memory=on_gpu(),
         )
+    objective = method.objective(session, renderer, loader.sources if loader is not None else None)
+    watch.beat("preparing the method")
     optimization = Optimization(session.vlm, settings.train)
     checkpoints = Checkpoints(output / "checkpoints", session.vlm, optimization, loader, settings, origin)
     first = checkpoints.restore(checkpoint) if checkpoint else 0
     watch.beat("building the optimizer and restoring the run")
     stragglers = Stragglers(session.vlm)
     names = [source.label for source in settings.data.leaves.values()]
-    objective = TokenLoss(names, settings.train.logprob_chunk_tokens)
     step = Step(
         session.vlm,
         optimization,
-        Feed(session.vlm, stragglers.rows(iter(loader)) if loader is not None else None),
+        Feed(session.vlm, method.rows(stragglers.rows(iter(loader))) if loader is not None else None),
         settings.train.global_batch_size // groups.data_size,
         objective,
         settings.vision.window,
@@ -93,7 +132,7 @@ def _train(settings: Settings, kind: str, title: str, watch: HangWatch) -> int:
     stop = _StopSignal(session)
     steps, every = settings.train.steps, settings.checkpoint.every
     with (
-        Progress(steps, first, title, _header(session), enabled=session.is_first) as progress,
+        Progress(steps, first, method.title, _header(session), enabled=session.is_first) as progress,
         MetricsWriter(output, first, enabled=session.is_first) as metrics,
     ):
         errors = DataErrors(output, first, step.source_names, settings.data.max_bad_fraction, groups, progress.say)
@@ -101,7 +140,7 @@ def _train(settings: Settings, kind: str, title: str, watch: HangWatch) -> int:
         if checkpoint is None and resuming:
             progress.say("no checkpoint yet: starts at step 0")
         if settings.train.rehearsal and first < steps:
-            progress.say(rehearse(step, renderer, settings))
+            progress.say(rehearse(step, renderer, settings, method.kind))
             watch.beat("the rehearsal")
         skipped = SkippedSteps(settings.train.max_skipped_steps, progress.say)
         number, stopping = first, False

@@ -1,7 +1,7 @@
 """What a step minimises: from the last hidden states of a row to its share of the loss, and sums for the metrics."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -9,7 +9,10 @@ from torch import Tensor
 
 from megavlm.data.row import IGNORE, Row
 from megavlm.model.language import LanguageModel
-from megavlm.training.feed import MicroBatch
+from megavlm.training.feed import MicroBatch, StepRows
+
+if TYPE_CHECKING:
+    from megavlm.training.step import Step
 
 
 class Objective(Protocol):
@@ -23,6 +26,9 @@ class Objective(Protocol):
 
     def weight(self, rows: list[Row]) -> float:
         """What these rows add to the number by which the loss is divided."""
+
+    def look_ahead(self, step: "Step", rows: StepRows) -> None:
+        """Called before the step's forward, on all ranks: what must be known of all rows before any has a loss."""
 
     def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         """What the loss is made of, from the last stage's hidden states [t, 1, hidden]."""
@@ -49,6 +55,9 @@ class TokenLoss:
     def __init__(self, source_names: Sequence[str], chunk_tokens: int):
         self.source_names, self.chunk_tokens = list(source_names), chunk_tokens
         self.num_sums = 1 + len(self.source_names)
+
+    def look_ahead(self, step: "Step", rows: StepRows) -> None:
+        pass
 
     def weight(self, rows: list[Row]) -> float:
         return sum(row.loss_weights.sum().item() for row in rows)

@@ -9,6 +9,7 @@ import math
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megavlm.config.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.positions import mrope_positions
+from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE, Row, Sample
 from megavlm.platform import device, memory_gib, reset_memory
@@ -29,11 +31,11 @@ _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", 
 _BLOCK = 4096  # patches drawn at random; more of them repeat these
 
 
-def rehearse(step: Step, renderer: Renderer | None, settings: Settings) -> str:
+def rehearse(step: Step, renderer: Renderer | None, settings: Settings, kind: Kind = "tune") -> str:
     """Runs the longest row forward and backward on all ranks; afterwards everything is as it was before.
 
     Args:
-        step: the run's; its feed is not read. renderer: None on ranks that are no leader.
+        step: the run's; its feed is not read. renderer: None on ranks that are no leader. kind: of its samples.
     Returns:
         seconds and peak memory, for the terminal.
     Raises:
@@ -43,7 +45,7 @@ def rehearse(step: Step, renderer: Renderer | None, settings: Settings) -> str:
     num_rows = min(step.num_micro_batches, step.window)  # as many as have features at one time
     with _same_random_numbers():
         try:
-            rows = [longest_row(renderer)] * num_rows if renderer is not None else None
+            rows = [longest_row(renderer, kind)] * num_rows if renderer is not None else None
             reserved = _optimizer_state_to_come(step.optimization)
             step.gradients(Feed(step.vlm, iter(rows) if rows is not None else None), num_rows)
             peak = _largest(memory_gib(), step)
@@ -63,8 +65,10 @@ def rehearse(step: Step, renderer: Renderer | None, settings: Settings) -> str:
     )
 
 
-def longest_row(renderer: Renderer) -> Row:
+def longest_row(renderer: Renderer, kind: Kind = "tune") -> Row:
     """A row of exactly ``data.seq_length`` tokens, one sample: pictures as large as the settings allow, as many as fit.
+
+    Of the kinds "pair" and "judged" it is two answers of half the length, which share the pictures.
 
     Every token but the last has a target. Pixels and text are random numbers of a generator of its own: equal tokens
     would all go to the same experts.
@@ -73,7 +77,8 @@ def longest_row(renderer: Renderer) -> Row:
     pixels_of_token = vision.hf.image_processor.patch_size**2 * vision.merge**2
     limits = vision.hf.image_processor.size
     least, most = (limits[edge] // pixels_of_token for edge in ("shortest_edge", "longest_edge"))
-    length = renderer.seq_length
+    answers = 2 if kind in ("pair", "judged") else 1
+    length = renderer.seq_length // answers // renderer.align * renderer.align
     tokens = draw.integers(0, min(renderer.tokenizer.vocab_size, renderer.processor.image_token_id), length)
     grids, visual, used = [], [np.empty(0, np.int64)], 0
     while (room := min(length - used - 2, most)) >= max(least, 1):  # a token before the picture and one behind
@@ -102,7 +107,11 @@ def longest_row(renderer: Renderer) -> Row:
         source="rehearsal",
         index=0,
     )
-    return renderer.pack([sample])
+    if answers == 1:
+        return renderer.pack([sample])
+    own, foreign = {"margin": 0.0, "desirable": True, "ref": 0.0}, {"mismatched": True, "side": "rejected", "ref": 0.0}
+    other = replace(sample, shares_media=True, patches=sample.patches[:0], facts=foreign)
+    return renderer.pack([replace(sample, facts=own), other])
 
 
 def is_out_of_memory(error: Exception) -> bool:

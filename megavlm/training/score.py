@@ -21,7 +21,7 @@ def main(settings: Settings) -> int:
     session = start(settings, training=False)
     samples = None
     if session.groups.is_leader:
-        renderer = Renderer(settings.model.hf, settings.data, settings.align)
+        renderer = Renderer(settings.model.hf, settings.data, settings.row_align)
         samples = read_samples(
             settings.data.eval, renderer, "tune", rank=session.groups.data_rank, num_ranks=session.groups.data_size
         )

@@ -17,7 +17,7 @@ from megavlm.data.row import Row
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
 from megavlm.training.feed import Feed, MicroBatch, Window
-from megavlm.training.forward import encode_window, forward_chunk
+from megavlm.training.forward import encode_window, forward_chunk, prepare_schedule
 from megavlm.training.guard import describe
 from megavlm.training.objective import Objective, count_sources
 from megavlm.training.optimizer import Optimization
@@ -72,10 +72,7 @@ class Step:
         self.window = window or (_WINDOW if vlm.parallel.pipeline == 1 else num_micro_batches)
         self._schedule = get_forward_backward_func()
         self._chunks = optimization.ddp.get("language", vlm.language)
-        config = vlm.decoder_config
-        config.finalize_model_grads_func = lambda *args, **kwargs: None  # the tower's backward is still to come
-        config.deallocate_pipeline_outputs = False
-        config.variable_seq_lengths = False
+        prepare_schedule(vlm.decoder_config)
 
     def __call__(self) -> StepResult:
         lr = self.optimization.lr
@@ -96,6 +93,7 @@ class Step:
         self._faults = [fault for row in rows.hosts for fault in row.faults]
         self._row_losses: list[tuple[Row, Tensor]] = []  # of this rank's rows, where they have one
         self.optimization.zero_grad()
+        self.objective.look_ahead(self, rows)
         self.vlm.tower.frames_encoded = 0
         # the features' gradients are as if averaged over data and context ranks; the tower's DDP averages over all
         tower_scale = dist.get_world_size() / (self.groups.data_size * self.vlm.parallel.context)

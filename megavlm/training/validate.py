@@ -49,7 +49,7 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
         console.print("[dim]settings, shapes and layout fit; files were not looked at[/]")
         return 0
     if settings.data.train:
-        renderer = Renderer(settings.model.hf, settings.data, settings.align)
+        renderer = Renderer(settings.model.hf, settings.data, settings.row_align)
         for source in open_sources(settings.data):
             console.print(_first_samples(source, renderer, "tune" if settings.stage is None else "pretrain"))
     console.print("[green]ready[/]")

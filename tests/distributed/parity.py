@@ -152,7 +152,7 @@ def train_layout(
     for chunk in vlm.language:
         chunk.embedded_tokens = 48  # the toy's rows too are embedded in parts
     load_weights(checkpoint, vlm)
-    renderer = Renderer(folder, settings.data, settings.align)
+    renderer = Renderer(folder, settings.data, settings.row_align)
     samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     rows = [renderer.pack([samples[i] for i in row]) for row in rows_of_step]
     each = len(rows) // groups.data_size

@@ -105,7 +105,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     if restore is None:
         load_weights(weights, vlm)
-    renderer = Renderer(folder, settings.data, settings.align)
+    renderer = Renderer(folder, settings.data, settings.row_align)
     samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
     each = settings.train.global_batch_size // groups.data_size  # rows of a step on this rank

@@ -43,7 +43,7 @@ def train(folder, checkpoint, root, records, settings, rehearsal: bool, address_
     groups = platform.init(settings.parallel)
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     load_weights(checkpoint, vlm)
-    renderer = Renderer(folder, settings.data, settings.align)
+    renderer = Renderer(folder, settings.data, settings.row_align)
     samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
     each = len(rows) // groups.data_size

@@ -1,0 +1,24 @@
+"""`megavlm kto`: tuning on answers that are each good or bad (2402.01306)."""
+
+from megavlm.align.method import PreferenceMethod, check
+from megavlm.align.objectives import JudgedObjective
+from megavlm.config.errors import UserError
+from megavlm.config.settings import Settings
+from megavlm.training.loop import train
+
+BETA = 0.1
+
+
+def main(settings: Settings) -> int:
+    check(settings, "kto")
+    align = settings.align
+    for name in ("loss", "gamma", "label_smoothing", "lam"):
+        if align.is_changed(name):
+            raise UserError(f"align.{name} is for dpo; kto would ignore it", "remove it")
+
+    def make(s: Settings, context) -> JudgedObjective:
+        beta = BETA if align.beta is None else align.beta
+        weights = (align.desirable_weight, align.undesirable_weight)
+        return JudgedObjective(beta, *weights, s.train.logprob_chunk_tokens, context)
+
+    return train(settings, PreferenceMethod("judged", "preference tuning · KTO", make))

@@ -1,0 +1,52 @@
+"""A preference method on the training loop: its samples, its objective, its reference."""
+
+from collections.abc import Iterator
+
+from megavlm.align.objectives import JudgedObjective, PairObjective
+from megavlm.align.reference import Reference, reference_of
+from megavlm.config.errors import UserError
+from megavlm.config.settings import Settings
+from megavlm.data.records import Kind
+from megavlm.data.renderer import Renderer
+from megavlm.data.row import Row
+from megavlm.data.sources import Source
+from megavlm.training.setup import Session
+
+
+class PreferenceMethod:
+    """What the loop asks of a method that learns from answers (see ``training.loop.Method``).
+
+    Args:
+        kind: how records are rendered, "pair" or "judged".
+        title: heading on the terminal.
+        make: the objective, given settings and context-parallel group.
+    """
+
+    def __init__(self, kind: Kind, title: str, make):
+        self.kind, self.title, self._make = kind, title, make
+        self._reference: Reference | None = None
+
+    def objective(
+        self, session: Session, renderer: Renderer | None, sources: list[Source] | None
+    ) -> PairObjective | JudgedObjective:
+        """Called on all ranks, before the optimizer is built; the weights may be others afterwards."""
+        objective = self._make(session.settings, session.groups.language.cp)
+        if objective.has_reference:
+            self._reference = reference_of(session, renderer, sources, self.kind)
+        return objective
+
+    def rows(self, rows: Iterator[Row]) -> Iterator[Row]:
+        return self._reference.attach(rows) if self._reference else rows
+
+
+def check(settings: Settings, verb: str) -> None:
+    """Raises UserError for settings that would be ignored, or would cut a prompt away from one of its answers."""
+    if settings.data.too_long == "truncate":
+        raise UserError(
+            f"data.too_long is truncate, but {verb} compares answers to the same prompt: they are never cut",
+            "set data.too_long to drop",
+        )
+    if settings.data.replay is not None:
+        raise UserError(f"data.replay is set, but {verb} has no replay: it would be ignored", "remove data.replay")
+    if settings.stage is not None:
+        raise UserError(f"stage is {settings.stage}, but {verb} has no stages: it would be ignored", "set it to null")

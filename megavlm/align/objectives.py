@@ -1,0 +1,164 @@
+"""What dpo and kto minimise: the pure losses of ``megavlm.align.losses`` over the answers of packed rows."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megavlm.align.losses import PREFERENCE_LOSSES, kto_loss, preference_loss
+from megavlm.align.sequences import answer_lengths, answer_logprobs
+from megavlm.data.row import Row
+from megavlm.model.language import LanguageModel
+from megavlm.platform import device, to_device
+from megavlm.training.feed import MicroBatch, StepRows
+from megavlm.training.forward import forward_only
+from megavlm.training.step import Step
+
+
+class _AnswerObjective:
+    """What losses of whole answers share. ``names``: of the metrics, which are means over ``weight``."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, chunk_tokens: int, context: dist.ProcessGroup):
+        self.chunk_tokens, self.context = chunk_tokens, context
+
+    @property
+    def num_sums(self) -> int:
+        return 1 + len(self.names)
+
+    def look_ahead(self, step: Step, rows: StepRows) -> None:
+        pass
+
+    def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        return chunk.token_logprobs(hidden, micro_batch.targets, self.chunk_tokens)[0]
+
+    def answers(self, outputs: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """float32 [samples], summed log-probabilities."""
+        return answer_logprobs(outputs, micro_batch, self.context)
+
+    def sums(self, loss: Tensor, values: list[Tensor]) -> Tensor:
+        """The vector that is added up over ranks; context ranks have each worked out all of it."""
+        return torch.stack([loss, *values]).detach() / self.context.size()
+
+
+class PairObjective(_AnswerObjective):
+    """A loss of pairs, averaged over the pairs of the global batch; with orpo the chosen answer's NLL is added.
+
+    The samples of a row are chosen and rejected answers in turn.
+
+    Args:
+        loss: a key of ``PREFERENCE_LOSSES``. options: of that loss.
+        chunk_tokens: targets whose logits exist at one time. context: context-parallel ranks.
+    """
+
+    names = ("rewards/chosen", "rewards/rejected", "accuracy", "margin", "logprobs/chosen", "logprobs/rejected")
+
+    def __init__(self, loss: str, options: dict, chunk_tokens: int, context: dist.ProcessGroup):
+        super().__init__(chunk_tokens, context)
+        self.name, self.options, self.has_reference = loss, options, PREFERENCE_LOSSES[loss].reference
+
+    def weight(self, rows: list[Row]) -> float:
+        return sum(row.num_samples // 2 for row in rows)
+
+    def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        row = micro_batch.host
+        answers = self.answers(outputs, micro_batch).view(-1, 2)
+        lengths = to_device(answer_lengths(row), device()).view(-1, 2)
+        references = None, None
+        if self.has_reference:
+            references = to_device(torch.tensor([facts["ref"] for facts in row.facts]), device()).view(-1, 2).unbind(1)
+        losses, metrics = preference_loss(
+            self.name, *answers.unbind(1), *references, *lengths.unbind(1), **self.options
+        )
+        if self.name == "orpo":
+            losses = losses - answers[:, 0] / lengths[:, 0]
+        loss = losses.sum()
+        values = [metrics[name] * len(losses) for name in self.names[:4]]
+        return loss, self.sums(loss, [*values, *answers.sum(dim=0)])
+
+    def fields(self, sums: list[float], counts: dict[str, float]) -> dict[str, float | None]:
+        pairs = counts["weight"]
+        return {"pairs": int(pairs)} | {
+            name: total / max(pairs, 1) for name, total in zip(self.names, sums[1:], strict=True)
+        }
+
+
+class JudgedObjective(_AnswerObjective):
+    """KTO, averaged over the judged answers of the global batch.
+
+    Its point of comparison z0, the policy's divergence from the reference on answers to other prompts, is a mean over
+    the global batch: a pass without gradient over the step's rows finds it first.
+
+    Args:
+        beta, desirable_weight, undesirable_weight: of ``kto_loss``.
+        chunk_tokens: targets whose logits exist at one time. context: context-parallel ranks.
+    """
+
+    names = ("sum/desirable", "sum/undesirable", "count/desirable", "count/undesirable", "accuracy", "z0")
+    has_reference = True
+
+    def __init__(
+        self,
+        beta: float,
+        desirable_weight: float,
+        undesirable_weight: float,
+        chunk_tokens: int,
+        context: dist.ProcessGroup,
+    ):
+        super().__init__(chunk_tokens, context)
+        self.options = (beta, desirable_weight, undesirable_weight)
+        self.z0 = torch.zeros((), device=device())
+
+    def weight(self, rows: list[Row]) -> float:
+        return sum("desirable" in facts for row in rows for facts in row.facts)
+
+    def look_ahead(self, step: Step, rows: StepRows) -> None:
+        def gaps(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+            answers = self.answers(self.outputs(chunk, hidden, micro_batch), micro_batch)
+            places, ref = _of(micro_batch.host, "mismatched")
+            gap = (answers[places] - ref).sum()
+            return torch.stack([gap, gap.new_full((), len(ref))])
+
+        totals = torch.zeros(2, device=device())
+        for window in step.feed.windows(StepRows(rows.hosts, list(rows.full)), step.window):
+            found = forward_only(step.vlm, window, gaps)
+            if found and step.groups.language.tp.rank() == 0:
+                totals += torch.stack(found).sum(dim=0)
+        dist.all_reduce(totals)  # context ranks add the same to both numbers
+        self.z0 = (totals[0] / totals[1].clamp(min=1)).clamp(min=0)
+
+    def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        row = micro_batch.host
+        places, ref = _of(row, "desirable")
+        desirable = torch.tensor([facts["desirable"] for facts in row.facts if "desirable" in facts])
+        answers = self.answers(outputs, micro_batch)[places]
+        losses, metrics = kto_loss(answers, ref, to_device(desirable, device()), self.z0, *self.options)
+        loss, count = losses.sum(), len(losses)
+        good, bad = metrics["count/desirable"], metrics["count/undesirable"]
+        values = [
+            metrics["rewards/desirable"] * good,
+            metrics["rewards/undesirable"] * bad,
+            good.to(loss.dtype),
+            bad.to(loss.dtype),
+            metrics["accuracy"] * count,
+            self.z0 * count,
+        ]
+        return loss, self.sums(loss, values)
+
+    def fields(self, sums: list[float], counts: dict[str, float]) -> dict[str, float | None]:
+        _, desirable, undesirable, good, bad, accuracy, z0 = sums
+        return {
+            "rewards/desirable": desirable / good if good else None,
+            "rewards/undesirable": undesirable / bad if bad else None,
+            "desirable": round(good),
+            "undesirable": round(bad),
+            "accuracy": accuracy / max(counts["weight"], 1),
+            "z0": z0 / max(counts["weight"], 1),
+        }
+
+
+def _of(row: Row, fact: str) -> tuple[Tensor, Tensor]:
+    """Places of the samples that have ``fact``, and the reference's log-probabilities of them, on the device."""
+    places = [place for place, facts in enumerate(row.facts) if fact in facts]
+    ref = torch.tensor([row.facts[place]["ref"] for place in places], dtype=torch.float32)
+    return to_device(torch.tensor(places, dtype=torch.int64), device()), to_device(ref, device())

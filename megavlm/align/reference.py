@@ -1,0 +1,210 @@
+"""The reference's log-probabilities of all answers: worked out once with the weights that training starts from.
+
+They stand in a safetensors file, float32 [samples, 2] for each source (chosen and rejected, or own and foreign answer;
+NaN for a sample that cannot be used), with a note on model and data, and are used again where the note agrees.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.numpy import load, save
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from megavlm.align.sequences import answer_logprobs
+from megavlm.config.errors import UserError
+from megavlm.config.files import atomic_open
+from megavlm.config.settings import Settings
+from megavlm.data.files import File
+from megavlm.data.records import Kind
+from megavlm.data.renderer import Draft, DraftError, Renderer
+from megavlm.data.row import Row
+from megavlm.data.sources import Source
+from megavlm.data.units import draft_unit
+from megavlm.training.eval_rows import EvalRows
+from megavlm.training.forward import forward_only
+from megavlm.training.setup import Session, find_checkpoint
+from megavlm.training.state import load_weights
+
+FILE_NAME = "reference.safetensors"
+_ENDS = 1 << 20  # bytes at either end of a file that tell it from another of its size
+# Settings on which log-probabilities depend, beside the model.
+_SETTINGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "seq_length")
+
+
+class Reference:
+    """Looks up a row's reference log-probabilities. Made by ``reference_of``."""
+
+    def __init__(self, tables: list[np.ndarray]):
+        self.tables = tables
+
+    def attach(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The same rows, each sample's in its ``facts["ref"]``. Raises UserError for a sample without one."""
+        for row in rows:
+            for place, (source, index, facts) in enumerate(zip(row.source_ids, row.indices, row.facts, strict=True)):
+                value = float(self.tables[source][index, _side(facts)])
+                if np.isnan(value):
+                    raise UserError(
+                        f"{row.sources[place]}: the reference file has no log-probability for it; it could not be read "
+                        "when the file was made",
+                        "remove the file: it is made again",
+                    )
+                facts["ref"] = value
+            yield row
+
+
+def reference_of(session: Session, renderer: Renderer | None, sources: list[Source] | None, kind: Kind) -> Reference:
+    """Reads the reference file, or makes it. Call it on all ranks; afterwards the model's weights may be others.
+
+    Args:
+        renderer, sources: of the training data, on leaders.
+
+    Raises:
+        UserError: on all ranks, the file is of another model, other data or other settings.
+    """
+    settings = session.settings
+    path = settings.align.reference or settings.output / FILE_NAME
+    box: list = [None, None]
+    if session.is_first:
+        try:
+            note = _note(settings, sources, kind)
+            box[0] = _read(path, note, len(sources)) if path.exists() else None
+            if box[0] is None and settings.align.reference is not None:
+                raise UserError(f"align.reference is {path}, which does not exist")
+        except UserError as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, group=session.groups.world_host)
+    tables, problem = box
+    if problem is not None:
+        raise problem
+    if tables is None:
+        tables = _make(session, renderer, sources, kind)
+        if session.is_first:
+            content = save({str(n): t for n, t in enumerate(tables)}, metadata={"note": json.dumps(note)})
+            with atomic_open(path, "wb") as file:
+                file.write(content)
+    return Reference(tables)
+
+
+def _make(session: Session, renderer: Renderer | None, sources: list[Source] | None, kind: Kind) -> list[np.ndarray]:
+    settings, vlm, groups = session.settings, session.vlm, session.groups
+    load_weights(find_checkpoint(settings.model.load), vlm)
+    vlm.train(False)
+    rows = None
+    if groups.is_leader:
+        dataset = _AllAnswers(sources, renderer, kind, groups.data_rank, groups.data_size)
+        workers = settings.data.workers
+        rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers))
+    chunk_tokens = settings.train.logprob_chunk_tokens
+
+    def answers(chunk, hidden, micro_batch) -> Tensor:
+        logprobs, _ = chunk.token_logprobs(hidden, micro_batch.targets, chunk_tokens)
+        return answer_logprobs(logprobs, micro_batch, groups.language.cp)
+
+    evaluated, found = EvalRows(session, rows, "reference"), []
+    speaks = groups.language.tp.rank() == 0 and groups.language.cp.rank() == 0  # for its row, if on the last stage
+    for window, real in evaluated:
+        results = forward_only(vlm, window, answers)
+        if results and real and speaks:
+            row = window.micro_batches[0].host
+            sides = [_side(facts) for facts in row.facts]
+            found += zip(row.source_ids, row.indices, sides, results[0].tolist(), strict=True)
+    found = evaluated.gather(found)
+    vlm.train()
+    box = [None]
+    if session.is_first:
+        box[0] = [np.full((len(source.file), 2), np.nan, dtype=np.float32) for source in sources]
+        for source, index, side, value in found:
+            box[0][source][index, side] = value
+    dist.broadcast_object_list(box, src=0, group=groups.world_host)
+    return box[0]
+
+
+class _AllAnswers(IterableDataset[Row]):
+    """Every sample of every source once, in rows filled as they come, dealt to data ranks and their workers."""
+
+    def __init__(self, sources: list[Source], renderer: Renderer, kind: Kind, data_rank: int, data_size: int):
+        self.sources, self.renderer, self.kind = sources, renderer, kind
+        self.data_rank, self.data_size = data_rank, data_size
+
+    def __iter__(self) -> Iterator[Row]:
+        info = torch.utils.data.get_worker_info()
+        number, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        first, stride = self.data_rank + self.data_size * number, self.data_size * workers
+        waiting: list[Draft] = []
+        places = [(source, index) for source, s in enumerate(self.sources) for index in range(len(s.file))]
+        for source, index in places[first::stride]:
+            try:
+                draft = draft_unit(self.renderer, self.sources[source].file, index, self.kind)
+            except Exception:  # training tells of it
+                continue
+            for sample in (draft, *draft.followers):
+                sample.source_id = source
+            room = sum(other.room(self.renderer.align) for other in (*waiting, draft))
+            if waiting and room > self.renderer.seq_length:
+                yield from self._row(waiting)
+                waiting = []
+            waiting.append(draft)
+        yield from self._row(waiting)
+
+    def _row(self, drafts: list[Draft]) -> Iterator[Row]:
+        while drafts:
+            try:
+                yield self.renderer.complete_row(drafts)
+                return
+            except DraftError as error:
+                drafts.pop(error.place)
+
+
+def _side(facts: dict) -> int:
+    return int("mismatched" in facts or facts.get("side") == "rejected")
+
+
+def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:
+    """What the log-probabilities depend on; equal notes mean equal numbers."""
+    checkpoint = find_checkpoint(settings.model.load)
+    weights = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    files = [s.file.path if s.file.path.endswith(".jsonl") else f"{s.file.path}/.nv-meta/.info.json" for s in sources]
+    return {
+        "kind": kind,
+        "model": _digest([File(str(path)) for path in weights]),
+        "processor": _digest([File(str(p)) for p in sorted(settings.model.hf.glob("*.json*"))]),
+        "data": [[source.name, len(source.file), _digest([File(f)])] for source, f in zip(sources, files, strict=True)],
+        "settings": {name: getattr(settings.data, name) for name in _SETTINGS}
+        | {"precision": settings.train.precision},
+    }
+
+
+def _digest(files: list[File]) -> str:
+    found = hashlib.sha256()
+    for file in files:
+        size = file.size()
+        found.update(f"{Path(file.url).name} {size}".encode())
+        found.update(file.read(0, min(size, _ENDS)) + file.read(max(0, size - _ENDS), size))
+    return found.hexdigest()[:32]
+
+
+def _read(path: Path, note: dict, num_sources: int) -> list[np.ndarray]:
+    try:
+        with safe_open(path, "np") as file:
+            found = json.loads(file.metadata()["note"])
+        tables = load(path.read_bytes())
+    except Exception as error:
+        raise UserError(
+            f"{path} is no file of reference log-probabilities: {error}", "remove it, or name another"
+        ) from None
+    names = {"model": "another model (model.load)", "data": "other data", "kind": "another method", "settings":
+             "other settings of data or precision", "processor": "another processor (model.hf)"}  # fmt: skip
+    different = [words for name, words in names.items() if found.get(name) != note[name]]
+    if different:
+        raise UserError(
+            f"the reference file {path} was made with {', '.join(different)}",
+            "name another one in align.reference, or leave it out: it is made anew",
+        )
+    return [tables[str(number)] for number in range(num_sources)]

@@ -1,0 +1,30 @@
+"""The align section: what preference methods minimise, and what they compare with."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megavlm.config.section import FilePath, Float, Section
+
+
+class AlignSettings(Section):
+    """Preference methods."""
+
+    loss: Literal["sigmoid", "hinge", "ipo", "robust", "simpo", "orpo"] = Field(
+        "sigmoid", description="of dpo: sigmoid is DPO's own; simpo and orpo need no reference"
+    )
+    beta: Float | None = Field(
+        None, gt=0, description="how far the policy may go from the reference; null: 0.1, of simpo 2.5"
+    )
+    gamma: Float | None = Field(None, description="of simpo: by how much the chosen answer is to win; null: 0.55 beta")
+    label_smoothing: Float | None = Field(
+        None, ge=0, lt=0.5, description="of sigmoid and robust: share of pairs taken to be labelled wrong; null: 0, 0.1"
+    )
+    lam: Float | None = Field(None, ge=0, description="of orpo: weight of the odds ratio; null: 0.1")
+    desirable_weight: Float = Field(1.0, ge=0, description="of kto: weight of answers with label true")
+    undesirable_weight: Float = Field(1.0, ge=0, description="of kto: weight of answers with label false")
+    reference: FilePath | None = Field(
+        None,
+        description="file of the reference's log-probabilities; null: reference.safetensors in the output folder, made "
+        "with the weights of model.load before the first step",
+    )

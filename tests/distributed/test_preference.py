@@ -1,0 +1,279 @@
+"""One step of preference tuning in several layouts, and the same in plain PyTorch on transformers' model."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from parity import Toys, part_of, settings_of, targets_of, weights_of
+from toy import reference_inputs, reference_model
+
+# (processes, toy model, parallel settings)
+LAYOUTS = {
+    "one process": (1, "dense", {}),
+    "TP2": (2, "dense", {"tensor": 2}),
+    "PP2": (2, "dense", {"pipeline": 2}),
+    "CP2": (2, "dense", {"context": 2}),
+    "MoE EP2": (2, "moe", {"expert": 2}),
+}
+ROWS = ((0, 1), (2, 3), (4, 5, 6), (7,))
+REJECTED = [
+    "A dog.",
+    "Nothing at all, or so it seems to me.",
+    "No.",
+    "Five, I think.",
+    "Tea.",
+    "Green.",
+    "A letter.",
+    "Yes, the same.",
+]
+# name: options of the loss that differ from its defaults
+LOSSES = {
+    "sigmoid": {"beta": 0.3, "label_smoothing": 0.1},
+    "hinge": {"beta": 0.2},
+    "ipo": {"beta": 0.4},
+    "robust": {},
+    "simpo": {},
+    "orpo": {"lam": 0.5},
+    "kto": {},
+}
+LR = 0.2
+KTO = (0.2, 1.0, 1.3)  # beta, weights of good and bad answers
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Toys:
+    return Toys(tmp_path_factory.mktemp("toys"))
+
+
+def pairs_of(records: list[dict]) -> list[dict]:
+    """Prompts with one and several pictures, a video, and none; the toys' answers are preferred."""
+    return [
+        {
+            **{name: value for name, value in record.items() if name != "messages"},
+            "messages": record["messages"][:-1],
+            "chosen": record["messages"][-1]["content"],
+            "rejected": REJECTED[number],
+            "margin": number / 10,
+        }
+        for number, record in enumerate(records)
+    ]
+
+
+def judged_of(pairs: list[dict]) -> list[dict]:
+    rest = [{n: v for n, v in pair.items() if n not in ("chosen", "rejected", "margin")} for pair in pairs]
+    return [
+        {**record, "completion": pair["chosen" if number % 3 else "rejected"], "label": bool(number % 3)}
+        for number, (record, pair) in enumerate(zip(rest, pairs, strict=True))
+    ]
+
+
+def answered(record: dict, answer: str) -> dict:
+    return {**record, "messages": [*record["messages"], {"role": "assistant", "content": answer}]}
+
+
+@dataclass
+class Expected:
+    loss: float
+    norms: dict[str, float]
+    weights: dict[str, torch.Tensor]
+    refs: list[tuple[float, float]]
+
+
+def plain_loss(name: str, c, j, ref, lengths, options: dict):
+    """Of one pair, in words of METHODS: summed log-probabilities c and j, the reference's, tokens of each."""
+    beta = options.get("beta", {"simpo": 2.5}.get(name, 0.1))
+    delta = (c - ref[0]) - (j - ref[1])
+    softplus = torch.nn.functional.softplus
+    c_mean, j_mean = c / lengths[0], j / lengths[1]
+    if name == "sigmoid":
+        e = options["label_smoothing"]
+        return (1 - e) * softplus(-beta * delta) + e * softplus(beta * delta)
+    if name == "hinge":
+        return torch.relu(1 - beta * delta)
+    if name == "ipo":
+        mean = (c - ref[0]) / lengths[0] - (j - ref[1]) / lengths[1]
+        return (mean - 1 / (2 * beta)) ** 2
+    if name == "robust":
+        return (0.9 * softplus(-beta * delta) - 0.1 * softplus(beta * delta)) / 0.8
+    if name == "simpo":
+        return softplus(-(beta * (c_mean - j_mean) - 0.55 * beta))
+    odds = (c_mean - j_mean) - (torch.log1p(-c_mean.exp()) - torch.log1p(-j_mean.exp()))
+    return -c_mean + options["lam"] * softplus(-odds)
+
+
+def expected(toys: Toys, kind: str, name: str) -> Expected:
+    """The same step with transformers: each answer by itself, nothing packed, nothing shared."""
+    from transformers import AutoProcessor
+
+    folder = toys.folder(kind)
+    model, processor = reference_model(folder), AutoProcessor.from_pretrained(folder)
+    pairs = pairs_of(toys.records)
+    judged = judged_of(pairs)
+
+    def logprob(record: dict, answer: str):
+        record = answered(record, answer)
+        inputs = reference_inputs(processor, record, toys.root)
+        where = targets_of(processor, record, toys.root)
+        before = targets_of(processor, answered({**record, "messages": record["messages"][:-1]}, ""), toys.root)
+        where = where[len(before) - 1 :]  # the last turn alone: an empty answer there is its end token
+        logprobs = model(**inputs).logits[0].log_softmax(-1)
+        return logprobs[where - 1, inputs["input_ids"][0, where]].sum(), len(where)
+
+    if name == "kto":
+        answers = [(record["completion"], judged[(n + 1) % 8]["completion"]) for n, record in enumerate(judged)]
+        records = judged
+    else:
+        answers, records = [(pair["chosen"], pair["rejected"]) for pair in pairs], pairs
+    found = [[logprob(record, answer) for answer in both] for record, both in zip(records, answers, strict=True)]
+    # a reference that differs from the policy, in another way for each answer
+    refs = [
+        (own.item() + 0.7 * math.sin(n), other.item() - 0.9 * math.cos(n))
+        for n, ((own, _), (other, _)) in enumerate(found)
+    ]
+    if name == "kto":
+        beta, good, bad = KTO
+        gaps = [other.item() - ref[1] for (_, (other, _)), ref in zip(found, refs, strict=True)]
+        z0 = max(0.0, sum(gaps) / len(gaps))
+        assert z0 > 0
+        losses = []
+        for record, ((own, _), _), ref in zip(judged, found, refs, strict=True):
+            surplus = own - ref[0] - z0 if record["label"] else z0 - (own - ref[0])
+            losses.append((good if record["label"] else bad) * (1 - torch.sigmoid(beta * surplus)))
+    else:
+        losses = [
+            plain_loss(name, own, other, ref, lengths, LOSSES[name])
+            for ((own, n), (other, m)), ref in zip(found, refs, strict=True)
+            for lengths in [(n, m)]
+        ]
+    loss = sum(losses) / len(losses)
+    loss.backward()
+    squares = dict.fromkeys(("vision", "projector", "language"), 0.0)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                squares[part_of(parameter_name)] += parameter.grad.double().square().sum().item()
+                parameter -= LR * parameter.grad
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    return Expected(loss.item(), {part: square**0.5 for part, square in squares.items()}, weights, refs)
+
+
+def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out):
+    """Runs on every rank: one step; saves the weights to ``out``. Returns (loss, norms, counts, fields)."""
+    import os
+
+    from megatron.core import dist_checkpointing
+
+    from megavlm import platform
+    from megavlm.align.objectives import JudgedObjective, PairObjective
+    from megavlm.config.settings import Settings
+    from megavlm.convert import SHARDED_METADATA
+    from megavlm.data.jsonl import JsonlFile
+    from megavlm.data.renderer import Renderer
+    from megavlm.data.units import draft_unit
+    from megavlm.model.shapes import Shapes
+    from megavlm.model.vlm import VLM
+    from megavlm.training.feed import Feed
+    from megavlm.training.optimizer import Optimization
+    from megavlm.training.state import load_weights
+    from megavlm.training.step import Step
+
+    settings = Settings(**settings)
+    groups = platform.init(settings.parallel)
+    vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
+    load_weights(checkpoint, vlm)
+    renderer, file = Renderer(folder, settings.data, settings.row_align), JsonlFile(records)
+    kind = "judged" if name == "kto" else "pair"
+    rows = []
+    for places in ROWS:
+        row = renderer.complete_row([draft_unit(renderer, file, place, kind) for place in places])
+        for place, facts in enumerate(row.facts):
+            facts["ref"] = refs[row.indices[place]][place % 2]
+        rows.append(row)
+    each = len(rows) // groups.data_size
+    mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
+    feed = Feed(vlm, iter(mine) if groups.is_leader else None)
+    if name == "kto":
+        objective = JudgedObjective(*KTO, 64, groups.language.cp)
+    else:
+        objective = PairObjective(name, LOSSES[name], 64, groups.language.cp)
+    result = Step(vlm, Optimization(vlm, settings.train), feed, each, objective, settings.vision.window)()
+    if torch.distributed.get_rank() == 0:
+        os.makedirs(out)
+    torch.distributed.barrier()
+    dist_checkpointing.save(vlm.sharded_state_dict(dict(SHARDED_METADATA)), str(out))
+    return result.loss, result.norms, result.counts, result.fields
+
+
+@pytest.fixture(scope="module")
+def files(toys) -> dict:
+    """Files of pairs and of judged answers."""
+    from toy import write_records
+
+    pairs = pairs_of(toys.records)
+    return {
+        "pair": write_records(toys.root / "pairs.jsonl", pairs),
+        "kto": write_records(toys.root / "judged.jsonl", judged_of(pairs)),
+    }
+
+
+@pytest.fixture(scope="module")
+def expectations(toys):
+    made = {}
+
+    def expectation(kind: str, name: str) -> Expected:
+        if (kind, name) not in made:
+            made[kind, name] = expected(toys, kind, name)
+        return made[kind, name]
+
+    return expectation
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_is_that_of_plain_pytorch(layout, name, toys, files, expectations, tmp_path, request):
+    """To 1e-5 for the loss, 3e-5 for norms and 1e-4 for weights, of their update, as in the other layout tests."""
+    from transformers.modeling_utils import load_state_dict
+
+    processes, kind, parallel = LAYOUTS[layout]
+    world, reference = request.getfixturevalue(f"world{processes}"), expectations(kind, name)
+    settings = settings_of(
+        toys.folder(kind),
+        parallel,
+        seq_length=512,
+        lr=LR,
+        moe_aux_loss_coeff=0.0,
+        **({"vision": {"window": 2}} if layout == "CP2" else {}),
+    )
+    file, out = files["kto" if name == "kto" else "pair"], tmp_path / "mcore"
+    ranks = world.run(
+        step_in_layout, toys.folder(kind), toys.checkpoint(kind), toys.root, file, settings, name, reference.refs, out
+    )
+    loss, norms, counts, fields = ranks[0]
+    assert loss == pytest.approx(reference.loss, rel=1e-5)
+    for part, norm in reference.norms.items():
+        assert norms[f"grad_norm/{part}"] == pytest.approx(norm, rel=3e-5), part
+    start, after = load_state_dict(str(toys.folder(kind) / "model.safetensors")), weights_of(out, toys.folder(kind))
+    for weight, value in after.items():
+        update = reference.weights[weight] - start[weight]
+        assert (value - reference.weights[weight]).norm() <= 1e-4 * update.norm() + 1e-9, weight
+    assert counts["frames_encoded"] == counts["frames"] == 11  # of the prompts: once for both answers
+    assert counts["samples"] == 16
+    assert fields["accuracy"] >= 0
+
+
+def test_a_pair_shares_its_pictures(toys, files):
+    from megavlm.config.settings import DataSettings
+    from megavlm.data.jsonl import JsonlFile
+    from megavlm.data.renderer import Renderer
+    from megavlm.data.units import draft_unit
+
+    renderer = Renderer(toys.folder("dense"), DataSettings(seq_length=512))
+    file = JsonlFile(files["pair"])
+    row = renderer.complete_row([draft_unit(renderer, file, place, "pair") for place in (1, 3, 2)])
+    assert row.num_samples == 6
+    assert (row.num_images, row.num_videos) == (3, 1)
+    assert row.use_frames.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4]
+    assert len(row.frame_grids) == 5
+    assert len(row.patches) == row.frame_grids.prod(dim=1).sum()
+    assert [facts.get("margin") for facts in row.facts] == [0.1, None, 0.3, None, 0.2, None]
