@@ -92,11 +92,15 @@ class Video:
         """The chosen frames, decoded: uint8 [len(indices), 3, height, width]; `indices` ascend. Raises UserError."""
         if self.file is None:
             return torch.stack([self.frames[index].pixels() for index in indices])
+        from av.video.reformatter import VideoReformatter
+
+        # PyAV's shared one starts threads, and a forked worker that inherits it would wait for them for ever.
+        convert = VideoReformatter()
         with self._container() as container:
             wanted, decoded, index = set(indices.tolist()), {}, -1
             for index, frame in enumerate(container.decode(video=0)):
                 if index in wanted:
-                    decoded[index] = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                    decoded[index] = torch.from_numpy(convert.reformat(frame, format="rgb24", threads=1).to_ndarray())
                 if index >= indices[-1]:
                     break
             if len(decoded) < len(wanted):

@@ -55,6 +55,7 @@ def prepare_schedule(config) -> None:
     config.finalize_model_grads_func = lambda *args, **kwargs: None  # the tower's backward is still to come
     config.deallocate_pipeline_outputs = False
     config.variable_seq_lengths = False
+    config.moe_grad_scale_func = lambda: torch.ones((), device=device())  # a step sets its own
 
 
 @torch.no_grad()
