@@ -27,6 +27,7 @@ from megavlm.data.renderer import Draft, DraftError, Renderer
 from megavlm.data.row import Row
 from megavlm.data.sources import Source
 from megavlm.data.units import draft_unit
+from megavlm.training.checkpoint_folders import latest
 from megavlm.training.eval_rows import EvalRows
 from megavlm.training.forward import forward_only
 from megavlm.training.setup import Session, find_checkpoint
@@ -75,10 +76,10 @@ def reference_of(session: Session, renderer: Renderer | None, sources: list[Sour
         try:
             note = _note(settings, sources, kind)
             box[0] = _read(path, note, len(sources)) if path.exists() else None
-            if box[0] is None and settings.align.reference is not None:
-                raise UserError(f"align.reference is {path}, which does not exist")
         except UserError as error:
-            box[1] = error
+            # one's own, left by a start that trained nothing, may be of other data
+            if settings.align.reference is not None or latest(settings.output / "checkpoints") is not None:
+                box[1] = error
     dist.broadcast_object_list(box, src=0, group=session.groups.world_host)
     tables, problem = box
     if problem is not None:

@@ -38,6 +38,7 @@ RUN_FILES = (
     "checkpoints",
     "metrics.jsonl",
     "data_errors.jsonl",
+    "reference.safetensors",
     "loss.png",
     "report.html",
     "wandb",

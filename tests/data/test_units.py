@@ -1,0 +1,94 @@
+"""Pairs and judged answers: what they may look like, and what is refused."""
+
+import pytest
+
+from megavlm.config.errors import UserError
+from megavlm.data.faults import UnfitSample
+from megavlm.data.jsonl import JsonlFile
+from megavlm.data.row import IGNORE
+from megavlm.data.units import draft_unit
+
+PAIR = {"prompt": "<image>What is this?", "chosen": "A woman.", "rejected": "A dog, perhaps.", "images": ["large.jpg"]}
+JUDGED = {"prompt": "<image>What is this?", "completion": "A woman.", "label": True, "images": ["large.jpg"]}
+
+
+@pytest.fixture
+def unit(media, renderer):
+    """The draft of the first of some records."""
+    import json
+
+    def unit(kind, *records):
+        path = media.base / "units.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return draft_unit(renderer, JsonlFile(path), 0, kind)
+
+    return unit
+
+
+def learned(renderer, sample):
+    return renderer.tokenizer.decode(sample.labels[sample.labels != IGNORE])
+
+
+def test_forms_of_a_pair(unit, renderer):
+    """A prompt as text or messages, answers as text, message or messages: all the same pair."""
+    question = [{"role": "user", "content": PAIR["prompt"]}]
+    forms = [
+        PAIR,
+        {**{name: value for name, value in PAIR.items() if name != "prompt"}, "messages": question},
+        {**PAIR, "chosen": {"role": "assistant", "content": "A woman."}},
+        {**PAIR, "rejected": [{"role": "assistant", "content": "A dog, perhaps."}], "note": "mine"},
+    ]
+    for form in forms:
+        draft = unit("pair", form)
+        row = renderer.complete_row([draft])
+        assert (row.num_samples, row.num_images) == (2, 1)
+        first, second = (renderer.complete(d) for d in (draft, *draft.followers))
+        assert learned(renderer, first) == "A woman.<|im_end|>"
+        assert learned(renderer, second) == "A dog, perhaps.<|im_end|>"
+        assert draft.facts == {"margin": 0.0}
+        assert draft.room(1) == len(first.input_ids) + len(second.input_ids)
+    talk = [*question, {"role": "assistant", "content": "A woman."}, {"role": "user", "content": "Where?"}]
+    record = {"messages": talk, "chosen": "In space.", "rejected": "At home.", "images": ["large.jpg"], "margin": 2}
+    draft = unit("pair", record)
+    assert learned(renderer, renderer.complete(draft)) == "In space.<|im_end|>"  # the last answer alone
+    assert draft.facts == {"margin": 2.0}
+
+
+def test_judged_answers_are_followed_by_the_next_ones(unit, renderer):
+    other = {"prompt": "And this?", "completion": "A rocket.", "label": False}
+    draft = unit("judged", JUDGED, other)
+    assert draft.facts == {"desirable": True}
+    (follower,) = draft.followers
+    assert learned(renderer, renderer.complete(follower)) == "A rocket.<|im_end|>"
+    assert follower.shares_media
+    for useless in ({**other, "completion": "A woman."}, {"text": "no answer"}):
+        assert not unit("judged", JUDGED, useless).followers
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "message"),
+    [
+        ("pair", {"margin": "large"}, "margin must be a number, found 'large'"),
+        ("pair", {"margin": float("nan")}, "margin must be a number"),
+        ("pair", {"chosen": ""}, "chosen is empty"),
+        ("pair", {"rejected": None}, "rejected must be a string"),
+        ("pair", {"chosen": PAIR["rejected"]}, "chosen and rejected are equal"),
+        ("pair", {"messages": []}, "either prompt or messages; this one has both"),
+        ("pair", {"prompt": []}, "the prompt must be a string or a list"),
+        ("pair", {"prompt": [{"role": "assistant", "content": "!"}]}, "ends with an assistant message"),
+        ("pair", {"images": []}, "1 <image> in the text, but 0 in images"),
+        ("pair", {"chosen": "<image>", "images": ["large.jpg"] * 2}, r"1 <\|image_pad\|> for 2 files"),
+        ("judged", {"label": "yes"}, "label must be true .* found 'yes'"),
+        ("judged", {"label": None}, "label must be true"),
+        ("judged", {"completion": {}}, "completion is empty"),
+    ],
+)
+def test_what_is_refused(unit, kind, changed, message):
+    with pytest.raises(UserError, match=rf"units\.jsonl:1: .*{message}"):
+        unit(kind, {"pair": PAIR, "judged": JUDGED}[kind] | changed)
+
+
+def test_pairs_longer_than_a_row(unit):
+    """Each answer would fit by itself."""
+    with pytest.raises(UnfitSample, match=r"has \d+ tokens"):
+        unit("pair", {**PAIR, "chosen": "word " * 1800, "rejected": "words " * 1800})

@@ -1,0 +1,126 @@
+"""`megavlm dpo` and `kto` as a user runs them."""
+
+import importlib
+import json
+import math
+import shutil
+
+import pytest
+from parity import VARYING, Toys
+from test_train_verbs import megavlm, metrics_of, sft_config
+from toy import write_records
+
+from megavlm.config.errors import UserError
+from megavlm.config.settings import Settings
+
+REJECTED = ["A dog.", "Nothing at all.", "No.", "Five, I think.", "Tea.", "Green.", "A letter.", "Yes, the same."]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Toys:
+    return Toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="module")
+def pairs(toys) -> list[dict]:
+    """Each toy record's prompt with two answers."""
+    return [
+        {**record, "messages": record["messages"][:-1], "chosen": record["messages"][-1]["content"], "rejected": other}
+        for record, other in zip(toys.records, REJECTED, strict=True)
+    ]
+
+
+@pytest.fixture
+def config(toys, tmp_path):
+    """Adam on rows of 512 tokens, packed."""
+    path = sft_config(toys, tmp_path, steps=6, lr=3e-4, optimizer="adam", global_batch_size=2)
+    settings = json.loads(path.read_text())
+    settings["data"] |= {"seq_length": 512, "packing": "best_fit", "workers": 2, "shuffle": True}
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def steady(lines):
+    return [{name: value for name, value in line.items() if name not in VARYING} for line in lines]
+
+
+def test_dpo_starts_at_its_reference_and_prefers_what_is_chosen(toys, pairs, config, tmp_path):
+    """The reference file is made once: for a run that continues, in another layout too, and for another run."""
+    data = f"data.train={write_records(toys.root / 'pairs.jsonl', pairs)}"
+    megavlm("dpo", config, data, "checkpoint.every=3")
+    run = tmp_path / "run"
+    lines = metrics_of(run)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert lines[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert lines[-1]["loss"] < 0.9 * math.log(2)
+    assert lines[-1]["margin"] > 0
+    assert lines[-1]["accuracy"] > 0.8
+    assert all(line["samples"] == 2 * line["pairs"] and line["frames_encoded"] == line["frames"] for line in lines)
+
+    shutil.rmtree(run / "checkpoints" / "step_00000006")
+    made = (run / "reference.safetensors").stat().st_mtime_ns
+    megavlm("dpo", config, data, "checkpoint.every=3", "parallel.pipeline=2", "--nproc", 2)
+    assert (run / "reference.safetensors").stat().st_mtime_ns == made
+    for line, before in zip(metrics_of(run), lines, strict=True):
+        for name in ("loss", "margin", "grad_norm"):
+            assert line[name] == pytest.approx(before[name], rel=1e-4, abs=1e-6)
+
+    reused = (f"output={tmp_path / 'reused'}", f"align.reference={run / 'reference.safetensors'}")
+    megavlm("dpo", config, data, "checkpoint.every=3", *reused)
+    assert not (tmp_path / "reused" / "reference.safetensors").exists()
+    assert steady(metrics_of(tmp_path / "reused")) == steady(lines)
+
+    other = f"data.train={write_records(toys.root / 'other.jsonl', pairs[1:])}"
+    done = megavlm("dpo", config, other, f"output={tmp_path / 'other'}", reused[1], status=2)
+    assert "was made with other data" in done.stderr
+    done = megavlm("dpo", config, data, f"output={tmp_path / 'long'}", reused[1], "data.seq_length=256", status=2)
+    assert "other settings of data" in done.stderr
+
+
+def test_kto_on_two_ranks_is_kto_on_one(toys, pairs, config, tmp_path):
+    judged = [
+        {"messages": p["messages"], "completion": p[side], "label": side == "chosen",
+         **{name: p[name] for name in ("images", "videos") if name in p}}
+        for p in pairs for side in ("chosen", "rejected")
+    ]  # fmt: skip
+    data = f"data.train={write_records(toys.root / 'judged.jsonl', judged)}"
+    lines = {}
+    for name, layout in (("one", ()), ("two", ("parallel.tensor=2", "--nproc", 2))):
+        megavlm("kto", config, data, f"output={tmp_path / name}", "train.lr=1e-3", *layout)
+        lines[name] = metrics_of(tmp_path / name)
+    for one, two in zip(*lines.values(), strict=True):
+        for name in ("loss", "grad_norm", "z0", "accuracy"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5)
+        assert one["desirable"] + one["undesirable"] >= 2
+    first, last = lines["one"][0], lines["one"][-1]
+    assert first["loss"] == pytest.approx(0.5, rel=1e-4)  # 1 − σ(0)
+    assert last["loss"] < 0.49
+    assert last["rewards/desirable"] > last["rewards/undesirable"]
+
+
+def test_bad_input_is_said_plainly(toys, pairs, config):
+    """Files without a sample that can be used end the run; what else may be wrong is in tests/data/test_units.py."""
+    data = f"data.train={write_records(toys.root / 'bad.jsonl', [{**pairs[3], 'margin': 'large'}])}"
+    done = megavlm("dpo", config, data, "train.rehearsal=false", status=2)
+    assert "margin must be a number" in done.stderr
+    assert "Traceback" not in done.stderr
+    record = {"prompt": "Two and two?", "completion": "Four."}
+    data = f"data.train={write_records(toys.root / 'bad.jsonl', [record])}"
+    assert "label must be true" in megavlm("kto", config, data, status=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("verb", "changed", "message"),
+    [
+        ("dpo", {"align": {"loss": "hinge", "gamma": 1.0}}, "hinge has no option gamma"),
+        ("dpo", {"align": {"desirable_weight": 2.0}}, "is for kto"),
+        ("dpo", {"align": {"loss": "orpo", "reference": "x"}}, "has no reference: it would be ignored"),
+        ("dpo", {"data": {"too_long": "truncate"}}, "they are never cut"),
+        ("kto", {"align": {"loss": "ipo"}}, "is for dpo"),
+        ("kto", {"stage": 1}, "has no stages"),
+    ],
+)
+def test_settings_that_would_be_ignored(verb, changed, message):
+    module = importlib.import_module(f"megavlm.align.{verb}")
+    with pytest.raises(UserError, match=message):
+        module.main(Settings(model={"hf": "x"}, **changed))
