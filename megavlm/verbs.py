@@ -65,6 +65,15 @@ VERBS = {
         reads=RUN_READS,
         writes="",
     ),
+    "rm": Verb(
+        "megavlm.align.rm:main",
+        "a reward model out of pairs of answers",
+        "megavlm rm rm.yaml train.lr=1e-5 output=runs/rm --nproc 2",
+        sections=(*RUN, "align"),
+        requires=(*RUN_REQUIRES, "model.load"),
+        reads=RUN_READS,
+        writes="",
+    ),
     "dpo": Verb(
         "megavlm.align.dpo:main",
         "tuning on pairs of answers, one of which is preferred",
@@ -91,6 +100,7 @@ VERBS = {
         requires=("output", "model.load", "data.eval"),
         reads=("model.hf", "model.load", "data.eval"),
         writes="scores.jsonl",
+        flags={"reward": {"action": "store_true", "help": "the score of a reward model (megavlm rm) instead"}},
     ),
     "infer": Verb(
         "megavlm.training.infer:main",

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "platform": [],
     "model": ["config", "platform"],
     "data": ["config", "processes"],
-    "convert": ["model.shapes", "config"],
+    "convert": ["model.shapes", "model.score_head", "config"],
     "training": ["model", "data", "convert", "config", "platform", "processes"],
     "pretrain": ["training", "config"],
     "align": ["training", "model", "data", "config", "platform"],

@@ -12,6 +12,7 @@ from toy import write_records
 
 from megavlm.config.errors import UserError
 from megavlm.config.settings import Settings
+from megavlm.convert import hf_to_mcore
 
 REJECTED = ["A dog.", "Nothing at all.", "No.", "Five, I think.", "Tea.", "Green.", "A letter.", "Yes, the same."]
 
@@ -113,10 +114,10 @@ def test_bad_input_is_said_plainly(toys, pairs, config):
     ("verb", "changed", "message"),
     [
         ("dpo", {"align": {"loss": "hinge", "gamma": 1.0}}, "hinge has no option gamma"),
-        ("dpo", {"align": {"desirable_weight": 2.0}}, "is for kto"),
+        ("dpo", {"align": {"desirable_weight": 2.0}}, "is not for dpo"),
         ("dpo", {"align": {"loss": "orpo", "reference": "x"}}, "has no reference: it would be ignored"),
         ("dpo", {"data": {"too_long": "truncate"}}, "they are never cut"),
-        ("kto", {"align": {"loss": "ipo"}}, "is for dpo"),
+        ("kto", {"align": {"loss": "ipo"}}, "is not for kto"),
         ("kto", {"stage": 1}, "has no stages"),
     ],
 )
@@ -124,3 +125,35 @@ def test_settings_that_would_be_ignored(verb, changed, message):
     module = importlib.import_module(f"megavlm.align.{verb}")
     with pytest.raises(UserError, match=message):
         module.main(Settings(model={"hf": "x"}, **changed))
+
+
+def test_a_reward_model_scores_what_is_chosen_higher(toys, pairs, config, tmp_path):
+    """Trained, used from its checkpoint on two ranks, exported, converted back, used again: the same scores."""
+    data = f"data.train={write_records(toys.root / 'pairs.jsonl', pairs)}"
+    megavlm("rm", config, data, "train.lr=1e-3", "train.steps=12", "parallel.tensor=2", "--nproc", 2)
+    lines = metrics_of(tmp_path / "run")
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert lines[-1]["accuracy"] == 1.0
+    assert lines[-1]["margin"] > lines[0]["margin"]
+    answered = [
+        {"messages": [*pair["messages"], {"role": "assistant", "content": pair[side]}],
+         **{name: pair[name] for name in ("images", "videos") if name in pair}}
+        for pair in pairs for side in ("chosen", "rejected")
+    ]  # fmt: skip
+    held = f"data.eval={write_records(toys.root / 'answered.jsonl', answered)}"
+
+    def scores(load, name, *more):
+        megavlm("score", config, f"model.load={load}", held, f"output={tmp_path / name}", "--reward", *more)
+        found = [json.loads(line) for line in (tmp_path / name / "scores.jsonl").read_text().splitlines()]
+        assert [line["index"] for line in found] == list(range(16))
+        return [line["score"] for line in found]
+
+    one = scores(tmp_path / "run", "one")
+    assert all(chosen > rejected for chosen, rejected in zip(one[::2], one[1::2], strict=True))
+    two = scores(tmp_path / "run", "two", "parallel.tensor=2", "--nproc", 2)
+    assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    megavlm("export", config, f"model.load={tmp_path / 'run'}", "--out", tmp_path / "hf")
+    hf_to_mcore(tmp_path / "hf", tmp_path / "back", progress=False)
+    assert scores(tmp_path / "back", "back") == one
+    done = megavlm("score", config, held, f"output={tmp_path / 'none'}", "--reward", status=2)
+    assert "has no reward head" in done.stderr

@@ -23,14 +23,14 @@ def options_of(settings: Settings) -> dict[str, float]:
             f"align.reference is {align.reference}, but align.loss {align.loss} has no reference: it would be ignored",
             "remove align.reference",
         )
-    for name in ("desirable_weight", "undesirable_weight"):
+    for name in ("desirable_weight", "undesirable_weight", "centering"):
         if align.is_changed(name):
-            raise UserError(f"align.{name} is for kto; dpo would ignore it", "remove it")
+            raise UserError(f"align.{name} is not for dpo, which would ignore it", "remove it")
     return options
 
 
 def main(settings: Settings) -> int:
     check(settings, "dpo")
     options = options_of(settings)
-    make = lambda s, context: PairObjective(s.align.loss, options, s.train.logprob_chunk_tokens, context)
+    make = lambda s, groups: PairObjective(s.align.loss, options, s.train.logprob_chunk_tokens, groups.cp)
     return train(settings, PreferenceMethod("pair", f"preference tuning · {settings.align.loss}", make))

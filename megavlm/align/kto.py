@@ -12,13 +12,13 @@ BETA = 0.1
 def main(settings: Settings) -> int:
     check(settings, "kto")
     align = settings.align
-    for name in ("loss", "gamma", "label_smoothing", "lam"):
+    for name in ("loss", "gamma", "label_smoothing", "lam", "centering"):
         if align.is_changed(name):
-            raise UserError(f"align.{name} is for dpo; kto would ignore it", "remove it")
+            raise UserError(f"align.{name} is not for kto, which would ignore it", "remove it")
 
-    def make(s: Settings, context) -> JudgedObjective:
+    def make(s: Settings, groups) -> JudgedObjective:
         beta = BETA if align.beta is None else align.beta
         weights = (align.desirable_weight, align.undesirable_weight)
-        return JudgedObjective(beta, *weights, s.train.logprob_chunk_tokens, context)
+        return JudgedObjective(beta, *weights, s.train.logprob_chunk_tokens, groups.cp)
 
     return train(settings, PreferenceMethod("judged", "preference tuning · KTO", make))

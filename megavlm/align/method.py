@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from megavlm.align.objectives import JudgedObjective, PairObjective
 from megavlm.align.reference import Reference, reference_of
 from megavlm.config.errors import UserError
 from megavlm.config.settings import Settings
@@ -10,6 +9,7 @@ from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.sources import Source
+from megavlm.training.objective import Objective
 from megavlm.training.setup import Session
 
 
@@ -19,18 +19,17 @@ class PreferenceMethod:
     Args:
         kind: how records are rendered, "pair" or "judged".
         title: heading on the terminal.
-        make: the objective, given settings and context-parallel group.
+        make: the objective, given settings and the decoder's process groups.
+        scores: whether the model has a reward head.
     """
 
-    def __init__(self, kind: Kind, title: str, make):
-        self.kind, self.title, self._make = kind, title, make
+    def __init__(self, kind: Kind, title: str, make, *, scores: bool = False):
+        self.kind, self.title, self.scores, self._make = kind, title, scores, make
         self._reference: Reference | None = None
 
-    def objective(
-        self, session: Session, renderer: Renderer | None, sources: list[Source] | None
-    ) -> PairObjective | JudgedObjective:
+    def objective(self, session: Session, renderer: Renderer | None, sources: list[Source] | None) -> Objective:
         """Called on all ranks, before the optimizer is built; the weights may be others afterwards."""
-        objective = self._make(session.settings, session.groups.language.cp)
+        objective = self._make(session.settings, session.groups.language)
         if objective.has_reference:
             self._reference = reference_of(session, renderer, sources, self.kind)
         return objective

@@ -1,11 +1,11 @@
-"""What dpo and kto minimise: the pure losses of ``megavlm.align.losses`` over the answers of packed rows."""
+"""What dpo, kto and rm minimise: the pure losses of ``megavlm.align.losses`` over the answers of packed rows."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavlm.align.losses import PREFERENCE_LOSSES, kto_loss, preference_loss
-from megavlm.align.sequences import answer_lengths, answer_logprobs
+from megavlm.align.losses import PREFERENCE_LOSSES, kto_loss, preference_loss, reward_loss
+from megavlm.align.sequences import answer_lengths, answer_logprobs, sum_of_ranks
 from megavlm.data.row import Row
 from megavlm.model.language import LanguageModel
 from megavlm.platform import device, to_device
@@ -154,6 +154,52 @@ class JudgedObjective(_AnswerObjective):
             "undesirable": round(bad),
             "accuracy": accuracy / max(counts["weight"], 1),
             "z0": z0 / max(counts["weight"], 1),
+        }
+
+
+class RewardObjective(_AnswerObjective):
+    """Bradley–Terry on the scores of pairs, averaged over the pairs of the global batch.
+
+    Args:
+        centering: weight of the pull of scores to 0.
+        groups: the decoder's process groups. sequence_parallel: whether tensor ranks hold different tokens.
+    """
+
+    names = ("accuracy", "margin", "scores/mean", "scores/squares")
+    has_reference = False
+
+    def __init__(self, centering: float, groups, *, sequence_parallel: bool):
+        super().__init__(0, groups.cp)
+        self.centering, self.tensor = centering, groups.tp if sequence_parallel else None
+
+    def weight(self, rows: list[Row]) -> float:
+        return sum(row.num_samples // 2 for row in rows)
+
+    def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """float32 [samples], the same on all ranks."""
+        scores = chunk.scores(hidden, micro_batch.last_targets)
+        if self.tensor is not None:
+            scores = sum_of_ranks(scores, self.tensor)
+        return sum_of_ranks(scores, self.context)
+
+    def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        facts = micro_batch.host.facts[::2]
+        margin = to_device(torch.tensor([fact["margin"] for fact in facts]), device())
+        chosen, rejected = outputs.view(-1, 2).unbind(1)
+        losses, metrics = reward_loss(chosen, rejected, margin, self.centering)
+        loss, count = losses.sum(), len(losses)
+        squares = outputs.square().sum() / 2
+        return loss, self.sums(loss, [*(metrics[name] * count for name in self.names[:3]), squares])
+
+    def fields(self, sums: list[float], counts: dict[str, float]) -> dict[str, float | None]:
+        pairs = max(counts["weight"], 1)
+        accuracy, margin, mean, squares = (total / pairs for total in sums[1:])
+        return {
+            "pairs": int(counts["weight"]),
+            "accuracy": accuracy,
+            "margin": margin,
+            "scores/mean": mean,
+            "scores/std": max(squares - mean**2, 0.0) ** 0.5,
         }
 
 

@@ -19,7 +19,15 @@ def answer_logprobs(logprobs: Tensor, micro_batch: MicroBatch, context: dist.Pro
     known = torch.where(micro_batch.targets.weights > 0, logprobs, 0.0)  # the rest is filled up
     sums = logprobs.new_zeros(micro_batch.host.num_samples)
     sums = sums.index_add(0, micro_batch.target_samples.flatten(), known.flatten())
-    return _SumOfRanks.apply(sums, context) if context.size() > 1 else sums
+    return sum_of_ranks(sums, context)
+
+
+def sum_of_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks that each hold a part, on all of them.
+
+    Every rank then works out the same loss, whose gradient is each one's for its own part.
+    """
+    return _SumOfRanks.apply(value, group) if group.size() > 1 else value
 
 
 def answer_lengths(row: Row) -> Tensor:
@@ -29,8 +37,6 @@ def answer_lengths(row: Row) -> Tensor:
 
 
 class _SumOfRanks(torch.autograd.Function):
-    """Every rank works out the same loss of the sum; each hands the loss's gradient to its own part alone."""
-
     @staticmethod
     def forward(ctx, value: Tensor, group: dist.ProcessGroup) -> Tensor:
         total = value.clone()

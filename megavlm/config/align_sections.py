@@ -23,6 +23,7 @@ class AlignSettings(Section):
     lam: Float | None = Field(None, ge=0, description="of orpo: weight of the odds ratio; null: 0.1")
     desirable_weight: Float = Field(1.0, ge=0, description="of kto: weight of answers with label true")
     undesirable_weight: Float = Field(1.0, ge=0, description="of kto: weight of answers with label false")
+    centering: Float = Field(0.01, ge=0, description="of rm: how strongly scores are pulled to 0")
     reference: FilePath | None = Field(
         None,
         description="file of the reference's log-probabilities; null: reference.safetensors in the output folder, made "

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megavlm.config.errors import UserError
@@ -11,10 +12,15 @@ from megavlm.convert.mcore_checkpoint import McoreCheckpoint, Source, write_chec
 from megavlm.convert.names import Entry, table
 from megavlm.convert.output import new_folder, progress_bar
 from megavlm.convert.threads import in_threads
+from megavlm.model import score_head
 from megavlm.model.shapes import Shapes
 
 HF_LAYOUT = "hf_layout.json"
 """File in a checkpoint that remembers names, files and dtypes of the HF folder it descends from."""
+
+
+REWARD_HEAD = "reward_head.safetensors"
+"""File in a Hugging Face folder with the head of a reward model: "weight", [1, hidden]."""
 
 
 def hf_to_mcore(hf: str | Path, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> None:
@@ -37,6 +43,8 @@ def hf_to_mcore(hf: str | Path, out: str | Path, *, overwrite: bool = False, pro
     entries = table(shapes)
     check_names(entries, weights.layout, hf)
     sources = [_source(entry, weights, hf) for entry in entries]
+    if (hf / REWARD_HEAD).is_file():
+        sources.append(_reward_head(hf / REWARD_HEAD, shapes.text.hidden))
     total = sum(info.nbytes for info in weights.layout.tensors.values())
     with new_folder(out, overwrite=overwrite, mark="metadata.json") as partial:
         (partial / HF_LAYOUT).write_text(weights.layout.to_json(), encoding="utf-8")
@@ -100,6 +108,8 @@ def mcore_to_hf(
 
             in_threads(convert, [(entry, *piece) for entry in entries for piece in rows(entry)])
             writer.close()
+        if score_head.KEY in checkpoint.tensors:
+            save_file({"weight": checkpoint.read(score_head.KEY)}, partial / REWARD_HEAD)
 
 
 def hf_layout(hf: str | Path, mcore: str | Path | None = None) -> HfLayout | None:
@@ -172,6 +182,14 @@ def _source(entry: Entry, weights: HfWeights, folder: Path) -> Source:
         return entry.layout.to_mcore(parts, (last - first, *entry.shape[1:]))
 
     return Source(entry.key, entry.shape, infos[0].torch_dtype, load, entry.pieces)
+
+
+def _reward_head(file: Path, hidden: int) -> Source:
+    weight = load_file(file).get("weight")
+    if weight is None or weight.shape != (1, hidden):
+        found = "no weight" if weight is None else f"one of shape {list(weight.shape)}"
+        raise UserError(f"{file} has {found}; the head of this model is [1, {hidden}]")
+    return Source(score_head.KEY, (1, hidden), weight.dtype, lambda first, last: weight[first:last], 1)
 
 
 def _piece_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:

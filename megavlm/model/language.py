@@ -17,6 +17,7 @@ from torch import Tensor
 from megavlm.model.layers import DeepstackLayer, layer_submodules
 from megavlm.model.packed import PackedRow
 from megavlm.model.rope import InterleavedMRoPE
+from megavlm.model.score_head import ScoreHead
 from megavlm.model.shapes import Shapes
 from megavlm.model.token_logprobs import Targets, token_logprobs, vocabulary_logits
 
@@ -31,12 +32,24 @@ class LanguageModel(LanguageModule):
         groups: Megatron ProcessGroupCollection of the decoder.
         pre_process, post_process: this chunk has the embedding; has the final norm and the output weight.
         vp_stage: index of the chunk on its rank under virtual pipelining, else None.
+        score_head: the last chunk has the head of a reward model, too.
     """
 
     embedded_tokens = 32768
     """Tokens whose embeddings exist whole on a rank at one time, before sequence parallelism shares them out."""
 
-    def __init__(self, shapes: Shapes, config, kernels, groups, *, pre_process=True, post_process=True, vp_stage=None):
+    def __init__(
+        self,
+        shapes: Shapes,
+        config,
+        kernels,
+        groups,
+        *,
+        pre_process=True,
+        post_process=True,
+        vp_stage=None,
+        score_head=False,
+    ):
         super().__init__(config=config, pg_collection=groups)
         text = shapes.text
         self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
@@ -69,6 +82,8 @@ class LanguageModel(LanguageModule):
                 skip_weight_param_allocation=pre_process and shapes.tied,
                 tp_group=groups.tp,
             )
+        if post_process and score_head:
+            self.score_head = ScoreHead(text.hidden, config.params_dtype, sequence_parallel=config.sequence_parallel)
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
@@ -133,6 +148,15 @@ class LanguageModel(LanguageModule):
             hidden.squeeze(1), self.output_weight, targets, self.tp_group,
             sequence_parallel=self.config.sequence_parallel, chunk_tokens=chunk_tokens, entropy=entropy,
         )  # fmt: skip
+
+    def scores(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """Scores of tokens that may lie on other ranks: float32 [n], 0 for those.
+
+        Args:
+            hidden: [t, 1, hidden], this rank's slice of the row.
+            places: int64 [n], where in the slice each token stands, -1 where it is another rank's.
+        """
+        return self.score_head(hidden.squeeze(1)[places.clamp(min=0)]) * (places >= 0)
 
     def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """float32 [n, vocabulary] at positions [n] of the whole row, on every tensor rank; for generation only."""

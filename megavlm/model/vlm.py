@@ -29,12 +29,15 @@ class VLM:
         settings: the run's settings (sections model, parallel, vision, train are read).
         groups: from ``megavlm.platform.init``.
         share_frames: whether ``vision.deal`` may be obeyed: data ranks that share frames must take the same steps.
+        score_head: with the head of a reward model, which learns even where the decoder is frozen.
     Attributes:
         vision, projector: replicated modules. language: one LanguageModel per virtual pipeline chunk.
         tower: runs vision and projector over dealt frames.
     """
 
-    def __init__(self, shapes: Shapes, settings, groups: Groups, *, share_frames: bool = True):
+    def __init__(
+        self, shapes: Shapes, settings, groups: Groups, *, share_frames: bool = True, score_head: bool = False
+    ):
         parallel = settings.parallel
         self.shapes, self.groups, self.parallel = shapes, groups, parallel
         self.kernels = resolve(settings.model.kernels)
@@ -60,12 +63,16 @@ class VLM:
                 pre_process=pipeline.rank() == 0 and not vp_stage,
                 post_process=pipeline.rank() == pipeline.size() - 1 and (vp_stage or 0) == last_chunk,
                 vp_stage=vp_stage,
+                score_head=score_head,
             ).to(device())
             for vp_stage in chunks
         ]
         for part in settings.model.freeze:
             for module in self.modules_of(part):
                 module.requires_grad_(False)
+        for chunk in self.language:
+            if hasattr(chunk, "score_head"):
+                chunk.score_head.requires_grad_(True)
         self.dealt_over_world = share_frames and settings.vision.deal == "world"
         self.tower = TowerPhase(
             self.vision,
@@ -157,5 +164,6 @@ class VLM:
         for prefix, module in modules.items():
             part = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
             result = module.load_state_dict(part, strict=False)
-            missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+            may_lack = ("_extra_state", "score_head.weight")  # a reward model starts from one that is none
+            missing = [name for name in result.missing_keys if not name.endswith(may_lack)]
             assert not [*missing, *result.unexpected_keys], f"{prefix}: {missing[:3]} {result.unexpected_keys[:3]}"

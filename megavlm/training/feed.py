@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megavlm.data.row import Row
+from megavlm.data.row import IGNORE, Row
 from megavlm.model.deal import Exchange, VisualRow, VisualTokens, deal_frames, plan_exchange
 from megavlm.model.packed import PackedRow
 from megavlm.model.row_cut import RowCut
@@ -35,6 +35,9 @@ class MicroBatch:
     targets: Targets
     target_samples: torch.Tensor  # int64 [slices, m] as ``targets``: the sample of the row that each belongs to
     sample_sources: torch.Tensor  # int64 [samples of the row]: numbers of their sources
+    last_targets: (
+        torch.Tensor
+    )  # int64 [samples]: where in this rank's hidden states each one's last target token is; or -1
     padding_mask: torch.Tensor | None
     features: torch.Tensor | None = None  # [planes, n, hidden], filled by the tower phase
 
@@ -194,6 +197,7 @@ class Feed:
             targets=targets,
             target_samples=to_device(_samples_at(host, targets.row_index), where),
             sample_sources=to_device(torch.tensor(host.source_ids), where),
+            last_targets=to_device(_last_targets(host, cut, groups.cp.rank(), slices, index), where),
             padding_mask=padding,
         )
 
@@ -202,6 +206,14 @@ def _samples_at(host: Row, positions: torch.Tensor) -> torch.Tensor:
     """The sample at each position of the row; 0 for -1, which is none and has no weight."""
     samples = torch.searchsorted(host.cu_seqlens.long(), positions, right=True) - 1
     return samples.clamp(0, host.num_samples - 1)
+
+
+def _last_targets(host: Row, cut: RowCut, context_index: int, slices: int, slice_index: int) -> torch.Tensor:
+    """Where each sample's last target token stands in one slice of one context rank's part, -1 where it does not."""
+    labelled = np.where(host.labels.numpy() != IGNORE, np.arange(len(host.labels)), -1)
+    at = np.maximum.reduceat(labelled, host.cu_seqlens[: host.num_samples].numpy()) + 1  # predicted one before it
+    part, place = np.divmod(cut.local[at], cut.order.shape[1] // slices)
+    return torch.from_numpy(np.where((cut.owner[at] == context_index) & (part == slice_index), place, -1))
 
 
 def _visual_row(host: Row, merge: int) -> VisualRow:

@@ -98,3 +98,14 @@ def logprobs_of(vlm: VLM, micro_batch: MicroBatch, chunk_tokens: int) -> Tensor:
         row = row.to(device())
         dist.all_reduce(row, group=vlm.groups.language.cp)
     return row.cpu()
+
+
+@torch.no_grad()
+def scores_of(vlm: VLM, micro_batch: MicroBatch) -> Tensor:
+    """float32 [samples] on the host: what the reward head gives to each one's last target. For one pipeline stage."""
+    hidden = forward_chunk(vlm, vlm.language[0], micro_batch)
+    scores = vlm.language[0].scores(hidden, micro_batch.last_targets)
+    groups = vlm.groups.language
+    for group in (groups.cp, *([groups.tp] if vlm.parallel.sequence_parallel else [])):
+        dist.all_reduce(scores, group=group)
+    return scores.cpu()

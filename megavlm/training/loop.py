@@ -43,11 +43,12 @@ class Method(Protocol):
     """What training learns from its samples.
 
     Attributes:
-        kind: how records are rendered. title: heading on the terminal.
+        kind: how records are rendered. title: heading on the terminal. scores: whether the model has a reward head.
     """
 
     kind: Kind
     title: str
+    scores: bool
 
     def objective(self, session: Session, renderer: Renderer | None, sources: list[Source] | None) -> Objective:
         """What is minimised. Called on all ranks, before the optimizer is built and a checkpoint restored.
@@ -64,7 +65,7 @@ class Likelihood:
     """Targets are to become likelier: pretraining ("pretrain") and supervised tuning ("tune")."""
 
     def __init__(self, kind: Kind, title: str):
-        self.kind, self.title = kind, title
+        self.kind, self.title, self.scores = kind, title, False
 
     def objective(self, session: Session, renderer: Renderer | None, sources: list[Source] | None) -> Objective:
         settings = session.settings
@@ -88,7 +89,7 @@ def train(settings: Settings, method: Method) -> int:
 
 
 def _train(settings: Settings, method: Method, watch: HangWatch) -> int:
-    session = start(settings, training=True, load=False)
+    session = start(settings, training=True, load=False, score_head=method.scores)
     watch.beat("building the model")
     groups, output = session.groups, settings.output
     resuming = _from_first_rank(session, lambda: prepare_output(settings))

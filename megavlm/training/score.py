@@ -1,4 +1,4 @@
-"""`megavlm score`: log-probabilities of every target token of a data file."""
+"""`megavlm score`: log-probabilities of every target token of a data file, or a reward model's scores."""
 
 import json
 from collections.abc import Iterator
@@ -6,19 +6,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megavlm.config.errors import UserError
 from megavlm.config.files import write_text
 from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE, Row, Sample, aligned
 from megavlm.data.sources import read_samples
 from megavlm.training.eval_rows import EvalRows, note_settings
-from megavlm.training.forward import encode_window, logprobs_of
-from megavlm.training.setup import start
+from megavlm.training.forward import encode_window, logprobs_of, scores_of
+from megavlm.training.setup import find_checkpoint, start
+from megavlm.training.state import has_score_head
 
 
-def main(settings: Settings) -> int:
-    """Reads ``data.eval``, writes ``scores.jsonl`` in its order: index, logprobs, sum, tokens."""
-    session = start(settings, training=False)
+def main(settings: Settings, reward: bool = False) -> int:
+    """Reads ``data.eval``, writes ``scores.jsonl`` in its order: index, logprobs, sum, tokens; or index, score.
+
+    Args:
+        reward: the score that a reward model gives to the last target token of each sample.
+    """
+    if reward and not has_score_head(find_checkpoint(settings.model.load)):
+        raise UserError(
+            f"model.load is {settings.model.load}, which has no reward head",
+            "name a checkpoint of megavlm rm, or leave --reward out",
+        )
+    session = start(settings, training=False, score_head=reward)
     samples = None
     if session.groups.is_leader:
         renderer = Renderer(settings.model.hf, settings.data, settings.row_align)
@@ -31,16 +42,25 @@ def main(settings: Settings) -> int:
         with torch.no_grad():
             encode_window(session.vlm, window)
         micro_batch = window.micro_batches[0]
-        logprobs = logprobs_of(session.vlm, micro_batch, settings.train.logprob_chunk_tokens)
+        if reward:
+            values = scores_of(session.vlm, micro_batch).tolist()
+            found = [{"index": i, "score": v} for i, v in zip(micro_batch.host.indices, values, strict=True)]
+        else:
+            logprobs = logprobs_of(session.vlm, micro_batch, settings.train.logprob_chunk_tokens)
+            found = sample_scores(micro_batch.host, logprobs)
         if real and session.groups.is_leader:
-            scores += sample_scores(micro_batch.host, logprobs)
+            scores += found
     scores = rows.gather(scores)
     if session.is_first:
         note_settings(settings)
         path = settings.output / "scores.jsonl"
         write_text(path, "".join(json.dumps(score) + "\n" for score in sorted(scores, key=lambda s: s["index"])))
-        mean = sum(score["sum"] for score in scores) / max(1, sum(score["tokens"] for score in scores))
-        print(f"{len(scores)} samples · mean log-probability {mean:.4f} · {path}")
+        if reward:
+            told = f"mean score {sum(score['score'] for score in scores) / max(1, len(scores)):.4f}"
+        else:
+            mean = sum(score["sum"] for score in scores) / max(1, sum(score["tokens"] for score in scores))
+            told = f"mean log-probability {mean:.4f}"
+        print(f"{len(scores)} samples · {told} · {path}")
     return 0
 
 

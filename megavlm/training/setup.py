@@ -61,12 +61,13 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, trainin
     return data_size
 
 
-def start(settings: Settings, *, training: bool, load: bool = True) -> Session:
+def start(settings: Settings, *, training: bool, load: bool = True, score_head: bool = False) -> Session:
     """Builds the model on this rank and loads ``model.load`` into it, if it is set.
 
     Args:
         training: whether weights will change; otherwise the model is in eval mode.
         load: False for a run that may have a checkpoint of its own.
+        score_head: with the head of a reward model.
     """
     share_frames = training and settings.vision.deal == "world"
     groups = init(
@@ -82,7 +83,7 @@ def start(settings: Settings, *, training: bool, load: bool = True) -> Session:
             f"parallel.pipeline is {settings.parallel.pipeline}, but scoring and answering run in one stage",
             "set parallel.pipeline=1 on the command line; any checkpoint loads in any layout",
         )
-    vlm = VLM(shapes, settings, groups, share_frames=share_frames).train(training)
+    vlm = VLM(shapes, settings, groups, share_frames=share_frames, score_head=score_head).train(training)
     if load and settings.model.load is not None:
         load_weights(find_checkpoint(settings.model.load), vlm)
     return Session(settings, shapes, groups, vlm)

@@ -8,6 +8,8 @@ import torch
 from parity import Toys, part_of, settings_of, targets_of, weights_of
 from toy import reference_inputs, reference_model
 
+from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+
 # (processes, toy model, parallel settings)
 LAYOUTS = {
     "one process": (1, "dense", {}),
@@ -36,8 +38,10 @@ LOSSES = {
     "simpo": {},
     "orpo": {"lam": 0.5},
     "kto": {},
+    "rm": {},
 }
 LR = {"kto": 2.0}  # KTO's gradients are small: the update should stand above the rounding of the weights
+CENTERING = 0.05
 KTO = (0.2, 1.0, 1.3)  # beta, weights of good and bad answers
 
 
@@ -78,6 +82,7 @@ class Expected:
     norms: dict[str, float]
     weights: dict[str, torch.Tensor]
     refs: list[tuple[float, float]]
+    head: torch.Tensor | None = None
 
 
 def plain_loss(name: str, c, j, ref, lengths, options: dict):
@@ -100,6 +105,11 @@ def plain_loss(name: str, c, j, ref, lengths, options: dict):
         return softplus(-(beta * (c_mean - j_mean) - 0.55 * beta))
     odds = (c_mean - j_mean) - (torch.log1p(-c_mean.exp()) - torch.log1p(-j_mean.exp()))
     return -c_mean + options["lam"] * softplus(-odds)
+
+
+def first_head(hidden: int) -> torch.Tensor:
+    """[1, hidden], of a reward head before the step."""
+    return torch.randn(1, hidden, generator=torch.Generator().manual_seed(5)) / 10
 
 
 def expected(toys: Toys, kind: str, name: str) -> Expected:
@@ -125,7 +135,16 @@ def expected(toys: Toys, kind: str, name: str) -> Expected:
         records = judged
     else:
         answers, records = [(pair["chosen"], pair["rejected"]) for pair in pairs], pairs
-    found = [[logprob(record, answer) for answer in both] for record, both in zip(records, answers, strict=True)]
+    head = first_head(model.config.text_config.hidden_size).requires_grad_(True)
+
+    def score(record: dict, answer: str):
+        """At the end token of the answer, the last that is learned."""
+        inputs = reference_inputs(processor, answered(record, answer), toys.root)
+        last = targets_of(processor, answered(record, answer), toys.root)[-1]
+        return (model.model(**inputs).last_hidden_state[0, last] * head[0]).sum(), 1
+
+    of_answer = score if name == "rm" else logprob
+    found = [[of_answer(record, answer) for answer in both] for record, both in zip(records, answers, strict=True)]
     # a reference that differs from the policy, in another way for each answer
     refs = [
         (own.item() + 0.7 * math.sin(n), other.item() - 0.9 * math.cos(n))
@@ -140,6 +159,11 @@ def expected(toys: Toys, kind: str, name: str) -> Expected:
         for record, ((own, _), _), ref in zip(judged, found, refs, strict=True):
             surplus = own - ref[0] - z0 if record["label"] else z0 - (own - ref[0])
             losses.append((good if record["label"] else bad) * (1 - torch.sigmoid(beta * surplus)))
+    elif name == "rm":
+        losses = [
+            CENTERING * (own + other) ** 2 - torch.log(torch.sigmoid(own - other - pair["margin"]))
+            for pair, ((own, _), (other, _)) in zip(pairs, found, strict=True)
+        ]
     else:
         losses = [
             plain_loss(name, own, other, ref, lengths, LOSSES[name])
@@ -154,8 +178,11 @@ def expected(toys: Toys, kind: str, name: str) -> Expected:
             if parameter.grad is not None:
                 squares[part_of(parameter_name)] += parameter.grad.double().square().sum().item()
                 parameter -= LR.get(name, 0.2) * parameter.grad
+        if head.grad is not None:
+            squares["language"] += head.grad.double().square().sum().item()
+            head -= LR.get(name, 0.2) * head.grad
     weights = {key: value.clone() for key, value in model.state_dict().items()}
-    return Expected(loss.item(), {part: square**0.5 for part, square in squares.items()}, weights, refs)
+    return Expected(loss.item(), {part: square**0.5 for part, square in squares.items()}, weights, refs, head)
 
 
 def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out):
@@ -165,7 +192,7 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out)
     from megatron.core import dist_checkpointing
 
     from megavlm import platform
-    from megavlm.align.objectives import JudgedObjective, PairObjective
+    from megavlm.align.objectives import JudgedObjective, PairObjective, RewardObjective
     from megavlm.config.settings import Settings
     from megavlm.convert import SHARDED_METADATA
     from megavlm.data.jsonl import JsonlFile
@@ -180,8 +207,11 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out)
 
     settings = Settings(**settings)
     groups = platform.init(settings.parallel)
-    vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
+    vlm = VLM(Shapes.from_hf(folder), settings, groups, score_head=name == "rm").train()
     load_weights(checkpoint, vlm)
+    for chunk in vlm.language:
+        if hasattr(chunk, "score_head"):
+            chunk.score_head.weight.data.copy_(first_head(chunk.score_head.weight.shape[1]))
     renderer, file = Renderer(folder, settings.data, settings.row_align), JsonlFile(records)
     kind = "judged" if name == "kto" else "pair"
     rows = []
@@ -195,6 +225,9 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out)
     feed = Feed(vlm, iter(mine) if groups.is_leader else None)
     if name == "kto":
         objective = JudgedObjective(*KTO, 64, groups.language.cp)
+    elif name == "rm":
+        sequence_parallel = settings.parallel.sequence_parallel
+        objective = RewardObjective(CENTERING, groups.language, sequence_parallel=sequence_parallel)
     else:
         objective = PairObjective(name, LOSSES[name], 64, groups.language.cp)
     result = Step(vlm, Optimization(vlm, settings.train), feed, each, objective, settings.vision.window)()
@@ -257,6 +290,9 @@ def test_a_step_is_that_of_plain_pytorch(layout, name, toys, files, expectations
     for weight, value in after.items():
         update = reference.weights[weight] - start[weight]
         assert (value - reference.weights[weight]).norm() <= 1e-4 * update.norm() + 1e-9, weight
+    if name == "rm":
+        head, before = McoreCheckpoint(out).read("language.score_head.weight"), first_head(reference.head.shape[1])
+        assert (head - reference.head).norm() <= 1e-4 * (reference.head - before).norm()
     assert counts["frames_encoded"] == counts["frames"] == 11  # of the prompts: once for both answers
     assert counts["samples"] == 16
     assert fields["accuracy"] >= 0

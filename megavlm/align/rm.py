@@ -1,0 +1,19 @@
+"""`megavlm rm`: a reward model out of pairs of answers (Bradley–Terry)."""
+
+from megavlm.align.method import PreferenceMethod, check
+from megavlm.align.objectives import RewardObjective
+from megavlm.config.errors import UserError
+from megavlm.config.settings import Settings
+from megavlm.training.loop import train
+
+
+def main(settings: Settings) -> int:
+    check(settings, "rm")
+    for name in type(settings.align).model_fields:
+        if name != "centering" and settings.align.is_changed(name):
+            raise UserError(f"align.{name} is not for rm, which would ignore it", "remove it")
+
+    def make(s: Settings, groups) -> RewardObjective:
+        return RewardObjective(s.align.centering, groups, sequence_parallel=s.parallel.sequence_parallel)
+
+    return train(settings, PreferenceMethod("pair", "reward model", make, scores=True))
