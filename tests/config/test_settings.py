@@ -61,9 +61,9 @@ def test_context_parallelism_needs_two_pieces_for_each_rank(refused):
 
 def test_samples_are_aligned_to_what_context_parallelism_needs():
     settings = lambda **data: Settings(model={"hf": "x"}, parallel={"context": 4}, data=data)
-    assert Settings(model={"hf": "x"}).align == 1
-    assert settings().align == 8
-    assert settings(align=16).align == 16
+    assert Settings(model={"hf": "x"}).row_align == 1
+    assert settings().row_align == 8
+    assert settings(align=16).row_align == 16
 
 
 def test_sequence_parallelism_is_off_without_tensor_parallelism():

@@ -15,7 +15,7 @@ from megavlm.data.sources import open_sources
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]
 STAGES = [f"pretrain/stage{stage}.yaml" for stage in range(4)]
-RECIPES = [*STAGES, "tune/sft.yaml"]
+RECIPES = [*STAGES, *(f"tune/{method}.yaml" for method in ("sft", "rm", "dpo", "kto"))]
 
 
 @pytest.fixture(autouse=True)

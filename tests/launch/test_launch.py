@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STAGES = {f"stage{n}": ["pretrain", f"configs/pretrain/stage{n}.yaml"] for n in range(4)}
-JOBS = {**STAGES, "sft": ["sft", "configs/tune/sft.yaml"]}
+JOBS = {**STAGES, **{verb: [verb, f"configs/tune/{verb}.yaml"] for verb in ("sft", "rm", "dpo", "kto")}}
 
 
 def environment(**variables: str) -> dict[str, str]:
