@@ -95,6 +95,8 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
         if isinstance(item, type) and issubclass(item, BaseModel):
             return f"list of {{{', '.join(keys_of(item))}}}"
         return f"list of {_allowed(item, [])}"
+    if origin is dict:
+        return f"{{{_allowed(arguments[0], [])}: {_allowed(arguments[1], [])}}}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"section with {', '.join(keys_of(annotation))}"
     if annotation in (int, float):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 from megavlm.config.errors import UserError
 
@@ -11,6 +11,7 @@ from megavlm.config.errors import UserError
 # still a good float.)
 Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
+Positive = Annotated[float, Strict(), Field(gt=0)]
 Bool = Annotated[bool, Strict()]
 Str = Annotated[str, Strict()]
 

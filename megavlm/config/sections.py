@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.config.errors import UserError
-from megavlm.config.section import Bool, FilePath, Float, Int, Part, Section, Str
+from megavlm.config.section import Bool, FilePath, Float, Int, Part, Positive, Section, Str
 
 
 class ModelSettings(Section):
@@ -105,6 +105,9 @@ class TrainSettings(Section):
     steps: Int | None = Field(None, ge=1, description="optimizer steps of the whole run")
     global_batch_size: Int | None = Field(None, ge=1, description="rows per step over all processes")
     lr: Float | None = Field(None, gt=0, description="highest learning rate")
+    lr_scale: dict[Part, Positive] = Field(
+        {}, description="of a part, how its learning rate differs from lr: {vision: 0.1}; others have 1"
+    )
     min_lr: Float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
     warmup_steps: Int = Field(0, ge=0, description="steps over which the learning rate rises from 0 to lr")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="way from lr down to min_lr")

@@ -60,6 +60,9 @@ class Optimization:
                 self._config, self.ddp[part], use_gloo_process_groups=False, pg_collection=groups
             )
             self._parts[part] = built.chained_optimizers if isinstance(built, ChainedOptimizer) else [built]
+            for group in (g for opt in self._parts[part] for g in opt.param_groups):
+                scale = train.lr_scale.get(part, 1.0)
+                group["max_lr"], group["min_lr"] = train.lr * scale, train.min_lr * scale  # read by the scheduler
         self.optimizer = ChainedOptimizer([opt for opts in self._parts.values() for opt in opts])
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -77,8 +80,13 @@ class Optimization:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the step to come."""
-        return self.optimizer.param_groups[0]["lr"]
+        """Learning rate of the step to come, of a part that has no scale of its own."""
+        return self.scheduler.get_lr({})
+
+    @property
+    def part_lrs(self) -> dict[str, float]:
+        """Learning rate of the step to come of each part that learns."""
+        return {part: opts[0].param_groups[0]["lr"] for part, opts in self._parts.items()}
 
     def zero_grad(self) -> None:
         for ddp in (d for ddps in self.ddp.values() for d in ddps):

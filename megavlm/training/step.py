@@ -75,11 +75,13 @@ class Step:
         prepare_schedule(vlm.decoder_config)
 
     def __call__(self) -> StepResult:
-        lr = self.optimization.lr
+        lr, part_lrs = self.optimization.lr, self.optimization.part_lrs
         totals, counts = self.gradients(self.feed, self.num_micro_batches)
         reading = self.optimization.step(totals, counts["weight"])
         trouble = describe(reading.bad, self._row_losses, self.groups) if reading.bad else None
         fields = self.objective.fields(reading.sums, counts)
+        if self.optimization.train.lr_scale:
+            fields |= {f"lr/{part}": value for part, value in part_lrs.items()}
         return StepResult(reading.loss, lr, reading.norms, counts, fields, self._faults, trouble)
 
     def gradients(self, feed: Feed, num_rows: int) -> tuple[Tensor, dict[str, float]]:

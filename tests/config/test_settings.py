@@ -28,6 +28,11 @@ HF = "model: {hf: folder}\n"
         (["data.seq_length=30", "parallel.tensor=4"], "data.seq_length is 30, which is not divisible by"),
         (["parallel.first_stage_layers=3"], "parallel.first_stage_layers is 3, but parallel.pipeline is 1"),
         (["data.align=6", "parallel.context=2"], "data.align is 6, but context parallelism cuts each sample"),
+        (
+            ["train.lr_scale={vision: 0.1}", "model.freeze=[vision]"],
+            "but model.freeze has vision: it would be ignored",
+        ),
+        (["train.lr_scale={vision: 0.0}"], "train.lr_scale.vision is 0"),
         (["data.align=3"], "data.seq_length is 8192, which is not divisible by data.align = 3"),
     ],
 )

@@ -43,6 +43,7 @@ def train_reference(
     aux: float = 0.0,
     lr: float = LR,
     steps: int = STEPS,
+    lr_scale: dict[str, float] | None = None,
 ) -> Trained:
     """SGD without momentum on the mean over all targets of the batch, sample by sample: nothing is packed here.
 
@@ -76,7 +77,7 @@ def train_reference(
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     squares[part_of(name)] += parameter.grad.double().square().sum().item()
-                    parameter -= lr * parameter.grad
+                    parameter -= lr * (lr_scale or {}).get(part_of(name), 1.0) * parameter.grad
         done.append((total, {part: square**0.5 for part, square in squares.items()}))
     return Trained(done, {name: value.clone() for name, value in model.state_dict().items()})
 

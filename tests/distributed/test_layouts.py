@@ -130,6 +130,15 @@ def test_frozen_parts(freeze, parallel, toys, tmp_path, world2):
     check(compare(toys, world2, "dense", settings, reference, tmp_path / "out", freeze))
 
 
+@pytest.mark.parametrize("layout", [(1, {}), (2, {"pipeline": 2})], ids=["one process", "PP2"])
+def test_parts_with_learning_rates_of_their_own(layout, toys, tmp_path, request):
+    size, parallel = layout
+    scale = {"vision": 0.5, "projector": 2.0}
+    settings = settings_of(toys.folder("dense"), parallel, lr_scale=scale)
+    reference = train_reference(toys.folder("dense"), toys.records, toys.root, rows=ROWS, lr_scale=scale)
+    check(compare(toys, request.getfixturevalue(f"world{size}"), "dense", settings, reference, tmp_path / "out"))
+
+
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
