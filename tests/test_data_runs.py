@@ -42,8 +42,9 @@ def test_shards_give_the_same_rows_and_the_same_loss_as_jsonl(toys, tmp_path):
     for name, path in (("jsonl", data), ("shards", tmp_path / "shards")):
         config = sft_config(toys, tmp_path, steps=4, lr=0.01)
         source = f"data.train=[{{path: {path}, name: toys}}]"
-        megavlm("sft", config, *shared, source, f"output={tmp_path / name}", "train.global_batch_size=4")
-        lines[name] = [without_times(line) for line in metrics_of(tmp_path / name)]
+        output = tmp_path / f"run-{name}"
+        megavlm("sft", config, *shared, source, f"output={output}", "train.global_batch_size=4")
+        lines[name] = [without_times(line) for line in metrics_of(output)]
     assert lines["jsonl"] == lines["shards"]
     assert sum(line["samples"] for line in lines["jsonl"]) > 24
 

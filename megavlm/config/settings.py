@@ -63,11 +63,11 @@ class Settings(Section):
                 f"train.precision is fp8, but model.kernels is {self.model.kernels}: only Transformer Engine has fp8",
                 "set model.kernels to te, or train.precision to bf16",
             )
-        frozen = [part for part in self.train.lr_scale if part in self.model.freeze]
+        frozen = ", ".join(part for part in self.train.lr_scale if part in self.model.freeze)
         if frozen:
             raise UserError(
-                f"train.lr_scale is {self.train.lr_scale}, but model.freeze has {', '.join(frozen)}: it would be ignored",
-                f"remove {', '.join(frozen)} from one of them",
+                f"train.lr_scale is {self.train.lr_scale}, but model.freeze has {frozen}: it would be ignored",
+                f"remove {frozen} from one of them",
             )
         check_seq_length(self.data.seq_length, self.parallel)
         self._check_align()

@@ -41,7 +41,7 @@ class DataErrors:
         say: Callable[[str], None],
     ):
         self.path, self._names, self._max_fraction, self._say = output / FILE_NAME, names, max_fraction, say
-        self._groups, self._listed, self._last = groups, {}, {}
+        self._groups, self._listed, self._first = groups, {}, {}
         self._drawn, self._broken, self._told = Counter(), Counter(), Counter()  # of each source
         if dist.get_rank() == 0:
             drop_after(self.path, resume_step)
@@ -62,7 +62,9 @@ class DataErrors:
         """
         if counts["faults"]:
             faults = self._gathered(faults)
-            self._last |= {self._names[fault.source_id]: fault for fault in faults if fault.kind == BROKEN}
+            for fault in faults:
+                if fault.kind == BROKEN:
+                    self._first.setdefault(self._names[fault.source_id], fault)
             if dist.get_rank() == 0:
                 self._write(step, faults)
         for name in self._names:
@@ -77,10 +79,10 @@ class DataErrors:
             broken = self._broken[name]
             enough = drawn >= _CHECKED_FROM or self._max_fraction == 0
             if enough and broken > self._max_fraction * drawn:
-                last = self._last[name]
+                first = self._first[name]
                 return UserError(
                     f"data source {name}: {broken} of {drawn} samples are broken, more than data.max_bad_fraction = "
-                    f"{self._max_fraction:g}; each is named in {self.path}, the last is {last.sample}: {last.cause}",
+                    f"{self._max_fraction:g}; each is named in {self.path}, the first is {first.sample}: {first.cause}",
                     "mend or remove them, or raise data.max_bad_fraction; the same command continues",
                 )
         return None
