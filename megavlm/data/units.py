@@ -2,12 +2,23 @@
 
 from typing import TYPE_CHECKING
 
+from megavlm.config.errors import UserError
 from megavlm.data.preference import split_judgement, split_pair
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Draft, Renderer
 
 if TYPE_CHECKING:
     from megavlm.data.sources import SampleFile
+
+
+def likely_kind(file: "SampleFile", otherwise: Kind) -> Kind:
+    """What the first sample of a file looks like: a pair, a judged answer, or what it is ``otherwise``."""
+    try:
+        record = file.read(0)[0]
+    except UserError:
+        return otherwise
+    fields = record if isinstance(record, dict) else {}
+    return "pair" if "chosen" in fields else "judged" if "completion" in fields else otherwise
 
 
 def draft_unit(renderer: Renderer, file: "SampleFile", index: int, kind: Kind) -> Draft:

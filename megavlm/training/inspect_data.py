@@ -23,6 +23,7 @@ from megavlm.data.records import Kind
 from megavlm.data.renderer import Draft, Renderer
 from megavlm.data.rows import RowDataset
 from megavlm.data.sources import Source, open_sources
+from megavlm.data.units import likely_kind
 from megavlm.training.inspect_cards import Card, make_card, shots_of
 from megavlm.training.inspect_page import write_page
 from megavlm.training.inspect_stats import (
@@ -57,8 +58,8 @@ def main(settings: Settings, out: Path | None = None, samples: int = 200) -> int
         raise UserError(f"{samples} samples to look at", "give 1 or more")
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already", "move it away, or name another folder with --out")
-    kind: Kind = "tune" if settings.stage is None else "pretrain"
     sources = open_sources(settings.data)
+    kind: Kind = likely_kind(sources[0].file, "tune" if settings.stage is None else "pretrain")
     renderer = Renderer(settings.model.hf, settings.data, settings.row_align)
     console = Console(highlight=False)
 

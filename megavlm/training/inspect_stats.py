@@ -11,7 +11,6 @@ from megavlm.data.faults import BROKEN, NO_TARGET, TOO_LONG, Fault
 from megavlm.data.packing import best_fit
 from megavlm.data.processor import Clip, Still
 from megavlm.data.renderer import Draft, Renderer
-from megavlm.data.row import aligned
 from megavlm.data.sources import Source
 
 PERCENTILES = (1, 25, 50, 75, 99)
@@ -206,7 +205,7 @@ def pack_rows(looks: Sequence[Look], settings: DataSettings, align: int, seed: i
             if isinstance(sample := usable[source].samples[index], Draft):
                 waiting.append(sample)
         chosen = best_fit(
-            [aligned(draft.length, align) for draft in waiting],
+            [draft.room(align) for draft in waiting],
             settings.seq_length,
             [draft.num_patches for draft in waiting] if settings.row_patches else None,
             settings.row_patches,

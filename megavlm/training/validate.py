@@ -11,6 +11,7 @@ from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
 from megavlm.data.sources import Source, open_sources
+from megavlm.data.units import draft_unit, likely_kind
 from megavlm.model.shapes import Shapes
 from megavlm.training.flops import active_decoder_weights
 from megavlm.training.setup import check_shapes
@@ -88,18 +89,18 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
 
 def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:
     """One line on the first samples of a source, rendered for real."""
+    kind = likely_kind(source.file, kind)
     count = min(FIRST_SAMPLES, len(source.file))
     samples, faults = [], []
     for index in range(count):
         name = source.file.source(index)
         try:
-            record, find = source.file.read(index)
-            samples.append(renderer.encode(record, find, name, kind=kind, index=index))
+            draft = draft_unit(renderer, source.file, index, kind)
+            samples.append(renderer.complete(draft))
+            samples += [renderer.complete(other) for other in draft.followers]
         except UserError as error:
             faults.append(Fault.of(0, name, error))
-    told = (
-        f"[bold]{source.name}[/] ({source.share:.1%} of the samples, {len(source.file):,} in it): of the first {count}"
-    )
+    told = f"[bold]{source.name}[/] ({source.share:.1%} of the samples, {len(source.file):,} in it), {count} looked at:"
     if faults:
         told += f" {len(faults)} cannot be used ({faults[0].sample}: {faults[0].cause});"
     if not samples:
@@ -107,8 +108,9 @@ def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:
     tokens = [len(sample.input_ids) for sample in samples]
     visual = sum(len(sample.visual_positions) for sample in samples)
     targets = sum(int((sample.labels != IGNORE).sum()) for sample in samples)
+    of_pairs = " answers" if kind in ("pair", "judged") else ""
     return (
-        f"{told} {len(samples)} have {min(tokens)} to {max(tokens)} tokens, "
+        f"{told} {len(samples)}{of_pairs or ' usable'} have {min(tokens)} to {max(tokens)} tokens, "
         f"{visual / sum(tokens):.0%} visual, {targets / sum(tokens):.0%} targets, "
         f"{sum(s.num_images for s in samples)} pictures, {sum(s.num_videos for s in samples)} videos"
     )
