@@ -86,7 +86,7 @@ def test_kto_on_two_ranks_is_kto_on_one(toys, pairs, config, tmp_path):
     ]  # fmt: skip
     data = f"data.train={write_records(toys.root / 'judged.jsonl', judged)}"
     lines = {}
-    for name, layout in (("one", ()), ("two", ("parallel.tensor=2", "--nproc", 2))):
+    for name, layout in (("one", ()), ("two", ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "--nproc", 2))):
         megavlm("kto", config, data, f"output={tmp_path / name}", "train.lr=1e-3", *layout)
         lines[name] = metrics_of(tmp_path / name)
     for one, two in zip(*lines.values(), strict=True):

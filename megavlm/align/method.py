@@ -1,6 +1,6 @@
 """A preference method on the training loop: its samples, its objective, its reference."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from megavlm.align.reference import Reference, reference_of
 from megavlm.config.errors import UserError
@@ -27,11 +27,13 @@ class PreferenceMethod:
         self.kind, self.title, self.scores, self._make = kind, title, scores, make
         self._reference: Reference | None = None
 
-    def objective(self, session: Session, renderer: Renderer | None, sources: list[Source] | None) -> Objective:
+    def objective(
+        self, session: Session, renderer: Renderer | None, sources: list[Source] | None, beat: Callable[[str], None]
+    ) -> Objective:
         """Called on all ranks, before the optimizer is built; the weights may be others afterwards."""
         objective = self._make(session.settings, session.groups.language)
         if objective.has_reference:
-            self._reference = reference_of(session, renderer, sources, self.kind)
+            self._reference = reference_of(session, renderer, sources, self.kind, beat)
         return objective
 
     def rows(self, rows: Iterator[Row]) -> Iterator[Row]:

@@ -6,7 +6,7 @@ NaN for a sample that cannot be used), with a note on model and data, and are us
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from megavlm.data.files import File
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Draft, DraftError, Renderer
 from megavlm.data.row import Row
+from megavlm.data.shards import INFO, ShardFolder
 from megavlm.data.sources import Source
 from megavlm.data.units import draft_unit
 from megavlm.training.checkpoint_folders import latest
@@ -52,19 +53,22 @@ class Reference:
                 value = float(self.tables[source][index, _side(facts)])
                 if np.isnan(value):
                     raise UserError(
-                        f"{row.sources[place]}: the reference file has no log-probability for it; it could not be read "
-                        "when the file was made",
+                        f"{row.sources[place]}: the reference file has no log-probability for it: when the file was "
+                        "made it could not be read, or (with another data.align) was longer than a row",
                         "remove the file: it is made again",
                     )
                 facts["ref"] = value
             yield row
 
 
-def reference_of(session: Session, renderer: Renderer | None, sources: list[Source] | None, kind: Kind) -> Reference:
+def reference_of(
+    session: Session, renderer: Renderer | None, sources: list[Source] | None, kind: Kind, beat: Callable[[str], None]
+) -> Reference:
     """Reads the reference file, or makes it. Call it on all ranks; afterwards the model's weights may be others.
 
     Args:
         renderer, sources: of the training data, on leaders.
+        beat: called with what is being done whenever there is progress.
 
     Raises:
         UserError: on all ranks, the file is of another model, other data or other settings.
@@ -80,12 +84,14 @@ def reference_of(session: Session, renderer: Renderer | None, sources: list[Sour
             # one's own, left by a start that trained nothing, may be of other data
             if settings.align.reference is not None or latest(settings.output / "checkpoints") is not None:
                 box[1] = error
+        except Exception as error:  # the others wait
+            box[1] = error
     dist.broadcast_object_list(box, src=0, group=session.groups.world_host)
     tables, problem = box
     if problem is not None:
         raise problem
     if tables is None:
-        tables = _make(session, renderer, sources, kind)
+        tables = _make(session, renderer, sources, kind, beat)
         if session.is_first:
             content = save({str(n): t for n, t in enumerate(tables)}, metadata={"note": json.dumps(note)})
             with atomic_open(path, "wb") as file:
@@ -93,7 +99,9 @@ def reference_of(session: Session, renderer: Renderer | None, sources: list[Sour
     return Reference(tables)
 
 
-def _make(session: Session, renderer: Renderer | None, sources: list[Source] | None, kind: Kind) -> list[np.ndarray]:
+def _make(
+    session: Session, renderer: Renderer | None, sources: list[Source] | None, kind: Kind, beat: Callable[[str], None]
+) -> list[np.ndarray]:
     settings, vlm, groups = session.settings, session.vlm, session.groups
     load_weights(find_checkpoint(settings.model.load), vlm)
     vlm.train(False)
@@ -108,14 +116,15 @@ def _make(session: Session, renderer: Renderer | None, sources: list[Source] | N
         logprobs, _ = chunk.token_logprobs(hidden, micro_batch.targets, chunk_tokens)
         return answer_logprobs(logprobs, micro_batch, groups.language.cp)
 
-    evaluated, found = EvalRows(session, rows, "reference"), []
+    evaluated, found = EvalRows(session, rows, "reference", size=settings.parallel.pipeline), []
     speaks = groups.language.tp.rank() == 0 and groups.language.cp.rank() == 0  # for its row, if on the last stage
     for window, real in evaluated:
         results = forward_only(vlm, window, answers)
-        if results and real and speaks:
-            row = window.micro_batches[0].host
+        beat("the reference's log-probabilities")
+        for micro_batch, result in zip(window.micro_batches[:real], results[:real] if speaks else [], strict=False):
+            row = micro_batch.host
             sides = [_side(facts) for facts in row.facts]
-            found += zip(row.source_ids, row.indices, sides, results[0].tolist(), strict=True)
+            found += zip(row.source_ids, row.indices, sides, result.tolist(), strict=True)
     found = evaluated.gather(found)
     vlm.train()
     box = [None]
@@ -171,7 +180,7 @@ def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:
     """What the log-probabilities depend on; equal notes mean equal numbers."""
     checkpoint = find_checkpoint(settings.model.load)
     weights = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    files = [s.file.path if s.file.path.endswith(".jsonl") else f"{s.file.path}/.nv-meta/.info.json" for s in sources]
+    files = [f"{s.file.path}/{INFO}" if isinstance(s.file, ShardFolder) else s.file.path for s in sources]
     return {
         "kind": kind,
         "model": _digest([File(str(path)) for path in weights]),

@@ -42,8 +42,10 @@ class Draws:
             source = turns.index(min(turns))
             place = self.state["base"][source] + self._worker + self._num_workers * taken[source]
             taken[source] += 1
-            if place not in self.state["ahead"][source]:
+            ahead = self.state["ahead"][source]
+            if place not in ahead:
                 break
+            ahead.remove(place)
         epoch, place = divmod(place, self._counts[source])
         key = self._keys[source]
         return source, place if key is None else shuffled(place, self._counts[source], key + epoch)
@@ -57,7 +59,7 @@ def dealt_anew(states: Sequence[dict], num_workers: int) -> list[dict]:
     """
     bases, aheads, old_workers = [], [], len(states)
     for source in range(len(states[0]["base"])):
-        base, taken = states[0]["base"][source], set(states[0]["ahead"][source])
+        base, taken = states[0]["base"][source], {place for state in states for place in state["ahead"][source]}
         ends = [base + worker + old_workers * state["taken"][source] for worker, state in enumerate(states)]
         first = min(ends)  # all places before it are taken
         for end in ends:  # each worker's own places, down from the one before its end
@@ -67,8 +69,15 @@ def dealt_anew(states: Sequence[dict], num_workers: int) -> list[dict]:
         bases.append(first)
         aheads.append(sorted(place for place in taken if place > first))
     return [
-        {"taken": [0] * len(bases), "base": list(bases), "ahead": [list(places) for places in aheads]}
-        for _ in range(num_workers)
+        {
+            "taken": [0] * len(bases),
+            "base": list(bases),
+            "ahead": [
+                [place for place in ahead if (place - base) % num_workers == worker]  # each its own alone
+                for base, ahead in zip(bases, aheads, strict=True)
+            ],
+        }
+        for worker in range(num_workers)
     ]
 
 

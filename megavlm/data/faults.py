@@ -17,6 +17,9 @@ class UnfitSample(UserError):
         super().__init__(message, remedy)
         self.kind = kind
 
+    def __reduce__(self) -> tuple:  # it goes to other processes
+        return type(self), (self.kind, self.message, self.remedy)
+
 
 @dataclass(frozen=True)
 class Fault:

@@ -37,7 +37,7 @@ class JsonlFile:
         self._file = File(self.path)
         try:
             self._spans = _line_spans(self._file)
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # fsspec has as many exceptions as protocols
             found = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
             if _is_folder(self.path):
                 found = "is a folder without JSONL"
@@ -64,7 +64,7 @@ class JsonlFile:
             raise UserError(
                 f"{self.source(index)}: not valid JSON: {error}", "write one JSON object per line"
             ) from None
-        except OSError as error:
+        except Exception as error:
             raise UserError(f"{self.source(index)}: cannot be read: {error}") from None
 
 

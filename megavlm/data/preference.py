@@ -30,11 +30,8 @@ def split_pair(raw: Any, source: str) -> tuple[dict, dict, dict]:
     return *sides, {"margin": float(margin)}
 
 
-def split_judgement(raw: Any, other: Any, source: str) -> tuple[dict, dict | None, dict]:
-    """The conversation, the same with the answer of another sample, and its facts (``desirable``).
-
-    The second is for the KL term of KTO: how much more likely the policy finds any answer to this prompt. None where
-    the other sample is of no use for it.
+def split_judgement(raw: Any, source: str) -> tuple[dict, dict]:
+    """The conversation with the judged answer, and its facts (``desirable``).
 
     Raises UserError for anything that is no judgement.
     """
@@ -43,13 +40,22 @@ def split_judgement(raw: Any, other: Any, source: str) -> tuple[dict, dict | Non
     if not isinstance(raw.get("label"), bool):
         found = repr(raw["label"]) if "label" in raw else "none"
         raise UserError(f"{source}: label must be true (desirable) or false, found {found}", "give each sample a label")
-    mismatched = None
-    try:
-        foreign = _answer(other, "completion", source)
-        mismatched = {**rest, "messages": [*prompt, *foreign]} if foreign != answer else None
-    except (UserError, TypeError, AttributeError):
-        pass  # it is told where it is read for itself
-    return {**rest, "messages": [*prompt, *answer]}, mismatched, {"desirable": raw["label"]}
+    return {**rest, "messages": [*prompt, *answer]}, {"desirable": raw["label"]}
+
+
+def with_answer_of(raw: Any, other: Any, source: str) -> dict | None:
+    """The prompt of a judged sample with the answer of another one; None where that is the same.
+
+    It is for the KL term of KTO: how much more likely the policy finds any answer to this prompt.
+
+    Raises UserError where the other sample has no answer.
+    """
+    prompt, rest = _prompt(raw, KTO_FIELDS, source)
+    foreign = _answer(other if isinstance(other, dict) else {}, "completion", source)
+    if foreign == _answer(raw, "completion", source):
+        return None
+    foreign = [{n: v for n, v in message.items() if n not in ("loss", "weight")} for message in foreign]
+    return {**rest, "messages": [*prompt, *foreign]}
 
 
 def _prompt(raw: Any, fields: tuple[str, ...], source: str) -> tuple[list[dict], dict]:

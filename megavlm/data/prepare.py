@@ -98,6 +98,10 @@ def convert(jsonl: Sequence[str], out: Path, shard_bytes: int, *, skip_broken: b
     Raises:
         UserError: `out` exists; a sample cannot be read (without `skip_broken`, or all of them), or a shard be written.
     """
+    if ":/" in str(out):
+        raise UserError(
+            f"--out {out} is a URL: shards are written to a local folder", "copy the folder there afterwards"
+        )
     if out.exists():
         raise UserError(f"{out} exists already", "choose another --out, or move it away")
     files = [JsonlFile(path) for path in jsonl]

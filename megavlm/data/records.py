@@ -133,8 +133,8 @@ def rename_media(record: Any, rename: Callable[[str], str]) -> Any:
     for name, value in record.items():
         if name in ("images", "videos") and isinstance(value, list):
             value = media(value)
-        elif name == "messages" and isinstance(value, list):
-            value = [message(item) for item in value]
+        elif name in ("messages", "prompt", "chosen", "rejected", "completion"):
+            value = [message(item) for item in value] if isinstance(value, list) else message(value)
         renamed[name] = value
     return renamed
 

@@ -1,7 +1,6 @@
 """What a data worker does: draws samples, renders them, packs them, and hands out rows without end."""
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -18,7 +17,7 @@ from megavlm.data.sources import Source
 from megavlm.data.units import draft_unit
 
 _FIRST_DRAFTS = 50  # that wait when the first row is filled
-_MOST_FAULTS = 1000  # one after another in one source: something is wrong with all of it
+_MOST_FAULTS = 1000  # one after another: something is wrong with all of a source
 
 
 class RowDataset(IterableDataset[Row]):
@@ -85,18 +84,19 @@ class RowDataset(IterableDataset[Row]):
         draws = self._draws(worker)
         draws.state = copy.deepcopy(place["draws"])
         wanted, waiting, faults = place["wanted"], [], []
-        in_a_row = Counter()  # faults of each source since its last good sample
+        seen: list[set[int]] = [set() for _ in self.sources]  # distinct bad samples of each since its last good one
 
         def add(source: int, index: int) -> None:
             draft = self.draft(source, index)
             if isinstance(draft, Draft):
                 waiting.append(draft)
-                in_a_row[source] = 0
+                seen[source].clear()
                 return
             faults.append(draft)
-            in_a_row[source] += 1
-            if in_a_row[source] >= min(_MOST_FAULTS, counts[source]):
-                raise _useless(self.sources[source], in_a_row[source], draft)
+            seen[source].add(index)
+            # all that there are; or many; or the same few, as long as no row comes: a worker may not meet others
+            if len(seen[source]) >= min(_MOST_FAULTS, counts[source]) or len(faults) >= _MOST_FAULTS:
+                raise _useless(self.sources[source], len(seen[source]), draft)
 
         for source, index in place["waiting"]:
             add(source, index)
@@ -112,7 +112,7 @@ class RowDataset(IterableDataset[Row]):
                 waiting.pop(place)
             row = self._completed(chosen, faults)
             if row is None:
-                if len(faults) >= min(_MOST_FAULTS, sum(counts)):
+                if len(faults) >= min(_MOST_FAULTS, 2 * sum(counts)):
                     raise _useless(self.sources[faults[-1].source_id], len(faults), faults[-1])
                 continue
             row.faults, faults = faults, []

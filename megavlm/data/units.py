@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from megavlm.config.errors import UserError
-from megavlm.data.preference import split_judgement, split_pair
+from megavlm.data.preference import split_judgement, split_pair, with_answer_of
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Draft, Renderer
 
@@ -35,17 +35,25 @@ def draft_unit(renderer: Renderer, file: "SampleFile", index: int, kind: Kind) -
         return renderer.draft(record, find, source, kind=kind, index=index)
     if kind == "pair":
         first, second, facts = split_pair(record, source)
-        side = {"side": "rejected"}
+        draft = renderer.draft(first, find, source, kind="tune", index=index)
+        _follow(renderer, draft, renderer.draft(second, find, source, kind="tune", index=index), {"side": "rejected"})
     else:
-        neighbour = file.read((index + 1) % len(file))[0]
-        first, second, facts = split_judgement(record, neighbour, source)
-        side = {"mismatched": True}
-    draft = renderer.draft(first, find, source, kind="tune", index=index)
+        first, facts = split_judgement(record, source)
+        draft = renderer.draft(first, find, source, kind="tune", index=index)
+        try:
+            other = file.read((index + 1) % len(file))[0]
+            if (second := with_answer_of(record, other, source)) is not None:
+                follower = renderer.draft(second, find, source, kind="tune", index=index)
+                _follow(renderer, draft, follower, {"mismatched": True})
+        except UserError:
+            draft.followers = []  # the neighbour, or the two together, are of no use; the sample itself is
     draft.facts = facts
-    if second is not None:
-        follower = renderer.draft(second, find, source, kind="tune", index=index)
-        follower.shares_media, follower.facts = True, side
-        assert follower.frame_grids.tolist() == draft.frame_grids.tolist()
-        draft.followers = [follower]
-        renderer.check_size(draft)
     return draft
+
+
+def _follow(renderer: Renderer, draft: Draft, follower: Draft, facts: dict) -> None:
+    if follower.frame_grids.tolist() != draft.frame_grids.tolist():
+        raise UserError(f"{draft.source}: an answer has pictures or videos of its own", "move them into the prompt")
+    follower.shares_media, follower.facts = True, facts
+    draft.followers = [follower]
+    renderer.check_size(draft)

@@ -68,7 +68,7 @@ class DataErrors:
             if dist.get_rank() == 0:
                 self._write(step, faults)
         for name in self._names:
-            self._drawn[name] += int(counts[f"samples/{name}"] + counts[f"broken/{name}"])
+            self._drawn[name] += int(counts[f"records/{name}"] + counts[f"broken/{name}"])
             self._broken[name] += int(counts[f"broken/{name}"])
         kinds = Counter(self._listed.values())
         return {"bad_samples": kinds[BROKEN], "dropped_samples": kinds.total() - kinds[BROKEN]}

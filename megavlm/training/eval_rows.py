@@ -12,53 +12,49 @@ from megavlm.config.files import write_text
 from megavlm.config.load import resolved_yaml
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
-from megavlm.training.feed import Feed, Window
+from megavlm.training.feed import Feed, StepRows, Window
 from megavlm.training.setup import Session
 
 
 class EvalRows:
-    """Iterates over (window of one row, whether its results count).
+    """Iterates over (window, how many of its rows count).
 
-    Ranks of an expert-parallel group belong to different data ranks and must forward together: a data rank that has no
-    row left repeats its last, whose results do not count.
+    Ranks of an expert-parallel group, or that share frames, belong to different data ranks and must forward together:
+    a data rank that has no row left repeats its last, and a window that is not full is filled up with it. Those rows,
+    at the window's end, do not count.
 
     Args:
         rows: this data rank's rows on the leader of each model-parallel group, else None.
         what: word beside the progress bar.
+        size: rows of a window; as many as pipeline stages fill the pipeline.
     """
 
-    def __init__(self, session: Session, rows: Iterator[Row] | None, what: str):
-        self._session, self._rows, self._what = session, rows, what
+    def __init__(self, session: Session, rows: Iterator[Row] | None, what: str, size: int = 1):
+        self._session, self._rows, self._what, self._size = session, rows, what, size
 
-    def __iter__(self) -> Iterator[tuple[Window, bool]]:
-        session, leader = self._session, self._session.groups.is_leader
+    def __iter__(self) -> Iterator[tuple[Window, int]]:
+        session, size = self._session, self._size
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        feed, last = Feed(session.vlm, self._rows), StepRows([], [])
         with Progress(*columns, disable=not session.is_first) as bar:
             task = bar.add_task(self._what, total=None)
-            last: list[Row] = []
-
-            def pulled() -> Iterator[Row]:
-                for row in self._rows:
-                    last[:] = [row]
-                    yield row
-
-            source = pulled() if leader else None
-            feed = Feed(session.vlm, source)
             for done in itertools.count(1):
-                window = feed.window(1)
-                more = torch.tensor([int(window is not None)])
+                rows = feed.rows(size)
+                more = torch.tensor([int(rows is not None)])
                 dist.all_reduce(more, op=dist.ReduceOp.MAX, group=session.groups.world_host)
                 if not more.item():
                     break
-                real = window is not None
-                if not real:
-                    window = Feed(session.vlm, iter(last) if leader else None).window(1)
-                if window is None:
+                rows = rows or StepRows([], [])
+                real = len(rows.hosts)
+                last = StepRows(rows.hosts[-1:], rows.full[-1:]) if real else last
+                if not last.hosts:
                     raise UserError(
-                        f"data.eval has fewer samples than there are data ranks, {session.groups.data_size}",
+                        f"{self._what}: there are fewer samples than data ranks, {session.groups.data_size}",
                         "start fewer processes",
                     )
-                yield window, real
+                missing = size - real
+                filled = StepRows(rows.hosts + last.hosts * missing, rows.full + last.full * missing)
+                yield next(feed.windows(filled, size)), real
                 bar.update(task, completed=done)
             bar.update(task, total=done - 1)
 

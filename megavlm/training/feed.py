@@ -240,4 +240,4 @@ def _in_order(rows: list[Row], name: str, order: Sequence[int], width: int, dtyp
 
 
 def _without_pixels(row: Row) -> Row:
-    return replace(row, **{name: getattr(row, name)[:0].clone() for name in _PIXEL_FIELDS})
+    return replace(row, place=None, **{name: getattr(row, name)[:0].clone() for name in _PIXEL_FIELDS})

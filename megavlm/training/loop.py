@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -50,11 +50,13 @@ class Method(Protocol):
     title: str
     scores: bool
 
-    def objective(self, session: Session, renderer: Renderer | None, sources: list[Source] | None) -> Objective:
+    def objective(
+        self, session: Session, renderer: Renderer | None, sources: list[Source] | None, beat: Callable[[str], None]
+    ) -> Objective:
         """What is minimised. Called on all ranks, before the optimizer is built and a checkpoint restored.
 
-        ``renderer`` and ``sources`` are there on leaders. It may leave other weights behind than it found, if those
-        are the ones of ``model.load``.
+        ``renderer`` and ``sources`` are there on leaders; ``beat`` is to be called at every sign of progress. It may
+        leave other weights behind than it found, if those are the ones of ``model.load``.
         """
 
     def rows(self, rows: Iterator[Row]) -> Iterator[Row]:
@@ -67,7 +69,9 @@ class Likelihood:
     def __init__(self, kind: Kind, title: str):
         self.kind, self.title, self.scores = kind, title, False
 
-    def objective(self, session: Session, renderer: Renderer | None, sources: list[Source] | None) -> Objective:
+    def objective(
+        self, session: Session, renderer: Renderer | None, sources: list[Source] | None, beat: Callable[[str], None]
+    ) -> Objective:
         settings = session.settings
         names = [source.label for source in settings.data.leaves.values()]
         return TokenLoss(names, settings.train.logprob_chunk_tokens)
@@ -113,7 +117,7 @@ def _train(settings: Settings, method: Method, watch: HangWatch) -> int:
             rows_per_step=settings.train.global_batch_size // groups.data_size,
             pin_memory=on_gpu(),
         )
-    objective = method.objective(session, renderer, loader.sources if loader is not None else None)
+    objective = method.objective(session, renderer, loader.sources if loader is not None else None, watch.beat)
     watch.beat("preparing the method")
     optimization = Optimization(session.vlm, settings.train)
     checkpoints = Checkpoints(output / "checkpoints", session.vlm, optimization, loader, settings, origin)

@@ -84,22 +84,23 @@ class TokenLoss:
 
 
 def count_sources(rows: list[Row], source_names: Sequence[str], broken: Sequence[int]) -> dict[str, float]:
-    """Samples, targets, loss weights and broken samples of each source in some rows.
+    """Samples (answers), targets, loss weights, records and broken records of each source in some rows.
 
     Args:
         broken: number of the source of each broken sample.
     """
-    sums = np.zeros((4, len(source_names)))
+    sums = np.zeros((5, len(source_names)))
     for row in rows:
         starts = row.cu_seqlens[: row.num_samples].numpy()
         values = [
             np.ones(row.num_samples),
             np.add.reduceat((row.labels != IGNORE).numpy(), starts, dtype=np.int64),
             np.add.reduceat(row.loss_weights.numpy(), starts, dtype=np.float64),
+            [not ("mismatched" in facts or "side" in facts) for facts in row.facts],  # other answers to the same prompt
         ]
-        np.add.at(sums[:3], (slice(None), row.source_ids), values)
-    np.add.at(sums[3], list(broken), 1)
-    kinds = ("samples", "target_tokens", "loss_weight", "broken")
+        np.add.at(sums[:4], (slice(None), row.source_ids), values)
+    np.add.at(sums[4], list(broken), 1)
+    kinds = ("samples", "target_tokens", "loss_weight", "records", "broken")
     return {
         f"{kind}/{name}": value
         for kind, values in zip(kinds, sums.tolist(), strict=True)

@@ -1,6 +1,7 @@
 """The training loader: order, ranks and workers, blending, continuing, errors."""
 
 import json
+import pickle
 import random
 from collections import Counter
 from itertools import islice
@@ -11,6 +12,7 @@ import torch
 
 from megavlm.config.errors import UserError
 from megavlm.config.settings import DataSettings
+from megavlm.data.faults import TOO_LONG, UnfitSample
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.sources import read_samples
@@ -266,6 +268,16 @@ def test_a_source_without_a_good_sample_ends_the_run(load, data):
         list(islice(loader, 40))
 
 
+def test_one_bad_sample_of_two_does_not_end_the_run(load, data):
+    """Each worker of two sees the same one of them over and over."""
+    bad = json.dumps({"text": "<image>", "images": ["missing.png"]})
+    (data / "half-bad.jsonl").write_text("\n".join([bad, json.dumps({"text": "good"})]))
+    loader = load(("talks.jsonl", "half-bad.jsonl"), workers=2, shuffle=False)
+    rows = list(islice(loader, 30))
+    assert {fault.sample.rpartition("/")[2] for row in rows for fault in row.faults} == {"half-bad.jsonl:1"}
+    assert sum("half-bad.jsonl:2" in source for row in rows for source in row.sources) > 1
+
+
 def test_picture_budget_of_a_row(load, data):
     rows = list(islice(load("talks.jsonl", row_patches=200), 12))
     assert max(len(row.patches) for row in rows) <= 200
@@ -288,3 +300,8 @@ def test_close_ends_the_workers(load):
     assert len(workers) >= 2
     loader.close()
     assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+def test_errors_go_to_other_processes():
+    error = pickle.loads(pickle.dumps(UnfitSample(TOO_LONG, "here:1: long", "shorten it")))
+    assert (error.kind, error.message, error.remedy) == (TOO_LONG, "here:1: long", "shorten it")

@@ -5,6 +5,7 @@ import pytest
 from megavlm.config.errors import UserError
 from megavlm.data.faults import UnfitSample
 from megavlm.data.jsonl import JsonlFile
+from megavlm.data.records import rename_media
 from megavlm.data.row import IGNORE
 from megavlm.data.units import draft_unit
 
@@ -61,8 +62,18 @@ def test_judged_answers_are_followed_by_the_next_ones(unit, renderer):
     (follower,) = draft.followers
     assert learned(renderer, renderer.complete(follower)) == "A rocket.<|im_end|>"
     assert follower.shares_media
-    for useless in ({**other, "completion": "A woman."}, {"text": "no answer"}):
-        assert not unit("judged", JUDGED, useless).followers
+    boxed = {**JUDGED, "completion": "At <box>.", "boxes": [[0, 0, 9, 9]]}
+    for first, second in (
+        (JUDGED, {**other, "completion": "A woman."}),
+        (JUDGED, {"text": "no answer"}),
+        (JUDGED, "no object"),
+        (JUDGED, {**other, "completion": "word " * 4000}),
+        (JUDGED, {**other, "completion": "<image>"}),
+        (boxed, other),
+    ):
+        draft = unit("judged", first, second)
+        assert not draft.followers  # and the sample itself is none the worse
+        assert draft.facts == {"desirable": True}
 
 
 @pytest.mark.parametrize(
@@ -92,3 +103,13 @@ def test_pairs_longer_than_a_row(unit):
     """Each answer would fit by itself."""
     with pytest.raises(UnfitSample, match=r"has \d+ tokens"):
         unit("pair", {**PAIR, "chosen": "word " * 1800, "rejected": "words " * 1800})
+
+
+def test_media_of_prompts_are_renamed_for_shards():
+    picture = {"type": "image", "image": "a.jpg"}
+    record = {"prompt": [{"role": "user", "content": [picture]}], "chosen": "A.", "rejected": [{"content": [picture]}]}
+    seen = []
+    renamed = rename_media(record, lambda path: seen.append(path) or "0.jpg")
+    assert seen == ["a.jpg"] * 2
+    assert renamed["prompt"][0]["content"] == renamed["rejected"][0]["content"] == [{"type": "image", "image": "0.jpg"}]
+    assert renamed["chosen"] == "A."

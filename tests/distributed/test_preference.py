@@ -15,6 +15,7 @@ LAYOUTS = {
     "one process": (1, "dense", {}),
     "TP2": (2, "dense", {"tensor": 2}),
     "PP2": (2, "dense", {"pipeline": 2}),
+    "PP2 × VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}),
     "CP2": (2, "dense", {"context": 2}),
     "MoE EP2": (2, "moe", {"expert": 2}),
 }
