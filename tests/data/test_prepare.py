@@ -233,7 +233,14 @@ def test_ctrl_c_leaves_nothing(media, tmp_path, folder):
     number = 100_000 if folder == "writing" else 1000
     file = write(tmp_path / "many.jsonl", [{"text": f"{n}"} for n in range(number)])
     command = [sys.executable, "-m", "megavlm", "data", "prepare", "--jsonl", str(file), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        # a job in the background of a shell ignores the signal, and so would what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     partial, deadline = tmp_path / "out.partial", time.monotonic() + 60
     sign = partial / ("shard-000000.tar" if folder == "writing" else ".nv-meta")
     while not sign.exists():
