@@ -94,7 +94,8 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     row = renderer.pack(
         [renderer.encode(r, in_folder(root), "photographs", kind="pretrain", index=i) for i, r in enumerate(records)]
     )
-    window = Feed(vlm, iter([row]) if groups.is_leader else None).window(1)
+    feed = Feed(vlm, iter([row]) if groups.is_leader else None)
+    window = next(feed.windows(feed.rows(1), 1))
 
     # The other way: a group of one, which encodes all frames itself.
     place = Place(planes=tuple(range(vlm.tower.num_planes)))

@@ -25,7 +25,7 @@ from megavlm.data.files import File
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Draft, DraftError, Renderer
 from megavlm.data.row import Row
-from megavlm.data.shards import INFO, ShardFolder
+from megavlm.data.shards import ShardFolder
 from megavlm.data.sources import Source
 from megavlm.data.units import draft_unit
 from megavlm.training.checkpoint_folders import latest
@@ -177,15 +177,18 @@ def _side(facts: dict) -> int:
 
 
 def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:
-    """What the log-probabilities depend on; equal notes mean equal numbers."""
+    """What the log-probabilities depend on, as far as names, sizes, and the beginnings and ends of files tell it."""
     checkpoint = find_checkpoint(settings.model.load)
     weights = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    files = [f"{s.file.path}/{INFO}" if isinstance(s.file, ShardFolder) else s.file.path for s in sources]
+    files = [s.file.index_files if isinstance(s.file, ShardFolder) else [s.file.path] for s in sources]
     return {
         "kind": kind,
         "model": _digest([File(str(path)) for path in weights]),
         "processor": _digest([File(str(p)) for p in sorted(settings.model.hf.glob("*.json*"))]),
-        "data": [[source.name, len(source.file), _digest([File(f)])] for source, f in zip(sources, files, strict=True)],
+        "data": [
+            [source.name, len(source.file), _digest([File(path) for path in paths])]
+            for source, paths in zip(sources, files, strict=True)
+        ],
         "settings": {name: getattr(settings.data, name) for name in _SETTINGS}
         | {"precision": settings.train.precision},
     }

@@ -86,17 +86,6 @@ def in_folder(folder: str | Path) -> Callable[[str], File]:
     return partial(beside, f"{folder}/")
 
 
-def exists(path: str | Path) -> bool:
-    """Whether there is such a file or folder; False too where that cannot be found out."""
-    if not is_url(path):
-        return Path(path).exists()
-    try:
-        system, inside = fsspec.core.url_to_fs(str(path))
-        return system.exists(inside)
-    except Exception:  # no such protocol, no network, no rights
-        return False
-
-
 def is_folder(path: str | Path) -> bool:
     if not is_url(path):
         return Path(path).is_dir()

@@ -56,6 +56,11 @@ class ShardFolder:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @property
+    def index_files(self) -> list[str]:
+        """The files that say where which sample lies; other contents have others."""
+        return [f"{self.path}/{name}" for name in (INFO, *(shard + INDEX for shard in self._shards))]
+
     def source(self, index: int) -> str:
         """ "shard:number" of sample `index`, the number from 1."""
         shard, number = self._locate(index)

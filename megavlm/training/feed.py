@@ -102,11 +102,6 @@ class Feed:
             full, rows.full[part] = rows.full[part], [None] * len(rows.full[part])  # their pixels may go
             yield self._window(rows.hosts[part], full)
 
-    def window(self, num_rows: int) -> Window | None:
-        """The next ``num_rows`` rows as one window; None when there are none left."""
-        rows = self.rows(num_rows)
-        return next(self.windows(rows, num_rows)) if rows else None
-
     def _window(self, hosts: list[Row], full: list[Row]) -> Window:
         tower = self.vlm.tower
         all_rows = self._of_all_data_ranks([_visual_row(host, tower.merge) for host in hosts])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from megavlm.config.errors import UserError
 from megavlm.config.settings import DataSettings
-from megavlm.data.files import File, beside, exists, in_folder
+from megavlm.data.files import File, beside, in_folder
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 
@@ -58,13 +58,6 @@ def test_names_beside_a_file(tmp_path):
     for absolute in ("/c/d.png", "s3://other/d.png"):
         assert str(beside("s3://bucket/b.jsonl", absolute)) == absolute
     assert str(in_folder(tmp_path)("d.png")) == f"{tmp_path}/d.png"
-
-
-def test_existence(stored, tmp_path):
-    there = stored("data.bin", b"1")
-    assert exists(there)
-    assert not exists(there + "x")
-    assert not exists("no-such-protocol://x")
 
 
 def test_rows_from_urls_are_those_from_paths(media, model_folder, stored):
