@@ -17,8 +17,9 @@ from megavlm.data.row import Row
 from megavlm.data.sources import Source
 from megavlm.model.vlm import PARTS
 from megavlm.platform import device_name, memory_gib, on_gpu
+from megavlm.training.adapters import load_start
 from megavlm.training.checkpoint import Checkpoints
-from megavlm.training.checkpoint_folders import latest
+from megavlm.training.checkpoint_folders import find_checkpoint, latest
 from megavlm.training.data_errors import DataErrors
 from megavlm.training.feed import Feed
 from megavlm.training.flops import Work, peak_flops, step_flops
@@ -31,7 +32,7 @@ from megavlm.training.plots import write_loss_plot
 from megavlm.training.progress import Progress
 from megavlm.training.rehearsal import rehearse
 from megavlm.training.report import write_report
-from megavlm.training.setup import Session, find_checkpoint, load_start, start
+from megavlm.training.setup import Session, start
 from megavlm.training.step import Step, StepResult
 from megavlm.training.stragglers import Stragglers
 from megavlm.training.units import short
@@ -101,7 +102,7 @@ def _train(settings: Settings, method: Method, watch: HangWatch) -> int:
 
     origin = None
     if checkpoint is None or session.vlm.tuning is not None:  # whose checkpoints lack what does not learn
-        load_start(session)
+        load_start(settings, session.vlm)
         origin = find_checkpoint(settings.model.load) if settings.model.load is not None else None
         watch.beat("loading the weights")
     loader = renderer = None
