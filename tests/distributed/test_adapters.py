@@ -30,7 +30,7 @@ CASES = [
     (adapter, layout)
     for adapter, (kind, _) in ADAPTERS.items()
     for layout in (MOE if kind == "moe" else DENSE)
-    if adapter != "rslora, patterns" or layout in ("one process", "TP2")
+    if adapter != "rslora, patterns" or layout in ("recomputed", "TP2")
 ]
 
 
