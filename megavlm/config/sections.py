@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.config.errors import UserError
-from megavlm.config.section import Bool, FilePath, Float, Int, Part, Positive, Section, Str
+from megavlm.config.section import Bool, Count, FilePath, Float, Int, Part, Positive, Section, Str
 
 
 class ModelSettings(Section):
@@ -108,6 +108,11 @@ class TrainSettings(Section):
     lr_scale: dict[Part, Positive] = Field(
         {}, description="of a part, how its learning rate differs from lr: {vision: 0.1}; others have 1"
     )
+    thaw: dict[Part, Count] = Field(
+        {},
+        description="of a part in model.freeze, the number of steps after which it learns all the same: "
+        "{language: 1000}; it joins the run's schedule where that stands",
+    )
     min_lr: Float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
     warmup_steps: Int = Field(0, ge=0, description="steps over which the learning rate rises from 0 to lr")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="way from lr down to min_lr")
@@ -146,6 +151,12 @@ class TrainSettings(Section):
             raise UserError(
                 f"train.warmup_steps is {self.warmup_steps}, more than train.steps, {self.steps}",
                 "warm up over fewer steps or train longer",
+            )
+        late = ", ".join(part for part, after in self.thaw.items() if self.steps is not None and after >= self.steps)
+        if late:
+            raise UserError(
+                f"train.thaw is {self.thaw}, but train.steps is {self.steps}: that of {late} would be ignored",
+                f"thaw {late} after fewer than {self.steps} steps, or train longer",
             )
         if self.schedule == "constant" and self.min_lr:
             raise UserError(

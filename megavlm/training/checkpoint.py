@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megavlm.config.errors import UserError
 from megavlm.convert import HF_LAYOUT, SHARDED_METADATA
+from megavlm.model.vlm import PARTS
 from megavlm.training.checkpoint_folders import clean, partial_folder, publish
 from megavlm.training.checkpoint_writer import CheckpointWriter
 from megavlm.training.optimizer_state import load_state, saved_state, wanted_state
@@ -42,10 +43,10 @@ class Checkpoints:
         self._layout = {"world": dist.get_world_size(), **settings.parallel.model_dump()}
         self._align = settings.row_align
         self._workers = max(settings.data.workers, 1)  # of each data rank
-        self._identity = {
+        self._identity = lambda step: {
             "train.optimizer": settings.train.optimizer,
             "train.precision": settings.train.precision,
-            "learning parts": sorted(optimization.ddp),
+            "learning parts": sorted(set(PARTS) - set(settings.frozen(step))),
         }
         self._world = vlm.groups.world_host
         self._start = self._from_first_rank(secrets.token_hex(4))
@@ -71,12 +72,13 @@ class Checkpoints:
             **self._sharded(loading=False),
             "step": step,
             "schedule": self.optimization.scheduler.num_steps,
-            "identity": self._identity,
+            "thawed_at": self.optimization.thawed_at,
+            "identity": self._identity(step),
             "layout": self._layout,
             "workers": self._workers * self.vlm.groups.data_size,
             "align": self._align,
         }
-        self._writer.start(state, partial_folder(self.root, step, self._start))
+        self._writer.start(state, partial_folder(self.root, step, self._start), sorted(self.optimization.thawed_at))
         self._seconds += time.perf_counter() - began
         if not self.settings.async_save:
             self.finish()
@@ -111,7 +113,7 @@ class Checkpoints:
             raise UserError(
                 f"{folder} holds weights, but no run of this version", "start a new run from it (model.load)"
             )
-        for name, value in self._identity.items():
+        for name, value in self._identity(common["step"]).items():
             if common["identity"][name] != value:
                 raise UserError(
                     f"{folder} was written with {name} {common['identity'][name]}, now it is {value}",
@@ -123,6 +125,7 @@ class Checkpoints:
                 "from here on, and no sample is lost; data.align=%d keeps them where the layout allows it",
                 common["align"], self._align, common["align"],
             )  # fmt: skip
+        self.optimization.thaw(common["step"])
         wanted = self._sharded(loading=True)
         if self.loader is not None:
             count = common["workers"]
@@ -134,9 +137,10 @@ class Checkpoints:
             del wanted["rng"]
         state = dist_checkpointing.load(wanted, str(folder))
         self.vlm.load_sharded(state["model"])
-        load_state(self.optimization.optimizer, state["optimizer"])
         scheduler = self.optimization.scheduler
         scheduler.step(increment=state["schedule"] - scheduler.num_steps)  # the curve itself follows the settings
+        self.optimization.thawed_at = dict(state.get("thawed_at", {}))
+        load_state(self.optimization, state["optimizer"])
         if self.loader is not None:
             different = self.loader.load_state_dict(state["data"])
             if different and self.vlm.groups.data_rank == 0:
@@ -150,7 +154,7 @@ class Checkpoints:
         metadata, groups = dict(SHARDED_METADATA), self.vlm.groups
         model = self.vlm.sharded_state_dict(metadata)
         optimizer_state = wanted_state if loading else saved_state
-        optimizer = optimizer_state(self.optimization.optimizer, model, metadata)
+        optimizer = optimizer_state(self.optimization, model, metadata)
         generators = None if loading else random_state()
         state = {
             "model": model,
