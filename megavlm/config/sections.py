@@ -116,7 +116,14 @@ class TrainSettings(Section):
     min_lr: Float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
     warmup_steps: Int = Field(0, ge=0, description="steps over which the learning rate rises from 0 to lr")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="way from lr down to min_lr")
-    optimizer: Literal["adam", "sgd"] = Field("adam", description="adam: AdamW; sgd: plain gradient descent")
+    optimizer: Literal["adam", "sgd", "galore"] = Field(
+        "adam",
+        description="adam: AdamW, its state shared over data ranks; sgd: plain gradient descent; galore: AdamW with "
+        "low-rank moments of matrices, for all weights on few GPUs",
+    )
+    galore_rank: Int = Field(128, ge=1, description="of galore: rank of the moments of a matrix")
+    galore_update_every: Int = Field(200, ge=1, description="of galore: steps after which the projection is renewed")
+    galore_scale: Float = Field(0.25, gt=0, description="of galore: factor of a projected matrix's update")
     adam_beta1: Float = Field(0.9, ge=0, lt=1, description="decay of Adam's mean of gradients")
     adam_beta2: Float = Field(0.95, ge=0, lt=1, description="decay of Adam's mean of squared gradients")
     adam_eps: Float = Field(1e-8, gt=0, description="added to Adam's denominator")
@@ -168,6 +175,13 @@ class TrainSettings(Section):
                 raise UserError(
                     f"train.{name} is {getattr(self, name):g}, but train.optimizer is sgd: it would be ignored",
                     f"remove {name} or choose optimizer adam",
+                )
+        for name in ("galore_rank", "galore_update_every", "galore_scale"):
+            if self.optimizer != "galore" and self.is_changed(name):
+                raise UserError(
+                    f"train.{name} is {getattr(self, name):g}, but train.optimizer is {self.optimizer}: it would be "
+                    "ignored",
+                    f"remove {name} or choose optimizer galore",
                 )
         return self
 

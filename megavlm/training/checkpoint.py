@@ -22,6 +22,7 @@ from megavlm.convert import HF_LAYOUT, SHARDED_METADATA
 from megavlm.model.vlm import PARTS
 from megavlm.training.checkpoint_folders import clean, partial_folder, publish
 from megavlm.training.checkpoint_writer import CheckpointWriter
+from megavlm.training.galore import check_layout, has_galore
 from megavlm.training.optimizer_state import load_state, saved_state, wanted_state
 
 _log = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ class Checkpoints:
         layout.
 
         Raises:
-            UserError: the run was of another optimizer, precision or set of learning parts, or read other data.
+            UserError: the run was of another optimizer, precision or set of learning parts, or read other data; with
+                GaLore also where its weights were cut in other pieces.
         """
         common = dist_checkpointing.load_common_state_dict(str(folder))
         if "workers" not in common:
@@ -119,6 +121,8 @@ class Checkpoints:
                     f"{folder} was written with {name} {common['identity'][name]}, now it is {value}",
                     "resume with the settings of the interrupted run, or start a new run from it (model.load)",
                 )
+        if has_galore(self.optimization):
+            check_layout(common["layout"], self._layout)
         if common["align"] != self._align:
             _log.warning(
                 "samples were padded in their rows to a multiple of %d tokens, now of %d: rows are packed differently "

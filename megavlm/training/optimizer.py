@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.platform import device
+from megavlm.training import galore
 from megavlm.training.guard import Reading, read
 
 
@@ -31,9 +32,9 @@ class Optimization:
     def __init__(self, vlm: VLM, train):
         """``train``: TrainSettings. Build after the weights are loaded: optimizers keep a float32 copy of them."""
         self.train, self._vlm = train, vlm
-        sharded = train.optimizer != "sgd"  # Megatron's DistributedOptimizer takes no optimizer without state
+        sharded = train.optimizer == "adam"  # Megatron's DistributedOptimizer cuts no matrix into rows, and no SGD
         self._config = OptimizerConfig(
-            optimizer=train.optimizer,
+            optimizer="adam" if sharded else "sgd",
             lr=train.lr,
             min_lr=train.min_lr,
             weight_decay=train.weight_decay,
@@ -72,7 +73,7 @@ class Optimization:
         modules = [m for m in self._vlm.modules_of(part) if any(p.requires_grad for p in m.parameters())]
         if not modules:
             return
-        groups = self._vlm.groups.language if part == "language" else self._vlm.groups.tower
+        groups = self.groups_of(part)
         self.ddp[part] = [
             DistributedDataParallel(m.config, self._ddp_config, m, disable_bucketing=i > 0, pg_collection=groups)
             for i, m in enumerate(modules)
@@ -81,12 +82,19 @@ class Optimization:
             self._config, self.ddp[part], use_gloo_process_groups=False, pg_collection=groups
         )
         self.parts[part] = built.chained_optimizers if isinstance(built, ChainedOptimizer) else [built]
+        if self.train.optimizer == "galore":
+            for optimizer in self.parts[part]:
+                galore.put_inside(optimizer, modules, self.train, groups)
         for group in (g for opt in self.parts[part] for g in opt.param_groups):
             scale = self.train.lr_scale.get(part, 1.0)
             group["max_lr"], group["min_lr"] = self.train.lr * scale, self.train.min_lr * scale  # read by the scheduler
 
     def _chained(self) -> ChainedOptimizer:
         return ChainedOptimizer([opt for part in PARTS for opt in self.parts.get(part, [])])
+
+    def groups_of(self, part: str):
+        """Megatron's ProcessGroupCollection of a part."""
+        return self._vlm.groups.language if part == "language" else self._vlm.groups.tower
 
     def thaw(self, step: int) -> list[str]:
         """Before ``step`` (from 1): parts of ``train.thaw`` that learn in it and did not yet. Call it on all ranks.

@@ -25,6 +25,7 @@ from megavlm.platform import device, memory_gib, reset_memory
 from megavlm.training.checkpoint import random_state, set_random_state
 from megavlm.training.feed import Feed
 from megavlm.training.step import Step
+from megavlm.tuners.galore import GaLore
 
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
 _BLOCK = 4096  # patches drawn at random; more of them repeat these
@@ -152,19 +153,25 @@ def _thawed(step: Step) -> Iterator[None]:
 def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:
     """As much memory as optimizers will take later.
 
-    At its first step Adam takes two float32 per number that this rank updates. A part that thaws besides takes a
-    gradient buffer, less the gradients that the rehearsal itself makes, and a float32 copy of half-precision weights;
-    of what is shared over data ranks this rank's part (experts, which are shared over fewer, are counted like others).
+    At its first step Adam takes two float32 per number that this rank updates; GaLore takes its state here and now. A
+    part that thaws besides takes a gradient buffer, less the gradients that the rehearsal itself makes, and a float32
+    copy of half-precision weights; of what is shared over data ranks this rank's part (experts, which are shared over
+    fewer, are counted like others).
     """
     optimization, groups, numbers = step.optimization, step.groups, 0
     adam = optimization.train.optimizer == "adam"
     if adam and not any(o.optimizer.state for o in optimization.optimizer.chained_optimizers):
         numbers = 2 * sum(p.numel() for group in optimization.optimizer.param_groups for p in group["params"])
+    inner = [o.optimizer for o in optimization.optimizer.chained_optimizers if isinstance(o.optimizer, GaLore)]
+    for optimizer in inner:
+        optimizer.fill()
     tower = {p for part in ("vision", "projector") for m in step.vlm.modules_of(part) for p in m.parameters()}
     for weight in _to_thaw(step):
         share = (groups.tower if weight in tower else groups.language).dp_cp.size() if adam else 1
         half = weight.element_size() < 4
         numbers += weight.numel() * (half / 2 + (2 * adam + half) / share)
+        if inner:
+            numbers += sum(math.prod(shape) for shape in inner[0].state_shapes(weight).values())
     # written to, or a CPU would not count it
     return torch.ones(round(numbers), dtype=torch.float32, device=device()) if numbers else None
 

@@ -22,6 +22,7 @@ LAYOUTS = {
         {"pipeline": 2},
         {"optimizer": "adam", "freeze": ("vision", "language"), "thaw": {"language": 2}},
     ),
+    "DP2, galore": (2, "dense", {}, {"optimizer": "galore", "galore_rank": 8, "precision": "bf16"}),
     "MoE EP2": (2, "moe", {"expert": 2}, {"moe_aux_loss_coeff": 0.01}),
 }
 
