@@ -151,6 +151,8 @@ def _train(settings: Settings, method: Method, watch: HangWatch) -> int:
         skipped = SkippedSteps(settings.train.max_skipped_steps, progress.say)
         number, stopping = first, False
         for number in range(first + 1, steps + 1):
+            for part in optimization.thaw(number):
+                progress.say(f"step {number}: {part} thaws and learns from here on")
             began = time.perf_counter()
             stragglers.start()
             result = step()
@@ -209,7 +211,7 @@ def _line(session: Session, number: int, result: StepResult, began: float) -> di
     """A line of metrics.jsonl."""
     counts, settings = result.counts, session.settings
     peak = peak_flops(device_name())
-    flops = step_flops(session.shapes, Work.from_counts(counts), settings.model.freeze)
+    flops = step_flops(session.shapes, Work.from_counts(counts), settings.frozen(number))
     whole = {
         name: int(counts[name])
         for name in ("tokens", "target_tokens", "images", "videos", "samples", "frames", "frames_encoded")
@@ -234,9 +236,6 @@ def _line(session: Session, number: int, result: StepResult, began: float) -> di
 
 def _header(session: Session) -> dict[str, str]:
     settings, vlm = session.settings, session.vlm
-    parameters = {
-        part: sum(p.numel() for m in vlm.modules_of(part) for p in m.parameters() if p.requires_grad) for part in PARTS
-    }
     parallel = settings.parallel
     layout = {
         "tensor": parallel.tensor,
@@ -247,14 +246,21 @@ def _header(session: Session) -> dict[str, str]:
     }
     return {
         "model": f"{settings.model.hf} · {vlm.kernels} kernels · {settings.train.precision}",
-        "learns": " · ".join(
-            f"{part} {short(count)}" if count else f"{part} frozen" for part, count in parameters.items()
-        ),
+        "learns": " · ".join(f"{part} {_learning(session, part)}" for part in PARTS),
         "layout": " × ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process",
         "data": ", ".join(str(source.path) for source in settings.data.leaves.values()),
         "rows": f"{settings.train.global_batch_size} a step, {settings.data.seq_length} tokens each",
         "output": str(settings.output),
     }
+
+
+def _learning(session: Session, part: str) -> str:
+    """How many weights of a part learn on this rank, and from when on."""
+    weights = [p for module in session.vlm.modules_of(part) for p in module.parameters()]
+    learning, after = sum(p.numel() for p in weights if p.requires_grad), session.settings.train.thaw.get(part)
+    if learning or after is None:
+        return short(learning) if learning else "frozen"
+    return f"{short(sum(p.numel() for p in weights))} from step {after + 1} on"
 
 
 class _StopSignal:

@@ -71,13 +71,14 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     layout = (
         " × ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes if size > 1) or "no model parallelism"
     )
+    until = {part: f" (for {after:,} steps)" for part, after in train.thaw.items()}
     active = short(active_decoder_weights(text))
     levels = ", ".join(map(str, vision.deepstack_layers))
     facts = [
         ("model", f"{settings.model.hf} · {shapes.model_type} · {active} decoder weights active per token"),
         ("decoder", f"{text.layers} layers of {text.hidden}, {text.heads} heads over {text.kv_heads} key/value heads"),
         ("tower", f"{vision.layers} layers of {vision.hidden}, deepstack after layers {levels}"),
-        ("frozen", ", ".join(settings.model.freeze) or "nothing"),
+        ("frozen", ", ".join(p + until.get(p, "") for p in settings.model.freeze) or "nothing"),
         *([("adapter", _adapter(settings.adapter, shapes))] if settings.adapter.type else []),
         ("layout", f"{world_size} processes: {layout} · data {data_parallel}"),
         ("start", str(settings.model.load or "random weights")),
