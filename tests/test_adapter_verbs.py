@@ -141,3 +141,14 @@ def test_validate_counts_the_adapter(toys, trained, capsys):
     assert main(["validate", str(config), *LORA]) == 0
     # rank 4 on q, v, down and qkv of four layers: 4 × 4 × (128 + 128 + 128 + 64 + 384 + 128 + 64 + 192)
     assert "lora on 16 linears: 19.5k weights" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_base_in_4_bits_is_the_same_in_two_tensor_parallel_processes(toys, trained, tmp_path):
+    config, _ = trained
+    frozen = ("model.freeze=[vision, projector]", "adapter.type=lora", "train.steps=2", "train.rehearsal=false")
+    lines = {}
+    for name, changes in {"one": ("adapter.quantize=nf4",), "two": ("adapter.quantize=nf4", *TP2), "full": ()}.items():
+        megavlm("sft", config, *frozen, *changes, f"output={tmp_path / name}")
+        lines[name] = [line["loss"] for line in metrics_of(tmp_path / name)]
+    assert lines["two"] == pytest.approx(lines["one"], rel=1e-5)
+    assert lines["full"] != pytest.approx(lines["one"], rel=1e-3)

@@ -99,6 +99,33 @@ def test_kto_on_two_ranks_is_kto_on_one(toys, pairs, config, tmp_path):
     assert last["rewards/desirable"] > last["rewards/undesirable"]
 
 
+@pytest.mark.parametrize("verb", ["dpo", "kto"])
+def test_a_reference_in_the_step_is_the_one_of_the_file(verb, toys, pairs, config, tmp_path):
+    """Of DPO with adapters, in two tensor-parallel processes, stopped half-way; of KTO with all weights."""
+    if verb == "dpo":
+        data = f"data.train={write_records(toys.root / 'pairs.jsonl', pairs)}"
+        changes = ("adapter.type=lora", "model.freeze=[vision, projector]", "parallel.tensor=2", "--nproc", 2)
+    else:
+        judged = [
+            {"messages": pair["messages"], "completion": pair[side], "label": side == "chosen",
+             **{name: pair[name] for name in ("images", "videos") if name in pair}}
+            for pair in pairs for side in ("chosen", "rejected")
+        ]  # fmt: skip
+        data, changes = f"data.train={write_records(toys.root / 'judged.jsonl', judged)}", ()
+    common = (data, "train.lr=1e-3", "train.rehearsal=false", *changes)
+    megavlm(verb, config, *common, f"output={tmp_path / 'file'}")
+    for steps in (3, 6):
+        step = ("align.reference_at=step", f"train.steps={steps}")
+        megavlm(verb, config, *common, *step, f"output={tmp_path / 'step'}")
+    assert not (tmp_path / "step" / "reference.safetensors").exists()
+    in_file, in_step = metrics_of(tmp_path / "file"), metrics_of(tmp_path / "step")
+    assert abs(in_file[-1]["loss"] - in_file[0]["loss"]) > 0.01
+    for one, other in zip(in_file, in_step, strict=True):
+        for name in ("loss", "grad_norm"):  # float32 log-probabilities of rows that are packed in another way
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6)
+        assert other["frames_encoded"] == other["frames"]
+
+
 def test_bad_input_is_said_plainly(toys, pairs, config):
     """Files without a sample that can be used end the run; what else may be wrong is in tests/data/test_units.py."""
     data = f"data.train={write_records(toys.root / 'bad.jsonl', [{**pairs[3], 'margin': 'large'}])}"
@@ -117,6 +144,9 @@ def test_bad_input_is_said_plainly(toys, pairs, config):
         ("dpo", {"align": {"desirable_weight": 2.0}}, "is not for dpo"),
         ("dpo", {"align": {"loss": "orpo", "reference": "x"}}, "has no reference: it would be ignored"),
         ("dpo", {"data": {"too_long": "truncate"}}, "they are never cut"),
+        ("dpo", {"align": {"reference_at": "step", "reference": "x"}}, "align.reference_at is step"),
+        ("dpo", {"align": {"loss": "simpo", "reference_at": "step"}}, "has no reference"),
+        ("dpo", {"model": {"hf": "x", "load": "y"}, "train": {"kl_to_start": 0.1}}, "dpo has none"),
         ("kto", {"align": {"loss": "ipo"}}, "is not for kto"),
         ("kto", {"stage": 1}, "has no stages"),
         ("rm", {"model": {"hf": "x", "freeze": ["language"]}, "train": {"thaw": {"language": 1}}}, "the reward head"),

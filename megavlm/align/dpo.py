@@ -23,6 +23,10 @@ def options_of(settings: Settings) -> dict[str, float]:
             f"align.reference is {align.reference}, but align.loss {align.loss} has no reference: it would be ignored",
             "remove align.reference",
         )
+    if align.is_changed("reference_at") and not loss.reference:
+        raise UserError(
+            f"align.reference_at is set, but align.loss {align.loss} has no reference: it would be ignored", "remove it"
+        )
     for name in ("desirable_weight", "undesirable_weight", "centering"):
         if align.is_changed(name):
             raise UserError(f"align.{name} is not for dpo, which would ignore it", "remove it")

@@ -11,6 +11,7 @@ from megavlm.data.row import Row
 from megavlm.data.sources import Source
 from megavlm.training.objective import Objective
 from megavlm.training.setup import Session
+from megavlm.training.start_weights import StartWeights
 
 
 class PreferenceMethod:
@@ -32,7 +33,9 @@ class PreferenceMethod:
     ) -> Objective:
         """Called on all ranks, before the optimizer is built; the weights may be others afterwards."""
         objective = self._make(session.settings, session.groups.language)
-        if objective.has_reference:
+        if objective.has_reference and session.settings.align.reference_at == "step":
+            objective.start = StartWeights(session)
+        elif objective.has_reference:
             self._reference = reference_of(session, renderer, sources, self.kind, beat)
         return objective
 
@@ -46,6 +49,17 @@ def check(settings: Settings, verb: str) -> None:
         raise UserError(
             f"data.too_long is truncate, but {verb} compares answers to the same prompt: they are never cut",
             "set data.too_long to drop",
+        )
+    align = settings.align
+    if align.reference_at == "step" and align.reference is not None:
+        raise UserError(
+            f"align.reference is {align.reference}, but align.reference_at is step: it would be ignored",
+            "remove one of them",
+        )
+    if settings.train.kl_to_start:
+        raise UserError(
+            f"train.kl_to_start is {settings.train.kl_to_start:g}, but {verb} has none: it would be ignored",
+            "remove it; align.beta says how far the policy may go from the reference",
         )
     if settings.data.replay is not None:
         raise UserError(f"data.replay is set, but {verb} has no replay: it would be ignored", "remove data.replay")

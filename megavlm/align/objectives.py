@@ -10,7 +10,7 @@ from megavlm.data.row import Row
 from megavlm.model.language import LanguageModel
 from megavlm.platform import device, to_device
 from megavlm.training.feed import MicroBatch, StepRows
-from megavlm.training.forward import forward_only
+from megavlm.training.start_weights import StartWeights
 from megavlm.training.step import Step
 
 
@@ -21,13 +21,26 @@ class _AnswerObjective:
 
     def __init__(self, chunk_tokens: int, context: dist.ProcessGroup):
         self.chunk_tokens, self.context = chunk_tokens, context
+        self.start: StartWeights | None = None  # set where the reference is worked out in the step
+        self._references: dict[int, Tensor] = {}
 
     @property
     def num_sums(self) -> int:
         return 1 + len(self.names)
 
     def look_ahead(self, step: Step, rows: StepRows) -> None:
-        pass
+        if self.start is not None:
+            with self.start():
+                self._references = {id(row): found for row, found in step.look_through(rows, self._answers_of)}
+
+    def references(self, row: Row) -> Tensor:
+        """float32 [samples] on the device: the reference's log-probability of each answer."""
+        if self.start is not None:
+            return self._references[id(row)]
+        return to_device(torch.tensor([facts["ref"] for facts in row.facts], dtype=torch.float32), device())
+
+    def _answers_of(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        return self.answers(self.outputs(chunk, hidden, micro_batch), micro_batch)
 
     def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         return chunk.token_logprobs(hidden, micro_batch.targets, self.chunk_tokens)[0]
@@ -66,7 +79,7 @@ class PairObjective(_AnswerObjective):
         lengths = to_device(answer_lengths(row), device()).view(-1, 2)
         references = None, None
         if self.has_reference:
-            references = to_device(torch.tensor([facts["ref"] for facts in row.facts]), device()).view(-1, 2).unbind(1)
+            references = self.references(row).view(-1, 2).unbind(1)
         losses, metrics = preference_loss(
             self.name, *answers.unbind(1), *references, *lengths.unbind(1), **self.options
         )
@@ -113,26 +126,27 @@ class JudgedObjective(_AnswerObjective):
         return sum("desirable" in facts for row in rows for facts in row.facts)
 
     def look_ahead(self, step: Step, rows: StepRows) -> None:
+        super().look_ahead(step, rows)
+
         def gaps(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
-            answers = self.answers(self.outputs(chunk, hidden, micro_batch), micro_batch)
-            places, ref = _of(micro_batch.host, "mismatched")
-            gap = (answers[places] - ref).sum()
-            return torch.stack([gap, gap.new_full((), len(ref))])
+            row = micro_batch.host
+            places = _places(row, "mismatched")
+            gap = (self._answers_of(chunk, hidden, micro_batch) - self.references(row))[places].sum()
+            return torch.stack([gap, gap.new_full((), len(places))])
 
         totals = torch.zeros(2, device=device())
-        for window in step.feed.windows(StepRows(rows.hosts, list(rows.full)), step.window):
-            found = forward_only(step.vlm, window, gaps)
-            if found and step.groups.language.tp.rank() == 0:
-                totals += torch.stack(found).sum(dim=0)
+        found = step.look_through(rows, gaps)
+        if found and step.groups.language.tp.rank() == 0:
+            totals = torch.stack([gap for _, gap in found]).sum(dim=0)
         dist.all_reduce(totals)  # context ranks add the same to both numbers
         self.z0 = (totals[0] / totals[1].clamp(min=1)).clamp(min=0)
 
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         row = micro_batch.host
-        places, ref = _of(row, "desirable")
+        places = _places(row, "desirable")
         desirable = torch.tensor([facts["desirable"] for facts in row.facts if "desirable" in facts])
-        answers = self.answers(outputs, micro_batch)[places]
-        losses, metrics = kto_loss(answers, ref, to_device(desirable, device()), self.z0, *self.options)
+        answers, references = self.answers(outputs, micro_batch)[places], self.references(row)[places]
+        losses, metrics = kto_loss(answers, references, to_device(desirable, device()), self.z0, *self.options)
         loss, count = losses.sum(), len(losses)
         good, bad = metrics["count/desirable"], metrics["count/undesirable"]
         values = [
@@ -203,8 +217,7 @@ class RewardObjective(_AnswerObjective):
         }
 
 
-def _of(row: Row, fact: str) -> tuple[Tensor, Tensor]:
-    """Places of the samples that have ``fact``, and the reference's log-probabilities of them, on the device."""
+def _places(row: Row, fact: str) -> Tensor:
+    """int64 [n] on the device: places of the samples that have ``fact``."""
     places = [place for place, facts in enumerate(row.facts) if fact in facts]
-    ref = torch.tensor([row.facts[place]["ref"] for place in places], dtype=torch.float32)
-    return to_device(torch.tensor(places, dtype=torch.int64), device()), to_device(ref, device())
+    return to_device(torch.tensor(places, dtype=torch.int64), device())

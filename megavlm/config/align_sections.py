@@ -24,6 +24,11 @@ class AlignSettings(Section):
     desirable_weight: Float = Field(1.0, ge=0, description="of kto: weight of answers with label true")
     undesirable_weight: Float = Field(1.0, ge=0, description="of kto: weight of answers with label false")
     centering: Float = Field(0.01, ge=0, description="of rm: how strongly scores are pulled to 0")
+    reference_at: Literal["start", "step"] = Field(
+        "start",
+        description="when the reference's log-probabilities are worked out: at the start, of all data, into a file; or "
+        "in each step, by a second forward pass with a copy of what learns",
+    )
     reference: FilePath | None = Field(
         None,
         description="file of the reference's log-probabilities; null: reference.safetensors in the output folder, made "

@@ -141,6 +141,12 @@ class TrainSettings(Section):
         "none", description="decoder activations computed again in backward: none, attention's, whole layers"
     )
     logprob_chunk_tokens: Int = Field(1024, ge=1, description="tokens whose logits exist at one time")
+    kl_to_start: Float = Field(
+        0.0,
+        ge=0,
+        description="of sft: weight of the divergence from the model that training starts from, which keeps what it "
+        "can; 0: none (else a second forward pass, and a copy of what learns)",
+    )
     max_skipped_steps: Int = Field(
         3, ge=0, description="steps in a row that may be skipped for a loss or gradient that is not finite; 0: none"
     )

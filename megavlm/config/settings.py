@@ -84,6 +84,11 @@ class Settings(Section):
                 f"adapter.type is {self.adapter.type}, but model.load is not set: adapters sit on trained weights",
                 "set model.load, or adapter.type to null",
             )
+        if self.train.kl_to_start and self.model.load is None:
+            raise UserError(
+                f"train.kl_to_start is {self.train.kl_to_start:g}, but model.load is not set: nothing is to be kept",
+                "set model.load, or kl_to_start to 0",
+            )
         if self.adapter.type and self.train.optimizer == "galore":
             raise UserError(
                 f"train.optimizer is galore, but adapter.type is {self.adapter.type}: adapters have no large matrices",

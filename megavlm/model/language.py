@@ -19,7 +19,7 @@ from megavlm.model.packed import PackedRow
 from megavlm.model.rope import InterleavedMRoPE
 from megavlm.model.score_head import ScoreHead
 from megavlm.model.shapes import Shapes
-from megavlm.model.token_logprobs import Targets, token_logprobs, vocabulary_logits
+from megavlm.model.token_logprobs import Targets, token_kl, token_logprobs, vocabulary_logits
 
 
 class LanguageModel(LanguageModule):
@@ -152,6 +152,13 @@ class LanguageModel(LanguageModule):
         return token_logprobs(
             hidden.squeeze(1), self.output_weight, targets, self.tp_group,
             sequence_parallel=self.config.sequence_parallel, chunk_tokens=chunk_tokens, entropy=entropy,
+        )  # fmt: skip
+
+    def token_kl(self, hidden: Tensor, start_states: Tensor, start_weight: Tensor, targets: Targets, chunk_tokens: int):
+        """Divergence from another model at a row's targets; see ``megavlm.model.token_logprobs``."""
+        return token_kl(
+            hidden.squeeze(1), self.output_weight, start_states, start_weight, targets, self.tp_group,
+            sequence_parallel=self.config.sequence_parallel, chunk_tokens=chunk_tokens,
         )  # fmt: skip
 
     def scores(self, hidden: Tensor, places: Tensor) -> Tensor:

@@ -79,6 +79,38 @@ def token_logprobs(
     )
 
 
+def token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    start_states: Tensor,
+    start_weight: Tensor,
+    targets: Targets,
+    group: dist.ProcessGroup,
+    *,
+    sequence_parallel: bool,
+    chunk_tokens: int,
+) -> Tensor:
+    """KL(p ‖ q) in nats, over the whole vocabulary, at every target of a row; the same on every rank of ``group``.
+
+    Args:
+        hidden, weight: of p, as in ``token_logprobs``; they get gradients.
+        start_states, start_weight: of q: [m, hidden], the last hidden states at ``targets.local``, and as ``weight``.
+    Returns:
+        float32 [slices, m].
+    """
+    return _TokenKl.apply(
+        hidden,
+        weight,
+        start_states,
+        start_weight,
+        targets.local,
+        targets.tokens,
+        group,
+        sequence_parallel,
+        chunk_tokens,
+    )
+
+
 def vocabulary_logits(
     hidden: Tensor, weight: Tensor, positions: Tensor, group: dist.ProcessGroup, sequence_parallel: bool
 ) -> Tensor:
@@ -137,7 +169,6 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs, _):
         hidden, weight, local, tokens, log_z = ctx.saved_tensors
-        group = ctx.group
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         # summed over many chunks, so in float32 whatever the weight's type
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -149,27 +180,87 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_logits = (logits - log_z[:, part].reshape(-1, 1)).exp_().mul_(-grad)
             index, inside = _in_shard(ctx, tokens[:, part], weight.shape[0])
             grad_logits.scatter_add_(1, index[:, None], grad * inside[:, None])
-            grad_logits = grad_logits.to(weight.dtype)
-            if grad_weight is not None:
-                grad_weight += grad_logits.t() @ states
-            if grad_hidden is not None:
-                grad_states = grad_logits @ weight  # a partial sum: this rank's vocabulary only
-                if ctx.gather:
-                    mine = grad_states.new_empty(grad_states.shape[0] // group.size(), grad_states.shape[1])
-                    dist.reduce_scatter_tensor(mine, grad_states, group=group)
-                    grad_states = mine
-                elif group.size() > 1:
-                    dist.all_reduce(grad_states, group=group)
-                grad_hidden.index_add_(0, local[part], grad_states)
+            _add_gradients(ctx, grad_logits, states, weight, local[part], grad_hidden, grad_weight)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
+class _TokenKl(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, start, start_weight, local, tokens, group, sequence_parallel, chunk_tokens):
+        ctx.group, ctx.gather = group, sequence_parallel and group.size() > 1
+        ctx.chunk = max(1, chunk_tokens // tokens.shape[0])
+        kl, log_z, start_log_z = (
+            torch.empty(tokens.shape, dtype=torch.float32, device=hidden.device) for _ in range(3)
+        )
+        for first in range(0, tokens.shape[1], ctx.chunk):
+            part = slice(first, first + ctx.chunk)
+            logits = (_chunk_states(ctx, hidden, local[part]) @ weight.t()).float()
+            start_logits = (_gathered(ctx, start[part]) @ start_weight.t()).float()
+            z, start_z = _log_sums(ctx, logits), _log_sums(ctx, start_logits)
+            gaps = (logits - z[:, None]) - (start_logits - start_z[:, None])  # log p - log q
+            sums = ((logits - z[:, None]).exp_() * gaps).sum(-1)
+            if group.size() > 1:
+                dist.all_reduce(sums, group=group)
+            for whole, values in ((kl, sums), (log_z, z), (start_log_z, start_z)):
+                whole[:, part] = values.view(tokens.shape[0], -1)
+        ctx.save_for_backward(hidden, weight, start, start_weight, local, kl, log_z, start_log_z)
+        return kl
+
+    @staticmethod
+    def backward(ctx, grad_kl):
+        """∂KL/∂logit = p (log p - log q - KL)."""
+        hidden, weight, start, start_weight, local, kl, log_z, start_log_z = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for first in range(0, kl.shape[1], ctx.chunk):
+            part = slice(first, first + ctx.chunk)
+            column = lambda x, part=part: x[:, part].reshape(-1, 1)
+            states = _chunk_states(ctx, hidden, local[part])
+            logs = (states @ weight.t()).float() - column(log_z)
+            gaps = logs - ((_gathered(ctx, start[part]) @ start_weight.t()).float() - column(start_log_z))
+            grad_logits = logs.exp_().mul_(gaps - column(kl)).mul_(column(grad_kl))
+            _add_gradients(ctx, grad_logits, states, weight, local[part], grad_hidden, grad_weight)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, *[None] * 7
+
+
+def _add_gradients(ctx, grad_logits, states, weight, local, grad_hidden, grad_weight) -> None:
+    """Adds a chunk's share to the gradients that are wanted. grad_logits: float32 [n, vocabulary / ranks]."""
+    grad_logits, group = grad_logits.to(weight.dtype), ctx.group
+    if grad_weight is not None:
+        grad_weight += grad_logits.t() @ states
+    if grad_hidden is not None:
+        grad_states = grad_logits @ weight  # a partial sum: this rank's vocabulary only
+        if ctx.gather:
+            mine = grad_states.new_empty(grad_states.shape[0] // group.size(), grad_states.shape[1])
+            dist.reduce_scatter_tensor(mine, grad_states, group=group)
+            grad_states = mine
+        elif group.size() > 1:
+            dist.all_reduce(grad_states, group=group)
+        grad_hidden.index_add_(0, local, grad_states)
+
+
+def _log_sums(ctx, logits: Tensor) -> Tensor:
+    """float32 [n]: log Σ exp over the whole vocabulary."""
+    top = logits.max(-1).values
+    if ctx.group.size() == 1:
+        return logits.logsumexp(-1)
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=ctx.group)
+    sums = (logits - top[:, None]).exp_().sum(-1)
+    dist.all_reduce(sums, group=ctx.group)
+    return top + sums.log()
+
+
+def _gathered(ctx, states: Tensor) -> Tensor:
+    return _gather(states, ctx.group) if ctx.gather else states
+
+
 def _chunk_states(ctx, hidden: Tensor, local: Tensor) -> Tensor:
     """[slices * c, hidden]: the states of this chunk's targets, of every slice."""
-    states = hidden.index_select(0, local)
-    return _gather(states, ctx.group) if ctx.gather else states
+    return _gathered(ctx, hidden.index_select(0, local))
 
 
 def _in_shard(ctx, tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -82,13 +82,14 @@ def forward_flops(shapes: Shapes, work: Work) -> dict[str, PartFlops]:
     }
 
 
-def step_flops(shapes: Shapes, work: Work, frozen: Collection[str] = ()) -> float:
+def step_flops(shapes: Shapes, work: Work, frozen: Collection[str] = (), adapted: Collection[str] = ()) -> float:
     """Operations of forward and backward.
 
     Args:
         shapes: the model's numbers.
         work: what the step has computed, over all ranks.
         frozen: parts that do not learn, of "vision", "projector", "language"; all three: forward alone.
+        adapted: parts of which adapters alone learn, whose own few operations are not counted.
 
     Gradients flow from the loss back to the first part that learns. On that way every product's input gradient is
     counted, and weight gradients where the part learns; nothing beyond it. (The patch embedding's input gradient is
@@ -99,15 +100,15 @@ def step_flops(shapes: Shapes, work: Work, frozen: Collection[str] = ()) -> floa
     somebody_before_learns = False
     for name in ("vision", "projector", "language"):  # the way of the data
         forward = parts[name]
-        learns = name not in frozen
+        learns, reached = name not in (*frozen, *adapted), name not in frozen
         total += forward.weights + forward.attention
         if learns:
             total += forward.weights
-        if learns or somebody_before_learns:
+        if reached or somebody_before_learns:
             total += forward.weights + 2 * forward.attention
         if name == "vision" and learns:
             total -= 2 * work.patches * shapes.vision.patch_dim * shapes.vision.hidden
-        somebody_before_learns |= learns
+        somebody_before_learns |= reached
     return total
 
 

@@ -26,13 +26,14 @@ from megavlm.training.flops import Work, peak_flops, step_flops
 from megavlm.training.guard import SkippedSteps, weights_failure
 from megavlm.training.hang_watch import HangWatch
 from megavlm.training.metrics import MetricsWriter, throughput
-from megavlm.training.objective import Objective, TokenLoss
+from megavlm.training.objective import AnchoredTokenLoss, Objective, TokenLoss
 from megavlm.training.optimizer import Optimization
 from megavlm.training.plots import write_loss_plot
 from megavlm.training.progress import Progress
 from megavlm.training.rehearsal import rehearse
 from megavlm.training.report import write_report
 from megavlm.training.setup import Session, start
+from megavlm.training.start_weights import StartWeights
 from megavlm.training.step import Step, StepResult
 from megavlm.training.stragglers import Stragglers
 from megavlm.training.units import short
@@ -74,7 +75,10 @@ class Likelihood:
     ) -> Objective:
         settings = session.settings
         names = [source.label for source in settings.data.leaves.values()]
-        return TokenLoss(names, settings.train.logprob_chunk_tokens)
+        chunk_tokens, coefficient = settings.train.logprob_chunk_tokens, settings.train.kl_to_start
+        if coefficient:
+            return AnchoredTokenLoss(names, chunk_tokens, coefficient, StartWeights(session))
+        return TokenLoss(names, chunk_tokens)
 
     def rows(self, rows: Iterator[Row]) -> Iterator[Row]:
         return rows
@@ -211,7 +215,8 @@ def _line(session: Session, number: int, result: StepResult, began: float) -> di
     """A line of metrics.jsonl."""
     counts, settings = result.counts, session.settings
     peak = peak_flops(device_name())
-    flops = step_flops(session.shapes, Work.from_counts(counts), settings.frozen(number))
+    adapted = session.vlm.tuning.parts if session.vlm.tuning is not None else ()
+    flops = step_flops(session.shapes, Work.from_counts(counts), settings.frozen(number), adapted)
     whole = {
         name: int(counts[name])
         for name in ("tokens", "target_tokens", "images", "videos", "samples", "frames", "frames_encoded")

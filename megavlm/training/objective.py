@@ -10,6 +10,7 @@ from torch import Tensor
 from megavlm.data.row import IGNORE, Row
 from megavlm.model.language import LanguageModel
 from megavlm.training.feed import MicroBatch, StepRows
+from megavlm.training.start_weights import StartWeights
 
 if TYPE_CHECKING:
     from megavlm.training.step import Step
@@ -81,6 +82,42 @@ class TokenLoss:
             f"loss/{name}": total / weight if weight else None
             for name, total, weight in zip(self.source_names, sums[1:], weights, strict=True)
         }
+
+
+class AnchoredTokenLoss(TokenLoss):
+    """The same plus ``coefficient`` times KL(model ‖ start) at the targets, weighted alike: what was learned is kept.
+
+    The divergence is over the whole vocabulary. A pass without gradient finds the start's hidden states first.
+    """
+
+    def __init__(self, source_names: Sequence[str], chunk_tokens: int, coefficient: float, start: StartWeights):
+        super().__init__(source_names, chunk_tokens)
+        self.coefficient, self.start = coefficient, start
+        self.num_sums += 2
+        self._states: dict[int, Tensor] = {}
+
+    def look_ahead(self, step: "Step", rows: StepRows) -> None:
+        at_targets = lambda chunk, hidden, micro_batch: hidden.squeeze(1).index_select(0, micro_batch.targets.local)
+        with self.start():
+            found = step.look_through(rows, at_targets)
+        self._states = {id(row): states for row, states in found}
+
+    def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """[2, slices, m]: log-probabilities and divergences."""
+        weight, states = self.start.of(chunk.output_weight), self._states[id(micro_batch.host)]
+        kl = chunk.token_kl(hidden, states, weight, micro_batch.targets, self.chunk_tokens)
+        return torch.stack([super().outputs(chunk, hidden, micro_batch), kl])
+
+    def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        nll, sums = super().loss(outputs[0], micro_batch)
+        kl = (outputs[1] * micro_batch.targets.weights).sum()
+        loss = nll + self.coefficient * kl
+        return loss, torch.cat([torch.stack([loss, nll, kl]).detach(), sums[1:]])
+
+    def fields(self, sums: list[float], counts: dict[str, float]) -> dict[str, float | None]:
+        _, nll, kl, *of_sources = sums
+        weight = max(counts["weight"], 1e-12)
+        return {"nll": nll / weight, "kl_to_start": kl / weight, **super().fields([nll, *of_sources], counts)}
 
 
 def count_sources(rows: list[Row], source_names: Sequence[str], broken: Sequence[int]) -> dict[str, float]:

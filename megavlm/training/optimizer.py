@@ -13,6 +13,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megavlm.config.errors import UserError
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.platform import device
 from megavlm.training import galore
@@ -69,10 +70,23 @@ class Optimization:
         )
 
     def _build(self, part: str) -> None:
-        """Gradient buffers and optimizers of a part, where this rank has something of it that learns."""
-        modules = [m for m in self._vlm.modules_of(part) if any(p.requires_grad for p in m.parameters())]
-        if not modules:
+        """Gradient buffers and optimizers of a part, if it learns.
+
+        Raises:
+            UserError: on all ranks, it learns in some pipeline chunks alone: gradients and norms are summed over all.
+        """
+        modules = self._vlm.modules_of(part)
+        learning = [any(p.requires_grad for p in m.parameters()) for m in modules]
+        flags = torch.tensor([any(learning), not all(learning)], dtype=torch.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._vlm.groups.world_host)
+        some, lacking = flags.tolist()
+        if not some:
             return
+        if lacking:
+            raise UserError(
+                f"of {part}, something learns in some pipeline stages (or their chunks) and nothing in others",
+                "put adapters on layers of all stages, let the part learn, or use parallel.pipeline=1",
+            )
         groups = self.groups_of(part)
         self.ddp[part] = [
             DistributedDataParallel(m.config, self._ddp_config, m, disable_bucketing=i > 0, pg_collection=groups)

@@ -16,8 +16,8 @@ from megavlm.data.faults import BROKEN, Fault
 from megavlm.data.row import Row
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
-from megavlm.training.feed import Feed, MicroBatch, Window
-from megavlm.training.forward import encode_window, forward_chunk, prepare_schedule
+from megavlm.training.feed import Feed, MicroBatch, StepRows, Window
+from megavlm.training.forward import encode_window, forward_chunk, forward_only, prepare_schedule
 from megavlm.training.guard import describe
 from megavlm.training.objective import Objective, count_sources
 from megavlm.training.optimizer import Optimization
@@ -111,6 +111,17 @@ class Step:
         dist.all_reduce(encoded, group=self.groups.world_host)
         counts["frames_encoded"] = encoded.item()
         return totals, counts
+
+    def look_through(self, rows: StepRows, read) -> list[tuple[Row, Tensor]]:
+        """What ``read`` makes of each row of a step, without gradient (see ``forward_only``); [] but on the last stage.
+
+        It is for objectives that must know something of all rows before any has a loss.
+        """
+        found = []
+        for window in self.feed.windows(StepRows(rows.hosts, list(rows.full)), self.window):
+            results = forward_only(self.vlm, window, read)
+            found += zip((m.host for m in window.micro_batches), results, strict=True) if results else []
+        return found
 
     def _forward_backward(self, window: Window, weight: float, num_rows: int) -> Tensor:
         """Gradients of the decoder and of the features; returns this rank's part of the sums.

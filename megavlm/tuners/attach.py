@@ -1,7 +1,7 @@
-"""Adapters on a model: put on, given their first values, switched off and on, and told apart in checkpoints."""
+"""Adapters on a model: put on, given their first values, and told apart from the rest in checkpoints."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -35,13 +35,13 @@ class Tuning:
 
     Args:
     Attributes:
-        settings: of the adapters.
+        settings: of the adapters. parts: where there are any, of "vision", "projector", "language".
     """
 
     def __init__(self, vlm: VLM, settings: AdapterSettings):
-        self.vlm, self.settings, self._on = vlm, settings, True
+        self.vlm, self.settings = vlm, settings
         targets = targeted(settings, vlm.shapes)
-        parts = {part_of(name) for name in targets}
+        self.parts = parts = {part_of(name) for name in targets}
         head = [chunk.score_head for chunk in vlm.language if hasattr(chunk, "score_head")]
         for module in (module for part in parts for module in vlm.modules_of(part)):
             module.requires_grad_(False)
@@ -64,19 +64,7 @@ class Tuning:
             root.adapters = AdapterList()
         root.adapters.extend(adapters)
 
-        def hook(linear: nn.Module, args: tuple, output):
-            if not self._on:
-                return None
-            product, *rest = output if isinstance(output, tuple) else (output,)
-            if len(adapters) == 1:
-                product = adapters[0](linear, args[0], product)
-            else:
-                tokens = list(args[1])  # of each expert
-                pieces = zip(adapters, args[0].split(tokens), product.split(tokens), strict=True)
-                product = torch.cat([adapter(linear, inputs, out) for adapter, inputs, out in pieces])
-            return (product, *rest) if isinstance(output, tuple) else product
-
-        linear.register_forward_hook(hook)
+        linear.register_forward_hook(partial(adapted, adapters))
 
     @property
     def adapters(self) -> Iterator[LinearAdapter]:
@@ -95,14 +83,21 @@ class Tuning:
         for adapter in self.adapters:
             adapter.begin(source.read if source is not None else None, seed)
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """The base alone, for as long as the block lasts."""
-        self._on = False
-        try:
-            yield
-        finally:
-            self._on = True
+
+def adapted(adapters: list[LinearAdapter], linear: nn.Module, args: tuple, output: Tensor | tuple):
+    """The forward hook of a linear: what it gives with its adapters instead of ``output``.
+
+    Args:
+        adapters: one; or those of the experts whose tokens, of lengths ``args[1]``, a grouped linear multiplies.
+    """
+    product, *rest = output if isinstance(output, tuple) else (output,)
+    if len(adapters) == 1:
+        product = adapters[0](linear, args[0], product)
+    else:
+        lengths = list(args[1])
+        pieces = zip(adapters, args[0].split(lengths), product.split(lengths), strict=True)
+        product = torch.cat([adapter(linear, inputs, out) for adapter, inputs, out in pieces])
+    return (product, *rest) if isinstance(output, tuple) else product
 
 
 def learned(shards: dict) -> dict:

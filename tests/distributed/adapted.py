@@ -97,7 +97,10 @@ def step_of_peft(model, folder: Path, records: list[dict], root: Path) -> Adapte
 
 
 def step_with_adapter(folder, checkpoint, root, records, settings, out):
-    """Runs on every rank: one step with ``model.adapter``; saves the adapter to ``out``. Returns loss, norms."""
+    """Runs on every rank: one step with adapters, which are saved to ``out``.
+
+    Returns the loss, norms, and those of the adapters' tensors that tensor-parallel ranks have whole.
+    """
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
@@ -119,7 +122,13 @@ def step_with_adapter(folder, checkpoint, root, records, settings, out):
     objective = TokenLoss(["data"], settings.train.logprob_chunk_tokens)
     result = Step(vlm, Optimization(vlm, settings.train), feed, each, objective, settings.vision.window)()
     save_adapter(vlm, out)
-    return result.loss, result.norms
+    whole = {
+        f"{number}.{name}": getattr(adapter, name).detach()
+        for number, adapter in enumerate(vlm.tuning.adapters)
+        for name, (_, _, axis) in adapter.names.items()
+        if axis is None
+    }
+    return result.loss, result.norms, whole
 
 
 def save_adapter(vlm, out: Path) -> None:

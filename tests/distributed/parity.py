@@ -45,15 +45,18 @@ def train_reference(
     steps: int = STEPS,
     lr_scale: dict[str, float] | None = None,
     thaw: dict[str, int] | None = None,
+    kl: float = 0.0,
 ) -> Trained:
     """SGD without momentum on the mean over all targets of the batch, sample by sample: nothing is packed here.
 
     ``aux`` is the coefficient of the experts' balancing loss, which looks at the samples of a row together: the mean
-    over the ``rows`` is added to what is learned, not to the loss that is reported.
+    over the ``rows`` is added to what is learned, not to the loss that is reported. ``kl`` is the weight of the
+    divergence from the model as it was before the first step.
     """
     from transformers import AutoProcessor
 
     model, processor = reference_model(folder), AutoProcessor.from_pretrained(folder)
+    start = reference_model(folder) if kl else None
     inputs = [(reference_inputs(processor, record, root), targets_of(processor, record, root)) for record in records]
     count = sum(len(where) for _, where in inputs)
     done = []
@@ -67,9 +70,14 @@ def train_reference(
             learned, routers = torch.zeros(()), watch_routers(model) if aux else {}
             for arguments, where in (inputs[i] for i in row):
                 logprobs = model(**arguments).logits[0].log_softmax(-1)
-                nll = -logprobs[where - 1, arguments["input_ids"][0, where]].sum() / count
-                learned = learned + nll
-                total += nll.item()
+                loss = -logprobs[where - 1, arguments["input_ids"][0, where]].sum() / count
+                if kl:
+                    with torch.no_grad():
+                        before = start(**arguments).logits[0].log_softmax(-1)
+                    gaps = (logprobs.exp() * (logprobs - before)).sum(-1)
+                    loss = loss + kl * gaps[where - 1].sum() / count
+                learned = learned + loss
+                total += loss.item()
             for logits in routers.values():
                 learned = learned + aux * balancing_loss(torch.cat(logits), model.config.text_config) / len(rows)
             if learned.requires_grad:
@@ -144,8 +152,10 @@ def train_layout(
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.training.feed import Feed
-    from megavlm.training.objective import TokenLoss
+    from megavlm.training.objective import AnchoredTokenLoss, TokenLoss
     from megavlm.training.optimizer import Optimization
+    from megavlm.training.setup import Session
+    from megavlm.training.start_weights import StartWeights
     from megavlm.training.state import load_weights
     from megavlm.training.step import Step
 
@@ -161,13 +171,17 @@ def train_layout(
     each = len(rows) // groups.data_size
     mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
     feed = Feed(vlm, iter(mine * STEPS) if groups.is_leader else None)
+    objective = TokenLoss(["data"], settings.train.logprob_chunk_tokens)
+    if settings.train.kl_to_start:
+        start = StartWeights(Session(settings, vlm.shapes, groups, vlm))
+        objective = AnchoredTokenLoss(["data"], objective.chunk_tokens, settings.train.kl_to_start, start)
     optimization = Optimization(vlm, settings.train)
     step = Step(
         vlm,
         optimization,
         feed,
         each,
-        TokenLoss(["data"], settings.train.logprob_chunk_tokens),
+        objective,
         settings.vision.window,
     )
     results = []

@@ -35,11 +35,6 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def toys(tmp_path_factory) -> Toys:
-    return Toys(tmp_path_factory.mktemp("toys"))
-
-
-@pytest.fixture(scope="module")
 def references(toys):
     """By name: the folder that peft saved its adapter in, and its step from there."""
     made = {}
@@ -74,7 +69,7 @@ def test_a_step_is_that_of_peft(name, layout, toys, references, tmp_path, reques
     settings, out = settings_with(toys, kind, folder, parallel, train, reference), tmp_path / "mcore"
     world = request.getfixturevalue(f"world{processes}")
     ranks = world.run(step_with_adapter, toys.folder(kind), None, toys.root, toys.records, settings, out)
-    loss, norms = ranks[0]
+    loss, norms, _ = ranks[0]
     assert loss == pytest.approx(reference.loss, rel=1e-5)
     for part, norm in reference.norms.items():
         assert norms[f"grad_norm/{part}"] == pytest.approx(norm, rel=3e-5), part
@@ -143,3 +138,62 @@ def test_merged_is_unmerged(name, toys, references, tmp_path):
         base = reference_model(model)(**inputs).logits
     assert (merged - apart).norm() <= 1e-5 * apart.norm()
     assert (base - apart).norm() > 1e-2 * apart.norm()
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_dropout_leaves_copies_on_tensor_ranks_equal(sequence, toys, tmp_path, world2):
+    """Where ranks see the same inputs they must lose the same features, or their copies would drift apart."""
+    settings = settings_of(toys.folder("dense"), {"tensor": 2, "sequence": sequence}, freeze=("vision", "projector"))
+    settings["model"]["load"] = str(toys.checkpoint("dense"))
+    settings["adapter"] = {"type": "lora", "rank": 4, "dropout": 0.5}
+    settings["train"] |= {"optimizer": "adam", "lr": 1e-2}
+    arguments = (toys.folder("dense"), None, toys.root, toys.records, settings, tmp_path / "out")
+    (_, _, one), (_, _, other) = world2.run(step_with_adapter, *arguments)
+    assert one.keys() == other.keys()
+    assert any("lora_A" in name for name in one)
+    assert any("lora_B" in name for name in one)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def of_experts(folder) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two experts' adapters on a linear that multiplies in groups, and on each expert's tokens by itself."""
+    from functools import partial
+
+    from megavlm import platform
+    from megavlm.config.settings import AdapterSettings, ParallelSettings
+    from megavlm.convert.names import table
+    from megavlm.convert.peft_names import targeted
+    from megavlm.model.shapes import Shapes
+    from megavlm.tuners.attach import adapted
+    from megavlm.tuners.lora import Lora
+    from megavlm.tuners.places import COLUMN, Expert, Place
+
+    class Grouped(torch.nn.Module):
+        """As Transformer Engine's: tokens [n, in] of one expert after the other, and how many each has."""
+
+        weights = torch.randn(2, 192, 128)
+
+        def forward(self, tokens, lengths):
+            return torch.cat([x @ w.T for x, w in zip(tokens.split(lengths), self.weights, strict=True)]), None
+
+    platform.init(ParallelSettings())
+    shapes, linear = Shapes.from_hf(folder), Grouped()
+    settings = AdapterSettings(type="lora", rank=4)
+    entry = next(e for e in table(shapes) if e.key.endswith("experts.linear_fc1.weight"))
+    places = [Place(linear, linear, entry, COLUMN, expert=Expert(index, 8, 0)) for index in (2, 3)]
+    adapters = [Lora(place, settings, targeted(settings, shapes), torch.float32) for place in places]
+    for adapter in adapters:
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter)
+    linear.register_forward_hook(partial(adapted, adapters))
+    tokens = torch.randn(7, 128)
+    apart = [
+        x @ (w + adapter.factors()[1] @ adapter.factors()[0]).T
+        for x, w, adapter in zip(tokens.split([5, 2]), linear.weights, adapters, strict=True)
+    ]
+    return linear(tokens, [5, 2])[0].detach(), torch.cat(apart).detach()
+
+
+def test_experts_in_a_grouped_linear_have_each_its_own(toys, world1):
+    ((together, apart),) = world1.run(of_experts, toys.folder("moe"))
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-3)  # sums of 128 products of size 100

@@ -4,12 +4,7 @@ import gc
 
 import pytest
 import torch
-from parity import Toys, settings_of
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory) -> Toys:
-    return Toys(tmp_path_factory.mktemp("toys"))
+from parity import settings_of
 
 
 def rounded(weight: torch.Tensor, *, double: bool) -> torch.Tensor:

@@ -1,0 +1,50 @@
+"""The weights that training started from, for losses that compare with them in every step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from megavlm.model.vlm import PARTS
+from megavlm.training.checkpoint_folders import find_checkpoint
+from megavlm.training.setup import Session
+from megavlm.training.state import load_weights
+
+
+class StartWeights:
+    """A copy of all that learns, or will, as ``model.load`` (and ``model.adapter``) have it. Call it on all ranks.
+
+    What is frozen, the base below adapters for one, is not copied. Made before a checkpoint is restored, it leaves the
+    model with these weights.
+    """
+
+    def __init__(self, session: Session):
+        vlm, settings = session.vlm, session.settings
+        if vlm.tuning is None:  # with adapters the model has them at this point, whether it will continue or not
+            load_weights(find_checkpoint(settings.model.load), vlm)
+        self._vlm = vlm
+        self._copies = {
+            parameter: parameter.detach().clone()
+            for part in PARTS
+            for module in vlm.modules_of(part)
+            for parameter in module.parameters()
+            if parameter.requires_grad or part in settings.train.thaw
+        }
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """What a parameter was."""
+        return self._copies.get(parameter, parameter).detach()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """The model is the start's, in eval mode, for as long as the block lasts; nothing is copied."""
+        now = {parameter: parameter.data for parameter in self._copies}
+        for parameter, copy in self._copies.items():
+            parameter.data = copy
+        self._vlm.train(False)
+        try:
+            yield
+        finally:
+            for parameter, data in now.items():
+                parameter.data = data
+            self._vlm.train()
