@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapted import ADAPTERS, LR, AdaptedStep, load_and_save, peft_model, step_of_peft, step_with_adapter
+from adapted import ADAPTERS, DECODER, LR, AdaptedStep, load_and_save, peft_model, step_of_peft, step_with_adapter
 from parity import Toys, settings_of
 from safetensors.torch import load_file
 from toy import reference_inputs, reference_model
@@ -144,9 +144,9 @@ def test_merged_is_unmerged(name, toys, references, tmp_path):
 def test_dropout_leaves_copies_on_tensor_ranks_equal(sequence, toys, tmp_path, world2):
     """Where ranks see the same inputs they must lose the same features, or their copies would drift apart."""
     settings = settings_of(toys.folder("dense"), {"tensor": 2, "sequence": sequence}, freeze=("vision", "projector"))
-    settings["model"]["load"] = str(toys.checkpoint("dense"))
-    settings["adapter"] = {"type": "lora", "rank": 4, "dropout": 0.5}
-    settings["train"] |= {"optimizer": "adam", "lr": 1e-2}
+    options = {"r": 4, "lora_dropout": 0.5, "target_modules": DECODER}
+    peft_model(toys.folder("dense"), options).save_pretrained(tmp_path / "adapter")
+    settings["model"] |= {"load": str(toys.checkpoint("dense")), "adapter": str(tmp_path / "adapter")}
     arguments = (toys.folder("dense"), None, toys.root, toys.records, settings, tmp_path / "out")
     (_, _, one), (_, _, other) = world2.run(step_with_adapter, *arguments)
     assert one.keys() == other.keys()
