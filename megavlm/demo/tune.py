@@ -1,0 +1,152 @@
+"""`python -m megavlm.demo.tune`: a reward model and preference tuning on the demo's digits, each held to a bound.
+
+Goes on from the pretrained model of `python -m megavlm.demo`, or makes that first. Then, as a user would type it: a
+reward model out of pairs of digits; supervised tuning that ends too early, the wrong answers that this model gives when
+sampled, and DPO on them. All of it learns from training questions and is measured on held-out ones. Exit status: 0 when
+each bound is kept; 1 when not, or when a command fails; 2 when something is in the way.
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megavlm import failures
+from megavlm.config.errors import UserError
+from megavlm.demo.commands import (
+    CONFIGS,
+    DEFAULT_OUT,
+    NPROC,
+    CommandFailed,
+    console,
+    minutes,
+    run,
+    show_variable,
+)
+from megavlm.demo.run import Demo
+
+TUNE = "tune"  # the folder of all this, in the demo's
+REQUIRED_PAIR_ACCURACY = 0.95
+REQUIRED_DPO_GAIN = 0.10
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs it and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m megavlm.demo.tune", description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", default=DEFAULT_OUT, metavar="DIR", help=f"the demo's folder (default {DEFAULT_OUT})")
+    parser.add_argument("--overwrite", action="store_true", help=f"replace what an earlier run left in DIR/{TUNE}")
+    options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    try:
+        tune = Tune(Path(options.out))
+        tune.prepare(options.overwrite)
+        tune.reward_model()
+        tune.preference()
+        passed = tune.check()
+    except UserError as error:
+        failures.show(error.message, error.remedy)
+        return 2
+    except CommandFailed as error:
+        failures.show(str(error))
+        return 1
+    console.print(f"\n{'passed' if passed else 'FAILED'} in {minutes(time.perf_counter() - began)}")
+    return 0 if passed else 1
+
+
+class Tune:
+    """One run, in the folder `tune` of the demo's folder `out`."""
+
+    def __init__(self, out: Path):
+        self.demo = Demo(out)
+        self.out = self.demo.out / TUNE
+        self.train = self.demo.out / "data" / "questions.jsonl"
+        self.heldout = self.demo.sft.data.eval
+
+    def prepare(self, overwrite: bool) -> None:
+        """The pretrained model: as the demo left it, or made now."""
+        if self.out.exists():
+            if not overwrite:
+                raise UserError(f"{self.out} exists already", "give --overwrite to replace it, or choose another --out")
+            shutil.rmtree(self.out)
+        if self.demo.is_pretrained():
+            console.print(f"goes on from {self.demo.sft.model.load}")
+            show_variable(self.demo.out)
+        else:
+            self.demo.prepare(overwrite)
+            self.demo.convert()
+            self.demo.pretrain()
+        self.out.mkdir()
+
+    def reward_model(self) -> None:
+        """A reward model from pairs of digits, and its scores of each digit as the answer to each held-out question."""
+        from megavlm.demo.pairs import write_all_answers, write_drawn_pairs
+
+        config = CONFIGS / "rm.yaml"
+        pairs, answers = self.out / "pairs.jsonl", self.out / "all_answers.jsonl"
+        num_pairs = write_drawn_pairs(self.train, pairs)
+        write_all_answers(self.heldout, answers)
+        console.print(f"\n{pairs}: {num_pairs} pairs of the right digit and another one")
+        console.print(f"{answers}: every digit as the answer to each held-out question")
+        run("megavlm", "rm", config, *NPROC)
+        run(
+            "megavlm",
+            "score",
+            config,
+            "--reward",
+            f"model.load={self.out / 'rm'}",
+            f"output={self.out / 'rm_scores'}",
+            *NPROC,
+        )
+
+    def preference(self) -> None:
+        """Tuning that ends too early, what that model answers, DPO on its errors, and what the outcome answers."""
+        from megavlm.demo.answers import read_answers
+        from megavlm.demo.data import read_records
+        from megavlm.demo.pairs import write_pairs
+
+        mediocre, dpo = CONFIGS / "mediocre.yaml", CONFIGS / "dpo.yaml"
+        load = f"model.load={self.out / 'mediocre'}"
+        run("megavlm", "sft", mediocre, *NPROC)
+        run("megavlm", "infer", mediocre, load, f"output={self.out / 'mediocre_answers'}", *NPROC)
+        sampled = self.out / "sampled"
+        sample = (load, f"data.eval={self.train}", "generate.temperature=1", f"output={sampled}")
+        run("megavlm", "infer", mediocre, *sample, *NPROC)
+        pairs = self.out / "sampled_pairs.jsonl"
+        answers = read_answers(sampled / "answers.jsonl", len(read_records(self.train)))
+        num_pairs = write_pairs(self.train, answers, pairs)
+        console.print(f"\n{pairs}: {num_pairs} of {len(answers)} sampled answers are wrong, each against the right one")
+        run("megavlm", "dpo", dpo, *NPROC)
+        run("megavlm", "infer", dpo, f"model.load={self.out / 'dpo'}", f"output={self.out / 'dpo_answers'}", *NPROC)
+
+    def check(self) -> bool:
+        """Prints what was measured beside its bound, and whether each is kept."""
+        from megavlm.demo.answers import count_right, expected_answers, read_answers
+        from megavlm.demo.data import read_records
+        from megavlm.demo.pairs import DIGITS, count_won
+
+        expected = expected_answers(self.heldout)
+        total = len(expected)
+
+        def accuracy(name: str) -> float:
+            return count_right(read_answers(self.out / name / "answers.jsonl", total), expected) / total
+
+        scores = [line["score"] for line in read_records(self.out / "rm_scores" / "scores.jsonl")]
+        won = count_won(scores, expected) / (total * (len(DIGITS) - 1))
+        before, after = accuracy("mediocre_answers"), accuracy("dpo_answers")
+        console.print(f"\non {total} handwritten digits that were never trained on")
+        kept = [
+            _row("reward model: pairs won by the right digit", f"{won:.1%}", won, REQUIRED_PAIR_ACCURACY),
+            _row(f"DPO: right answers, from {before:.1%}", f"{after:.1%}", after, before + REQUIRED_DPO_GAIN),
+        ]
+        return all(kept)
+
+
+def _row(what: str, measured: str, value: float, bound: float) -> bool:
+    console.print(f"  {what:45} {measured:>7}   bound {bound:6.1%}   {'kept' if value >= bound else 'MISSED'}")
+    return value >= bound
+
+
+if __name__ == "__main__":  # helper processes started by spawn import this file again
+    sys.exit(main())
