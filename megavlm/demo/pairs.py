@@ -24,6 +24,12 @@ def write_drawn_pairs(questions: Path, out: Path, seed: int = 0) -> int:
     return write_pairs(questions, wrong, out)
 
 
+def write_some(questions: Path, out: Path, every: int) -> None:
+    """Every `every`-th of the questions, from the first on, picture paths relative to `out`."""
+    some = read_records(questions)[::every]
+    write_records(out, [record | {"images": _seen_from(out, questions, record["images"])} for record in some])
+
+
 def write_pairs(questions: Path, answers: list[str], out: Path) -> int:
     """Pairs of the right answer and the given one where that is wrong; as `write_drawn_pairs`.
 

@@ -28,6 +28,8 @@ from megavlm.demo.commands import (
 from megavlm.demo.run import Demo
 
 TUNE = "tune"  # the folder of all this, in the demo's
+SAMPLE_EVERY = 3  # training questions that the mediocre model is asked
+TEMPERATURE = 0.5  # at 1.0 many answers are no digits, and teach nothing about digits
 REQUIRED_PAIR_ACCURACY = 0.95
 REQUIRED_DPO_GAIN = 0.10
 
@@ -90,32 +92,25 @@ class Tune:
         console.print(f"\n{pairs}: {num_pairs} pairs of the right digit and another one")
         console.print(f"{answers}: every digit as the answer to each held-out question")
         run("megavlm", "rm", config, *NPROC)
-        run(
-            "megavlm",
-            "score",
-            config,
-            "--reward",
-            f"model.load={self.out / 'rm'}",
-            f"output={self.out / 'rm_scores'}",
-            *NPROC,
-        )
+        load, output = f"model.load={self.out / 'rm'}", f"output={self.out / 'rm_scores'}"
+        run("megavlm", "score", config, "--reward", load, output, *NPROC)
 
     def preference(self) -> None:
-        """Tuning that ends too early, what that model answers, DPO on its errors, and what the outcome answers."""
+        """Tuning that ends too early, what that model answers, and DPO on the errors in its sampled answers."""
         from megavlm.demo.answers import read_answers
         from megavlm.demo.data import read_records
-        from megavlm.demo.pairs import write_pairs
+        from megavlm.demo.pairs import write_pairs, write_some
 
         mediocre, dpo = CONFIGS / "mediocre.yaml", CONFIGS / "dpo.yaml"
         load = f"model.load={self.out / 'mediocre'}"
         run("megavlm", "sft", mediocre, *NPROC)
         run("megavlm", "infer", mediocre, load, f"output={self.out / 'mediocre_answers'}", *NPROC)
-        sampled = self.out / "sampled"
-        sample = (load, f"data.eval={self.train}", "generate.temperature=1", f"output={sampled}")
+        asked, pairs, sampled = self.out / "asked.jsonl", self.out / "sampled_pairs.jsonl", self.out / "sampled"
+        write_some(self.train, asked, SAMPLE_EVERY)
+        sample = (load, f"data.eval={asked}", f"generate.temperature={TEMPERATURE}", f"output={sampled}")
         run("megavlm", "infer", mediocre, *sample, *NPROC)
-        pairs = self.out / "sampled_pairs.jsonl"
-        answers = read_answers(sampled / "answers.jsonl", len(read_records(self.train)))
-        num_pairs = write_pairs(self.train, answers, pairs)
+        answers = read_answers(sampled / "answers.jsonl", len(read_records(asked)))
+        num_pairs = write_pairs(asked, answers, pairs)
         console.print(f"\n{pairs}: {num_pairs} of {len(answers)} sampled answers are wrong, each against the right one")
         run("megavlm", "dpo", dpo, *NPROC)
         run("megavlm", "infer", dpo, f"model.load={self.out / 'dpo'}", f"output={self.out / 'dpo_answers'}", *NPROC)
