@@ -103,7 +103,8 @@ def _make(
     session: Session, renderer: Renderer | None, sources: list[Source] | None, kind: Kind, beat: Callable[[str], None]
 ) -> list[np.ndarray]:
     settings, vlm, groups = session.settings, session.vlm, session.groups
-    load_weights(find_checkpoint(settings.model.load), vlm)
+    if vlm.tuning is None:  # adapters are where they start from
+        load_weights(find_checkpoint(settings.model.load), vlm)
     vlm.train(False)
     rows = None
     if groups.is_leader:

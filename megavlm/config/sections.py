@@ -19,6 +19,10 @@ class ModelSettings(Section):
     load: FilePath | None = Field(
         None, description="Megatron checkpoint to start from; null: random weights (train.seed)"
     )
+    adapter: FilePath | None = Field(
+        None,
+        description="adapter on the weights of load: a folder in peft's format, or a run that trained one",
+    )
     freeze: list[Part] = Field(
         [],
         description="parts that do not learn. vision: patch and position embedding, blocks; projector: merger and "

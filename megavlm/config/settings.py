@@ -2,6 +2,7 @@
 
 from pydantic import Field, model_validator
 
+from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.align_sections import AlignSettings
 from megavlm.config.data_sections import DataSettings, DataSource
 from megavlm.config.errors import UserError
@@ -18,6 +19,7 @@ from megavlm.config.sections import (
 )
 
 __all__ = [
+    "AdapterSettings",
     "AlignSettings",
     "CheckpointSettings",
     "DataSettings",
@@ -43,6 +45,7 @@ class Settings(Section):
 
     stage: Int | None = Field(None, ge=0, le=3, description="pretraining stage; for the verb pretrain only")
     model: ModelSettings
+    adapter: AdapterSettings = AdapterSettings()
     data: DataSettings = DataSettings()
     parallel: ParallelSettings = ParallelSettings()
     vision: VisionSettings = VisionSettings()

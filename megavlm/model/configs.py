@@ -38,8 +38,12 @@ def _common(precision: str, kernels: str) -> dict:
     )
 
 
-def decoder_config(shapes: Shapes, parallel, train, kernels: str) -> TransformerConfig:
-    """The Qwen3 decoder. ``parallel``, ``train``: settings sections; ``kernels``: ``te`` or ``portable``."""
+def decoder_config(shapes: Shapes, parallel, train, kernels: str, *, grouped_experts: bool) -> TransformerConfig:
+    """The Qwen3 decoder.
+
+    Args:
+        parallel, train: settings sections. kernels: ``te`` or ``portable``. grouped_experts: of the kernels' provider.
+    """
     text = shapes.text
     if text.attention_bias:
         raise UserError(
@@ -58,7 +62,7 @@ def decoder_config(shapes: Shapes, parallel, train, kernels: str) -> Transformer
             moe_aux_loss_coeff=train.moe_aux_loss_coeff,
             moe_router_dtype="fp32",
             moe_token_dispatcher_type="alltoall",
-            moe_grouped_gemm=kernels == "te",
+            moe_grouped_gemm=grouped_experts,
             moe_permute_fusion=kernels == "te",
         )
     if train.precision == "fp8":

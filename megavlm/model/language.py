@@ -35,6 +35,9 @@ class LanguageModel(LanguageModule):
         score_head: the last chunk has the head of a reward model, too.
     """
 
+    inputs_need_grad = False
+    """Set where all but adapters is frozen: recomputed layers have gradients only if what goes into them has."""
+
     embedded_tokens = 32768
     """Tokens whose embeddings exist whole on a rank at one time, before sequence parallelism shares them out."""
 
@@ -116,6 +119,8 @@ class LanguageModel(LanguageModule):
             hidden = self._embed(input_ids)
             if visual is not None:
                 hidden = hidden.index_copy(0, row.visual_positions, visual.unsqueeze(1).to(hidden.dtype))
+            if self.inputs_need_grad and torch.is_grad_enabled() and not hidden.requires_grad:
+                hidden = hidden.detach().requires_grad_(True)
         return self.decoder(
             hidden_states=hidden,
             attention_mask=None,

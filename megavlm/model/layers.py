@@ -69,7 +69,9 @@ def layer_submodules(kernels, *, rms_norm: bool, qk_norm: bool, causal: bool, nu
         if not fused:
             key_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     else:
-        mlp = get_moe_module_spec_for_backend(kernels, num_experts=num_experts, moe_grouped_gemm=fused)
+        mlp = get_moe_module_spec_for_backend(
+            kernels, num_experts=num_experts, moe_grouped_gemm=kernels.grouped_experts
+        )
         pre_mlp_norm = norm
     return TransformerLayerSubmodules(
         input_layernorm=IdentityOp if fused else norm,

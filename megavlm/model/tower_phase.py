@@ -54,8 +54,14 @@ class TowerPhase:
         self.hidden = projector.merger.linear_fc2.out_features
         self._dtype = projector.merger.linear_fc2.weight.dtype
         self.merge = projector.merger.joined // vision.patch_embed.out_features
-        self._vision_learns = any(p.requires_grad for p in vision.parameters())
-        self._learns = self._vision_learns or any(p.requires_grad for p in projector.parameters())
+
+    @property
+    def _vision_learns(self) -> bool:
+        return any(p.requires_grad for p in self.vision.parameters())
+
+    @property
+    def _learns(self) -> bool:
+        return self._vision_learns or any(p.requires_grad for p in self.projector.parameters())
 
     def encode(self, frames: Frames, exchange: Exchange) -> list[tuple[Tensor, Tensor]]:
         """Features of each micro-batch of the window, for this rank.

@@ -41,8 +41,10 @@ class VLM:
         parallel = settings.parallel
         self.shapes, self.groups, self.parallel = shapes, groups, parallel
         self.kernels = resolve(settings.model.kernels)
-        kernels = provider(self.kernels)
-        self.decoder_config = decoder_config(shapes, parallel, settings.train, self.kernels)
+        kernels = provider(self.kernels, settings.adapter)
+        self.decoder_config = decoder_config(
+            shapes, parallel, settings.train, self.kernels, grouped_experts=kernels.grouped_experts
+        )
         vision_config = tower_config(shapes, settings.train, self.kernels)
 
         self.vision = VisionTower(shapes.vision, vision_config, kernels, groups.tower).to(device())
@@ -74,6 +76,7 @@ class VLM:
             if hasattr(chunk, "score_head"):
                 chunk.score_head.requires_grad_(True)
         self.dealt_over_world = share_frames and settings.vision.deal == "world"
+        self.tuning = None  # the adapters, where there are any (``tuners.attach.Tuning``)
         self.tower = TowerPhase(
             self.vision,
             self.projector,
@@ -143,6 +146,7 @@ class VLM:
 
     def sharded_state_dict(self, metadata: dict) -> dict:
         """Megatron ShardedTensors of all weights, by checkpoint key."""
+        metadata = {**metadata, "alone": self.groups.tower.tp}
         replicated = {**metadata, "dp_cp_group": self.groups.tower.dp_cp}
         shards = {
             **self.vision.sharded_state_dict("vision.", metadata=replicated),
@@ -158,12 +162,10 @@ class VLM:
         return {name: value for name, value in shards.items() if not name.endswith("_extra_state")}
 
     def load_sharded(self, loaded: dict) -> None:
-        """Takes over what ``dist_checkpointing.load`` returned for ``sharded_state_dict``."""
+        """Takes over what ``dist_checkpointing.load`` returned for ``sharded_state_dict``, or for some of it."""
         modules = {"vision.": self.vision, "projector.": self.projector}
         modules |= {f"{index}/language.": chunk for index, chunk in enumerate(self.language)}
         for prefix, module in modules.items():
             part = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
             result = module.load_state_dict(part, strict=False)
-            may_lack = ("_extra_state", "score_head.weight")  # a reward model starts from one that is none
-            missing = [name for name in result.missing_keys if not name.endswith(may_lack)]
-            assert not [*missing, *result.unexpected_keys], f"{prefix}: {missing[:3]} {result.unexpected_keys[:3]}"
+            assert not result.unexpected_keys, f"{prefix}: {result.unexpected_keys[:3]}"

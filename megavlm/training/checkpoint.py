@@ -19,9 +19,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megavlm.config.errors import UserError
 from megavlm.convert import HF_LAYOUT, SHARDED_METADATA
+from megavlm.convert.peft_config import ADAPTER_CONFIG, config_of, write_config
 from megavlm.training.checkpoint_folders import clean, partial_folder, publish
 from megavlm.training.checkpoint_writer import CheckpointWriter
 from megavlm.training.optimizer_state import load_state, saved_state, wanted_state
+from megavlm.tuners.attach import learned
 
 _log = logging.getLogger(__name__)
 
@@ -38,11 +40,13 @@ class Checkpoints:
 
     def __init__(self, root: Path, vlm, optimization, loader, settings, origin: Path | None = None):
         self.root, self.vlm, self.optimization, self.loader = root, vlm, optimization, loader
-        self.settings = settings.checkpoint
+        self.settings, self._hf = settings.checkpoint, settings.model.hf
         self._layout = {"world": dist.get_world_size(), **settings.parallel.model_dump()}
         self._align = settings.row_align
         self._workers = max(settings.data.workers, 1)  # of each data rank
+        tuning = vlm.tuning
         self._identity = {
+            "adapter": tuning and config_of(tuning.settings, vlm.shapes),
             "train.optimizer": settings.train.optimizer,
             "train.precision": settings.train.precision,
             "learning parts": sorted(optimization.ddp),
@@ -112,9 +116,9 @@ class Checkpoints:
                 f"{folder} holds weights, but no run of this version", "start a new run from it (model.load)"
             )
         for name, value in self._identity.items():
-            if common["identity"][name] != value:
+            if common["identity"].get(name) != value:
                 raise UserError(
-                    f"{folder} was written with {name} {common['identity'][name]}, now it is {value}",
+                    f"{folder} was written with {name} {common['identity'].get(name)}, now it is {value}",
                     "resume with the settings of the interrupted run, or start a new run from it (model.load)",
                 )
         if common["align"] != self._align:
@@ -149,6 +153,8 @@ class Checkpoints:
     def _sharded(self, *, loading: bool) -> dict:
         metadata, groups = dict(SHARDED_METADATA), self.vlm.groups
         model = self.vlm.sharded_state_dict(metadata)
+        if self.vlm.tuning is not None:
+            model = learned(model)
         optimizer_state = wanted_state if loading else saved_state
         optimizer = optimizer_state(self.optimization.optimizer, model, metadata)
         generators = None if loading else random_state()
@@ -172,7 +178,9 @@ class Checkpoints:
         self._seconds += time.perf_counter() - began
 
     def _seal(self, folder: Path) -> None:
-        if self._hf_layout:
+        if self.vlm.tuning is not None:
+            write_config(folder / ADAPTER_CONFIG, self.vlm.tuning.settings, self.vlm.shapes, str(self._hf))
+        elif self._hf_layout:
             (folder / HF_LAYOUT).write_text(self._hf_layout, encoding="utf-8")
         publish(folder, self.settings.keep, self.settings.keep_every)
 

@@ -31,8 +31,7 @@ from megavlm.training.plots import write_loss_plot
 from megavlm.training.progress import Progress
 from megavlm.training.rehearsal import rehearse
 from megavlm.training.report import write_report
-from megavlm.training.setup import Session, find_checkpoint, start
-from megavlm.training.state import load_weights
+from megavlm.training.setup import Session, find_checkpoint, load_start, start
 from megavlm.training.step import Step, StepResult
 from megavlm.training.stragglers import Stragglers
 from megavlm.training.units import short
@@ -94,15 +93,16 @@ def train(settings: Settings, method: Method) -> int:
 
 def _train(settings: Settings, method: Method, watch: HangWatch) -> int:
     session = start(settings, training=True, load=False, score_head=method.scores)
+    settings = session.settings
     watch.beat("building the model")
     groups, output = session.groups, settings.output
     resuming = _from_first_rank(session, lambda: prepare_output(settings))
     checkpoint = _from_first_rank(session, lambda: latest(output / "checkpoints")) if resuming else None
 
     origin = None
-    if checkpoint is None and settings.model.load is not None:
-        origin = find_checkpoint(settings.model.load)
-        load_weights(origin, session.vlm)
+    if checkpoint is None or session.vlm.tuning is not None:  # whose checkpoints lack what does not learn
+        load_start(session)
+        origin = find_checkpoint(settings.model.load) if settings.model.load is not None else None
         watch.beat("loading the weights")
     loader = renderer = None
     if groups.is_leader:

@@ -1,12 +1,16 @@
 """The state of a run as Megatron shards it: weights, optimizer, schedule, random numbers, place in the data."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from megavlm.config.errors import UserError
 from megavlm.convert import SHARDED_METADATA
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+from megavlm.convert.peft_config import ADAPTER_CONFIG
+from megavlm.convert.peft_names import CHECKPOINT_PREFIX
 from megavlm.model import score_head
 from megavlm.model.vlm import VLM
 
@@ -19,10 +23,23 @@ def has_score_head(path: Path) -> bool:
 def load_weights(path: Path, vlm: VLM) -> None:
     """Loads the weights of a checkpoint, saved by any layout or converted from Hugging Face, into ``vlm``.
 
-    Optimizer state in it is left alone. A reward head stays as it is where the checkpoint has none.
+    Optimizer state in it is left alone. A reward head stays as it is where the checkpoint has none, and so do adapters.
+
+    Raises:
+        UserError: it is the checkpoint of an adapter, without the weights below it.
     """
-    wanted = vlm.sharded_state_dict(dict(SHARDED_METADATA))
-    if not has_score_head(path):
-        wanted = {name: entry for name, entry in wanted.items() if not name.endswith(score_head.KEY)}
-    vlm.load_sharded(dist_checkpointing.load(wanted, str(path)))
+    if (path / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"model.load is {path}, which holds an adapter without the weights that it sits on",
+            f"name those in model.load, and model.adapter={path}",
+        )
+    without = () if has_score_head(path) else (score_head.KEY,)
+    load_some(path, vlm, lambda key: not key.startswith(CHECKPOINT_PREFIX) and key not in without)
+
+
+def load_some(path: Path, vlm: VLM, wanted: Callable[[str], bool]) -> None:
+    """Loads those weights of a checkpoint whose keys there are ``wanted``."""
+    shards = vlm.sharded_state_dict(dict(SHARDED_METADATA))
+    shards = {name: entry for name, entry in shards.items() if wanted(entry.key)}
+    vlm.load_sharded(dist_checkpointing.load(shards, str(path)))
     dist.barrier()

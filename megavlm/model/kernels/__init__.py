@@ -25,12 +25,14 @@ def resolve(kernels: str) -> str:
     return kernels
 
 
-def provider(kernels: str):
-    """Megatron ``BackendSpecProvider`` for a resolved name, ``te`` or ``portable``."""
+def provider(kernels: str, adapter):
+    """Megatron ``BackendSpecProvider`` for a resolved name, ``te`` or ``portable``, and the adapter section."""
     if kernels == "te":
-        from megavlm.model.kernels.te import TransformerEngineKernels
+        from megavlm.model.kernels import te
 
-        return TransformerEngineKernels()
+        if adapter.quantize:
+            return te.LocalLinearTEKernels()
+        return te.ApartTEKernels() if adapter.type else te.TransformerEngineKernels()
     from megavlm.model.kernels.portable import PortableKernels
 
     return PortableKernels()

@@ -27,6 +27,7 @@ class PortableKernels(LocalSpecProvider):
     """Megatron's local linears and sequential experts, with our norms and our packed attention."""
 
     name = "portable"
+    grouped_experts = False
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
         return RMSNorm if rms_norm else LayerNorm

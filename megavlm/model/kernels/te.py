@@ -2,6 +2,8 @@
 
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from megavlm.model.kernels.attention import cached_attention
 
@@ -31,6 +33,29 @@ class TransformerEngineKernels(TESpecProvider):
     """Megatron's TE set, with attention that knows our rows."""
 
     name = "te"
+    grouped_experts = True
 
     def core_attention(self) -> type:
         return PackedTEAttention
+
+
+class ApartTEKernels(TransformerEngineKernels):
+    """The same with norms that are modules of their own: an adapter needs what goes into the linear."""
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return False
+
+
+class LocalLinearTEKernels(ApartTEKernels):
+    """Megatron's own linears and sequential experts beside TE's attention and norms: their weights can be in 4 bits."""
+
+    grouped_experts = False
+
+    def column_parallel_linear(self) -> type:
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        return RowParallelLinear
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool):
+        return LocalSpecProvider().grouped_mlp_modules(moe_use_grouped_gemm)

@@ -1,0 +1,159 @@
+"""An adapter on disk, as a folder in peft's format or as a checkpoint of a run: reading, writing, and merging."""
+
+import shutil
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megavlm.config.adapter_section import AdapterSettings
+from megavlm.config.errors import UserError
+from megavlm.convert.hf_folder import short_list
+from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+from megavlm.convert.output import new_folder
+from megavlm.convert.peft_config import ADAPTER_CONFIG, read_config, write_config
+from megavlm.convert.peft_names import (
+    CHECKPOINT_PREFIX,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    SPECTRUM,
+    Linear,
+    from_peft,
+    peft_name,
+    scale_of,
+    targeted,
+    tensor_shapes,
+    to_peft,
+)
+from megavlm.convert.safetensors_file import SafetensorsReader
+from megavlm.model.shapes import Shapes
+
+ADAPTER_MODEL = "adapter_model.safetensors"
+
+
+class Adapter:
+    """An adapter that can be read, linear by linear.
+
+    Args:
+        folder: in peft's format, or a checkpoint of a run that trained one.
+        shapes: of the model that it is for.
+    Attributes:
+        settings: AdapterSettings. linears: HF name to Linear, of those that have one.
+    Raises:
+        UserError: the folder holds no adapter, one of another model, or an incomplete one.
+    """
+
+    def __init__(self, folder: str | Path, shapes: Shapes):
+        self.folder, self.shapes = Path(folder), shapes
+        if not self.folder.is_dir():
+            raise UserError(f"no such adapter: {folder}", f"name a folder with {ADAPTER_CONFIG}")
+        self.settings: AdapterSettings = read_config(self.folder, shapes)
+        self.linears: dict[str, Linear] = targeted(self.settings, shapes)
+        self._kinds = {name: tensor_shapes(self.settings, linear) for name, linear in self.linears.items()}
+        if (self.folder / ADAPTER_MODEL).is_file():
+            self._file, names = SafetensorsReader(self.folder / ADAPTER_MODEL), self._peft_names
+            stored = {name: info.shape for name, info in self._file.tensors.items()}
+            shaped = lambda linear, kind, shape: to_peft(linear, kind, torch.empty(shape, device="meta")).shape
+        else:
+            self._file, names = McoreCheckpoint(self.folder), self._checkpoint_names
+            stored = {name: shape for name, (shape, _) in self._file.tensors.items()}
+            shaped = lambda linear, kind, shape: shape
+        missing = [name for name in names.values() if name not in stored]
+        if missing:
+            raise UserError(f"{self.folder}: missing tensor {short_list(missing)}", "the adapter is incomplete")
+        if isinstance(self._file, SafetensorsReader) and (unknown := stored.keys() - set(names.values())):
+            raise UserError(f"{self.folder}: tensor {short_list(sorted(unknown))} belongs to no linear of this model")
+        for (linear, kind), name in names.items():
+            expected = tuple(shaped(self.linears[linear], kind, self._kinds[linear][kind]))
+            if tuple(stored[name]) != expected:
+                raise UserError(
+                    f"{self.folder}: {name} has shape {list(stored[name])}; for this model it is {list(expected)}",
+                    "the adapter is of another model",
+                )
+
+    @cached_property
+    def _peft_names(self) -> dict[tuple[str, str], str]:
+        return {
+            (name, kind): peft_name(self.settings, self.shapes, self.linears[name], kind)
+            for name, kinds in self._kinds.items()
+            for kind in kinds
+        }
+
+    @property
+    def _checkpoint_names(self) -> dict[tuple[str, str], str]:
+        return {
+            (name, kind): f"{CHECKPOINT_PREFIX}{name}.{kind}" for name, kinds in self._kinds.items() for kind in kinds
+        }
+
+    @property
+    def other_weights(self) -> set[str]:
+        """Keys of whole weights that a checkpoint holds beside the adapter: of parts that learned fully, a head."""
+        if isinstance(self._file, SafetensorsReader):
+            return set()
+        return {key for key in self._file.tensors if not key.startswith((CHECKPOINT_PREFIX, "optimizer."))}
+
+    def read(self, name: str, expert: int | None = None) -> dict[str, Tensor]:
+        """The tensors of one linear, in the shapes of ``tensor_shapes``; of one of its experts without that axis."""
+        if isinstance(self._file, McoreCheckpoint):
+            rows = (0, None) if expert is None else (expert, expert + 1)
+            found = {kind: self._file.read(f"{CHECKPOINT_PREFIX}{name}.{kind}", *rows) for kind in self._kinds[name]}
+            return found if expert is None else {kind: tensor[0] for kind, tensor in found.items()}
+        return {
+            kind: from_peft(self.linears[name], kind, self._file.read(self._peft_names[name, kind]), shape, expert)
+            for kind, shape in self._kinds[name].items()
+        }
+
+    def write(self, out: str | Path, base: str | Path | None = None, *, overwrite: bool = False) -> None:
+        """Write a new folder in peft's format, bit for bit. ``base``: the HF model's folder, for peft to find."""
+        with new_folder(Path(out), overwrite=overwrite, mark=ADAPTER_CONFIG) as partial:
+            if isinstance(self._file, SafetensorsReader):  # it has that format
+                shutil.copyfile(self.folder / ADAPTER_CONFIG, partial / ADAPTER_CONFIG)
+                shutil.copyfile(self.folder / ADAPTER_MODEL, partial / ADAPTER_MODEL)
+                return
+            write_config(partial / ADAPTER_CONFIG, self.settings, self.shapes, str(base) if base else None)
+            tensors = {
+                self._peft_names[name, kind]: to_peft(linear, kind, tensor)
+                for name, linear in self.linears.items()
+                for kind, tensor in self.read(name).items()
+            }
+            save_file(tensors, partial / ADAPTER_MODEL, metadata={"format": "pt"})
+
+    def merge(self, name: str, weight: Tensor, expert: int | None = None) -> Tensor:
+        """The weight that does what the linear and its adapter do together, worked out in float32.
+
+        Args:
+            name: HF name of the linear. weight: [out, in], of one expert where ``expert`` says of which.
+        """
+        tensors = self.read(name, expert)
+        return merge(self.settings, self.linears[name], weight.float(), tensors).to(weight.dtype)
+
+
+def merge(adapter: AdapterSettings, linear: Linear, weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """``weight`` [out, in] with the adapter's ``tensors`` (as ``tensor_shapes``, of one expert) in it, float32."""
+    if adapter.type == "fourierft":
+        return weight + fourier_change(tensors[SPECTRUM].float(), weight.shape, adapter.scaling, adapter.seed)
+    change = tensors[LORA_B].float().reshape(linear.out, -1) @ tensors[LORA_A].float()
+    merged = weight + scale_of(adapter, linear.name) * change
+    if adapter.type == "dora":
+        merged = merged * (tensors[MAGNITUDE].float() / torch.linalg.vector_norm(merged, dim=1))[:, None]
+    return merged
+
+
+def fourier_change(spectrum: Tensor, shape: tuple[int, int], scaling: float, seed: int) -> Tensor:
+    """float32 [out, in]: real part of the inverse transform of a matrix that holds ``spectrum`` [n] (2405.03003)."""
+    rows, columns = frequencies(*shape, len(spectrum), seed)
+    dense = torch.zeros(shape, dtype=torch.float32, device=spectrum.device)
+    dense = dense.index_put((rows.to(spectrum.device), columns.to(spectrum.device)), spectrum.float())
+    return torch.fft.ifft2(dense).real * scaling
+
+
+@lru_cache(maxsize=64)
+def frequencies(out: int, inner: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns, int64 [count], of the frequencies that are learned: peft's draw, the same for equal shapes."""
+    if count > out * inner:
+        raise UserError(f"adapter.frequencies is {count}, but a linear has only {out} × {inner}", "lower it")
+    drawn = torch.randperm(out * inner, generator=torch.Generator().manual_seed(seed))[:count]
+    return drawn // inner, drawn % inner

@@ -1,0 +1,101 @@
+"""adapter_config.json, peft's description of an adapter, to and from the adapter section of the settings."""
+
+import json
+import re
+from pathlib import Path
+
+from megavlm.config.adapter_section import AdapterSettings
+from megavlm.config.errors import UserError
+from megavlm.convert.peft_names import linears, targets_of
+from megavlm.model.shapes import Shapes
+
+ADAPTER_CONFIG = "adapter_config.json"
+# What peft writes that does not change which numbers come out.
+_ABOUT = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "init_weights", "peft_version"),
+    *("revision", "task_type", "megatron_core", "qalora_group_size", "megavlm"),
+}
+_READ = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "target_parameters", "n_frequency", "scaling", "random_loc_seed"),
+}
+
+
+def config_of(adapter: AdapterSettings, shapes: Shapes, base: str | None = None) -> dict:
+    """Content of adapter_config.json. ``base``: name or folder of the Hugging Face model."""
+    experts = {linear.name for linear in linears(shapes).values() if linear.experts}
+    ends = lambda target: any(name == target or name.endswith("." + target) for name in experts)
+    targets = targets_of(adapter, shapes)
+    common = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": [target for target in targets if not ends(target)],
+        "task_type": None,
+    }
+    if adapter.type == "fourierft":
+        return common | {
+            "peft_type": "FOURIERFT",
+            "n_frequency": adapter.frequencies,
+            "scaling": adapter.scaling,
+            "random_loc_seed": adapter.seed,
+        }
+    parameters = [target for target in targets if ends(target)]
+    return common | {
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.rslora,
+        "use_dora": adapter.type == "dora",
+        "rank_pattern": adapter.rank_pattern,
+        "alpha_pattern": adapter.alpha_pattern,
+        **({"target_parameters": parameters} if parameters else {}),
+    }
+
+
+def write_config(file: Path, adapter: AdapterSettings, shapes: Shapes, base: str | None = None) -> None:
+    file.write_text(json.dumps(config_of(adapter, shapes, base), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path, shapes: Shapes) -> AdapterSettings:
+    """The adapter that ``folder`` holds, written by peft or by us.
+
+    Raises:
+        UserError: no such file, or it describes what megavlm does not have.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no adapter: {ADAPTER_CONFIG} is missing", "name another folder") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} describes no adapter: {error!r}", "name another folder") from None
+    if kind not in ("LORA", "FOURIERFT"):
+        raise UserError(f"{file} is of type {kind}; megavlm has LORA (with or without DoRA) and FOURIERFT")
+    odd = {key: value for key, value in config.items() if value and key not in _ABOUT | _READ and value != "none"}
+    if odd:
+        raise UserError(f"{file} has {odd}, which megavlm does not know", "train the adapter without it")
+    modules = config.get("target_modules") or []
+    if isinstance(modules, str):  # a regular expression for whole names
+        modules = [x.name for x in linears(shapes).values() if not x.experts and re.fullmatch(modules, x.name)]
+    targets = [*modules, *(config.get("target_parameters") or [])]
+    if kind == "FOURIERFT":
+        values = {
+            "type": "fourierft",
+            "frequencies": config["n_frequency"],
+            "scaling": float(config["scaling"]),
+            "seed": config["random_loc_seed"],
+        }
+    else:
+        values = {
+            "type": "dora" if config.get("use_dora") else "lora",
+            "rank": config["r"],
+            "alpha": float(config["lora_alpha"]),
+            "rslora": config.get("use_rslora", False),
+            "dropout": float(config.get("lora_dropout", 0.0)),
+            "rank_pattern": config.get("rank_pattern") or {},
+            "alpha_pattern": {k: float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+        }
+    return AdapterSettings(targets=targets, **values)

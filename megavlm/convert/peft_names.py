@@ -1,0 +1,168 @@
+"""Which linears have an adapter, under which names and in which shapes: peft's rules over the one table of names.
+
+In a Megatron checkpoint the tensors of an adapter are "adapter.<HF name of the linear>.<kind>". Experts, whose linears
+are one tensor in Hugging Face's model, have theirs stacked there; peft writes them side by side (see ``to_peft``).
+"""
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megavlm.config.adapter_section import AdapterSettings
+from megavlm.config.errors import UserError
+from megavlm.convert.layout import Experts, Shape
+from megavlm.convert.names import Entry, table
+from megavlm.model.shapes import Shapes
+
+CHECKPOINT_PREFIX = "adapter."
+PEFT_PREFIX = "base_model.model."
+LORA_A, LORA_B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+SPECTRUM = "fourierft_spectrum"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear of Hugging Face's model.
+
+    Attributes:
+        name: of the module, or of the experts' parameter.
+        entry: the Megatron tensor that it is (a part of).
+        experts: how many are stacked in it; None for a plain one.
+    """
+
+    name: str
+    entry: Entry
+    out: int
+    inner: int
+    experts: int | None = None
+
+    @property
+    def rows(self) -> Shape:
+        """Output features: (out,), or (2, out / 2) where an expert's gate lies over its up: ranks share each half."""
+        return (2, self.out // 2) if self.experts and "gate_up" in self.name else (self.out,)
+
+
+def linears(shapes: Shapes) -> dict[str, Linear]:
+    """Every linear that can have an adapter, by name: those of attention, MLPs, experts and mergers, in all parts."""
+    found = {}
+    for entry in table(shapes):
+        module, _, kind = entry.key.rpartition(".")
+        if kind != "weight" or not module.rpartition(".")[2].startswith("linear_"):
+            continue
+        for hf, shape in entry.hf.items():
+            experts = shape[0] if isinstance(entry.layout, Experts) else None
+            name = hf.removesuffix(".weight")
+            found[name] = Linear(name, entry, *shape[-2:], experts)
+    return found
+
+
+def part_of(name: str) -> str:
+    """``vision``, ``projector`` or ``language``: the part of the model that an HF weight belongs to."""
+    if not name.startswith("model.visual."):
+        return "language"
+    return "projector" if "merger" in name else "vision"
+
+
+def targets_of(adapter: AdapterSettings, shapes: Shapes) -> list[str]:
+    """``adapter.targets``, or what it stands for where it is null."""
+    if adapter.targets is not None:
+        return list(adapter.targets)
+    decoder = [linear for linear in linears(shapes).values() if part_of(linear.name) == "language"]
+    plain = dict.fromkeys(linear.name.rpartition(".")[2] for linear in decoder if not linear.experts)
+    if adapter.type != "lora":
+        return list(plain)
+    return [*plain, *dict.fromkeys("mlp.experts." + x.name.rpartition(".")[2] for x in decoder if x.experts)]
+
+
+def targeted(adapter: AdapterSettings, shapes: Shapes) -> dict[str, Linear]:
+    """The linears with an adapter, in the order of the layers.
+
+    Raises:
+        UserError: a target or pattern that matches nothing; experts with a type or a dropout that they cannot have.
+    """
+    every, targets = linears(shapes), targets_of(adapter, shapes)
+    matches = lambda name, target: name == target or name.endswith("." + target)
+    for target in targets:
+        if not any(matches(name, target) for name in every):
+            ends = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in every))
+            raise UserError(
+                f"adapter.targets has {target!r}, which ends the name of no linear of this model",
+                f"their names end in {ends}",
+            )
+    found = {name: x for name, x in every.items() if any(matches(name, target) for target in targets)}
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(adapter, setting):
+            if not any(_ends_in(pattern, name) for name in found):
+                raise UserError(
+                    f"adapter.{setting} has {pattern!r}, which no linear with an adapter matches", "mend or remove it"
+                )
+    experts = next((name for name, linear in found.items() if linear.experts), None)
+    for setting, value in {"type": adapter.type, "dropout": adapter.dropout}.items():
+        if experts and value not in ("lora", 0.0):
+            raise UserError(
+                f"adapter.{setting} is {value}, but {experts} is a tensor of many experts, which peft adapts with "
+                "plain LoRA alone",
+                "leave the experts out of adapter.targets, or use adapter.type lora without dropout",
+            )
+    return found
+
+
+def rank_of(adapter: AdapterSettings, name: str) -> int:
+    return _from_pattern(adapter.rank_pattern, name, adapter.rank)
+
+
+def scale_of(adapter: AdapterSettings, name: str) -> float:
+    """What the product of a linear's two matrices is multiplied with."""
+    rank, alpha = rank_of(adapter, name), _from_pattern(adapter.alpha_pattern, name, adapter.alpha)
+    return alpha / rank**0.5 if adapter.rslora else alpha / rank
+
+
+def tensor_shapes(adapter: AdapterSettings, linear: Linear) -> dict[str, Shape]:
+    """Kinds and shapes of an adapter's tensors in a Megatron checkpoint; experts are its first axis."""
+    if adapter.type == "fourierft":
+        return {SPECTRUM: (adapter.frequencies,)}
+    rank = rank_of(adapter, linear.name)
+    stack = (linear.experts,) if linear.experts else ()
+    shapes = {LORA_A: (*stack, rank, linear.inner), LORA_B: (*stack, *linear.rows, rank)}
+    return shapes | ({MAGNITUDE: linear.rows} if adapter.type == "dora" else {})
+
+
+def peft_name(adapter: AdapterSettings, shapes: Shapes, linear: Linear, kind: str) -> str:
+    """Name of a tensor in adapter_model.safetensors.
+
+    For experts peft wraps the module once for each of its parameters: the last of them is the outermost.
+    """
+    if not linear.experts:
+        return f"{PEFT_PREFIX}{linear.name}.{kind}"
+    module = linear.name.rpartition(".")[0]
+    around = [name for name in targeted(adapter, shapes) if name.startswith(module + ".")]
+    return f"{PEFT_PREFIX}{module}.{'base_layer.' * (len(around) - 1 - around.index(linear.name))}{kind}"
+
+
+def to_peft(linear: Linear, kind: str, tensor: Tensor) -> Tensor:
+    """A tensor as peft stores it. Experts: A [experts × rank, in], B [out, rank × experts] (``peft.ParamWrapper``)."""
+    if not linear.experts:
+        return tensor
+    if kind == LORA_A:
+        return tensor.flatten(0, 1)
+    return tensor.reshape(linear.experts, linear.out, -1).permute(1, 2, 0).flatten(1).contiguous()
+
+
+def from_peft(linear: Linear, kind: str, tensor: Tensor, shape: Shape, expert: int | None = None) -> Tensor:
+    """The other direction, to ``shape`` of ``tensor_shapes``; of one ``expert``, without that axis, if it is named."""
+    if linear.experts and kind == LORA_B:
+        tensor = tensor.unflatten(1, (-1, linear.experts)).permute(2, 0, 1)
+    elif linear.experts:
+        tensor = tensor.unflatten(0, (linear.experts, -1))
+    if expert is not None:
+        tensor, shape = tensor[expert], shape[1:]
+    return tensor.reshape(shape).contiguous()
+
+
+def _ends_in(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _from_pattern(patterns: dict, name: str, otherwise):
+    return next((value for pattern, value in patterns.items() if _ends_in(pattern, name)), otherwise)

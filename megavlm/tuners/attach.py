@@ -1,0 +1,122 @@
+"""Adapters on a model: put on, given their first values, switched off and on, and told apart in checkpoints."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from megavlm.config.adapter_section import AdapterSettings
+from megavlm.config.errors import UserError
+from megavlm.convert.adapter import Adapter
+from megavlm.convert.peft_names import part_of, targeted
+from megavlm.model.vlm import VLM
+from megavlm.tuners.fourier import Fourier
+from megavlm.tuners.linear_adapter import LinearAdapter
+from megavlm.tuners.lora import Dora, Lora
+from megavlm.tuners.nf4 import quantize
+from megavlm.tuners.places import Place, places_of
+
+TYPES = {"lora": Lora, "dora": Dora, "fourierft": Fourier}
+
+
+class AdapterList(nn.ModuleList):
+    """The adapters of a decoder chunk, of the tower or of the projector, as its child ``adapters``."""
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        entries = {}
+        for number, adapter in enumerate(self):
+            entries |= adapter.sharded_state_dict(f"{prefix}{number}.", sharded_offsets, metadata)
+        return entries
+
+
+class Tuning:
+    """The adapters of a model on this rank. Made once, right after the model; parts that have any are frozen otherwise.
+
+    Args:
+        freeze: parts that must not learn.
+    Attributes:
+        settings: of the adapters.
+    Raises:
+        UserError: targets that the model does not have, or that lie in a part of ``freeze``.
+    """
+
+    def __init__(self, vlm: VLM, settings: AdapterSettings, freeze: list[str]):
+        self.vlm, self.settings, self._on = vlm, settings, True
+        targets = targeted(settings, vlm.shapes)
+        parts = {part_of(name) for name in targets}
+        for part in parts & set(freeze):
+            name = next(name for name in targets if part_of(name) == part)
+            raise UserError(
+                f"model.freeze has {part}, but adapter.targets puts an adapter on {name}",
+                f"take {part} out of model.freeze: with adapters in it, its own weights do not learn",
+            )
+        head = [chunk.score_head for chunk in vlm.language if hasattr(chunk, "score_head")]
+        for module in (module for part in parts for module in vlm.modules_of(part)):
+            module.requires_grad_(False)
+        for module in head:
+            module.requires_grad_(True)
+        self._linears: list[nn.Module] = []
+        make, dtype = TYPES[settings.type], vlm.decoder_config.params_dtype
+        by_linear = groupby(places_of(vlm), key=lambda place: id(place.linear))
+        for places in [list(group) for _, group in by_linear]:
+            self._linears += [places[0].linear] if places[0].root in vlm.language else []
+            if any(name.removesuffix(".weight") in targets for name in places[0].entry.hf):
+                self._put_on(places, [make(place, settings, targets, dtype) for place in places])
+        for chunk in vlm.language:
+            chunk.inputs_need_grad = "language" in parts
+
+    def _put_on(self, places: list[Place], adapters: list[LinearAdapter]) -> None:
+        """``places``: of one module; several where it multiplies its experts in groups."""
+        root, linear = places[0].root, places[0].linear
+        if not hasattr(root, "adapters"):
+            root.adapters = AdapterList()
+        root.adapters.extend(adapters)
+
+        def hook(linear: nn.Module, args: tuple, output):
+            if not self._on:
+                return None
+            product, *rest = output if isinstance(output, tuple) else (output,)
+            if len(adapters) == 1:
+                product = adapters[0](linear, args[0], product)
+            else:
+                tokens = list(args[1])  # of each expert
+                pieces = zip(adapters, args[0].split(tokens), product.split(tokens), strict=True)
+                product = torch.cat([adapter(linear, inputs, out) for adapter, inputs, out in pieces])
+            return (product, *rest) if isinstance(output, tuple) else product
+
+        linear.register_forward_hook(hook)
+
+    @property
+    def adapters(self) -> Iterator[LinearAdapter]:
+        """All adapters on this rank."""
+        roots = [*self.vlm.language, self.vlm.vision, self.vlm.projector]
+        return (adapter for root in roots for adapter in getattr(root, "adapters", ()))
+
+    def begin(self, source: Adapter | None, seed: int) -> None:
+        """First values, from ``source`` or fresh ones that change nothing; call it when the base has its weights.
+
+        With ``quantize`` the decoder's linears go into 4 bits first: fresh values start from what they became.
+        """
+        if self.settings.quantize:
+            for linear in self._linears:
+                quantize(linear, double=self.settings.quantize == "nf4_double")
+        for adapter in self.adapters:
+            adapter.begin(source.read if source is not None else None, seed)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The base alone, for as long as the block lasts."""
+        self._on = False
+        try:
+            yield
+        finally:
+            self._on = True
+
+
+def learned(shards: dict) -> dict:
+    """The entries of a sharded state that are of parameters that learn: what a checkpoint with adapters holds."""
+    return {
+        name: entry for name, entry in shards.items() if isinstance(entry.data, Tensor) and entry.data.requires_grad
+    }

@@ -1,0 +1,54 @@
+"""FourierFT (2405.03003) on a Megatron linear: the change of its weight is a sparse spectrum's inverse transform."""
+
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from megavlm.convert.adapter import fourier_change
+from megavlm.convert.peft_names import SPECTRUM
+from megavlm.tuners.linear_adapter import LinearAdapter
+from megavlm.tuners.places import COLUMN
+from megavlm.tuners.weights import saved_as
+
+
+class Fourier(LinearAdapter):
+    """y = W x + ΔW x. ΔW, as large as W, is not kept for backward but made again."""
+
+    def _mark(self, parameter: nn.Parameter, axis: int | None) -> None:
+        super()._mark(parameter, axis)
+        parameter.sequence_parallel = False  # ``of_ranks`` has added up the gradients already
+
+    def weight(self) -> Tensor:
+        """[out, in]: this rank's share of the change, in the order of the weight's rows."""
+        place, changes = self.place, []
+        for part, spectrum, rows in zip(self.parts, self.of_kind(SPECTRUM), self.rows, strict=True):
+            if part is None:
+                inner = place.entry.shape[-1] // (1 if place.cut == COLUMN else place.ranks)
+                changes.append(next(self.parameters()).new_zeros(rows, inner))
+                continue
+            spectrum = place.of_ranks(spectrum)
+            change = fourier_change(spectrum, (part.out, part.inner), self.settings.scaling, self.settings.seed)
+            changes.append(place.share(change, place.cut).to(spectrum.dtype))
+        return self.join(changes).contiguous()
+
+    def forward(self, linear: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        place, weight = self.place, self.weight()
+        column = place.cut == COLUMN and place.ranks > 1
+        with saved_as(weight, lambda: self.weight().detach()):
+            change = linear_with_grad_accumulation_and_async_allreduce(
+                inputs, weight, None, False,
+                allreduce_dgrad=column and not place.sequence_parallel,
+                sequence_parallel=column and place.sequence_parallel,
+                tp_group=place.group,
+            )  # fmt: skip
+        if place.ranks > 1 and not column:
+            across = (
+                reduce_scatter_to_sequence_parallel_region
+                if place.sequence_parallel
+                else reduce_from_tensor_model_parallel_region
+            )
+            change = across(change, group=place.group)
+        return output + change

@@ -1,0 +1,99 @@
+"""LoRA (2106.09685; rank-stabilised: 2312.03732) and DoRA (2402.09353) on a Megatron linear."""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megavlm.convert.peft_names import LORA_A, LORA_B, MAGNITUDE, scale_of
+from megavlm.tuners.linear_adapter import LinearAdapter
+from megavlm.tuners.places import COLUMN, ROW
+from megavlm.tuners.weights import weight_of
+
+
+class Lora(LinearAdapter):
+    """y = W x + s B A x, whatever number of HF linears W is made of.
+
+    Their A's lie one above the other, their B's on the diagonal, in the order of W's rows: two products serve all.
+    """
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] of this rank's share of the weight; r counts all parts, scales are in B."""
+        below = [a for a in self.of_kind(LORA_A) if a is not None]
+        total, first, blocks = sum(len(a) for a in below), 0, []
+        for part, matrix, rows in zip(self.parts, self.of_kind(LORA_B), self.rows, strict=True):
+            if part is None:
+                blocks.append(below[0].new_zeros(rows, total))
+                continue
+            matrix = matrix.flatten(0, -2) * scale_of(self.settings, part.name)
+            last = first + matrix.shape[1]
+            blocks.append(F.pad(matrix, (first, total - last)))
+            first = last
+        down, up = torch.cat(below), self.join(blocks)
+        if self.place.expert is not None:  # the side that all ranks have: the dispatcher adds up the other's gradients
+            if self.place.cut == COLUMN:
+                down = self.place.of_ranks(down)
+            else:
+                up = self.place.of_ranks(up)
+        return down, up
+
+    def change(self, inputs: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+        """[t', …, out]: B A x."""
+        down, up = factors
+        if self.settings.dropout and self.training:
+            own = get_cuda_rng_tracker().fork() if self.place.own_tokens() else contextlib.nullcontext()
+            with own:
+                inputs = F.dropout(inputs, self.settings.dropout)
+        return F.linear(self.place.cross(F.linear(inputs, down)), up)
+
+    def forward(self, linear: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        return output + self.change(inputs, self.factors())
+
+
+class Dora(Lora):
+    """y = m (W + s B A) x / ‖W + s B A‖, row by row; the norm counts as constant in backward (section 4.3 there).
+
+    Parts that are no target have m = ‖W‖. With dropout W x stays as it is: only the input of A loses features.
+    """
+
+    def forward(self, linear: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        factors = self.factors()
+        lengths = self._lengths(linear, factors)
+        magnitudes = [
+            lengths.new_ones(rows) if part is None else own
+            for part, own, rows in zip(self.parts, self.of_kind(MAGNITUDE), self.rows, strict=True)
+        ]
+        targets = [
+            torch.full_like(own, part is not None, dtype=torch.bool)
+            for part, own in zip(self.parts, magnitudes, strict=True)
+        ]
+        ratio = torch.where(self.join(targets), self.join(magnitudes) / lengths, 1.0).to(output.dtype)
+        bias = None if getattr(linear, "skip_bias_add", False) else linear.bias
+        plain = output if bias is None else output - bias
+        return output + (ratio - 1) * plain + ratio * self.change(inputs, factors)
+
+    @torch.no_grad()
+    def _lengths(self, linear: nn.Module, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """float32 [out]: the norm of each row of the weight, with the adapter's change or without."""
+        weight = weight_of(linear)
+        if factors is not None:
+            down, up = factors
+            weight = weight + up @ down
+        lengths = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        if self.place.cut == ROW and self.place.ranks > 1:
+            squares = lengths.square()
+            dist.all_reduce(squares, group=self.place.group)
+            lengths = squares.sqrt()
+        return lengths
+
+    @torch.no_grad()
+    def begin(self, read, seed: int) -> None:
+        super().begin(read, seed)
+        if read is None:
+            lengths = self.place.layout.to_hf(self._lengths(self.place.linear), [(rows,) for rows in self.rows])
+            for own, length in zip(self.of_kind(MAGNITUDE), lengths, strict=True):
+                if own is not None:
+                    own.copy_(length)

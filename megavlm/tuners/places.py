@@ -1,0 +1,135 @@
+"""Where adapters can sit: the linears of the model on this rank, and how each is shared out over ranks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from torch import Tensor, nn
+
+from megavlm.convert.layout import GroupedQkv, Layout
+from megavlm.convert.names import Entry, table
+from megavlm.model.vlm import VLM
+
+COLUMN, ROW = 0, 1  # axis of the weight [out, in] that tensor-parallel ranks share out
+_CUT = {"linear_qkv": COLUMN, "linear_fc1": COLUMN, "linear_proj": ROW, "linear_fc2": ROW}
+
+
+@dataclass(frozen=True)
+class Expert:
+    """``index`` of ``count`` experts, and which copy of it over data ranks this rank holds."""
+
+    index: int
+    count: int
+    data_rank: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """One weight of one linear.
+
+    Attributes:
+        root: the module that holds its adapter: a decoder chunk, the tower or the projector.
+        linear: the module, Megatron's or torch's; several places where it multiplies several experts in groups.
+        entry: its row in the table of names.
+        cut: COLUMN or ROW.
+        group: ranks that share it out; None for one.
+        sequence_parallel: those ranks hold different tokens outside the linear.
+        expert: whose weight it is; None for a plain linear.
+        allreduce: Megatron's mark of parameters that all data ranks share (not those of experts dealt over ranks).
+        replicated: every rank of the world has a whole copy and its own frames.
+    """
+
+    root: nn.Module
+    linear: nn.Module
+    entry: Entry
+    cut: int
+    group: dist.ProcessGroup | None = None
+    sequence_parallel: bool = False
+    expert: Expert | None = None
+    allreduce: bool = True
+    replicated: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.group.size() if self.group is not None else 1
+
+    @property
+    def layout(self) -> Layout:
+        """How the rows of the HF linears lie in this rank's share of the weight."""
+        layout = self.entry.layout
+        return replace(layout, groups=layout.groups // self.ranks) if isinstance(layout, GroupedQkv) else layout
+
+    def share(self, tensor: Tensor, axis: int | None) -> Tensor:
+        """This rank's piece of a global tensor; all of it where ``axis`` is None."""
+        return tensor if axis is None or self.ranks == 1 else tensor.chunk(self.ranks, dim=axis)[self.group.rank()]
+
+    def own_tokens(self) -> bool:
+        """Whether ranks see different inputs, so that each must draw random numbers of its own."""
+        return (
+            self.replicated or self.expert is not None or (self.ranks > 1 and self.cut == ROW) or self.sequence_parallel
+        )
+
+    # Experts take and give tokens that the dispatcher has gathered over the group, and will add up: see ``of_ranks``.
+
+    def cross(self, hidden: Tensor) -> Tensor:
+        """[t, r] between the two matrices of an adapter: from this rank's inputs to what its outputs are made of."""
+        if self.ranks == 1 or self.expert is not None:
+            return hidden
+        if self.cut == COLUMN and self.sequence_parallel:
+            return tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.group)
+        if self.cut == COLUMN:
+            return tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=self.group)
+        if self.sequence_parallel:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(hidden, group=self.group)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(hidden, group=self.group)
+
+    def of_ranks(self, whole: Tensor) -> Tensor:
+        """A parameter that every rank has whole, whose gradient is the sum of what each of them has found."""
+        if self.ranks == 1:
+            return whole
+        return tensor_parallel.copy_to_tensor_model_parallel_region(whole, group=self.group)
+
+
+def places_of(vlm: VLM) -> Iterator[Place]:
+    """All linears on this rank, decoder first, in the order of the layers."""
+    entries = {entry.key.removesuffix(".weight"): entry for entry in table(vlm.shapes)}
+    groups = vlm.groups.language
+    for chunk in vlm.language:
+        for layer in chunk.decoder.layers:
+            for name, linear in _linears(layer):
+                key = f"language.decoder.layers.{layer.layer_number - 1}.{name}"
+                if ".experts." not in name:
+                    yield Place(
+                        chunk, linear, entries[key], _cut(name), groups.tp, vlm.decoder_config.sequence_parallel
+                    )
+                else:
+                    yield from _experts(vlm, chunk, linear, key, entries)
+    for layer in vlm.vision.layers:
+        for name, linear in _linears(layer):
+            entry = entries[f"vision.layers.{layer.layer_number - 1}.{name}"]
+            yield Place(vlm.vision, linear, entry, _cut(name), replicated=True)
+    for name, linear in _linears(vlm.projector):
+        yield Place(vlm.projector, linear, entries[f"projector.{name}"], _cut(name), replicated=True)
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, child) for name, child in module.named_modules() if name.rpartition(".")[2] in _CUT)
+
+
+def _cut(name: str) -> int:
+    return _CUT[name.rpartition(".")[2]]
+
+
+def _experts(vlm: VLM, chunk: nn.Module, linear: nn.Module, key: str, entries: dict) -> Iterator[Place]:
+    """Of one local expert ("….local_experts.3.linear_fc1"), or of all of them in a grouped linear."""
+    groups, count = vlm.groups.language, vlm.shapes.text.moe.num_experts
+    here = count // groups.ep.size()
+    module, _, kind = key.rpartition(".")
+    head, _, local = module.partition(".local_experts.")
+    head = head.removesuffix(".experts")
+    allreduce = getattr(next(linear.parameters()), "allreduce", True)
+    for index in [int(local)] if local else range(here):
+        expert = Expert(groups.ep.rank() * here + index, count, groups.expt_dp.rank())
+        entry = entries[f"{head}.experts.experts.{kind}"]
+        yield Place(chunk, linear, entry, _cut(kind), groups.expt_tp, expert=expert, allreduce=allreduce)

@@ -1,0 +1,133 @@
+"""Adapters on the toys: by peft on transformers' model, and one step of training with them in some layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from parity import AUX, ROWS, balancing_loss, part_of, targets_of, watch_routers
+from toy import reference_inputs, reference_model
+
+LR = 2.0
+DECODER = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]  # not all that are fused: k and up have none
+TOWER = ["attn.qkv", "attn.proj", "linear_fc1", "linear_fc2"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# name: (toy model, peft's options)
+ADAPTERS = {
+    "lora": ("dense", {"r": 4, "lora_alpha": 6, "target_modules": DECODER + TOWER}),
+    "rslora, patterns": (
+        "dense",
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "use_rslora": True,
+            "target_modules": [*DECODER, "k_proj"],
+            "rank_pattern": {"o_proj": 2, r"layers\.[12]\.self_attn\.q_proj": 7},
+            "alpha_pattern": {"v_proj": 3},
+        },
+    ),
+    "dora": ("dense", {"r": 4, "lora_alpha": 6, "use_dora": True, "target_modules": DECODER + TOWER}),
+    "fourierft": ("dense", {"n_frequency": 50, "scaling": 300.0, "target_modules": DECODER + TOWER}),
+    "lora on experts": (
+        "moe",
+        {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "attn.qkv"], "target_parameters": EXPERTS},
+    ),
+}
+
+
+def peft_model(folder: Path, options: dict):
+    """transformers' model with a peft adapter on which everything has a value that matters."""
+    from peft import FourierFTConfig, LoraConfig, get_peft_model
+
+    make = FourierFTConfig if "n_frequency" in options else LoraConfig
+    model = get_peft_model(reference_model(folder), make(**options))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            noise = torch.randn(parameter.shape, generator=draw)
+            if "magnitude" in name:
+                parameter *= 1 + 0.1 * noise
+            elif "spectrum" in name:
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+    return model
+
+
+@dataclass
+class AdaptedStep:
+    """The loss of a step, {part: grad_norm}, and by peft's name the adapter before and after it."""
+
+    loss: float
+    norms: dict[str, float]
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+
+
+def step_of_peft(model, folder: Path, records: list[dict], root: Path) -> AdaptedStep:
+    """One SGD step on the mean over all targets, sample by sample."""
+    from peft import get_peft_model_state_dict
+    from transformers import AutoProcessor
+
+    processor, is_moe = AutoProcessor.from_pretrained(folder), "moe" in folder.name
+    tensors = lambda: {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+    before = tensors()
+    inputs = [(reference_inputs(processor, record, root), targets_of(processor, record, root)) for record in records]
+    count, total = sum(len(where) for _, where in inputs), 0.0
+    model.base_model.model.eval()
+    for row in ROWS:
+        routers = watch_routers(model.base_model.model) if is_moe else {}
+        learned = torch.zeros(())
+        for arguments, where in (inputs[i] for i in row):
+            logprobs = model(**arguments).logits[0].log_softmax(-1)
+            learned = learned - logprobs[where - 1, arguments["input_ids"][0, where]].sum() / count
+        total += learned.item()
+        for logits in routers.values():
+            config = model.base_model.model.config.text_config
+            learned = learned + AUX * balancing_loss(torch.cat(logits), config) / len(ROWS)
+        learned.backward()
+    squares = dict.fromkeys(("vision", "projector", "language"), 0.0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                squares[part_of(name)] += parameter.grad.double().square().sum().item()
+                parameter -= LR * parameter.grad
+    return AdaptedStep(total, {part: square**0.5 for part, square in squares.items()}, before, tensors())
+
+
+def step_with_adapter(folder, checkpoint, root, records, settings, out):
+    """Runs on every rank: one step with ``model.adapter``; saves what was learned to ``out``. Returns loss and norms."""
+    import os
+
+    from megatron.core import dist_checkpointing
+
+    from megavlm.config.settings import Settings
+    from megavlm.convert import SHARDED_METADATA
+    from megavlm.convert.peft_config import ADAPTER_CONFIG, write_config
+    from megavlm.data.files import in_folder
+    from megavlm.data.renderer import Renderer
+    from megavlm.training.feed import Feed
+    from megavlm.training.objective import TokenLoss
+    from megavlm.training.optimizer import Optimization
+    from megavlm.training.setup import start
+    from megavlm.training.step import Step
+    from megavlm.tuners.attach import learned
+
+    settings = Settings(**settings)
+    session = start(settings, training=True)
+    vlm, groups = session.vlm, session.groups
+    renderer = Renderer(folder, settings.data, settings.row_align)
+    samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
+    rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
+    each = len(rows) // groups.data_size
+    mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
+    feed = Feed(vlm, iter(mine) if groups.is_leader else None)
+    objective = TokenLoss(["data"], settings.train.logprob_chunk_tokens)
+    result = Step(vlm, Optimization(vlm, settings.train), feed, each, objective, settings.vision.window)()
+    if torch.distributed.get_rank() == 0:
+        os.makedirs(out)
+        write_config(out / ADAPTER_CONFIG, vlm.tuning.settings, session.shapes)
+    torch.distributed.barrier()
+    dist_checkpointing.save(learned(vlm.sharded_state_dict(dict(SHARDED_METADATA))), str(out))
+    return result.loss, result.norms
