@@ -15,7 +15,7 @@ from megavlm.demo.run import STAGES
 from megavlm.demo.tune import TUNE
 
 # Those of the tuning demo: where each starts, below the demo's folder.
-TUNE_STARTS = {"rm": "stage3", "mediocre": "stage3", "dpo": f"{TUNE}/mediocre"}
+TUNE_STARTS = {"rm": "stage3", "mediocre": "stage3", "dpo": f"{TUNE}/mediocre", "lora": "stage3"}
 CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
 
 
@@ -79,9 +79,16 @@ def test_heldout_questions_are_in_no_training_list():
 @pytest.mark.parametrize("name", TUNE_STARTS)
 def test_tuning_learns_from_questions_and_pairs_of_them(name):
     settings = load_settings(CONFIGS / f"{name}.yaml")
-    learned = {"rm": "pairs", "mediocre": "questions", "dpo": "sampled_pairs"}
+    learned = {"rm": "pairs", "mediocre": "questions", "dpo": "sampled_pairs", "lora": "questions"}
     assert [source.path.stem for source in settings.data.train] == [learned[name]]
     assert settings.data.eval.stem == ("all_answers" if name == "rm" else HELDOUT_FILE)
+
+
+def test_lora_differs_from_tuning_all_weights_by_what_learns_and_how_fast():
+    changed = {"model": {"freeze"}, "adapter": True, "train": {"lr"}, "output": True}
+    sft, lora = (load_settings(CONFIGS / f"{name}.yaml") for name in ("sft", "lora"))
+    assert sft.model_dump(exclude=changed) == lora.model_dump(exclude=changed)
+    assert lora.adapter.type == "lora"
 
 
 @pytest.mark.parametrize("stage", STAGES)

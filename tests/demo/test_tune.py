@@ -1,6 +1,8 @@
 """The tuning demo without its training: what it goes on from, what it runs, and when it says that a bound is missed."""
 
 import pytest
+import torch
+from torch.distributed import checkpoint as dcp
 
 from megavlm.config.errors import UserError
 from megavlm.demo import tune
@@ -77,21 +79,55 @@ def test_commands(out, started):
     assert not any(heldout in part for command in started.commands for part in command)  # data.eval of the files
 
 
-@pytest.mark.parametrize(
-    ("won", "before", "after", "passed"),
-    [(1.0, 0.7, 0.9, True), (0.9, 0.7, 0.9, False), (1.0, 0.85, 0.9, False), (0.95, 0.0, 0.1, True)],
-)
-def test_each_bound_is_held(out, capsys, won, before, after, passed):
+def save_checkpoint(folder, **sizes):
+    """A checkpoint whose tensors have so many numbers."""
+    dcp.save({name: torch.zeros(size) for name, size in sizes.items()}, checkpoint_id=folder, no_dist=True)
+    (folder / "metadata.json").write_text("{}")
+
+
+def test_all_weights_are_tuned_unless_the_demo_did_that(out, started):
     run = tune.Tune(out)
-    run.out.mkdir()
+    run.lora()
+    assert verbs(started.commands) == ["sft", "infer", "sft", "infer"]
+    assert run.full == run.out / "sft_answers"
+    started.commands.clear()
+    write_answers(out / "after", ["1"])
+    run = tune.Tune(out)
+    run.lora()
+    assert verbs(started.commands) == ["sft", "infer"]
+    assert run.full == out / "after"
+
+
+@pytest.mark.parametrize(
+    ("changed", "missed"),
+    [
+        ({}, None),
+        ({"won": 0.94}, "reward"),
+        ({"mediocre": 0.85}, "DPO"),
+        ({"dpo": 0.8, "mediocre": 0.7}, None),
+        ({"lora": 0.95}, "LoRA: right"),
+        ({"weights": 50}, "LoRA: share"),
+    ],
+)
+def test_each_bound_is_held(out, capsys, changed, missed):
+    run = tune.Tune(out)
     expected = expected_answers(run.heldout)
+    shares = {"won": 1.0, "mediocre": 0.7, "dpo": 0.9, "full": 0.98, "lora": 0.97, "weights": 49} | changed
     scores = []
     for i, right in enumerate(expected):
-        scores += [(digit == int(right)) == (i < won * len(expected)) for digit in range(10)]
-    (run.out / "rm_scores").mkdir()
+        scores += [(digit == int(right)) == (i < shares["won"] * len(expected)) for digit in range(10)]
+    (run.out / "rm_scores").mkdir(parents=True)
     write_records(run.out / "rm_scores" / "scores.jsonl", ({"index": i, "score": s} for i, s in enumerate(scores)))
-    for name, share in (("mediocre_answers", before), ("dpo_answers", after)):
-        given = [right if i < share * len(expected) else "?" for i, right in enumerate(expected)]
-        write_answers(run.out / name, given)
-    assert run.check() is passed
-    assert ("MISSED" in capsys.readouterr().out) is not passed
+    folders = {name: run.out / f"{name}_answers" for name in ("mediocre", "dpo", "lora")} | {"full": run.full}
+    for name, folder in folders.items():
+        write_answers(folder, [right if i < shares[name] * len(expected) else "?" for i, right in enumerate(expected)])
+    save_checkpoint(
+        run.out / "lora" / "checkpoints" / "step_00000070", **{"adapter.a": shares["weights"], "optimizer.b": 99}
+    )
+    save_checkpoint(
+        out / "stage3" / "checkpoints" / "step_00000006", **{"language.a": 900, "vision.b": 100, "optimizer.c": 99}
+    )
+    assert run.check() is (missed is None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "MISSED" in line]
+    assert len(lines) == (missed is not None)
+    assert not lines or missed in lines[0]
