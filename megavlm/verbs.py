@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RUN = ("model", "data", "parallel", "vision", "train", "checkpoint", "log", "generate")
+RUN = ("model", "adapter", "data", "parallel", "vision", "train", "checkpoint", "log", "generate")
 RUN_REQUIRES = ("output", "data.train", "train.steps", "train.global_batch_size", "train.lr")
-RUN_READS = ("model.hf", "model.load", "data.train", "data.eval")
+READS = ("model.hf", "model.load", "model.adapter")
+RUN_READS = (*READS, "data.train", "data.eval")
 
 
 def positive(text: str) -> int:
@@ -41,7 +42,7 @@ class Verb:
     example: str
     sections: tuple[str, ...] = RUN
     requires: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ("model.hf", "model.load")
+    reads: tuple[str, ...] = READS
     writes: str | None = None
     positionals: dict[str, dict[str, Any]] = field(default_factory=dict)
     flags: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -96,9 +97,9 @@ VERBS = {
         "megavlm.training.score:main",
         "log-probabilities of each target token of data.eval, into scores.jsonl",
         "megavlm score sft.yaml model.load=runs/sft/checkpoints/step_00000100 output=runs/scores",
-        sections=("model", "data", "parallel", "vision", "train.precision", "train.logprob_chunk_tokens"),
+        sections=("model", "adapter", "data", "parallel", "vision", "train.precision", "train.logprob_chunk_tokens"),
         requires=("output", "model.load", "data.eval"),
-        reads=("model.hf", "model.load", "data.eval"),
+        reads=(*READS, "data.eval"),
         writes="scores.jsonl",
         flags={"reward": {"action": "store_true", "help": "the score of a reward model (megavlm rm) instead"}},
     ),
@@ -107,9 +108,9 @@ VERBS = {
         "answers to the questions of data.eval, into answers.jsonl, or to one prompt",
         "megavlm infer sft.yaml model.load=CHECKPOINT data.eval=questions.jsonl output=runs/answers\n"
         'megavlm infer sft.yaml model.load=CHECKPOINT --prompt "What is this?" --image cat.png',
-        sections=("model", "data", "parallel", "vision", "train.precision", "train.seed", "generate"),
+        sections=("model", "adapter", "data", "parallel", "vision", "train.precision", "train.seed", "generate"),
         requires=("model.load",),
-        reads=("model.hf", "model.load", "data.eval"),
+        reads=(*READS, "data.eval"),
         writes="answers.jsonl",
         flags={
             "prompt": {"metavar": "TEXT", "help": "answer this on the terminal, instead of data.eval"},
@@ -131,11 +132,16 @@ VERBS = {
     ),
     "export": Verb(
         "megavlm.training.export:main",
-        "a Hugging Face folder out of a checkpoint",
-        "megavlm export sft.yaml model.load=runs/sft/checkpoints/step_00000100 --out exported",
+        "a Hugging Face folder out of a checkpoint, an adapter merged in or by itself",
+        "megavlm export sft.yaml model.load=runs/sft/checkpoints/step_00000100 --out exported\n"
+        "megavlm export sft-lora.yaml model.adapter=runs/sft-lora --out exported\n"
+        "megavlm export sft-lora.yaml model.adapter=runs/sft-lora --adapter --out adapter",
         sections=("model",),
         requires=("model.load",),
-        flags={"out": {"metavar": "DIR", "type": Path, "required": True, "help": "folder to write; must not exist"}},
+        flags={
+            "out": {"metavar": "DIR", "type": Path, "required": True, "help": "folder to write; must not exist"},
+            "adapter": {"action": "store_true", "help": "write model.adapter alone, in peft's format"},
+        },
         local_workers=False,
     ),
     "validate": Verb(

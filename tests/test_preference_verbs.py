@@ -119,12 +119,13 @@ def test_bad_input_is_said_plainly(toys, pairs, config):
         ("dpo", {"data": {"too_long": "truncate"}}, "they are never cut"),
         ("kto", {"align": {"loss": "ipo"}}, "is not for kto"),
         ("kto", {"stage": 1}, "has no stages"),
+        ("rm", {"model": {"hf": "x", "freeze": ["language"]}, "train": {"thaw": {"language": 1}}}, "the reward head"),
     ],
 )
 def test_settings_that_would_be_ignored(verb, changed, message):
     module = importlib.import_module(f"megavlm.align.{verb}")
     with pytest.raises(UserError, match=message):
-        module.main(Settings(model={"hf": "x"}, **changed))
+        module.main(Settings(**{"model": {"hf": "x"}, **changed}))
 
 
 def test_a_reward_model_scores_what_is_chosen_higher(toys, pairs, config, tmp_path):

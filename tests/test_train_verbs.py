@@ -93,6 +93,19 @@ def test_a_frozen_part_keeps_its_bits(toys, tmp_path):
             assert (value - reference.weights[name]).norm() < 1e-4 * update.norm(), name
 
 
+def test_a_part_thaws(toys, tmp_path):
+    """Its numbers against plain PyTorch in tests/distributed/test_layouts.py; here, what the run says of it."""
+    changes = ("model.freeze=[vision, language]", "train.thaw={language: 1}", "train.steps=3")
+    done = megavlm("sft", sft_config(toys, tmp_path), *changes)
+    assert done.stdout.count("step 2: language thaws") == done.stdout.count("thaws and learns") == 1
+    assert "vision frozen" in done.stdout
+    assert "from step 2 on" in done.stdout
+    lines = metrics_of(tmp_path / "run")
+    assert [line["lr/language"] for line in lines] == [0.0, LR, LR]
+    assert [line["lr/vision"] for line in lines] == [0.0] * 3
+    assert [line["grad_norm/language"] > 0 for line in lines] == [False, True, True]
+
+
 def test_a_stopped_run_continues_on_the_same_bits(toys, tmp_path):
     for name, steps in (("whole", [4]), ("halves", [2, 4])):
         config = sft_config(toys, tmp_path, optimizer="adam", global_batch_size=4)

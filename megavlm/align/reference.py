@@ -28,10 +28,10 @@ from megavlm.data.row import Row
 from megavlm.data.shards import ShardFolder
 from megavlm.data.sources import Source
 from megavlm.data.units import draft_unit
-from megavlm.training.checkpoint_folders import latest
+from megavlm.training.checkpoint_folders import find_checkpoint, latest
 from megavlm.training.eval_rows import EvalRows
 from megavlm.training.forward import forward_only
-from megavlm.training.setup import Session, find_checkpoint
+from megavlm.training.setup import Session
 from megavlm.training.state import load_weights
 
 FILE_NAME = "reference.safetensors"
@@ -179,8 +179,8 @@ def _side(facts: dict) -> int:
 
 def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:
     """What the log-probabilities depend on, as far as names, sizes, and the beginnings and ends of files tell it."""
-    checkpoint = find_checkpoint(settings.model.load)
-    weights = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    folders = [find_checkpoint(path) for path in (settings.model.load, settings.model.adapter) if path is not None]
+    weights = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [s.file.index_files if isinstance(s.file, ShardFolder) else [s.file.path] for s in sources]
     return {
         "kind": kind,
@@ -191,7 +191,7 @@ def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:
             for source, paths in zip(sources, files, strict=True)
         ],
         "settings": {name: getattr(settings.data, name) for name in _SETTINGS}
-        | {"precision": settings.train.precision},
+        | {"precision": settings.train.precision, "quantize": settings.adapter.quantize},
     }
 
 

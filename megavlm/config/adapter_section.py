@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megavlm.config.errors import UserError
-from megavlm.config.section import Bool, Float, Int, Positive, Rank, Section, Str
+from megavlm.config.section import Bool, Count, Float, Int, Positive, Section, Str
 
 _ONLY = {  # fields that belong to some types alone
     "rank": ("lora", "dora"),
@@ -40,7 +40,7 @@ class AdapterSettings(Section):
     alpha: Float = Field(32.0, gt=0, description="of lora and dora: the product of the two is scaled by alpha / rank")
     rslora: Bool = Field(False, description="of lora and dora: scale by alpha / √rank instead (2312.03732)")
     dropout: Float = Field(0.0, ge=0, lt=1, description="of lora and dora: share of a linear's inputs hidden from it")
-    rank_pattern: dict[Str, Rank] = Field(
+    rank_pattern: dict[Str, Count] = Field(
         {}, description="of lora and dora: other ranks, by regular expressions for the ends of names: {o_proj: 4}"
     )
     alpha_pattern: dict[Str, Positive] = Field({}, description="of lora and dora: other alphas, likewise")

@@ -12,7 +12,7 @@ from megavlm.config.errors import UserError
 Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
 Positive = Annotated[float, Strict(), Field(gt=0)]
-Rank = Annotated[int, Strict(), Field(ge=1)]
+Count = Annotated[int, Strict(), Field(ge=1)]
 Bool = Annotated[bool, Strict()]
 Str = Annotated[str, Strict()]
 

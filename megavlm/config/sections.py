@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.config.errors import UserError
-from megavlm.config.section import Bool, FilePath, Float, Int, Part, Positive, Section, Str
+from megavlm.config.section import Bool, Count, FilePath, Float, Int, Part, Positive, Section, Str
 
 
 class ModelSettings(Section):
@@ -112,10 +112,22 @@ class TrainSettings(Section):
     lr_scale: dict[Part, Positive] = Field(
         {}, description="of a part, how its learning rate differs from lr: {vision: 0.1}; others have 1"
     )
+    thaw: dict[Part, Count] = Field(
+        {},
+        description="of a part in model.freeze, the number of steps after which it learns all the same: "
+        "{language: 1000}; it joins the run's schedule where that stands",
+    )
     min_lr: Float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
     warmup_steps: Int = Field(0, ge=0, description="steps over which the learning rate rises from 0 to lr")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="way from lr down to min_lr")
-    optimizer: Literal["adam", "sgd"] = Field("adam", description="adam: AdamW; sgd: plain gradient descent")
+    optimizer: Literal["adam", "sgd", "galore"] = Field(
+        "adam",
+        description="adam: AdamW, its state shared over data ranks; sgd: plain gradient descent; galore: AdamW with "
+        "low-rank moments of matrices, for all weights on few GPUs",
+    )
+    galore_rank: Int = Field(128, ge=1, description="of galore: rank of the moments of a matrix")
+    galore_update_every: Int = Field(200, ge=1, description="of galore: steps after which the projection is renewed")
+    galore_scale: Float = Field(0.25, gt=0, description="of galore: factor of a projected matrix's update")
     adam_beta1: Float = Field(0.9, ge=0, lt=1, description="decay of Adam's mean of gradients")
     adam_beta2: Float = Field(0.95, ge=0, lt=1, description="decay of Adam's mean of squared gradients")
     adam_eps: Float = Field(1e-8, gt=0, description="added to Adam's denominator")
@@ -151,6 +163,12 @@ class TrainSettings(Section):
                 f"train.warmup_steps is {self.warmup_steps}, more than train.steps, {self.steps}",
                 "warm up over fewer steps or train longer",
             )
+        late = ", ".join(part for part, after in self.thaw.items() if self.steps is not None and after >= self.steps)
+        if late:
+            raise UserError(
+                f"train.thaw is {self.thaw}, but train.steps is {self.steps}: that of {late} would be ignored",
+                f"thaw {late} after fewer than {self.steps} steps, or train longer",
+            )
         if self.schedule == "constant" and self.min_lr:
             raise UserError(
                 f"train.min_lr is {self.min_lr:g}, but train.schedule constant stays at lr: it would be ignored",
@@ -161,6 +179,13 @@ class TrainSettings(Section):
                 raise UserError(
                     f"train.{name} is {getattr(self, name):g}, but train.optimizer is sgd: it would be ignored",
                     f"remove {name} or choose optimizer adam",
+                )
+        for name in ("galore_rank", "galore_update_every", "galore_scale"):
+            if self.optimizer != "galore" and self.is_changed(name):
+                raise UserError(
+                    f"train.{name} is {getattr(self, name):g}, but train.optimizer is {self.optimizer}: it would be "
+                    "ignored",
+                    f"remove {name} or choose optimizer galore",
                 )
         return self
 

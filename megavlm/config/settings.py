@@ -66,15 +66,42 @@ class Settings(Section):
                 f"train.precision is fp8, but model.kernels is {self.model.kernels}: only Transformer Engine has fp8",
                 "set model.kernels to te, or train.precision to bf16",
             )
-        frozen = ", ".join(part for part in self.train.lr_scale if part in self.model.freeze)
+        free = ", ".join(part for part in self.train.thaw if part not in self.model.freeze)
+        if free:
+            raise UserError(
+                f"train.thaw is {self.train.thaw}, but model.freeze is {self.model.freeze}: that of {free} would be "
+                "ignored",
+                f"remove {free} from train.thaw, or add it to model.freeze",
+            )
+        frozen = ", ".join(part for part in self.train.lr_scale if part in self.frozen())
         if frozen:
             raise UserError(
                 f"train.lr_scale is {self.train.lr_scale}, but model.freeze has {frozen}: it would be ignored",
                 f"remove {frozen} from one of them",
             )
+        if self.adapter.type and self.model.load is None:
+            raise UserError(
+                f"adapter.type is {self.adapter.type}, but model.load is not set: adapters sit on trained weights",
+                "set model.load, or adapter.type to null",
+            )
+        if self.adapter.type and self.train.optimizer == "galore":
+            raise UserError(
+                f"train.optimizer is galore, but adapter.type is {self.adapter.type}: adapters have no large matrices",
+                "use train.optimizer adam",
+            )
+        if self.adapter.dropout and self.vision.recompute:
+            raise UserError(
+                "adapter.dropout is set with vision.recompute: the tower would hide other features the second time",
+                "set one of them to its default",
+            )
         check_seq_length(self.data.seq_length, self.parallel)
         self._check_align()
         return self
+
+    def frozen(self, step: int | None = None) -> list[str]:
+        """Parts that do not learn in step ``step`` (from 1); without one, those that never do."""
+        thaw = self.train.thaw
+        return [p for p in self.model.freeze if p not in thaw or (step is not None and step <= thaw[p])]
 
     @property
     def row_align(self) -> int:

@@ -5,13 +5,14 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.errors import UserError
 from megavlm.convert.hf_folder import short_list
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+from megavlm.convert.names import Entry
 from megavlm.convert.output import new_folder
 from megavlm.convert.peft_config import ADAPTER_CONFIG, read_config, write_config
 from megavlm.convert.peft_names import (
@@ -29,9 +30,12 @@ from megavlm.convert.peft_names import (
     to_peft,
 )
 from megavlm.convert.safetensors_file import SafetensorsReader
+from megavlm.model import score_head
 from megavlm.model.shapes import Shapes
 
 ADAPTER_MODEL = "adapter_model.safetensors"
+REWARD_HEAD = "reward_head.safetensors"
+"""File in a Hugging Face folder, or beside an adapter, with the head of a reward model: "weight", [1, hidden]."""
 
 
 class Adapter:
@@ -89,11 +93,23 @@ class Adapter:
         }
 
     @property
+    def checkpoint(self) -> McoreCheckpoint | None:
+        """The checkpoint that it is read from; None for a folder in peft's format."""
+        return self._file if isinstance(self._file, McoreCheckpoint) else None
+
+    @property
     def other_weights(self) -> set[str]:
         """Keys of whole weights that a checkpoint holds beside the adapter: of parts that learned fully, a head."""
-        if isinstance(self._file, SafetensorsReader):
-            return set()
-        return {key for key in self._file.tensors if not key.startswith((CHECKPOINT_PREFIX, "optimizer."))}
+        tensors = self.checkpoint.tensors if self.checkpoint else ()
+        return {key for key in tensors if not key.startswith((CHECKPOINT_PREFIX, "optimizer."))}
+
+    @property
+    def reward_head(self) -> Tensor | None:
+        """[1, hidden] of a reward model, if it has one."""
+        if self.checkpoint is not None:
+            return self.checkpoint.read(score_head.KEY) if score_head.KEY in self.other_weights else None
+        file = self.folder / REWARD_HEAD
+        return load_file(file)["weight"] if file.is_file() else None
 
     def read(self, name: str, expert: int | None = None) -> dict[str, Tensor]:
         """The tensors of one linear, in the shapes of ``tensor_shapes``; of one of its experts without that axis."""
@@ -108,7 +124,16 @@ class Adapter:
 
     def write(self, out: str | Path, base: str | Path | None = None, *, overwrite: bool = False) -> None:
         """Write a new folder in peft's format, bit for bit. ``base``: the HF model's folder, for peft to find."""
+        whole = self.other_weights - {score_head.KEY}
+        if whole:
+            raise UserError(
+                f"{self.folder} holds whole weights that were trained beside the adapter, for which peft's format has "
+                f"no place: {short_list(sorted(whole))}",
+                "export it merged",
+            )
         with new_folder(Path(out), overwrite=overwrite, mark=ADAPTER_CONFIG) as partial:
+            if self.reward_head is not None:
+                save_file({"weight": self.reward_head}, partial / REWARD_HEAD)
             if isinstance(self._file, SafetensorsReader):  # it has that format
                 shutil.copyfile(self.folder / ADAPTER_CONFIG, partial / ADAPTER_CONFIG)
                 shutil.copyfile(self.folder / ADAPTER_MODEL, partial / ADAPTER_MODEL)
@@ -121,14 +146,26 @@ class Adapter:
             }
             save_file(tensors, partial / ADAPTER_MODEL, metadata={"format": "pt"})
 
-    def merge(self, name: str, weight: Tensor, expert: int | None = None) -> Tensor:
-        """The weight that does what the linear and its adapter do together, worked out in float32.
+    def merged(self, entry: Entry, parts: list[Tensor], piece: int = 0) -> list[Tensor]:
+        """The HF tensors of a table's entry with the adapter in them, worked out in float32.
 
         Args:
-            name: HF name of the linear. weight: [out, in], of one expert where ``expert`` says of which.
+            parts: in the order of ``entry.hf``; of stacked experts one, [1, out, in] or its transpose, and ``piece``
+                says of which.
         """
-        tensors = self.read(name, expert)
-        return merge(self.settings, self.linears[name], weight.float(), tensors).to(weight.dtype)
+        return [
+            self._merged(self.linears[linear], part, piece) if (linear := name.removesuffix(".weight")) in self.linears
+            else part
+            for name, part in zip(entry.hf, parts, strict=True)
+        ]  # fmt: skip
+
+    def _merged(self, linear: Linear, weight: Tensor, piece: int) -> Tensor:
+        if not linear.experts:
+            return merge(self.settings, linear, weight.float(), self.read(linear.name)).to(weight.dtype)
+        matrix = weight.float()[0]
+        turned = matrix.shape != (linear.out, linear.inner)
+        merged = merge(self.settings, linear, matrix.T if turned else matrix, self.read(linear.name, piece))
+        return (merged.T if turned else merged).to(weight.dtype)[None]
 
 
 def merge(adapter: AdapterSettings, linear: Linear, weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megavlm.config.errors import UserError
+from megavlm.convert.adapter import REWARD_HEAD, Adapter
 from megavlm.convert.hf_folder import HfLayout, HfWeights, HfWriter, copy_configuration, short_list
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint, Source, write_checkpoint
 from megavlm.convert.names import Entry, table
@@ -17,10 +18,6 @@ from megavlm.model.shapes import Shapes
 
 HF_LAYOUT = "hf_layout.json"
 """File in a checkpoint that remembers names, files and dtypes of the HF folder it descends from."""
-
-
-REWARD_HEAD = "reward_head.safetensors"
-"""File in a Hugging Face folder with the head of a reward model: "weight", [1, hidden]."""
 
 
 def hf_to_mcore(hf: str | Path, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> None:
@@ -57,6 +54,7 @@ def mcore_to_hf(
     hf: str | Path,
     out: str | Path,
     *,
+    adapter: Adapter | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -70,6 +68,7 @@ def mcore_to_hf(
         mcore: checkpoint folder; optimizer states in it are passed over.
         hf: folder with config.json, processor and tokenizer files, which are copied.
         out: folder to make.
+        adapter: is merged into the weights; whole weights that were trained with it take the place of ``mcore``'s.
         dtype: dtype of all weights instead.
         overwrite: replace an existing model folder.
         progress: show a bar on stderr.
@@ -84,6 +83,7 @@ def mcore_to_hf(
     entries = table(Shapes.from_hf(hf))
     checkpoint = McoreCheckpoint(mcore)
     check_keys(entries, checkpoint)
+    newer = adapter.other_weights if adapter is not None else set()
     layout = hf_layout(hf, mcore)
     if layout is None:
         stored = checkpoint.tensors[entries[0].key][1]
@@ -99,17 +99,24 @@ def mcore_to_hf(
 
             def convert(piece: tuple[Entry, int, int]) -> None:
                 entry, first, last = piece
-                tensor = checkpoint.read(entry.key, first, last)
+                stored = adapter.checkpoint if entry.key in newer else checkpoint
+                tensor = stored.read(entry.key, first, last)
                 wanted = [_piece_shape(entry, tensors[name].shape) for name in entry.hf]
-                for name, part in zip(entry.hf, entry.layout.to_hf(tensor, wanted), strict=True):
+                parts = entry.layout.to_hf(tensor, wanted)
+                if adapter is not None:
+                    parts = adapter.merged(entry, parts, piece=first // max(1, last - first))
+                for name, part in zip(entry.hf, parts, strict=True):
                     for target in (name, *(copy for copy in entry.copies if copy in tensors)):
                         writer.write(target, part, first)
                         advance(part.numel() * tensors[target].torch_dtype.itemsize)
 
             in_threads(convert, [(entry, *piece) for entry in entries for piece in rows(entry)])
             writer.close()
-        if score_head.KEY in checkpoint.tensors:
-            save_file({"weight": checkpoint.read(score_head.KEY)}, partial / REWARD_HEAD)
+        head = adapter.reward_head if adapter is not None else None
+        if head is None and score_head.KEY in checkpoint.tensors:
+            head = checkpoint.read(score_head.KEY)
+        if head is not None:
+            save_file({"weight": head}, partial / REWARD_HEAD)
 
 
 def hf_layout(hf: str | Path, mcore: str | Path | None = None) -> HfLayout | None:

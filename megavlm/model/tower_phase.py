@@ -22,7 +22,7 @@ class TowerPhase:
     """Runs tower and projector over the frames dealt to this rank.
 
     Args:
-        vision, projector: the modules; parameters that do not require grad are frozen.
+        vision, projector: the modules; parameters that do not require grad are frozen, as long as that is so.
         group: ranks that share the window's frames.
         places: what each of them needs.
         recompute: encode without keeping activations, and again in ``backward``.

@@ -20,8 +20,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megavlm.config.errors import UserError
 from megavlm.convert import HF_LAYOUT, SHARDED_METADATA
 from megavlm.convert.peft_config import ADAPTER_CONFIG, config_of, write_config
+from megavlm.model.vlm import PARTS
 from megavlm.training.checkpoint_folders import clean, partial_folder, publish
 from megavlm.training.checkpoint_writer import CheckpointWriter
+from megavlm.training.galore import check_layout, has_galore
 from megavlm.training.optimizer_state import load_state, saved_state, wanted_state
 from megavlm.tuners.attach import learned
 
@@ -45,11 +47,11 @@ class Checkpoints:
         self._align = settings.row_align
         self._workers = max(settings.data.workers, 1)  # of each data rank
         tuning = vlm.tuning
-        self._identity = {
+        self._identity = lambda step: {
             "adapter": tuning and config_of(tuning.settings, vlm.shapes),
             "train.optimizer": settings.train.optimizer,
             "train.precision": settings.train.precision,
-            "learning parts": sorted(optimization.ddp),
+            "learning parts": sorted(set(PARTS) - set(settings.frozen(step))),
         }
         self._world = vlm.groups.world_host
         self._start = self._from_first_rank(secrets.token_hex(4))
@@ -75,12 +77,13 @@ class Checkpoints:
             **self._sharded(loading=False),
             "step": step,
             "schedule": self.optimization.scheduler.num_steps,
-            "identity": self._identity,
+            "thawed_at": self.optimization.thawed_at,
+            "identity": self._identity(step),
             "layout": self._layout,
             "workers": self._workers * self.vlm.groups.data_size,
             "align": self._align,
         }
-        self._writer.start(state, partial_folder(self.root, step, self._start))
+        self._writer.start(state, partial_folder(self.root, step, self._start), sorted(self.optimization.thawed_at))
         self._seconds += time.perf_counter() - began
         if not self.settings.async_save:
             self.finish()
@@ -108,25 +111,29 @@ class Checkpoints:
         layout.
 
         Raises:
-            UserError: the run was of another optimizer, precision or set of learning parts, or read other data.
+            UserError: the run was of another optimizer, precision or set of learning parts, or read other data; with
+                GaLore also where its weights were cut in other pieces.
         """
         common = dist_checkpointing.load_common_state_dict(str(folder))
         if "workers" not in common:
             raise UserError(
                 f"{folder} holds weights, but no run of this version", "start a new run from it (model.load)"
             )
-        for name, value in self._identity.items():
+        for name, value in self._identity(common["step"]).items():
             if common["identity"].get(name) != value:
                 raise UserError(
                     f"{folder} was written with {name} {common['identity'].get(name)}, now it is {value}",
                     "resume with the settings of the interrupted run, or start a new run from it (model.load)",
                 )
+        if has_galore(self.optimization):
+            check_layout(common["layout"], self._layout)
         if common["align"] != self._align:
             _log.warning(
                 "samples were padded in their rows to a multiple of %d tokens, now of %d: rows are packed differently "
                 "from here on, and no sample is lost; data.align=%d keeps them where the layout allows it",
                 common["align"], self._align, common["align"],
             )  # fmt: skip
+        self.optimization.thaw(common["step"])
         wanted = self._sharded(loading=True)
         if self.loader is not None:
             count = common["workers"]
@@ -138,9 +145,10 @@ class Checkpoints:
             del wanted["rng"]
         state = dist_checkpointing.load(wanted, str(folder))
         self.vlm.load_sharded(state["model"])
-        load_state(self.optimization.optimizer, state["optimizer"])
         scheduler = self.optimization.scheduler
         scheduler.step(increment=state["schedule"] - scheduler.num_steps)  # the curve itself follows the settings
+        self.optimization.thawed_at = dict(state.get("thawed_at", {}))
+        load_state(self.optimization, state["optimizer"])
         if self.loader is not None:
             different = self.loader.load_state_dict(state["data"])
             if different and self.vlm.groups.data_rank == 0:
@@ -156,7 +164,7 @@ class Checkpoints:
         if self.vlm.tuning is not None:
             model = learned(model)
         optimizer_state = wanted_state if loading else saved_state
-        optimizer = optimizer_state(self.optimization.optimizer, model, metadata)
+        optimizer = optimizer_state(self.optimization, model, metadata)
         generators = None if loading else random_state()
         state = {
             "model": model,

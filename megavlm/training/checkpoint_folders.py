@@ -87,3 +87,13 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """``model.load`` as a checkpoint: itself, or the newest one of the run folder that it names."""
+    if (path / "checkpoints").is_dir():
+        newest = latest(path / "checkpoints")
+        if newest is None:
+            raise UserError(f"model.load is {path}, a run that has no complete checkpoint yet", "name another one")
+        return newest
+    return path

@@ -1,6 +1,6 @@
 """Writes sharded state into a torch_dist folder, in the background if wished, while training goes on.
 
-Megatron plans who writes what, once: later saves have the same shape. Its own background writer is not used: it copies
+Megatron plans who writes what, once for all saves of the same shape. Its own background writer is not used: it copies
 everything first, starts a helper by spawn (seconds) that outlives a killed trainer, and loses the reason of a failure.
 Here a forked child writes: it sees the memory as it was at the fork, so that nothing on the CPU is copied; it ends with
 its parent; and its results, or the exception, come back through a pipe.
@@ -58,7 +58,7 @@ class _Pending:
 
 
 class CheckpointWriter:
-    """Writes checkpoints of one shape, one at a time.
+    """Writes checkpoints, one at a time; planning is done again only where they take another shape.
 
     Args:
         replicas: ranks that hold copies of the same state and share the writing of it.
@@ -67,21 +67,30 @@ class CheckpointWriter:
     """
 
     def __init__(self, replicas: dist.ProcessGroup, host: dist.ProcessGroup, *, background: bool):
-        self._host, self._background = host, background
-        self._sharing = None
-        if replicas.size() > 1:
-            self._sharing = FullyParallelSaveStrategyWrapper(None, replicas, do_cache_distribution=True)
-        self._plans = (None, None, False)  # of Megatron: central plan, local plan, whether they are valid for all ranks
+        self._host, self._background, self._replicas = host, background, replicas
+        self._shape: object = None
+        self._forget_plan()
         self._metadata: Metadata | None = None
         self._pending: _Pending | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")  # what waits for the disk on the first rank
 
-    def start(self, state: dict, folder: Path) -> None:
+    def _forget_plan(self) -> None:
+        self._sharing = None
+        if self._replicas.size() > 1:
+            self._sharing = FullyParallelSaveStrategyWrapper(None, self._replicas, do_cache_distribution=True)
+        self._plans = (None, None, False)  # of Megatron: central plan, local plan, whether they are valid for all ranks
+
+    def start(self, state: dict, folder: Path, shape: object = None) -> None:
         """Begin to write ``state`` into ``folder``. Call it on all ranks, after the one before is finished.
+
+        ``shape``: equal for states of the same keys and shapes, on all ranks alike: what the plan hangs on.
 
         Returns once the tensors may change. Raises WriteError where the folder cannot be made.
         """
         assert self._pending is None
+        if shape != self._shape:
+            self._shape = shape
+            self._forget_plan()
         self._on_first_rank(folder, partial(folder.mkdir, parents=True))
         files, metadata = self._plan(state, folder)
         process = connection = results = None

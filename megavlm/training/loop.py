@@ -17,8 +17,9 @@ from megavlm.data.row import Row
 from megavlm.data.sources import Source
 from megavlm.model.vlm import PARTS
 from megavlm.platform import device_name, memory_gib, on_gpu
+from megavlm.training.adapters import load_start
 from megavlm.training.checkpoint import Checkpoints
-from megavlm.training.checkpoint_folders import latest
+from megavlm.training.checkpoint_folders import find_checkpoint, latest
 from megavlm.training.data_errors import DataErrors
 from megavlm.training.feed import Feed
 from megavlm.training.flops import Work, peak_flops, step_flops
@@ -31,7 +32,7 @@ from megavlm.training.plots import write_loss_plot
 from megavlm.training.progress import Progress
 from megavlm.training.rehearsal import rehearse
 from megavlm.training.report import write_report
-from megavlm.training.setup import Session, find_checkpoint, load_start, start
+from megavlm.training.setup import Session, start
 from megavlm.training.step import Step, StepResult
 from megavlm.training.stragglers import Stragglers
 from megavlm.training.units import short
@@ -101,7 +102,7 @@ def _train(settings: Settings, method: Method, watch: HangWatch) -> int:
 
     origin = None
     if checkpoint is None or session.vlm.tuning is not None:  # whose checkpoints lack what does not learn
-        load_start(session)
+        load_start(settings, session.vlm)
         origin = find_checkpoint(settings.model.load) if settings.model.load is not None else None
         watch.beat("loading the weights")
     loader = renderer = None
@@ -150,6 +151,8 @@ def _train(settings: Settings, method: Method, watch: HangWatch) -> int:
         skipped = SkippedSteps(settings.train.max_skipped_steps, progress.say)
         number, stopping = first, False
         for number in range(first + 1, steps + 1):
+            for part in optimization.thaw(number):
+                progress.say(f"step {number}: {part} thaws and learns from here on")
             began = time.perf_counter()
             stragglers.start()
             result = step()
@@ -208,7 +211,7 @@ def _line(session: Session, number: int, result: StepResult, began: float) -> di
     """A line of metrics.jsonl."""
     counts, settings = result.counts, session.settings
     peak = peak_flops(device_name())
-    flops = step_flops(session.shapes, Work.from_counts(counts), settings.model.freeze)
+    flops = step_flops(session.shapes, Work.from_counts(counts), settings.frozen(number))
     whole = {
         name: int(counts[name])
         for name in ("tokens", "target_tokens", "images", "videos", "samples", "frames", "frames_encoded")
@@ -233,9 +236,6 @@ def _line(session: Session, number: int, result: StepResult, began: float) -> di
 
 def _header(session: Session) -> dict[str, str]:
     settings, vlm = session.settings, session.vlm
-    parameters = {
-        part: sum(p.numel() for m in vlm.modules_of(part) for p in m.parameters() if p.requires_grad) for part in PARTS
-    }
     parallel = settings.parallel
     layout = {
         "tensor": parallel.tensor,
@@ -246,14 +246,21 @@ def _header(session: Session) -> dict[str, str]:
     }
     return {
         "model": f"{settings.model.hf} · {vlm.kernels} kernels · {settings.train.precision}",
-        "learns": " · ".join(
-            f"{part} {short(count)}" if count else f"{part} frozen" for part, count in parameters.items()
-        ),
+        "learns": " · ".join(f"{part} {_learning(session, part)}" for part in PARTS),
         "layout": " × ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process",
         "data": ", ".join(str(source.path) for source in settings.data.leaves.values()),
         "rows": f"{settings.train.global_batch_size} a step, {settings.data.seq_length} tokens each",
         "output": str(settings.output),
     }
+
+
+def _learning(session: Session, part: str) -> str:
+    """How many weights of a part learn on this rank, and from when on."""
+    weights = [p for module in session.vlm.modules_of(part) for p in module.parameters()]
+    learning, after = sum(p.numel() for p in weights if p.requires_grad), session.settings.train.thaw.get(part)
+    if learning or after is None:
+        return short(learning) if learning else "frozen"
+    return f"{short(sum(p.numel() for p in weights))} from step {after + 1} on"
 
 
 class _StopSignal:

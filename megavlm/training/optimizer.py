@@ -2,7 +2,7 @@
 
 Megatron's DistributedDataParallel and optimizers are built per part: the tower's and the projector's over the whole
 world (their frames are dealt over all ranks), the decoder's over its data ranks. So each part's gradient norm is at
-hand, a frozen part costs nothing, and all of them are clipped and stepped as one.
+hand, a frozen part costs nothing until it thaws, and all of them are clipped and stepped as one.
 """
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.platform import device
+from megavlm.training import galore
 from megavlm.training.guard import Reading, read
 
 
@@ -23,15 +24,17 @@ class Optimization:
 
     Attributes:
         ddp: per learning part, one DistributedDataParallel per module (several under virtual pipelining).
+        parts: per learning part, Megatron's optimizers (two where it has experts).
         optimizer: Megatron's ChainedOptimizer over all parts. scheduler: its OptimizerParamScheduler.
+        thawed_at: of a part that has thawed, how many updates the others had then; its own count begins there.
     """
 
     def __init__(self, vlm: VLM, train):
         """``train``: TrainSettings. Build after the weights are loaded: optimizers keep a float32 copy of them."""
-        self.train = train
-        sharded = train.optimizer != "sgd"  # Megatron's DistributedOptimizer takes no optimizer without state
+        self.train, self._vlm = train, vlm
+        sharded = train.optimizer == "adam"  # Megatron's DistributedOptimizer cuts no matrix into rows, and no SGD
         self._config = OptimizerConfig(
-            optimizer=train.optimizer,
+            optimizer="adam" if sharded else "sgd",
             lr=train.lr,
             min_lr=train.min_lr,
             weight_decay=train.weight_decay,
@@ -44,26 +47,13 @@ class Optimization:
             use_distributed_optimizer=sharded,
             clip_grad=train.clip_grad,
         )
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
+        self._ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
         self.ddp: dict[str, list[DistributedDataParallel]] = {}
-        self._parts: dict[str, list] = {}
+        self.parts: dict[str, list] = {}
+        self.thawed_at: dict[str, int] = {}
         for part in PARTS:
-            modules = [m for m in vlm.modules_of(part) if any(p.requires_grad for p in m.parameters())]
-            if not modules:
-                continue
-            groups = vlm.groups.language if part == "language" else vlm.groups.tower
-            self.ddp[part] = [
-                DistributedDataParallel(m.config, ddp_config, m, disable_bucketing=i > 0, pg_collection=groups)
-                for i, m in enumerate(modules)
-            ]
-            built = get_megatron_optimizer(
-                self._config, self.ddp[part], use_gloo_process_groups=False, pg_collection=groups
-            )
-            self._parts[part] = built.chained_optimizers if isinstance(built, ChainedOptimizer) else [built]
-            for group in (g for opt in self._parts[part] for g in opt.param_groups):
-                scale = train.lr_scale.get(part, 1.0)
-                group["max_lr"], group["min_lr"] = train.lr * scale, train.min_lr * scale  # read by the scheduler
-        self.optimizer = ChainedOptimizer([opt for opts in self._parts.values() for opt in opts])
+            self._build(part)
+        self.optimizer = self._chained()
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -78,6 +68,55 @@ class Optimization:
             wd_incr_style="constant",
         )
 
+    def _build(self, part: str) -> None:
+        """Gradient buffers and optimizers of a part, where this rank has something of it that learns."""
+        modules = [m for m in self._vlm.modules_of(part) if any(p.requires_grad for p in m.parameters())]
+        if not modules:
+            return
+        groups = self.groups_of(part)
+        self.ddp[part] = [
+            DistributedDataParallel(m.config, self._ddp_config, m, disable_bucketing=i > 0, pg_collection=groups)
+            for i, m in enumerate(modules)
+        ]
+        built = get_megatron_optimizer(
+            self._config, self.ddp[part], use_gloo_process_groups=False, pg_collection=groups
+        )
+        self.parts[part] = built.chained_optimizers if isinstance(built, ChainedOptimizer) else [built]
+        if self.train.optimizer == "galore":
+            for optimizer in self.parts[part]:
+                galore.put_inside(optimizer, modules, self.train, groups)
+        for group in (g for opt in self.parts[part] for g in opt.param_groups):
+            scale = self.train.lr_scale.get(part, 1.0)
+            group["max_lr"], group["min_lr"] = self.train.lr * scale, self.train.min_lr * scale  # read by the scheduler
+
+    def _chained(self) -> ChainedOptimizer:
+        return ChainedOptimizer([opt for part in PARTS for opt in self.parts.get(part, [])])
+
+    def groups_of(self, part: str):
+        """Megatron's ProcessGroupCollection of a part."""
+        return self._vlm.groups.language if part == "language" else self._vlm.groups.tower
+
+    def thaw(self, step: int) -> list[str]:
+        """Before ``step`` (from 1): parts of ``train.thaw`` that learn in it and did not yet. Call it on all ranks.
+
+        Each gets its gradient buffers and an optimizer that has seen nothing, and takes the schedule where it stands.
+        Their weights are to be final: optimizers keep a float32 copy of them.
+        """
+        due = [part for part, after in self.train.thaw.items() if after < step and part not in self.thawed_at]
+        for part in due:
+            for module in self._vlm.modules_of(part):
+                module.requires_grad_(True)
+            self._build(part)
+            self.thawed_at[part] = self.scheduler.num_steps
+        if due:
+            self.optimizer = self.scheduler.optimizer = self._chained()
+            self.scheduler.step(increment=0)  # tells the new ones their learning rate
+        return due
+
+    def updates(self, part: str) -> int:
+        """How often the weights of a part have been updated."""
+        return self.scheduler.num_steps - self.thawed_at.get(part, 0)
+
     @property
     def lr(self) -> float:
         """Learning rate of the step to come, of a part that has no scale of its own."""
@@ -85,8 +124,8 @@ class Optimization:
 
     @property
     def part_lrs(self) -> dict[str, float]:
-        """Learning rate of the step to come of each part that learns."""
-        return {part: opts[0].param_groups[0]["lr"] for part, opts in self._parts.items()}
+        """Learning rate of the step to come of each part, 0.0 where it is frozen."""
+        return {part: self.parts[part][0].param_groups[0]["lr"] if part in self.parts else 0.0 for part in PARTS}
 
     def zero_grad(self) -> None:
         for ddp in (d for ddps in self.ddp.values() for d in ddps):
@@ -116,7 +155,7 @@ class Optimization:
     def _squares(self) -> Tensor:
         """float32 [parts] on the device: the squared gradient norm of each part over all ranks."""
         squares = torch.zeros(len(PARTS), dtype=torch.float32, device=device())
-        for opt, index in ((opt, PARTS.index(part)) for part, opts in self._parts.items() for opt in opts):
+        for opt, index in ((opt, PARTS.index(part)) for part, opts in self.parts.items() for opt in opts):
             grads = opt.get_grads_for_grad_norm()
             square = torch.zeros((), dtype=torch.float32, device=device())
             if grads:

@@ -12,29 +12,38 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megavlm.model.vlm import PARTS
+from megavlm.training import galore
+from megavlm.training.optimizer import Optimization
 
-def saved_state(chained: ChainedOptimizer, model: dict, metadata: dict) -> dict:
+
+def saved_state(optimization: Optimization, model: dict, metadata: dict) -> dict:
     """What this rank stores of the optimizers; ``model`` is the sharded state of the weights. Call it on all ranks.
 
-    Tensors are the optimizers' own where this rank holds a parameter alone: use them before the next step. Of their
-    settings only the number of steps is stored, which all of them have in common: layouts differ in how many there are.
+    Tensors are the optimizers' own where this rank holds a parameter alone: use them before the next step. Their
+    settings are not stored: they follow from the run's, and their numbers of steps from ``Optimization.updates``.
     """
+    if galore.has_galore(optimization):
+        return galore.state(optimization)
+    chained = optimization.optimizer
     optimizers = chained.chained_optimizers
     if not _are_sharded(optimizers):
         return chained.sharded_state_dict(model, metadata=metadata)
+    for optimizer in optimizers:
+        if not optimizer.optimizer.state:  # of a part whose first step was skipped
+            _fill(optimizer)
     entries = {entry.data: entry for entry in model.values() if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
-    return {
-        "step": _groups_of(optimizers[0].state_dict())[0]["step"],
-        "tensors": [list(_stored_here(optimizer, entries)) for optimizer in optimizers],
-    }
+    return {"tensors": [list(_stored_here(optimizer, entries)) for optimizer in optimizers]}
 
 
-def wanted_state(chained: ChainedOptimizer, model: dict, metadata: dict) -> dict:
+def wanted_state(optimization: Optimization, model: dict, metadata: dict) -> dict:
     """What this rank loads of the optimizers, to be given to ``load_state``."""
+    if galore.has_galore(optimization):
+        return galore.state(optimization)
+    chained = optimization.optimizer
     optimizers = chained.chained_optimizers
     if not _are_sharded(optimizers):
         return chained.sharded_state_dict(model, metadata=metadata)  # SGD: it has no state to be made beforehand
@@ -46,26 +55,28 @@ def wanted_state(chained: ChainedOptimizer, model: dict, metadata: dict) -> dict
     }
 
 
-def load_state(chained: ChainedOptimizer, state: dict) -> None:
-    """Take over what ``dist_checkpointing.load`` returned for ``wanted_state``.
+def load_state(optimization: Optimization, state: dict) -> None:
+    """Take over what ``dist_checkpointing.load`` returned for ``wanted_state``; the schedule stands where it stood.
 
     Over torch's Adam, Megatron's DistributedOptimizer looks for a stored tensor for each tensor of Adam's state,
     "step" too, which is stored as a number; and it gives all parameters one step tensor, which each of them would count
     up. So tensors are loaded while the steps are plain numbers, and each parameter gets its own afterwards.
     """
-    optimizers = chained.chained_optimizers
-    if not _are_sharded(optimizers):
+    if galore.has_galore(optimization):
+        galore.load(optimization, state)
+        return
+    chained = optimization.optimizer
+    if not _are_sharded(chained.chained_optimizers):
         chained.load_state_dict(state)
         return
-    for optimizer, tensors in zip(optimizers, state["tensors"], strict=True):
+    updates = [optimization.updates(part) for part in PARTS for _ in optimization.parts.get(part, [])]
+    for optimizer, tensors, step in zip(chained.chained_optimizers, state["tensors"], updates, strict=True):
         adam = optimizer.optimizer
-        if isinstance(adam, torch.optim.Adam):  # where neither Transformer Engine nor Apex is installed
-            for parameter in (p for group in adam.param_groups for p in group["params"]):
-                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-                adam.state[parameter] = {"step": torch.zeros(()), **moments}  # DistributedOptimizer relies on them
+        if isinstance(adam, torch.optim.Adam):
+            _fill(optimizer)  # DistributedOptimizer relies on it
         settings = optimizer.state_dict()
-        for group in _groups_of(settings):
-            group["step"] = state["step"]
+        for group in settings["optimizer"]["param_groups"]:
+            group["step"] = step
         optimizer.load_state_dict(settings)
         if isinstance(adam, torch.optim.Adam):
             for value in adam.state.values():
@@ -80,8 +91,15 @@ def _are_sharded(optimizers: list) -> bool:
     return all(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers)
 
 
-def _groups_of(settings: dict) -> list[dict]:
-    return settings["optimizer"]["param_groups"]
+def _fill(optimizer: DistributedOptimizer) -> None:
+    """Gives Adam the state of one that has seen nothing; by itself it has none before its first step."""
+    adam = optimizer.optimizer
+    if not isinstance(adam, torch.optim.Adam):
+        optimizer.init_state_fn(adam, optimizer.config)
+        return
+    for parameter in (p for group in adam.param_groups for p in group["params"]):  # neither TE nor Apex is installed
+        moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        adam.state[parameter] = {"step": torch.zeros(()), **moments}
 
 
 def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dict]:

@@ -24,8 +24,8 @@ from megavlm.data.row import IGNORE, Row, Sample
 from megavlm.platform import device, memory_gib, reset_memory
 from megavlm.training.checkpoint import random_state, set_random_state
 from megavlm.training.feed import Feed
-from megavlm.training.optimizer import Optimization
 from megavlm.training.step import Step
+from megavlm.tuners.galore import GaLore
 
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
 _BLOCK = 4096  # patches drawn at random; more of them repeat these
@@ -46,8 +46,9 @@ def rehearse(step: Step, renderer: Renderer | None, settings: Settings, kind: Ki
     with _same_random_numbers():
         try:
             rows = [longest_row(renderer, kind)] * num_rows if renderer is not None else None
-            reserved = _optimizer_state_to_come(step.optimization)
-            step.gradients(Feed(step.vlm, iter(rows) if rows is not None else None), num_rows)
+            reserved = _optimizer_state_to_come(step)
+            with _thawed(step):
+                step.gradients(Feed(step.vlm, iter(rows) if rows is not None else None), num_rows)
             peak = _largest(memory_gib(), step)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -130,14 +131,49 @@ def _same_random_numbers() -> Iterator[None]:
         set_random_state(state)
 
 
-def _optimizer_state_to_come(optimization: Optimization) -> torch.Tensor | None:
-    """As much memory as Adam will take at its first step: two float32 per number that this rank updates."""
-    if optimization.train.optimizer != "adam" or any(
-        o.optimizer.state for o in optimization.optimizer.chained_optimizers
-    ):
-        return None
-    numbers = sum(p.numel() for group in optimization.optimizer.param_groups for p in group["params"])
-    return torch.ones(2 * numbers, dtype=torch.float32, device=device())  # written to, or a CPU would not count it
+def _to_thaw(step: Step) -> list[torch.nn.Parameter]:
+    """Weights on this rank that are frozen now and will not stay so."""
+    parts = [part for part in step.optimization.train.thaw if part not in step.optimization.thawed_at]
+    return [p for part in parts for module in step.vlm.modules_of(part) for p in module.parameters()]
+
+
+@contextlib.contextmanager
+def _thawed(step: Step) -> Iterator[None]:
+    """Inside, parts that thaw later learn already, so that their activations and gradients are in the peak."""
+    weights = _to_thaw(step)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False).grad = None
+
+
+def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:
+    """As much memory as optimizers will take later.
+
+    At its first step Adam takes two float32 per number that this rank updates; GaLore takes its state here and now. A
+    part that thaws besides takes a gradient buffer, less the gradients that the rehearsal itself makes, and a float32
+    copy of half-precision weights; of what is shared over data ranks this rank's part (experts, which are shared over
+    fewer, are counted like others).
+    """
+    optimization, groups, numbers = step.optimization, step.groups, 0
+    adam = optimization.train.optimizer == "adam"
+    if adam and not any(o.optimizer.state for o in optimization.optimizer.chained_optimizers):
+        numbers = 2 * sum(p.numel() for group in optimization.optimizer.param_groups for p in group["params"])
+    inner = [o.optimizer for o in optimization.optimizer.chained_optimizers if isinstance(o.optimizer, GaLore)]
+    for optimizer in inner:
+        optimizer.fill()
+    tower = {p for part in ("vision", "projector") for m in step.vlm.modules_of(part) for p in m.parameters()}
+    for weight in _to_thaw(step):
+        share = (groups.tower if weight in tower else groups.language).dp_cp.size() if adam else 1
+        half = weight.element_size() < 4
+        numbers += weight.numel() * (half / 2 + (2 * adam + half) / share)
+        if inner:
+            numbers += sum(math.prod(shape) for shape in inner[0].state_shapes(weight).values())
+    # written to, or a CPU would not count it
+    return torch.ones(round(numbers), dtype=torch.float32, device=device()) if numbers else None
 
 
 def _largest(memory: float, step: Step) -> tuple[float, int]:

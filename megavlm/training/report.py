@@ -69,8 +69,9 @@ class Run:
 
     @property
     def learns(self) -> list[str]:
-        """Parts that are not frozen."""
-        return [part for part in PARTS if part not in (self.setting("model.freeze") or [])]
+        """Parts that are not frozen, or thaw."""
+        frozen = set(self.setting("model.freeze") or []) - set(self.setting("train.thaw") or {})
+        return [part for part in PARTS if part not in frozen]
 
     def column(self, name: str) -> list[float | None]:
         """One field of every line; None where a line lacks it."""

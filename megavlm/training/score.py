@@ -9,12 +9,15 @@ from torch import Tensor
 from megavlm.config.errors import UserError
 from megavlm.config.files import write_text
 from megavlm.config.settings import Settings
+from megavlm.convert.adapter import Adapter
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE, Row, Sample, aligned
 from megavlm.data.sources import read_samples
+from megavlm.model.shapes import Shapes
+from megavlm.training.checkpoint_folders import find_checkpoint
 from megavlm.training.eval_rows import EvalRows, note_settings
 from megavlm.training.forward import encode_window, logprobs_of, scores_of
-from megavlm.training.setup import find_checkpoint, start
+from megavlm.training.setup import start
 from megavlm.training.state import has_score_head
 
 
@@ -24,9 +27,14 @@ def main(settings: Settings, reward: bool = False) -> int:
     Args:
         reward: the score that a reward model gives to the last target token of each sample.
     """
-    if reward and not has_score_head(find_checkpoint(settings.model.load)):
+    model = settings.model
+    if reward and model.adapter is not None:
+        scored = Adapter(find_checkpoint(model.adapter), Shapes.from_hf(model.hf)).reward_head is not None
+    else:
+        scored = not reward or has_score_head(find_checkpoint(model.load))
+    if not scored:
         raise UserError(
-            f"model.load is {settings.model.load}, which has no reward head",
+            f"{model.adapter or model.load} has no reward head",
             "name a checkpoint of megavlm rm, or leave --reward out",
         )
     session = start(settings, training=False, score_head=reward)

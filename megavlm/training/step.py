@@ -71,7 +71,6 @@ class Step:
         self.groups, self.source_names = vlm.groups, list(source_names)
         self.window = window or (_WINDOW if vlm.parallel.pipeline == 1 else num_micro_batches)
         self._schedule = get_forward_backward_func()
-        self._chunks = optimization.ddp.get("language", vlm.language)
         prepare_schedule(vlm.decoder_config)
 
     def __call__(self) -> StepResult:
@@ -80,7 +79,7 @@ class Step:
         reading = self.optimization.step(totals, counts["weight"])
         trouble = describe(reading.bad, self._row_losses, self.groups) if reading.bad else None
         fields = self.objective.fields(reading.sums, counts)
-        if self.optimization.train.lr_scale:
+        if self.optimization.train.lr_scale or self.optimization.train.thaw:
             fields |= {f"lr/{part}": value for part, value in part_lrs.items()}
         return StepResult(reading.loss, lr, reading.norms, counts, fields, self._faults, trouble)
 
@@ -119,6 +118,7 @@ class Step:
         They stay on the device: reading them here would hold up the tower's backward.
         """
         micro_batches = window.micro_batches
+        chunks = self.optimization.ddp.get("language", self.vlm.language)  # wrapped as soon as the decoder learns
         # Megatron divides by micro-batches and data ranks; the loss is a sum over the global batch divided once
         scale = len(micro_batches) * self.groups.data_size / max(weight, 1e-12)
         # the balancing loss of experts is a mean over all micro-batches of the step, not over those of a window
@@ -126,8 +126,8 @@ class Step:
         self.vlm.decoder_config.moe_grad_scale_func = lambda: torch.full((), balancing, device=device())
         losses = self._schedule(
             forward_step_func=partial(self._forward_step, scale=scale),
-            data_iterator=[iter(micro_batches) for _ in self._chunks],
-            model=self._chunks,
+            data_iterator=[iter(micro_batches) for _ in chunks],
+            model=chunks,
             num_microbatches=len(micro_batches),
             seq_length=len(micro_batches[0].host.input_ids),
             micro_batch_size=1,

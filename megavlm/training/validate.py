@@ -1,11 +1,15 @@
 """`megavlm validate`: what a configuration would do, or what is wrong with it. Builds no model, starts no processes."""
 
+import math
+
 from rich.console import Console
 from rich.table import Table
 
+from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.errors import UserError
 from megavlm.config.requirements import check_files, check_stage
 from megavlm.config.settings import Settings
+from megavlm.convert.peft_names import targeted, tensor_shapes
 from megavlm.data.faults import Fault
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
@@ -13,6 +17,7 @@ from megavlm.data.row import IGNORE
 from megavlm.data.sources import Source, open_sources
 from megavlm.data.units import draft_unit, likely_kind
 from megavlm.model.shapes import Shapes
+from megavlm.training.adapters import with_stored_adapter
 from megavlm.training.flops import active_decoder_weights
 from megavlm.training.setup import check_shapes
 from megavlm.training.units import short
@@ -30,8 +35,10 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
         UserError: what is wrong, all missing files in one message.
     """
     if not no_files:
-        check_files(settings, ("model.hf", "model.load", "data.train", "data.eval"))
+        check_files(settings, ("model.hf", "model.load", "model.adapter", "data.train", "data.eval"))
     shapes = Shapes.from_hf(settings.model.hf)
+    if not no_files:
+        settings = with_stored_adapter(settings, shapes)
     parallel = settings.parallel
     world_size = world_size or parallel.pipeline * max(
         parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor
@@ -64,13 +71,15 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     layout = (
         " × ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes if size > 1) or "no model parallelism"
     )
+    until = {part: f" (for {after:,} steps)" for part, after in train.thaw.items()}
     active = short(active_decoder_weights(text))
     levels = ", ".join(map(str, vision.deepstack_layers))
     facts = [
         ("model", f"{settings.model.hf} · {shapes.model_type} · {active} decoder weights active per token"),
         ("decoder", f"{text.layers} layers of {text.hidden}, {text.heads} heads over {text.kv_heads} key/value heads"),
         ("tower", f"{vision.layers} layers of {vision.hidden}, deepstack after layers {levels}"),
-        ("frozen", ", ".join(settings.model.freeze) or "nothing"),
+        ("frozen", ", ".join(p + until.get(p, "") for p in settings.model.freeze) or "nothing"),
+        *([("adapter", _adapter(settings.adapter, shapes))] if settings.adapter.type else []),
         ("layout", f"{world_size} processes: {layout} · data {data_parallel}"),
         ("start", str(settings.model.load or "random weights")),
     ]
@@ -85,6 +94,13 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     if settings.output is not None:
         facts.append(("output", str(settings.output)))
     return facts
+
+
+def _adapter(adapter: AdapterSettings, shapes: Shapes) -> str:
+    linears = targeted(adapter, shapes).values()
+    count = sum(math.prod(shape) for linear in linears for shape in tensor_shapes(adapter, linear).values())
+    base = f", the decoder's linears in {adapter.quantize}" if adapter.quantize else ""
+    return f"{adapter.type} on {len(linears)} linears: {short(count)} weights{base}"
 
 
 def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:

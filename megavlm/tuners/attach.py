@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from megavlm.config.adapter_section import AdapterSettings
-from megavlm.config.errors import UserError
 from megavlm.convert.adapter import Adapter
 from megavlm.convert.peft_names import part_of, targeted
 from megavlm.model.vlm import VLM
@@ -35,23 +34,14 @@ class Tuning:
     """The adapters of a model on this rank. Made once, right after the model; parts that have any are frozen otherwise.
 
     Args:
-        freeze: parts that must not learn.
     Attributes:
         settings: of the adapters.
-    Raises:
-        UserError: targets that the model does not have, or that lie in a part of ``freeze``.
     """
 
-    def __init__(self, vlm: VLM, settings: AdapterSettings, freeze: list[str]):
+    def __init__(self, vlm: VLM, settings: AdapterSettings):
         self.vlm, self.settings, self._on = vlm, settings, True
         targets = targeted(settings, vlm.shapes)
         parts = {part_of(name) for name in targets}
-        for part in parts & set(freeze):
-            name = next(name for name in targets if part_of(name) == part)
-            raise UserError(
-                f"model.freeze has {part}, but adapter.targets puts an adapter on {name}",
-                f"take {part} out of model.freeze: with adapters in it, its own weights do not learn",
-            )
         head = [chunk.score_head for chunk in vlm.language if hasattr(chunk, "score_head")]
         for module in (module for part in parts for module in vlm.modules_of(part)):
             module.requires_grad_(False)

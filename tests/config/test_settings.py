@@ -32,6 +32,12 @@ HF = "model: {hf: folder}\n"
             ["train.lr_scale={vision: 0.1}", "model.freeze=[vision]"],
             "but model.freeze has vision: it would be ignored",
         ),
+        (["train.galore_rank=64"], "train.galore_rank is 64, but train.optimizer is adam: it would be ignored"),
+        (["train.optimizer=sgd", "train.galore_scale=1.0"], "train.galore_scale is 1, but train.optimizer is sgd"),
+        (["train.optimizer=galore", "train.galore_update_every=0"], "train.galore_update_every is 0"),
+        (["train.thaw={vision: 5}"], "but model.freeze is []: that of vision would be ignored"),
+        (["train.thaw={vision: 5}", "model.freeze=[vision]", "train.steps=5"], "that of vision would be ignored"),
+        (["train.thaw={vision: 0}", "model.freeze=[vision]"], "train.thaw.vision is 0"),
         (["train.lr_scale={vision: 0.0}"], "train.lr_scale.vision is 0"),
         (["data.align=3"], "data.seq_length is 8192, which is not divisible by data.align = 3"),
     ],
@@ -48,6 +54,7 @@ def test_combinations_refused(refused, overrides, message):
         {"train": {"lr": 1e-5, "min_lr": 1e-5, "steps": 5, "warmup_steps": 5}},
         {"train": {"precision": "fp8"}, "model": {"hf": "x", "kernels": "te"}},
         {"model": {"hf": "x", "freeze": ["vision", "language"]}},
+        {"model": {"hf": "x", "freeze": ["vision"]}, "train": {"thaw": {"vision": 4}, "lr_scale": {"vision": 0.1}}},
         {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
         {"checkpoint": {"every": 2, "keep_every": 10}},
         {"generate": {"temperature": 0.7, "top_p": 0.5, "top_k": 5}},
@@ -56,6 +63,12 @@ def test_combinations_refused(refused, overrides, message):
 )
 def test_combinations_accepted(values):
     Settings(**{"model": {"hf": "x"}, **values})
+
+
+def test_what_is_frozen_in_which_step():
+    settings = Settings(model={"hf": "x", "freeze": ["vision", "language"]}, train={"thaw": {"language": 2}})
+    assert settings.frozen(2) == ["vision", "language"]
+    assert settings.frozen(3) == settings.frozen() == ["vision"]
 
 
 def test_context_parallelism_needs_two_pieces_for_each_rank(refused):

@@ -97,14 +97,8 @@ def step_of_peft(model, folder: Path, records: list[dict], root: Path) -> Adapte
 
 
 def step_with_adapter(folder, checkpoint, root, records, settings, out):
-    """Runs on every rank: one step with ``model.adapter``; saves what was learned to ``out``. Returns loss and norms."""
-    import os
-
-    from megatron.core import dist_checkpointing
-
+    """Runs on every rank: one step with ``model.adapter``; saves the adapter to ``out``. Returns loss, norms."""
     from megavlm.config.settings import Settings
-    from megavlm.convert import SHARDED_METADATA
-    from megavlm.convert.peft_config import ADAPTER_CONFIG, write_config
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.training.feed import Feed
@@ -112,7 +106,6 @@ def step_with_adapter(folder, checkpoint, root, records, settings, out):
     from megavlm.training.optimizer import Optimization
     from megavlm.training.setup import start
     from megavlm.training.step import Step
-    from megavlm.tuners.attach import learned
 
     settings = Settings(**settings)
     session = start(settings, training=True)
@@ -125,9 +118,28 @@ def step_with_adapter(folder, checkpoint, root, records, settings, out):
     feed = Feed(vlm, iter(mine) if groups.is_leader else None)
     objective = TokenLoss(["data"], settings.train.logprob_chunk_tokens)
     result = Step(vlm, Optimization(vlm, settings.train), feed, each, objective, settings.vision.window)()
+    save_adapter(vlm, out)
+    return result.loss, result.norms
+
+
+def save_adapter(vlm, out: Path) -> None:
+    """Saves to ``out``, on all ranks, what a checkpoint of the model holds of its weights."""
+    from megatron.core import dist_checkpointing
+
+    from megavlm.convert import SHARDED_METADATA
+    from megavlm.convert.peft_config import ADAPTER_CONFIG, write_config
+    from megavlm.tuners.attach import learned
+
     if torch.distributed.get_rank() == 0:
-        os.makedirs(out)
-        write_config(out / ADAPTER_CONFIG, vlm.tuning.settings, session.shapes)
+        out.mkdir()
+        write_config(out / ADAPTER_CONFIG, vlm.tuning.settings, vlm.shapes)
     torch.distributed.barrier()
     dist_checkpointing.save(learned(vlm.sharded_state_dict(dict(SHARDED_METADATA))), str(out))
-    return result.loss, result.norms
+
+
+def load_and_save(settings: dict, out: Path) -> None:
+    """Runs on every rank: ``model.adapter`` into a model and out again."""
+    from megavlm.config.settings import Settings
+    from megavlm.training.setup import start
+
+    save_adapter(start(Settings(**settings), training=True).vlm, out)

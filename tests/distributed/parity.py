@@ -44,6 +44,7 @@ def train_reference(
     lr: float = LR,
     steps: int = STEPS,
     lr_scale: dict[str, float] | None = None,
+    thaw: dict[str, int] | None = None,
 ) -> Trained:
     """SGD without momentum on the mean over all targets of the batch, sample by sample: nothing is packed here.
 
@@ -55,10 +56,11 @@ def train_reference(
     model, processor = reference_model(folder), AutoProcessor.from_pretrained(folder)
     inputs = [(reference_inputs(processor, record, root), targets_of(processor, record, root)) for record in records]
     count = sum(len(where) for _, where in inputs)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) not in freeze)
     done = []
-    for _ in range(steps):
+    for number in range(1, steps + 1):
+        frozen = [part for part in freeze if number <= (thaw or {}).get(part, steps)]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part_of(name) not in frozen)
         model.zero_grad()
         total = 0.0
         for row in rows or [(i,) for i in range(len(records))]:
@@ -159,15 +161,19 @@ def train_layout(
     each = len(rows) // groups.data_size
     mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
     feed = Feed(vlm, iter(mine * STEPS) if groups.is_leader else None)
+    optimization = Optimization(vlm, settings.train)
     step = Step(
         vlm,
-        Optimization(vlm, settings.train),
+        optimization,
         feed,
         each,
         TokenLoss(["data"], settings.train.logprob_chunk_tokens),
         settings.vision.window,
     )
-    results = [step() for _ in range(STEPS)]
+    results = []
+    for number in range(1, STEPS + 1):
+        optimization.thaw(number)
+        results.append(step())
     if groups.language.dp.rank() == 0 and torch.distributed.get_rank() == 0:
         os.makedirs(out)
     torch.distributed.barrier()

@@ -117,7 +117,10 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     first = store.restore(restore) if restore else 0
     step = Step(vlm, optimization, Feed(vlm, loader), each, TokenLoss(["data"], settings.train.logprob_chunk_tokens))
     metrics = []
+    if 0 in save_at:
+        store.save(0)
     for number in range(first + 1, steps + 1):
+        optimization.thaw(number)
         result = step()
         metrics.append({"loss": result.loss, **result.norms})
         if number in save_at:
@@ -176,6 +179,37 @@ def test_continues_on_the_same_bits(name, background, toys, tmp_path, request):
         assert all(torch.equal(x, y) for x, y in zip(weights, late_weights, strict=True))
         assert late_draws == draws
         assert late_place == place
+
+
+@pytest.mark.parametrize("name", ["one process", "TP2", "DP2", "PP2 × VPP2", "MoE EP2"])
+def test_continues_on_the_same_bits_around_a_thaw(name, toys, tmp_path, request):
+    """The decoder thaws after step 2: from checkpoints of before, of that very step, and of after it."""
+    layout = SAME[name]
+    world, toy = request.getfixturevalue(f"world{layout.world}"), toys[layout.kind]
+    settings = adam(toy, layout, keep=5, freeze=("language",), thaw={"language": 2})
+    saves = [0, 1, 2, 3, 4] if name == "one process" else [2, 3]
+    straight = world.run(run, *toy, settings, tmp_path, steps=5, save_at=saves)
+    assert [metrics["grad_norm/language"] > 0 for metrics in straight[0][0]] == [False, False, True, True, True]
+    for step in saves:
+        resumed = world.run(run, *toy, settings, tmp_path, steps=5, restore=tmp_path / f"step_{step:08d}")
+        for (metrics, weights, draws, _, _), (late_metrics, late_weights, late_draws, _, first) in zip(
+            straight, resumed, strict=True
+        ):
+            assert first == step
+            assert late_metrics == metrics[step:]
+            assert all(torch.equal(x, y) for x, y in zip(weights, late_weights, strict=True))
+            assert late_draws == draws
+
+
+def test_a_thawed_run_continues_in_another_layout(toys, tmp_path, world2):
+    """As in test_continues_in_another_layout: the parts' own numbers of steps go with them."""
+    toy, train = toys["dense"], {"precision": "fp32", "freeze": ("vision", "language"), "thaw": {"language": 2}}
+    straight, resumed = (
+        world2.run(run, *toy, adam(toy, layout, **train), tmp_path, steps=5, **how)[0]
+        for layout, how in ((TP2, {"save_at": [3]}), (PP2, {"restore": tmp_path / "step_00000003"}))
+    )
+    for before, after in zip(straight[0][3:], resumed[0], strict=True):
+        assert after == pytest.approx(before, rel=1e-5)
 
 
 def assert_compact(checkpoint):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from parity import ROWS, Toys, Trained, settings_of, train_layout, train_reference, weights_of
+from parity import AUX, ROWS, Toys, Trained, settings_of, train_layout, train_reference, weights_of
 from toy import picture
 
 # name: (processes, model, parallel settings); each runs without and with recompute of tower and decoder
@@ -137,6 +137,33 @@ def test_parts_with_learning_rates_of_their_own(layout, toys, tmp_path, request)
     settings = settings_of(toys.folder("dense"), parallel, lr_scale=scale)
     reference = train_reference(toys.folder("dense"), toys.records, toys.root, rows=ROWS, lr_scale=scale)
     check(compare(toys, request.getfixturevalue(f"world{size}"), "dense", settings, reference, tmp_path / "out"))
+
+
+THAWING = {
+    "one process": (1, "dense", {}, {}),
+    "one process, recomputed": (1, "dense", {}, RECOMPUTE["recomputed"]),
+    "DP2": (2, "dense", {}, {}),
+    "TP2": (2, "dense", {"tensor": 2}, {"lr_scale": {"language": 0.5}}),
+    "PP2": (2, "dense", {"pipeline": 2}, {}),
+    "PP2 × VPP2, recomputed": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}, RECOMPUTE["recomputed"]),
+    "MoE EP2 × TP2": (4, "moe", {"expert": 2, "tensor": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("name", THAWING)
+def test_thaw(name, toys, tmp_path, request):
+    """The decoder learns from the second step on, the tower in the third alone; until then their norms are 0."""
+    size, kind, parallel, others = THAWING[name]
+    freeze, thaw = ("vision", "language"), {"language": 1, "vision": 2}
+    moe, scale = kind == "moe", others.get("lr_scale")
+    settings = settings_of(toys.folder(kind), parallel, freeze=freeze, moe=moe, thaw=thaw, **others)
+    reference = train_reference(
+        toys.folder(kind), toys.records, toys.root, freeze, rows=ROWS, aux=AUX * moe, lr_scale=scale, thaw=thaw
+    )
+    assert [[part for part, norm in norms.items() if norm == 0] for _, norms in reference.steps] == [
+        ["vision", "language"], ["vision"], [],
+    ]  # fmt: skip
+    check(compare(toys, request.getfixturevalue(f"world{size}"), kind, settings, reference, tmp_path / "out"))
 
 
 def threads() -> int:

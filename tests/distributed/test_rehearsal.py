@@ -16,6 +16,13 @@ LAYOUTS = {
     "DP2": (2, "dense", {}, {"optimizer": "adam"}),
     "TP2": (2, "dense", {"tensor": 2}, {"optimizer": "adam"}),
     "PP2 × VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}, {"optimizer": "adam", "recompute": "full"}),
+    "PP2, a part thaws later": (
+        2,
+        "dense",
+        {"pipeline": 2},
+        {"optimizer": "adam", "freeze": ("vision", "language"), "thaw": {"language": 2}},
+    ),
+    "DP2, galore": (2, "dense", {}, {"optimizer": "galore", "galore_rank": 8, "precision": "bf16"}),
     "MoE EP2": (2, "moe", {"expert": 2}, {"moe_aux_loss_coeff": 0.01}),
 }
 
@@ -67,7 +74,10 @@ def train(folder, checkpoint, root, records, settings, rehearsal: bool, address_
             for ddp in ddps
             for b in (*ddp.buffers, *ddp.expert_parallel_buffers)
         ]
-        left = any(buffer.grad_data.any().item() for buffer in buffers)
+        modules = (vlm.vision, vlm.projector, *vlm.language)
+        frozen = [p for m in modules for p in m.parameters() if not p.requires_grad]
+        left = any(buffer.grad_data.any().item() for buffer in buffers) or any(p.grad is not None for p in frozen)
+        assert bool(frozen) == bool(settings.model.freeze)
     results = [step() for _ in range(2)]
     chunks = [vlm.vision, vlm.projector, *vlm.language]
     weights = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]

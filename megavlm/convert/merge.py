@@ -1,0 +1,62 @@
+"""An adapter merged into a Hugging Face folder, in one pass over the weights."""
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megavlm.config.errors import UserError
+from megavlm.convert.adapter import REWARD_HEAD, Adapter
+from megavlm.convert.convert import check_names, rows
+from megavlm.convert.hf_folder import HfWeights, HfWriter, copy_configuration, short_list
+from megavlm.convert.names import table
+from megavlm.convert.output import new_folder, progress_bar
+from megavlm.convert.threads import in_threads
+from megavlm.model import score_head
+from megavlm.model.shapes import Shapes
+
+
+def merge_adapter(
+    hf: str | Path, adapter: str | Path, out: str | Path, *, overwrite: bool = False, progress: bool = True
+) -> None:
+    """Write the Hugging Face folder ``out``: the model of ``hf`` with an adapter in its weights, files and dtypes kept.
+
+    Args:
+        adapter: folder in peft's format, or the checkpoint of a run that trained one.
+
+    Raises:
+        UserError: whatever ``Adapter`` and ``HfWeights`` raise; ``out`` exists; the checkpoint has whole weights, too.
+    """
+    hf, out = Path(hf), Path(out)
+    shapes = Shapes.from_hf(hf)
+    weights, entries, found = HfWeights(hf), table(shapes), Adapter(adapter, shapes)
+    check_names(entries, weights.layout, hf)
+    whole = sorted(found.other_weights - {score_head.KEY})
+    if whole:
+        raise UserError(
+            f"{adapter} holds whole weights that were trained beside the adapter: {short_list(whole)}",
+            "use megavlm export, which takes them over",
+        )
+    total = sum(info.nbytes for info in weights.layout.tensors.values())
+    with new_folder(out, overwrite=overwrite, mark="config.json") as partial:
+        copy_configuration(hf, partial)
+        writer = HfWriter(partial, weights.layout)
+        with progress_bar(f"{hf.name} + {Path(adapter).name} → {out.name}", total, show=progress) as advance:
+
+            def copy(piece: tuple) -> None:
+                entry, number, first = piece
+                parts = [_rows(weights.read(name), number, entry.pieces) for name in entry.hf]
+                for name, part in zip(entry.hf, found.merged(entry, parts, number), strict=True):
+                    copies = [copy for copy in entry.copies if copy in weights.layout.tensors]
+                    for target in (name, *copies):
+                        writer.write(target, part, first)
+                        advance(part.nbytes)
+
+            in_threads(copy, [(e, number, first) for e in entries for number, (first, _) in enumerate(rows(e))])
+            writer.close()
+        if found.reward_head is not None:
+            save_file({"weight": found.reward_head}, partial / REWARD_HEAD)
+
+
+def _rows(tensor: Tensor, number: int, pieces: int) -> Tensor:
+    return tensor.chunk(pieces)[number] if pieces > 1 else tensor

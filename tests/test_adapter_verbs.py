@@ -1,0 +1,143 @@
+"""Tuning with adapters as a user does it: trained, continued, read, exported merged and apart, handed to peft."""
+
+import json
+
+import pytest
+import torch
+from adapted import ADAPTERS, peft_model
+from parity import VARYING, Toys
+from safetensors.torch import load_file
+from test_train_verbs import megavlm, metrics_of, sft_config
+from toy import reference_inputs, reference_model, write_records
+
+from megavlm.cli import main
+from megavlm.convert.adapter import ADAPTER_MODEL
+from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+
+LORA = ("adapter.type=lora", "adapter.rank=4", "adapter.targets=[q_proj, v_proj, down_proj, attn.qkv]")
+TP2 = ("parallel.tensor=2", "--nproc", 2)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Toys:
+    return Toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="module")
+def trained(toys, tmp_path_factory):
+    """(configuration, folder) of a run with LoRA in two tensor-parallel processes, four steps at once."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = sft_config(toys, folder, optimizer="adam", lr=3e-3, steps=4, global_batch_size=4)
+    megavlm("sft", config, *LORA, *TP2, f"output={folder / 'whole'}")
+    return config, folder
+
+
+def steady(run):
+    return [{k: v for k, v in line.items() if k not in VARYING} for line in metrics_of(run)]
+
+
+def adapter_of(config, run, out):
+    megavlm("export", config, f"model.adapter={run}", "--adapter", "--out", out)
+    return load_file(out / ADAPTER_MODEL)
+
+
+def test_a_run_continues_on_the_same_bits_and_keeps_what_learned_alone(toys, trained, tmp_path):
+    config, folder = trained
+    for steps in (2, 4):
+        megavlm("sft", config, *LORA, *TP2, f"output={tmp_path / 'halves'}", f"train.steps={steps}")
+    assert steady(folder / "whole") == steady(tmp_path / "halves")
+    one, other = (
+        McoreCheckpoint(run / "checkpoints" / "step_00000004") for run in (folder / "whole", tmp_path / "halves")
+    )
+    assert one.tensors == other.tensors
+    assert all(torch.equal(one.read(key), other.read(key)) for key in one.tensors)
+    weights = {key for key in one.tensors if not key.startswith("optimizer.")}
+    assert all(one.read(key).abs().max() > 0 for key in weights)
+    # vision and decoder have adapters and are frozen otherwise; the projector learns as a whole
+    assert any(key.startswith("adapter.model.language_model.layers.3") for key in weights)
+    assert all(key.startswith(("adapter.model.", "projector.")) for key in weights)
+
+
+@pytest.fixture(scope="module")
+def frozen(toys, trained):
+    """The same without the projector: peft's format has no place for whole weights."""
+    config, folder = trained
+    megavlm("sft", config, *LORA, *TP2, "model.freeze=[projector]", f"output={folder / 'frozen'}")
+    return config, folder / "frozen"
+
+
+def test_exports_are_for_transformers_and_for_peft(toys, frozen, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoProcessor
+
+    config, run = frozen
+    megavlm("export", config, f"model.adapter={run}", "--out", tmp_path / "merged")
+    adapter_of(config, run, tmp_path / "adapter")
+    merged = reference_model(tmp_path / "merged")
+    apart = PeftModel.from_pretrained(reference_model(toys.folder("dense")), tmp_path / "adapter")
+    processor, logits = AutoProcessor.from_pretrained(toys.folder("dense")), {}
+    inputs = reference_inputs(processor, toys.records[1], toys.root)
+    with torch.no_grad():
+        for name, model in (("merged", merged), ("apart", apart), ("base", reference_model(toys.folder("dense")))):
+            logits[name] = model(**inputs).logits.log_softmax(-1)
+    difference = lambda name: (logits["merged"] - logits[name]).abs().max().item()
+    assert difference("apart") < 1e-4  # of log-probabilities down to -20: seven digits of float32 through four layers
+    assert difference("base") > 100 * difference("apart")
+
+    # and our own reading of the run, of peft's folder, and of the merged folder
+    data = write_records(toys.root / "scored.jsonl", toys.records)
+    sums = {}
+    for name, change in {
+        "run": f"model.adapter={run}",
+        "peft": f"model.adapter={tmp_path / 'adapter'}",
+        "base": "model.adapter=null",
+    }.items():
+        megavlm("score", config, change, f"data.eval={data}", f"output={tmp_path / name}")
+        lines = (tmp_path / name / "scores.jsonl").read_text().splitlines()
+        sums[name] = [json.loads(line)["sum"] for line in lines]
+    assert sums["run"] == sums["peft"]
+    assert sums["run"] != pytest.approx(sums["base"], rel=1e-3)
+    start = len(reference_inputs(processor, {**toys.records[1], "messages": toys.records[1]["messages"][:-1]},
+                                 toys.root, add_generation_prompt=True)["input_ids"][0])  # fmt: skip
+    tokens = inputs["input_ids"][0]
+    answer = range(start, len(tokens) - 1)  # the last token is the line feed behind the turn
+    theirs = sum(logits["apart"][0, place - 1, tokens[place]].item() for place in answer)
+    assert sums["run"][1] == pytest.approx(theirs, rel=1e-5)
+
+
+def test_training_goes_on_from_a_peft_adapter(toys, trained, tmp_path):
+    config, _ = trained
+    _, options = ADAPTERS["lora"]
+    peft_model(toys.folder("dense"), options).save_pretrained(tmp_path / "peft")
+    change = f"model.adapter={tmp_path / 'peft'}"
+    megavlm("sft", config, change, "train.steps=1", f"output={tmp_path / 'on'}")
+    start, after = load_file(tmp_path / "peft" / ADAPTER_MODEL), adapter_of(config, tmp_path / "on", tmp_path / "new")
+    assert start.keys() == after.keys()
+    assert all(not torch.equal(value, after[name]) for name, value in start.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["adapter.type=lora", "adapter.targets=[q_prj]"], "'q_prj', which ends the name of no linear"),
+        (["adapter.type=lora", "model.freeze=[language]"], "model.freeze has language"),
+        (["adapter.rank=4"], "adapter.rank is 4, but adapter.type is null"),
+        (["adapter.type=fourierft", "adapter.alpha=4.0"], "adapter.alpha is 4.0, but adapter.type is fourierft"),
+        (["adapter.type=lora", "model.load=null"], "model.load is not set"),
+        (["model.adapter={run}", "adapter.type=lora", "adapter.rank=8"], "r 8, there 4"),
+        (["model.adapter={load}"], "holds no adapter"),
+    ],
+)
+def test_mistakes_are_said_plainly(toys, trained, changes, told, capsys):
+    config, folder = trained
+    run = folder / "whole" / "checkpoints" / "step_00000004"
+    changes = [change.format(run=run, load=toys.checkpoint("dense")) for change in changes]
+    assert main(["validate", str(config), *changes]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_validate_counts_the_adapter(toys, trained, capsys):
+    config, _ = trained
+    assert main(["validate", str(config), *LORA]) == 0
+    # rank 4 on q, v, down and qkv of four layers: 4 × 4 × (128 + 128 + 128 + 64 + 384 + 128 + 64 + 192)
+    assert "lora on 16 linears: 19.5k weights" in " ".join(capsys.readouterr().out.split())
