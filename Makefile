@@ -1,6 +1,6 @@
 # Everything a clone needs, each target with its own set-up in .venv (once; again when the two files below change).
 #   make demo       train and try a tiny Qwen3-VL on this machine
-#   make demo-tune  reward model and preference tuning on it, each held to a bound
+#   make demo-tune  a reward model, DPO and LoRA on it, each held to a bound
 #   make test       style and the tests that need neither a GPU nor more than about a minute each
 #   make test-all   all tests; those for a GPU are skipped where there is none
 #   make lint       style alone
