@@ -1,5 +1,6 @@
 # Everything a clone needs, each target with its own set-up in .venv (once; again when the two files below change).
 #   make demo       train and try a tiny Qwen3-VL on this machine
+#   make demo-tune  a reward model, DPO and LoRA on it, each held to a bound
 #   make test       style and the tests that need neither a GPU nor more than about a minute each
 #   make test-all   all tests; those for a GPU are skipped where there is none
 #   make lint       style alone
@@ -10,11 +11,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTHON ?=
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo demo-tune test test-all lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/python -m megavlm.demo
+
+demo-tune: $(INSTALLED)
+	$(BIN)/python -m megavlm.demo.tune
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"

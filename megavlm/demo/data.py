@@ -10,6 +10,7 @@
 import json
 import os
 import random
+from collections.abc import Iterable
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
@@ -68,17 +69,25 @@ def write_data(out: str | os.PathLike, seed: int = 0) -> Path:
             HELDOUT_FILE: [_question(path, QUESTIONS[0], digit) for path, digit in heldout],
         }
         for name, lines in records.items():
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            (unfinished / f"{name}.jsonl").write_text(text, encoding="utf-8")
+            write_records(unfinished / f"{name}.jsonl", lines)
     return out
+
+
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """Write a JSONL file."""
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def read_records(path: Path) -> list[dict]:
+    """All records of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_texts(folder: str | os.PathLike) -> list[str]:
     """Every training text of a folder that `write_data` made, without the picture marks: a corpus for a tokenizer."""
     texts = []
     for name in TRAIN_FILES:
-        for line in (Path(folder) / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for record in read_records(Path(folder) / f"{name}.jsonl"):
             parts = [record["text"]] if "text" in record else [turn["content"] for turn in record["messages"]]
             texts += [part.replace("<image>", "") for part in parts]
     return texts

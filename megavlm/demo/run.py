@@ -7,34 +7,29 @@ output folder exists.
 """
 
 import argparse
-import os
-import shlex
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
-
 from megavlm import failures
 from megavlm.config.errors import UserError
 from megavlm.config.load import load_settings
+from megavlm.demo.commands import (
+    CONFIGS,
+    DEFAULT_OUT,
+    NPROC,
+    CommandFailed,
+    console,
+    minutes,
+    run,
+    show_variable,
+    work_in,
+)
 
 REQUIRED_ACCURACY = 0.95
-DEFAULT_OUT = "demo-output"
-OUT_VARIABLE = "MEGAVLM_DEMO"  # configs/demo/*.yaml take it for the folder
 STAGES = ("stage0", "stage1", "stage2", "stage3", "sft")
 PARTS = ("data", "model", "start", *STAGES, "before", "after", "exported")  # of the output folder
-CLONE = Path(__file__).parents[2]
-
-_console = Console(highlight=False, soft_wrap=True)
-
-
-class CommandFailed(Exception):
-    """A command of the demo ended with another status than 0; it has said why itself."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failures.show(str(error))
         return 1
     demo.show_paths()
-    _console.print(f"\n{'passed' if passed else 'FAILED'} in {_minutes(time.perf_counter() - began)}")
+    console.print(f"\n{'passed' if passed else 'FAILED'} in {minutes(time.perf_counter() - began)}")
     return 0 if passed else 1
 
 
@@ -64,14 +59,8 @@ class Demo:
     """One run of the demo in the folder `out`; commands run, and relative paths start, at the top of the clone."""
 
     def __init__(self, out: Path):
-        self.configs = Path("configs/demo")
-        if not (CLONE / self.configs).is_dir():
-            raise UserError(f"{CLONE} holds no {self.configs}", "run the demo from a clone of the repository")
-        out = out.absolute()
-        self.out = out.relative_to(CLONE) if out.is_relative_to(CLONE) else out
-        os.environ[OUT_VARIABLE] = str(self.out)
-        os.chdir(CLONE)
-        self.sft = load_settings(self.configs / "sft.yaml")
+        self.out = work_in(out)
+        self.sft = load_settings(CONFIGS / "sft.yaml")
 
     def prepare(self, overwrite: bool) -> None:
         """Makes the data and the model folder."""
@@ -80,7 +69,7 @@ class Demo:
                 raise UserError(f"{self.out} exists already", "choose another --out, or give --overwrite to replace it")
             for name in PARTS:  # these and nothing else that may lie there
                 shutil.rmtree(self.out / name, ignore_errors=True)
-        _console.print("imports torch and transformers …")  # some seconds, in which nothing else is said
+        console.print("imports torch and transformers …")  # some seconds, in which nothing else is said
         from transformers.utils.logging import disable_progress_bar
 
         from megavlm.demo.data import read_texts, write_data
@@ -88,24 +77,36 @@ class Demo:
 
         disable_progress_bar()
         data = write_data(self.out / "data")
-        _console.print(f"data · {data}: handwritten digits (scikit-learn), photographs with captions (scikit-image)")
+        console.print(f"data · {data}: handwritten digits (scikit-learn), photographs with captions (scikit-image)")
         model = make_model_folder(self.out / "model", corpus=read_texts(data), vocab_size=1024)
-        _console.print(f"model · {model}: a Qwen3-VL of 4 + 4 layers with random weights, its tokenizer and processor")
-        if str(self.out) != DEFAULT_OUT:
-            _console.print(Text(f"\n$ export {OUT_VARIABLE}={shlex.quote(str(self.out))}", "bold"))
+        console.print(f"model · {model}: a Qwen3-VL of 4 + 4 layers with random weights, its tokenizer and processor")
+        show_variable(self.out)
 
     def train(self) -> None:
         """hf2mcore, answers before, the four stages, tuning, export, answers after."""
-        out, sft = self.out, self.configs / "sft.yaml"
-        nproc = ("--nproc", "2")
-        self._run("python", "checkpoint_tools/hf2mcore.py", "--hf", out / "model", "--out", out / "start")
-        self._run("megavlm", "infer", sft, f"model.load={out / 'start'}", f"output={out / 'before'}", *nproc)
+        out, sft = self.out, CONFIGS / "sft.yaml"
+        self.convert()
+        run("megavlm", "infer", sft, f"model.load={out / 'start'}", f"output={out / 'before'}", *NPROC)
+        self.pretrain()
+        run("megavlm", "sft", sft, *NPROC)
+        run("megavlm", "export", sft, f"model.load={out / 'sft'}", "--out", out / "exported")
+        run("megavlm", "infer", sft, f"model.load={out / 'sft'}", f"output={out / 'after'}", *NPROC)
+        run("python", "-m", "megavlm.training.report", out / "sft")  # once more: now there are answers to show
+
+    def convert(self) -> None:
+        """The random weights as a Megatron checkpoint."""
+        run("python", "checkpoint_tools/hf2mcore.py", "--hf", self.out / "model", "--out", self.out / "start")
+
+    def pretrain(self) -> None:
+        """The four stages."""
         for stage in STAGES[:-1]:
-            self._run("megavlm", "pretrain", self.configs / f"{stage}.yaml", *nproc)
-        self._run("megavlm", "sft", sft, *nproc)
-        self._run("megavlm", "export", sft, f"model.load={out / 'sft'}", "--out", out / "exported")
-        self._run("megavlm", "infer", sft, f"model.load={out / 'sft'}", f"output={out / 'after'}", *nproc)
-        self._run("python", "-m", "megavlm.training.report", out / "sft")  # once more: now there are answers to show
+            run("megavlm", "pretrain", CONFIGS / f"{stage}.yaml", *NPROC)
+
+    def is_pretrained(self) -> bool:
+        """Whether the folder has what `prepare` makes and the last checkpoint of the four stages."""
+        last = load_settings(CONFIGS / f"{STAGES[-2]}.yaml")
+        checkpoint = last.output / "checkpoints" / f"step_{last.train.steps:08d}"
+        return all(path.exists() for path in (checkpoint, last.model.hf, self.sft.data.eval))
 
     def check(self) -> bool:
         """Counts right answers before and after, and compares with transformers on the exported folder."""
@@ -116,43 +117,28 @@ class Demo:
         total = len(expected)
         answers = {when: read_answers(self.out / when / "answers.jsonl", total) for when in ("before", "after")}
         right = {when: count_right(given, expected) for when, given in answers.items()}
-        _console.print(f"\n{total} handwritten digits that were never trained on (chance: 10 %)")
+        console.print(f"\n{total} handwritten digits that were never trained on (chance: 10 %)")
         for when, count in right.items():
-            _console.print(f"  {when:6} {count:4} right, {count / total:6.1%}   for example {_examples(answers[when])}")
+            console.print(f"  {when:6} {count:4} right, {count / total:6.1%}   for example {_examples(answers[when])}")
 
-        _console.print(
+        console.print(
             f"\nQwen3VLForConditionalGeneration.from_pretrained({str(self.out / 'exported')!r}) answers the same"
         )
         theirs = transformers_answers(self.out / "exported", questions, self.sft.generate.max_new_tokens)
         same = sum(ours == other for ours, other in zip(answers["after"], theirs, strict=True))
-        _console.print(f"  {same} of {total} answers agree")
+        console.print(f"  {same} of {total} answers agree")
         for i, (ours, other) in enumerate(zip(answers["after"], theirs, strict=True)):
             if ours != other:
-                _console.print(f"  question {i}: megavlm {ours!r}, transformers {other!r}")
+                console.print(f"  question {i}: megavlm {ours!r}, transformers {other!r}")
         return right["after"] >= REQUIRED_ACCURACY * total and same == total
 
     def show_paths(self) -> None:
         """Where to look."""
-        _console.print()
+        console.print()
         for stage in STAGES:
-            _console.print(f"{stage} · {self.out / stage / 'report.html'} · {self.out / stage / 'loss.png'}")
-        _console.print(f"model · {self.out / 'exported'}")
-
-    def _run(self, *command: str | Path) -> None:
-        """Prints a command as a user would type it, and runs it with this Python."""
-        typed = [str(part) for part in command]
-        _console.print(Text(f"\n$ {shlex.join(typed)}", "bold"))
-        programs = {"python": [sys.executable], "megavlm": [sys.executable, "-m", "megavlm"]}
-        began = time.perf_counter()
-        status = subprocess.run([*programs[typed[0]], *typed[1:]]).returncode
-        if status:
-            raise CommandFailed(f"{shlex.join(typed)} ended with status {status}")
-        _console.print(Text(f"({_minutes(time.perf_counter() - began)})", "dim"))
+            console.print(f"{stage} · {self.out / stage / 'report.html'} · {self.out / stage / 'loss.png'}")
+        console.print(f"model · {self.out / 'exported'}")
 
 
 def _examples(answers: list[str]) -> str:
     return ", ".join(repr(answer) for answer in answers[:5])
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds // 60)} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.0f} s"

@@ -8,10 +8,14 @@ from transformers import AutoTokenizer
 
 from megavlm.config.layout import check_layout
 from megavlm.config.load import load_settings
+from megavlm.demo.commands import DEFAULT_OUT, OUT_VARIABLE
 from megavlm.demo.data import HELDOUT_FILE, PHOTOGRAPH_PIXELS, TRAIN_FILES
 from megavlm.demo.model_folder import TEXT
-from megavlm.demo.run import DEFAULT_OUT, OUT_VARIABLE, STAGES
+from megavlm.demo.run import STAGES
+from megavlm.demo.tune import TUNE
 
+# Those of the tuning demo: where each starts, below the demo's folder.
+TUNE_STARTS = {"rm": "stage3", "mediocre": "stage3", "dpo": f"{TUNE}/mediocre", "lora": "stage3"}
 CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
 
 
@@ -21,13 +25,25 @@ def _default_folder(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_config_suits_two_processes_and_its_place_in_the_chain(stage):
+def test_config_has_its_place_in_the_chain(stage):
     settings = load_settings(CONFIGS / f"{stage}.yaml")
     out, position = Path(DEFAULT_OUT), STAGES.index(stage)
     assert settings.stage == (position if stage != "sft" else None)
-    assert settings.model.hf == out / "model"
     assert settings.model.load == out / (STAGES[position - 1] if position else "start")
     assert settings.output == out / stage
+
+
+@pytest.mark.parametrize("name", TUNE_STARTS)
+def test_tuning_config_has_its_place(name):
+    settings = load_settings(CONFIGS / f"{name}.yaml")
+    assert settings.model.load == Path(DEFAULT_OUT) / TUNE_STARTS[name]
+    assert settings.output == Path(DEFAULT_OUT) / TUNE / name
+
+
+@pytest.mark.parametrize("name", [*STAGES, *TUNE_STARTS])
+def test_config_suits_two_processes(name):
+    settings = load_settings(CONFIGS / f"{name}.yaml")
+    assert settings.model.hf == Path(DEFAULT_OUT) / "model"
     assert settings.parallel.tensor == 2
     assert settings.parallel.sequence_parallel
     data_parallel = check_layout(
@@ -58,6 +74,21 @@ def test_heldout_questions_are_in_no_training_list():
         names = {source.path.stem for source in settings.data.train}
         assert names <= set(TRAIN_FILES)
     assert settings.data.eval.stem == HELDOUT_FILE
+
+
+@pytest.mark.parametrize("name", TUNE_STARTS)
+def test_tuning_learns_from_questions_and_pairs_of_them(name):
+    settings = load_settings(CONFIGS / f"{name}.yaml")
+    learned = {"rm": "pairs", "mediocre": "questions", "dpo": "sampled_pairs", "lora": "questions"}
+    assert [source.path.stem for source in settings.data.train] == [learned[name]]
+    assert settings.data.eval.stem == ("all_answers" if name == "rm" else HELDOUT_FILE)
+
+
+def test_lora_differs_from_tuning_all_weights_by_what_learns_and_how_fast():
+    changed = {"model": {"freeze"}, "adapter": True, "train": {"lr"}, "output": True}
+    sft, lora = (load_settings(CONFIGS / f"{name}.yaml") for name in ("sft", "lora"))
+    assert sft.model_dump(exclude=changed) == lora.model_dump(exclude=changed)
+    assert lora.adapter.type == "lora"
 
 
 @pytest.mark.parametrize("stage", STAGES)

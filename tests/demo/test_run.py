@@ -1,19 +1,13 @@
 """The demo's runner without its training: what it refuses, what it prints, and how it counts and compares answers."""
 
 import json
-import subprocess
-from types import SimpleNamespace
 
 import pytest
 
-from megavlm.demo import answers, run
+from megavlm.demo import answers, commands, run
 from megavlm.demo.data import HELDOUT_FILE
 
-
-@pytest.fixture(autouse=True)
-def _own_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv(run.OUT_VARIABLE, "")  # so that what the demo sets is undone
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 
 def write_answers(path, given):
@@ -34,26 +28,22 @@ def test_overwrite_removes_the_demo_s_own_parts_alone(tmp_path, monkeypatch):
     out = tmp_path / "out"
     for name in ("mine", "data", "stage1", "exported"):
         (out / name).mkdir(parents=True)
-    monkeypatch.setattr("megavlm.demo.data.write_data", lambda path: (_ for _ in ()).throw(run.CommandFailed("here")))
+    monkeypatch.setattr(
+        "megavlm.demo.data.write_data", lambda path: (_ for _ in ()).throw(commands.CommandFailed("here"))
+    )
     assert run.main(["--out", str(out), "--overwrite"]) == 1
     assert [path.name for path in out.iterdir()] == ["mine"]
 
 
-def test_commands_are_those_that_are_printed_and_a_failing_one_ends_the_demo(tmp_path, monkeypatch, capsys):
-    started = []
-
-    def start(command):
-        started.append(command)
-        return SimpleNamespace(returncode=3 if "export" in command else 0)
-
-    monkeypatch.setattr(subprocess, "run", start)
+def test_commands_are_those_that_are_printed_and_a_failing_one_ends_the_demo(tmp_path, started, capsys):
+    started.failing = "export"
     demo = run.Demo(tmp_path / "out")
-    with pytest.raises(run.CommandFailed, match=r"export .* ended with status 3"):
+    with pytest.raises(commands.CommandFailed, match=r"export .* ended with status 3"):
         demo.train()
     printed = [line[2:].split() for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
     verbs = ["hf2mcore", "infer", "pretrain", "pretrain", "pretrain", "pretrain", "sft", "export"]
     assert len(printed) == len(verbs)
-    for line, command, verb in zip(printed, started, verbs, strict=True):
+    for line, command, verb in zip(printed, started.commands, verbs, strict=True):
         assert verb in " ".join(line)
         assert command[-len(line) + 1 :] == line[1:]  # all but "megavlm" or "python"
 

@@ -1,0 +1,181 @@
+"""`python -m megavlm.demo.tune`: reward model, preference tuning and LoRA on the demo's digits, each held to a bound.
+
+Goes on from the pretrained model of `python -m megavlm.demo`, or makes that first. Then, as a user would type it: a
+reward model out of pairs of digits; supervised tuning that ends too early, the wrong answers that this model gives when
+sampled, and DPO on them; supervised tuning of all weights, and of LoRA adapters. All learn from training questions and
+are measured on held-out ones. Exit status: 0 when each bound is kept; 1 when not, or when a command fails; 2 when
+something is in the way.
+"""
+
+import argparse
+import math
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megavlm import failures
+from megavlm.config.errors import UserError
+from megavlm.demo.commands import (
+    CONFIGS,
+    DEFAULT_OUT,
+    NPROC,
+    CommandFailed,
+    console,
+    minutes,
+    run,
+    show_variable,
+)
+from megavlm.demo.run import Demo
+
+TUNE = "tune"  # the folder of all this, in the demo's
+SAMPLE_EVERY = 3  # training questions that the mediocre model is asked
+TEMPERATURE = 0.5  # at 1.0 many answers are no digits, and teach nothing about digits
+REQUIRED_PAIR_ACCURACY = 0.95
+REQUIRED_DPO_GAIN = 0.10
+ALLOWED_LORA_LOSS = 0.02  # in accuracy, compared with all weights tuned
+ALLOWED_LORA_SHARE = 0.05  # of the weights
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs it and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m megavlm.demo.tune", description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", default=DEFAULT_OUT, metavar="DIR", help=f"the demo's folder (default {DEFAULT_OUT})")
+    parser.add_argument("--overwrite", action="store_true", help=f"replace what an earlier run left in DIR/{TUNE}")
+    options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    try:
+        tune = Tune(Path(options.out))
+        tune.prepare(options.overwrite)
+        tune.reward_model()
+        tune.preference()
+        tune.lora()
+        passed = tune.check()
+    except UserError as error:
+        failures.show(error.message, error.remedy)
+        return 2
+    except CommandFailed as error:
+        failures.show(str(error))
+        return 1
+    console.print(f"\n{'passed' if passed else 'FAILED'} in {minutes(time.perf_counter() - began)}")
+    return 0 if passed else 1
+
+
+class Tune:
+    """One run, in the folder `tune` of the demo's folder `out`."""
+
+    def __init__(self, out: Path):
+        self.demo = Demo(out)
+        self.out = self.demo.out / TUNE
+        self.train = self.demo.out / "data" / "questions.jsonl"
+        self.heldout = self.demo.sft.data.eval
+        self.full = self.demo.out / "after"  # answers after the demo's tuning of all weights
+
+    def prepare(self, overwrite: bool) -> None:
+        """The pretrained model: as the demo left it, or made now."""
+        if self.out.exists():
+            if not overwrite:
+                raise UserError(f"{self.out} exists already", "give --overwrite to replace it, or choose another --out")
+            shutil.rmtree(self.out)
+        if self.demo.is_pretrained():
+            console.print(f"goes on from {self.demo.sft.model.load}")
+            show_variable(self.demo.out)
+        else:
+            self.demo.prepare(overwrite)
+            self.demo.convert()
+            self.demo.pretrain()
+        self.out.mkdir()
+
+    def reward_model(self) -> None:
+        """A reward model from pairs of digits, and its scores of each digit as the answer to each held-out question."""
+        from megavlm.demo.pairs import write_all_answers, write_drawn_pairs
+
+        config = CONFIGS / "rm.yaml"
+        pairs, answers = self.out / "pairs.jsonl", self.out / "all_answers.jsonl"
+        num_pairs = write_drawn_pairs(self.train, pairs)
+        write_all_answers(self.heldout, answers)
+        console.print(f"\n{pairs}: {num_pairs} pairs of the right digit and another one")
+        console.print(f"{answers}: every digit as the answer to each held-out question")
+        run("megavlm", "rm", config, *NPROC)
+        load, output = f"model.load={self.out / 'rm'}", f"output={self.out / 'rm_scores'}"
+        run("megavlm", "score", config, "--reward", load, output, *NPROC)
+
+    def preference(self) -> None:
+        """Tuning that ends too early, what that model answers, and DPO on the errors in its sampled answers."""
+        from megavlm.demo.answers import read_answers
+        from megavlm.demo.data import read_records
+        from megavlm.demo.pairs import write_pairs, write_some
+
+        mediocre, dpo = CONFIGS / "mediocre.yaml", CONFIGS / "dpo.yaml"
+        load = f"model.load={self.out / 'mediocre'}"
+        run("megavlm", "sft", mediocre, *NPROC)
+        run("megavlm", "infer", mediocre, load, f"output={self.out / 'mediocre_answers'}", *NPROC)
+        asked, pairs, sampled = self.out / "asked.jsonl", self.out / "sampled_pairs.jsonl", self.out / "sampled"
+        write_some(self.train, asked, SAMPLE_EVERY)
+        sample = (load, f"data.eval={asked}", f"generate.temperature={TEMPERATURE}", f"output={sampled}")
+        run("megavlm", "infer", mediocre, *sample, *NPROC)
+        answers = read_answers(sampled / "answers.jsonl", len(read_records(asked)))
+        num_pairs = write_pairs(asked, answers, pairs)
+        console.print(f"\n{pairs}: {num_pairs} of {len(answers)} sampled answers are wrong, each against the right one")
+        run("megavlm", "dpo", dpo, *NPROC)
+        run("megavlm", "infer", dpo, f"model.load={self.out / 'dpo'}", f"output={self.out / 'dpo_answers'}", *NPROC)
+
+    def lora(self) -> None:
+        """Tuning of all weights, unless the demo has done it, and of LoRA adapters; and what both answer."""
+        sft, lora = CONFIGS / "sft.yaml", CONFIGS / "lora.yaml"
+        if not (self.full / "answers.jsonl").is_file():
+            self.full = self.out / "sft_answers"
+            run("megavlm", "sft", sft, f"output={self.out / 'sft'}", *NPROC)
+            run("megavlm", "infer", sft, f"model.load={self.out / 'sft'}", f"output={self.full}", *NPROC)
+        run("megavlm", "sft", lora, *NPROC)
+        adapter, output = f"model.adapter={self.out / 'lora'}", f"output={self.out / 'lora_answers'}"
+        run("megavlm", "infer", lora, adapter, output, *NPROC)
+
+    def check(self) -> bool:
+        """Prints what was measured beside its bound, and whether each is kept."""
+        from megavlm.demo.answers import count_right, expected_answers, read_answers
+        from megavlm.demo.data import read_records
+        from megavlm.demo.pairs import DIGITS, count_won
+
+        expected = expected_answers(self.heldout)
+        total = len(expected)
+
+        def accuracy(folder: Path) -> float:
+            return count_right(read_answers(folder / "answers.jsonl", total), expected) / total
+
+        scores = [line["score"] for line in read_records(self.out / "rm_scores" / "scores.jsonl")]
+        won = count_won(scores, expected) / (total * (len(DIGITS) - 1))
+        before, after = accuracy(self.out / "mediocre_answers"), accuracy(self.out / "dpo_answers")
+        full, lora = accuracy(self.full), accuracy(self.out / "lora_answers")
+        share = count_weights(self.out / "lora") / count_weights(self.demo.sft.model.load)
+        console.print(f"\non {total} handwritten digits that were never trained on")
+        kept = [
+            _at_least("reward model: pairs won by the right digit", won, REQUIRED_PAIR_ACCURACY),
+            _at_least(f"DPO: right answers, {before:.1%} before", after, before + REQUIRED_DPO_GAIN),
+            _at_least(f"LoRA: right answers, {full:.1%} with all weights tuned", lora, full - ALLOWED_LORA_LOSS),
+            _row("LoRA: share of the weights that learns", share, "<", ALLOWED_LORA_SHARE, share < ALLOWED_LORA_SHARE),
+        ]
+        return all(kept)
+
+
+def count_weights(run_folder: Path) -> int:
+    """Numbers in the weights of a run's newest checkpoint, those of its optimizer left out."""
+    from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+    from megavlm.training.checkpoint_folders import latest
+
+    tensors = McoreCheckpoint(latest(run_folder / "checkpoints")).tensors
+    return sum(math.prod(shape) for name, (shape, _) in tensors.items() if not name.startswith("optimizer."))
+
+
+def _at_least(what: str, measured: float, bound: float) -> bool:
+    return _row(what, measured, "≥", bound, measured >= bound - 1e-9)  # of shares that are sums of others
+
+
+def _row(what: str, measured: float, sign: str, bound: float, kept: bool) -> bool:
+    console.print(f"  {what:50} {measured:6.1%}   {sign} {bound:5.1%}   {'kept' if kept else 'MISSED'}")
+    return kept
+
+
+if __name__ == "__main__":  # helper processes started by spawn import this file again
+    sys.exit(main())
