@@ -1,5 +1,7 @@
 """Frozen linears in 4 bits (NF4, 2305.14314), by bitsandbytes; products are in the run's precision."""
 
+import logging
+
 from torch import Tensor, nn
 
 from megavlm.config.errors import UserError
@@ -54,6 +56,7 @@ def quantize(linear: nn.Module, *, double: bool) -> None:
 
 def _bitsandbytes():
     try:
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a product that is not used here
         from bitsandbytes import functional
     except ImportError:
         raise UserError(
