@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RUN = ("model", "data", "parallel", "vision", "train", "checkpoint", "log", "generate")
+RUN = ("model", "adapter", "data", "parallel", "vision", "train", "checkpoint", "log", "generate")
 RUN_REQUIRES = ("output", "data.train", "train.steps", "train.global_batch_size", "train.lr")
-RUN_READS = ("model.hf", "model.load", "data.train", "data.eval")
+RUN_READS = ("model.hf", "model.load", "model.adapter", "data.train", "data.eval")
 
 
 def positive(text: str) -> int:
@@ -41,7 +41,7 @@ class Verb:
     example: str
     sections: tuple[str, ...] = RUN
     requires: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ("model.hf", "model.load")
+    reads: tuple[str, ...] = ("model.hf", "model.load", "model.adapter")
     writes: str | None = None
     positionals: dict[str, dict[str, Any]] = field(default_factory=dict)
     flags: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -98,7 +98,7 @@ VERBS = {
         "megavlm score sft.yaml model.load=runs/sft/checkpoints/step_00000100 output=runs/scores",
         sections=("model", "data", "parallel", "vision", "train.precision", "train.logprob_chunk_tokens"),
         requires=("output", "model.load", "data.eval"),
-        reads=("model.hf", "model.load", "data.eval"),
+        reads=("model.hf", "model.load", "model.adapter", "data.eval"),
         writes="scores.jsonl",
         flags={"reward": {"action": "store_true", "help": "the score of a reward model (megavlm rm) instead"}},
     ),
@@ -109,7 +109,7 @@ VERBS = {
         'megavlm infer sft.yaml model.load=CHECKPOINT --prompt "What is this?" --image cat.png',
         sections=("model", "data", "parallel", "vision", "train.precision", "train.seed", "generate"),
         requires=("model.load",),
-        reads=("model.hf", "model.load", "data.eval"),
+        reads=("model.hf", "model.load", "model.adapter", "data.eval"),
         writes="answers.jsonl",
         flags={
             "prompt": {"metavar": "TEXT", "help": "answer this on the terminal, instead of data.eval"},
@@ -139,15 +139,21 @@ VERBS = {
         local_workers=False,
     ),
     "validate": Verb(
-        "megavlm.training.validate:main",
+        "megavlm.plan.validate:main",
         "read a configuration and its data's first samples; say what would happen or what is wrong",
-        "megavlm validate stage2.yaml --world-size 64",
+        "megavlm validate stage2.yaml --world-size 64\n"
+        "megavlm validate dpo-lora.yaml --world-size 64 --no-files --dry-run dpo",
         reads=(),
         flags={
             "world_size": {"metavar": "N", "type": int, "help": "number of processes it is meant for"},
             "no_files": {
                 "action": "store_true",
                 "help": "look at settings, shapes and layout alone; data and checkpoints may be missing",
+            },
+            "dry_run": {
+                "metavar": "VERB",
+                "choices": ("pretrain", "sft", "rm", "dpo", "kto"),
+                "help": "also build what ranks of VERB would hold, without memory, and count it; no GPU is used",
             },
         },
         local_workers=False,

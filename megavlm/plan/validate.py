@@ -1,4 +1,9 @@
-"""`megavlm validate`: what a configuration would do, or what is wrong with it. Builds no model, starts no processes."""
+"""`megavlm validate`: what a configuration would do, or what is wrong with it. Starts no processes.
+
+Only with ``--dry-run`` it builds a model, and that one without memory (``megavlm.plan.dry_run``).
+"""
+
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -20,17 +25,18 @@ from megavlm.training.units import short
 FIRST_SAMPLES = 8  # rendered of each source
 
 
-def main(settings: Settings, world_size: int | None = None, no_files: bool = False) -> int:
+def main(settings: Settings, world_size: int | None = None, no_files: bool = False, dry_run: str | None = None) -> int:
     """Prints a table of what would happen.
 
     Args:
         world_size: processes the configuration is meant for; the smallest that holds its layout where not given.
         no_files: look at settings, shapes and layout alone; checkpoints and data may be missing.
+        dry_run: verb of which to build what ranks would hold.
     Raises:
         UserError: what is wrong, all missing files in one message.
     """
     if not no_files:
-        check_files(settings, ("model.hf", "model.load", "data.train", "data.eval"))
+        check_files(settings, ("model.hf", "model.load", "model.adapter", "data.train", "data.eval"))
     shapes = Shapes.from_hf(settings.model.hf)
     parallel = settings.parallel
     world_size = world_size or parallel.pipeline * max(
@@ -46,6 +52,12 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
         facts.add_row(name, value)
     console = Console(highlight=False)
     console.print(facts)
+    if dry_run:
+        from megavlm.plan import dry_run as dry  # Megatron and the training loop: seconds to import
+
+        for held in dry.dry_run(settings, dry_run, world_size):
+            for thing in _told(held):
+                console.print(thing)
     if no_files:
         console.print("[dim]settings, shapes and layout fit; files were not looked at[/]")
         return 0
@@ -85,6 +97,25 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     if settings.output is not None:
         facts.append(("output", str(settings.output)))
     return facts
+
+
+def _told(held: "Held") -> Iterator[Table | str]:  # noqa: F821 (megavlm.plan.dry_run)
+    """What a rank holds."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in (f"rank {held.rank}", "parameters", "learn"):
+        table.add_column(name, justify="left" if name.startswith("rank") else "right")
+    for part, count in held.parameters.items():
+        table.add_row(part, f"{count:,}", f"{held.learning[part]:,}")
+    yield table
+    sizes = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer}
+    listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
+    yield f"GiB: {listed} = {sum(sizes.values()) / 2**30:.2f}, without activations"
+    if held.reached is None:
+        yield "[dim]no row went through: how many tokens an expert gets depends on numbers, and there are none[/]"
+    elif held.reached == held.learning:
+        yield "[dim]a row went through feed, tower, decoder and loss; gradients reached all that learn[/]"
+    else:
+        yield f"[yellow]a row went through, but of what learns gradients reached only {held.reached}[/]"
 
 
 def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:
