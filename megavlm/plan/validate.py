@@ -115,7 +115,8 @@ def _told(held: "Held") -> Iterator[Table | str]:  # noqa: F821 (megavlm.plan.dr
     elif held.reached == held.learning:
         yield "[dim]a row went through feed, tower, decoder and loss; gradients reached all that learn[/]"
     else:
-        yield f"[yellow]a row went through, but of what learns gradients reached only {held.reached}[/]"
+        left = {part: count - held.reached[part] for part, count in held.learning.items()}
+        yield f"[yellow]a row went through, but of what learns no gradient reached {left}[/]"
 
 
 def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:

@@ -1,7 +1,7 @@
 """The tuning recipes, each on a rank of the cluster that it is meant for: numbers held, against formulas by hand.
 
-Ranks are built without memory, and rows go through dense ones (``megavlm.plan.dry_run``); other sizes and layouts, whose
-numbers are checked with real tensors, are in the other files of this folder.
+Ranks are built without memory, and rows go through dense ones (``megavlm.plan.dry_run``). That what they compute is
+right is checked with real tensors on toys, in the other files of this folder.
 """
 
 import json
@@ -65,7 +65,7 @@ def of_the_tower(model: str) -> dict[str, int]:
 
 
 def of_the_decoder(model: str, layout, *, first: bool, last: bool) -> dict[str, int]:
-    """Numbers of the decoder on a rank, those of experts apart; and those of its LoRA: rank × (in + out) of a linear."""
+    """Numbers of the decoder on a rank, experts apart; of its LoRA, which has rank × (in + out) for each linear."""
     config = json.loads((CONFIGS / f"models/{model}/config.json").read_text())
     text, tied = config["text_config"], config.get("tie_word_embeddings", False)
     hidden, width, layers = text["hidden_size"], text["head_dim"], text["num_hidden_layers"] // layout.pipeline
@@ -87,6 +87,7 @@ def of_the_decoder(model: str, layout, *, first: bool, last: bool) -> dict[str, 
         "shared adapters": adapters(linears),
         "expert adapters": adapters(experts),
         "head": hidden * last,
+        "output layer": words * (last and not tied),
     }
 
 
@@ -104,7 +105,8 @@ def test_a_rank_holds_its_share_and_all_that_learns_has_gradients(found, model: 
         assert held.parameters == tower | {"language": full + lora * bool(tuner)}
         learn = {"projector": 0, "shared": decoder["shared adapters"] + head, "experts": decoder["expert adapters"]}
         if not tuner:
-            learn = tower | {"shared": decoder["shared"] + head, "experts": decoder["experts"]}
+            shared = decoder["shared"] + (head - decoder["output layer"]) * (verb == "rm")  # scores use no output layer
+            learn = tower | {"shared": shared, "experts": decoder["experts"]}
         assert held.learning == {
             "vision": 0,
             "projector": learn["projector"],
