@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "training": ["tuners", "model", "data", "convert", "config", "platform", "processes"],
     "pretrain": ["training", "config"],
     "align": ["training", "model", "data", "config", "platform"],
-    "plan": [*("verbs", "pretrain", "align", "training", "model", "data", "config", "platform")],
+    "plan": ["pretrain", "align", "training", "tuners", "model", "data", "config", "platform"],
     "environment": ["config"],
     "failures": ["config"],
     "processes": [],

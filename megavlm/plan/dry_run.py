@@ -24,6 +24,7 @@ from megavlm.training.loop import Method
 from megavlm.training.optimizer import Optimization
 from megavlm.training.setup import Session, start
 from megavlm.training.step import Step
+from megavlm.tuners import nf4
 
 METHODS = {"pretrain": stages.method, "sft": sft.method, "rm": rm.method, "dpo": dpo.method, "kto": kto.method}
 _FRAME = (4, 4)  # patches of a picture; the smallest that has several visual tokens
@@ -35,8 +36,9 @@ class Held:
 
     Attributes:
         parameters, learning: of each part (``PARTS``), how many numbers, and how many of them learn.
-        weights, gradients, optimizer: bytes, without activations. Gradient buffers are padded as Megatron pads them;
-            the optimizer's are a float32 copy of weights in half precision and Adam's two means.
+        weights, gradients, optimizer: bytes, without activations. Weights as ``adapter.quantize`` stores them; gradient
+            buffers as Megatron pads them; of the optimizer a float32 copy of weights in half precision and Adam's two
+            means, as far as they are this rank's.
         reached: of each part, how many numbers a gradient came to when a row went forward and backward; None where
             none did.
     """
@@ -54,7 +56,9 @@ def dry_run(settings: Settings, verb: str, world_size: int) -> list[Held]:
     """Builds rank 0 and, of several pipeline stages, the first rank of the last one, one after the other.
 
     Args:
-        settings: kernels are the portable ones whatever they say, and weights in bf16 where the products are in fp8.
+        settings: kernels are the portable ones whatever they say, weights in bf16 where products are in fp8, frames of
+            other data ranks left to them, and no features in host memory. An adapter to start from may be missing where
+            the section tells what it is.
         verb: a key of ``METHODS``. world_size: of the cluster.
     Raises:
         UserError: settings that do not fit the model, the verb or the number of processes.
@@ -65,7 +69,8 @@ def dry_run(settings: Settings, verb: str, world_size: int) -> list[Held]:
         model = model.model_copy(update={"adapter": None})  # a fresh one is of the same size
     precision = "bf16" if settings.train.precision == "fp8" else settings.train.precision
     train = settings.train.model_copy(update={"precision": precision})
-    settings = settings.model_copy(update={"model": model, "train": train})
+    vision = settings.vision.model_copy(update={"deal": "model_parallel", "offload": False})
+    settings = settings.model_copy(update={"model": model, "train": train, "vision": vision})
     ranks = sorted({0, world_size // pipeline * (pipeline - 1)})
     return [_run(settings, method, rank, world_size) for rank in ranks]
 
@@ -87,12 +92,17 @@ def _held(vlm: VLM, optimization: Optimization, rank: int, reached: dict[str, in
     parts = _parameters(vlm)
     buffers = [b for ddps in optimization.ddp.values() for d in ddps for b in (*d.buffers, *d.expert_parallel_buffers)]
     updated = sum(p.numel() for group in optimization.optimizer.param_groups for p in group["params"])
+    weights = sum(p.nbytes for ps in parts.values() for p in ps)
+    if vlm.tuning is not None and vlm.tuning.settings.quantize:
+        double = vlm.tuning.settings.quantize == "nf4_double"
+        frozen = [linear.weight for linear in vlm.tuning.linears]
+        weights += sum(nf4.nbytes_of(weight.numel(), double=double) - weight.nbytes for weight in frozen)
     adam, half = optimization.train.optimizer == "adam", optimization.train.precision != "fp32"
     return Held(
         rank=rank,
         parameters={part: sum(p.numel() for p in ps) for part, ps in parts.items()},
         learning={part: sum(p.numel() for p in ps if p.requires_grad) for part, ps in parts.items()},
-        weights=sum(p.nbytes for ps in parts.values() for p in ps),
+        weights=weights,
         gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
         optimizer=updated * (8 * adam + 4 * half),
         reached=reached,
@@ -105,11 +115,17 @@ def _pass(session: Session, method: Method, optimization: Optimization) -> dict[
     feed = _Rows(session.vlm, [_row(settings, session.shapes)] * num_rows)
     names = [source.label for source in settings.data.leaves.values()]
     step = Step(session.vlm, optimization, feed, num_rows, method.bare_objective(session), None, names)
+    session.vlm.decoder_config.batch_p2p_comm = False  # torch joins no sends of meta tensors
     reached = set()
     for parameter in (p for ps in _parameters(session.vlm).values() for p in ps if p.requires_grad):
         parameter.register_post_accumulate_grad_hook(reached.add)
     step.gradients(feed, num_rows)
-    return {part: sum(p.numel() for p in ps if p in reached) for part, ps in _parameters(session.vlm).items()}
+    # a word embedding that two stages have gets the sum of both their gradients
+    reached |= {p for ps in _parameters(session.vlm).values() for p in ps if getattr(p, "shared_embedding", False)}
+    return {
+        part: sum(p.numel() for p in ps if p.requires_grad and p in reached)
+        for part, ps in _parameters(session.vlm).items()
+    }
 
 
 class _Rows(Feed):

@@ -25,7 +25,7 @@ def absent_world(rank: int, world_size: int) -> Iterator[None]:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
-    _add_missing_kernel()
+    _add_missing_kernels()
 
     assert not dist.is_initialized(), "this process has a world already"
     set_absent(True)
@@ -41,8 +41,9 @@ def absent_world(rank: int, world_size: int) -> Iterator[None]:
 
 
 @functools.cache
-def _add_missing_kernel() -> torch.library.Library:
-    """torch has all collectives on the meta device but the one by which Megatron's DDP reduces gradients."""
-    library = torch.library.Library("c10d", "IMPL")
-    library.impl("reduce_scatter_tensor_coalesced_", lambda *args: FakeWork().boxed(), "Meta")
+def _add_missing_kernels() -> torch.library.Library:
+    """torch has all collectives on the meta device but the two by which Megatron's DDP reduces gradients."""
+    library = torch.library.Library("c10d", "IMPL")  # its kernels go when it does: the cache keeps it
+    for name in ("reduce_scatter_tensor_coalesced_", "allreduce_coalesced_"):
+        library.impl(name, lambda *args: FakeWork().boxed(), "Meta")
     return library

@@ -4,12 +4,18 @@ Ranks are built without memory, and rows go through dense ones (``megavlm.plan.d
 right is checked with real tensors on toys, in the other files of this folder.
 """
 
+import contextlib
+import io
 import json
 import os
 import re
 from pathlib import Path
 
 import pytest
+
+from megavlm.cli import main
+from megavlm.config.load import load_settings
+from megavlm.verbs import VERBS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]
@@ -26,7 +32,6 @@ def dry_runs() -> dict:
     """Runs on every rank: each does its share of the cases, in worlds of their own instead of the pool's."""
     import torch.distributed as dist
 
-    from megavlm.config.load import load_settings
     from megavlm.plan.dry_run import dry_run
 
     here, size = dist.get_rank(), dist.get_world_size()
@@ -124,8 +129,107 @@ def test_a_rank_holds_its_share_and_all_that_learns_has_gradients(found, model: 
         assert held.optimizer == pytest.approx(12 * shares, rel=1e-3)
 
 
+# processes, parallel, other settings: what the recipes do not have
+LAYOUTS = {
+    "TP2 × PP2": (4, {"tensor": 2, "pipeline": 2}, {}),
+    "TP2 × CP2 × PP2": (8, {"tensor": 2, "context": 2, "pipeline": 2}, {}),
+    "PP2 × VPP2": (4, {"pipeline": 2, "virtual_pipeline": 2}, {}),
+    "frames over the world, offloaded": (2, {}, {"vision": {"deal": "world", "offload": True, "recompute": True}}),
+    "SGD": (2, {}, {"train": {"optimizer": "sgd"}}),
+    "float32": (2, {"tensor": 2, "sequence": False}, {"train": {"precision": "fp32"}}),
+    "TE, FP8": (2, {}, {"model": {"kernels": "te"}, "train": {"precision": "fp8"}}),
+    "DoRA": (2, {"tensor": 2}, {"adapter": {"type": "dora"}}),
+    "FourierFT": (2, {"pipeline": 2}, {"adapter": {"type": "fourierft", "targets": ["q_proj", "attn.qkv"]}}),
+    "4 bits": (2, {}, {"adapter": {"type": "lora", "quantize": "nf4"}}),
+}
+
+
+def layouts(folder: Path) -> dict:
+    """Runs on every rank, on the first one for all: what ranks of each layout hold."""
+    import torch.distributed as dist
+
+    from megavlm.config.settings import Settings
+    from megavlm.plan.dry_run import METHODS, dry_run
+
+    rank, found = dist.get_rank(), {}
+    dist.destroy_process_group()
+    for name, (world, parallel, others) in LAYOUTS.items() if rank == 0 else ():
+        sections = {"model": {}, "train": {}} | others
+        sections["model"] |= {"hf": folder}
+        sections["train"] |= {"lr": 1e-3, "steps": 2, "global_batch_size": 8}
+        settings = Settings(data={"seq_length": 256, "train": [{"path": "none"}]}, parallel=parallel, **sections)
+        for verb in METHODS.keys() - {"pretrain"}:
+            found[name, verb] = dry_run(settings, verb, world)
+    return found
+
+
+def test_any_layout_and_method_goes_through(world2, toys) -> None:
+    found = world2.run(layouts, toys.folder("dense"))[0]
+    assert len(found) == 4 * len(LAYOUTS)
+    for (name, verb), ranks in found.items():
+        assert len(ranks) == LAYOUTS[name][1].get("pipeline", 1)
+        for held in ranks:
+            assert sum(held.learning.values()) > 0
+            assert held.reached == held.learning, (name, verb)
+    held = {name: found[name, "sft"][0] for name in LAYOUTS}
+    decoder = held["TE, FP8"].parameters["language"]
+    assert held["SGD"].optimizer == 4 * sum(held["SGD"].learning.values())  # the copy, on every data rank
+    assert held["float32"].weights == 4 * sum(held["float32"].parameters.values())
+    in_bf16 = 2 * sum(held["4 bits"].parameters.values())
+    assert 0.5 * 2 * decoder < in_bf16 - held["4 bits"].weights < 0.75 * 2 * decoder  # embedding and norms stay
+
+
+def test_bytes_in_4_bits_are_those_of_bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes")
+    import torch
+
+    from megavlm.tuners.nf4 import Nf4, nbytes_of
+
+    for shape in ((128, 64), (513, 100), (300, 128)):
+        for double in (False, True):
+            assert nbytes_of(shape[0] * shape[1], double=double) == Nf4(torch.ones(shape), double=double).nbytes
+
+
+def command(arguments: list[str]) -> tuple[int, str]:
+    """Runs on every rank: the command's exit status, and what it printed."""
+    import torch.distributed as dist
+
+    from megavlm.cli import main
+
+    dist.destroy_process_group()
+    os.chdir(CONFIGS.parent)
+    os.environ["MEGAVLM_MODEL"] = "30b-a3b"
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        return main(arguments), shown.getvalue()
+
+
+def test_the_command_tells_what_a_rank_holds(world1) -> None:
+    wanted = ["validate", "configs/tune/dpo-lora.yaml", "--world-size", "32", "--no-files", "--dry-run", "dpo"]
+    ((status, shown),) = world1.run(command, wanted)
+    assert status == 0
+    assert re.search(r"rank 0 +parameters +learn", shown)
+    decoder = of_the_decoder("30b-a3b", load_settings(CONFIGS / "models/30b-a3b.yaml").parallel, first=True, last=True)
+    assert re.search(rf"language .* {decoder['shared adapters'] + decoder['expert adapters']:,}\s", shown)
+    assert re.search(r"GiB: weights \S+ \+ gradients \S+ \+ optimizer \S+ = \S+, without activations", shown)
+    assert "no row went through" in shown
+
+
+@pytest.mark.parametrize(
+    ("verb", "override", "told"),
+    [
+        ("pretrain", "train.lr=1e-5", "pretrain needs stage"),
+        ("sft", "stage=1", "sft has no stages"),
+        ("dpo", "train.steps=null", "dpo needs train.steps"),
+        ("ppo", "train.lr=1e-5", "invalid choice: 'ppo'"),
+    ],
+)
+def test_a_dry_run_needs_what_its_verb_needs(verb: str, override: str, told: str, capsys) -> None:
+    arguments = ["validate", str(CONFIGS / "tune/sft.yaml"), override, "--no-files", "--dry-run", verb]
+    assert main(arguments) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_help_offers_what_can_be_run() -> None:
     from megavlm.plan.dry_run import METHODS
-    from megavlm.verbs import VERBS
 
     assert set(VERBS["validate"].flags["dry_run"]["choices"]) == set(METHODS)
