@@ -57,7 +57,7 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
 
         for held in dry.dry_run(settings, dry_run, world_size):
             for thing in _told(held):
-                console.print(thing)
+                console.print(thing, soft_wrap=isinstance(thing, str))
     if no_files:
         console.print("[dim]settings, shapes and layout fit; files were not looked at[/]")
         return 0
