@@ -86,6 +86,9 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
         ("layout", f"{world_size} processes: {layout} · data {data_parallel}"),
         ("start", str(settings.model.load or "random weights")),
     ]
+    if settings.adapter.type or settings.model.adapter:
+        adapter, start = settings.adapter.type or "as it was trained", settings.model.adapter or "a change of nothing"
+        facts.append(("adapter", f"{adapter}, from {start}"))
     if train.global_batch_size and train.steps:
         tokens = train.global_batch_size * data.seq_length
         rows = f"{train.global_batch_size} rows × {data.seq_length:,} tokens = {short(tokens)} tokens"
