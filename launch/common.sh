@@ -4,12 +4,14 @@
 #   sbatch launch/stage1.sh                                       the model 8b, on the nodes that the script asks for
 #   MEGAVLM_MODEL=32b sbatch --nodes=8 launch/stage1.sh           another model, on the GPUs its configuration is for
 #   sbatch launch/stage1.sh train.lr=1e-5                         a setting changed
+#   MEGAVLM_TUNER=lora sbatch launch/sft.sh                       an adapter instead of the weights: sft-lora.yaml
 #   DRY_RUN=1 MEGAVLM_MODEL=32b NODES=8 launch/stage1.sh          print what each rank would run; needs no SLURM
 #
 # Submit from the top of the checkout (or set MEGAVLM_HOME to it); it and the folders below lie on a file system that
 # all nodes see. Account and partition come from SLURM's own SBATCH_ACCOUNT and SBATCH_PARTITION.
 #
 #   MEGAVLM_MODEL    which configs/models/*.yaml               (8b)
+#   MEGAVLM_TUNER    what learns in sft, rm, dpo and kto: full or lora, configs/tune/*-lora.yaml  (full)
 #   MEGAVLM_MODELS   holds the Hugging Face folders 2b, 8b, …  (configs/models, which has shapes but no weights)
 #   MEGAVLM_DATA     holds the training files                  (data)
 #   MEGAVLM_RUNS     gets the runs: RUNS/MODEL/stage1/…        (runs)
@@ -39,8 +41,21 @@ sbatch_header() {
   sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$0"
 }
 
+# configs/tune/sft.yaml, or configs/tune/sft-lora.yaml with MEGAVLM_TUNER=lora.
+config_of_tuner() {
+  local config=$1
+  if [[ ${MEGAVLM_TUNER:-full} != full ]]; then
+    config=${1%.yaml}-$MEGAVLM_TUNER.yaml
+    if [[ ! -f $config ]]; then
+      echo "MEGAVLM_TUNER is $MEGAVLM_TUNER, but there is no $config; lora is for sft, rm, dpo and kto" >&2
+      return 2
+    fi
+  fi
+  echo "$config"
+}
+
 launch() {
-  local nodes gpus cpus name=${SLURM_JOB_NAME:-$(sbatch_header job-name)}
+  local nodes gpus cpus config name=${SLURM_JOB_NAME:-$(sbatch_header job-name)}
   local -a hosts environment
   nodes=${SLURM_JOB_NUM_NODES:-${NODES:-$(sbatch_header nodes)}}
   gpus=${SLURM_NTASKS_PER_NODE:-$(sbatch_header ntasks-per-node)}
@@ -52,9 +67,10 @@ launch() {
   fi
   rank_environment
   cd "$MEGAVLM_HOME"
+  config=$(config_of_tuner "$2")
 
   # `python -m` takes the package from the current folder: a container runs the checkout that was submitted.
-  local -a srun command=(python -m megavlm "$@")
+  local -a srun command=(python -m megavlm "$1" "$config" "${@:3}")
   local logs=${MEGAVLM_RUNS:-runs}/logs/$name-${SLURM_JOB_ID:-0}
   # Every task sees all GPUs of its node and takes the one of its local rank: --gpus-per-task would hide the others,
   # and with them NVLink. A rank that fails ends the job instead of leaving the rest to wait for it.

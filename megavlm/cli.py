@@ -107,9 +107,10 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
 def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], world_size: int) -> None:
     """All that can be checked before processes are started and torch is imported."""
     one_prompt = options.get("prompt") is not None
-    requires = (*verb.requires, *(() if name != "infer" or one_prompt else ("data.eval", "output")))
-    requirements.check_required(settings, requires, name)
-    if name == "sft" and settings.stage is not None:
+    job = options.get("dry_run") or name
+    requires = (*VERBS[job].requires, *(() if name != "infer" or one_prompt else ("data.eval", "output")))
+    requirements.check_required(settings, requires, job)
+    if job == "sft" and settings.stage is not None:
         raise UserError(f"stage is {settings.stage}, but sft has no stages: it would be ignored", "set stage to null")
     if not one_prompt and (options.get("image") or options.get("video")):
         raise UserError("--image and --video need --prompt: they would be ignored")

@@ -145,15 +145,21 @@ VERBS = {
         local_workers=False,
     ),
     "validate": Verb(
-        "megavlm.training.validate:main",
+        "megavlm.plan.validate:main",
         "read a configuration and its data's first samples; say what would happen or what is wrong",
-        "megavlm validate stage2.yaml --world-size 64",
+        "megavlm validate stage2.yaml --world-size 64\n"
+        "megavlm validate dpo-lora.yaml --world-size 64 --no-files --dry-run dpo",
         reads=(),
         flags={
             "world_size": {"metavar": "N", "type": int, "help": "number of processes it is meant for"},
             "no_files": {
                 "action": "store_true",
                 "help": "look at settings, shapes and layout alone; data and checkpoints may be missing",
+            },
+            "dry_run": {
+                "metavar": "VERB",
+                "choices": ("pretrain", "sft", "rm", "dpo", "kto"),
+                "help": "also build what ranks of VERB would hold, without memory, and count it; no GPU is used",
             },
         },
         local_workers=False,

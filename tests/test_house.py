@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "training": ["tuners", "model", "data", "convert", "config", "platform", "processes"],
     "pretrain": ["training", "config"],
     "align": ["training", "model", "data", "config", "platform"],
+    "plan": ["pretrain", "align", "training", "tuners", "model", "data", "convert", "config", "platform"],
     "environment": ["config"],
     "failures": ["config"],
     "processes": [],
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "cli_help": ["config"],
     "cli": [
         *("cli_help", "environment", "failures", "imports", "local_workers", "processes", "verbs"),
-        *("align", "pretrain", "training", "convert", "config"),
+        *("plan", "align", "pretrain", "training", "convert", "config"),
     ],
     "__main__": ["cli"],
     "demo": [*("cli", "pretrain", "training", "model", "data", "convert", "config", "platform", "failures")],

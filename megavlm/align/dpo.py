@@ -33,8 +33,13 @@ def options_of(settings: Settings) -> dict[str, float]:
     return options
 
 
-def main(settings: Settings) -> int:
+def method(settings: Settings) -> PreferenceMethod:
+    """Raises UserError for settings that are not for it."""
     check(settings, "dpo")
     options = options_of(settings)
     make = lambda s, groups: PairObjective(s.align.loss, options, s.train.logprob_chunk_tokens, groups.cp)
-    return train(settings, PreferenceMethod("pair", f"preference tuning · {settings.align.loss}", make))
+    return PreferenceMethod("pair", f"preference tuning · {settings.align.loss}", make)
+
+
+def main(settings: Settings) -> int:
+    return train(settings, method(settings))

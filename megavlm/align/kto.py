@@ -9,7 +9,8 @@ from megavlm.training.loop import train
 BETA = 0.1
 
 
-def main(settings: Settings) -> int:
+def method(settings: Settings) -> PreferenceMethod:
+    """Raises UserError for settings that are not for it."""
     check(settings, "kto")
     align = settings.align
     for name in ("loss", "gamma", "label_smoothing", "lam", "centering"):
@@ -21,4 +22,8 @@ def main(settings: Settings) -> int:
         weights = (align.desirable_weight, align.undesirable_weight)
         return JudgedObjective(beta, *weights, s.train.logprob_chunk_tokens, groups.cp)
 
-    return train(settings, PreferenceMethod("judged", "preference tuning · KTO", make))
+    return PreferenceMethod("judged", "preference tuning · KTO", make)
+
+
+def main(settings: Settings) -> int:
+    return train(settings, method(settings))

@@ -28,11 +28,14 @@ class PreferenceMethod:
         self.kind, self.title, self.scores, self._make = kind, title, scores, make
         self._reference: Reference | None = None
 
+    def bare_objective(self, session: Session) -> Objective:
+        return self._make(session.settings, session.groups.language)
+
     def objective(
         self, session: Session, renderer: Renderer | None, sources: list[Source] | None, beat: Callable[[str], None]
     ) -> Objective:
         """Called on all ranks, before the optimizer is built; the weights may be others afterwards."""
-        objective = self._make(session.settings, session.groups.language)
+        objective = self.bare_objective(session)
         if objective.has_reference and session.settings.align.reference_at == "step":
             objective.start = StartWeights(session)
         elif objective.has_reference:

@@ -7,7 +7,8 @@ from megavlm.config.settings import Settings
 from megavlm.training.loop import train
 
 
-def main(settings: Settings) -> int:
+def method(settings: Settings) -> PreferenceMethod:
+    """Raises UserError for settings that are not for it."""
     check(settings, "rm")
     for name in type(settings.align).model_fields:
         if name != "centering" and settings.align.is_changed(name):
@@ -22,4 +23,8 @@ def main(settings: Settings) -> int:
     def make(s: Settings, groups) -> RewardObjective:
         return RewardObjective(s.align.centering, groups, sequence_parallel=s.parallel.sequence_parallel)
 
-    return train(settings, PreferenceMethod("pair", "reward model", make, scores=True))
+    return PreferenceMethod("pair", "reward model", make, scores=True)
+
+
+def main(settings: Settings) -> int:
+    return train(settings, method(settings))

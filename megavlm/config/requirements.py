@@ -20,7 +20,7 @@ def check_required(settings: Settings, keys: Iterable[str], verb: str) -> None:
 
 
 def check_files(settings: Settings, keys: Iterable[str]) -> None:
-    """Raises UserError that names all files of `keys` (model.hf, model.load, data.train, data.eval) that do not exist.
+    """Raises UserError that names all files of `keys` (model.hf, model.load, data.train, …) that do not exist.
 
     data.train stands for the replay source too. URLs are not looked at.
     """

@@ -75,6 +75,8 @@ class VLM:
         for chunk in self.language:
             if hasattr(chunk, "score_head"):
                 chunk.score_head.requires_grad_(True)
+                if not shapes.tied:  # scores do not use it: without gradients, weight decay alone would change it
+                    chunk.output_layer.requires_grad_(False)
         self.dealt_over_world = share_frames and settings.vision.deal == "world"
         self.tuning = None  # the adapters, where there are any (``tuners.attach.Tuning``)
         self.tower = TowerPhase(

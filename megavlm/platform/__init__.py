@@ -1,5 +1,6 @@
 """What Megatron-core stands on: CUDA + NCCL, or CPU + gloo. Nothing else in the package asks "is this a GPU?"."""
 
+from megavlm.platform.absent import absent_world
 from megavlm.platform.device import (
     backend,
     device,
@@ -18,6 +19,7 @@ from megavlm.platform.groups import Groups, init, shutdown
 
 __all__ = [
     "Groups",
+    "absent_world",
     "backend",
     "device",
     "device_name",

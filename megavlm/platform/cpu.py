@@ -1,7 +1,8 @@
 """Lets Megatron-core, unmodified, run on CPU + gloo.
 
 Megatron names "cuda" where it means "the device". Each adaptation below stands beside the Megatron call that needs it.
-All of them are installed once, by ``install()``, on a machine without a GPU, and never on one with.
+All of them are installed once, by ``install()``, on a machine without a GPU, and never on one with, unless the process
+is a rank of a world that does not exist (``megavlm.platform.absent``): its tensors are on the meta device.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import torch
 import torch.distributed
 from torch.overrides import TorchFunctionMode
 
-_CPU = torch.device("cpu")
+from megavlm.platform.device import device
 
 
 def _is_cuda(value: object) -> bool:
@@ -22,7 +23,7 @@ def _is_cuda(value: object) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Answers every request for a CUDA tensor with a CPU one.
+    """Answers every request for a CUDA tensor with one on ``device()``.
 
     - ``torch.empty(…, device="cuda")``: optimizer flags, schedules' token count, gradient norm, MoE dispatcher
     - ``tensor.to("cuda")``, ``tensor.cuda()``: ``tensor_parallel.data``, optimizer state reloading
@@ -35,11 +36,13 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             name = func(*args)
+            if args[0].device.type == "meta":
+                return name.replace("torch.meta.", "torch.cuda.", 1)
             return name.replace("torch.", "torch.cuda.", 1) if args[0].device.type == "cpu" else name
         if _is_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": _CPU}
+            kwargs = {**kwargs, "device": device()}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
+            args = (args[0], device(), *args[2:])
         return func(*args, **kwargs)
 
 
@@ -99,7 +102,7 @@ def install() -> None:
 
     table = [
         # (object, attribute, replacement)                          needed by
-        (torch.cuda, "current_device", lambda: _CPU),  # every `device=torch.cuda.current_device()` in Megatron
+        (torch.cuda, "current_device", device),  # every `device=torch.cuda.current_device()` in Megatron
         (torch.cuda, "synchronize", lambda device=None: None),  # p2p_communication, dist_checkpointing writers
         (torch.cuda, "empty_cache", lambda: None),  # optimizer offloading helpers
         (torch.cuda, "set_device", lambda device: None),  # asynchronous checkpoint worker

@@ -8,20 +8,35 @@ import time
 import numpy as np
 import torch
 
+_absent = False  # see ``megavlm.platform.absent``
+
+
+def set_absent(absent: bool) -> None:
+    """Whether this process stands for a rank of a world that does not exist."""
+    global _absent
+    _absent = absent
+
 
 def on_gpu() -> bool:
     """True on CUDA + NCCL; ``MEGAVLM_PLATFORM=cpu`` forces the CPU platform on a machine with a GPU."""
-    return os.environ.get("MEGAVLM_PLATFORM", "") != "cpu" and torch.cuda.is_available()
+    return not _absent and os.environ.get("MEGAVLM_PLATFORM", "") != "cpu" and torch.cuda.is_available()
 
 
 def device() -> torch.device:
     """The device every tensor of the model lives on."""
+    if _absent:
+        return torch.device("meta")
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
 
 
 def backend() -> str:
     """Name of the torch.distributed backend for tensors on ``device()``."""
-    return "nccl" if on_gpu() else "gloo"
+    return "nccl" if on_gpu() else host_backend()
+
+
+def host_backend() -> str:
+    """Name of the torch.distributed backend for tensors in host memory."""
+    return "fake" if _absent else "gloo"
 
 
 def host_buffer(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -31,8 +46,8 @@ def host_buffer(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 
 def to_device(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
     """A host tensor on ``where``, without waiting for it: by way of page-locked memory where that is a GPU."""
-    if where.type == "cpu":
-        return tensor
+    if where.type != "cuda":
+        return tensor.to(where)
     return tensor.pin_memory().to(where, non_blocking=True)
 
 

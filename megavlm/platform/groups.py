@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.platform import cpu
-from megavlm.platform.device import backend, on_gpu, seed_everything
+from megavlm.platform.device import backend, host_backend, on_gpu, seed_everything
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def init(parallel, seed: int = 1234, timeout_minutes: float = 30.0, *, data_peer
     mine = next(group for group in ranks if dist.get_rank() in group)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     model_parallel, _ = dist.new_subgroups_by_enumeration(ranks, timeout, backend())
-    host, _ = dist.new_subgroups_by_enumeration(ranks, timeout, "gloo") if on_gpu() else (model_parallel, None)
+    host, _ = dist.new_subgroups_by_enumeration(ranks, timeout, host_backend()) if on_gpu() else (model_parallel, None)
     peers = None
     if data_peers:
         places = [list(place) for place in zip(*ranks, strict=True)]
-        peers, _ = dist.new_subgroups_by_enumeration(places, timeout, "gloo")
+        peers, _ = dist.new_subgroups_by_enumeration(places, timeout, host_backend())
     return Groups(
         language=language,
         tower=_tower_collection(),
@@ -84,7 +84,7 @@ def init(parallel, seed: int = 1234, timeout_minutes: float = 30.0, *, data_peer
         model_parallel_host=host,
         data_peers_host=peers,
         members=ranks,
-        world_host=dist.new_group(timeout=timeout, backend="gloo") if on_gpu() else dist.group.WORLD,
+        world_host=dist.new_group(timeout=timeout, backend=host_backend()) if on_gpu() else dist.group.WORLD,
         data_rank=ranks.index(mine),
         data_size=len(ranks),
     )

@@ -11,8 +11,11 @@ from megavlm.training.loop import Likelihood, train
 NAMES = ("alignment", "all weights", "long context", "ultra-long context")
 
 
-def main(settings: Settings) -> int:
-    """Runs stage ``settings.stage``. Raises UserError where the settings contradict the stage."""
+def method(settings: Settings) -> Likelihood:
+    """Of stage ``settings.stage``. Raises UserError where the settings contradict the stage."""
     check_stage(settings)
-    title = f"pretrain · stage {settings.stage}, {NAMES[settings.stage]}"
-    return train(settings, Likelihood("pretrain", title))
+    return Likelihood("pretrain", f"pretrain · stage {settings.stage}, {NAMES[settings.stage]}")
+
+
+def main(settings: Settings) -> int:
+    return train(settings, method(settings))

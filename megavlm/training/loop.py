@@ -51,10 +51,13 @@ class Method(Protocol):
     title: str
     scores: bool
 
+    def bare_objective(self, session: Session) -> Objective:
+        """What is minimised, without what it learns from the data beforehand."""
+
     def objective(
         self, session: Session, renderer: Renderer | None, sources: list[Source] | None, beat: Callable[[str], None]
     ) -> Objective:
-        """What is minimised. Called on all ranks, before the optimizer is built and a checkpoint restored.
+        """The same, ready to be used. Called on all ranks, before the optimizer is built and a checkpoint restored.
 
         ``renderer`` and ``sources`` are there on leaders; ``beat`` is to be called at every sign of progress. It may
         leave other weights behind than it found, if those are the ones of ``model.load``.
@@ -70,15 +73,18 @@ class Likelihood:
     def __init__(self, kind: Kind, title: str):
         self.kind, self.title, self.scores = kind, title, False
 
+    def bare_objective(self, session: Session) -> TokenLoss:
+        settings = session.settings
+        names = [source.label for source in settings.data.leaves.values()]
+        return TokenLoss(names, settings.train.logprob_chunk_tokens)
+
     def objective(
         self, session: Session, renderer: Renderer | None, sources: list[Source] | None, beat: Callable[[str], None]
     ) -> Objective:
-        settings = session.settings
-        names = [source.label for source in settings.data.leaves.values()]
-        chunk_tokens, coefficient = settings.train.logprob_chunk_tokens, settings.train.kl_to_start
-        if coefficient:
-            return AnchoredTokenLoss(names, chunk_tokens, coefficient, StartWeights(session))
-        return TokenLoss(names, chunk_tokens)
+        bare, coefficient = self.bare_objective(session), session.settings.train.kl_to_start
+        if not coefficient:
+            return bare
+        return AnchoredTokenLoss(bare.source_names, bare.chunk_tokens, coefficient, StartWeights(session))
 
     def rows(self, rows: Iterator[Row]) -> Iterator[Row]:
         return rows

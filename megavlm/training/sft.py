@@ -4,5 +4,9 @@ from megavlm.config.settings import Settings
 from megavlm.training.loop import Likelihood, train
 
 
+def method(settings: Settings) -> Likelihood:
+    return Likelihood("tune", "supervised tuning")
+
+
 def main(settings: Settings) -> int:
-    return train(settings, Likelihood("tune", "supervised tuning"))
+    return train(settings, method(settings))

@@ -36,6 +36,7 @@ class Tuning:
     Args:
     Attributes:
         settings: of the adapters. parts: where there are any, of "vision", "projector", "language".
+        linears: of the decoder, which ``quantize`` puts into 4 bits.
     """
 
     def __init__(self, vlm: VLM, settings: AdapterSettings):
@@ -47,11 +48,11 @@ class Tuning:
             module.requires_grad_(False)
         for module in head:
             module.requires_grad_(True)
-        self._linears: list[nn.Module] = []
+        self.linears: list[nn.Module] = []
         make, dtype = TYPES[settings.type], vlm.decoder_config.params_dtype
         by_linear = groupby(places_of(vlm), key=lambda place: id(place.linear))
         for places in [list(group) for _, group in by_linear]:
-            self._linears += [places[0].linear] if places[0].root in vlm.language else []
+            self.linears += [places[0].linear] if places[0].root in vlm.language else []
             if any(name.removesuffix(".weight") in targets for name in places[0].entry.hf):
                 self._put_on(places, [make(place, settings, targets, dtype) for place in places])
         for chunk in vlm.language:
@@ -78,7 +79,7 @@ class Tuning:
         With ``quantize`` the decoder's linears go into 4 bits first: fresh values start from what they became.
         """
         if self.settings.quantize:
-            for linear in self._linears:
+            for linear in self.linears:
                 quantize(linear, double=self.settings.quantize == "nf4_double")
         for adapter in self.adapters:
             adapter.begin(source.read if source is not None else None, seed)

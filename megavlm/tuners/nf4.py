@@ -36,6 +36,12 @@ class Nf4:
         return sum(tensor.nbytes for tensor in tensors)
 
 
+def nbytes_of(numel: int, *, double: bool) -> int:
+    """``Nf4.nbytes`` of so many weights."""
+    scales = -(-numel // BLOCK)
+    return -(-numel // 2) + (scales + 4 * -(-scales // 256) + 4 if double else 4 * scales)
+
+
 def quantize(linear: nn.Module, *, double: bool) -> None:
     """Puts a frozen linear's weight into 4 bits: ``linear.nf4``. Its forward and backward each work it out anew."""
     linear.nf4 = Nf4(linear.weight, double=double)

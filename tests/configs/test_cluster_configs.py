@@ -15,7 +15,8 @@ from megavlm.data.sources import open_sources
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]
 STAGES = [f"pretrain/stage{stage}.yaml" for stage in range(4)]
-RECIPES = [*STAGES, *(f"tune/{method}.yaml" for method in ("sft", "rm", "dpo", "kto"))]
+METHODS = ["sft", "rm", "dpo", "kto"]
+RECIPES = [*STAGES, *(f"tune/{method}{tuner}.yaml" for method in METHODS for tuner in ("", "-lora"))]
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,19 @@ def test_stages_are_the_published_ones() -> None:
     assert len({settings.output for settings in stages}) == 4
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_is_trained_where_the_weights_are_and_each_starts_from_the_one_of_sft(method: str) -> None:
+    full, lora = (load_settings(CONFIGS / f"tune/{method}{tuner}.yaml") for tuner in ("", "-lora"))
+    assert lora.adapter.type == "lora"
+    assert lora.train.lr == pytest.approx(10 * full.train.lr)
+    assert lora.output.name == f"{method}-lora"
+    start = load_settings(CONFIGS / "tune/sft.yaml").model.load
+    assert lora.model.load == start
+    assert lora.model.adapter == (None if method == "sft" else lora.output.parent / "sft-lora")
+    theirs = {"model", "adapter", "train", "output"}
+    assert lora.model_dump(exclude=theirs) == full.model_dump(exclude=theirs)
+
+
 @pytest.mark.parametrize("variable", ["MEGAVLM_MODELS", "MEGAVLM_DATA", "MEGAVLM_RUNS"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_variables_reach_the_paths(recipe: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +109,7 @@ def test_variables_reach_the_paths(recipe: str, variable: str, monkeypatch: pyte
     paths = {
         "MEGAVLM_MODELS": [settings.model.hf],
         "MEGAVLM_DATA": [source.path for source in settings.data.leaves.values()],
-        "MEGAVLM_RUNS": [settings.model.load, settings.output],
+        "MEGAVLM_RUNS": [settings.model.load, settings.model.adapter or settings.model.load, settings.output],
     }[variable]
     assert all(path.is_relative_to("/elsewhere") for path in paths)
 

@@ -70,6 +70,24 @@ def test_dry_run_shows_each_rank(job: str) -> None:
     assert len({rank["env"]["MASTER_PORT"] for rank in ranks}) == 1
 
 
+@pytest.mark.parametrize("job", ["sft", "rm", "dpo", "kto"])
+def test_the_tuner_chooses_the_recipe(job: str) -> None:
+    for tuner, config in {"lora": f"configs/tune/{job}-lora.yaml", "full": f"configs/tune/{job}.yaml"}.items():
+        srun, ranks = dry_run(job, "train.lr=1e-5", MEGAVLM_TUNER=tuner)
+        assert srun[-3:] == [job, config, "train.lr=1e-5"]
+        assert ranks[-1]["command"][-3:] == srun[-3:]
+        assert (ROOT / config).is_file()
+
+
+@pytest.mark.parametrize(("job", "tuner"), [("stage1", "lora"), ("sft", "Lora")])
+def test_a_tuner_without_a_recipe_is_refused(job: str, tuner: str) -> None:
+    variables = environment(DRY_RUN="1", MEGAVLM_TUNER=tuner)
+    done = subprocess.run([ROOT / f"launch/{job}.sh"], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert not done.stdout
+    assert f"MEGAVLM_TUNER is {tuner}, but there is no configs/" in done.stderr
+
+
 def test_printed_environment_is_what_the_command_understands() -> None:
     """The command takes its place among the ranks from the printed variables."""
     shown = dry_run("stage1")[1][11]["env"]

@@ -1,11 +1,14 @@
-"""`megavlm validate`: what a configuration would do, or what is wrong with it. Builds no model, starts no processes."""
+"""`megavlm validate`: what a configuration would do, or what is wrong with it. Starts no processes.
+
+Only with ``--dry-run`` it builds a model, and that one without memory (``megavlm.plan.dry_run``).
+"""
 
 import math
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
 
-from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.errors import UserError
 from megavlm.config.requirements import check_files, check_stage
 from megavlm.config.settings import Settings
@@ -25,12 +28,13 @@ from megavlm.training.units import short
 FIRST_SAMPLES = 8  # rendered of each source
 
 
-def main(settings: Settings, world_size: int | None = None, no_files: bool = False) -> int:
+def main(settings: Settings, world_size: int | None = None, no_files: bool = False, dry_run: str | None = None) -> int:
     """Prints a table of what would happen.
 
     Args:
         world_size: processes the configuration is meant for; the smallest that holds its layout where not given.
         no_files: look at settings, shapes and layout alone; checkpoints and data may be missing.
+        dry_run: verb of which to build what ranks would hold.
     Raises:
         UserError: what is wrong, all missing files in one message.
     """
@@ -53,6 +57,12 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
         facts.add_row(name, value)
     console = Console(highlight=False)
     console.print(facts)
+    if dry_run:
+        from megavlm.plan import dry_run as dry  # Megatron and the training loop: seconds to import
+
+        for held in dry.dry_run(settings, dry_run, world_size):
+            for thing in _told(held):
+                console.print(thing, soft_wrap=isinstance(thing, str))
     if no_files:
         console.print("[dim]settings, shapes and layout fit; files were not looked at[/]")
         return 0
@@ -79,10 +89,11 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
         ("decoder", f"{text.layers} layers of {text.hidden}, {text.heads} heads over {text.kv_heads} key/value heads"),
         ("tower", f"{vision.layers} layers of {vision.hidden}, deepstack after layers {levels}"),
         ("frozen", ", ".join(p + until.get(p, "") for p in settings.model.freeze) or "nothing"),
-        *([("adapter", _adapter(settings.adapter, shapes))] if settings.adapter.type else []),
         ("layout", f"{world_size} processes: {layout} · data {data_parallel}"),
         ("start", str(settings.model.load or "random weights")),
     ]
+    if settings.adapter.type or settings.model.adapter:
+        facts.append(("adapter", _adapter(settings, shapes)))
     if train.global_batch_size and train.steps:
         tokens = train.global_batch_size * data.seq_length
         rows = f"{train.global_batch_size} rows × {data.seq_length:,} tokens = {short(tokens)} tokens"
@@ -96,11 +107,34 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     return facts
 
 
-def _adapter(adapter: AdapterSettings, shapes: Shapes) -> str:
+def _adapter(settings: Settings, shapes: Shapes) -> str:
+    adapter, start = settings.adapter, settings.model.adapter
+    if adapter.type is None:  # it says itself what it is, and was not looked at
+        return f"from {start}"
     linears = targeted(adapter, shapes).values()
     count = sum(math.prod(shape) for linear in linears for shape in tensor_shapes(adapter, linear).values())
     base = f", the decoder's linears in {adapter.quantize}" if adapter.quantize else ""
-    return f"{adapter.type} on {len(linears)} linears: {short(count)} weights{base}"
+    return f"{adapter.type} on {len(linears)} linears: {short(count)} weights, from {start or 'no change'}{base}"
+
+
+def _told(held: "Held") -> Iterator[Table | str]:  # noqa: F821 (megavlm.plan.dry_run)
+    """What a rank holds."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in (f"rank {held.rank}", "parameters", "learn"):
+        table.add_column(name, justify="left" if name.startswith("rank") else "right")
+    for part, count in held.parameters.items():
+        table.add_row(part, f"{count:,}", f"{held.learning[part]:,}")
+    yield table
+    sizes = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer}
+    listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
+    yield f"GiB: {listed} = {sum(sizes.values()) / 2**30:.2f}, without activations"
+    if held.reached is None:
+        yield "[dim]no row went through: how many tokens an expert gets depends on numbers, and there are none[/]"
+    elif held.reached == held.learning:
+        yield "[dim]a row went through feed, tower, decoder and loss; gradients reached all that learn[/]"
+    else:
+        left = {part: count - held.reached[part] for part, count in held.learning.items()}
+        yield f"[yellow]a row went through, but of what learns no gradient reached {left}[/]"
 
 
 def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:

@@ -1,0 +1,1 @@
+"""What a configuration would do, without doing it."""

@@ -1,0 +1,179 @@
+"""A dry run: what ranks of a cluster would hold, found by building them in this one process.
+
+The model is the real one, with its adapters, gradient buffers and optimizer; its tensors are on the meta device (shapes
+and types without numbers), its process groups have no other ranks behind them (``megavlm.platform.absent_world``).
+Of a dense model a row then goes forward and backward, too: feed, tower, decoder, loss and the reduction of gradients.
+A mixture of experts is built alone: how many tokens an expert gets depends on numbers, and there are none.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from megavlm.align import dpo, kto, rm
+from megavlm.config.settings import Settings
+from megavlm.data.row import IGNORE, Row, Sample, pack
+from megavlm.model.shapes import Shapes
+from megavlm.model.vlm import PARTS, VLM
+from megavlm.platform import absent_world
+from megavlm.pretrain import stages
+from megavlm.training import sft
+from megavlm.training.feed import Feed, StepRows
+from megavlm.training.loop import Method
+from megavlm.training.optimizer import Optimization
+from megavlm.training.setup import Session, start
+from megavlm.training.step import Step
+from megavlm.tuners import nf4
+
+METHODS = {"pretrain": stages.method, "sft": sft.method, "rm": rm.method, "dpo": dpo.method, "kto": kto.method}
+_FRAME = (4, 4)  # patches of a picture; the smallest that has several visual tokens
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds.
+
+    Attributes:
+        parameters, learning: of each part (``PARTS``), how many numbers, and how many of them learn.
+        weights, gradients, optimizer: bytes, without activations. Weights as ``adapter.quantize`` stores them; gradient
+            buffers as Megatron pads them; of the optimizer a float32 copy of weights in half precision and its state
+            (Adam's two means), as far as they are this rank's.
+        reached: of each part, how many numbers a gradient came to when a row went forward and backward; None where
+            none did.
+    """
+
+    rank: int
+    parameters: dict[str, int]
+    learning: dict[str, int]
+    weights: int
+    gradients: int
+    optimizer: int
+    reached: dict[str, int] | None
+
+
+def dry_run(settings: Settings, verb: str, world_size: int) -> list[Held]:
+    """Builds rank 0 and, of several pipeline stages, the first rank of the last one, one after the other.
+
+    Args:
+        settings: kernels are the portable ones whatever they say, weights in bf16 where products are in fp8, frames of
+            other data ranks left to them, and no features in host memory. An adapter to start from may be missing where
+            the section tells what it is.
+        verb: a key of ``METHODS``. world_size: of the cluster.
+    Raises:
+        UserError: settings that do not fit the model, the verb or the number of processes.
+    """
+    method, pipeline = METHODS[verb](settings), settings.parallel.pipeline
+    model = settings.model.model_copy(update={"kernels": "portable"})
+    if settings.adapter.type is not None and model.adapter is not None and not model.adapter.exists():
+        model = model.model_copy(update={"adapter": None})  # a fresh one is of the same size
+    precision = "bf16" if settings.train.precision == "fp8" else settings.train.precision
+    train = settings.train.model_copy(update={"precision": precision})
+    vision = settings.vision.model_copy(update={"deal": "model_parallel", "offload": False})
+    settings = settings.model_copy(update={"model": model, "train": train, "vision": vision})
+    ranks = sorted({0, world_size // pipeline * (pipeline - 1)})
+    return [_run(settings, method, rank, world_size) for rank in ranks]
+
+
+def _run(settings: Settings, method: Method, rank: int, world_size: int) -> Held:
+    with absent_world(rank, world_size):
+        with torch.device("meta"):
+            session = start(settings, training=True, load=False, score_head=method.scores)
+        optimization = Optimization(session.vlm, settings.train)
+        reached = _pass(session, method, optimization) if session.shapes.text.moe is None else None
+        return _held(session.vlm, optimization, rank, reached)
+
+
+def _parameters(vlm: VLM) -> dict[str, list[nn.Parameter]]:
+    return {part: [p for module in vlm.modules_of(part) for p in module.parameters()] for part in PARTS}
+
+
+def _held(vlm: VLM, optimization: Optimization, rank: int, reached: dict[str, int] | None) -> Held:
+    parts = _parameters(vlm)
+    buffers = [b for ddps in optimization.ddp.values() for d in ddps for b in (*d.buffers, *d.expert_parallel_buffers)]
+    updated = [p for group in optimization.optimizer.param_groups for p in group["params"]]
+    weights = sum(p.nbytes for ps in parts.values() for p in ps)
+    if vlm.tuning is not None and vlm.tuning.settings.quantize:
+        double = vlm.tuning.settings.quantize == "nf4_double"
+        frozen = [linear.weight for linear in vlm.tuning.linears]
+        weights += sum(nf4.nbytes_of(weight.numel(), double=double) - weight.nbytes for weight in frozen)
+    copy = 4 if optimization.train.precision != "fp32" else 0
+    return Held(
+        rank=rank,
+        parameters={part: sum(p.numel() for p in ps) for part, ps in parts.items()},
+        learning={part: sum(p.numel() for p in ps if p.requires_grad) for part, ps in parts.items()},
+        weights=weights,
+        gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
+        optimizer=sum(4 * _state(optimization, p) + copy * p.numel() for p in updated),
+        reached=reached,
+    )
+
+
+def _state(optimization: Optimization, parameter: torch.Tensor) -> int:
+    """Numbers that the optimizer keeps of a parameter beside a copy of it."""
+    if optimization.train.optimizer == "galore":
+        inside = (opt.optimizer for opts in optimization.parts.values() for opt in opts)
+        owner = next(
+            opt for opt in inside if any(parameter is p for group in opt.param_groups for p in group["params"])
+        )
+        return sum(math.prod(shape) for shape in owner.state_shapes(parameter).values())
+    return 2 * parameter.numel() if optimization.train.optimizer == "adam" else 0
+
+
+def _pass(session: Session, method: Method, optimization: Optimization) -> dict[str, int]:
+    """Rows that fill the pipeline, forward and backward. Returns ``Held.reached``."""
+    settings, num_rows = session.settings, session.settings.parallel.pipeline
+    feed = _Rows(session.vlm, [_row(settings, session.shapes)] * num_rows)
+    names = [source.label for source in settings.data.leaves.values()]
+    step = Step(session.vlm, optimization, feed, num_rows, method.bare_objective(session), None, names)
+    session.vlm.decoder_config.batch_p2p_comm = False  # torch joins no sends of meta tensors
+    reached = set()
+    for parameter in (p for ps in _parameters(session.vlm).values() for p in ps if p.requires_grad):
+        parameter.register_post_accumulate_grad_hook(reached.add)
+    step.gradients(feed, num_rows)
+    # a word embedding that two stages have gets the sum of both their gradients
+    reached |= {p for ps in _parameters(session.vlm).values() for p in ps if getattr(p, "shared_embedding", False)}
+    return {
+        part: sum(p.numel() for p in ps if p.requires_grad and p in reached)
+        for part, ps in _parameters(session.vlm).items()
+    }
+
+
+class _Rows(Feed):
+    """Rows that this rank has by itself, since no leader sends any."""
+
+    def __init__(self, vlm: VLM, rows: list[Row]):
+        super().__init__(vlm, None)
+        self._rows = rows
+
+    def rows(self, num_rows: int) -> StepRows:
+        return StepRows(self._rows, list(self._rows) if self.groups.is_leader else [])
+
+
+def _row(settings: Settings, shapes: Shapes) -> Row:
+    """Two answers of half a row, which share a small picture for each rank of a model-parallel group (if they fit)."""
+    parallel, vision, align = settings.parallel, shapes.vision, settings.row_align
+    merge = vision.spatial_merge_size
+    length = settings.data.seq_length // 2 // align * align
+    visual_tokens = _FRAME[0] * _FRAME[1] // merge**2
+    count = min(parallel.tensor * parallel.context * parallel.pipeline, (length - 1) // visual_tokens)
+    is_target = torch.arange(length) < length - 1
+    sample = Sample(
+        input_ids=torch.zeros(length, dtype=torch.int64),
+        labels=torch.where(is_target, 0, IGNORE),
+        loss_weights=is_target.float(),
+        position_ids=torch.zeros(3, length, dtype=torch.int64),
+        patches=torch.zeros(count * _FRAME[0] * _FRAME[1], vision.patch_dim),
+        frame_grids=torch.tensor([_FRAME] * count, dtype=torch.int32).view(-1, 2),
+        visual_positions=torch.arange(count * visual_tokens),
+        num_images=count,
+        num_videos=0,
+        source="dry run",
+        index=0,
+        facts={"margin": 0.0, "desirable": True, "ref": 0.0},
+    )
+    facts = {"mismatched": True, "side": "rejected", "ref": 0.0}
+    other = replace(sample, shares_media=True, patches=sample.patches[:0], facts=facts)
+    samples = [sample, other]
+    return pack(samples, settings.data.seq_length, pad_id=0, grid_side=vision.grid_side, merge=merge, align=align)
