@@ -151,6 +151,7 @@ LAYOUTS = {
     "PP2 × VPP2": (4, {"pipeline": 2, "virtual_pipeline": 2}, {}),
     "frames over the world, offloaded": (2, {}, {"vision": {"deal": "world", "offload": True, "recompute": True}}),
     "SGD": (2, {}, {"train": {"optimizer": "sgd"}}),
+    "GaLore": (2, {}, {"train": {"optimizer": "galore", "galore_rank": 16}}),
     "float32": (2, {"tensor": 2, "sequence": False}, {"train": {"precision": "fp32"}}),
     "TE, FP8": (2, {}, {"model": {"kernels": "te"}, "train": {"precision": "fp8"}}),
     "DoRA": (2, {"tensor": 2}, {"adapter": {"type": "dora"}}),
@@ -170,7 +171,7 @@ def layouts(folder: Path) -> dict:
     with alone():
         for name, (world, parallel, others) in list(LAYOUTS.items())[here::size]:
             sections = {"model": {}, "train": {}} | others
-            sections["model"] |= {"hf": folder}
+            sections["model"] |= {"hf": folder, "load": "none"}
             sections["train"] |= {"lr": 1e-3, "steps": 2, "global_batch_size": 8}
             settings = Settings(data={"seq_length": 256, "train": [{"path": "none"}]}, parallel=parallel, **sections)
             for verb in METHODS.keys() - {"pretrain"}:
@@ -190,6 +191,7 @@ def test_any_layout_and_method_goes_through(world2, toys) -> None:
     held = {name: found[name, "sft"][0] for name in LAYOUTS}
     decoder = held["TE, FP8"].parameters["language"]
     assert held["SGD"].optimizer == 4 * sum(held["SGD"].learning.values())  # the copy, on every data rank
+    assert held["SGD"].optimizer < held["GaLore"].optimizer < 2 * held["SGD"].optimizer  # Adam's would be thrice
     assert held["float32"].weights == 4 * sum(held["float32"].parameters.values())
     in_bf16 = 2 * sum(held["4 bits"].parameters.values())
     assert 0.5 * 2 * decoder < in_bf16 - held["4 bits"].weights < 0.75 * 2 * decoder  # embedding and norms stay
