@@ -31,6 +31,8 @@ ADAPTERS = {
         "moe",
         {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "attn.qkv"], "target_parameters": EXPERTS},
     ),
+    "dora beside experts": ("moe", {"r": 3, "use_dora": True, "target_modules": ["q_proj", "o_proj"]}),
+    "fourierft beside experts": ("moe", {"n_frequency": 50, "target_modules": ["v_proj", "o_proj"]}),
 }
 
 

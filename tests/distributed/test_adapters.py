@@ -31,6 +31,7 @@ CASES = [
     for adapter, (kind, _) in ADAPTERS.items()
     for layout in (MOE if kind == "moe" else DENSE)
     if adapter != "rslora, patterns" or layout in ("recomputed", "TP2")
+    if "beside" not in adapter or layout in ("EP2", "EP2 × TP2")
 ]
 
 
