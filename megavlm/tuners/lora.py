@@ -71,8 +71,7 @@ class Dora(Lora):
             for part, own in zip(self.parts, magnitudes, strict=True)
         ]
         ratio = torch.where(self.join(targets), self.join(magnitudes) / lengths, 1.0).to(output.dtype)
-        bias = None if getattr(linear, "skip_bias_add", False) else linear.bias
-        plain = output if bias is None else output - bias
+        plain = output - linear.bias if _adds_bias(linear) else output
         return output + (ratio - 1) * plain + ratio * self.change(inputs, factors)
 
     @torch.no_grad()
@@ -97,3 +96,9 @@ class Dora(Lora):
             for own, length in zip(self.of_kind(MAGNITUDE), lengths, strict=True):
                 if own is not None:
                     own.copy_(length)
+
+
+def _adds_bias(linear: nn.Module) -> bool:
+    """Whether the output has the bias in it; Megatron's linears (and their TE kin) may hand it on beside."""
+    apart = getattr(linear, "skip_bias_add", False) or getattr(linear, "te_return_bias", False)
+    return linear.bias is not None and linear.bias.numel() > 0 and not apart
