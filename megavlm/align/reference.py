@@ -110,7 +110,7 @@ def _make(
     if groups.is_leader:
         dataset = _AllAnswers(sources, renderer, kind, groups.data_rank, groups.data_size)
         workers = settings.data.workers
-        rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers))
+        rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers, generator=torch.Generator()))
     chunk_tokens = settings.train.logprob_chunk_tokens
 
     def answers(chunk, hidden, micro_batch) -> Tensor:

@@ -55,7 +55,7 @@ def config_of(adapter: AdapterSettings, shapes: Shapes, base: str | None = None)
 
 
 def write_config(file: Path, adapter: AdapterSettings, shapes: Shapes, base: str | None = None) -> None:
-    file.write_text(json.dumps(config_of(adapter, shapes, base), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(config_of(adapter, shapes, base), indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(folder: Path, shapes: Shapes) -> AdapterSettings:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Generator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from megavlm.config.errors import UserError
@@ -44,6 +45,7 @@ class RowLoader:
             pin_memory=pin_memory,
             worker_init_fn=_start_worker,
             multiprocessing_context="fork" if num_workers else None,
+            generator=torch.Generator(),  # not the one of dropout: leaders alone draw here, and once more when resuming
         )
         self._rows: Generator[Row | UserError] | None = None
         self._taken = 0  # rows, by this rank

@@ -90,6 +90,14 @@ def test_each_epoch_has_each_sample_once_in_a_new_order(load, workers):
     assert lines(islice(other, 41)) != epochs[0]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_generator_of_dropout_is_left_alone(load, workers):
+    """Leaders alone have a loader, and a run that continues starts it once more."""
+    before = torch.get_rng_state()
+    next(iter(load(workers=workers)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def states_of(ranks):
     """The states of all workers of all ranks, in the order of their numbers."""
     states = [loader.state_dict() for loader in ranks]
