@@ -136,7 +136,7 @@ VERBS = {
         "megavlm export sft.yaml model.load=runs/sft/checkpoints/step_00000100 --out exported\n"
         "megavlm export sft-lora.yaml model.adapter=runs/sft-lora --out exported\n"
         "megavlm export sft-lora.yaml model.adapter=runs/sft-lora --adapter --out adapter",
-        sections=("model",),
+        sections=("model", "adapter"),
         requires=("model.load",),
         flags={
             "out": {"metavar": "DIR", "type": Path, "required": True, "help": "folder to write; must not exist"},

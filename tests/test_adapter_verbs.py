@@ -1,6 +1,7 @@
 """Tuning with adapters as a user does it: trained, continued, read, exported merged and apart, handed to peft."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -110,7 +111,9 @@ def test_training_goes_on_from_a_peft_adapter(toys, trained, tmp_path):
     _, options = ADAPTERS["lora"]
     peft_model(toys.folder("dense"), options).save_pretrained(tmp_path / "peft")
     change = f"model.adapter={tmp_path / 'peft'}"
-    megavlm("sft", config, change, "train.steps=1", f"output={tmp_path / 'on'}")
+    for steps in (1, 2):  # the second time it continues
+        megavlm("sft", config, change, f"train.steps={steps}", f"output={tmp_path / 'on'}")
+    assert [line["step"] for line in metrics_of(tmp_path / "on")] == [1, 2]
     start, after = load_file(tmp_path / "peft" / ADAPTER_MODEL), adapter_of(config, tmp_path / "on", tmp_path / "new")
     assert start.keys() == after.keys()
     assert all(not torch.equal(value, after[name]) for name, value in start.items())
@@ -124,6 +127,14 @@ def test_training_goes_on_from_a_peft_adapter(toys, trained, tmp_path):
         (["adapter.rank=4"], "adapter.rank is 4, but adapter.type is null"),
         (["adapter.type=fourierft", "adapter.alpha=4.0"], "adapter.alpha is 4.0, but adapter.type is fourierft"),
         (["adapter.type=lora", "model.load=null"], "model.load is not set"),
+        (["adapter.type=lora", "train.optimizer=galore"], "adapters have no large matrices"),
+        (["adapter.type=lora", "adapter.targets=[qkv]", "adapter.quantize=nf4"], "the decoder, whose linears"),
+        (["adapter.type=fourierft", "adapter.frequencies=100000"], "has 128 × 128 weights"),
+        (["adapter.type=lora", "adapter.rank_pattern={{'[': 4}}"], "write a regular expression"),
+        (
+            ["adapter.type=lora", "adapter.targets=[qkv]", "adapter.dropout=0.1", "vision.recompute=true"],
+            "the tower would hide other features",
+        ),
         (["model.adapter={run}", "adapter.type=lora", "adapter.rank=8"], "r 8, there 4"),
         (["model.adapter={load}"], "holds no adapter"),
     ],
@@ -134,6 +145,60 @@ def test_mistakes_are_said_plainly(toys, trained, changes, told, capsys):
     changes = [change.format(run=run, load=toys.checkpoint("dense")) for change in changes]
     assert main(["validate", str(config), *changes]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_answers_of_a_base_are_not_taken_for_those_of_an_adapter(toys, trained, capsys, tmp_path):
+    config, folder = trained
+    data, out = write_records(toys.root / "asked.jsonl", toys.records[:1]), f"output={tmp_path / 'out'}"
+    for verb, more in (("score", (f"data.eval={data}", out)), ("infer", (f"data.eval={data}", out)),
+                       ("export", ("--out", str(tmp_path / "hf")))):  # fmt: skip
+        assert main([verb, str(config), "adapter.type=lora", *more]) == 2
+        assert "model.adapter is not set" in capsys.readouterr().err
+    run = folder / "whole" / "checkpoints" / "step_00000004"
+    assert main(["export", str(config), f"model.load={run}", "--out", str(tmp_path / "hf")]) == 2
+    assert "holds an adapter without the weights" in capsys.readouterr().err
+
+
+def test_another_base_is_noticed(toys, trained, tmp_path):
+    """A run of adapters does not continue on it; what reads the adapter says so."""
+    config, _ = trained
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(toys.checkpoint("dense"), base)
+    training = (config, f"model.load={base}", *LORA, "train.rehearsal=false", f"output={run}")
+    megavlm("sft", *training, "train.steps=1")
+    data = f"data.eval={write_records(toys.root / 'one.jsonl', toys.records[:1])}"
+    reading = (
+        config,
+        f"model.load={base}",
+        f"model.adapter={run}",
+        data,
+        "overwrite=true",
+        f"output={tmp_path / 'out'}",
+    )
+    assert "trained on other weights" not in megavlm("score", *reading).stderr
+    file = next(base.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[-5000] ^= 1  # somewhere in the weights
+    file.write_bytes(content)
+    assert "trained on other weights" in megavlm("score", *reading).stderr
+    assert "base below the adapters" in megavlm("sft", *training, "train.steps=2", status=2).stderr
+
+
+def test_adapters_on_experts_alone_learn_and_continue(toys, tmp_path):
+    """Megatron then has an optimizer of nothing beside that of the experts."""
+    config = json.loads(sft_config(toys, tmp_path, optimizer="adam", lr=1e-2, steps=4, global_batch_size=4).read_text())
+    config["model"] = {"hf": str(toys.folder("moe")), "load": str(toys.checkpoint("moe")),
+                       "freeze": ["vision", "projector"]}  # fmt: skip
+    config["adapter"] = {"type": "lora", "targets": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    path, lines = tmp_path / "experts.yaml", {}
+    path.write_text(json.dumps(config))
+    for name, steps in {"whole": (4,), "halves": (2, 4)}.items():
+        for count in steps:
+            changes = (f"train.steps={count}", f"output={tmp_path / name}", "parallel.expert=2", "--nproc", 2)
+            megavlm("sft", path, *changes)
+        lines[name] = steady(tmp_path / name)
+    assert lines["whole"] == lines["halves"]
+    assert lines["whole"][3]["loss"] < lines["whole"][0]["loss"]
 
 
 def test_validate_counts_the_adapter(toys, trained, capsys):

@@ -4,7 +4,6 @@ They stand in a safetensors file, float32 [samples, 2] for each source (chosen a
 NaN for a sample that cannot be used), with a note on model and data, and are used again where the note agrees.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,13 +28,13 @@ from megavlm.data.shards import ShardFolder
 from megavlm.data.sources import Source
 from megavlm.data.units import draft_unit
 from megavlm.training.checkpoint_folders import find_checkpoint, latest
+from megavlm.training.digest import digest_of, digest_of_folders
 from megavlm.training.eval_rows import EvalRows
 from megavlm.training.forward import forward_only
 from megavlm.training.setup import Session
 from megavlm.training.state import load_weights
 
 FILE_NAME = "reference.safetensors"
-_ENDS = 1 << 20  # bytes at either end of a file that tell it from another of its size
 # Settings on which log-probabilities depend, beside the model.
 _SETTINGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "seq_length")
 
@@ -180,28 +179,18 @@ def _side(facts: dict) -> int:
 def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:
     """What the log-probabilities depend on, as far as names, sizes, and the beginnings and ends of files tell it."""
     folders = [find_checkpoint(path) for path in (settings.model.load, settings.model.adapter) if path is not None]
-    weights = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [s.file.index_files if isinstance(s.file, ShardFolder) else [s.file.path] for s in sources]
     return {
         "kind": kind,
-        "model": _digest([File(str(path)) for path in weights]),
-        "processor": _digest([File(str(p)) for p in sorted(settings.model.hf.glob("*.json*"))]),
+        "model": digest_of_folders(*folders),
+        "processor": digest_of([File(str(p)) for p in sorted(settings.model.hf.glob("*.json*"))]),
         "data": [
-            [source.name, len(source.file), _digest([File(path) for path in paths])]
+            [source.name, len(source.file), digest_of([File(path) for path in paths])]
             for source, paths in zip(sources, files, strict=True)
         ],
         "settings": {name: getattr(settings.data, name) for name in _SETTINGS}
         | {"precision": settings.train.precision, "quantize": settings.adapter.quantize},
     }
-
-
-def _digest(files: list[File]) -> str:
-    found = hashlib.sha256()
-    for file in files:
-        size = file.size()
-        found.update(f"{Path(file.url).name} {size}".encode())
-        found.update(file.read(0, min(size, _ENDS)) + file.read(max(0, size - _ENDS), size))
-    return found.hexdigest()[:32]
 
 
 def _read(path: Path, note: dict, num_sources: int) -> list[np.ndarray]:

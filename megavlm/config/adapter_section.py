@@ -1,5 +1,6 @@
 """The adapter section: small weights beside frozen linears, in peft's terms."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -34,7 +35,8 @@ class AdapterSettings(Section):
         None,
         min_length=1,
         description="linears that get one, by the ends of their Hugging Face names: [q_proj, v_proj, attn.qkv]; null: "
-        "all of the decoder, experts too (not with dora and fourierft)",
+        "all of the decoder, experts too (not with dora and fourierft). Parts without any learn as a whole, unless "
+        "model.freeze has them",
     )
     rank: Int = Field(16, ge=1, description="of lora and dora: inner width")
     alpha: Float = Field(32.0, gt=0, description="of lora and dora: the product of the two is scaled by alpha / rank")
@@ -49,12 +51,18 @@ class AdapterSettings(Section):
     seed: Int = Field(777, ge=0, description="of fourierft: draws which frequencies")
     quantize: Literal["nf4", "nf4_double"] | None = Field(
         None,
-        description="nf4 (2305.14314): the decoder's linears in 4 bits and a float32 for 64 of them; nf4_double: those "
-        "in 8 bits, too, and then rounding depends on parallel.tensor; null: in train.precision",
+        description="nf4 (2305.14314): the decoder's linears in 4 bits, with a float32 for 64 (where a rank's rows "
+        "are no multiple of 64, rounding depends on parallel.tensor); nf4_double: those in 8 bits, too (always does); "
+        "null: in train.precision",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> "AdapterSettings":
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"adapter has the pattern {pattern!r}: {error}", "write a regular expression") from None
         for name, types in _ONLY.items():
             if self.type not in types and self.is_changed(name):
                 raise UserError(

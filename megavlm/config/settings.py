@@ -79,25 +79,10 @@ class Settings(Section):
                 f"train.lr_scale is {self.train.lr_scale}, but model.freeze has {frozen}: it would be ignored",
                 f"remove {frozen} from one of them",
             )
-        if self.adapter.type and self.model.load is None:
-            raise UserError(
-                f"adapter.type is {self.adapter.type}, but model.load is not set: adapters sit on trained weights",
-                "set model.load, or adapter.type to null",
-            )
         if self.train.kl_to_start and self.model.load is None:
             raise UserError(
                 f"train.kl_to_start is {self.train.kl_to_start:g}, but model.load is not set: nothing is to be kept",
                 "set model.load, or kl_to_start to 0",
-            )
-        if self.adapter.type and self.train.optimizer == "galore":
-            raise UserError(
-                f"train.optimizer is galore, but adapter.type is {self.adapter.type}: adapters have no large matrices",
-                "use train.optimizer adam",
-            )
-        if self.adapter.dropout and self.vision.recompute:
-            raise UserError(
-                "adapter.dropout is set with vision.recompute: the tower would hide other features the second time",
-                "set one of them to its default",
             )
         check_seq_length(self.data.seq_length, self.parallel)
         self._check_align()

@@ -190,7 +190,5 @@ def fourier_change(spectrum: Tensor, shape: tuple[int, int], scaling: float, see
 @lru_cache(maxsize=64)
 def frequencies(out: int, inner: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows and columns, int64 [count], of the frequencies that are learned: peft's draw, the same for equal shapes."""
-    if count > out * inner:
-        raise UserError(f"adapter.frequencies is {count}, but a linear has only {out} × {inner}", "lower it")
     drawn = torch.randperm(out * inner, generator=torch.Generator().manual_seed(seed))[:count]
     return drawn // inner, drawn % inner

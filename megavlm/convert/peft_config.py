@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.errors import UserError
 from megavlm.convert.peft_names import linears, targets_of
@@ -12,9 +14,11 @@ from megavlm.model.shapes import Shapes
 ADAPTER_CONFIG = "adapter_config.json"
 # What peft writes that does not change which numbers come out.
 _ABOUT = {
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "init_weights", "peft_version"),
-    *("revision", "task_type", "megatron_core", "qalora_group_size", "megavlm"),
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "init_weights", "peft_version"),
+    *("revision", "task_type", "megatron_core", "qalora_group_size"),
 }
+# First values that leave the base as it is; others (pissa, olora, corda, loftq) take something out of its weights.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _READ = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "rank_pattern", "alpha_pattern"),
     *("target_modules", "target_parameters", "n_frequency", "scaling", "random_loc_seed"),
@@ -23,14 +27,17 @@ _READ = {
 
 def config_of(adapter: AdapterSettings, shapes: Shapes, base: str | None = None) -> dict:
     """Content of adapter_config.json. ``base``: name or folder of the Hugging Face model."""
-    experts = {linear.name for linear in linears(shapes).values() if linear.experts}
-    ends = lambda target: any(name == target or name.endswith("." + target) for name in experts)
-    targets = targets_of(adapter, shapes)
+    every, targets = linears(shapes).values(), targets_of(adapter, shapes)
+    ends = lambda target, *, experts: any(
+        x.name == target or x.name.endswith("." + target) for x in every if bool(x.experts) == experts
+    )
+    # peft's rule for names would find a convolution, too
+    modules = ["attn.proj" if target == "proj" else target for target in targets if ends(target, experts=False)]
     common = {
         "base_model_name_or_path": base,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": [target for target in targets if not ends(target)],
+        "target_modules": modules,
         "task_type": None,
     }
     if adapter.type == "fourierft":
@@ -40,7 +47,7 @@ def config_of(adapter: AdapterSettings, shapes: Shapes, base: str | None = None)
             "scaling": adapter.scaling,
             "random_loc_seed": adapter.seed,
         }
-    parameters = [target for target in targets if ends(target)]
+    parameters = [target for target in targets if ends(target, experts=True)]
     return common | {
         "peft_type": "LORA",
         "r": adapter.rank,
@@ -75,13 +82,23 @@ def read_config(folder: Path, shapes: Shapes) -> AdapterSettings:
     if kind not in ("LORA", "FOURIERFT"):
         raise UserError(f"{file} is of type {kind}; megavlm has LORA (with or without DoRA) and FOURIERFT")
     odd = {key: value for key, value in config.items() if value and key not in _ABOUT | _READ and value != "none"}
+    if odd.get("init_lora_weights") in _INITS:
+        odd.pop("init_lora_weights", None)
     if odd:
         raise UserError(f"{file} has {odd}, which megavlm does not know", "train the adapter without it")
+    try:
+        return _settings(config, shapes)
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+        raise UserError(f"{file} cannot be used: {told}", "name another folder") from None
+
+
+def _settings(config: dict, shapes: Shapes) -> AdapterSettings:
     modules = config.get("target_modules") or []
     if isinstance(modules, str):  # a regular expression for whole names
         modules = [x.name for x in linears(shapes).values() if not x.experts and re.fullmatch(modules, x.name)]
-    targets = [*modules, *(config.get("target_parameters") or [])]
-    if kind == "FOURIERFT":
+    targets = list(dict.fromkeys([*modules, *(config.get("target_parameters") or [])]))
+    if config["peft_type"] == "FOURIERFT":
         values = {
             "type": "fourierft",
             "frequencies": config["n_frequency"],

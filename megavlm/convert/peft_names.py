@@ -97,6 +97,12 @@ def targeted(adapter: AdapterSettings, shapes: Shapes) -> dict[str, Linear]:
                 raise UserError(
                     f"adapter.{setting} has {pattern!r}, which no linear with an adapter matches", "mend or remove it"
                 )
+    small = next((x for x in found.values() if adapter.frequencies > x.out * x.inner), None)
+    if adapter.type == "fourierft" and small is not None:
+        raise UserError(
+            f"adapter.frequencies is {adapter.frequencies}, but {small.name} has {small.out} × {small.inner} weights",
+            "lower it, or leave that linear out of adapter.targets",
+        )
     experts = next((name for name, linear in found.items() if linear.experts), None)
     for setting, value in {"type": adapter.type, "dropout": adapter.dropout}.items():
         if experts and value not in ("lora", 0.0):

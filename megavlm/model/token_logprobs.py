@@ -245,9 +245,9 @@ def _add_gradients(ctx, grad_logits, states, weight, local, grad_hidden, grad_we
 
 def _log_sums(ctx, logits: Tensor) -> Tensor:
     """float32 [n]: log Σ exp over the whole vocabulary."""
-    top = logits.max(-1).values
     if ctx.group.size() == 1:
         return logits.logsumexp(-1)
+    top = logits.max(-1).values
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=ctx.group)
     sums = (logits - top[:, None]).exp_().sum(-1)
     dist.all_reduce(sums, group=ctx.group)

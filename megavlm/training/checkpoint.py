@@ -23,6 +23,7 @@ from megavlm.convert.peft_config import ADAPTER_CONFIG, config_of, write_config
 from megavlm.model.vlm import PARTS
 from megavlm.training.checkpoint_folders import clean, partial_folder, publish
 from megavlm.training.checkpoint_writer import CheckpointWriter
+from megavlm.training.digest import digest_of_folders
 from megavlm.training.galore import check_layout, has_galore
 from megavlm.training.optimizer_state import load_state, saved_state, wanted_state
 from megavlm.tuners.attach import learned
@@ -46,14 +47,16 @@ class Checkpoints:
         self._layout = {"world": dist.get_world_size(), **settings.parallel.model_dump()}
         self._align = settings.row_align
         self._workers = max(settings.data.workers, 1)  # of each data rank
-        tuning = vlm.tuning
+        tuning, self._world = vlm.tuning, vlm.groups.world_host
+        is_adapted = tuning is not None and origin is not None
+        base = self._from_first_rank(digest_of_folders(origin) if is_adapted and dist.get_rank() == 0 else None)
         self._identity = lambda step: {
             "adapter": tuning and config_of(tuning.settings, vlm.shapes),
+            "base below the adapters": base,
             "train.optimizer": settings.train.optimizer,
             "train.precision": settings.train.precision,
             "learning parts": sorted(set(PARTS) - set(settings.frozen(step))),
         }
-        self._world = vlm.groups.world_host
         self._start = self._from_first_rank(secrets.token_hex(4))
         if dist.get_rank() == 0:
             clean(root)

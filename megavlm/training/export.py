@@ -7,7 +7,9 @@ from megavlm.config.settings import Settings
 from megavlm.convert import mcore_to_hf
 from megavlm.convert.adapter import Adapter
 from megavlm.model.shapes import Shapes
+from megavlm.training.adapters import warn_of_other_base
 from megavlm.training.checkpoint_folders import find_checkpoint
+from megavlm.training.state import check_base
 
 
 def main(settings: Settings, out: Path, adapter: bool = False) -> int:
@@ -16,10 +18,19 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
     ``model.adapter`` is merged in; with ``adapter`` it is all that is written, in peft's format.
     """
     model, found = settings.model, None
+    if model.adapter is None and settings.adapter.type is not None:
+        raise UserError(
+            f"adapter.type is {settings.adapter.type}, but model.adapter is not set: the base alone would be exported",
+            "set model.adapter to the run that trained it, or adapter.type to null",
+        )
     if model.adapter is not None:
         found = Adapter(find_checkpoint(model.adapter), Shapes.from_hf(model.hf))
     if not adapter:
-        mcore_to_hf(find_checkpoint(model.load), model.hf, out, adapter=found, overwrite=settings.overwrite)
+        load = find_checkpoint(model.load)
+        check_base(load)
+        if found is not None:
+            warn_of_other_base(found.folder, load)
+        mcore_to_hf(load, model.hf, out, adapter=found, overwrite=settings.overwrite)
     elif found is None:
         raise UserError("--adapter asks for the adapter alone, but model.adapter is not set", "set it to the run")
     else:

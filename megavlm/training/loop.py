@@ -104,10 +104,10 @@ def train(settings: Settings, method: Method) -> int:
 
 def _train(settings: Settings, method: Method, watch: HangWatch) -> int:
     session = start(settings, training=True, load=False, score_head=method.scores)
-    settings = session.settings
+    given, settings = settings, session.settings  # the latter with the section that ``model.adapter`` is of
     watch.beat("building the model")
     groups, output = session.groups, settings.output
-    resuming = _from_first_rank(session, lambda: prepare_output(settings))
+    resuming = _from_first_rank(session, lambda: prepare_output(given))
     checkpoint = _from_first_rank(session, lambda: latest(output / "checkpoints")) if resuming else None
 
     origin = None

@@ -95,7 +95,9 @@ class Optimization:
         built = get_megatron_optimizer(
             self._config, self.ddp[part], use_gloo_process_groups=False, pg_collection=groups
         )
-        self.parts[part] = built.chained_optimizers if isinstance(built, ChainedOptimizer) else [built]
+        optimizers = built.chained_optimizers if isinstance(built, ChainedOptimizer) else [built]
+        # beside experts alone, as adapters may be, Megatron builds one of nothing for all other weights
+        self.parts[part] = [opt for opt in optimizers if not getattr(opt, "is_stub_optimizer", False)]
         if self.train.optimizer == "galore":
             for optimizer in self.parts[part]:
                 galore.put_inside(optimizer, modules, self.train, groups)
@@ -169,11 +171,23 @@ class Optimization:
     def _squares(self) -> Tensor:
         """float32 [parts] on the device: the squared gradient norm of each part over all ranks."""
         squares = torch.zeros(len(PARTS), dtype=torch.float32, device=device())
-        for opt, index in ((opt, PARTS.index(part)) for part, opts in self.parts.items() for opt in opts):
-            grads = opt.get_grads_for_grad_norm()
-            square = torch.zeros((), dtype=torch.float32, device=device())
-            if grads:
-                square = torch.stack(torch._foreach_norm(grads)).square().sum()
-            dist.all_reduce(square, group=opt.get_grad_stats_parallel_group())
-            squares[index] += square
+        for part, optimizers in self.parts.items():
+            sums: dict[dist.ProcessGroup, Tensor] = {}
+            for opt in optimizers:
+                grads, group = opt.get_grads_for_grad_norm(), opt.get_grad_stats_parallel_group()
+                if grads:
+                    square = torch.stack(torch._foreach_norm(grads)).square().sum()
+                    sums[group] = sums[group] + square if group in sums else square
+            for group in self._norm_groups(part):  # also where this rank has nothing to add, for others may
+                square = sums.pop(group, squares.new_zeros(()))
+                dist.all_reduce(square, group=group)
+                squares[PARTS.index(part)] += square
+            assert not sums, "an optimizer that adds up its norm over another group"
         return squares
+
+    def _norm_groups(self, part: str) -> list[dist.ProcessGroup]:
+        """Ranks that hold pieces of a part's gradients, as Megatron tells its optimizers: for all, or with experts'."""
+        groups = self.groups_of(part)
+        if self._config.use_distributed_optimizer:
+            return [groups.intra_dist_opt]
+        return list(dict.fromkeys([groups.mp, groups.tp_ep_pp]))

@@ -69,6 +69,13 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
         load: False for a run that may have a checkpoint of its own.
         score_head: with the head of a reward model.
     """
+    shapes = Shapes.from_hf(settings.model.hf)
+    settings = with_stored_adapter(settings, shapes)
+    if not training and settings.adapter.type is not None and settings.model.adapter is None:
+        raise UserError(
+            f"adapter.type is {settings.adapter.type}, but model.adapter is not set: the base would answer by itself",
+            "set model.adapter to the run that trained it, or adapter.type to null",
+        )
     share_frames = training and settings.vision.deal == "world"
     groups = init(
         settings.parallel,
@@ -76,8 +83,6 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
         collective_minutes(settings.train.hang_minutes),
         data_peers=share_frames,
     )
-    shapes = Shapes.from_hf(settings.model.hf)
-    settings = with_stored_adapter(settings, shapes)
     check_shapes(settings, shapes, dist.get_world_size(), training=training)
     if settings.parallel.pipeline > 1 and not training:
         raise UserError(

@@ -28,13 +28,18 @@ def load_weights(path: Path, vlm: VLM) -> None:
     Raises:
         UserError: it is the checkpoint of an adapter, without the weights below it.
     """
+    check_base(path)
+    without = () if has_score_head(path) else (score_head.KEY,)
+    load_some(path, vlm, lambda key: not key.startswith(CHECKPOINT_PREFIX) and key not in without)
+
+
+def check_base(path: Path) -> None:
+    """Raises UserError for the checkpoint of an adapter, which cannot be loaded by itself."""
     if (path / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"model.load is {path}, which holds an adapter without the weights that it sits on",
             f"name those in model.load, and model.adapter={path}",
         )
-    without = () if has_score_head(path) else (score_head.KEY,)
-    load_some(path, vlm, lambda key: not key.startswith(CHECKPOINT_PREFIX) and key not in without)
 
 
 def load_some(path: Path, vlm: VLM, wanted: Callable[[str], bool]) -> None:

@@ -33,7 +33,6 @@ class AdapterList(nn.ModuleList):
 class Tuning:
     """The adapters of a model on this rank. Made once, right after the model; parts that have any are frozen otherwise.
 
-    Args:
     Attributes:
         settings: of the adapters. parts: where there are any, of "vision", "projector", "language".
         linears: of the decoder, which ``quantize`` puts into 4 bits.

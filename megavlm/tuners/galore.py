@@ -27,7 +27,7 @@ class GaLore(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: AdamW's.
         rank: r. update_every: N, steps between two projectors. scale: α.
         whole: tensors that are not projected.
-        group: ranks that hold the same weights and gradients; its first rank's projectors are everybody's, so that no
+        group: ranks that hold the same weights and gradients; a matrix's projector comes from one of them, so that no
             difference between two devices' eigenvectors can part the replicas. None: this process alone.
     """
 
@@ -73,20 +73,28 @@ class GaLore(torch.optim.Optimizer):
         """One update of every tensor from its ``grad``; those without one stay."""
         assert closure is None
         self.fill()
-        renew = self.steps % self.update_every == 0
+        if self.steps % self.update_every == 0:
+            self._renew()
         self.steps += 1
         for group in self.param_groups:
             for weight in (w for w in group["params"] if w.grad is not None):
-                self._update(weight, group["lr"], group["weight_decay"], renew)
+                self._update(weight, group["lr"], group["weight_decay"])
 
-    def _update(self, weight: Tensor, lr: float, weight_decay: float, renew: bool) -> None:
+    def _renew(self) -> None:
+        """New projectors for all matrices: each rank of ``group`` works out its share of them, and all get all."""
+        weights = [w for group in self.param_groups for w in group["params"] if w.grad is not None]
+        weights = [w for w in weights if self.is_projected(w)]
+        ranks, rank = (self._group.size(), self._group.rank()) if self._group is not None else (1, 0)
+        for weight in weights[rank::ranks]:
+            gradient = weight.grad if weight.shape[0] <= weight.shape[1] else weight.grad.T
+            self.state[weight]["projector"].copy_(leading_vectors(gradient, self.rank))
+        for number, weight in enumerate(weights if ranks > 1 else ()):
+            dist.broadcast(self.state[weight]["projector"], group=self._group, group_src=number % ranks)
+
+    def _update(self, weight: Tensor, lr: float, weight_decay: float) -> None:
         state, gradient, scale = self.state[weight], weight.grad, 1.0
         projector, wide = state.get("projector"), weight.ndim == 2 and weight.shape[0] <= weight.shape[1]
         if projector is not None:
-            if renew:
-                projector.copy_(leading_vectors(gradient if wide else gradient.T, self.rank))
-                if self._group is not None and self._group.size() > 1:
-                    dist.broadcast(projector, group=self._group, group_src=0)
             gradient, scale = projector.T @ gradient if wide else gradient @ projector, self.scale
         (beta1, beta2), mean, square = self.betas, state["exp_avg"], state["exp_avg_sq"]
         mean.lerp_(gradient, 1 - beta1)

@@ -15,10 +15,14 @@ def weight_of(linear: nn.Module) -> Tensor:
 def saved_as(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager:
     """Within it autograd keeps ``make`` instead of ``tensor``, and calls it, under no_grad, in backward."""
 
-    place, shape = tensor.data_ptr(), tensor.shape  # the graph keeps ``pack``, which so does not keep the tensor
+    place = (
+        tensor.data_ptr(),
+        tensor.shape,
+        tensor.stride(),
+    )  # the graph keeps ``pack``, which so does not keep the tensor
 
     def pack(saved: Tensor):
-        return make if saved.data_ptr() == place and saved.shape == shape else saved
+        return make if (saved.data_ptr(), saved.shape, saved.stride()) == place else saved
 
     def unpack(kept) -> Tensor:
         if not callable(kept):

@@ -198,3 +198,24 @@ def of_experts(folder) -> tuple[torch.Tensor, torch.Tensor]:
 def test_experts_in_a_grouped_linear_have_each_its_own(toys, world1):
     ((together, apart),) = world1.run(of_experts, toys.folder("moe"))
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-3)  # sums of 128 products of size 100
+
+
+@pytest.mark.parametrize(
+    ("attributes", "inside"),
+    [
+        ({"skip_bias_add": True}, False),
+        ({"te_return_bias": True}, False),
+        ({"te_return_bias": False}, True),
+        ({}, True),
+    ],
+)
+def test_a_bias_is_taken_from_the_output_where_it_is_in_it(attributes, inside):
+    """Megatron's linears, Transformer Engine's and torch's; TE has an empty bias where there is none."""
+    from megavlm.tuners.lora import _adds_bias
+
+    linear = torch.nn.Linear(4, 4)
+    for name, value in attributes.items():
+        setattr(linear, name, value)
+    assert _adds_bias(linear) == inside
+    linear.bias = torch.nn.Parameter(torch.empty(0))
+    assert not _adds_bias(linear)
