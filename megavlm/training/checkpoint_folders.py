@@ -94,6 +94,6 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "checkpoints").is_dir():
         newest = latest(path / "checkpoints")
         if newest is None:
-            raise UserError(f"model.load is {path}, a run that has no complete checkpoint yet", "name another one")
+            raise UserError(f"{path} is a run that has no complete checkpoint yet", "name another one")
         return newest
     return path

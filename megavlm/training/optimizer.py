@@ -190,4 +190,4 @@ class Optimization:
         groups = self.groups_of(part)
         if self._config.use_distributed_optimizer:
             return [groups.intra_dist_opt]
-        return list(dict.fromkeys([groups.mp, groups.tp_ep_pp]))
+        return list(dict.fromkeys([groups.mp, getattr(groups, "tp_ep_pp_with_egtp_remat", groups.tp_ep_pp)]))
