@@ -90,7 +90,7 @@ def _sync(folder: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """``model.load`` as a checkpoint: itself, or the newest one of the run folder that it names."""
+    """``path`` (``model.load``, ``model.adapter``) as a checkpoint: itself, or the newest one of the run it names."""
     if (path / "checkpoints").is_dir():
         newest = latest(path / "checkpoints")
         if newest is None:

@@ -30,7 +30,8 @@ class StepResult:
     """What a step did, over the whole world.
 
     ``norms`` as ``Optimization.step`` gives them; ``counts``: tokens, target_tokens, images, videos, samples, frames,
-    frames_encoded (over all ranks, in the pass with gradients: equal to frames), row_tokens, the sums of squares that FLOPs are counted from,
+    frames_encoded (over all ranks, in the pass with gradients: equal to frames), row_tokens, the sums of squares that
+    FLOPs are counted from,
     faults (samples that were passed over), and for each source samples/NAME, target_tokens/NAME, loss_weight/NAME,
     records/NAME and broken/NAME. ``fields``: of the objective, for metrics.jsonl. ``faults``: of this data rank's rows.
     ``trouble``: why the step was skipped and left everything as it was, None where it was not.
