@@ -69,15 +69,17 @@ class AnswerGroup:
 
 
 def read_source(folder: Path, eval_file: Path | None) -> Source | None:
-    """The answers in `folder`; None where there are none."""
+    """The answers in `folder`; None where there are none (a file of that name may be of another make)."""
     file = folder / FILE_NAME
     if not file.is_file():
         return None
     answers = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if line.strip():
+    try:
+        for line in filter(str.strip, file.read_text(encoding="utf-8").splitlines()):
             entry = json.loads(line)
             answers[entry["index"]] = entry["answer"]
+    except (ValueError, KeyError, TypeError):
+        return None
     return Source(folder.absolute().name, folder, eval_file, answers) if answers else None
 
 

@@ -171,6 +171,10 @@ def test_what_is_missing_or_broken_is_left_out_or_named(tmp_path):
 
 
 def test_run_without_settings(tmp_path):
+    """Beside a folder with a file that is named as answers are."""
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "answers.jsonl").write_text('{"index": 0, "text": "not of infer"}\n')
+    tmp_path = tmp_path / "run"
     with MetricsWriter(tmp_path) as writer:
         writer.write({**dict.fromkeys(REQUIRED, None), "step": 1, "loss": float("nan"), "seconds": 1.0})
     page = write_report(tmp_path).read_text()
