@@ -175,6 +175,7 @@ def test_run_without_settings(tmp_path):
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "answers.jsonl").write_text('{"index": 0, "text": "not of infer"}\n')
     tmp_path = tmp_path / "run"
+    tmp_path.mkdir()
     with MetricsWriter(tmp_path) as writer:
         writer.write({**dict.fromkeys(REQUIRED, None), "step": 1, "loss": float("nan"), "seconds": 1.0})
     page = write_report(tmp_path).read_text()
