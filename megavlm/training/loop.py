@@ -255,9 +255,11 @@ def _header(session: Session) -> dict[str, str]:
         "expert": parallel.expert,
         "data": session.groups.data_size,
     }
+    cut = parallel.tensor * parallel.pipeline * parallel.expert > 1
+    share = " (on the first process)" if cut else ""
     return {
         "model": f"{settings.model.hf} · {vlm.kernels} kernels · {settings.train.precision}",
-        "learns": " · ".join(f"{part} {_learning(session, part)}" for part in PARTS),
+        "learns": " · ".join(f"{part} {_learning(session, part)}" for part in PARTS) + share,
         "layout": " × ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process",
         "data": ", ".join(str(source.path) for source in settings.data.leaves.values()),
         "rows": f"{settings.train.global_batch_size} a step, {settings.data.seq_length} tokens each",
