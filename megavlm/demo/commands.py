@@ -5,11 +5,13 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from megavlm import failures
 from megavlm.config.errors import UserError
 
 DEFAULT_OUT = "demo-output"
@@ -60,3 +62,18 @@ def run(*command: str | Path) -> None:
 def minutes(seconds: float) -> str:
     """A duration to be read."""
     return f"{int(seconds // 60)} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def status_of(job: Callable[[], bool]) -> int:
+    """The exit status of a job that says whether it passed: 0 or 1; what went wrong on its way is told in a message."""
+    began = time.perf_counter()
+    try:
+        passed = job()
+    except UserError as error:
+        failures.show(error.message, error.remedy)
+        return 2
+    except CommandFailed as error:
+        failures.show(str(error))
+        return 1
+    console.print(f"\n{'passed' if passed else 'FAILED'} in {minutes(time.perf_counter() - began)}")
+    return 0 if passed else 1

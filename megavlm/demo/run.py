@@ -8,22 +8,19 @@ output folder exists.
 
 import argparse
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megavlm import failures
 from megavlm.config.errors import UserError
 from megavlm.config.load import load_settings
 from megavlm.demo.commands import (
     CONFIGS,
     DEFAULT_OUT,
     NPROC,
-    CommandFailed,
     console,
-    minutes,
     run,
     show_variable,
+    status_of,
     work_in,
 )
 
@@ -38,21 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default=DEFAULT_OUT, metavar="DIR", help=f"folder to make (default {DEFAULT_OUT})")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in the folder")
     options = parser.parse_args(arguments)
-    began = time.perf_counter()
-    try:
+
+    def job() -> bool:
         demo = Demo(Path(options.out))
         demo.prepare(options.overwrite)
         demo.train()
         passed = demo.check()
-    except UserError as error:
-        failures.show(error.message, error.remedy)
-        return 2
-    except CommandFailed as error:
-        failures.show(str(error))
-        return 1
-    demo.show_paths()
-    console.print(f"\n{'passed' if passed else 'FAILED'} in {minutes(time.perf_counter() - began)}")
-    return 0 if passed else 1
+        demo.show_paths()
+        return passed
+
+    return status_of(job)
 
 
 class Demo:

@@ -11,21 +11,18 @@ import argparse
 import math
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megavlm import failures
 from megavlm.config.errors import UserError
 from megavlm.demo.commands import (
     CONFIGS,
     DEFAULT_OUT,
     NPROC,
-    CommandFailed,
     console,
-    minutes,
     run,
     show_variable,
+    status_of,
 )
 from megavlm.demo.run import Demo
 
@@ -44,22 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default=DEFAULT_OUT, metavar="DIR", help=f"the demo's folder (default {DEFAULT_OUT})")
     parser.add_argument("--overwrite", action="store_true", help=f"replace what an earlier run left in DIR/{TUNE}")
     options = parser.parse_args(arguments)
-    began = time.perf_counter()
-    try:
+
+    def job() -> bool:
         tune = Tune(Path(options.out))
         tune.prepare(options.overwrite)
         tune.reward_model()
         tune.preference()
         tune.lora()
-        passed = tune.check()
-    except UserError as error:
-        failures.show(error.message, error.remedy)
-        return 2
-    except CommandFailed as error:
-        failures.show(str(error))
-        return 1
-    console.print(f"\n{'passed' if passed else 'FAILED'} in {minutes(time.perf_counter() - began)}")
-    return 0 if passed else 1
+        return tune.check()
+
+    return status_of(job)
 
 
 class Tune:

@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,7 @@ from megavlm.platform import device
 from megavlm.tuners.places import COLUMN, Place
 
 
-class LinearAdapter(nn.Module):
+class LinearAdapter(nn.Module, ABC):
     """The adapter of one weight of one Megatron linear, which may be several linears of Hugging Face's model (q, k, v).
 
     Each of those that is a target has its own tensors, named, shaped and ordered as peft's; only their cut over ranks
@@ -109,10 +110,10 @@ class LinearAdapter(nn.Module):
             entries[prefix + name] = entry
         return entries
 
+    @abstractmethod
     def forward(self, linear: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         """What the linear and its adapter give together.
 
         Args:
             inputs: [t, …, in] as the linear gets them. output: [t', …, out] of the linear, on this rank.
         """
-        raise NotImplementedError
