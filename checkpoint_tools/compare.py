@@ -6,8 +6,8 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from megavlm.config.errors import UserError
-from megavlm.imports import no_collection
+from megavlm.base.errors import UserError
+from megavlm.base.imports import no_collection
 
 
 def main() -> int:

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from megavlm.config.errors import UserError
-from megavlm.imports import no_collection
+from megavlm.base.errors import UserError
+from megavlm.base.imports import no_collection
 
 
 def main() -> int:

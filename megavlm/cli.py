@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megavlm import environment, failures, local_workers, processes
+from megavlm import environment, failures, local_workers
+from megavlm.base import processes
+from megavlm.base.errors import UserError
+from megavlm.base.imports import no_collection
 from megavlm.config import layout, output, requirements
-from megavlm.config.errors import UserError
 from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings
-from megavlm.imports import no_collection
 from megavlm.verbs import VERBS, Verb, positive
 
 

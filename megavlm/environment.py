@@ -3,7 +3,7 @@
 import os
 import re
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 
 
 def join_group() -> int | None:

@@ -10,8 +10,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from megavlm.config import files
-from megavlm.config.errors import UserError
+from megavlm.base import atomic_files
+from megavlm.base.errors import UserError
 
 USER_ERROR, OTHER_ERROR = 2, 1  # exit statuses
 FOLDER_VARIABLE = "MEGAVLM_FAILURE_FOLDER"  # set for the workers that `--nproc` starts
@@ -69,7 +69,7 @@ def first(folder: Path) -> Failure | None:
 def _hand_over(failure: Failure, folder: Path) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    files.write_text(folder / f"failure_{failure.rank}.json", json.dumps(vars(failure)))
+    atomic_files.write_text(folder / f"failure_{failure.rank}.json", json.dumps(vars(failure)))
     time.sleep(60)  # the parent ends us long before
     os._exit(failure.status)
 

@@ -197,7 +197,7 @@ def test_a_verb_of_two_words_and_one_without_settings(run):
     ],
 )
 def test_exit_status_of_one_process(run, body, status, message):
-    job = f"from megavlm.config.errors import UserError\ndef main(settings): {body}"
+    job = f"from megavlm.base.errors import UserError\ndef main(settings): {body}"
     code, _, err = run(job, "sft", "run.yaml")
     assert code == status
     assert message in err
@@ -233,7 +233,7 @@ def test_threads_are_shared_out_by_default(run, monkeypatch):
 @pytest.mark.parametrize("failing", ["rank == 1", "rank == 0", "True"])
 def test_a_workers_user_error_is_told_once(run, failing):
     job = (
-        "from megavlm.config.errors import UserError\n"
+        "from megavlm.base.errors import UserError\n"
         "def main(settings):\n"
         f"    if {failing}: raise UserError('a.jsonl:3: no such picture', 'look')\n"
         "    time.sleep(30)\n"  # as a peer that waits in a collective
@@ -248,7 +248,7 @@ def test_peers_of_a_failed_worker_keep_their_connections(run):
     """A peer whose collective broke would bury the message under its own, some of them from threads of C++."""
     job = (
         "import torch, torch.distributed as dist\n"
-        "from megavlm.config.errors import UserError\n"
+        "from megavlm.base.errors import UserError\n"
         "def main(settings):\n"
         "    dist.init_process_group('gloo')\n"
         "    dist.barrier()\n"
@@ -263,7 +263,7 @@ def test_peers_of_a_failed_worker_keep_their_connections(run):
 
 
 def test_a_failed_worker_waits_to_be_ended_with_its_connections_open(start, place):
-    job = "from megavlm.config.errors import UserError\ndef main(settings): raise UserError('bad row')"
+    job = "from megavlm.base.errors import UserError\ndef main(settings): raise UserError('bad row')"
     process = start(job, "sft", "run.yaml", MEGAVLM_FAILURE_FOLDER=str(place / "told"), RANK="1")
     wait_for("told/failure_1.json")
     time.sleep(0.5)

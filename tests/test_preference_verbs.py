@@ -10,7 +10,7 @@ from parity import VARYING, Toys
 from test_train_verbs import megavlm, metrics_of, sft_config
 from toy import write_records
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.convert import hf_to_mcore
 

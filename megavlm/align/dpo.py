@@ -3,7 +3,7 @@
 from megavlm.align.losses import check_preference
 from megavlm.align.method import PreferenceMethod, check
 from megavlm.align.objectives import PairObjective
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.training.loop import train
 

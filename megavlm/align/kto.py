@@ -2,7 +2,7 @@
 
 from megavlm.align.method import PreferenceMethod, check
 from megavlm.align.objectives import JudgedObjective
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.training.loop import train
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from megavlm.align.reference import Reference, reference_of
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from megavlm.align.sequences import answer_logprobs
-from megavlm.config.errors import UserError
-from megavlm.config.files import atomic_open
+from megavlm.base.atomic_files import atomic_open
+from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.files import File
 from megavlm.data.records import Kind

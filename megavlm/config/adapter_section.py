@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.section import Bool, Count, Float, Int, Positive, Section, Str
 
 _ONLY = {  # fields that belong to some types alone

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.section import Bool, DataPath, Float, Int, Section, Str
 
 

@@ -1,6 +1,6 @@
 """Whether a parallel layout fits a number of processes, a batch, and the shapes of a model."""
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.settings import ParallelSettings, TrainSettings, check_seq_length
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from megavlm.base.errors import UserError
 from megavlm.config import describe, yaml_files
-from megavlm.config.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.config.yaml_files import Location, Values
 

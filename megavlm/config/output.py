@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megavlm.config import files
-from megavlm.config.errors import UserError
+from megavlm.base import atomic_files
+from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings, resolved_yaml
 from megavlm.config.settings import Settings
 
@@ -87,7 +87,7 @@ def prepare_output(settings: Settings) -> bool:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    files.write_text(settings.output / "config.yaml", resolved_yaml(settings))
+    atomic_files.write_text(settings.output / "config.yaml", resolved_yaml(settings))
     return action == "resume"
 
 

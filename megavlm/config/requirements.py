@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
 
+from megavlm.base.errors import UserError
 from megavlm.config import describe
-from megavlm.config.errors import UserError
 from megavlm.config.settings import Settings
 
 

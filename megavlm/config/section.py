@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 
 # Strict scalars: "8" is not a number and 1 is not a truth value, so that a slip in a file is seen. (A whole number is
 # still a good float.)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.section import Bool, Count, FilePath, Float, Int, Part, Positive, Section, Str
 
 

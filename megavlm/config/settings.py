@@ -2,10 +2,10 @@
 
 from pydantic import Field, model_validator
 
+from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.align_sections import AlignSettings
 from megavlm.config.data_sections import DataSettings, DataSource
-from megavlm.config.errors import UserError
 from megavlm.config.section import Bool, FilePath, Int, Section
 from megavlm.config.sections import (
     CheckpointSettings,

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 
 Location = tuple[str | int, ...]  # ("data", "train", 0, "path")
 

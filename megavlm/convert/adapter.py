@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
-from megavlm.config.errors import UserError
 from megavlm.convert.hf_folder import short_list
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.convert.names import Entry

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.convert.adapter import REWARD_HEAD, Adapter
 from megavlm.convert.hf_folder import HfLayout, HfWeights, HfWriter, copy_configuration, short_list
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint, Source, write_checkpoint

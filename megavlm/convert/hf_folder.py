@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.convert.safetensors_file import DTYPE_NAMES, SafetensorsReader, SafetensorsWriter, TensorInfo
 
 SINGLE_FILE = "model.safetensors"

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.convert.layout import Shape
 from megavlm.convert.threads import in_threads
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.convert.adapter import REWARD_HEAD, Adapter
 from megavlm.convert.convert import check_names, rows
 from megavlm.convert.hf_folder import HfWeights, HfWriter, copy_configuration, short_list

@@ -7,13 +7,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megavlm.config import files
-from megavlm.config.errors import UserError
+from megavlm.base import atomic_files
+from megavlm.base.errors import UserError
 
 
 @contextmanager
 def new_folder(out: Path, *, overwrite: bool, mark: str) -> Iterator[Path]:
-    """Checks that ``out`` may be written, then as `megavlm.config.files.new_folder`.
+    """Checks that ``out`` may be written, then as `megavlm.base.atomic_files.new_folder`.
 
     Args:
         out: the folder to be made.
@@ -28,7 +28,7 @@ def new_folder(out: Path, *, overwrite: bool, mark: str) -> Iterator[Path]:
             raise UserError(f"{out} exists already", "choose another --out, or give --overwrite to replace it")
         if not (out / mark).is_file():
             raise UserError(f"{out} exists and holds no {mark}, so it is not replaced", "choose another --out")
-    with files.new_folder(out) as partial:
+    with atomic_files.new_folder(out) as partial:
         yield partial
 
 

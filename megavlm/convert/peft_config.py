@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
-from megavlm.config.errors import UserError
 from megavlm.convert.peft_names import linears, targets_of
 from megavlm.model.shapes import Shapes
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
-from megavlm.config.errors import UserError
 from megavlm.convert.layout import Experts, Shape
 from megavlm.convert.names import Entry, table
 from megavlm.model.shapes import Shapes

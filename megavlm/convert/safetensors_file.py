@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 
 DTYPES = {
     "F64": torch.float64,

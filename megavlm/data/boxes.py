@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 
 MARK = "<box>"
 

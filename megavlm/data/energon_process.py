@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megavlm import processes
+from megavlm.base import processes
 
 _MAX_WORKERS = 32
 _NO_SAMPLES = re.compile(r"Shard (.+) has no samples")  # how energon tells of a shard that it could not read, too

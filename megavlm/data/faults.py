@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 
 BROKEN = "broken"
 """A line, picture, video or shard that cannot be read or makes no sample. All other kinds are sound samples."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data import energon_process
 from megavlm.data.shards import INDEX, INFO
 

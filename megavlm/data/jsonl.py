@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megavlm.config.errors import UserError
-from megavlm.config.files import atomic_open
+from megavlm.base.atomic_files import atomic_open
+from megavlm.base.errors import UserError
 from megavlm.data.files import File, beside, is_folder
 from megavlm.data.media import Find
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
+from megavlm.base.processes import end_with_parent
 from megavlm.data.draws import dealt_anew
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.rows import RowDataset
 from megavlm.data.sources import Source, open_sources
-from megavlm.processes import end_with_parent
 
 _MOST_AHEAD = 16  # rows that a worker makes before they are taken: pixels are large
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from transformers.video_utils import VideoMetadata
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data.files import File
 
 _EXIF_ORIENTATION = 0x0112

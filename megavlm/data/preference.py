@@ -8,7 +8,7 @@ messages. Media belong to the prompt.
 import math
 from typing import Any
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 
 PAIR_FIELDS = ("prompt", "chosen", "rejected", "margin")
 KTO_FIELDS = ("prompt", "completion", "label")

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megavlm.config.errors import UserError
-from megavlm.config.files import new_folder
+from megavlm.base.atomic_files import new_folder
+from megavlm.base.errors import UserError
 from megavlm.data.faults import Fault
 from megavlm.data.files import is_url
 from megavlm.data.index_shards import find_shards, index_shards, is_up_to_date

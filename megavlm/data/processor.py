@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize 
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resized_video
 from transformers.video_utils import VideoMetadata
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data.media import Picture, Video
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data.boxes import MARK as BOX_MARK
 from megavlm.data.boxes import Box, check_box
 from megavlm.data.faults import NO_TARGET, UnfitSample

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data.faults import NO_TARGET, TOO_LONG, UnfitSample
 from megavlm.data.media import Find, find_picture, find_video
 from megavlm.data.positions import mrope_positions

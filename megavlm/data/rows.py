@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import IterableDataset
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data.draws import Draws
 from megavlm.data.faults import TOO_LONG, Fault, UnfitSample
 from megavlm.data.packing import best_fit

@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data.files import File, beside
 from megavlm.data.media import Find
 from megavlm.data.records import rename_media

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data.files import is_folder
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.media import Find

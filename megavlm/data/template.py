@@ -5,7 +5,7 @@ from itertools import takewhile
 
 from transformers import ProcessorMixin
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 
 
 class ChatTemplate:

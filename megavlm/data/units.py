@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data.preference import split_judgement, split_pair, with_answer_of
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Draft, Renderer

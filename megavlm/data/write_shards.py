@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data.files import File
 from megavlm.data.media import Find
 from megavlm.data.records import rename_media

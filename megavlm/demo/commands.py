@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megavlm import failures
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 
 DEFAULT_OUT = "demo-output"
 OUT_VARIABLE = "MEGAVLM_DEMO"  # configs/demo/*.yaml take it for the folder

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings
 from megavlm.demo.commands import (
     CONFIGS,

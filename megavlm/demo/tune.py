@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.demo.commands import (
     CONFIGS,
     DEFAULT_OUT,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.model.shapes import Shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 

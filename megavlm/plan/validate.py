@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
+from megavlm.base.number_format import short
 from megavlm.config.requirements import check_files, check_stage
 from megavlm.config.settings import Settings
 from megavlm.convert.peft_names import targeted, tensor_shapes
@@ -23,7 +24,6 @@ from megavlm.model.shapes import Shapes
 from megavlm.training.adapters import with_stored_adapter
 from megavlm.training.flops import active_decoder_weights
 from megavlm.training.setup import check_shapes
-from megavlm.training.units import short
 
 FIRST_SAMPLES = 8  # rendered of each source
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
-from megavlm.config.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import ADAPTER_MODEL, Adapter
 from megavlm.convert.peft_config import config_of

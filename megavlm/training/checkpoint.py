@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.convert import HF_LAYOUT, SHARDED_METADATA
 from megavlm.convert.peft_config import ADAPTER_CONFIG, config_of, write_config
 from megavlm.model.vlm import PARTS

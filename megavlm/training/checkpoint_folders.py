@@ -12,7 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 
 _log = logging.getLogger(__name__)

@@ -35,8 +35,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megavlm.config.errors import UserError
-from megavlm.processes import end_with_parent
+from megavlm.base.errors import UserError
+from megavlm.base.processes import end_with_parent
 
 
 class WriteError(UserError):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data.faults import BROKEN, Fault
 from megavlm.platform import Groups
 from megavlm.training.metrics import append_lines, drop_after, read_lines

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from megavlm.config.errors import UserError
-from megavlm.config.files import write_text
+from megavlm.base.atomic_files import write_text
+from megavlm.base.errors import UserError
 from megavlm.config.load import resolved_yaml
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row

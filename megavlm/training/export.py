@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.convert import mcore_to_hf
 from megavlm.convert.adapter import Adapter

@@ -13,7 +13,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.moe.router import Router
 from torch import Tensor, nn
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.tuners.galore import GaLore
 
 # Settings of the layout that decide which piece of a matrix a rank holds, and under which number.

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavlm.config.errors import RunFailure
+from megavlm.base.errors import RunFailure
 from megavlm.data.row import Row
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.platform import Groups, device

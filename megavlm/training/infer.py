@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
-from megavlm.config.errors import UserError
-from megavlm.config.files import write_text
+from megavlm.base.atomic_files import write_text
+from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.files import File
 from megavlm.data.renderer import Renderer

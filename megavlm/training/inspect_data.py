@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from megavlm.config.errors import UserError
-from megavlm.config.files import write_text
+from megavlm.base.atomic_files import write_text
+from megavlm.base.errors import UserError
+from megavlm.base.number_format import percent
 from megavlm.config.settings import Settings
 from megavlm.convert.output import new_folder
 from megavlm.data.faults import BROKEN, Fault
@@ -35,7 +36,6 @@ from megavlm.training.inspect_stats import (
     decimal,
     pack_rows,
 )
-from megavlm.training.units import percent
 
 DEFAULT_OUT = Path("data-inspect")
 PAGE, SUMMARY = "index.html", "summary.json"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from megavlm.config.files import write_text
+from megavlm.base.atomic_files import write_text
 from megavlm.config.settings import Settings
 from megavlm.data.records import Kind
 from megavlm.training.charts import histogram

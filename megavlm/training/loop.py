@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from megavlm.base.number_format import short
 from megavlm.config.output import prepare_output
 from megavlm.config.settings import Settings
 from megavlm.data.loader import build_loader
@@ -36,7 +37,6 @@ from megavlm.training.setup import Session, start
 from megavlm.training.start_weights import StartWeights
 from megavlm.training.step import Step, StepResult
 from megavlm.training.stragglers import Stragglers
-from megavlm.training.units import short
 from megavlm.training.wandb_log import WandbLog
 
 

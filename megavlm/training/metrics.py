@@ -46,8 +46,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.errors import UserError
-from megavlm.config.files import write_text
+from megavlm.base.atomic_files import write_text
+from megavlm.base.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
 PARTS = ("vision", "projector", "language")

@@ -13,7 +13,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.platform import device
 from megavlm.training import galore

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from megavlm import __version__
-from megavlm.training import units
+from megavlm.base import number_format
 
 
 def render_page(template: str, filters: Mapping[str, Callable] | None = None, **values: Any) -> str:
     """The page that a template of this folder makes of `values`, which are escaped unless they are Markup.
 
-    Templates find the functions of ``units`` as filters beside `filters`, and what a footer says in ``written`` and
-    ``version``.
+    Templates find the functions of ``number_format`` as filters beside `filters`, and what a footer says in ``written``
+    and ``version``.
     """
     import jinja2  # comes with transformers
 
@@ -25,7 +25,7 @@ def render_page(template: str, filters: Mapping[str, Callable] | None = None, **
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= filters or {}
-    for function in (units.short, units.number, units.duration, units.percent):
+    for function in (number_format.short, number_format.number, number_format.duration, number_format.percent):
         environment.filters[function.__name__] = function
     written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     return environment.get_template(template).render(**values, written=written, version=__version__)

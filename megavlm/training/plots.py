@@ -5,7 +5,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.files import atomic_open
+from megavlm.base.atomic_files import atomic_open
 from megavlm.training.metrics import PARTS, read_metrics
 
 FILE_NAME = "loss.png"

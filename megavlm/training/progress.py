@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megavlm.training.units import duration, number, percent, short
+from megavlm.base.number_format import duration, number, percent, short
 
 RECENT_STEPS = 50  # steps that the remaining time is estimated from
 

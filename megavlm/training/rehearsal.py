@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.positions import mrope_positions
 from megavlm.data.records import Kind

@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from megavlm.config.errors import UserError
-from megavlm.config.files import write_text
-from megavlm.training import units
+from megavlm.base.atomic_files import write_text
+from megavlm.base.errors import UserError
+from megavlm.base.number_format import percent, short
 from megavlm.training.charts import Band, Curve, chart
 from megavlm.training.metrics import PARTS, read_metrics
 from megavlm.training.page import render_page
@@ -222,10 +222,8 @@ def _charts(run: Run) -> list[str]:
         chart("Loss", steps, [Curve.smoothed("loss", run.column("loss"), "loss")], kind="large"),
         chart("Gradient norm", steps, norms, log=True),
         chart("Learning rate", steps, [Curve("learning rate", run.column("lr"), "lr")], from_zero=True),
-        chart(
-            "Tokens per second", steps, [Curve.smoothed("tokens/s", speed, "speed")], from_zero=True, label=units.short
-        ),
-        chart("MFU", steps, [Curve.smoothed("MFU", mfu, "speed")], from_zero=True, label=units.percent),
+        chart("Tokens per second", steps, [Curve.smoothed("tokens/s", speed, "speed")], from_zero=True, label=short),
+        chart("MFU", steps, [Curve.smoothed("MFU", mfu, "speed")], from_zero=True, label=percent),
         chart("Peak memory, GiB", steps, [Curve("GiB", run.column("memory_gib"), "soft")], from_zero=True),
     ]
     return [drawn for drawn in charts if drawn]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data.files import beside
 from megavlm.data.media import Find, find_picture, find_video
 from megavlm.data.records import check_record

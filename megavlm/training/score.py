@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megavlm.config.errors import UserError
-from megavlm.config.files import write_text
+from megavlm.base.atomic_files import write_text
+from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import Adapter
 from megavlm.data.renderer import Renderer

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.layout import check_dense_settings, check_layout, check_window
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes

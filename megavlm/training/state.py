@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.convert import SHARDED_METADATA
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.convert.peft_config import ADAPTER_CONFIG

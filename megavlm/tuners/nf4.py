@@ -4,7 +4,7 @@ import logging
 
 from torch import Tensor, nn
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.tuners.weights import saved_as
 
 BLOCK = 64  # weights that share a scale

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.layout import check_dense_settings, check_layout, check_window
 from megavlm.config.settings import ParallelSettings, TrainSettings
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings, resolved_yaml
 
 HF = "model: {hf: folder}\n"

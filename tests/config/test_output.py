@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from megavlm.config import files
-from megavlm.config.errors import UserError
+from megavlm.base import atomic_files
+from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings
 from megavlm.config.output import check_new, check_output, prepare_output
 from megavlm.config.settings import Settings
@@ -49,7 +49,7 @@ def test_other_settings_are_refused_by_name(settings):
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(settings):
-    files.write_text(settings().output / "thesis.tex", "years")
+    atomic_files.write_text(settings().output / "thesis.tex", "years")
     with pytest.raises(UserError, match="is not empty and holds no run"):
         prepare_output(settings())
     assert [path.name for path in settings().output.iterdir()] == ["thesis.tex"]
@@ -65,7 +65,7 @@ def test_an_empty_folder_is_new_and_a_file_is_refused(settings):
 
 
 def test_unreadable_settings_of_an_older_run(settings):
-    files.write_text(settings().output / "config.yaml", "train: {gone: 1}\n")
+    atomic_files.write_text(settings().output / "config.yaml", "train: {gone: 1}\n")
     with pytest.raises(UserError, match="settings cannot be read"):
         check_output(settings())
 
@@ -73,8 +73,8 @@ def test_unreadable_settings_of_an_older_run(settings):
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(settings):
     prepare_output(settings(train={"lr": 1e-5}))
     run = settings().output
-    files.write_text(run / "checkpoints" / "step_00000001" / "x", "old")
-    files.write_text(run / "notes.txt", "mine")
+    atomic_files.write_text(run / "checkpoints" / "step_00000001" / "x", "old")
+    atomic_files.write_text(run / "notes.txt", "mine")
     assert prepare_output(settings(train={"lr": 2e-5}, overwrite=True)) is False
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "notes.txt"]
     assert load_settings(run / "config.yaml").train.lr == 2e-5
@@ -101,10 +101,10 @@ def test_result_files_are_not_written_over(settings, tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
-    files.write_text(path, "old")
+    atomic_files.write_text(path, "old")
 
     def write_half():
-        with files.atomic_open(path) as file:
+        with atomic_files.atomic_open(path) as file:
             file.write("half of the ne")
             file.flush()
             raise RuntimeError("interrupted")
@@ -118,7 +118,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 def test_written_files_have_ordinary_permissions(tmp_path):
     mask = os.umask(0o022)
     try:
-        files.write_text(tmp_path / "file", "x")
+        atomic_files.write_text(tmp_path / "file", "x")
     finally:
         os.umask(mask)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644

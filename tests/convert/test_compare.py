@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.convert import compare, hf_to_mcore
 
 NAME = "model.language_model.layers.2.self_attn.k_proj.weight"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import make_folder
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.convert import HF_LAYOUT, hf_to_mcore, mcore_to_hf
 
 INDEX = "model.safetensors.index.json"

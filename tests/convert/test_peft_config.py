@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
-from megavlm.config.errors import UserError
 from megavlm.convert.peft_config import ADAPTER_CONFIG, config_of, read_config, write_config
 from megavlm.convert.peft_names import rank_of, scale_of
 from megavlm.model.shapes import Shapes

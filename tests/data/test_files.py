@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.settings import DataSettings
 from megavlm.data.files import File, beside, in_folder
 from megavlm.data.loader import build_loader

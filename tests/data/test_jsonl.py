@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data import jsonl
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.sources import read_samples

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.settings import DataSettings
 from megavlm.data.faults import TOO_LONG, UnfitSample
 from megavlm.data.loader import build_loader

@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
+from megavlm.base.errors import UserError
 from megavlm.cli import main
-from megavlm.config.errors import UserError
 from megavlm.data.index_shards import find_shards, is_up_to_date
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.prepare import convert, parse_size

@@ -9,7 +9,7 @@ from hf_reference import assert_equal, reference, talk
 from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.settings import DataSettings
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE

@@ -4,7 +4,7 @@ import pytest
 from hf_reference import THINKING
 from transformers import AutoProcessor
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data.template import ChatTemplate
 
 # Numbers the messages from the end, so that each turn changes when another follows.

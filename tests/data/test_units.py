@@ -2,7 +2,7 @@
 
 import pytest
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.data.faults import UnfitSample
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.records import rename_media

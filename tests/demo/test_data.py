@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.demo.data import HELDOUT_FILE, NUM_HELDOUT, TRAIN_FILES, VIEWS_PER_DIGIT, read_texts, write_data
 from megavlm.demo.photographs import PHOTOGRAPHS
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen3_vl import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 from transformers.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.demo.model_folder import MARKUP_TOKENS, SPECIAL_TOKENS, make_model_folder
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.demo import tune
 from megavlm.demo.answers import expected_answers
 from megavlm.demo.data import read_records, write_records

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.model.shapes import MoeShape, Shapes
 
 # Fields of the released Qwen3-VL-30B-A3B-Instruct, written by transformers 4.57 (rope_scaling, num_experts).

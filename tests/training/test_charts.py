@@ -6,8 +6,8 @@ import re
 import pytest
 from markupsafe import Markup
 
+from megavlm.base.number_format import number
 from megavlm.training.charts import MAX_POINTS, Band, Curve, chart, histogram
-from megavlm.training.units import number
 
 
 def paths(html, kind):

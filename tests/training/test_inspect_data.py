@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from toy import picture, write_records
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE

@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.training.metrics import REQUIRED, MetricsWriter, read_metrics, throughput
 
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from megavlm.base.number_format import duration, number, percent, short
 from megavlm.training.progress import Progress
-from megavlm.training.units import duration, number, percent, short
 
 
 class Terminal(io.StringIO):

@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 from megavlm.platform import on_gpu
 
 

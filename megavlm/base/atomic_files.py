@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from megavlm.config.errors import UserError
+from megavlm.base.errors import UserError
 
 
 @contextmanager

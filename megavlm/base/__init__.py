@@ -1,0 +1,1 @@
+"""What every room may use: errors for users, atomic files, child processes, number formats. It imports no torch."""
