@@ -16,28 +16,28 @@ from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.sources import Source
+from megavlm.model.flops import Work, peak_flops, step_flops
 from megavlm.model.vlm import PARTS
+from megavlm.monitor.data_errors import DataErrors
+from megavlm.monitor.hang_watch import HangWatch
+from megavlm.monitor.metrics import MetricsWriter, throughput
+from megavlm.monitor.progress import Progress
+from megavlm.monitor.stragglers import Stragglers
+from megavlm.monitor.wandb_log import WandbLog
 from megavlm.platform import device_name, memory_gib, on_gpu
 from megavlm.training.adapters import load_start
 from megavlm.training.checkpoint import Checkpoints
 from megavlm.training.checkpoint_folders import find_checkpoint, latest
-from megavlm.training.data_errors import DataErrors
 from megavlm.training.feed import Feed
-from megavlm.training.flops import Work, peak_flops, step_flops
 from megavlm.training.guard import SkippedSteps, weights_failure
-from megavlm.training.hang_watch import HangWatch
-from megavlm.training.metrics import MetricsWriter, throughput
 from megavlm.training.objective import AnchoredTokenLoss, Objective, TokenLoss
 from megavlm.training.optimizer import Optimization
 from megavlm.training.plots import write_loss_plot
-from megavlm.training.progress import Progress
 from megavlm.training.rehearsal import rehearse
 from megavlm.training.report import write_report
 from megavlm.training.setup import Session, start
 from megavlm.training.start_weights import StartWeights
 from megavlm.training.step import Step, StepResult
-from megavlm.training.stragglers import Stragglers
-from megavlm.training.wandb_log import WandbLog
 
 
 class Method(Protocol):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.base.atomic_files import atomic_open
-from megavlm.training.metrics import PARTS, read_metrics
+from megavlm.monitor.metrics import PARTS, read_metrics
 
 FILE_NAME = "loss.png"
 COLORS = {"loss": "#2563eb", "lr": "#f59e0b", "vision": "#0d9488", "projector": "#db2777", "language": "#7c3aed"}

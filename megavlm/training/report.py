@@ -19,8 +19,8 @@ import yaml
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import percent, short
+from megavlm.monitor.metrics import PARTS, read_metrics
 from megavlm.training.charts import Band, Curve, chart
-from megavlm.training.metrics import PARTS, read_metrics
 from megavlm.training.page import render_page
 from megavlm.training.plots import smooth
 from megavlm.training.report_answers import AnswerGroup, Source, group_answers, read_source

@@ -9,9 +9,9 @@ from megavlm.config.layout import check_dense_settings, check_layout, check_wind
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
+from megavlm.monitor.hang_watch import collective_minutes
 from megavlm.platform import Groups, init
 from megavlm.training.adapters import check_adapter, load_start, with_stored_adapter
-from megavlm.training.hang_watch import collective_minutes
 from megavlm.tuners.attach import Tuning
 
 

@@ -23,7 +23,7 @@ from pool import PRELOAD, _environment
 from pool_worker import ENVIRONMENT
 
 import megavlm.failures
-from megavlm.training.metrics import read_metrics
+from megavlm.monitor.metrics import read_metrics
 
 GRACE_SECONDS = 0.5  # between SIGTERM and SIGKILL; torchrun gives 30 and srun two
 TIMEOUT_SECONDS = 300.0

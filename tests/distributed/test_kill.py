@@ -12,8 +12,8 @@ from parity import LR, VARYING
 from toy import toy_records, write_records
 
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+from megavlm.monitor.metrics import read_metrics
 from megavlm.training.checkpoint_folders import latest
-from megavlm.training.metrics import read_metrics
 
 LAYOUTS = {"DP2": [], "TP2": ["parallel.tensor=2"]}
 

@@ -23,12 +23,12 @@ def step_with_a_slow_rank(folder, checkpoint, root, records, settings, places, s
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
+    from megavlm.monitor.stragglers import Stragglers
     from megavlm.training.feed import Feed
     from megavlm.training.objective import TokenLoss
     from megavlm.training.optimizer import Optimization
     from megavlm.training.state import load_weights
     from megavlm.training.step import Step
-    from megavlm.training.stragglers import Stragglers
 
     settings = Settings(**settings)
     groups = platform.init(settings.parallel)

@@ -10,8 +10,8 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from megavlm.model.flops import Work, active_decoder_weights, forward_flops, peak_flops, step_flops
 from megavlm.model.shapes import Shapes
-from megavlm.training.flops import Work, active_decoder_weights, forward_flops, peak_flops, step_flops
 
 TEXT = {
     "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.training.hang_watch import HangWatch, collective_minutes
+from megavlm.monitor.hang_watch import HangWatch, collective_minutes
 
 SCRIPT = """
 import re, sys, time
 from pathlib import Path
-from megavlm.training.hang_watch import HangWatch
+from megavlm.monitor.hang_watch import HangWatch
 
 def sleeps():
     time.sleep(60)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megavlm.base.errors import UserError
-from megavlm.training.metrics import REQUIRED, MetricsWriter, read_metrics, throughput
+from megavlm.monitor.metrics import REQUIRED, MetricsWriter, read_metrics, throughput
 
 
 def line(step, **changes):

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from megavlm.training.metrics import REQUIRED, MetricsWriter
+from megavlm.monitor.metrics import REQUIRED, MetricsWriter
 from megavlm.training.plots import smooth, write_loss_plot
 
 

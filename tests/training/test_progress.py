@@ -6,7 +6,7 @@ import re
 import pytest
 
 from megavlm.base.number_format import duration, number, percent, short
-from megavlm.training.progress import Progress
+from megavlm.monitor.progress import Progress
 
 
 class Terminal(io.StringIO):

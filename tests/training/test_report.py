@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from megavlm.monitor.metrics import REQUIRED, MetricsWriter
 from megavlm.training import report
-from megavlm.training.metrics import REQUIRED, MetricsWriter
 from megavlm.training.report import follow, write_report
 from megavlm.training.report_answers import MAX_SAMPLES, MAX_WRONG, group_answers, is_right, read_source, reference_of
 

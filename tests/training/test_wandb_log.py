@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megavlm.config.settings import Settings
-from megavlm.training.wandb_log import WandbLog
+from megavlm.monitor.wandb_log import WandbLog
 
 LINE = {"step": 1, "loss": 0.5, "mfu": None}
 

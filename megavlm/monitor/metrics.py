@@ -78,9 +78,9 @@ def throughput(
         tokens: useful tokens of the step over all ranks.
         row_tokens: places in its rows: global_batch_size × seq_length.
         seconds: wall-clock time of the step.
-        model_flops: floating-point operations of the step over all ranks (`megavlm.training.flops.step_flops`).
+        model_flops: floating-point operations of the step over all ranks (`megavlm.model.flops.step_flops`).
         num_devices: ranks of the run.
-        peak_flops: bf16 peak of one device in FLOP/s, None where unknown (`megavlm.training.flops.peak_flops`).
+        peak_flops: bf16 peak of one device in FLOP/s, None where unknown (`megavlm.model.flops.peak_flops`).
 
     Returns:
         packing, seconds, tokens_per_second, model_tflops and mfu.

@@ -79,7 +79,7 @@ class Progress:
             self._live = None
 
     def update(self, line: Mapping[str, Any]) -> None:
-        """Shows one step; `line` has the fields of metrics.jsonl (`megavlm.training.metrics.REQUIRED`)."""
+        """Shows one step; `line` has the fields of metrics.jsonl (`megavlm.monitor.metrics.REQUIRED`)."""
         if not self.enabled:
             return
         self._step, self._line = line["step"], dict(line)

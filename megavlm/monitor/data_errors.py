@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from megavlm.base.errors import UserError
 from megavlm.data.faults import BROKEN, Fault
+from megavlm.monitor.metrics import append_lines, drop_after, read_lines
 from megavlm.platform import Groups
-from megavlm.training.metrics import append_lines, drop_after, read_lines
 
 FILE_NAME = "data_errors.jsonl"
 _CHECKED_FROM = 100  # samples of a source: of fewer, a single one would be too large a share

@@ -51,7 +51,7 @@ class Stragglers:
         self._marks.append((start, mark()))
 
     def fields(self) -> dict[str, float | int | None]:
-        """For metrics.jsonl (``megavlm.training.metrics``), on rank 0; {} on the others. Call it on all ranks.
+        """For metrics.jsonl (``megavlm.monitor.metrics``), on rank 0; {} on the others. Call it on all ranks.
 
         It waits for nothing: the step's norms have been read since, which the device computed after the tower's work.
         """
