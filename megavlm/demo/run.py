@@ -83,7 +83,7 @@ class Demo:
         run("megavlm", "sft", sft, *NPROC)
         run("megavlm", "export", sft, f"model.load={out / 'sft'}", "--out", out / "exported")
         run("megavlm", "infer", sft, f"model.load={out / 'sft'}", f"output={out / 'after'}", *NPROC)
-        run("python", "-m", "megavlm.training.report", out / "sft")  # once more: now there are answers to show
+        run("python", "-m", "megavlm.report.run_report", out / "sft")  # once more: now there are answers to show
 
     def convert(self) -> None:
         """The random weights as a Megatron checkpoint."""

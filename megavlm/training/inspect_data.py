@@ -25,9 +25,9 @@ from megavlm.data.renderer import Draft, Renderer
 from megavlm.data.rows import RowDataset
 from megavlm.data.sources import Source, open_sources
 from megavlm.data.units import likely_kind
-from megavlm.training.inspect_cards import Card, make_card, shots_of
-from megavlm.training.inspect_page import write_page
-from megavlm.training.inspect_stats import (
+from megavlm.report.inspect_cards import Card, make_card, shots_of
+from megavlm.report.inspect_page import write_page
+from megavlm.report.inspect_stats import (
     PERCENTILES,
     Look,
     RowStats,

@@ -25,6 +25,8 @@ from megavlm.monitor.progress import Progress
 from megavlm.monitor.stragglers import Stragglers
 from megavlm.monitor.wandb_log import WandbLog
 from megavlm.platform import device_name, memory_gib, on_gpu
+from megavlm.report.loss_plot import write_loss_plot
+from megavlm.report.run_report import write_report
 from megavlm.training.adapters import load_start
 from megavlm.training.checkpoint import Checkpoints
 from megavlm.training.checkpoint_folders import find_checkpoint, latest
@@ -32,9 +34,7 @@ from megavlm.training.feed import Feed
 from megavlm.training.guard import SkippedSteps, weights_failure
 from megavlm.training.objective import AnchoredTokenLoss, Objective, TokenLoss
 from megavlm.training.optimizer import Optimization
-from megavlm.training.plots import write_loss_plot
 from megavlm.training.rehearsal import rehearse
-from megavlm.training.report import write_report
 from megavlm.training.setup import Session, start
 from megavlm.training.start_weights import StartWeights
 from megavlm.training.step import Step, StepResult

@@ -1,6 +1,6 @@
 """report.html: a run and those before it, on one page that needs no other file.
 
-    python -m megavlm.training.report DIR
+    python -m megavlm.report.run_report DIR
 
 A run's config.yaml names the checkpoint that it started from; where that lies in another output folder, the report
 goes on there, so that the report of a tuning run shows all stages of pretraining. Answers that `megavlm infer` has
@@ -20,10 +20,10 @@ from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import percent, short
 from megavlm.monitor.metrics import PARTS, read_metrics
-from megavlm.training.charts import Band, Curve, chart
-from megavlm.training.page import render_page
-from megavlm.training.plots import smooth
-from megavlm.training.report_answers import AnswerGroup, Source, group_answers, read_source
+from megavlm.report.answers import AnswerGroup, Source, group_answers, read_source
+from megavlm.report.charts import Band, Curve, chart
+from megavlm.report.loss_plot import smooth
+from megavlm.report.page import render_page
 
 FILE_NAME = "report.html"
 TEMPLATE = "report.html.jinja"
@@ -257,7 +257,7 @@ def _yaml(value: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: writes the report of each folder."""
-    parser = argparse.ArgumentParser(prog="python -m megavlm.training.report", description="write report.html again")
+    parser = argparse.ArgumentParser(prog="python -m megavlm.report.run_report", description="write report.html again")
     parser.add_argument("output_dir", nargs="+", type=Path, metavar="DIR", help="output folder of a run")
     try:
         for folder in parser.parse_args(arguments).output_dir:

@@ -11,9 +11,9 @@ import yaml
 from PIL import Image
 
 from megavlm.monitor.metrics import REQUIRED, MetricsWriter
-from megavlm.training import report
-from megavlm.training.report import follow, write_report
-from megavlm.training.report_answers import MAX_SAMPLES, MAX_WRONG, group_answers, is_right, read_source, reference_of
+from megavlm.report import run_report
+from megavlm.report.answers import MAX_SAMPLES, MAX_WRONG, group_answers, is_right, read_source, reference_of
+from megavlm.report.run_report import follow, write_report
 
 
 def write_run(folder, load=None, stage=None, steps=5, **sections):
@@ -200,8 +200,8 @@ def test_references():
 
 
 def test_command(runs, tmp_path, capsys):
-    assert report.main([str(runs / "sft"), str(runs / "stage0")]) == 0
+    assert run_report.main([str(runs / "sft"), str(runs / "stage0")]) == 0
     assert (runs / "stage0/report.html").is_file()
     (tmp_path / "empty").mkdir()
-    assert report.main([str(tmp_path / "empty")]) == 2
+    assert run_report.main([str(tmp_path / "empty")]) == 2
     assert "nothing to report" in capsys.readouterr().err

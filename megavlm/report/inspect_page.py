@@ -8,10 +8,10 @@ from markupsafe import Markup, escape
 from megavlm.base.atomic_files import write_text
 from megavlm.config.settings import Settings
 from megavlm.data.records import Kind
-from megavlm.training.charts import histogram
-from megavlm.training.inspect_cards import LEVELS, Card, Piece
-from megavlm.training.inspect_stats import PERCENTILES, Look, RowStats, SourceStats, decimal
-from megavlm.training.page import render_page
+from megavlm.report.charts import histogram
+from megavlm.report.inspect_cards import LEVELS, Card, Piece
+from megavlm.report.inspect_stats import PERCENTILES, Look, RowStats, SourceStats, decimal
+from megavlm.report.page import render_page
 
 TEMPLATE = "inspect.html.jinja"
 MAX_FAULTS = 100  # listed of one kind in one source

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from megavlm.monitor.metrics import REQUIRED, MetricsWriter
-from megavlm.training.plots import smooth, write_loss_plot
+from megavlm.report.loss_plot import smooth, write_loss_plot
 
 
 def write_run(folder, losses, **changes):

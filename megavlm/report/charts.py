@@ -14,7 +14,7 @@ from itertools import groupby
 from markupsafe import Markup, escape
 
 from megavlm.base.number_format import number, short
-from megavlm.training.plots import smooth
+from megavlm.report.loss_plot import smooth
 
 MAX_POINTS = 400  # of a curve; a longer one is thinned
 WIDTH, HEIGHT = 1000, 1000  # of the stretched drawing, in its own units

@@ -7,7 +7,7 @@ import pytest
 from markupsafe import Markup
 
 from megavlm.base.number_format import number
-from megavlm.training.charts import MAX_POINTS, Band, Curve, chart, histogram
+from megavlm.report.charts import MAX_POINTS, Band, Curve, chart, histogram
 
 
 def paths(html, kind):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from megavlm.data.processor import Clip, Still
 from megavlm.data.renderer import Draft, Renderer
-from megavlm.training.report_answers import thumbnail
+from megavlm.report.answers import thumbnail
 
 MAX_PIECES = 2400  # shown of one sample: a page must open on a phone
 MAX_FRAMES = 4  # shown of one video
