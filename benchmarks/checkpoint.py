@@ -46,15 +46,15 @@ def measure(work: Path, parallel: dict) -> dict:
     import torch.distributed as dist
 
     from megavlm import platform
+    from megavlm.checkpoint.manager import Checkpoints
     from megavlm.config.settings import Settings
     from megavlm.data.loader import build_loader
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
-    from megavlm.training.checkpoint import Checkpoints
+    from megavlm.optim.optimizers import Optimization
     from megavlm.training.feed import Feed
     from megavlm.training.objective import TokenLoss
-    from megavlm.training.optimizer import Optimization
     from megavlm.training.step import Step
 
     def settings_of(background: bool) -> Settings:

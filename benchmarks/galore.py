@@ -52,15 +52,15 @@ def make(root: Path, steps: int) -> tuple[Path, Path, list[dict]]:
 
 def train(folder: Path, checkpoint: Path, records: list[dict], groups, optimizer: dict) -> dict:
     """Bytes of state, losses and seconds of a run."""
+    from megavlm.checkpoint.weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
+    from megavlm.optim.optimizers import Optimization
     from megavlm.training.feed import Feed
     from megavlm.training.objective import TokenLoss
-    from megavlm.training.optimizer import Optimization
-    from megavlm.training.state import load_weights
     from megavlm.training.step import Step
 
     steps = len(records) // 2

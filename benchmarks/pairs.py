@@ -52,8 +52,8 @@ def measure(root: Path, folder: Path, steps: int) -> dict:
     from megavlm.data.units import draft_unit
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
+    from megavlm.optim.optimizers import Optimization
     from megavlm.training.feed import Feed
-    from megavlm.training.optimizer import Optimization
     from megavlm.training.step import Step
 
     settings = Settings(

@@ -19,6 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from megavlm.align.sequences import answer_logprobs
 from megavlm.base.atomic_files import atomic_open
 from megavlm.base.errors import UserError
+from megavlm.checkpoint.fingerprint import digest_of, digest_of_folders
+from megavlm.checkpoint.folders import find_checkpoint, latest
+from megavlm.checkpoint.weights import load_weights
 from megavlm.config.settings import Settings
 from megavlm.data.files import File
 from megavlm.data.records import Kind
@@ -27,12 +30,9 @@ from megavlm.data.row import Row
 from megavlm.data.shards import ShardFolder
 from megavlm.data.sources import Source
 from megavlm.data.units import draft_unit
-from megavlm.training.checkpoint_folders import find_checkpoint, latest
-from megavlm.training.digest import digest_of, digest_of_folders
 from megavlm.training.eval_rows import EvalRows
 from megavlm.training.forward import forward_only
 from megavlm.training.setup import Session
-from megavlm.training.state import load_weights
 
 FILE_NAME = "reference.safetensors"
 # Settings on which log-probabilities depend, beside the model.

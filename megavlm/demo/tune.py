@@ -152,8 +152,8 @@ class Tune:
 
 def count_weights(run_folder: Path) -> int:
     """Numbers in the weights of a run's newest checkpoint, those of its optimizer left out."""
+    from megavlm.checkpoint.folders import latest
     from megavlm.convert.mcore_checkpoint import McoreCheckpoint
-    from megavlm.training.checkpoint_folders import latest
 
     tensors = McoreCheckpoint(latest(run_folder / "checkpoints")).tensors
     return sum(math.prod(shape) for name, (shape, _) in tensors.items() if not name.startswith("optimizer."))

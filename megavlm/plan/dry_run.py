@@ -17,12 +17,12 @@ from megavlm.config.settings import Settings
 from megavlm.data.row import IGNORE, Row, Sample, pack
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import PARTS, VLM
+from megavlm.optim.optimizers import Optimization
 from megavlm.platform import absent_world
 from megavlm.pretrain import stages
 from megavlm.training import sft
 from megavlm.training.feed import Feed, StepRows
 from megavlm.training.loop import Method
-from megavlm.training.optimizer import Optimization
 from megavlm.training.setup import Session, start
 from megavlm.training.step import Step
 from megavlm.tuners import nf4

@@ -7,6 +7,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megavlm.base.errors import UserError
+from megavlm.checkpoint.fingerprint import digest_of_folders
+from megavlm.checkpoint.folders import find_checkpoint
+from megavlm.checkpoint.weights import load_some, load_weights
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import ADAPTER_MODEL, Adapter
@@ -15,9 +18,6 @@ from megavlm.convert.peft_names import part_of, targeted
 from megavlm.model import score_head
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
-from megavlm.training.checkpoint_folders import find_checkpoint
-from megavlm.training.digest import digest_of_folders
-from megavlm.training.state import load_some, load_weights
 
 _log = logging.getLogger(__name__)
 

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from megavlm.base.errors import UserError
+from megavlm.checkpoint.folders import find_checkpoint
+from megavlm.checkpoint.weights import check_base
 from megavlm.config.settings import Settings
 from megavlm.convert import mcore_to_hf
 from megavlm.convert.adapter import Adapter
 from megavlm.model.shapes import Shapes
 from megavlm.training.adapters import warn_of_other_base
-from megavlm.training.checkpoint_folders import find_checkpoint
-from megavlm.training.state import check_base
 
 
 def main(settings: Settings, out: Path, adapter: bool = False) -> int:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megavlm.base.number_format import short
+from megavlm.checkpoint.folders import find_checkpoint, latest
+from megavlm.checkpoint.manager import Checkpoints
 from megavlm.config.output import prepare_output
 from megavlm.config.settings import Settings
 from megavlm.data.loader import build_loader
@@ -24,18 +26,16 @@ from megavlm.monitor.metrics import MetricsWriter, throughput
 from megavlm.monitor.progress import Progress
 from megavlm.monitor.stragglers import Stragglers
 from megavlm.monitor.wandb_log import WandbLog
+from megavlm.optim.optimizers import Optimization
 from megavlm.platform import device_name, memory_gib, on_gpu
 from megavlm.report.loss_plot import write_loss_plot
 from megavlm.report.run_report import write_report
 from megavlm.training.adapters import load_start
-from megavlm.training.checkpoint import Checkpoints
-from megavlm.training.checkpoint_folders import find_checkpoint, latest
 from megavlm.training.feed import Feed
-from megavlm.training.guard import SkippedSteps, weights_failure
 from megavlm.training.objective import AnchoredTokenLoss, Objective, TokenLoss
-from megavlm.training.optimizer import Optimization
 from megavlm.training.rehearsal import rehearse
 from megavlm.training.setup import Session, start
+from megavlm.training.skipped_steps import SkippedSteps, weights_failure
 from megavlm.training.start_weights import StartWeights
 from megavlm.training.step import Step, StepResult
 

@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 
 from megavlm.base.errors import UserError
+from megavlm.checkpoint.manager import random_state, set_random_state
 from megavlm.config.settings import Settings
 from megavlm.data.positions import mrope_positions
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE, Row, Sample
+from megavlm.optim.galore import GaLore
 from megavlm.platform import device, memory_gib, reset_memory
-from megavlm.training.checkpoint import random_state, set_random_state
 from megavlm.training.feed import Feed
 from megavlm.training.step import Step
-from megavlm.tuners.galore import GaLore
 
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
 _BLOCK = 4096  # patches drawn at random; more of them repeat these

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
+from megavlm.checkpoint.folders import find_checkpoint
+from megavlm.checkpoint.weights import has_score_head
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import Adapter
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE, Row, Sample, aligned
 from megavlm.data.sources import read_samples
 from megavlm.model.shapes import Shapes
-from megavlm.training.checkpoint_folders import find_checkpoint
 from megavlm.training.eval_rows import EvalRows, note_settings
 from megavlm.training.forward import encode_window, logprobs_of, scores_of
 from megavlm.training.setup import start
-from megavlm.training.state import has_score_head
 
 
 def main(settings: Settings, reward: bool = False) -> int:

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from megavlm.checkpoint.folders import find_checkpoint
+from megavlm.checkpoint.weights import load_weights
 from megavlm.model.vlm import PARTS
-from megavlm.training.checkpoint_folders import find_checkpoint
 from megavlm.training.setup import Session
-from megavlm.training.state import load_weights
 
 
 class StartWeights:

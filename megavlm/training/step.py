@@ -15,12 +15,12 @@ from torch import Tensor
 from megavlm.data.faults import BROKEN, Fault
 from megavlm.data.row import Row
 from megavlm.model.vlm import VLM
+from megavlm.optim.optimizers import Optimization
 from megavlm.platform import device
 from megavlm.training.feed import Feed, MicroBatch, StepRows, Window
 from megavlm.training.forward import encode_window, forward_chunk, forward_only, prepare_schedule
-from megavlm.training.guard import describe
 from megavlm.training.objective import Objective, count_sources
-from megavlm.training.optimizer import Optimization
+from megavlm.training.skipped_steps import describe
 
 _WINDOW = 4  # rows: enough frames to deal evenly, few enough for their features to fit
 
@@ -77,12 +77,12 @@ class Step:
     def __call__(self) -> StepResult:
         lr, part_lrs = self.optimization.lr, self.optimization.part_lrs
         totals, counts = self.gradients(self.feed, self.num_micro_batches)
-        reading = self.optimization.step(totals, counts["weight"])
-        trouble = describe(reading.bad, self._row_losses, self.groups) if reading.bad else None
-        fields = self.objective.fields(reading.sums, counts)
+        stats = self.optimization.step(totals, counts["weight"])
+        trouble = describe(stats.non_finite, self._row_losses, self.groups) if stats.non_finite else None
+        fields = self.objective.fields(stats.sums, counts)
         if self.optimization.train.lr_scale or self.optimization.train.thaw:
             fields |= {f"lr/{part}": value for part, value in part_lrs.items()}
-        return StepResult(reading.loss, lr, reading.norms, counts, fields, self._faults, trouble)
+        return StepResult(stats.loss, lr, stats.norms, counts, fields, self._faults, trouble)
 
     def gradients(self, feed: Feed, num_rows: int) -> tuple[Tensor, dict[str, float]]:
         """Forward and backward of the next rows of ``feed``; the reduced gradients stand in the optimizer's buffers.

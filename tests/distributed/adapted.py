@@ -106,9 +106,9 @@ def step_with_adapter(folder, checkpoint, root, records, settings, out):
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
+    from megavlm.optim.optimizers import Optimization
     from megavlm.training.feed import Feed
     from megavlm.training.objective import TokenLoss
-    from megavlm.training.optimizer import Optimization
     from megavlm.training.setup import start
     from megavlm.training.step import Step
 

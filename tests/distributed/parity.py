@@ -145,18 +145,18 @@ def train_layout(
     from megatron.core import dist_checkpointing
 
     from megavlm import platform
+    from megavlm.checkpoint.weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.convert import SHARDED_METADATA
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
+    from megavlm.optim.optimizers import Optimization
     from megavlm.training.feed import Feed
     from megavlm.training.objective import AnchoredTokenLoss, TokenLoss
-    from megavlm.training.optimizer import Optimization
     from megavlm.training.setup import Session
     from megavlm.training.start_weights import StartWeights
-    from megavlm.training.state import load_weights
     from megavlm.training.step import Step
 
     settings = Settings(**settings)

@@ -87,16 +87,16 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     read by all ranks (None: no leader), and the step that the checkpoint said.
     """
     from megavlm import platform
+    from megavlm.checkpoint.manager import Checkpoints
+    from megavlm.checkpoint.weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
-    from megavlm.training.checkpoint import Checkpoints
+    from megavlm.optim.optimizers import Optimization
     from megavlm.training.feed import Feed
     from megavlm.training.objective import TokenLoss
-    from megavlm.training.optimizer import Optimization
-    from megavlm.training.state import load_weights
     from megavlm.training.step import Step
 
     torch.set_num_threads(threads)
@@ -262,7 +262,7 @@ def test_a_writer_has_no_threads_of_its_parent(toys, tmp_path, world1):
 
 
 def newest(root):
-    from megavlm.training.checkpoint_folders import latest
+    from megavlm.checkpoint.folders import latest
 
     return latest(root)
 

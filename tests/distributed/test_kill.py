@@ -11,9 +11,9 @@ from killing import Commands, Kill
 from parity import LR, VARYING
 from toy import toy_records, write_records
 
+from megavlm.checkpoint.folders import latest
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.monitor.metrics import read_metrics
-from megavlm.training.checkpoint_folders import latest
 
 LAYOUTS = {"DP2": [], "TP2": ["parallel.tensor=2"]}
 

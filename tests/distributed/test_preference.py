@@ -194,6 +194,7 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out)
 
     from megavlm import platform
     from megavlm.align.objectives import JudgedObjective, PairObjective, RewardObjective
+    from megavlm.checkpoint.weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.convert import SHARDED_METADATA
     from megavlm.data.jsonl import JsonlFile
@@ -201,9 +202,8 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out)
     from megavlm.data.units import draft_unit
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
+    from megavlm.optim.optimizers import Optimization
     from megavlm.training.feed import Feed
-    from megavlm.training.optimizer import Optimization
-    from megavlm.training.state import load_weights
     from megavlm.training.step import Step
 
     settings = Settings(**settings)

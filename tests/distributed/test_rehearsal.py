@@ -34,16 +34,16 @@ def train(folder, checkpoint, root, records, settings, rehearsal: bool, address_
     after them, and whether the rehearsal left a gradient.
     """
     from megavlm import platform
+    from megavlm.checkpoint.weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
+    from megavlm.optim.optimizers import Optimization
     from megavlm.training.feed import Feed
     from megavlm.training.objective import TokenLoss
-    from megavlm.training.optimizer import Optimization
     from megavlm.training.rehearsal import rehearse
-    from megavlm.training.state import load_weights
     from megavlm.training.step import Step
 
     settings = Settings(**settings)

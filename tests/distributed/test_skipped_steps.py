@@ -28,15 +28,15 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
     ``wrong``: what the step in the middle has; None: there is none in the middle.
     """
     from megavlm import platform
+    from megavlm.checkpoint.weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
+    from megavlm.optim.optimizers import Optimization
     from megavlm.training.feed import Feed
     from megavlm.training.objective import TokenLoss
-    from megavlm.training.optimizer import Optimization
-    from megavlm.training.state import load_weights
     from megavlm.training.step import Step
 
     settings = Settings(**settings)
@@ -97,22 +97,22 @@ def test_a_step_that_is_not_finite_leaves_no_trace(case, toys, request):
 
 
 def read_with_one_bad_rank(bad_rank: int, weight: float = 3.0):
+    from megavlm.optim.grad_stats import read_grad_stats
     from megavlm.platform.cpu import install
-    from megavlm.training.guard import read
 
     install()
     here = torch.distributed.get_rank() == bad_rank
     squares = torch.tensor([4.0, math.inf if here else 9.0, 0.0])
-    return read(torch.tensor([6.0, 2.5]), weight, squares)
+    return read_grad_stats(torch.tensor([6.0, 2.5]), weight, squares)
 
 
 def test_one_rank_speaks_for_all(world2):
-    for reading in world2.run(read_with_one_bad_rank, 1):
-        assert reading.bad == ["projector"]
-        assert reading.loss == 2.0
-        assert reading.sums == [6.0, 2.5]
-    for reading in world2.run(read_with_one_bad_rank, 5):
-        assert reading.bad == []
-        assert reading.norms["grad_norm"] == pytest.approx(13**0.5)
-    for reading in world2.run(read_with_one_bad_rank, 5, weight=math.inf):  # it would make a loss and a gradient of 0
-        assert reading.bad == ["loss"]
+    for stats in world2.run(read_with_one_bad_rank, 1):
+        assert stats.non_finite == ["projector"]
+        assert stats.loss == 2.0
+        assert stats.sums == [6.0, 2.5]
+    for stats in world2.run(read_with_one_bad_rank, 5):
+        assert stats.non_finite == []
+        assert stats.norms["grad_norm"] == pytest.approx(13**0.5)
+    for stats in world2.run(read_with_one_bad_rank, 5, weight=math.inf):  # it would make a loss and a gradient of 0
+        assert stats.non_finite == ["loss"]

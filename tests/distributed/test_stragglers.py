@@ -18,16 +18,16 @@ def step_with_a_slow_rank(folder, checkpoint, root, records, settings, places, s
     Returns the fields, and this rank's own seconds of reading and of the tower.
     """
     from megavlm import platform
+    from megavlm.checkpoint.weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.monitor.stragglers import Stragglers
+    from megavlm.optim.optimizers import Optimization
     from megavlm.training.feed import Feed
     from megavlm.training.objective import TokenLoss
-    from megavlm.training.optimizer import Optimization
-    from megavlm.training.state import load_weights
     from megavlm.training.step import Step
 
     settings = Settings(**settings)

@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.router import Router
 from torch import Tensor, nn
 
 from megavlm.base.errors import UserError
-from megavlm.tuners.galore import GaLore
+from megavlm.optim.galore import GaLore
 
 # Settings of the layout that decide which piece of a matrix a rank holds, and under which number.
 _CUTS = (

@@ -18,14 +18,14 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megavlm.base.errors import UserError
+from megavlm.checkpoint.fingerprint import digest_of_folders
+from megavlm.checkpoint.folders import clean, partial_folder, publish
+from megavlm.checkpoint.optimizer_state import load_state, saved_state, wanted_state
+from megavlm.checkpoint.writer import CheckpointWriter
 from megavlm.convert import HF_LAYOUT, SHARDED_METADATA
 from megavlm.convert.peft_config import ADAPTER_CONFIG, config_of, write_config
 from megavlm.model.vlm import PARTS
-from megavlm.training.checkpoint_folders import clean, partial_folder, publish
-from megavlm.training.checkpoint_writer import CheckpointWriter
-from megavlm.training.digest import digest_of_folders
-from megavlm.training.galore import check_layout, has_galore
-from megavlm.training.optimizer_state import load_state, saved_state, wanted_state
+from megavlm.optim.megatron_galore import check_layout, has_galore
 from megavlm.tuners.attach import learned
 
 _log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.model.vlm import PARTS, VLM
+from megavlm.optim import megatron_galore
+from megavlm.optim.grad_stats import GradStats, read_grad_stats
 from megavlm.platform import device
-from megavlm.training import galore
-from megavlm.training.guard import Reading, read
 
 
 class Optimization:
@@ -100,7 +100,7 @@ class Optimization:
         self.parts[part] = [opt for opt in optimizers if not getattr(opt, "is_stub_optimizer", False)]
         if self.train.optimizer == "galore":
             for optimizer in self.parts[part]:
-                galore.put_inside(optimizer, modules, self.train, groups)
+                megatron_galore.put_inside(optimizer, modules, self.train, groups)
         for group in (g for opt in self.parts[part] for g in opt.param_groups):
             scale = self.train.lr_scale.get(part, 1.0)
             group["max_lr"], group["min_lr"] = self.train.lr * scale, self.train.min_lr * scale  # read by the scheduler
@@ -148,25 +148,25 @@ class Optimization:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def step(self, totals: Tensor, weight: float) -> Reading:
+    def step(self, totals: Tensor, weight: float) -> GradStats:
         """Clips and applies the gradients that stand in the buffers and moves the schedule on.
 
         Where the loss or a gradient is not finite on any rank, no rank does: weights, optimizer state and schedule stay
-        as they are, and the result's ``bad`` says what it was.
+        as they are, and the result's ``non_finite`` says what it was.
 
         Args:
             totals: [sums] on the device, the objective's sums over the global batch. weight: the loss's divisor.
         """
         self.optimizer.prepare_grads()
-        reading = read(totals, weight, self._squares())
-        if reading.bad:
-            return reading
+        stats = read_grad_stats(totals, weight, self._squares())
+        if stats.non_finite:
+            return stats
         if self.train.clip_grad > 0:
-            norm = reading.norms["grad_norm"]
+            norm = stats.norms["grad_norm"]
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.train.clip_grad, norm)
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
-        return reading
+        return stats
 
     def _squares(self) -> Tensor:
         """float32 [parts] on the device: the squared gradient norm of each part over all ranks."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megavlm.tuners.galore import GaLore, leading_vectors
+from megavlm.optim.galore import GaLore, leading_vectors
 
 HYPER = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 

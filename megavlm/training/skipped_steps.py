@@ -1,8 +1,7 @@
-"""Steps whose loss or gradient is not finite: seen by all ranks, skipped by all ranks, and told with their samples."""
+"""Steps whose loss or a gradient is NaN or infinite: all ranks skip them, and the message names the samples."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,51 +15,11 @@ from megavlm.platform import Groups, device
 MOST_SAMPLES = 10  # named in a message
 
 
-@dataclass(frozen=True)
-class Reading:
-    """The numbers of a step, the same on every rank.
-
-    Attributes:
-        loss: averaged over the global count of targets.
-        norms: ``grad_norm`` before clipping and ``grad_norm/PART`` for each part, 0.0 where it is frozen.
-        bad: what is infinite or not a number on some rank: "loss" and the parts whose gradient is; [] in a good step.
-        sums: of the objective, over the global batch.
-    """
-
-    loss: float
-    norms: dict[str, float]
-    bad: list[str]
-    sums: list[float]
-
-
-def read(totals: Tensor, weight: float, squares: Tensor) -> Reading:
-    """Brings a step's numbers to the host, all of them in one read.
-
-    A rank that alone saw a bad number would skip alone and part from the others for good, so the verdict is the sum of
-    all ranks' verdicts; it stays on the device until everything is read at once.
-
-    Args:
-        totals: float32 [sums] on the device, the objective's sums over the global batch; the first is the loss's.
-        weight: sum of the loss weights over the global batch.
-        squares: float32 [parts] on the device, squared gradient norm of each part.
-    """
-    total = totals[0]
-    loss = total / max(weight, 1e-12) if math.isfinite(weight) else torch.full_like(total, math.nan)
-    values = torch.cat([loss[None], squares])
-    bad = (~values.isfinite()).float()
-    dist.all_reduce(bad)
-    read = torch.cat([values, bad, totals]).tolist()
-    (loss, *squares), flags, sums = read[: len(values)], read[len(values) : 2 * len(values)], read[2 * len(values) :]
-    norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares, strict=True)}
-    names = [name for name, flag in zip(("loss", *PARTS), flags, strict=True) if flag]
-    return Reading(loss, {"grad_norm": math.sqrt(sum(squares)), **norms}, names, sums)
-
-
-def describe(bad: list[str], row_losses: list[tuple[Row, Tensor]], groups: Groups) -> str:
+def describe(non_finite: list[str], row_losses: list[tuple[Row, Tensor]], groups: Groups) -> str:
     """What is not finite and which samples took part, rows first whose own loss is not finite. Call it on all ranks.
 
     Args:
-        bad: of the ``Reading``.
+        non_finite: of the ``GradStats``.
         row_losses: this rank's rows of the step and the weighted sum of losses of each; [] on ranks without a loss.
     """
     mine = []
@@ -71,8 +30,8 @@ def describe(bad: list[str], row_losses: list[tuple[Row, Tensor]], groups: Group
     rows = [row for rank in gathered for row in rank]
     suspects = dict.fromkeys(source for sources, finite in rows if not finite for source in sources)
     others = dict.fromkeys(source for sources, _ in rows for source in sources if source not in suspects)
-    parts = [name for name in bad if name != "loss"]
-    what = ["the loss"] * ("loss" in bad) + [f"the gradient of {', '.join(parts)}"] * bool(parts)
+    parts = [name for name in non_finite if name != "loss"]
+    what = ["the loss"] * ("loss" in non_finite) + [f"the gradient of {', '.join(parts)}"] * bool(parts)
     text = f"{' and '.join(what)} {'is' if len(what) == 1 else 'are'} not finite"
     if suspects:
         text += f"; rows whose own loss is not finite: {_listed(suspects, MOST_SAMPLES)}"

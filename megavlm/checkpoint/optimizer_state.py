@@ -16,8 +16,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megavlm.model.vlm import PARTS
-from megavlm.training import galore
-from megavlm.training.optimizer import Optimization
+from megavlm.optim import megatron_galore
+from megavlm.optim.optimizers import Optimization
 
 
 def saved_state(optimization: Optimization, model: dict, metadata: dict) -> dict:
@@ -26,8 +26,8 @@ def saved_state(optimization: Optimization, model: dict, metadata: dict) -> dict
     Tensors are the optimizers' own where this rank holds a parameter alone: use them before the next step. Their
     settings are not stored: they follow from the run's, and their numbers of steps from ``Optimization.updates``.
     """
-    if galore.has_galore(optimization):
-        return galore.state(optimization)
+    if megatron_galore.has_galore(optimization):
+        return megatron_galore.state(optimization)
     chained = optimization.optimizer
     optimizers = chained.chained_optimizers
     if not _are_sharded(optimizers):
@@ -41,8 +41,8 @@ def saved_state(optimization: Optimization, model: dict, metadata: dict) -> dict
 
 def wanted_state(optimization: Optimization, model: dict, metadata: dict) -> dict:
     """What this rank loads of the optimizers, to be given to ``load_state``."""
-    if galore.has_galore(optimization):
-        return galore.state(optimization)
+    if megatron_galore.has_galore(optimization):
+        return megatron_galore.state(optimization)
     chained = optimization.optimizer
     optimizers = chained.chained_optimizers
     if not _are_sharded(optimizers):
@@ -62,8 +62,8 @@ def load_state(optimization: Optimization, state: dict) -> None:
     "step" too, which is stored as a number; and it gives all parameters one step tensor, which each of them would count
     up. So tensors are loaded while the steps are plain numbers, and each parameter gets its own afterwards.
     """
-    if galore.has_galore(optimization):
-        galore.load(optimization, state)
+    if megatron_galore.has_galore(optimization):
+        megatron_galore.load(optimization, state)
         return
     chained = optimization.optimizer
     if not _are_sharded(chained.chained_optimizers):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megavlm.checkpoint.folders import latest, partial_folder, publish
 from megavlm.convert.mcore_checkpoint import Source, write_checkpoint
-from megavlm.training.checkpoint_folders import latest, partial_folder, publish
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Checkpoints: written in the background, restored in any layout, kept and published."""

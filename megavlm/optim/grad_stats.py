@@ -1,0 +1,50 @@
+"""Loss and gradient norms of a step, the same on every rank, and whether any of them is NaN or infinite."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megavlm.model.vlm import PARTS
+
+
+@dataclass(frozen=True)
+class GradStats:
+    """The numbers of a step, the same on every rank.
+
+    Attributes:
+        loss: averaged over the global count of targets.
+        norms: ``grad_norm`` before clipping and ``grad_norm/PART`` for each part, 0.0 where it is frozen.
+        non_finite: what is NaN or infinite on some rank: "loss" and the parts whose gradient is; [] in a good step.
+        sums: of the objective, over the global batch.
+    """
+
+    loss: float
+    norms: dict[str, float]
+    non_finite: list[str]
+    sums: list[float]
+
+
+def read_grad_stats(totals: Tensor, weight: float, squares: Tensor) -> GradStats:
+    """Brings the loss, the gradient norms and the objective's sums to the host, in one read.
+
+    If only the rank that saw a NaN skipped its update, its weights would differ from the other ranks' from then on.
+    So the flags are summed over all ranks; they stay on the device until everything is read at once.
+
+    Args:
+        totals: float32 [sums] on the device, the objective's sums over the global batch; the first is the loss's.
+        weight: sum of the loss weights over the global batch.
+        squares: float32 [parts] on the device, squared gradient norm of each part.
+    """
+    total = totals[0]
+    loss = total / max(weight, 1e-12) if math.isfinite(weight) else torch.full_like(total, math.nan)
+    values = torch.cat([loss[None], squares])
+    bad = (~values.isfinite()).float()
+    dist.all_reduce(bad)
+    read = torch.cat([values, bad, totals]).tolist()
+    (loss, *squares), flags, sums = read[: len(values)], read[len(values) : 2 * len(values)], read[2 * len(values) :]
+    norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares, strict=True)}
+    names = [name for name, flag in zip(("loss", *PARTS), flags, strict=True) if flag]
+    return GradStats(loss, {"grad_norm": math.sqrt(sum(squares)), **norms}, names, sums)
