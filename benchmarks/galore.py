@@ -59,7 +59,7 @@ def train(folder: Path, checkpoint: Path, records: list[dict], groups, optimizer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimization
-    from megavlm.training.feed import Feed
+    from megavlm.runtime.feed import Feed
     from megavlm.training.objective import TokenLoss
     from megavlm.training.step import Step
 

@@ -50,7 +50,7 @@ def measure(folder: Path, root: Path, length: int) -> dict:
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimization
-    from megavlm.training.feed import Feed
+    from megavlm.runtime.feed import Feed
     from megavlm.training.objective import TokenLoss
     from megavlm.training.step import Step
 

@@ -53,7 +53,7 @@ def measure(root: Path, folder: Path, steps: int) -> dict:
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimization
-    from megavlm.training.feed import Feed
+    from megavlm.runtime.feed import Feed
     from megavlm.training.step import Step
 
     settings = Settings(

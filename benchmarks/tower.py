@@ -82,7 +82,7 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     from megavlm.model.tower_phase import TowerPhase
     from megavlm.model.vision import Frames
     from megavlm.model.vlm import VLM
-    from megavlm.training.feed import Feed
+    from megavlm.runtime.feed import Feed
 
     settings = Settings(
         model={"hf": folder}, data={"seq_length": 32768}, parallel=parallel, train={"precision": "fp32"},

@@ -9,8 +9,8 @@ from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.sources import Source
+from megavlm.runtime.session import Session
 from megavlm.training.objective import Objective
-from megavlm.training.setup import Session
 from megavlm.training.start_weights import StartWeights
 
 

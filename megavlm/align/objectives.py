@@ -9,7 +9,7 @@ from megavlm.align.sequences import answer_lengths, answer_logprobs, sum_of_rank
 from megavlm.data.row import Row
 from megavlm.model.language import LanguageModel
 from megavlm.platform import device, to_device
-from megavlm.training.feed import MicroBatch, StepRows
+from megavlm.runtime.feed import MicroBatch, StepRows
 from megavlm.training.start_weights import StartWeights
 from megavlm.training.step import Step
 

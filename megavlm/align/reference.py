@@ -30,9 +30,9 @@ from megavlm.data.row import Row
 from megavlm.data.shards import ShardFolder
 from megavlm.data.sources import Source
 from megavlm.data.units import draft_unit
-from megavlm.training.eval_rows import EvalRows
-from megavlm.training.forward import forward_only
-from megavlm.training.setup import Session
+from megavlm.runtime.eval_rows import EvalRows
+from megavlm.runtime.forward import forward_only
+from megavlm.runtime.session import Session
 
 FILE_NAME = "reference.safetensors"
 # Settings on which log-probabilities depend, beside the model.

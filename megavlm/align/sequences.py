@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavlm.data.row import IGNORE, Row
-from megavlm.training.feed import MicroBatch
+from megavlm.runtime.feed import MicroBatch
 
 
 def answer_logprobs(logprobs: Tensor, micro_batch: MicroBatch, context: dist.ProcessGroup) -> Tensor:

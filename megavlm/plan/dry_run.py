@@ -20,10 +20,10 @@ from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.optimizers import Optimization
 from megavlm.platform import absent_world
 from megavlm.pretrain import stages
+from megavlm.runtime.feed import Feed, StepRows
+from megavlm.runtime.session import Session, start
 from megavlm.training import sft
-from megavlm.training.feed import Feed, StepRows
 from megavlm.training.loop import Method
-from megavlm.training.setup import Session, start
 from megavlm.training.step import Step
 from megavlm.tuners import nf4
 

@@ -22,8 +22,8 @@ from megavlm.data.sources import Source, open_sources
 from megavlm.data.units import draft_unit, likely_kind
 from megavlm.model.flops import active_decoder_weights
 from megavlm.model.shapes import Shapes
-from megavlm.training.adapters import with_stored_adapter
-from megavlm.training.setup import check_shapes
+from megavlm.runtime.adapter_start import with_stored_adapter
+from megavlm.runtime.session import check_shapes
 
 FIRST_SAMPLES = 8  # rendered of each source
 

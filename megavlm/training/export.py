@@ -9,7 +9,7 @@ from megavlm.config.settings import Settings
 from megavlm.convert import mcore_to_hf
 from megavlm.convert.adapter import Adapter
 from megavlm.model.shapes import Shapes
-from megavlm.training.adapters import warn_of_other_base
+from megavlm.runtime.adapter_start import warn_of_other_base
 
 
 def main(settings: Settings, out: Path, adapter: bool = False) -> int:

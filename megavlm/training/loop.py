@@ -30,11 +30,11 @@ from megavlm.optim.optimizers import Optimization
 from megavlm.platform import device_name, memory_gib, on_gpu
 from megavlm.report.loss_plot import write_loss_plot
 from megavlm.report.run_report import write_report
-from megavlm.training.adapters import load_start
-from megavlm.training.feed import Feed
+from megavlm.runtime.adapter_start import load_start
+from megavlm.runtime.feed import Feed
+from megavlm.runtime.session import Session, start
 from megavlm.training.objective import AnchoredTokenLoss, Objective, TokenLoss
 from megavlm.training.rehearsal import rehearse
-from megavlm.training.setup import Session, start
 from megavlm.training.skipped_steps import SkippedSteps, weights_failure
 from megavlm.training.start_weights import StartWeights
 from megavlm.training.step import Step, StepResult

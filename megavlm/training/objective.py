@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megavlm.data.row import IGNORE, Row
 from megavlm.model.language import LanguageModel
-from megavlm.training.feed import MicroBatch, StepRows
+from megavlm.runtime.feed import MicroBatch, StepRows
 from megavlm.training.start_weights import StartWeights
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE, Row, Sample
 from megavlm.optim.galore import GaLore
 from megavlm.platform import device, memory_gib, reset_memory
-from megavlm.training.feed import Feed
+from megavlm.runtime.feed import Feed
 from megavlm.training.step import Step
 
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")

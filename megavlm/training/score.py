@@ -16,9 +16,9 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE, Row, Sample, aligned
 from megavlm.data.sources import read_samples
 from megavlm.model.shapes import Shapes
-from megavlm.training.eval_rows import EvalRows, note_settings
-from megavlm.training.forward import encode_window, logprobs_of, scores_of
-from megavlm.training.setup import start
+from megavlm.runtime.eval_rows import EvalRows, note_settings
+from megavlm.runtime.forward import encode_window, logprobs_of, scores_of
+from megavlm.runtime.session import start
 
 
 def main(settings: Settings, reward: bool = False) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.weights import load_weights
 from megavlm.model.vlm import PARTS
-from megavlm.training.setup import Session
+from megavlm.runtime.session import Session
 
 
 class StartWeights:

@@ -17,8 +17,8 @@ from megavlm.data.row import Row
 from megavlm.model.vlm import VLM
 from megavlm.optim.optimizers import Optimization
 from megavlm.platform import device
-from megavlm.training.feed import Feed, MicroBatch, StepRows, Window
-from megavlm.training.forward import encode_window, forward_chunk, forward_only, prepare_schedule
+from megavlm.runtime.feed import Feed, MicroBatch, StepRows, Window
+from megavlm.runtime.forward import encode_window, forward_chunk, forward_only, prepare_schedule
 from megavlm.training.objective import Objective, count_sources
 from megavlm.training.skipped_steps import describe
 

@@ -107,9 +107,9 @@ def step_with_adapter(folder, checkpoint, root, records, settings, out):
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.optim.optimizers import Optimization
-    from megavlm.training.feed import Feed
+    from megavlm.runtime.feed import Feed
+    from megavlm.runtime.session import start
     from megavlm.training.objective import TokenLoss
-    from megavlm.training.setup import start
     from megavlm.training.step import Step
 
     settings = Settings(**settings)
@@ -151,6 +151,6 @@ def save_adapter(vlm, out: Path) -> None:
 def load_and_save(settings: dict, out: Path) -> None:
     """Runs on every rank: ``model.adapter`` into a model and out again."""
     from megavlm.config.settings import Settings
-    from megavlm.training.setup import start
+    from megavlm.runtime.session import start
 
     save_adapter(start(Settings(**settings), training=True).vlm, out)

@@ -153,9 +153,9 @@ def train_layout(
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimization
-    from megavlm.training.feed import Feed
+    from megavlm.runtime.feed import Feed
+    from megavlm.runtime.session import Session
     from megavlm.training.objective import AnchoredTokenLoss, TokenLoss
-    from megavlm.training.setup import Session
     from megavlm.training.start_weights import StartWeights
     from megavlm.training.step import Step
 

@@ -95,7 +95,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimization
-    from megavlm.training.feed import Feed
+    from megavlm.runtime.feed import Feed
     from megavlm.training.objective import TokenLoss
     from megavlm.training.step import Step
 

@@ -18,7 +18,7 @@ def hidden_and_gradients(settings: dict, round_as: str | None) -> tuple[int, tor
     """Of some tokens through the decoder. ``round_as``: weights are set to what they would be in 4 bits."""
     from megavlm.config.settings import Settings
     from megavlm.model.packed import PackedRow
-    from megavlm.training.setup import start
+    from megavlm.runtime.session import start
 
     chunk = start(Settings(**settings), training=True).vlm.language[0]
     for name, module in chunk.decoder.named_modules():

@@ -203,7 +203,7 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out)
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimization
-    from megavlm.training.feed import Feed
+    from megavlm.runtime.feed import Feed
     from megavlm.training.step import Step
 
     settings = Settings(**settings)

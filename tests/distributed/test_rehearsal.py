@@ -41,7 +41,7 @@ def train(folder, checkpoint, root, records, settings, rehearsal: bool, address_
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimization
-    from megavlm.training.feed import Feed
+    from megavlm.runtime.feed import Feed
     from megavlm.training.objective import TokenLoss
     from megavlm.training.rehearsal import rehearse
     from megavlm.training.step import Step

@@ -33,12 +33,13 @@ def score_without(settings: dict, part: str | None) -> list[dict]:
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
     from megavlm.data.sources import read_samples
-    from megavlm.training import score, setup
-    from megavlm.training.eval_rows import EvalRows
-    from megavlm.training.forward import encode_window, logprobs_of
+    from megavlm.runtime.eval_rows import EvalRows
+    from megavlm.runtime.forward import encode_window, logprobs_of
+    from megavlm.runtime.session import start
+    from megavlm.training import score
 
     settings = Settings(**settings)
-    session = setup.start(settings, training=False)
+    session = start(settings, training=False)
     model = session.vlm.language[0]
     if part == "deepstack":
         for merger in session.vlm.projector.deepstack:

@@ -35,7 +35,7 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimization
-    from megavlm.training.feed import Feed
+    from megavlm.runtime.feed import Feed
     from megavlm.training.objective import TokenLoss
     from megavlm.training.step import Step
 

@@ -26,7 +26,7 @@ def step_with_a_slow_rank(folder, checkpoint, root, records, settings, places, s
     from megavlm.model.vlm import VLM
     from megavlm.monitor.stragglers import Stragglers
     from megavlm.optim.optimizers import Optimization
-    from megavlm.training.feed import Feed
+    from megavlm.runtime.feed import Feed
     from megavlm.training.objective import TokenLoss
     from megavlm.training.step import Step
 

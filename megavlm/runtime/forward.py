@@ -10,7 +10,7 @@ from torch import Tensor
 from megavlm.model.language import LanguageModel
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
-from megavlm.training.feed import MicroBatch, Window
+from megavlm.runtime.feed import MicroBatch, Window
 
 
 def encode_window(vlm: VLM, window: Window) -> None:

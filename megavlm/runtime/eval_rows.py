@@ -12,8 +12,8 @@ from megavlm.base.errors import UserError
 from megavlm.config.load import resolved_yaml
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
-from megavlm.training.feed import Feed, StepRows, Window
-from megavlm.training.setup import Session
+from megavlm.runtime.feed import Feed, StepRows, Window
+from megavlm.runtime.session import Session
 
 
 class EvalRows:

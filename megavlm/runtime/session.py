@@ -11,7 +11,7 @@ from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
 from megavlm.monitor.hang_watch import collective_minutes
 from megavlm.platform import Groups, init
-from megavlm.training.adapters import check_adapter, load_start, with_stored_adapter
+from megavlm.runtime.adapter_start import check_adapter, load_start, with_stored_adapter
 from megavlm.tuners.attach import Tuning
 
 
