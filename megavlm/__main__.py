@@ -2,7 +2,7 @@
 
 import sys
 
-from megavlm.cli import main
+from megavlm.cli.main import main
 
 if __name__ == "__main__":  # helper processes started by spawn import this file again
     sys.exit(main())

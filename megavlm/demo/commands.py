@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from megavlm import failures
 from megavlm.base.errors import UserError
+from megavlm.cli import failures
 
 DEFAULT_OUT = "demo-output"
 OUT_VARIABLE = "MEGAVLM_DEMO"  # configs/demo/*.yaml take it for the folder

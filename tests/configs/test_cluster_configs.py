@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from megavlm.cli import main
+from megavlm.cli.main import main
 from megavlm.config import describe, yaml_files
 from megavlm.config.load import load_settings
 from megavlm.data.sources import open_sources

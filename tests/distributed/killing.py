@@ -22,7 +22,7 @@ from pathlib import Path
 from pool import PRELOAD, _environment
 from pool_worker import ENVIRONMENT
 
-import megavlm.failures
+import megavlm.cli.failures
 from megavlm.monitor.metrics import read_metrics
 
 GRACE_SECONDS = 0.5  # between SIGTERM and SIGKILL; torchrun gives 30 and srun two
@@ -82,7 +82,7 @@ def _serve(connection, environment: dict[str, str], path: list[str]) -> None:
     sys.path[:] = path
     import torch
 
-    import megavlm.cli
+    import megavlm.cli.main
     import megavlm.training.loop  # so that no rank has to
     import megavlm.training.sft
 
@@ -93,7 +93,7 @@ def _serve(connection, environment: dict[str, str], path: list[str]) -> None:
         except EOFError:
             return
         try:
-            connection.send(_run(megavlm.cli.main, arguments, size, output, kill))
+            connection.send(_run(megavlm.cli.main.main, arguments, size, output, kill))
         except Exception as error:
             connection.send(error)
 
@@ -139,7 +139,7 @@ def _fork(main: Callable, arguments: list[str], rank: int, size: int, port: int,
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-        megavlm.failures._BEGAN = time.time()  # as it would be without the fork
+        megavlm.cli.failures._BEGAN = time.time()  # as it would be without the fork
         status = main(arguments)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.cli import main
+from megavlm.cli.main import main
+from megavlm.cli.verbs import VERBS
 from megavlm.config.load import load_settings
-from megavlm.verbs import VERBS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]

@@ -10,8 +10,8 @@ NEW_TOKENS = 12
 
 
 def run_infer(settings: dict):
+    from megavlm.commands import infer
     from megavlm.config.settings import Settings
-    from megavlm.training import infer
 
     return infer.main(Settings(**settings))
 

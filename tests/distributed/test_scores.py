@@ -22,21 +22,21 @@ def score_settings(folder, checkpoint, data, output, parallel=None):
 
 def run_score(settings: dict):
     """The verb's own entry point."""
+    from megavlm.commands import score
     from megavlm.config.settings import Settings
-    from megavlm.training import score
 
     return score.main(Settings(**settings))
 
 
 def score_without(settings: dict, part: str | None) -> list[dict]:
     """Scores with one part of the model switched off."""
+    from megavlm.commands import score
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
     from megavlm.data.sources import read_samples
     from megavlm.runtime.eval_rows import EvalRows
     from megavlm.runtime.forward import encode_window, logprobs_of
     from megavlm.runtime.session import start
-    from megavlm.training import score
 
     settings = Settings(**settings)
     session = start(settings, training=False)

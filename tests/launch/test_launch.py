@@ -92,7 +92,7 @@ def test_printed_environment_is_what_the_command_understands() -> None:
     """The command takes its place among the ranks from the printed variables."""
     shown = dry_run("stage1")[1][11]["env"]
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
-    code = f"import os, megavlm.environment as e; print(e.join_group(), *map(os.environ.get, {names}))"
+    code = f"import os, megavlm.cli.environment as e; print(e.join_group(), *map(os.environ.get, {names}))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(**shown), capture_output=True, text=True, check=True
     )

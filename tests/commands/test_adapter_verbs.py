@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_train_verbs import megavlm, metrics_of, sft_config
 from toy import reference_inputs, reference_model, write_records
 
-from megavlm.cli import main
+from megavlm.cli.main import main
 from megavlm.convert.adapter import ADAPTER_MODEL
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 

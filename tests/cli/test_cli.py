@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from megavlm import environment
-from megavlm.cli import main
+from megavlm.cli import environment
+from megavlm.cli.main import main
+from megavlm.cli.verbs import VERBS
 from megavlm.config import describe
-from megavlm.verbs import VERBS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STAND_IN = """
 import sys, types
 def put(name):
@@ -479,7 +479,7 @@ def test_no_arguments_is_a_mistake_that_shows_the_help(capsys):
 
 def test_help_and_checks_do_not_import_torch(place):
     code = (
-        "import sys, megavlm.cli as cli\n"
+        "import sys, megavlm.cli.main as cli\n"
         "cli.main(['sft', '--help'])\n"
         "cli.main(['sft', 'run.yaml', 'model.hf=gone'])\n"
         "sys.exit('torch' in sys.modules)\n"

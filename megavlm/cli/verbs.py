@@ -94,7 +94,7 @@ VERBS = {
         writes="",
     ),
     "score": Verb(
-        "megavlm.training.score:main",
+        "megavlm.commands.score:main",
         "log-probabilities of each target token of data.eval, into scores.jsonl",
         "megavlm score sft.yaml model.load=runs/sft/checkpoints/step_00000100 output=runs/scores",
         sections=("model", "adapter", "data", "parallel", "vision", "train.precision", "train.logprob_chunk_tokens"),
@@ -104,7 +104,7 @@ VERBS = {
         flags={"reward": {"action": "store_true", "help": "the score of a reward model (megavlm rm) instead"}},
     ),
     "infer": Verb(
-        "megavlm.training.infer:main",
+        "megavlm.commands.infer:main",
         "answers to the questions of data.eval, into answers.jsonl, or to one prompt",
         "megavlm infer sft.yaml model.load=CHECKPOINT data.eval=questions.jsonl output=runs/answers\n"
         'megavlm infer sft.yaml model.load=CHECKPOINT --prompt "What is this?" --image cat.png',
@@ -131,7 +131,7 @@ VERBS = {
         },
     ),
     "export": Verb(
-        "megavlm.training.export:main",
+        "megavlm.commands.export:main",
         "a Hugging Face folder out of a checkpoint, an adapter merged in or by itself",
         "megavlm export sft.yaml model.load=runs/sft/checkpoints/step_00000100 --out exported\n"
         "megavlm export sft-lora.yaml model.adapter=runs/sft-lora --out exported\n"
@@ -145,7 +145,7 @@ VERBS = {
         local_workers=False,
     ),
     "validate": Verb(
-        "megavlm.plan.validate:main",
+        "megavlm.commands.validate:main",
         "read a configuration and its data's first samples; say what would happen or what is wrong",
         "megavlm validate stage2.yaml --world-size 64\n"
         "megavlm validate dpo-lora.yaml --world-size 64 --no-files --dry-run dpo",
@@ -165,7 +165,7 @@ VERBS = {
         local_workers=False,
     ),
     "data prepare": Verb(
-        "megavlm.data.prepare:main",
+        "megavlm.commands.data_prepare:main",
         "index a folder of WebDataset shards, or make one out of JSONL files and their media",
         "megavlm data prepare shards\nmegavlm data prepare --jsonl train.jsonl more.jsonl --out shards",
         sections=(),
@@ -192,7 +192,7 @@ VERBS = {
         local_workers=False,
     ),
     "data inspect": Verb(
-        "megavlm.training.inspect_data:main",
+        "megavlm.commands.data_inspect:main",
         "look at the data of a configuration: its sources, lengths, packing and rendered samples",
         "megavlm data inspect sft.yaml --out data-inspect",
         sections=("model", "data", "parallel", "train.seed"),

@@ -1,4 +1,4 @@
-"""The command: `megavlm VERB CONFIG.yaml [section.key=value …] [--nproc N]`; see `megavlm.verbs`.
+"""The command: `megavlm VERB CONFIG.yaml [section.key=value …] [--nproc N]`; see `megavlm.cli.verbs`.
 
 Exit status: 0 done, or stopped by SIGTERM or SIGUSR1 after a checkpoint; 2 bad settings or data, told in one message on
 standard error; 1 anything else.
@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megavlm import environment, failures, local_workers
 from megavlm.base import processes
 from megavlm.base.errors import UserError
 from megavlm.base.imports import no_collection
+from megavlm.cli import environment, failures, local_workers
+from megavlm.cli.verbs import VERBS, Verb, positive
 from megavlm.config import layout, output, requirements
 from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings
-from megavlm.verbs import VERBS, Verb, positive
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        from megavlm import cli_help
+        from megavlm.cli import help as cli_help
 
         cli_help.show_verbs(VERBS)
         return 0 if arguments else failures.USER_ERROR
@@ -53,7 +53,7 @@ def _main(arguments: list[str]) -> int:
         return _group(name, rest)
     verb = VERBS[name]
     if "-h" in rest or "--help" in rest:
-        from megavlm import cli_help
+        from megavlm.cli import help as cli_help
 
         cli_help.show_verb(name, verb)
         return 0
@@ -70,7 +70,7 @@ def _group(name: str, rest: list[str]) -> int:
     """Shows the verbs that begin with the word `name`. Raises UserError if there are none, or another was meant."""
     verbs = {verb: entry for verb, entry in VERBS.items() if verb.startswith(f"{name} ")}
     if verbs and (not rest or rest[0] in ("-h", "--help", "help")):
-        from megavlm import cli_help
+        from megavlm.cli import help as cli_help
 
         cli_help.show_verbs(verbs, name)
         return 0 if rest else failures.USER_ERROR

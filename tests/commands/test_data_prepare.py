@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from megavlm.base.errors import UserError
-from megavlm.cli import main
+from megavlm.cli.main import main
+from megavlm.commands.data_prepare import convert, parse_size
 from megavlm.data.index_shards import find_shards, is_up_to_date
 from megavlm.data.jsonl import JsonlFile
-from megavlm.data.prepare import convert, parse_size
 from megavlm.data.shards import ShardFolder
 
 ROOT = Path(__file__).parents[2]

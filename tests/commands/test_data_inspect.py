@@ -13,12 +13,12 @@ from PIL import Image
 from toy import picture, write_records
 
 from megavlm.base.errors import UserError
+from megavlm.commands.data_inspect import evenly, main
 from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
 from megavlm.demo.model_folder import make_model_folder
 from megavlm.report.inspect_cards import level_of
-from megavlm.training.inspect_data import evenly, main
 
 VOID = {"meta", "img", "br", "rect", "path"}  # the last two close themselves in SVG
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megavlm import failures
+from megavlm.cli import failures
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a checkpoint is written, then the run ends with status 0
 _LOG_LINES = 40

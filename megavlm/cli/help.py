@@ -13,7 +13,7 @@ _PLAIN_WIDTH = 120  # columns where the output is not a terminal
 
 
 def show_verbs(verbs: dict, group: str | None = None) -> None:
-    """Prints what the command is and its verbs (`megavlm.verbs.VERBS`), or those of a group ("data")."""
+    """Prints what the command is and its verbs (`megavlm.cli.verbs.VERBS`), or those of a group ("data")."""
     console = _console()
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, verb in verbs.items():
@@ -31,7 +31,7 @@ def show_verbs(verbs: dict, group: str | None = None) -> None:
 
 
 def show_verb(name: str, verb) -> None:
-    """Prints usage, example, options and all settings of one `megavlm.verbs.Verb`."""
+    """Prints usage, example, options and all settings of one `megavlm.cli.verbs.Verb`."""
     console = _console()
     arguments = {_spelled("", options): options for options in verb.positionals.values()}
     for keyword, options in verb.flags.items():

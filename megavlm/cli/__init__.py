@@ -1,0 +1,1 @@
+"""The command line: the table of commands, help, checks before a run, local processes, messages of failures."""
