@@ -14,9 +14,9 @@ from pathlib import Path
 import bitsandbytes
 import torch
 
+from megavlm.adapters.nf4 import Nf4
 from megavlm.convert.names import table
 from megavlm.model.shapes import Shapes
-from megavlm.tuners.nf4 import Nf4
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "models"
 

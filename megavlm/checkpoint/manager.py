@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from megavlm.adapters.attach import learned
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.fingerprint import digest_of_folders
 from megavlm.checkpoint.folders import clean, partial_folder, publish
@@ -26,7 +27,6 @@ from megavlm.convert import HF_LAYOUT, SHARDED_METADATA
 from megavlm.convert.peft_config import ADAPTER_CONFIG, config_of, write_config
 from megavlm.model.vlm import PARTS
 from megavlm.optim.megatron_galore import check_layout, has_galore
-from megavlm.tuners.attach import learned
 
 _log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from megavlm.adapters import nf4
 from megavlm.align import dpo, kto, rm
 from megavlm.config.settings import Settings
 from megavlm.data.row import IGNORE, Row, Sample, pack
@@ -25,7 +26,6 @@ from megavlm.runtime.session import Session, start
 from megavlm.training import sft
 from megavlm.training.loop import Method
 from megavlm.training.step import Step
-from megavlm.tuners import nf4
 
 METHODS = {"pretrain": stages.method, "sft": sft.method, "rm": rm.method, "dpo": dpo.method, "kto": kto.method}
 _FRAME = (4, 4)  # patches of a picture; the smallest that has several visual tokens

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from megavlm.adapters.attach import Tuning
 from megavlm.base.errors import UserError
 from megavlm.config.layout import check_dense_settings, check_layout, check_window
 from megavlm.config.settings import Settings
@@ -12,7 +13,6 @@ from megavlm.model.vlm import VLM
 from megavlm.monitor.hang_watch import collective_minutes
 from megavlm.platform import Groups, init
 from megavlm.runtime.adapter_start import check_adapter, load_start, with_stored_adapter
-from megavlm.tuners.attach import Tuning
 
 
 @dataclass

@@ -137,9 +137,9 @@ def save_adapter(vlm, out: Path) -> None:
     """Saves to ``out``, on all ranks, what a checkpoint of the model holds of its weights."""
     from megatron.core import dist_checkpointing
 
+    from megavlm.adapters.attach import learned
     from megavlm.convert import SHARDED_METADATA
     from megavlm.convert.peft_config import ADAPTER_CONFIG, write_config
-    from megavlm.tuners.attach import learned
 
     if torch.distributed.get_rank() == 0:
         out.mkdir()

@@ -161,13 +161,13 @@ def of_experts(folder) -> tuple[torch.Tensor, torch.Tensor]:
     from functools import partial
 
     from megavlm import platform
+    from megavlm.adapters.attach import adapted
+    from megavlm.adapters.lora import Lora
+    from megavlm.adapters.sites import COLUMN, Expert, Place
     from megavlm.config.settings import AdapterSettings, ParallelSettings
     from megavlm.convert.names import table
     from megavlm.convert.peft_names import targeted
     from megavlm.model.shapes import Shapes
-    from megavlm.tuners.attach import adapted
-    from megavlm.tuners.lora import Lora
-    from megavlm.tuners.places import COLUMN, Expert, Place
 
     class Grouped(torch.nn.Module):
         """As Transformer Engine's: tokens [n, in] of one expert after the other, and how many each has."""
@@ -211,7 +211,7 @@ def test_experts_in_a_grouped_linear_have_each_its_own(toys, world1):
 )
 def test_a_bias_is_taken_from_the_output_where_it_is_in_it(attributes, inside):
     """Megatron's linears, Transformer Engine's and torch's; TE has an empty bias where there is none."""
-    from megavlm.tuners.lora import _adds_bias
+    from megavlm.adapters.lora import _adds_bias
 
     linear = torch.nn.Linear(4, 4)
     for name, value in attributes.items():

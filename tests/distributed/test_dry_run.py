@@ -201,7 +201,7 @@ def test_bytes_in_4_bits_are_those_of_bitsandbytes() -> None:
     pytest.importorskip("bitsandbytes")
     import torch
 
-    from megavlm.tuners.nf4 import Nf4, nbytes_of
+    from megavlm.adapters.nf4 import Nf4, nbytes_of
 
     for shape in ((128, 64), (513, 100), (300, 128)):
         for double in (False, True):

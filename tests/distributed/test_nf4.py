@@ -54,8 +54,8 @@ def bytes_of_a_linear(double: bool) -> tuple[int, int, int, int]:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megavlm import platform
+    from megavlm.adapters.nf4 import quantize
     from megavlm.config.settings import ParallelSettings
-    from megavlm.tuners.nf4 import quantize
 
     platform.init(ParallelSettings())
     config = TransformerConfig(num_layers=1, hidden_size=2048, num_attention_heads=16, params_dtype=torch.bfloat16)

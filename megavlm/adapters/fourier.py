@@ -7,11 +7,11 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from megavlm.adapters.linear_adapter import LinearAdapter
+from megavlm.adapters.sites import COLUMN
+from megavlm.adapters.weights import saved_as
 from megavlm.convert.adapter import fourier_change
 from megavlm.convert.peft_names import SPECTRUM
-from megavlm.tuners.linear_adapter import LinearAdapter
-from megavlm.tuners.places import COLUMN
-from megavlm.tuners.weights import saved_as
 
 
 class Fourier(LinearAdapter):

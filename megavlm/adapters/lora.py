@@ -8,10 +8,10 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megavlm.adapters.linear_adapter import LinearAdapter
+from megavlm.adapters.sites import COLUMN, ROW
+from megavlm.adapters.weights import weight_of
 from megavlm.convert.peft_names import LORA_A, LORA_B, MAGNITUDE, scale_of
-from megavlm.tuners.linear_adapter import LinearAdapter
-from megavlm.tuners.places import COLUMN, ROW
-from megavlm.tuners.weights import weight_of
 
 
 class Lora(LinearAdapter):

@@ -9,10 +9,10 @@ import torch
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megavlm.adapters.sites import COLUMN, Place
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.convert.peft_names import CHECKPOINT_PREFIX, LORA_A, LORA_B, MAGNITUDE, Linear, tensor_shapes
 from megavlm.platform import device
-from megavlm.tuners.places import COLUMN, Place
 
 
 class LinearAdapter(nn.Module, ABC):

@@ -4,8 +4,8 @@ import logging
 
 from torch import Tensor, nn
 
+from megavlm.adapters.weights import saved_as
 from megavlm.base.errors import UserError
-from megavlm.tuners.weights import saved_as
 
 BLOCK = 64  # weights that share a scale
 

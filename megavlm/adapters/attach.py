@@ -7,15 +7,15 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from megavlm.adapters.fourier import Fourier
+from megavlm.adapters.linear_adapter import LinearAdapter
+from megavlm.adapters.lora import Dora, Lora
+from megavlm.adapters.nf4 import quantize
+from megavlm.adapters.sites import Place, places_of
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.convert.adapter import Adapter
 from megavlm.convert.peft_names import part_of, targeted
 from megavlm.model.vlm import VLM
-from megavlm.tuners.fourier import Fourier
-from megavlm.tuners.linear_adapter import LinearAdapter
-from megavlm.tuners.lora import Dora, Lora
-from megavlm.tuners.nf4 import quantize
-from megavlm.tuners.places import Place, places_of
 
 TYPES = {"lora": Lora, "dora": Dora, "fourierft": Fourier}
 
