@@ -52,9 +52,9 @@ def measure(work: Path, parallel: dict) -> dict:
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
-    from megavlm.optim.optimizers import Optimization
+    from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
-    from megavlm.training.objective import TokenLoss
+    from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
 
     def settings_of(background: bool) -> Settings:
@@ -72,16 +72,14 @@ def measure(work: Path, parallel: dict) -> dict:
     loader = None
     if groups.is_leader:
         renderer = Renderer(work / "model", settings.data)
-        loader = build_loader(
-            settings.data, renderer, "tune", dp_rank=groups.data_rank, dp_size=groups.data_size, seed=1
-        )
-    optimization = Optimization(vlm, settings.train)
+        loader = build_loader(settings.data, renderer, "tune", dp_rank=groups.dp_rank, dp_size=groups.dp_size, seed=1)
+    optimizers = Optimizers(vlm, settings.train)
     step = Step(
         vlm,
-        optimization,
+        optimizers,
         Feed(vlm, loader),
-        2 // groups.data_size,
-        TokenLoss(["data"], settings.train.logprob_chunk_tokens),
+        2 // groups.dp_size,
+        CrossEntropy(["data"], settings.train.logprob_chunk_tokens),
     )
 
     def timed_step() -> float:
@@ -100,7 +98,7 @@ def measure(work: Path, parallel: dict) -> dict:
     alone, beside, waits = [timed_step() for _ in range(3)], [], {}
     for background in (False, True):
         root = work / ("background" if background else "foreground")
-        store = Checkpoints(root, vlm, optimization, loader, settings_of(background))
+        store = Checkpoints(root, vlm, optimizers, loader, settings_of(background))
         waits[background] = []
         for number in range(1, SAVES + 1):
             store.save(number)

@@ -52,15 +52,15 @@ def make(root: Path, steps: int) -> tuple[Path, Path, list[dict]]:
 
 def train(folder: Path, checkpoint: Path, records: list[dict], groups, optimizer: dict) -> dict:
     """Bytes of state, losses and seconds of a run."""
-    from megavlm.checkpoint.weights import load_weights
+    from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
-    from megavlm.optim.optimizers import Optimization
+    from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
-    from megavlm.training.objective import TokenLoss
+    from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
 
     steps = len(records) // 2
@@ -78,15 +78,15 @@ def train(folder: Path, checkpoint: Path, records: list[dict], groups, optimizer
         renderer.pack([renderer.encode(record, in_folder(folder), f"text {i}", kind="pretrain", index=i)])
         for i, record in enumerate(records)
     ]
-    optimization = Optimization(vlm, settings.train)
-    step = Step(vlm, optimization, Feed(vlm, iter(rows)), 2, TokenLoss(["data"], 1024))
+    optimizers = Optimizers(vlm, settings.train)
+    step = Step(vlm, optimizers, Feed(vlm, iter(rows)), 2, CrossEntropy(["data"], 1024))
     seconds, losses = [], []
     for number in range(1, steps + 1):
         began = time.perf_counter()
         losses.append(step().loss)
         seconds.append(time.perf_counter() - began)
         print(f"{settings.train.optimizer} {number}/{steps}: loss {losses[-1]:.4f}, {seconds[-1]:.2f} s", flush=True)
-    states = [s for part in optimization.optimizer.chained_optimizers for s in part.optimizer.state.values()]
+    states = [s for part in optimizers.optimizer.chained_optimizers for s in part.optimizer.state.values()]
     return {
         "state_bytes": sum(tensor.nbytes for state in states for tensor in state.values() if tensor.ndim),
         "losses": [round(loss, 4) for loss in losses],

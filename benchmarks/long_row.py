@@ -49,9 +49,9 @@ def measure(folder: Path, root: Path, length: int) -> dict:
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
-    from megavlm.optim.optimizers import Optimization
+    from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
-    from megavlm.training.objective import TokenLoss
+    from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
 
     settings = Settings(
@@ -66,15 +66,15 @@ def measure(folder: Path, root: Path, length: int) -> dict:
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     rows = None
     if groups.is_leader:
-        renderer = Renderer(folder, settings.data, settings.row_align)
+        renderer = Renderer(folder, settings.data, settings.pad_multiple)
         record = document(root, length, length // 8192, renderer)
         rows = iter([renderer.pack([renderer.encode(record, in_folder(root), "document", kind="pretrain")])])
     step = Step(
         vlm,
-        Optimization(vlm, settings.train),
+        Optimizers(vlm, settings.train),
         Feed(vlm, rows),
         1,
-        TokenLoss(["data"], settings.train.logprob_chunk_tokens),
+        CrossEntropy(["data"], settings.train.logprob_chunk_tokens),
     )
     start = time.perf_counter()
     result = step()

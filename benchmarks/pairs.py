@@ -47,12 +47,12 @@ def measure(root: Path, folder: Path, steps: int) -> dict:
     from megavlm import platform
     from megavlm.align.objectives import PairObjective
     from megavlm.config.settings import Settings
+    from megavlm.data.answer_groups import draft_unit
     from megavlm.data.jsonl import JsonlFile
     from megavlm.data.renderer import Renderer
-    from megavlm.data.units import draft_unit
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
-    from megavlm.optim.optimizers import Optimization
+    from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
     from megavlm.training.step import Step
 
@@ -73,11 +73,11 @@ def measure(root: Path, folder: Path, steps: int) -> dict:
             twin = replace(renderer.complete(rejected), patches=chosen.patches, shares_media=False)
             samples += [chosen, twin]
         apart.append(renderer.pack(samples))
-    optimization, seconds, losses, frames = Optimization(vlm, settings.train), {}, {}, {}
+    optimizers, seconds, losses, frames = Optimizers(vlm, settings.train), {}, {}, {}
     for turn in range(steps + 1):  # the first one warms up
         for name, rows in (("once per pair", shared), ("once per answer", apart)):
             objective = PairObjective("simpo", {}, 1024, groups.language.cp)
-            step = Step(vlm, optimization, Feed(vlm, iter(rows)), len(rows), objective)
+            step = Step(vlm, optimizers, Feed(vlm, iter(rows)), len(rows), objective)
             began = time.perf_counter()
             result = step()
             if turn:

@@ -53,7 +53,7 @@ def balance(root: Path, records: list[dict], folder: Path) -> list[float]:
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
-    from megavlm.model.deal import deal_frames, frame_cost
+    from megavlm.model.frame_balance import balance_frames, frame_cost
 
     renderer = Renderer(folder, Settings(model={"hf": folder}, data={"seq_length": 262144}).data)
     drafts = [renderer.draft(record, in_folder(root), "photographs", kind="pretrain") for record in records]
@@ -63,7 +63,7 @@ def balance(root: Path, records: list[dict], folder: Path) -> list[float]:
     for window in range(window_of[-1]):
         frames = np.concatenate([p for p, w in zip(patches, window_of, strict=True) if w == window])
         linear_cost = 2.0 * 1152 + 4304
-        owner, cost = deal_frames(frames, 4, linear_cost), frame_cost(frames, linear_cost)
+        owner, cost = balance_frames(frames, 4, linear_cost), frame_cost(frames, linear_cost)
         result.append(max(cost[owner == rank].sum() for rank in range(4)) * 4 / cost.sum())
     return result
 
@@ -77,7 +77,7 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
-    from megavlm.model.deal import Place, VisualRow, VisualTokens, plan_exchange
+    from megavlm.model.frame_balance import RankShare, VisualRow, VisualTokens, plan_exchange
     from megavlm.model.shapes import Shapes
     from megavlm.model.tower_phase import TowerPhase
     from megavlm.model.vision import Frames
@@ -90,7 +90,7 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     )  # fmt: skip
     groups = platform.init(settings.parallel)
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
-    renderer = Renderer(folder, settings.data, settings.row_align)
+    renderer = Renderer(folder, settings.data, settings.pad_multiple)
     row = renderer.pack(
         [renderer.encode(r, in_folder(root), "photographs", kind="pretrain", index=i) for i, r in enumerate(records)]
     )
@@ -98,13 +98,13 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     window = next(feed.windows(feed.rows(1), 1))
 
     # The other way: a group of one, which encodes all frames itself.
-    place = Place(planes=tuple(range(vlm.tower.num_planes)))
+    share = RankShare(planes=tuple(range(vlm.tower.num_planes)))
     counts = np.asarray(row.frame_lengths) // vlm.tower.merge
     starts = row.visual_positions.numpy()[np.cumsum(counts) - counts]
-    tokens = VisualTokens.of([VisualRow(row.segment_lengths, counts, np.arange(len(counts)), starts)], place, 0)
-    alone = TowerPhase(vlm.vision, vlm.projector, groups.tower.tp, [place], recompute=True, chunk_patches=16384)
+    tokens = VisualTokens.of([VisualRow(row.segment_lengths, counts, np.arange(len(counts)), starts)], share, 0)
+    alone = TowerPhase(vlm.vision, vlm.projector, groups.tower.tp, [share], recompute=True, chunk_patches=16384)
     everything = Frames(row.patches, row.patch_coords, row.pos_index, row.pos_weight, row.frame_lengths)
-    own_plan = plan_exchange(tokens, counts, np.zeros(len(counts), dtype=np.int64), [place], 0, 1)
+    own_plan = plan_exchange(tokens, counts, np.zeros(len(counts), dtype=np.int64), [share], 0, 1)
 
     def step(tower, frames, exchange) -> float:
         dist.barrier()

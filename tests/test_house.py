@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "config": ["base"],
     "platform": [],
     "model": ["platform", "base"],
-    "data": ["base"],
+    "data": ["config", "base"],
     "convert": ["model.shapes", "model.score_head", "config", "base"],
     "adapters": ["convert", "model", "platform", "config", "base"],
     "optim": ["model", "platform", "base"],

@@ -11,7 +11,7 @@ from megavlm.adapters.fourier import Fourier
 from megavlm.adapters.linear_adapter import LinearAdapter
 from megavlm.adapters.lora import Dora, Lora
 from megavlm.adapters.nf4 import quantize
-from megavlm.adapters.sites import Place, places_of
+from megavlm.adapters.sites import AdapterSite, adapter_sites
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.convert.adapter import Adapter
 from megavlm.convert.peft_names import part_of, targeted
@@ -49,17 +49,17 @@ class Tuning:
             module.requires_grad_(True)
         self.linears: list[nn.Module] = []
         make, dtype = TYPES[settings.type], vlm.decoder_config.params_dtype
-        by_linear = groupby(places_of(vlm), key=lambda place: id(place.linear))
-        for places in [list(group) for _, group in by_linear]:
-            self.linears += [places[0].linear] if places[0].root in vlm.language else []
-            if any(name.removesuffix(".weight") in targets for name in places[0].entry.hf):
-                self._put_on(places, [make(place, settings, targets, dtype) for place in places])
+        by_linear = groupby(adapter_sites(vlm), key=lambda site: id(site.linear))
+        for sites in [list(group) for _, group in by_linear]:
+            self.linears += [sites[0].linear] if sites[0].root in vlm.language else []
+            if any(name.removesuffix(".weight") in targets for name in sites[0].entry.hf):
+                self._put_on(sites, [make(site, settings, targets, dtype) for site in sites])
         for chunk in vlm.language:
             chunk.inputs_need_grad = "language" in parts
 
-    def _put_on(self, places: list[Place], adapters: list[LinearAdapter]) -> None:
-        """``places``: of one module; several where it multiplies its experts in groups."""
-        root, linear = places[0].root, places[0].linear
+    def _put_on(self, sites: list[AdapterSite], adapters: list[LinearAdapter]) -> None:
+        """``sites``: of one module; several where it multiplies its experts in groups."""
+        root, linear = sites[0].root, sites[0].linear
         if not hasattr(root, "adapters"):
             root.adapters = AdapterList()
         root.adapters.extend(adapters)

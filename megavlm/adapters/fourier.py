@@ -7,9 +7,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from megavlm.adapters.base_weight import saved_as
 from megavlm.adapters.linear_adapter import LinearAdapter
 from megavlm.adapters.sites import COLUMN
-from megavlm.adapters.weights import saved_as
 from megavlm.convert.adapter import fourier_change
 from megavlm.convert.peft_names import SPECTRUM
 
@@ -23,32 +23,32 @@ class Fourier(LinearAdapter):
 
     def weight(self) -> Tensor:
         """[out, in]: this rank's share of the change, in the order of the weight's rows."""
-        place, changes = self.place, []
+        site, changes = self.site, []
         for part, spectrum, rows in zip(self.parts, self.of_kind(SPECTRUM), self.rows, strict=True):
             if part is None:
-                inner = place.entry.shape[-1] // (1 if place.cut == COLUMN else place.ranks)
+                inner = site.entry.shape[-1] // (1 if site.cut == COLUMN else site.ranks)
                 changes.append(next(self.parameters()).new_zeros(rows, inner))
                 continue
-            spectrum = place.of_ranks(spectrum)
+            spectrum = site.of_ranks(spectrum)
             change = fourier_change(spectrum, (part.out, part.inner), self.settings.scaling, self.settings.seed)
-            changes.append(place.share(change, place.cut).to(spectrum.dtype))
+            changes.append(site.share(change, site.cut).to(spectrum.dtype))
         return self.join(changes).contiguous()
 
     def forward(self, linear: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
-        place, weight = self.place, self.weight()
-        column = place.cut == COLUMN and place.ranks > 1
+        site, weight = self.site, self.weight()
+        column = site.cut == COLUMN and site.ranks > 1
         with saved_as(weight, lambda: self.weight().detach()):
             change = linear_with_grad_accumulation_and_async_allreduce(
                 inputs, weight, None, False,
-                allreduce_dgrad=column and not place.sequence_parallel,
-                sequence_parallel=column and place.sequence_parallel,
-                tp_group=place.group,
+                allreduce_dgrad=column and not site.sequence_parallel,
+                sequence_parallel=column and site.sequence_parallel,
+                tp_group=site.group,
             )  # fmt: skip
-        if place.ranks > 1 and not column:
+        if site.ranks > 1 and not column:
             across = (
                 reduce_scatter_to_sequence_parallel_region
-                if place.sequence_parallel
+                if site.sequence_parallel
                 else reduce_from_tensor_model_parallel_region
             )
-            change = across(change, group=place.group)
+            change = across(change, group=site.group)
         return output + change

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from megavlm.adapters.sites import COLUMN, Place
+from megavlm.adapters.sites import COLUMN, AdapterSite
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.convert.peft_names import CHECKPOINT_PREFIX, LORA_A, LORA_B, MAGNITUDE, Linear, tensor_shapes
 from megavlm.platform import device
@@ -22,25 +22,25 @@ class LinearAdapter(nn.Module, ABC):
     is that of the linear. Subclasses say what they do to its output.
 
     Args:
-        place: where it sits. targets: the HF linears with an adapter, by name.
+        site: where it sits. targets: the HF linears with an adapter, by name.
     Attributes:
-        parts: for each HF linear of the place, in order, its Linear, or None where it is no target.
+        parts: for each HF linear of the site, in order, its Linear, or None where it is no target.
     """
 
-    def __init__(self, place: Place, settings: AdapterSettings, targets: dict[str, Linear], dtype: torch.dtype):
+    def __init__(self, site: AdapterSite, settings: AdapterSettings, targets: dict[str, Linear], dtype: torch.dtype):
         super().__init__()
-        self.place, self.settings = place, settings
-        names = [name.removesuffix(".weight") for name in place.entry.hf]
+        self.site, self.settings = site, settings
+        names = [name.removesuffix(".weight") for name in site.entry.hf]
         self.parts = [targets.get(name) for name in names]
         # rows of each HF linear in this rank's share of the weight
-        outs = [shape[-2] for shape in place.entry.hf.values()]
-        self.rows = [out // place.ranks if place.cut == COLUMN else out for out in outs]
+        outs = [shape[-2] for shape in site.entry.hf.values()]
+        self.rows = [out // site.ranks if site.cut == COLUMN else out for out in outs]
         self.names: dict[str, tuple[Linear, str, int | None]] = {}  # of a parameter: its linear, kind and cut axis
         for number, part in enumerate(self.parts):
             for kind, shape in tensor_shapes(settings, part).items() if part else ():
                 shape = shape[1:] if part.experts else shape
                 axis = self._cut_axis(part, kind)
-                local = place.share(torch.empty(shape, device="meta"), axis)
+                local = site.share(torch.empty(shape, device="meta"), axis)
                 parameter = nn.Parameter(torch.zeros(local.shape, dtype=dtype, device=device()))
                 self._mark(parameter, axis)
                 name = f"{kind.partition('.')[0]}_{number}"
@@ -48,16 +48,16 @@ class LinearAdapter(nn.Module, ABC):
                 self.names[name] = (part, kind, axis)
 
     def _cut_axis(self, part: Linear, kind: str) -> int | None:
-        if self.place.cut == COLUMN:
+        if self.site.cut == COLUMN:
             return {LORA_B: len(part.rows) - 1, MAGNITUDE: 0}.get(kind)
         return {LORA_A: 1}.get(kind)
 
     def _mark(self, parameter: nn.Parameter, axis: int | None) -> None:
         """Attributes that Megatron reads: for gradient reduction over ranks, and for norms that count each once."""
-        parameter.allreduce = self.place.allreduce
+        parameter.allreduce = self.site.allreduce
         if axis is not None:
             parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, axis, 1
-        parameter.sequence_parallel = axis is None and self.place.sequence_parallel
+        parameter.sequence_parallel = axis is None and self.site.sequence_parallel
 
     def of_kind(self, kind: str) -> list[nn.Parameter | None]:
         """For each part its tensor of a kind, None where it has none."""
@@ -67,7 +67,7 @@ class LinearAdapter(nn.Module, ABC):
     def join(self, parts: list[Tensor]) -> Tensor:
         """Tensors [rows of a part, …] put in the order of this rank's share of the fused weight: [out, …]."""
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        return self.place.layout.to_mcore(parts, shape)
+        return self.site.layout.to_mcore(parts, shape)
 
     @torch.no_grad()
     def begin(self, read: Callable[[str, int | None], dict[str, Tensor]] | None, seed: int) -> None:
@@ -75,7 +75,7 @@ class LinearAdapter(nn.Module, ABC):
 
         A is drawn as peft draws it (uniform to 1/√in), by name and ``seed``: the same in every layout.
         """
-        expert = self.place.expert.index if self.place.expert else None
+        expert = self.site.expert.index if self.site.expert else None
         stored = {part.name: read(part.name, expert) for part in self.parts if part} if read else {}
         for name, (part, kind, axis) in self.names.items():
             parameter = getattr(self, name)
@@ -87,26 +87,26 @@ class LinearAdapter(nn.Module, ABC):
                 whole = (2 * torch.rand(shape, generator=draw) - 1) / math.sqrt(part.inner)
             else:
                 continue
-            parameter.copy_(self.place.share(whole, axis))
+            parameter.copy_(self.site.share(whole, axis))
 
     def sharded_state_dict(self, prefix: str, offsets: tuple, metadata: dict) -> dict:
         """By Hugging Face name: any layout loads them."""
-        entries, place = {}, self.place
+        entries, site = {}, self.site
         for name, (part, kind, axis) in self.names.items():
-            key, place_in_stack = f"{CHECKPOINT_PREFIX}{part.name}.", offsets
-            if place.expert is not None:
-                place_in_stack = (*offsets, (len(offsets), place.expert.index, place.expert.count))
+            key, offset_in_stack = f"{CHECKPOINT_PREFIX}{part.name}.", offsets
+            if site.expert is not None:
+                offset_in_stack = (*offsets, (len(offsets), site.expert.index, site.expert.count))
             cut = {} if axis is None else {kind: axis}
             entry = make_sharded_tensors_for_checkpoint(
                 {kind: getattr(self, name)},
                 key,
                 cut,
-                place_in_stack,
-                tp_group=place.group if place.group is not None else metadata["alone"],
+                offset_in_stack,
+                tp_group=site.group if site.group is not None else metadata["alone"],
                 dp_cp_group=metadata["dp_cp_group"],
             )[key + kind]
-            if place.expert is not None:
-                entry.replica_id = (*entry.replica_id[:2], place.expert.data_rank)
+            if site.expert is not None:
+                entry.replica_id = (*entry.replica_id[:2], site.expert.dp_rank)
             entries[prefix + name] = entry
         return entries
 

@@ -8,9 +8,9 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megavlm.adapters.base_weight import weight_of
 from megavlm.adapters.linear_adapter import LinearAdapter
 from megavlm.adapters.sites import COLUMN, ROW
-from megavlm.adapters.weights import weight_of
 from megavlm.convert.peft_names import LORA_A, LORA_B, MAGNITUDE, scale_of
 
 
@@ -33,21 +33,21 @@ class Lora(LinearAdapter):
             blocks.append(F.pad(matrix, (first, total - last)))
             first = last
         down, up = torch.cat(below), self.join(blocks)
-        if self.place.expert is not None:  # the side that all ranks have: the dispatcher adds up the other's gradients
-            if self.place.cut == COLUMN:
-                down = self.place.of_ranks(down)
+        if self.site.expert is not None:  # the side that all ranks have: the dispatcher adds up the other's gradients
+            if self.site.cut == COLUMN:
+                down = self.site.of_ranks(down)
             else:
-                up = self.place.of_ranks(up)
+                up = self.site.of_ranks(up)
         return down, up
 
     def change(self, inputs: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
         """[t', …, out]: B A x."""
         down, up = factors
         if self.settings.dropout and self.training:
-            own = get_cuda_rng_tracker().fork() if self.place.own_tokens() else contextlib.nullcontext()
+            own = get_cuda_rng_tracker().fork() if self.site.own_tokens() else contextlib.nullcontext()
             with own:
                 inputs = F.dropout(inputs, self.settings.dropout)
-        return F.linear(self.place.cross(F.linear(inputs, down)), up)
+        return F.linear(self.site.cross(F.linear(inputs, down)), up)
 
     def forward(self, linear: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         return output + self.change(inputs, self.factors())
@@ -82,9 +82,9 @@ class Dora(Lora):
             down, up = factors
             weight = weight + up @ down
         lengths = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-        if self.place.cut == ROW and self.place.ranks > 1:
+        if self.site.cut == ROW and self.site.ranks > 1:
             squares = lengths.square()
-            dist.all_reduce(squares, group=self.place.group)
+            dist.all_reduce(squares, group=self.site.group)
             lengths = squares.sqrt()
         return lengths
 
@@ -92,7 +92,7 @@ class Dora(Lora):
     def begin(self, read, seed: int) -> None:
         super().begin(read, seed)
         if read is None:
-            lengths = self.place.layout.to_hf(self._lengths(self.place.linear), [(rows,) for rows in self.rows])
+            lengths = self.site.layout.to_hf(self._lengths(self.site.linear), [(rows,) for rows in self.rows])
             for own, length in zip(self.of_kind(MAGNITUDE), lengths, strict=True):
                 if own is not None:
                     own.copy_(length)

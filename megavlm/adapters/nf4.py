@@ -4,7 +4,7 @@ import logging
 
 from torch import Tensor, nn
 
-from megavlm.adapters.weights import saved_as
+from megavlm.adapters.base_weight import saved_as
 from megavlm.base.errors import UserError
 
 BLOCK = 64  # weights that share a scale

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
-from megavlm.convert.layout import GroupedQkv, Layout
 from megavlm.convert.names import Entry, table
+from megavlm.convert.tensor_order import GroupedQkv, Layout
 from megavlm.model.vlm import VLM
 
 COLUMN, ROW = 0, 1  # axis of the weight [out, in] that tensor-parallel ranks share out
@@ -21,16 +21,16 @@ class Expert:
 
     index: int
     count: int
-    data_rank: int
+    dp_rank: int
 
 
 @dataclass(frozen=True)
-class Place:
+class AdapterSite:
     """One weight of one linear.
 
     Attributes:
         root: the module that holds its adapter: a decoder chunk, the tower or the projector.
-        linear: the module, Megatron's or torch's; several places where it multiplies several experts in groups.
+        linear: the module, Megatron's or torch's; several sites where it multiplies several experts in groups.
         entry: its row in the table of names.
         cut: COLUMN or ROW.
         group: ranks that share it out; None for one.
@@ -91,7 +91,7 @@ class Place:
         return tensor_parallel.copy_to_tensor_model_parallel_region(whole, group=self.group)
 
 
-def places_of(vlm: VLM) -> Iterator[Place]:
+def adapter_sites(vlm: VLM) -> Iterator[AdapterSite]:
     """All linears on this rank, decoder first, in the order of the layers."""
     entries = {entry.key.removesuffix(".weight"): entry for entry in table(vlm.shapes)}
     groups = vlm.groups.language
@@ -100,7 +100,7 @@ def places_of(vlm: VLM) -> Iterator[Place]:
             for name, linear in _linears(layer):
                 key = f"language.decoder.layers.{layer.layer_number - 1}.{name}"
                 if ".experts." not in name:
-                    yield Place(
+                    yield AdapterSite(
                         chunk, linear, entries[key], _cut(name), groups.tp, vlm.decoder_config.sequence_parallel
                     )
                 else:
@@ -108,9 +108,9 @@ def places_of(vlm: VLM) -> Iterator[Place]:
     for layer in vlm.vision.layers:
         for name, linear in _linears(layer):
             entry = entries[f"vision.layers.{layer.layer_number - 1}.{name}"]
-            yield Place(vlm.vision, linear, entry, _cut(name), replicated=True)
+            yield AdapterSite(vlm.vision, linear, entry, _cut(name), replicated=True)
     for name, linear in _linears(vlm.projector):
-        yield Place(vlm.projector, linear, entries[f"projector.{name}"], _cut(name), replicated=True)
+        yield AdapterSite(vlm.projector, linear, entries[f"projector.{name}"], _cut(name), replicated=True)
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -121,7 +121,7 @@ def _cut(name: str) -> int:
     return _CUT[name.rpartition(".")[2]]
 
 
-def _experts(vlm: VLM, chunk: nn.Module, linear: nn.Module, key: str, entries: dict) -> Iterator[Place]:
+def _experts(vlm: VLM, chunk: nn.Module, linear: nn.Module, key: str, entries: dict) -> Iterator[AdapterSite]:
     """Of one local expert ("….local_experts.3.linear_fc1"), or of all of them in a grouped linear."""
     groups, count = vlm.groups.language, vlm.shapes.text.moe.num_experts
     here = count // groups.ep.size()
@@ -132,4 +132,4 @@ def _experts(vlm: VLM, chunk: nn.Module, linear: nn.Module, key: str, entries: d
     for index in [int(local)] if local else range(here):
         expert = Expert(groups.ep.rank() * here + index, count, groups.expt_dp.rank())
         entry = entries[f"{head}.experts.experts.{kind}"]
-        yield Place(chunk, linear, entry, _cut(kind), groups.expt_tp, expert=expert, allreduce=allreduce)
+        yield AdapterSite(chunk, linear, entry, _cut(kind), groups.expt_tp, expert=expert, allreduce=allreduce)

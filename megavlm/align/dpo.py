@@ -1,8 +1,8 @@
 """`megavlm dpo`: tuning on pairs of answers, by DPO and its relatives (``align.loss``)."""
 
 from megavlm.align.losses import check_preference
-from megavlm.align.method import PreferenceMethod, check
 from megavlm.align.objectives import PairObjective
+from megavlm.align.preference_method import PreferenceMethod, check
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.training.loop import train

@@ -1,7 +1,7 @@
 """`megavlm kto`: tuning on answers that are each good or bad (2402.01306)."""
 
-from megavlm.align.method import PreferenceMethod, check
 from megavlm.align.objectives import JudgedObjective
+from megavlm.align.preference_method import PreferenceMethod, check
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.training.loop import train

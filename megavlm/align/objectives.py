@@ -37,7 +37,9 @@ class _AnswerObjective:
         """float32 [samples] on the device: the reference's log-probability of each answer."""
         if self.start is not None:
             return self._references[id(row)]
-        return to_device(torch.tensor([facts["ref"] for facts in row.facts], dtype=torch.float32), device())
+        return to_device(
+            torch.tensor([annotations["ref"] for annotations in row.annotations], dtype=torch.float32), device()
+        )
 
     def _answers_of(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         return self.answers(self.outputs(chunk, hidden, micro_batch), micro_batch)
@@ -123,7 +125,7 @@ class JudgedObjective(_AnswerObjective):
         self.z0 = torch.zeros((), device=device())
 
     def weight(self, rows: list[Row]) -> float:
-        return sum("desirable" in facts for row in rows for facts in row.facts)
+        return sum("desirable" in annotations for row in rows for annotations in row.annotations)
 
     def look_ahead(self, step: Step, rows: StepRows) -> None:
         super().look_ahead(step, rows)
@@ -144,7 +146,9 @@ class JudgedObjective(_AnswerObjective):
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         row = micro_batch.host
         places = _places(row, "desirable")
-        desirable = torch.tensor([facts["desirable"] for facts in row.facts if "desirable" in facts])
+        desirable = torch.tensor(
+            [annotations["desirable"] for annotations in row.annotations if "desirable" in annotations]
+        )
         answers, references = self.answers(outputs, micro_batch)[places], self.references(row)[places]
         losses, metrics = kto_loss(answers, references, to_device(desirable, device()), self.z0, *self.options)
         loss, count = losses.sum(), len(losses)
@@ -197,8 +201,8 @@ class RewardObjective(_AnswerObjective):
         return sum_of_ranks(scores, self.context)
 
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        facts = micro_batch.host.facts[::2]
-        margin = to_device(torch.tensor([fact["margin"] for fact in facts]), device())
+        annotations = micro_batch.host.annotations[::2]
+        margin = to_device(torch.tensor([fact["margin"] for fact in annotations]), device())
         chosen, rejected = outputs.view(-1, 2).unbind(1)
         losses, metrics = reward_loss(chosen, rejected, margin, self.centering)
         loss, count = losses.sum(), len(losses)
@@ -219,5 +223,5 @@ class RewardObjective(_AnswerObjective):
 
 def _places(row: Row, fact: str) -> Tensor:
     """int64 [n] on the device: places of the samples that have ``fact``."""
-    places = [place for place, facts in enumerate(row.facts) if fact in facts]
+    places = [place for place, annotations in enumerate(row.annotations) if fact in annotations]
     return to_device(torch.tensor(places, dtype=torch.int64), device())

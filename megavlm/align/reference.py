@@ -21,15 +21,15 @@ from megavlm.base.atomic_files import atomic_open
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.fingerprint import digest_of, digest_of_folders
 from megavlm.checkpoint.folders import find_checkpoint, latest
-from megavlm.checkpoint.weights import load_weights
+from megavlm.checkpoint.load_weights import load_weights
 from megavlm.config.settings import Settings
+from megavlm.data.answer_groups import draft_unit
 from megavlm.data.files import File
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Draft, DraftError, Renderer
 from megavlm.data.row import Row
 from megavlm.data.shards import ShardFolder
 from megavlm.data.sources import Source
-from megavlm.data.units import draft_unit
 from megavlm.runtime.eval_rows import EvalRows
 from megavlm.runtime.forward import forward_only
 from megavlm.runtime.session import Session
@@ -46,28 +46,34 @@ class Reference:
         self.tables = tables
 
     def attach(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """The same rows, each sample's in its ``facts["ref"]``. Raises UserError for a sample without one."""
+        """The same rows, each sample's in its ``annotations["ref"]``. Raises UserError for a sample without one."""
         for row in rows:
-            for place, (source, index, facts) in enumerate(zip(row.source_ids, row.indices, row.facts, strict=True)):
-                value = float(self.tables[source][index, _side(facts)])
+            for place, (source, index, annotations) in enumerate(
+                zip(row.source_ids, row.indices, row.annotations, strict=True)
+            ):
+                value = float(self.tables[source][index, _side(annotations)])
                 if np.isnan(value):
                     raise UserError(
                         f"{row.sources[place]}: the reference file has no log-probability for it: when the file was "
-                        "made it could not be read, or (with another data.align) was longer than a row",
+                        "made it could not be read, or (with another data.pad_multiple) was longer than a row",
                         "remove the file: it is made again",
                     )
-                facts["ref"] = value
+                annotations["ref"] = value
             yield row
 
 
 def reference_of(
-    session: Session, renderer: Renderer | None, sources: list[Source] | None, kind: Kind, beat: Callable[[str], None]
+    session: Session,
+    renderer: Renderer | None,
+    sources: list[Source] | None,
+    kind: Kind,
+    heartbeat: Callable[[str], None],
 ) -> Reference:
     """Reads the reference file, or makes it. Call it on all ranks; afterwards the model's weights may be others.
 
     Args:
         renderer, sources: of the training data, on leaders.
-        beat: called with what is being done whenever there is progress.
+        heartbeat: called with what is being done whenever there is progress.
 
     Raises:
         UserError: on all ranks, the file is of another model, other data or other settings.
@@ -90,7 +96,7 @@ def reference_of(
     if problem is not None:
         raise problem
     if tables is None:
-        tables = _make(session, renderer, sources, kind, beat)
+        tables = _make(session, renderer, sources, kind, heartbeat)
         if session.is_first:
             content = save({str(n): t for n, t in enumerate(tables)}, metadata={"note": json.dumps(note)})
             with atomic_open(path, "wb") as file:
@@ -99,7 +105,11 @@ def reference_of(
 
 
 def _make(
-    session: Session, renderer: Renderer | None, sources: list[Source] | None, kind: Kind, beat: Callable[[str], None]
+    session: Session,
+    renderer: Renderer | None,
+    sources: list[Source] | None,
+    kind: Kind,
+    heartbeat: Callable[[str], None],
 ) -> list[np.ndarray]:
     settings, vlm, groups = session.settings, session.vlm, session.groups
     if vlm.tuning is None:  # adapters are where they start from
@@ -107,7 +117,7 @@ def _make(
     vlm.train(False)
     rows = None
     if groups.is_leader:
-        dataset = _AllAnswers(sources, renderer, kind, groups.data_rank, groups.data_size)
+        dataset = _AllAnswers(sources, renderer, kind, groups.dp_rank, groups.dp_size)
         workers = settings.data.workers
         rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers, generator=torch.Generator()))
     chunk_tokens = settings.train.logprob_chunk_tokens
@@ -117,13 +127,17 @@ def _make(
         return answer_logprobs(logprobs, micro_batch, groups.language.cp)
 
     evaluated, found = EvalRows(session, rows, "reference", size=settings.parallel.pipeline), []
-    speaks = groups.language.tp.rank() == 0 and groups.language.cp.rank() == 0  # for its row, if on the last stage
+    is_reporting_rank = (
+        groups.language.tp.rank() == 0 and groups.language.cp.rank() == 0
+    )  # for its row, if on the last stage
     for window, real in evaluated:
         results = forward_only(vlm, window, answers)
-        beat("the reference's log-probabilities")
-        for micro_batch, result in zip(window.micro_batches[:real], results[:real] if speaks else [], strict=False):
+        heartbeat("the reference's log-probabilities")
+        for micro_batch, result in zip(
+            window.micro_batches[:real], results[:real] if is_reporting_rank else [], strict=False
+        ):
             row = micro_batch.host
-            sides = [_side(facts) for facts in row.facts]
+            sides = [_side(annotations) for annotations in row.annotations]
             found += zip(row.source_ids, row.indices, sides, result.tolist(), strict=True)
     found = evaluated.gather(found)
     vlm.train()
@@ -139,14 +153,14 @@ def _make(
 class _AllAnswers(IterableDataset[Row]):
     """Every sample of every source once, in rows filled as they come, dealt to data ranks and their workers."""
 
-    def __init__(self, sources: list[Source], renderer: Renderer, kind: Kind, data_rank: int, data_size: int):
+    def __init__(self, sources: list[Source], renderer: Renderer, kind: Kind, dp_rank: int, dp_size: int):
         self.sources, self.renderer, self.kind = sources, renderer, kind
-        self.data_rank, self.data_size = data_rank, data_size
+        self.dp_rank, self.dp_size = dp_rank, dp_size
 
     def __iter__(self) -> Iterator[Row]:
         info = torch.utils.data.get_worker_info()
         number, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        first, stride = self.data_rank + self.data_size * number, self.data_size * workers
+        first, stride = self.dp_rank + self.dp_size * number, self.dp_size * workers
         waiting: list[Draft] = []
         places = [(source, index) for source, s in enumerate(self.sources) for index in range(len(s.file))]
         for source, index in places[first::stride]:
@@ -156,8 +170,8 @@ class _AllAnswers(IterableDataset[Row]):
                 continue
             for sample in (draft, *draft.followers):
                 sample.source_id = source
-            room = sum(other.room(self.renderer.align) for other in (*waiting, draft))
-            if waiting and room > self.renderer.seq_length:
+            tokens = sum(other.padded_length(self.renderer.pad_multiple) for other in (*waiting, draft))
+            if waiting and tokens > self.renderer.seq_length:
                 yield from self._row(waiting)
                 waiting = []
             waiting.append(draft)
@@ -172,8 +186,8 @@ class _AllAnswers(IterableDataset[Row]):
                 drafts.pop(error.place)
 
 
-def _side(facts: dict) -> int:
-    return int("mismatched" in facts or facts.get("side") == "rejected")
+def _side(annotations: dict) -> int:
+    return int("mismatched" in annotations or annotations.get("side") == "rejected")
 
 
 def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:

@@ -1,7 +1,7 @@
 """`megavlm rm`: a reward model out of pairs of answers (Bradley–Terry)."""
 
-from megavlm.align.method import PreferenceMethod, check
 from megavlm.align.objectives import RewardObjective
+from megavlm.align.preference_method import PreferenceMethod, check
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.training.loop import train
@@ -13,11 +13,11 @@ def method(settings: Settings) -> PreferenceMethod:
     for name in type(settings.align).model_fields:
         if name != "centering" and settings.align.is_changed(name):
             raise UserError(f"align.{name} is not for rm, which would ignore it", "remove it")
-    if "language" in settings.train.thaw:
+    if "language" in settings.train.unfreeze_after:
         raise UserError(
-            f"train.thaw is {settings.train.thaw}, but the reward head learns from the first step on, and language is "
-            "one part with it",
-            "remove language from train.thaw; train with it frozen first, then start from that run (model.load)",
+            f"train.unfreeze_after is {settings.train.unfreeze_after}, but the reward head, which "
+            "belongs to the part language, is trained from the first step on",
+            "remove language from train.unfreeze_after; train with it frozen first, then start from that run",
         )
 
     def make(s: Settings, groups) -> RewardObjective:

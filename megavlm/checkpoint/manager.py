@@ -36,16 +36,16 @@ class Checkpoints:
 
     Args:
         root: folder of the checkpoints.
-        vlm: the model. optimization: its optimizers and schedule. loader: its rows, None where this rank reads none.
+        vlm: the model. optimizers: its optimizers and schedule. loader: its rows, None where this rank reads none.
         settings: of the run; its checkpoint, train, data and parallel sections.
         origin: checkpoint the run's weights came from, whose note on the Hugging Face files is handed on.
     """
 
-    def __init__(self, root: Path, vlm, optimization, loader, settings, origin: Path | None = None):
-        self.root, self.vlm, self.optimization, self.loader = root, vlm, optimization, loader
+    def __init__(self, root: Path, vlm, optimizers, loader, settings, origin: Path | None = None):
+        self.root, self.vlm, self.optimizers, self.loader = root, vlm, optimizers, loader
         self.settings, self._hf = settings.checkpoint, settings.model.hf
         self._layout = {"world": dist.get_world_size(), **settings.parallel.model_dump()}
-        self._align = settings.row_align
+        self._pad_multiple = settings.pad_multiple
         self._workers = max(settings.data.workers, 1)  # of each data rank
         tuning, self._world = vlm.tuning, vlm.groups.world_host
         is_adapted = tuning is not None and origin is not None
@@ -79,14 +79,14 @@ class Checkpoints:
         state = {
             **self._sharded(loading=False),
             "step": step,
-            "schedule": self.optimization.scheduler.num_steps,
-            "thawed_at": self.optimization.thawed_at,
+            "schedule": self.optimizers.scheduler.num_steps,
+            "thawed_at": self.optimizers.unfrozen_at,
             "identity": self._identity(step),
             "layout": self._layout,
-            "workers": self._workers * self.vlm.groups.data_size,
-            "align": self._align,
+            "workers": self._workers * self.vlm.groups.dp_size,
+            "align": self._pad_multiple,
         }
-        self._writer.start(state, partial_folder(self.root, step, self._start), sorted(self.optimization.thawed_at))
+        self._writer.start(state, partial_folder(self.root, step, self._start), sorted(self.optimizers.unfrozen_at))
         self._seconds += time.perf_counter() - began
         if not self.settings.async_save:
             self.finish()
@@ -128,33 +128,33 @@ class Checkpoints:
                     f"{folder} was written with {name} {common['identity'].get(name)}, now it is {value}",
                     "resume with the settings of the interrupted run, or start a new run from it (model.load)",
                 )
-        if has_galore(self.optimization):
+        if has_galore(self.optimizers):
             check_layout(common["layout"], self._layout)
-        if common["align"] != self._align:
+        if common["align"] != self._pad_multiple:
             _log.warning(
                 "samples were padded in their rows to a multiple of %d tokens, now of %d: rows are packed differently "
-                "from here on, and no sample is lost; data.align=%d keeps them where the layout allows it",
-                common["align"], self._align, common["align"],
+                "from here on, and no sample is lost; data.pad_multiple=%d keeps them where the layout allows it",
+                common["align"], self._pad_multiple, common["align"],
             )  # fmt: skip
-        self.optimization.thaw(common["step"])
+        self.optimizers.unfreeze(common["step"])
         wanted = self._sharded(loading=True)
         if self.loader is not None:
             count = common["workers"]
             wanted["data"] = [
-                ShardedObject("data", None, (count,), (worker,), replica_id=self.vlm.groups.data_rank)
+                ShardedObject("data", None, (count,), (worker,), replica_id=self.vlm.groups.dp_rank)
                 for worker in range(count)
             ]
         if common["layout"] != self._layout:
             del wanted["rng"]
         state = dist_checkpointing.load(wanted, str(folder))
         self.vlm.load_sharded(state["model"])
-        scheduler = self.optimization.scheduler
+        scheduler = self.optimizers.scheduler
         scheduler.step(increment=state["schedule"] - scheduler.num_steps)  # the curve itself follows the settings
-        self.optimization.thawed_at = dict(state.get("thawed_at", {}))
-        load_state(self.optimization, state["optimizer"])
+        self.optimizers.unfrozen_at = dict(state.get("thawed_at", {}))
+        load_state(self.optimizers, state["optimizer"])
         if self.loader is not None:
             different = self.loader.load_state_dict(state["data"])
-            if different and self.vlm.groups.data_rank == 0:
+            if different and self.vlm.groups.dp_rank == 0:
                 _log.warning("%s", different)
         if "rng" in state:
             set_random_state(state["rng"])
@@ -167,7 +167,7 @@ class Checkpoints:
         if self.vlm.tuning is not None:
             model = learned(model)
         optimizer_state = wanted_state if loading else saved_state
-        optimizer = optimizer_state(self.optimization, model, metadata)
+        optimizer = optimizer_state(self.optimizers, model, metadata)
         generators = None if loading else random_state()
         state = {
             "model": model,
@@ -175,10 +175,10 @@ class Checkpoints:
             "rng": ShardedObject("rng", generators, (dist.get_world_size(),), (dist.get_rank(),)),
         }
         if self.loader is not None and not loading:
-            count = (groups.data_size * self._workers,)
+            count = (groups.dp_size * self._workers,)
             # worker w of data rank r is number r + ranks × w of all: rows come from them in that order
             state["data"] = [
-                ShardedObject("data", place, count, (groups.data_rank + groups.data_size * worker,))
+                ShardedObject("data", place, count, (groups.dp_rank + groups.dp_size * worker,))
                 for worker, place in enumerate(self.loader.state_dict())
             ]
         return state

@@ -17,59 +17,59 @@ from torch import Tensor
 
 from megavlm.model.vlm import PARTS
 from megavlm.optim import megatron_galore
-from megavlm.optim.optimizers import Optimization
+from megavlm.optim.optimizers import Optimizers
 
 
-def saved_state(optimization: Optimization, model: dict, metadata: dict) -> dict:
+def saved_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
     """What this rank stores of the optimizers; ``model`` is the sharded state of the weights. Call it on all ranks.
 
     Tensors are the optimizers' own where this rank holds a parameter alone: use them before the next step. Their
-    settings are not stored: they follow from the run's, and their numbers of steps from ``Optimization.updates``.
+    settings are not stored: they follow from the run's, and their numbers of steps from ``Optimizers.updates``.
     """
-    if megatron_galore.has_galore(optimization):
-        return megatron_galore.state(optimization)
-    chained = optimization.optimizer
-    optimizers = chained.chained_optimizers
-    if not _are_sharded(optimizers):
+    if megatron_galore.has_galore(optimizers):
+        return megatron_galore.state(optimizers)
+    chained = optimizers.optimizer
+    inner = chained.chained_optimizers
+    if not _are_sharded(inner):
         return chained.sharded_state_dict(model, metadata=metadata)
-    for optimizer in optimizers:
+    for optimizer in inner:
         if not optimizer.optimizer.state:  # of a part whose first step was skipped
             _fill(optimizer)
     entries = {entry.data: entry for entry in model.values() if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
-    return {"tensors": [list(_stored_here(optimizer, entries)) for optimizer in optimizers]}
+    return {"tensors": [list(_stored_here(optimizer, entries)) for optimizer in inner]}
 
 
-def wanted_state(optimization: Optimization, model: dict, metadata: dict) -> dict:
+def wanted_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
     """What this rank loads of the optimizers, to be given to ``load_state``."""
-    if megatron_galore.has_galore(optimization):
-        return megatron_galore.state(optimization)
-    chained = optimization.optimizer
-    optimizers = chained.chained_optimizers
-    if not _are_sharded(optimizers):
+    if megatron_galore.has_galore(optimizers):
+        return megatron_galore.state(optimizers)
+    chained = optimizers.optimizer
+    inner = chained.chained_optimizers
+    if not _are_sharded(inner):
         return chained.sharded_state_dict(model, metadata=metadata)  # SGD: it has no state to be made beforehand
     return {
         "tensors": [
             optimizer.sharded_param_state_fully_reshardable(model, is_loading=True, metadata=metadata)
-            for optimizer in optimizers
+            for optimizer in inner
         ]
     }
 
 
-def load_state(optimization: Optimization, state: dict) -> None:
+def load_state(optimizers: Optimizers, state: dict) -> None:
     """Take over what ``dist_checkpointing.load`` returned for ``wanted_state``; the schedule stands where it stood.
 
     Over torch's Adam, Megatron's DistributedOptimizer looks for a stored tensor for each tensor of Adam's state,
     "step" too, which is stored as a number; and it gives all parameters one step tensor, which each of them would count
     up. So tensors are loaded while the steps are plain numbers, and each parameter gets its own afterwards.
     """
-    if megatron_galore.has_galore(optimization):
-        megatron_galore.load(optimization, state)
+    if megatron_galore.has_galore(optimizers):
+        megatron_galore.load(optimizers, state)
         return
-    chained = optimization.optimizer
+    chained = optimizers.optimizer
     if not _are_sharded(chained.chained_optimizers):
         chained.load_state_dict(state)
         return
-    updates = [optimization.updates(part) for part in PARTS for _ in optimization.parts.get(part, [])]
+    updates = [optimizers.updates(part) for part in PARTS for _ in optimizers.parts.get(part, [])]
     for optimizer, tensors, step in zip(chained.chained_optimizers, state["tensors"], updates, strict=True):
         adam = optimizer.optimizer
         if isinstance(adam, torch.optim.Adam):

@@ -18,7 +18,7 @@ from megavlm.base.errors import UserError
 from megavlm.base.imports import no_collection
 from megavlm.cli import environment, failures, local_workers
 from megavlm.cli.verbs import VERBS, Verb, positive
-from megavlm.config import layout, output, requirements
+from megavlm.config import layout, requirements, run_folder
 from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings
 
@@ -125,11 +125,11 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
     if int(os.environ.get("RANK", 0)) > 0:
         return  # rank 0 may be writing to the output already
     if "out" in options:
-        output.check_new(options["out"], settings)
+        run_folder.check_new(options["out"], settings)
     if verb.writes == "":
-        output.check_output(settings)
+        run_folder.check_output(settings)
     elif verb.writes and not one_prompt:
-        output.check_new(settings.output / verb.writes, settings)
+        run_folder.check_new(settings.output / verb.writes, settings)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -18,13 +18,13 @@ from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import percent
 from megavlm.config.settings import Settings
-from megavlm.convert.output import new_folder
-from megavlm.data.faults import BROKEN, Fault
+from megavlm.convert.new_output import new_folder
+from megavlm.data.answer_groups import likely_kind
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Draft, Renderer
 from megavlm.data.rows import RowDataset
+from megavlm.data.skipped_samples import BROKEN, SkippedSample
 from megavlm.data.sources import Source, open_sources
-from megavlm.data.units import likely_kind
 from megavlm.report.inspect_cards import Card, make_card, shots_of
 from megavlm.report.inspect_page import write_page
 from megavlm.report.inspect_stats import (
@@ -40,7 +40,7 @@ from megavlm.report.inspect_stats import (
 DEFAULT_OUT = Path("data-inspect")
 PAGE, SUMMARY = "index.html", "summary.json"
 CARDS = 6  # samples of each source that the page shows
-EXAMPLES = 2  # of each kind of fault, on the terminal
+EXAMPLES = 2  # of each kind of skipped sample, on the terminal
 
 
 def main(settings: Settings, out: Path | None = None, samples: int = 200) -> int:
@@ -60,13 +60,13 @@ def main(settings: Settings, out: Path | None = None, samples: int = 200) -> int
         raise UserError(f"{out} exists already", "move it away, or name another folder with --out")
     sources = open_sources(settings.data)
     kind: Kind = likely_kind(sources[0].file, "tune" if settings.stage is None else "pretrain")
-    renderer = Renderer(settings.model.hf, settings.data, settings.row_align)
+    renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
     console = Console(highlight=False)
 
     looks = _look(sources, renderer, settings, kind, samples, console)
     cards = _cards(looks, renderer, console)
     stats = blend_stats(looks, renderer)
-    rows = pack_rows(looks, settings.data, settings.row_align, settings.train.seed)
+    rows = pack_rows(looks, settings.data, settings.pad_multiple, settings.train.seed)
 
     for of_source in stats:
         console.print(_table(of_source, settings.data.max_bad_fraction))
@@ -94,7 +94,7 @@ def _look(
         renderer,
         kind,
         buffer_size=1,
-        max_patches=settings.data.row_patches,
+        max_patches=settings.data.max_patches_per_row,
         seed=None,
         first_worker=0,
         stride=1,
@@ -113,7 +113,7 @@ def _look(
 
 
 def _cards(looks: list[Look], renderer: Renderer, console: Console) -> list[list[Card]]:
-    """Some samples of each source, with pixels. One that has none to be read becomes a fault; another is shown."""
+    """Some samples of each source, with pixels. One that has none to be read is skipped; another is shown."""
     cards = []
     with _bar(console) as bar:
         task = bar.add_task("pictures", total=sum(min(CARDS, len(look.drafts)) for look in looks))
@@ -141,7 +141,7 @@ def _card(look: Look, place: int, renderer: Renderer) -> Card | None:
     except MemoryError:
         raise
     except Exception as error:  # as of a worker: whatever a file may hold, it costs one sample
-        look.samples[place] = Fault.of(draft.source_id, draft.source, error)
+        look.samples[place] = SkippedSample.of(draft.source_id, draft.source, error)
         return None
     return make_card(draft, shots, renderer)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
-from megavlm.checkpoint.weights import check_base
+from megavlm.checkpoint.load_weights import check_base
 from megavlm.config.settings import Settings
 from megavlm.convert import mcore_to_hf
 from megavlm.convert.adapter import Adapter

@@ -29,7 +29,7 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
         if prompt is None:
             groups = session.groups
             samples = read_samples(
-                settings.data.eval, renderer, "prompt", rank=groups.data_rank, num_ranks=groups.data_size
+                settings.data.eval, renderer, "prompt", rank=groups.dp_rank, num_ranks=groups.dp_size
             )
         else:
             samples = iter([renderer.encode(_record(prompt, image, video), File, "--prompt", kind="prompt")])

@@ -9,11 +9,11 @@ from torch import Tensor
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
-from megavlm.checkpoint.weights import has_score_head
+from megavlm.checkpoint.load_weights import has_score_head
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import Adapter
 from megavlm.data.renderer import Renderer
-from megavlm.data.row import IGNORE, Row, Sample, aligned
+from megavlm.data.row import IGNORE, Row, Sample, padded_length
 from megavlm.data.sources import read_samples
 from megavlm.model.shapes import Shapes
 from megavlm.runtime.eval_rows import EvalRows, note_settings
@@ -40,9 +40,9 @@ def main(settings: Settings, reward: bool = False) -> int:
     session = start(settings, training=False, score_head=reward)
     samples = None
     if session.groups.is_leader:
-        renderer = Renderer(settings.model.hf, settings.data, settings.row_align)
+        renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
         samples = read_samples(
-            settings.data.eval, renderer, "tune", rank=session.groups.data_rank, num_ranks=session.groups.data_size
+            settings.data.eval, renderer, "tune", rank=session.groups.dp_rank, num_ranks=session.groups.dp_size
         )
     rows = EvalRows(session, fill_rows(samples, renderer, settings.data) if samples is not None else None, "scoring")
     scores: list[dict] = []
@@ -64,11 +64,11 @@ def main(settings: Settings, reward: bool = False) -> int:
         path = settings.output / "scores.jsonl"
         write_text(path, "".join(json.dumps(score) + "\n" for score in sorted(scores, key=lambda s: s["index"])))
         if reward:
-            told = f"mean score {sum(score['score'] for score in scores) / max(1, len(scores)):.4f}"
+            summary = f"mean score {sum(score['score'] for score in scores) / max(1, len(scores)):.4f}"
         else:
             mean = sum(score["sum"] for score in scores) / max(1, sum(score["tokens"] for score in scores))
-            told = f"mean log-probability {mean:.4f}"
-        print(f"{len(scores)} samples · {told} · {path}")
+            summary = f"mean log-probability {mean:.4f}"
+        print(f"{len(scores)} samples · {summary} · {path}")
     return 0
 
 
@@ -76,7 +76,7 @@ def fill_rows(samples: Iterator[Sample], renderer: Renderer, data) -> Iterator[R
     """Fills rows in the order of the samples; one sample a row with ``data.packing`` none."""
     waiting: list[Sample] = []
     for sample in samples:
-        full = sum(aligned(len(s.input_ids), renderer.align) for s in [*waiting, sample]) > data.seq_length
+        full = sum(padded_length(len(s.input_ids), renderer.pad_multiple) for s in [*waiting, sample]) > data.seq_length
         if waiting and (full or data.packing == "none"):
             yield renderer.pack(waiting)
             waiting = []

@@ -14,12 +14,12 @@ from megavlm.base.number_format import short
 from megavlm.config.requirements import check_files, check_stage
 from megavlm.config.settings import Settings
 from megavlm.convert.peft_names import targeted, tensor_shapes
-from megavlm.data.faults import Fault
+from megavlm.data.answer_groups import draft_unit, likely_kind
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
+from megavlm.data.skipped_samples import SkippedSample
 from megavlm.data.sources import Source, open_sources
-from megavlm.data.units import draft_unit, likely_kind
 from megavlm.model.flops import active_decoder_weights
 from megavlm.model.shapes import Shapes
 from megavlm.runtime.adapter_start import with_stored_adapter
@@ -61,13 +61,13 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
         from megavlm.plan import dry_run as dry  # Megatron and the training loop: seconds to import
 
         for held in dry.dry_run(settings, dry_run, world_size):
-            for thing in _told(held):
+            for thing in _summary(held):
                 console.print(thing, soft_wrap=isinstance(thing, str))
     if no_files:
         console.print("[dim]settings, shapes and layout fit; files were not looked at[/]")
         return 0
     if settings.data.train:
-        renderer = Renderer(settings.model.hf, settings.data, settings.row_align)
+        renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
         for source in open_sources(settings.data):
             console.print(_first_samples(source, renderer, "tune" if settings.stage is None else "pretrain"))
     console.print("[green]ready[/]")
@@ -81,7 +81,7 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     layout = (
         " × ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes if size > 1) or "no model parallelism"
     )
-    until = {part: f" (for {after:,} steps)" for part, after in train.thaw.items()}
+    until = {part: f" (for {after:,} steps)" for part, after in train.unfreeze_after.items()}
     active = short(active_decoder_weights(text))
     levels = ", ".join(map(str, vision.deepstack_layers))
     facts = [
@@ -117,7 +117,7 @@ def _adapter(settings: Settings, shapes: Shapes) -> str:
     return f"{adapter.type} on {len(linears)} linears: {short(count)} weights, from {start or 'no change'}{base}"
 
 
-def _told(held: "Held") -> Iterator[Table | str]:  # noqa: F821 (megavlm.plan.dry_run)
+def _summary(held: "Held") -> Iterator[Table | str]:  # noqa: F821 (megavlm.plan.dry_run)
     """What a rank holds."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in (f"rank {held.rank}", "parameters", "learn"):
@@ -141,7 +141,7 @@ def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:
     """One line on the first samples of a source, rendered for real."""
     kind = likely_kind(source.file, kind)
     count = min(FIRST_SAMPLES, len(source.file))
-    samples, faults = [], []
+    samples, skipped_samples = [], []
     for index in range(count):
         name = source.file.source(index)
         try:
@@ -149,18 +149,20 @@ def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:
             samples.append(renderer.complete(draft))
             samples += [renderer.complete(other) for other in draft.followers]
         except UserError as error:
-            faults.append(Fault.of(0, name, error))
-    told = f"[bold]{source.name}[/] ({source.share:.1%} of the samples, {len(source.file):,} in it), {count} looked at:"
-    if faults:
-        told += f" {len(faults)} cannot be used ({faults[0].sample}: {faults[0].cause});"
+            skipped_samples.append(SkippedSample.of(0, name, error))
+    summary = (
+        f"[bold]{source.name}[/] ({source.share:.1%} of the samples, {len(source.file):,} in it), {count} looked at:"
+    )
+    if skipped_samples:
+        summary += f" {len(skipped_samples)} cannot be used ({skipped_samples[0].sample}: {skipped_samples[0].cause});"
     if not samples:
-        return told.rstrip(";")
+        return summary.rstrip(";")
     tokens = [len(sample.input_ids) for sample in samples]
     visual = sum(len(sample.visual_positions) for sample in samples)
     targets = sum(int((sample.labels != IGNORE).sum()) for sample in samples)
     of_pairs = " answers" if kind in ("pair", "judged") else ""
     return (
-        f"{told} {len(samples)}{of_pairs or ' usable'} have {min(tokens)} to {max(tokens)} tokens, "
+        f"{summary} {len(samples)}{of_pairs or ' usable'} have {min(tokens)} to {max(tokens)} tokens, "
         f"{visual / sum(tokens):.0%} visual, {targets / sum(tokens):.0%} targets, "
         f"{sum(s.num_images for s in samples)} pictures, {sum(s.num_videos for s in samples)} videos"
     )

@@ -88,14 +88,14 @@ class DataSettings(Section):
     packing: Literal["best_fit", "none"] = Field(
         "best_fit", description="best_fit: whole samples side by side in a row; none: one sample a row"
     )
-    align: Int | None = Field(
+    pad_multiple: Int | None = Field(
         None,
         ge=1,
         description="samples are padded in their row to a multiple of this many tokens; null: 2 × parallel.context, or "
         "none without it. Set it to have the same rows in layouts of different context",
     )
     packing_buffer: Int = Field(1000, ge=1, description="samples among which best_fit looks for one that fits")
-    row_patches: Int | None = Field(
+    max_patches_per_row: Int | None = Field(
         None, ge=4, description="most patches in a row, so that no row is all pictures; null: as many as come"
     )
     too_long: Literal["drop", "truncate"] = Field(

@@ -13,7 +13,7 @@ from megavlm.config.settings import Settings
 
 
 @dataclass(frozen=True)
-class Entry:
+class SettingEntry:
     """One setting. `key` is dotted as in an override; `section` is "" for settings at the top level."""
 
     key: str
@@ -23,7 +23,7 @@ class Entry:
     meaning: str
 
 
-def entries(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[Entry]:
+def entries(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[SettingEntry]:
     """All settings in the order in which they are declared; nested sections belong to their top-level section."""
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
@@ -32,7 +32,9 @@ def entries(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[Ent
             yield from entries(section, key + ".")
         else:
             default = "required" if field.is_required() else value_text(field.get_default(call_default_factory=True))
-            yield Entry(key, key.partition(".")[0] if "." in key else "", default, allowed(field), field.description)
+            yield SettingEntry(
+                key, key.partition(".")[0] if "." in key else "", default, allowed(field), field.description
+            )
 
 
 def about(section: str) -> str:

@@ -126,14 +126,14 @@ def check_dense_settings(train: TrainSettings, num_experts: int | None) -> None:
 
 
 def _check_uneven_stages(parallel: ParallelSettings, num_layers: int) -> None:
-    """First and last stage as told, the other layers even over the other stages, each stage even over its chunks."""
-    told = {
+    """First and last stage as given, the other layers even over the other stages, each stage even over its chunks."""
+    given = {
         name: getattr(parallel, name)
         for name in ("first_stage_layers", "last_stage_layers")
         if getattr(parallel, name) is not None
     }
-    listed = " and ".join(f"parallel.{name} {layers}" for name, layers in told.items())
-    rest, stages = num_layers - sum(told.values()), parallel.pipeline - len(told)
+    listed = " and ".join(f"parallel.{name} {layers}" for name, layers in given.items())
+    rest, stages = num_layers - sum(given.values()), parallel.pipeline - len(given)
     if rest < stages or (stages == 0 and rest) or (stages and rest % stages):
         raise UserError(
             f"{listed} of the model's {num_layers} layers leave {rest} for {_count(stages, 'other stage', 's')}",
@@ -145,7 +145,7 @@ def _check_uneven_stages(parallel: ParallelSettings, num_layers: int) -> None:
             f"{listed} name every stage of an interleaved pipeline, which Megatron cannot place",
             "give one of the two; the other follows",
         )
-    for name, layers in {**told, "layers of every other stage": rest // stages if stages else chunks}.items():
+    for name, layers in {**given, "layers of every other stage": rest // stages if stages else chunks}.items():
         if layers % chunks:
             raise UserError(
                 f"{listed}: {name} is {layers}, which parallel.virtual_pipeline {chunks} does not divide",

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from megavlm.base.errors import UserError
 from megavlm.config import describe, yaml_files
+from megavlm.config.renamed import RENAMED
 from megavlm.config.settings import Settings
 from megavlm.config.yaml_files import Location, Values
 
@@ -49,6 +50,8 @@ def _problem(details: dict, values: Values, path: Path | str) -> UserError:
     where = f" ({origin})" if origin else ""
     cause = details.get("ctx", {}).get("error")
     field = describe.find(location)
+    if key in RENAMED:
+        return UserError(f"the setting {key} is now called {RENAMED[key]}{where}", f"write {RENAMED[key]} instead")
     if kind in ("extra_forbidden", "invalid_key"):
         return UserError(f"unknown setting {key}{where}", _nearest(location))
     if kind == "missing":

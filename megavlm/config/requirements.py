@@ -56,10 +56,11 @@ def check_stage(settings: Settings) -> None:
             f"stage is 0, which trains the projector alone, but model.freeze is {sorted(frozen)}",
             "set model.freeze: [vision, language], or choose stage 1",
         )
-    if settings.stage == 0 and settings.train.thaw:
+    if settings.stage == 0 and settings.train.unfreeze_after:
         raise UserError(
-            f"stage is 0, which trains the projector alone, but train.thaw is {settings.train.thaw}",
-            "remove train.thaw, or choose stage 1",
+            "stage is 0, which trains the projector alone, but train.unfreeze_after is "
+            f"{settings.train.unfreeze_after}",
+            "remove train.unfreeze_after, or choose stage 1",
         )
     if settings.stage > 0 and settings.model.load is None:
         raise UserError(

@@ -96,7 +96,7 @@ class VisionSettings(Section):
         "with several pipeline stages the whole step",
     )
     offload: Bool = Field(False, description="features, and pixels to be encoded again, wait in host memory")
-    deal: Literal["model_parallel", "world"] = Field(
+    balance: Literal["model_parallel", "world"] = Field(
         "model_parallel",
         description="ranks that share the frames: those of one row; or all, which relieves data ranks with heavy "
         "pictures",
@@ -112,10 +112,10 @@ class TrainSettings(Section):
     lr_scale: dict[Part, Positive] = Field(
         {}, description="of a part, how its learning rate differs from lr: {vision: 0.1}; others have 1"
     )
-    thaw: dict[Part, Count] = Field(
+    unfreeze_after: dict[Part, Count] = Field(
         {},
-        description="of a part in model.freeze, the number of steps after which it learns all the same: "
-        "{language: 1000}; it joins the run's schedule where that stands",
+        description="number of steps after which a frozen part is unfrozen: {language: 1000}; its learning rate then "
+        "follows the schedule of the run",
     )
     min_lr: Float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
     warmup_steps: Int = Field(0, ge=0, description="steps over which the learning rate rises from 0 to lr")
@@ -150,7 +150,7 @@ class TrainSettings(Section):
     max_skipped_steps: Int = Field(
         3, ge=0, description="steps in a row that may be skipped for a loss or gradient that is not finite; 0: none"
     )
-    rehearsal: Bool = Field(
+    memory_check: Bool = Field(
         True, description="before the first step, run the longest row that may come, to see whether it fits in memory"
     )
     hang_minutes: Float | None = Field(
@@ -169,11 +169,14 @@ class TrainSettings(Section):
                 f"train.warmup_steps is {self.warmup_steps}, more than train.steps, {self.steps}",
                 "warm up over fewer steps or train longer",
             )
-        late = ", ".join(part for part, after in self.thaw.items() if self.steps is not None and after >= self.steps)
+        late = ", ".join(
+            part for part, after in self.unfreeze_after.items() if self.steps is not None and after >= self.steps
+        )
         if late:
             raise UserError(
-                f"train.thaw is {self.thaw}, but train.steps is {self.steps}: that of {late} would be ignored",
-                f"thaw {late} after fewer than {self.steps} steps, or train longer",
+                f"train.unfreeze_after is {self.unfreeze_after}, but train.steps is {self.steps}: "
+                f"that of {late} would be ignored",
+                f"unfreeze {late} after fewer than {self.steps} steps, or train longer",
             )
         if self.schedule == "constant" and self.min_lr:
             raise UserError(

@@ -66,12 +66,12 @@ class Settings(Section):
                 f"train.precision is fp8, but model.kernels is {self.model.kernels}: only Transformer Engine has fp8",
                 "set model.kernels to te, or train.precision to bf16",
             )
-        free = ", ".join(part for part in self.train.thaw if part not in self.model.freeze)
+        free = ", ".join(part for part in self.train.unfreeze_after if part not in self.model.freeze)
         if free:
             raise UserError(
-                f"train.thaw is {self.train.thaw}, but model.freeze is {self.model.freeze}: that of {free} would be "
-                "ignored",
-                f"remove {free} from train.thaw, or add it to model.freeze",
+                f"train.unfreeze_after is {self.train.unfreeze_after}, but model.freeze is "
+                f"{self.model.freeze}: that of {free} would be ignored",
+                f"remove {free} from train.unfreeze_after, or add it to model.freeze",
             )
         frozen = ", ".join(part for part in self.train.lr_scale if part in self.frozen())
         if frozen:
@@ -85,30 +85,33 @@ class Settings(Section):
                 "set model.load, or kl_to_start to 0",
             )
         check_seq_length(self.data.seq_length, self.parallel)
-        self._check_align()
+        self._check_pad_multiple()
         return self
 
     def frozen(self, step: int | None = None) -> list[str]:
         """Parts that do not learn in step ``step`` (from 1); without one, those that never do."""
-        thaw = self.train.thaw
-        return [p for p in self.model.freeze if p not in thaw or (step is not None and step <= thaw[p])]
+        unfreeze_after = self.train.unfreeze_after
+        return [
+            p for p in self.model.freeze if p not in unfreeze_after or (step is not None and step <= unfreeze_after[p])
+        ]
 
     @property
-    def row_align(self) -> int:
+    def pad_multiple(self) -> int:
         """Samples are padded in their rows to a multiple of this many tokens."""
-        return self.data.align or self.parallel.pieces
+        return self.data.pad_multiple or self.parallel.pieces
 
-    def _check_align(self) -> None:
-        if self.row_align % self.parallel.pieces:
+    def _check_pad_multiple(self) -> None:
+        if self.pad_multiple % self.parallel.pieces:
             raise UserError(
-                f"data.align is {self.data.align}, but context parallelism cuts each sample in 2 × parallel.context = "
-                f"{self.parallel.pieces} equal pieces",
-                f"set data.align to null or a multiple of {self.parallel.pieces}",
+                f"data.pad_multiple is {self.data.pad_multiple}, but context parallelism cuts each sample into "
+                f"2 × parallel.context = {self.parallel.pieces} equal pieces",
+                f"set data.pad_multiple to null or a multiple of {self.parallel.pieces}",
             )
-        if self.data.seq_length % self.row_align:
+        if self.data.seq_length % self.pad_multiple:
             raise UserError(
-                f"data.seq_length is {self.data.seq_length}, which is not divisible by data.align = {self.row_align}",
-                f"set data.seq_length to {-(-self.data.seq_length // self.row_align) * self.row_align}",
+                f"data.seq_length is {self.data.seq_length}, which is not divisible by data.pad_multiple = "
+                f"{self.pad_multiple}",
+                f"set data.seq_length to {-(-self.data.seq_length // self.pad_multiple) * self.pad_multiple}",
             )
 
 

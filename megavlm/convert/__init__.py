@@ -2,6 +2,6 @@
 
 from megavlm.convert.compare import Difference, compare
 from megavlm.convert.convert import HF_LAYOUT, hf_layout, hf_to_mcore, mcore_to_hf
-from megavlm.convert.layout import SHARDED_METADATA
+from megavlm.convert.tensor_order import SHARDED_METADATA
 
 __all__ = ["HF_LAYOUT", "SHARDED_METADATA", "Difference", "compare", "hf_layout", "hf_to_mcore", "mcore_to_hf"]

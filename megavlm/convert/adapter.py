@@ -13,7 +13,7 @@ from megavlm.config.adapter_section import AdapterSettings
 from megavlm.convert.hf_folder import short_list
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.convert.names import Entry
-from megavlm.convert.output import new_folder
+from megavlm.convert.new_output import new_folder
 from megavlm.convert.peft_config import ADAPTER_CONFIG, read_config, write_config
 from megavlm.convert.peft_names import (
     CHECKPOINT_PREFIX,

@@ -11,7 +11,7 @@ from megavlm.convert.convert import check_keys, check_names, rows
 from megavlm.convert.hf_folder import HfWeights
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.convert.names import Entry, table
-from megavlm.convert.output import progress_bar
+from megavlm.convert.new_output import progress_bar
 from megavlm.model.shapes import Shapes
 
 _MODEL_PARTS = ("vision.", "projector.", "language.")

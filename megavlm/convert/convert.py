@@ -9,9 +9,9 @@ from torch import Tensor
 from megavlm.base.errors import UserError
 from megavlm.convert.adapter import REWARD_HEAD, Adapter
 from megavlm.convert.hf_folder import HfLayout, HfWeights, HfWriter, copy_configuration, short_list
-from megavlm.convert.mcore_checkpoint import McoreCheckpoint, Source, write_checkpoint
+from megavlm.convert.mcore_checkpoint import McoreCheckpoint, TensorToWrite, write_checkpoint
 from megavlm.convert.names import Entry, table
-from megavlm.convert.output import new_folder, progress_bar
+from megavlm.convert.new_output import new_folder, progress_bar
 from megavlm.convert.threads import in_threads
 from megavlm.model import score_head
 from megavlm.model.shapes import Shapes
@@ -176,7 +176,7 @@ def check_keys(entries: list[Entry], checkpoint: McoreCheckpoint) -> None:
             )
 
 
-def _source(entry: Entry, weights: HfWeights, folder: Path) -> Source:
+def _source(entry: Entry, weights: HfWeights, folder: Path) -> TensorToWrite:
     infos = [weights.layout.tensors[name] for name in entry.hf]
     dtypes = {info.dtype for info in infos}
     if len(dtypes) > 1:
@@ -188,15 +188,15 @@ def _source(entry: Entry, weights: HfWeights, folder: Path) -> Source:
             parts = [part[first:last] for part in parts]
         return entry.layout.to_mcore(parts, (last - first, *entry.shape[1:]))
 
-    return Source(entry.key, entry.shape, infos[0].torch_dtype, load, entry.pieces)
+    return TensorToWrite(entry.key, entry.shape, infos[0].torch_dtype, load, entry.pieces)
 
 
-def _reward_head(file: Path, hidden: int) -> Source:
+def _reward_head(file: Path, hidden: int) -> TensorToWrite:
     weight = load_file(file).get("weight")
     if weight is None or weight.shape != (1, hidden):
         found = "no weight" if weight is None else f"one of shape {list(weight.shape)}"
         raise UserError(f"{file} has {found}; the head of this model is [1, {hidden}]")
-    return Source(score_head.KEY, (1, hidden), weight.dtype, lambda first, last: weight[first:last], 1)
+    return TensorToWrite(score_head.KEY, (1, hidden), weight.dtype, lambda first, last: weight[first:last], 1)
 
 
 def _piece_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:

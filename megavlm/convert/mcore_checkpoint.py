@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megavlm.base.errors import UserError
-from megavlm.convert.layout import Shape
+from megavlm.convert.tensor_order import Shape
 from megavlm.convert.threads import in_threads
 
 # Tensors of one file stay referenced until it is complete (torch's writer keeps them): THREADS times this, at most.
@@ -42,7 +42,7 @@ _COMMON_KEY = "common_state/shard_0_1"  # ShardedObject("common_state", …, (1,
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorToWrite:
     """One tensor to be written: ``load(first, last)`` gives its rows [first, last) of axis 0, on the CPU.
 
     ``pieces`` divides axis 0 into parts that are loaded and stored one at a time.
@@ -144,7 +144,7 @@ class _IntoOneTensor(dcp.DefaultLoadPlanner):
 
 
 def write_checkpoint(
-    path: Path, sources: Iterable[Source], common: dict, advance: Callable[[int], None] = lambda nbytes: None
+    path: Path, sources: Iterable[TensorToWrite], common: dict, advance: Callable[[int], None] = lambda nbytes: None
 ) -> None:
     """Write a torch_dist checkpoint into folder ``path``, holding at most 1.5 GiB of it in memory at a time.
 
@@ -181,7 +181,7 @@ def _no_checksums() -> Iterator[None]:
 class _LazyPlanner(dcp.DefaultSavePlanner):
     """Save planner over Sources instead of a state dict."""
 
-    def __init__(self, sources: Iterable[Source], common: dict, advance: Callable[[int], None]):
+    def __init__(self, sources: Iterable[TensorToWrite], common: dict, advance: Callable[[int], None]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._sources = {source.key: source for source in sources}
         self._common, self._advance = common, advance

@@ -10,7 +10,7 @@ from megavlm.convert.adapter import REWARD_HEAD, Adapter
 from megavlm.convert.convert import check_names, rows
 from megavlm.convert.hf_folder import HfWeights, HfWriter, copy_configuration, short_list
 from megavlm.convert.names import table
-from megavlm.convert.output import new_folder, progress_bar
+from megavlm.convert.new_output import new_folder, progress_bar
 from megavlm.convert.threads import in_threads
 from megavlm.model import score_head
 from megavlm.model.shapes import Shapes

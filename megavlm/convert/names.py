@@ -7,7 +7,7 @@ the error messages read this table; nothing else in the package spells an HF wei
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megavlm.convert.layout import Experts, FusedQkv, GroupedQkv, Layout, Same, Shape, Stacked
+from megavlm.convert.tensor_order import Experts, FusedQkv, GroupedQkv, Layout, Same, Shape, Stacked
 from megavlm.model.shapes import Shapes, TextShape
 
 HF_EMBEDDING = "model.language_model.embed_tokens.weight"

@@ -89,8 +89,8 @@ def read_config(folder: Path, shapes: Shapes) -> AdapterSettings:
     try:
         return _settings(config, shapes)
     except (KeyError, TypeError, ValueError, re.error) as error:
-        told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
-        raise UserError(f"{file} cannot be used: {told}", "name another folder") from None
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+        raise UserError(f"{file} cannot be used: {reason}", "name another folder") from None
 
 
 def _settings(config: dict, shapes: Shapes) -> AdapterSettings:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
-from megavlm.convert.layout import Experts, Shape
 from megavlm.convert.names import Entry, table
+from megavlm.convert.tensor_order import Experts, Shape
 from megavlm.model.shapes import Shapes
 
 CHECKPOINT_PREFIX = "adapter."

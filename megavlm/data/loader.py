@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader
 
 from megavlm.base.errors import UserError
 from megavlm.base.processes import end_with_parent
-from megavlm.data.draws import dealt_anew
+from megavlm.config.data_sections import DataSettings
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.rows import RowDataset
+from megavlm.data.sample_order import reshard
 from megavlm.data.sources import Source, open_sources
 
 _MOST_AHEAD = 16  # rows that a worker makes before they are taken: pixels are large
@@ -25,7 +26,7 @@ _MOST_AHEAD = 16  # rows that a worker makes before they are taken: pixels are l
 class RowLoader:
     """Iterates over rows without end. Made by ``build_loader``.
 
-    ``state_dict()`` holds the place of every worker of this rank behind the rows taken so far, and what waits in their
+    ``state_dict()`` holds the state of every worker of this rank after the rows taken so far, and what waits in their
     packing buffers (as line numbers, not as data); a loader built from the same settings and given that state by
     ``load_state_dict`` before its first row continues with the very row that would have come next.
 
@@ -61,7 +62,7 @@ class RowLoader:
         if isinstance(row, UserError):
             raise row
         self._taken += 1
-        self._dataset.places[row.place["worker"]] = row.place
+        self._dataset.loader_states[row.loader_state["worker"]] = row.loader_state
         return row
 
     @property
@@ -70,9 +71,9 @@ class RowLoader:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The state of each worker of this rank, for a checkpoint: strings, numbers, lists of them."""
-        ranks, places = self._dataset.workers.step, self._dataset.places
+        ranks, states = self._dataset.workers.step, self._dataset.loader_states
         return [
-            {"identity": self._identity, "rows": self._taken * ranks, "place": places.get(worker)}
+            {"identity": self._identity, "rows": self._taken * ranks, "place": states.get(worker)}
             for worker in self._dataset.workers
         ]
 
@@ -90,22 +91,22 @@ class RowLoader:
             if states[0]["identity"].get(name) != value:
                 raise UserError(
                     f"the checkpoint was written with {name} {states[0]['identity'].get(name)}, now it is {value}: "
-                    "the data cannot be continued from its place",
+                    "the data cannot be continued from where it was",
                     "resume with the settings of the interrupted run, or start a new run from its weights (model.load)",
                 )
         dataset = self._dataset
         if len(states) == dataset.num_workers:
             self._taken, rest = divmod(states[0]["rows"], dataset.workers.step)
             assert rest == 0, states[0]["rows"]  # every step takes as many rows on each rank
-            dataset.places = {w: states[w]["place"] for w in dataset.workers if states[w]["place"] is not None}
+            dataset.loader_states = {w: states[w]["place"] for w in dataset.workers if states[w]["place"] is not None}
             dataset.turn = self._taken % len(dataset.workers)
             return None
-        before = [state["place"] or dataset.start_of(number) for number, state in enumerate(states)]
-        draws = dealt_anew([place["draws"] for place in before], dataset.num_workers)
-        waiting = [sample for place in before for sample in place["waiting"]]
-        wanted = max(place["wanted"] for place in before)
-        dataset.places = {
-            w: {"worker": w, "draws": draws[w], "waiting": waiting[w :: dataset.num_workers], "wanted": wanted}
+        before = [state["place"] or dataset.initial_state(number) for number, state in enumerate(states)]
+        orders = reshard([state["draws"] for state in before], dataset.num_workers)
+        waiting = [sample for state in before for sample in state["waiting"]]
+        wanted = max(state["wanted"] for state in before)
+        dataset.loader_states = {
+            w: {"worker": w, "draws": orders[w], "waiting": waiting[w :: dataset.num_workers], "wanted": wanted}
             for w in dataset.workers
         }
         return (
@@ -120,7 +121,7 @@ class RowLoader:
 
 
 def build_loader(
-    settings: Any,
+    settings: DataSettings,
     renderer: Renderer,
     kind: Kind,
     *,
@@ -151,7 +152,7 @@ def build_loader(
         renderer,
         kind,
         buffer_size=settings.packing_buffer if settings.packing == "best_fit" else 1,
-        max_patches=settings.row_patches,
+        max_patches=settings.max_patches_per_row,
         seed=seed if settings.shuffle else None,
         first_worker=dp_rank,
         stride=dp_size,

@@ -15,7 +15,7 @@ KTO_FIELDS = ("prompt", "completion", "label")
 
 
 def split_pair(raw: Any, source: str) -> tuple[dict, dict, dict]:
-    """The conversation with the chosen answer, that with the rejected one, and the pair's facts (``margin``).
+    """The conversation with the chosen answer, that with the rejected one, and the pair's annotations (``margin``).
 
     Raises UserError for anything that is no pair.
     """
@@ -31,7 +31,7 @@ def split_pair(raw: Any, source: str) -> tuple[dict, dict, dict]:
 
 
 def split_judgement(raw: Any, source: str) -> tuple[dict, dict]:
-    """The conversation with the judged answer, and its facts (``desirable``).
+    """The conversation with the judged answer, and its annotations (``desirable``).
 
     Raises UserError for anything that is no judgement.
     """

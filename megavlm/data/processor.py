@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 from transformers.video_utils import VideoMetadata
 
 from megavlm.base.errors import UserError
+from megavlm.config.data_sections import DataSettings
 from megavlm.data.media import Picture, Video
 
 
@@ -46,7 +46,7 @@ class VisionProcessor:
         UserError: the folder has no Qwen3-VL processor, or the limits contradict each other.
     """
 
-    def __init__(self, hf_dir: Path, settings: Any):
+    def __init__(self, hf_dir: Path, settings: DataSettings):
         self.hf = _load(hf_dir)
         _apply_limits(self.hf, settings)
         pictures = self.hf.image_processor
@@ -155,7 +155,7 @@ def _grid_side(config: Path) -> int:
         raise UserError(f"{config}: vision_config.num_position_embeddings cannot be read: {error!r}") from error
 
 
-def _apply_limits(processor: Qwen3VLProcessor, settings: Any) -> None:
+def _apply_limits(processor: Qwen3VLProcessor, settings: DataSettings) -> None:
     """Write the settings' limits into the processor, so that it and our foresight of its sizes have one source."""
     pictures, videos = processor.image_processor, processor.video_processor
     least = settings.min_pixels or pictures.size["shortest_edge"]

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from megavlm.base.errors import UserError
 from megavlm.data.boxes import MARK as BOX_MARK
 from megavlm.data.boxes import Box, check_box
-from megavlm.data.faults import NO_TARGET, UnfitSample
+from megavlm.data.skipped_samples import NO_TARGET, UnfitSample
 
 Kind = Literal["tune", "pretrain", "prompt", "pair", "judged"]
 

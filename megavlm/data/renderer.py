@@ -9,18 +9,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from megavlm.base.errors import UserError
-from megavlm.data.faults import NO_TARGET, TOO_LONG, UnfitSample
+from megavlm.config.data_sections import DataSettings
 from megavlm.data.media import Find, find_picture, find_video
 from megavlm.data.positions import mrope_positions
 from megavlm.data.processor import Clip, Still, VisionProcessor
 from megavlm.data.records import Kind, Record, check_record
-from megavlm.data.row import IGNORE, Row, Sample, aligned, pack
+from megavlm.data.row import IGNORE, Row, Sample, pack, padded_length
+from megavlm.data.skipped_samples import NO_TARGET, TOO_LONG, UnfitSample
 from megavlm.data.template import ChatTemplate
 
 
@@ -38,7 +38,7 @@ class Draft:
         source: "file:line".
         index: place of the sample in its file.
         source_id: number of its source in the blend.
-        shares_media, facts: see ``Sample``.
+        shares_media, annotations: see ``Sample``.
         followers: samples that stand behind it in its row and share its media: other answers to the same prompt.
     """
 
@@ -52,7 +52,7 @@ class Draft:
     index: int
     source_id: int = 0
     shares_media: bool = False
-    facts: dict = field(default_factory=dict)
+    annotations: dict = field(default_factory=dict)
     followers: list["Draft"] = field(default_factory=list)
 
     @property
@@ -60,9 +60,9 @@ class Draft:
         """Pixel rows P that are to be read for the sample."""
         return 0 if self.shares_media else int(self.frame_grids.prod(axis=1).sum())
 
-    def room(self, align: int) -> int:
-        """Tokens that it takes in a row, with those that follow it."""
-        return sum(aligned(draft.length, align) for draft in (self, *self.followers))
+    def padded_length(self, multiple: int) -> int:
+        """Tokens that it takes in a row, padding included, with the samples that follow it."""
+        return sum(padded_length(draft.length, multiple) for draft in (self, *self.followers))
 
 
 class DraftError(Exception):
@@ -82,19 +82,19 @@ class Renderer:
     Args:
         hf_dir: folder with config.json, tokenizer and processor files.
         settings: the ``data`` section: seq_length, min_pixels, max_pixels, video_fps, video_max_frames.
-        align: samples are padded in their rows to a multiple of this many tokens (``Settings.row_align``).
+        pad_multiple: samples are padded in their rows to a multiple of this many tokens (``Settings.pad_multiple``).
 
     Raises:
         UserError: the folder has no Qwen3-VL processor, or the limits contradict each other.
     """
 
-    def __init__(self, hf_dir: str | Path, settings: Any, align: int = 1):
+    def __init__(self, hf_dir: str | Path, settings: DataSettings, pad_multiple: int = 1):
         # Workers are forked; the tokenizer's threads would not survive that, and one text at a time needs none.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.vision = VisionProcessor(Path(hf_dir), settings)
         self.processor = self.vision.hf
         self.tokenizer = self.processor.tokenizer
-        self.seq_length, self.align = settings.seq_length, align
+        self.seq_length, self.pad_multiple = settings.seq_length, pad_multiple
         self._truncates = settings.too_long == "truncate"
         self.pad_id = next(id for id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if id is not None)
         self._template = ChatTemplate(self.processor) if self.processor.chat_template else None
@@ -215,7 +215,7 @@ class Renderer:
             index=draft.index,
             source_id=draft.source_id,
             shares_media=draft.shares_media,
-            facts=draft.facts,
+            annotations=draft.annotations,
         )
 
     def pack(
@@ -229,7 +229,7 @@ class Renderer:
             pad_id=self.pad_id,
             grid_side=vision.grid_side,
             merge=vision.merge,
-            align=self.align,
+            pad_multiple=self.pad_multiple,
             patches=patches,
         )
 
@@ -287,7 +287,7 @@ class Renderer:
         if not draft.weights[1:].any():
             message = f"{draft.source}: nothing to learn: the sample has no target token"
             raise UnfitSample(NO_TARGET, message, "remove the sample")
-        if draft.room(self.align) > self.seq_length:
+        if draft.padded_length(self.pad_multiple) > self.seq_length:
             drafts = (draft, *draft.followers)
             visual = sum(int(d.repeats[self._is_visual(d.token_ids)].sum()) for d in drafts)
             raise UnfitSample(

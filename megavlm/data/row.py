@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavlm.data.faults import Fault
 from megavlm.data.positions import grid_interpolation, patch_coordinates
+from megavlm.data.skipped_samples import SkippedSample
 
 IGNORE = -100  # label of a position at which nothing is learned (torch's own convention)
 
@@ -32,7 +32,7 @@ class Sample:
         index: place of the sample in its file, from 0.
         source_id: number of its source in the blend.
         shares_media: its pictures and videos are those of the sample before it in the row; ``patches`` is empty.
-        facts: what its loss needs beside tokens (a pair's ``margin``, …).
+        annotations: what its loss needs beside tokens (a pair's ``margin``, …).
     """
 
     input_ids: Tensor
@@ -48,12 +48,12 @@ class Sample:
     index: int
     source_id: int = 0
     shares_media: bool = False
-    facts: dict = field(default_factory=dict)
+    annotations: dict = field(default_factory=dict)
 
 
-def aligned(length: int, align: int) -> int:
-    """`length` rounded up to a multiple of `align`."""
-    return -(-length // align) * align
+def padded_length(length: int, multiple: int) -> int:
+    """`length` rounded up to a multiple of `multiple`."""
+    return -(-length // multiple) * multiple
 
 
 @dataclass(kw_only=True)
@@ -66,9 +66,9 @@ class Row:
 
     Attributes:
         use_frames: int64 [U], the frame of each run of visual tokens, in the order of the row.
-        facts: of each sample, what its loss needs beside tokens.
+        annotations: of each sample, what its loss needs beside tokens.
         cu_seqlens: int32 [S + 1], where each segment starts, ending with T. The first ``num_samples`` segments are the
-            samples, each with the padding that aligns it; padding at the end of the row is one more.
+            samples, each with its own padding; padding at the end of the row is one more.
         sample_lengths: tokens of each sample, without padding.
         num_samples: samples in the row.
         num_tokens: tokens that are not padding.
@@ -79,8 +79,8 @@ class Row:
         sources: "file:line" of each sample.
         indices: place of each sample in its file.
         source_ids: number of each sample's source in the blend.
-        faults: samples that were passed over since the row before.
-        place: where the worker that made the row stands behind it (see ``RowDataset``).
+        skipped_samples: samples that were skipped since the previous row.
+        loader_state: state of the worker that made the row, after it (see ``RowDataset``).
     """
 
     input_ids: Tensor
@@ -104,13 +104,13 @@ class Row:
     sources: list[str]
     indices: list[int]
     source_ids: list[int]
-    facts: list[dict]
-    faults: list[Fault] = field(default_factory=list)
-    place: dict | None = None
+    annotations: list[dict]
+    skipped_samples: list[SkippedSample] = field(default_factory=list)
+    loader_state: dict | None = None
 
     @property
     def segment_lengths(self) -> list[int]:
-        """Tokens of each segment (aligned samples, then padding where there is any); sums to T."""
+        """Tokens of each segment (padded samples, then padding where there is any); sums to T."""
         return self.cu_seqlens.diff().tolist()
 
     def is_padding(self) -> Tensor:
@@ -142,26 +142,26 @@ def pack(
     pad_id: int,
     grid_side: int,
     merge: int,
-    align: int = 1,
+    pad_multiple: int = 1,
     patches: Tensor | None = None,
 ) -> Row:
     """Lay samples end to end in one row of exactly `seq_length` tokens.
 
     Args:
-        samples: at least one; together, each aligned, at most `seq_length` tokens.
+        samples: at least one; together, each padded, at most `seq_length` tokens.
         seq_length: tokens T of the row.
         pad_id: token that fills the rest.
         grid_side: side of the tower's learned position grid.
         merge: patches per side that one visual token joins.
-        align: each sample is padded to a multiple of this many tokens, which divides `seq_length`.
+        pad_multiple: each sample is padded to a multiple of this many tokens, which divides `seq_length`.
         patches: the patches of all samples, where they lie end to end already; None: they are copied together.
     """
     lengths = [len(sample.input_ids) for sample in samples]
-    starts = np.cumsum([0, *(aligned(length, align) for length in lengths)])
+    starts = np.cumsum([0, *(padded_length(length, pad_multiple) for length in lengths)])
     used = int(starts[-1])
     assert samples, "a row holds at least one sample"
     assert used <= seq_length, f"{used} tokens do not fit a row of {seq_length}"
-    assert seq_length % align == 0, f"rows of {seq_length} tokens, samples aligned to {align}"
+    assert seq_length % pad_multiple == 0, f"rows of {seq_length} tokens, samples padded to {pad_multiple}"
 
     def tokens(name: str, fill: float) -> Tensor:
         """Field `name` of all samples along the token axis (the last), padded with `fill`."""
@@ -200,7 +200,7 @@ def pack(
         sources=[sample.source for sample in samples],
         indices=[sample.index for sample in samples],
         source_ids=[sample.source_id for sample in samples],
-        facts=[sample.facts for sample in samples],
+        annotations=[sample.annotations for sample in samples],
     )
 
 

@@ -7,17 +7,17 @@ import torch
 from torch.utils.data import IterableDataset
 
 from megavlm.base.errors import UserError
-from megavlm.data.draws import Draws
-from megavlm.data.faults import TOO_LONG, Fault, UnfitSample
+from megavlm.data.answer_groups import draft_unit
 from megavlm.data.packing import best_fit
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Draft, DraftError, Renderer
 from megavlm.data.row import Row
+from megavlm.data.sample_order import SampleOrder
+from megavlm.data.skipped_samples import TOO_LONG, SkippedSample, UnfitSample
 from megavlm.data.sources import Source
-from megavlm.data.units import draft_unit
 
 _FIRST_DRAFTS = 50  # that wait when the first row is filled
-_MOST_FAULTS = 1000  # one after another: something is wrong with all of a source
+_MOST_SKIPPED = 1000  # one after another: something is wrong with all of a source
 
 
 class RowDataset(IterableDataset[Row]):
@@ -25,8 +25,8 @@ class RowDataset(IterableDataset[Row]):
 
     A row is filled from a buffer of drafts, which is refilled after each. The buffer is small at first and grows with
     each row, so that training need not wait for a thousand drafts. Samples that cannot be used are passed over; the
-    next row tells of them (``Row.faults``), and of the place behind it (``Row.place``), from which a worker that is
-    given it in ``places`` continues with the very row that would have come next.
+    next row carries them (``Row.skipped_samples``), and the worker's state after it (``Row.loader_state``). A worker
+    that is given that state in ``loader_states`` continues with the very row that would have come next.
 
     Args:
         sources: of the blend. renderer: makes drafts, completes and packs them. kind: what is learned.
@@ -54,7 +54,7 @@ class RowDataset(IterableDataset[Row]):
         self.max_patches, self.seed, self.num_workers = max_patches, seed, num_workers
         self.workers = range(first_worker, num_workers, stride)
         self.turn = 0  # which of this rank's workers gives the first row
-        self.places: dict[int, dict] = {}  # of workers that continue
+        self.loader_states: dict[int, dict] = {}  # of workers that continue
 
     def __iter__(self) -> Iterator[Row | UserError]:
         """Rows, and where none can come any more, as the last item, why.
@@ -69,21 +69,21 @@ class RowDataset(IterableDataset[Row]):
         except UserError as error:
             yield error
 
-    def start_of(self, worker: int) -> dict:
-        """The place of a worker that has made no row yet."""
+    def initial_state(self, worker: int) -> dict:
+        """The state of a worker that has made no row yet."""
         wanted = min(_FIRST_DRAFTS, self.buffer_size)
-        return {"worker": worker, "draws": self._draws(worker).state, "waiting": [], "wanted": wanted}
+        return {"worker": worker, "draws": self._sample_order(worker).state, "waiting": [], "wanted": wanted}
 
-    def _draws(self, worker: int) -> Draws:
+    def _sample_order(self, worker: int) -> SampleOrder:
         shares, counts = [s.share for s in self.sources], [len(s.file) for s in self.sources]
-        return Draws(shares, counts, self.seed, worker, self.num_workers)
+        return SampleOrder(shares, counts, self.seed, worker, self.num_workers)
 
     def _rows(self, worker: int) -> Iterator[Row]:
         counts = [len(source.file) for source in self.sources]
-        place = self.places.get(worker) or self.start_of(worker)
-        draws = self._draws(worker)
-        draws.state = copy.deepcopy(place["draws"])
-        wanted, waiting, faults = place["wanted"], [], []
+        state = self.loader_states.get(worker) or self.initial_state(worker)
+        order = self._sample_order(worker)
+        order.state = copy.deepcopy(state["draws"])
+        wanted, waiting, skipped_samples = state["wanted"], [], []
         seen: list[set[int]] = [set() for _ in self.sources]  # distinct bad samples of each since its last good one
 
         def add(source: int, index: int) -> None:
@@ -92,39 +92,41 @@ class RowDataset(IterableDataset[Row]):
                 waiting.append(draft)
                 seen[source].clear()
                 return
-            faults.append(draft)
+            skipped_samples.append(draft)
             seen[source].add(index)
             # all that there are; or many; or the same few, as long as no row comes: a worker may not meet others
-            if len(seen[source]) >= min(_MOST_FAULTS, counts[source]) or len(faults) >= _MOST_FAULTS:
+            if len(seen[source]) >= min(_MOST_SKIPPED, counts[source]) or len(skipped_samples) >= _MOST_SKIPPED:
                 raise _useless(self.sources[source], len(seen[source]), draft)
 
-        for source, index in place["waiting"]:
+        for source, index in state["waiting"]:
             add(source, index)
         while True:
             while len(waiting) < wanted:
-                add(*next(draws))
+                add(*next(order))
             wanted = min(wanted * 9 // 8 + 1, self.buffer_size)
-            lengths = [draft.room(self.renderer.align) for draft in waiting]
+            lengths = [draft.padded_length(self.renderer.pad_multiple) for draft in waiting]
             patches = [draft.num_patches for draft in waiting] if self.max_patches else None
-            places = best_fit(lengths, self.renderer.seq_length, patches, self.max_patches)
-            chosen = [waiting[place] for place in places]
-            for place in reversed(places):
-                waiting.pop(place)
-            row = self._completed(chosen, faults)
+            chosen_at = best_fit(lengths, self.renderer.seq_length, patches, self.max_patches)
+            chosen = [waiting[index] for index in chosen_at]
+            for index in reversed(chosen_at):
+                waiting.pop(index)
+            row = self._completed(chosen, skipped_samples)
             if row is None:
-                if len(faults) >= min(_MOST_FAULTS, 2 * sum(counts)):
-                    raise _useless(self.sources[faults[-1].source_id], len(faults), faults[-1])
+                if len(skipped_samples) >= min(_MOST_SKIPPED, 2 * sum(counts)):
+                    raise _useless(
+                        self.sources[skipped_samples[-1].source_id], len(skipped_samples), skipped_samples[-1]
+                    )
                 continue
-            row.faults, faults = faults, []
-            row.place = {
+            row.skipped_samples, skipped_samples = skipped_samples, []
+            row.loader_state = {
                 "worker": worker,
-                "draws": copy.deepcopy(draws.state),
+                "draws": copy.deepcopy(order.state),
                 "waiting": [(draft.source_id, draft.index) for draft in waiting],
                 "wanted": wanted,
             }
             yield row
 
-    def draft(self, source: int, index: int) -> Draft | Fault:
+    def draft(self, source: int, index: int) -> Draft | SkippedSample:
         """Sample `index` of source number `source` without its pixels, or what is wrong with it."""
         file = self.sources[source].file
         name = file.source(index)
@@ -133,29 +135,29 @@ class RowDataset(IterableDataset[Row]):
             if self.max_patches and draft.num_patches > self.max_patches:
                 raise UnfitSample(
                     TOO_LONG,
-                    f"{name}: the sample has {draft.num_patches} patches, more than data.row_patches",
-                    "raise data.row_patches, or lower data.max_pixels or data.video_max_frames",
+                    f"{name}: the sample has {draft.num_patches} patches, more than data.max_patches_per_row",
+                    "raise data.max_patches_per_row, or lower data.max_pixels or data.video_max_frames",
                 )
         except MemoryError:
             raise
         except Exception as error:  # whatever a file may hold, it costs one sample
-            return Fault.of(source, name, error)
+            return SkippedSample.of(source, name, error)
         for sample in (draft, *draft.followers):
             sample.source_id = source
         return draft
 
-    def _completed(self, chosen: list[Draft], faults: list[Fault]) -> Row | None:
+    def _completed(self, chosen: list[Draft], skipped_samples: list[SkippedSample]) -> Row | None:
         """The row of those that have all their pixels; None if none has."""
         while chosen:
             try:
                 return self.renderer.complete_row(chosen)
             except DraftError as error:
                 draft = chosen.pop(error.place)
-                faults.append(Fault.of(draft.source_id, draft.source, error.__cause__))
+                skipped_samples.append(SkippedSample.of(draft.source_id, draft.source, error.__cause__))
         return None
 
 
-def _useless(source: Source, count: int, last: Fault) -> UserError:
+def _useless(source: Source, count: int, last: SkippedSample) -> UserError:
     return UserError(
         f"data source {source.name} ({source.file.path}): {count} samples one after another cannot be used; "
         f"the last one, {last.sample}: {last.cause}",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megavlm.base.errors import UserError
+from megavlm.config.data_sections import DataSettings
 from megavlm.data.files import is_folder
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.media import Find
@@ -47,7 +48,7 @@ def open_file(path: str | Path) -> SampleFile:
     return ShardFolder(path) if folder else JsonlFile(path)
 
 
-def open_sources(settings: Any) -> list[Source]:
+def open_sources(settings: DataSettings) -> list[Source]:
     """The training sources of the ``data`` section, opened, with nested blends and the replay source worked out.
 
     Raises:

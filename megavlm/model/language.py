@@ -161,14 +161,14 @@ class LanguageModel(LanguageModule):
             sequence_parallel=self.config.sequence_parallel, chunk_tokens=chunk_tokens,
         )  # fmt: skip
 
-    def scores(self, hidden: Tensor, places: Tensor) -> Tensor:
+    def scores(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Scores of tokens that may lie on other ranks: float32 [n], 0 for those.
 
         Args:
             hidden: [t, 1, hidden], this rank's slice of the row.
-            places: int64 [n], where in the slice each token stands, -1 where it is another rank's.
+            positions: int64 [n], where in the slice each token stands, -1 where it is another rank's.
         """
-        return self.score_head(hidden.squeeze(1)[places.clamp(min=0)]) * (places >= 0)
+        return self.score_head(hidden.squeeze(1)[positions.clamp(min=0)]) * (positions >= 0)
 
     def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """float32 [n, vocabulary] at positions [n] of the whole row, on every tensor rank; for generation only."""

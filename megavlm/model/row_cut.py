@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RowCut:
-    """The places of one row's tokens.
+    """The positions of one row's tokens.
 
     Attributes:
         order: int64 [context, T / context], positions in the row of the tokens that each context rank holds.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavlm.model.deal import Exchange, Place
+from megavlm.model.frame_balance import Exchange, RankShare
 from megavlm.model.projector import Projector
 from megavlm.model.vision import Frames, VisionTower
 from megavlm.platform import device
@@ -24,7 +24,7 @@ class TowerPhase:
     Args:
         vision, projector: the modules; parameters that do not require grad are frozen, as long as that is so.
         group: ranks that share the window's frames.
-        places: what each of them needs.
+        shares: what each of them needs.
         recompute: encode without keeping activations, and again in ``backward``.
         chunk_patches: most patches encoded at a time; a larger frame is a chunk of its own.
         offload: features that wait for the decoder, and pixels that wait to be encoded again, are in host memory.
@@ -37,15 +37,15 @@ class TowerPhase:
         vision: VisionTower,
         projector: Projector,
         group: dist.ProcessGroup,
-        places: list[Place],
+        shares: list[RankShare],
         *,
         recompute: bool,
         chunk_patches: int,
         offload: bool = False,
     ):
         self.vision, self.projector = vision, projector
-        self.group, self.places = group, places
-        self.place = places[group.rank()]
+        self.group, self.shares = group, shares
+        self.share = shares[group.rank()]
         self.recompute, self.chunk_patches = recompute, chunk_patches
         self.waiting_device = torch.device("cpu") if offload else device()
         self.frames_encoded = 0
@@ -71,7 +71,7 @@ class TowerPhase:
         Returns:
             per micro-batch (positions int64 [n], features [planes, n, hidden]); the features are leaves whose ``grad``
             the decoder's backward fills, if anything in the tower learns; with ``offload`` they are in host memory, and
-            so their gradients return to it. ``planes`` are those of this rank's place.
+            so their gradients return to it. ``planes`` are those of this rank's share of the features.
         """
         self._exchange, self._chunks, self._outputs = exchange, _chunks(frames, self.chunk_patches), []
         self.frames_encoded += len(frames.lengths)
@@ -121,7 +121,7 @@ class TowerPhase:
         """Gradient of this rank's own features, summed over the ranks that used them: [num_planes, N_own, hidden]."""
         exchange = self._exchange
         used = torch.zeros(sum(exchange.receive_counts), self.hidden, device=device(), dtype=self._dtype)
-        if self.place.gives_gradient:
+        if self.share.gives_gradient:
             for index, features in zip(exchange.take, self._features, strict=True):
                 if features.grad is not None:
                     grad = features.grad.to(used.device, non_blocking=True)

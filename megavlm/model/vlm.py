@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megavlm.model.configs import decoder_config, tower_config
-from megavlm.model.deal import Place
+from megavlm.model.frame_balance import RankShare
 from megavlm.model.kernels import provider, resolve
 from megavlm.model.language import LanguageModel
 from megavlm.model.projector import Projector
@@ -28,7 +28,7 @@ class VLM:
         shapes: the model's numbers.
         settings: the run's settings (sections model, parallel, vision, train are read).
         groups: from ``megavlm.platform.init``.
-        share_frames: whether ``vision.deal`` may be obeyed: data ranks that share frames must take the same steps.
+        share_frames: whether ``vision.balance`` may be obeyed: data ranks that share frames must take the same steps.
         score_head: with the head of a reward model, which learns even where the decoder is frozen.
     Attributes:
         vision, projector: replicated modules. language: one LanguageModel per virtual pipeline chunk.
@@ -77,13 +77,13 @@ class VLM:
                 chunk.score_head.requires_grad_(True)
                 if not shapes.tied:  # scores do not use it: without gradients, weight decay alone would change it
                     chunk.output_layer.requires_grad_(False)
-        self.dealt_over_world = share_frames and settings.vision.deal == "world"
+        self.balanced_over_world = share_frames and settings.vision.balance == "world"
         self.tuning = None  # the adapters, where there are any (``adapters.attach.Tuning``)
         self.tower = TowerPhase(
             self.vision,
             self.projector,
-            dist.group.WORLD if self.dealt_over_world else groups.model_parallel,
-            self._places(),
+            dist.group.WORLD if self.balanced_over_world else groups.model_parallel,
+            self._shares(),
             recompute=settings.vision.recompute,
             chunk_patches=settings.vision.chunk_patches,
             offload=settings.vision.offload,
@@ -101,7 +101,7 @@ class VLM:
 
     @property
     def linear_cost(self) -> float:
-        """Matrix products of a patch in a tower layer, in units of one query-key pair; see ``deal_frames``.
+        """Matrix products of a patch in a tower layer, in units of one query-key pair; see ``balance_frames``.
 
         A pair costs 2 × hidden multiplications in a layer, a patch 4 × hidden² + 2 × hidden × ffn, and in each merger a
         quarter of joined² + joined × out.
@@ -118,23 +118,23 @@ class VLM:
         end = first + get_num_layers_to_build(config, vp_stage, pipeline_rank)
         return [k for k in range(len(self.shapes.vision.deepstack_layers)) if first <= k < end]
 
-    def _places(self) -> list[Place]:
+    def _shares(self) -> list[RankShare]:
         """What each rank of the group that shares the frames needs."""
-        places = self._places_of_a_row()
-        if not self.dealt_over_world:
-            return places
+        shares = self._shares_of_a_row()
+        if not self.balanced_over_world:
+            return shares
         by_rank = {
-            rank: replace(place, data_rank=data_rank)
-            for data_rank, ranks in enumerate(self.groups.members)
-            for rank, place in zip(ranks, places, strict=True)
+            rank: replace(share, dp_rank=dp_rank)
+            for dp_rank, ranks in enumerate(self.groups.members)
+            for rank, share in zip(ranks, shares, strict=True)
         }
         return [by_rank[rank] for rank in range(len(by_rank))]
 
-    def _places_of_a_row(self) -> list[Place]:
+    def _shares_of_a_row(self) -> list[RankShare]:
         """For the ranks of a model-parallel group, which run over tensor fastest, then context, then pipeline."""
         parallel = self.parallel
         chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
-        places = []
+        shares = []
         for pipeline_rank in range(parallel.pipeline):
             levels = [k for chunk in chunks for k in self.chunk_levels(pipeline_rank, chunk)]
             planes = ((0,) if pipeline_rank == 0 else ()) + tuple(1 + k for k in levels)
@@ -143,8 +143,8 @@ class VLM:
                     cut, gives_gradient = (parallel.tensor, tensor_rank), True
                 else:
                     cut, gives_gradient = (1, 0), tensor_rank == 0
-                places.append(Place(parallel.context, context_rank, *cut, planes, gives_gradient))
-        return places
+                shares.append(RankShare(parallel.context, context_rank, *cut, planes, gives_gradient))
+        return shares
 
     def sharded_state_dict(self, metadata: dict) -> dict:
         """Megatron ShardedTensors of all weights, by checkpoint key."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megavlm.base.errors import UserError
-from megavlm.data.faults import BROKEN, Fault
+from megavlm.data.skipped_samples import BROKEN, SkippedSample
 from megavlm.monitor.metrics import append_lines, drop_after, read_lines
 from megavlm.platform import Groups
 
@@ -22,7 +22,7 @@ _TOLD = 3  # on the terminal, of each source
 
 
 class DataErrors:
-    """Takes down the faults of each step. Made on all ranks; the first one writes.
+    """Records the skipped samples of each step. Made on all ranks; the first one writes.
 
     Args:
         output: the run's folder. resume_step: lines of later steps are dropped: they will come again.
@@ -47,12 +47,12 @@ class DataErrors:
             drop_after(self.path, resume_step)
             self._listed = {line["sample"]: line["kind"] for line in read_lines(self.path)}
 
-    def take(self, step: int, counts: dict[str, float], faults: list[Fault]) -> dict[str, int]:
-        """Takes down the faults of a step. Call it on all ranks.
+    def take(self, step: int, counts: dict[str, float], skipped_samples: list[SkippedSample]) -> dict[str, int]:
+        """Records the skipped samples of a step. Call it on all ranks.
 
         Args:
             counts: of ``StepResult``, the same on all ranks.
-            faults: of this data rank's rows.
+            skipped_samples: of this data rank's rows.
 
         Returns:
             on rank 0 the fields for metrics.jsonl: ``bad_samples`` and ``dropped_samples``, found so far in this run.
@@ -60,13 +60,13 @@ class DataErrors:
         Raises:
             UserError: the disk is full.
         """
-        if counts["faults"]:
-            faults = self._gathered(faults)
-            for fault in faults:
-                if fault.kind == BROKEN:
-                    self._first.setdefault(self._names[fault.source_id], fault)
+        if counts["skipped_samples"]:
+            skipped_samples = self._gathered(skipped_samples)
+            for skipped in skipped_samples:
+                if skipped.kind == BROKEN:
+                    self._first.setdefault(self._names[skipped.source_id], skipped)
             if dist.get_rank() == 0:
-                self._write(step, faults)
+                self._write(step, skipped_samples)
         for name in self._names:
             self._drawn[name] += int(counts[f"records/{name}"] + counts[f"broken/{name}"])
             self._broken[name] += int(counts[f"broken/{name}"])
@@ -87,24 +87,30 @@ class DataErrors:
                 )
         return None
 
-    def _gathered(self, faults: list[Fault]) -> list[Fault]:
-        """All data ranks' faults, on all ranks."""
+    def _gathered(self, skipped_samples: list[SkippedSample]) -> list[SkippedSample]:
+        """All data ranks' skipped samples, on all ranks."""
         boxes = [None] * dist.get_world_size()
-        dist.all_gather_object(boxes, faults if self._groups.is_leader else [], group=self._groups.world_host)
-        return [fault for box in boxes for fault in box]
+        dist.all_gather_object(boxes, skipped_samples if self._groups.is_leader else [], group=self._groups.world_host)
+        return [skipped for box in boxes for skipped in box]
 
-    def _write(self, step: int, faults: list[Fault]) -> None:
+    def _write(self, step: int, skipped_samples: list[SkippedSample]) -> None:
         lines = []
-        for fault in faults:
-            if fault.sample in self._listed:  # it came in an earlier epoch
+        for skipped in skipped_samples:
+            if skipped.sample in self._listed:  # it came in an earlier epoch
                 continue
-            self._listed[fault.sample] = fault.kind
-            name = self._names[fault.source_id]
-            line = {"step": step, "source": name, "sample": fault.sample, "kind": fault.kind, "cause": fault.cause}
+            self._listed[skipped.sample] = skipped.kind
+            name = self._names[skipped.source_id]
+            line = {
+                "step": step,
+                "source": name,
+                "sample": skipped.sample,
+                "kind": skipped.kind,
+                "cause": skipped.cause,
+            }
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             self._told[name] += 1
             if self._told[name] <= _TOLD:
-                self._say(f"{fault.kind} sample left out: {fault.sample}: {fault.cause}")
+                self._say(f"{skipped.kind} sample left out: {skipped.sample}: {skipped.cause}")
             if self._told[name] == _TOLD:
                 self._say(f"more such samples of {name} are named in {self.path} alone")
         if lines:

@@ -31,7 +31,7 @@ def collective_minutes(hang_minutes: float | None) -> float:
 class HangWatch:
     """Watches this process from a thread of its own; use it as a context manager.
 
-    If ``minutes`` pass without a ``beat``, the Python stacks of all threads go to standard error and to
+    If ``minutes`` pass without a ``heartbeat``, the Python stacks of all threads go to standard error and to
     ``OUTPUT/stacks/rankN.txt``, and the process ends with status 1; torchrun, srun and `--nproc` then end the others.
     A process so stuck that no Python thread runs (one of them keeps the interpreter's lock) is ended by faulthandler's
     own watchdog a little later, with its stacks on standard error alone.
@@ -56,7 +56,7 @@ class HangWatch:
         rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         return cls(settings.train.hang_minutes, settings.output, rank, world_size)
 
-    def beat(self, done: str) -> None:
+    def heartbeat(self, done: str) -> None:
         """A sign of progress. ``done``: what has just ended, for the message."""
         if self._limit is None:
             return
@@ -68,7 +68,7 @@ class HangWatch:
         return min(_MOST_GRACE, self._limit)
 
     def __enter__(self) -> "HangWatch":
-        self.beat("the start of the process")
+        self.heartbeat("the start of the process")
         if self._limit is not None:
             self._thread.start()
         return self

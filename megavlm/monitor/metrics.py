@@ -29,7 +29,7 @@ Those that the training loop adds:
     tower_imbalance     seconds_tower_max / seconds_tower, from 1; null where no rank took any time
     slowest_rank        rank with the most of both together: its own waiting for rows and its own time in the tower
     loss/NAME           with several sources of data: the loss of one of them over its own targets; null without any
-    lr/PART             with train.lr_scale or train.thaw: the learning rate of a part, 0.0 while it is frozen
+    lr/PART             with train.lr_scale or train.unfreeze_after: the learning rate of a part, 0.0 while it is frozen
     samples/NAME        and target_tokens/NAME: how many of the step's came from it
     bad_samples         samples that could not be read, found so far in this run (each once), and dropped_samples: sound
                         ones that fit no row; data_errors.jsonl names them

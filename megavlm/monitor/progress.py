@@ -132,14 +132,16 @@ class Progress:
         )
         if not self._line:
             return Group(bar, Text("waiting for the first step", style="dim"))
-        facts = [Text.assemble((f"{name} ", "dim"), (value, style)) for name, value, style, _ in _facts(self._line)]
-        return Group(bar, *_fill_lines(facts, self._console.width))
+        annotations = [
+            Text.assemble((f"{name} ", "dim"), (value, style)) for name, value, style, _ in _facts(self._line)
+        ]
+        return Group(bar, *_fill_lines(annotations, self._console.width))
 
 
-def _fill_lines(facts: list[Text], width: int) -> list[Text]:
-    """The facts side by side on as many lines as they need; none is cut in two."""
-    lines = [facts[0]]
-    for fact in facts[1:]:
+def _fill_lines(annotations: list[Text], width: int) -> list[Text]:
+    """The annotations side by side on as many lines as they need; none is cut in two."""
+    lines = [annotations[0]]
+    for fact in annotations[1:]:
         joined = Text.assemble(lines[-1], "  ", fact)
         if joined.cell_len <= width:
             lines[-1] = joined
@@ -150,13 +152,15 @@ def _fill_lines(facts: list[Text], width: int) -> list[Text]:
 
 def plain_line(line: Mapping[str, Any], total_steps: int, remaining_seconds: float | None) -> str:
     """One step as one line of text, its columns aligned with those of the other steps."""
-    facts = "  ".join(f"{name} {value:<{width}}" for name, value, _, width in _facts(line))
-    return f"step {line['step']:>{len(str(total_steps))}}/{total_steps}  {facts}  left {duration(remaining_seconds)}"
+    annotations = "  ".join(f"{name} {value:<{width}}" for name, value, _, width in _facts(line))
+    return (
+        f"step {line['step']:>{len(str(total_steps))}}/{total_steps}  {annotations}  left {duration(remaining_seconds)}"
+    )
 
 
 def _facts(line: Mapping[str, Any]) -> list[tuple[str, str, str, int]]:
     """(name, value, style, width in a plain line) of the numbers shown."""
-    facts = [
+    annotations = [
         ("loss", number(line["loss"]), "bold green", 6),
         ("lr", f"{line['lr']:.2e}", "", 8),
         ("grad norm", number(line["grad_norm"], 3), "", 6),
@@ -166,4 +170,4 @@ def _facts(line: Mapping[str, Any]) -> list[tuple[str, str, str, int]]:
         ("MFU", percent(line["mfu"]), "", 6),
         ("GiB", number(line["memory_gib"], 3), "", 4),
     ]
-    return [fact for fact in facts if not (fact[0] == "MFU" and line["mfu"] is None)]
+    return [fact for fact in annotations if not (fact[0] == "MFU" and line["mfu"] is None)]

@@ -78,7 +78,7 @@ def state(optimization) -> dict[str, ShardedTensor]:
     """All tensors of the optimizers on this rank, float32 weights among them, to be saved or loaded into.
 
     Ranks that hold the same pieces save them once. Optimizers that have no state yet get that of one that has seen
-    nothing. The numbers of steps are not in it (``Optimization.updates``).
+    nothing. The numbers of steps are not in it (``Optimizers.updates``).
     """
     return {
         key: ShardedTensor.from_rank_offsets(key, tensor, replica_id=replica)

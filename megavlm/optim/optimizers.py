@@ -2,7 +2,7 @@
 
 Megatron's DistributedDataParallel and optimizers are built per part: the tower's and the projector's over the whole
 world (their frames are dealt over all ranks), the decoder's over its data ranks. So each part's gradient norm is at
-hand, a frozen part costs nothing until it thaws, and all of them are clipped and stepped as one.
+hand, a frozen part costs nothing until it is unfrozen, and all of them are clipped and stepped as one.
 """
 
 import torch
@@ -20,14 +20,14 @@ from megavlm.optim.grad_stats import GradStats, read_grad_stats
 from megavlm.platform import device
 
 
-class Optimization:
+class Optimizers:
     """Everything that turns gradients into weights.
 
     Attributes:
         ddp: per learning part, one DistributedDataParallel per module (several under virtual pipelining).
         parts: per learning part, Megatron's optimizers (two where it has experts).
         optimizer: Megatron's ChainedOptimizer over all parts. scheduler: its OptimizerParamScheduler.
-        thawed_at: of a part that has thawed, how many updates the others had then; its own count begins there.
+        unfrozen_at: for each part that was unfrozen during the run, the number of updates done before that.
     """
 
     def __init__(self, vlm: VLM, train):
@@ -51,7 +51,7 @@ class Optimization:
         self._ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
         self.ddp: dict[str, list[DistributedDataParallel]] = {}
         self.parts: dict[str, list] = {}
-        self.thawed_at: dict[str, int] = {}
+        self.unfrozen_at: dict[str, int] = {}
         for part in PARTS:
             self._build(part)
         self.optimizer = self._chained()
@@ -112,18 +112,20 @@ class Optimization:
         """Megatron's ProcessGroupCollection of a part."""
         return self._vlm.groups.language if part == "language" else self._vlm.groups.tower
 
-    def thaw(self, step: int) -> list[str]:
-        """Before ``step`` (from 1): parts of ``train.thaw`` that learn in it and did not yet. Call it on all ranks.
+    def unfreeze(self, step: int) -> list[str]:
+        """Before ``step`` (from 1): starts training the frozen parts that are due and returns them. Call on all ranks.
 
         Each gets its gradient buffers and an optimizer that has seen nothing, and takes the schedule where it stands.
         Their weights are to be final: optimizers keep a float32 copy of them.
         """
-        due = [part for part, after in self.train.thaw.items() if after < step and part not in self.thawed_at]
+        due = [
+            part for part, after in self.train.unfreeze_after.items() if after < step and part not in self.unfrozen_at
+        ]
         for part in due:
             for module in self._vlm.modules_of(part):
                 module.requires_grad_(True)
             self._build(part)
-            self.thawed_at[part] = self.scheduler.num_steps
+            self.unfrozen_at[part] = self.scheduler.num_steps
         if due:
             self.optimizer = self.scheduler.optimizer = self._chained()
             self.scheduler.step(increment=0)  # tells the new ones their learning rate
@@ -131,7 +133,7 @@ class Optimization:
 
     def updates(self, part: str) -> int:
         """How often the weights of a part have been updated."""
-        return self.scheduler.num_steps - self.thawed_at.get(part, 0)
+        return self.scheduler.num_steps - self.unfrozen_at.get(part, 0)
 
     @property
     def lr(self) -> float:

@@ -18,7 +18,7 @@ from megavlm.config.settings import Settings
 from megavlm.data.row import IGNORE, Row, Sample, pack
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import PARTS, VLM
-from megavlm.optim.optimizers import Optimization
+from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import absent_world
 from megavlm.pretrain import stages
 from megavlm.runtime.feed import Feed, StepRows
@@ -70,7 +70,7 @@ def dry_run(settings: Settings, verb: str, world_size: int) -> list[Held]:
         model = model.model_copy(update={"adapter": None})  # a fresh one is of the same size
     precision = "bf16" if settings.train.precision == "fp8" else settings.train.precision
     train = settings.train.model_copy(update={"precision": precision})
-    vision = settings.vision.model_copy(update={"deal": "model_parallel", "offload": False})
+    vision = settings.vision.model_copy(update={"balance": "model_parallel", "offload": False})
     settings = settings.model_copy(update={"model": model, "train": train, "vision": vision})
     ranks = sorted({0, world_size // pipeline * (pipeline - 1)})
     return [_run(settings, method, rank, world_size) for rank in ranks]
@@ -80,53 +80,53 @@ def _run(settings: Settings, method: Method, rank: int, world_size: int) -> Held
     with absent_world(rank, world_size):
         with torch.device("meta"):
             session = start(settings, training=True, load=False, score_head=method.scores)
-        optimization = Optimization(session.vlm, settings.train)
-        reached = _pass(session, method, optimization) if session.shapes.text.moe is None else None
-        return _held(session.vlm, optimization, rank, reached)
+        optimizers = Optimizers(session.vlm, settings.train)
+        reached = _pass(session, method, optimizers) if session.shapes.text.moe is None else None
+        return _held(session.vlm, optimizers, rank, reached)
 
 
 def _parameters(vlm: VLM) -> dict[str, list[nn.Parameter]]:
     return {part: [p for module in vlm.modules_of(part) for p in module.parameters()] for part in PARTS}
 
 
-def _held(vlm: VLM, optimization: Optimization, rank: int, reached: dict[str, int] | None) -> Held:
+def _held(vlm: VLM, optimizers: Optimizers, rank: int, reached: dict[str, int] | None) -> Held:
     parts = _parameters(vlm)
-    buffers = [b for ddps in optimization.ddp.values() for d in ddps for b in (*d.buffers, *d.expert_parallel_buffers)]
-    updated = [p for group in optimization.optimizer.param_groups for p in group["params"]]
+    buffers = [b for ddps in optimizers.ddp.values() for d in ddps for b in (*d.buffers, *d.expert_parallel_buffers)]
+    updated = [p for group in optimizers.optimizer.param_groups for p in group["params"]]
     weights = sum(p.nbytes for ps in parts.values() for p in ps)
     if vlm.tuning is not None and vlm.tuning.settings.quantize:
         double = vlm.tuning.settings.quantize == "nf4_double"
         frozen = [linear.weight for linear in vlm.tuning.linears]
         weights += sum(nf4.nbytes_of(weight.numel(), double=double) - weight.nbytes for weight in frozen)
-    copy = 4 if optimization.train.precision != "fp32" else 0
+    copy = 4 if optimizers.train.precision != "fp32" else 0
     return Held(
         rank=rank,
         parameters={part: sum(p.numel() for p in ps) for part, ps in parts.items()},
         learning={part: sum(p.numel() for p in ps if p.requires_grad) for part, ps in parts.items()},
         weights=weights,
         gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
-        optimizer=sum(4 * _state(optimization, p) + copy * p.numel() for p in updated),
+        optimizer=sum(4 * _state(optimizers, p) + copy * p.numel() for p in updated),
         reached=reached,
     )
 
 
-def _state(optimization: Optimization, parameter: torch.Tensor) -> int:
+def _state(optimizers: Optimizers, parameter: torch.Tensor) -> int:
     """Numbers that the optimizer keeps of a parameter beside a copy of it."""
-    if optimization.train.optimizer == "galore":
-        inside = (opt.optimizer for opts in optimization.parts.values() for opt in opts)
+    if optimizers.train.optimizer == "galore":
+        inside = (opt.optimizer for opts in optimizers.parts.values() for opt in opts)
         owner = next(
             opt for opt in inside if any(parameter is p for group in opt.param_groups for p in group["params"])
         )
         return sum(math.prod(shape) for shape in owner.state_shapes(parameter).values())
-    return 2 * parameter.numel() if optimization.train.optimizer == "adam" else 0
+    return 2 * parameter.numel() if optimizers.train.optimizer == "adam" else 0
 
 
-def _pass(session: Session, method: Method, optimization: Optimization) -> dict[str, int]:
+def _pass(session: Session, method: Method, optimizers: Optimizers) -> dict[str, int]:
     """Rows that fill the pipeline, forward and backward. Returns ``Held.reached``."""
     settings, num_rows = session.settings, session.settings.parallel.pipeline
     feed = _Rows(session.vlm, [_row(settings, session.shapes)] * num_rows)
     names = [source.label for source in settings.data.leaves.values()]
-    step = Step(session.vlm, optimization, feed, num_rows, method.bare_objective(session), None, names)
+    step = Step(session.vlm, optimizers, feed, num_rows, method.bare_objective(session), None, names)
     session.vlm.decoder_config.batch_p2p_comm = False  # torch joins no sends of meta tensors
     reached = set()
     for parameter in (p for ps in _parameters(session.vlm).values() for p in ps if p.requires_grad):
@@ -153,9 +153,9 @@ class _Rows(Feed):
 
 def _row(settings: Settings, shapes: Shapes) -> Row:
     """Two answers of half a row, which share a small picture for each rank of a model-parallel group (if they fit)."""
-    parallel, vision, align = settings.parallel, shapes.vision, settings.row_align
+    parallel, vision, pad_multiple = settings.parallel, shapes.vision, settings.pad_multiple
     merge = vision.spatial_merge_size
-    length = settings.data.seq_length // 2 // align * align
+    length = settings.data.seq_length // 2 // pad_multiple * pad_multiple
     visual_tokens = _FRAME[0] * _FRAME[1] // merge**2
     count = min(parallel.tensor * parallel.context * parallel.pipeline, (length - 1) // visual_tokens)
     is_target = torch.arange(length) < length - 1
@@ -171,9 +171,11 @@ def _row(settings: Settings, shapes: Shapes) -> Row:
         num_videos=0,
         source="dry run",
         index=0,
-        facts={"margin": 0.0, "desirable": True, "ref": 0.0},
+        annotations={"margin": 0.0, "desirable": True, "ref": 0.0},
     )
-    facts = {"mismatched": True, "side": "rejected", "ref": 0.0}
-    other = replace(sample, shares_media=True, patches=sample.patches[:0], facts=facts)
+    annotations = {"mismatched": True, "side": "rejected", "ref": 0.0}
+    other = replace(sample, shares_media=True, patches=sample.patches[:0], annotations=annotations)
     samples = [sample, other]
-    return pack(samples, settings.data.seq_length, pad_id=0, grid_side=vision.grid_side, merge=merge, align=align)
+    return pack(
+        samples, settings.data.seq_length, pad_id=0, grid_side=vision.grid_side, merge=merge, pad_multiple=pad_multiple
+    )

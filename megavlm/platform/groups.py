@@ -19,7 +19,7 @@ class Groups:
     no model parallelism inside, the whole world as its data ranks. ``model_parallel`` spans TP × CP × PP, the ranks
     that share one stream of rows and deal its frames among themselves; ``model_parallel_host`` are the same ranks on
     gloo, for metadata that must stay on the host. ``members``: the ranks of each such group, first data rank first.
-    ``data_peers_host``: on gloo, the ranks at the same place in those groups, one for each data rank; None
+    ``data_peers_host``: on gloo, the ranks with the same index in those groups, one for each data rank; None
     where nobody asked for it.
     """
 
@@ -30,8 +30,8 @@ class Groups:
     world_host: dist.ProcessGroup
     data_peers_host: dist.ProcessGroup | None
     members: list[list[int]]
-    data_rank: int
-    data_size: int
+    dp_rank: int
+    dp_size: int
 
     @property
     def is_leader(self) -> bool:
@@ -75,8 +75,8 @@ def init(parallel, seed: int = 1234, timeout_minutes: float = 30.0, *, data_peer
     host, _ = dist.new_subgroups_by_enumeration(ranks, timeout, host_backend()) if on_gpu() else (model_parallel, None)
     peers = None
     if data_peers:
-        places = [list(place) for place in zip(*ranks, strict=True)]
-        peers, _ = dist.new_subgroups_by_enumeration(places, timeout, host_backend())
+        peers_of = [list(same) for same in zip(*ranks, strict=True)]
+        peers, _ = dist.new_subgroups_by_enumeration(peers_of, timeout, host_backend())
     return Groups(
         language=language,
         tower=_tower_collection(),
@@ -85,8 +85,8 @@ def init(parallel, seed: int = 1234, timeout_minutes: float = 30.0, *, data_peer
         data_peers_host=peers,
         members=ranks,
         world_host=dist.new_group(timeout=timeout, backend=host_backend()) if on_gpu() else dist.group.WORLD,
-        data_rank=ranks.index(mine),
-        data_size=len(ranks),
+        dp_rank=ranks.index(mine),
+        dp_size=len(ranks),
     )
 
 

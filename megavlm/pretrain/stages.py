@@ -6,15 +6,15 @@ of all four is the same; this file knows only what would make a recipe something
 
 from megavlm.config.requirements import check_stage
 from megavlm.config.settings import Settings
-from megavlm.training.loop import Likelihood, train
+from megavlm.training.loop import LanguageModeling, train
 
 NAMES = ("alignment", "all weights", "long context", "ultra-long context")
 
 
-def method(settings: Settings) -> Likelihood:
+def method(settings: Settings) -> LanguageModeling:
     """Of stage ``settings.stage``. Raises UserError where the settings contradict the stage."""
     check_stage(settings)
-    return Likelihood("pretrain", f"pretrain · stage {settings.stage}, {NAMES[settings.stage]}")
+    return LanguageModeling("pretrain", f"pretrain · stage {settings.stage}, {NAMES[settings.stage]}")
 
 
 def main(settings: Settings) -> int:

@@ -1,4 +1,4 @@
-"""Sample answers of a report: what was asked, what the reference says, what each checkpoint answered."""
+"""AnsweredQuestion answers of a report: what was asked, what the reference says, what each checkpoint answered."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ THUMBNAIL_PIXELS = 320  # of the longer side; shown at half of it, for sharp dis
 
 
 @dataclass
-class Source:
+class AnswerSource:
     """The answers of one checkpoint to one data file.
 
     Attributes:
@@ -48,7 +48,7 @@ class Source:
 
 
 @dataclass
-class Sample:
+class AnsweredQuestion:
     """One question with its answers, ready for the page. `answers`: (text, is it right or None) per source."""
 
     index: int
@@ -64,11 +64,11 @@ class AnswerGroup:
     """All sources that answered the same data file, oldest checkpoint first, and the samples chosen to be shown."""
 
     eval_file: Path | None
-    sources: list[Source]
-    samples: list[Sample]
+    sources: list[AnswerSource]
+    samples: list[AnsweredQuestion]
 
 
-def read_source(folder: Path, eval_file: Path | None) -> Source | None:
+def read_source(folder: Path, eval_file: Path | None) -> AnswerSource | None:
     """The answers in `folder`; None where there are none (a file of that name may be of another make)."""
     file = folder / FILE_NAME
     if not file.is_file():
@@ -80,10 +80,10 @@ def read_source(folder: Path, eval_file: Path | None) -> Source | None:
             answers[entry["index"]] = entry["answer"]
     except (ValueError, KeyError, TypeError):
         return None
-    return Source(folder.absolute().name, folder, eval_file, answers) if answers else None
+    return AnswerSource(folder.absolute().name, folder, eval_file, answers) if answers else None
 
 
-def group_answers(sources: Sequence[Source]) -> list[AnswerGroup]:
+def group_answers(sources: Sequence[AnswerSource]) -> list[AnswerGroup]:
     """Counts what is right, and chooses and renders the samples to show, for each data file."""
     groups = []
     for eval_file in dict.fromkeys(source.eval_file for source in sources):
@@ -148,7 +148,7 @@ def _records(file: Path | None) -> Iterator[tuple[int, Any]]:
             index += 1
 
 
-def _count(source: Source, references: dict[int, str]) -> None:
+def _count(source: AnswerSource, references: dict[int, str]) -> None:
     judged = [is_right(answer, references[i]) for i, answer in source.answers.items() if i in references]
     source.right, source.total = sum(judged), len(judged)
     source.accuracy = source.right / source.total if judged else None
@@ -173,10 +173,10 @@ def _spread(items: list[int], count: int) -> list[int]:
 
 
 def _sample(
-    index: int, record: Any, file: Path | None, sources: Sequence[Source], references: dict[int, str]
-) -> Sample:
+    index: int, record: Any, file: Path | None, sources: Sequence[AnswerSource], references: dict[int, str]
+) -> AnsweredQuestion:
     reference = references.get(index)
-    sample = Sample(index, reference=reference)
+    sample = AnsweredQuestion(index, reference=reference)
     for source in sources:
         answer = source.answers.get(index)
         judged = answer is not None and reference is not None

@@ -1,4 +1,4 @@
-"""The page of `megavlm data inspect`: the blend, and each source in numbers, faults and samples. One file."""
+"""The page of `megavlm data inspect`: the blend, and each source's numbers, skipped and shown samples. One file."""
 
 from collections.abc import Sequence
 from pathlib import Path

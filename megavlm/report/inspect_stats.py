@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from megavlm.config.settings import DataSettings
-from megavlm.data.draws import Draws
-from megavlm.data.faults import BROKEN, NO_TARGET, TOO_LONG, Fault
 from megavlm.data.packing import best_fit
 from megavlm.data.processor import Clip, Still
 from megavlm.data.renderer import Draft, Renderer
+from megavlm.data.sample_order import SampleOrder
+from megavlm.data.skipped_samples import BROKEN, NO_TARGET, TOO_LONG, SkippedSample
 from megavlm.data.sources import Source
 
 PERCENTILES = (1, 25, 50, 75, 99)
@@ -23,15 +23,15 @@ class Look:
     """The samples of a source that were looked at, each a draft or what is wrong with it, in the file's order."""
 
     source: Source
-    samples: list[Draft | Fault]
+    samples: list[Draft | SkippedSample]
 
     @property
     def drafts(self) -> list[Draft]:
         return [sample for sample in self.samples if isinstance(sample, Draft)]
 
     @property
-    def faults(self) -> list[Fault]:
-        return [sample for sample in self.samples if isinstance(sample, Fault)]
+    def skipped_samples(self) -> list[SkippedSample]:
+        return [sample for sample in self.samples if isinstance(sample, SkippedSample)]
 
 
 @dataclass
@@ -157,7 +157,7 @@ def _source_stats(look: Look, renderer: Renderer, token_share: float | None, tar
     patch = renderer.processor.image_processor.patch_size
     sizes = [(patch * item.grid[2], patch * item.grid[1]) for of_sample in stills for item in of_sample]
     frames = [len(item.metadata.frames_indices) for of_sample in clips for item in of_sample]
-    dropped = {kind: [(f.sample, f.cause) for f in look.faults if f.kind == kind] for kind in KINDS}
+    dropped = {kind: [(f.sample, f.cause) for f in look.skipped_samples if f.kind == kind] for kind in KINDS}
     return SourceStats(
         name=look.source.name,
         path=look.source.file.path,
@@ -180,12 +180,12 @@ def _source_stats(look: Look, renderer: Renderer, token_share: float | None, tar
     )
 
 
-def pack_rows(looks: Sequence[Look], settings: DataSettings, align: int, seed: int) -> RowStats | None:
+def pack_rows(looks: Sequence[Look], settings: DataSettings, pad_multiple: int, seed: int) -> RowStats | None:
     """Packs the samples looked at as a data worker would, again and again in the proportions of the blend.
 
     Args:
-        settings: the ``data`` section: seq_length, packing, packing_buffer, row_patches, shuffle.
-        align: samples are padded to a multiple of this many tokens.
+        settings: the ``data`` section: seq_length, packing, packing_buffer, max_patches_per_row, shuffle.
+        pad_multiple: samples are padded to a multiple of this many tokens.
         seed: of the order.
 
     Returns:
@@ -195,7 +195,7 @@ def pack_rows(looks: Sequence[Look], settings: DataSettings, align: int, seed: i
     if not usable:
         return None
     shares, counts = [look.source.share for look in usable], [len(look.samples) for look in usable]
-    draws = Draws(shares, counts, seed if settings.shuffle else None, 0, 1)
+    draws = SampleOrder(shares, counts, seed if settings.shuffle else None, 0, 1)
     buffer = settings.packing_buffer if settings.packing == "best_fit" else 1
     waiting: list[Draft] = []
     tokens, samples, patches = [], [], []
@@ -205,10 +205,10 @@ def pack_rows(looks: Sequence[Look], settings: DataSettings, align: int, seed: i
             if isinstance(sample := usable[source].samples[index], Draft):
                 waiting.append(sample)
         chosen = best_fit(
-            [draft.room(align) for draft in waiting],
+            [draft.padded_length(pad_multiple) for draft in waiting],
             settings.seq_length,
-            [draft.num_patches for draft in waiting] if settings.row_patches else None,
-            settings.row_patches,
+            [draft.num_patches for draft in waiting] if settings.max_patches_per_row else None,
+            settings.max_patches_per_row,
         )
         row = [waiting[place] for place in chosen]
         for place in reversed(chosen):

@@ -30,7 +30,7 @@ def smooth(values: Sequence[float | None], reach: int | None = None) -> list[flo
 
 
 def write_loss_plot(output_dir: str | Path, title: str | None = None) -> Path | None:
-    """Draws loss and learning rate over gradient norms, from metrics.jsonl of an output folder.
+    """SampleOrder loss and learning rate over gradient norms, from metrics.jsonl of an output folder.
 
     Returns:
         The file, replaced atomically; None where there is nothing to draw.

@@ -20,7 +20,7 @@ from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import percent, short
 from megavlm.monitor.metrics import PARTS, read_metrics
-from megavlm.report.answers import AnswerGroup, Source, group_answers, read_source
+from megavlm.report.answers import AnswerGroup, AnswerSource, group_answers, read_source
 from megavlm.report.charts import Band, Curve, chart
 from megavlm.report.loss_plot import smooth
 from megavlm.report.page import render_page
@@ -69,8 +69,8 @@ class Run:
 
     @property
     def learns(self) -> list[str]:
-        """Parts that are not frozen, or thaw."""
-        frozen = set(self.setting("model.freeze") or []) - set(self.setting("train.thaw") or {})
+        """Parts that are trained: not frozen, or unfrozen during the run."""
+        frozen = set(self.setting("model.freeze") or []) - set(self.setting("train.unfreeze_after") or {})
         return [part for part in PARTS if part not in frozen]
 
     def column(self, name: str) -> list[float | None]:
@@ -129,7 +129,7 @@ def follow(folder: Path) -> list[Run]:
     return chain
 
 
-def find_answers(chain: list[Run]) -> list[Source]:
+def find_answers(chain: list[Run]) -> list[AnswerSource]:
     """Answers in the folders of the chain, and in folders beside them that answer from one of its checkpoints.
 
     Ordered by the checkpoint that answered, the earliest first; the one that the whole chain started from is earlier

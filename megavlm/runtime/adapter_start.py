@@ -9,7 +9,7 @@ from megatron.core import dist_checkpointing
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.fingerprint import digest_of_folders
 from megavlm.checkpoint.folders import find_checkpoint
-from megavlm.checkpoint.weights import load_some, load_weights
+from megavlm.checkpoint.load_weights import load_some, load_weights
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import ADAPTER_MODEL, Adapter
@@ -35,9 +35,9 @@ def with_stored_adapter(settings: Settings, shapes: Shapes) -> Settings:
         ours, theirs = ({k: _sorted(v) for k, v in config_of(s, shapes).items()} for s in (section, stored))
         different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if different:
-            told = "; ".join(f"{name} {ours.get(name)}, there {theirs.get(name)}" for name in different)
+            listed = "; ".join(f"{name} {ours.get(name)}, there {theirs.get(name)}" for name in different)
             raise UserError(
-                f"the adapter section is of another adapter than model.adapter: {told}",
+                f"the adapter section is of another adapter than model.adapter: {listed}",
                 "remove the section, or remove model.adapter to start with a fresh one",
             )
         stored = AdapterSettings(**{**stored.model_dump(), "quantize": section.quantize})
@@ -75,7 +75,7 @@ def check_adapter(settings: Settings, shapes: Shapes) -> None:
             "adapter.dropout is set with vision.recompute: the tower would hide other features the second time",
             "set one of them to its default, or put adapters on the decoder alone",
         )
-    if adapter.quantize and "language" not in {*parts, *model.freeze} - settings.train.thaw.keys():
+    if adapter.quantize and "language" not in {*parts, *model.freeze} - settings.train.unfreeze_after.keys():
         raise UserError(
             f"adapter.quantize is {adapter.quantize}, but the decoder, whose linears it stores in 4 bits, learns",
             "put adapters on it, freeze it for good, or set quantize to null",

@@ -49,7 +49,7 @@ class EvalRows:
                 last = StepRows(rows.hosts[-1:], rows.full[-1:]) if real else last
                 if not last.hosts:
                     raise UserError(
-                        f"{self._what}: there are fewer samples than data ranks, {session.groups.data_size}",
+                        f"{self._what}: there are fewer samples than data ranks, {session.groups.dp_size}",
                         "start fewer processes",
                     )
                 missing = size - real

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.data.row import IGNORE, Row
-from megavlm.model.deal import Exchange, VisualRow, VisualTokens, deal_frames, plan_exchange
+from megavlm.model.frame_balance import Exchange, VisualRow, VisualTokens, balance_frames, plan_exchange
 from megavlm.model.packed import PackedRow
 from megavlm.model.row_cut import RowCut
 from megavlm.model.token_logprobs import Targets
@@ -105,16 +105,16 @@ class Feed:
     def _window(self, hosts: list[Row], full: list[Row]) -> Window:
         tower = self.vlm.tower
         all_rows = self._of_all_data_ranks([_visual_row(host, tower.merge) for host in hosts])
-        tokens = [VisualTokens.of(rows, tower.place, data_rank) for data_rank, rows in enumerate(all_rows)]
+        tokens = [VisualTokens.of(rows, tower.share, dp_rank) for dp_rank, rows in enumerate(all_rows)]
         frame_tokens = [np.concatenate([row.frame_tokens for row in rows]) for rows in all_rows]
         counts = [len(frames) for frames in frame_tokens]
         patches = np.concatenate(frame_tokens) * tower.merge
-        owner = deal_frames(patches, tower.group.size(), self.vlm.linear_cost)
+        owner = balance_frames(patches, tower.group.size(), self.vlm.linear_cost)
         exchange = plan_exchange(
             VisualTokens.join(tokens, counts),
             np.concatenate(frame_tokens),
             owner,
-            tower.places,
+            tower.shares,
             tower.group.rank(),
             len(hosts),
         ).to(device())
@@ -133,9 +133,9 @@ class Feed:
 
     def _of_all_data_ranks(self, value) -> list:
         """``value`` of each data rank whose frames are dealt together with this one's."""
-        if not self.vlm.dealt_over_world:
+        if not self.vlm.balanced_over_world:
             return [value]
-        values = [None] * self.groups.data_size
+        values = [None] * self.groups.dp_size
         dist.all_gather_object(values, value, group=self.groups.data_peers_host)
         return values
 
@@ -149,12 +149,12 @@ class Feed:
         group, here = self.vlm.tower.group, self.vlm.tower.group.rank()
         lengths = [n for patches, owner in dealt for n in patches[owner == here].tolist()]
         received = [0] * group.size()  # patches from each rank: from the leaders alone
-        for data_rank, (patches, owner) in enumerate(dealt):
-            leader = self.groups.members[data_rank][0] if self.vlm.dealt_over_world else 0
+        for dp_rank, (patches, owner) in enumerate(dealt):
+            leader = self.groups.members[dp_rank][0] if self.vlm.balanced_over_world else 0
             received[leader] = int(patches[owner == here].sum())
         sent, mine = [0] * group.size(), []
         if self.groups.is_leader:
-            patches, owner = dealt[self.vlm.tower.place.data_rank]
+            patches, owner = dealt[self.vlm.tower.share.dp_rank]
             sent = np.bincount(owner, weights=patches, minlength=group.size()).astype(int).tolist()
             mine = np.argsort(owner, kind="stable")
         # the tower works in its own precision: what it would round there is rounded before it travels
@@ -207,8 +207,8 @@ def _last_targets(host: Row, cut: RowCut, context_index: int, slices: int, slice
     """Where each sample's last target token stands in one slice of one context rank's part, -1 where it does not."""
     labelled = np.where(host.labels.numpy() != IGNORE, np.arange(len(host.labels)), -1)
     at = np.maximum.reduceat(labelled, host.cu_seqlens[: host.num_samples].numpy()) + 1  # predicted one before it
-    part, place = np.divmod(cut.local[at], cut.order.shape[1] // slices)
-    return torch.from_numpy(np.where((cut.owner[at] == context_index) & (part == slice_index), place, -1))
+    part, position = np.divmod(cut.local[at], cut.order.shape[1] // slices)
+    return torch.from_numpy(np.where((cut.owner[at] == context_index) & (part == slice_index), position, -1))
 
 
 def _visual_row(host: Row, merge: int) -> VisualRow:
@@ -235,4 +235,4 @@ def _in_order(rows: list[Row], name: str, order: Sequence[int], width: int, dtyp
 
 
 def _without_pixels(row: Row) -> Row:
-    return replace(row, place=None, **{name: getattr(row, name)[:0].clone() for name in _PIXEL_FIELDS})
+    return replace(row, loader_state=None, **{name: getattr(row, name)[:0].clone() for name in _PIXEL_FIELDS})

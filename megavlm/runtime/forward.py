@@ -26,7 +26,7 @@ def feature_planes(vlm: VLM, chunk: LanguageModel, micro_batch: MicroBatch) -> t
     """What a decoder chunk uses of a micro-batch's features: embeddings [n, hidden], deepstack [levels, n, hidden]."""
     if micro_batch.features is None:
         return None, None
-    planes, visual, deepstack = vlm.tower.place.planes, None, None
+    planes, visual, deepstack = vlm.tower.share.planes, None, None
     move = lambda planes: planes.to(device(), non_blocking=True)  # from host memory with vision.offload
     if chunk.pre_process:
         visual = move(micro_batch.features[planes.index(0)])

@@ -32,7 +32,7 @@ def answer_all(session: Session, renderer: Renderer, samples: Iterator[Sample] |
             session.shapes.vision_start_token_id, session.shapes.vision_end_token_id,
         ),
     )  # fmt: skip
-    source = torch.Generator(device()).manual_seed(session.settings.train.seed + groups.data_rank)
+    source = torch.Generator(device()).manual_seed(session.settings.train.seed + groups.dp_rank)
     rows = EvalRows(session, _rows(samples, renderer, session) if samples is not None else None, "answering")
     answers = []
     for window, real in rows:

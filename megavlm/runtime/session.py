@@ -40,7 +40,7 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, trainin
     check_dense_settings(settings.train, text.moe.num_experts if text.moe else None)
     check_window(settings.vision.window, settings.parallel)
     check_adapter(settings, shapes)
-    data_size = check_layout(
+    dp_size = check_layout(
         settings.parallel,
         world_size,
         num_heads=text.heads,
@@ -53,12 +53,12 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, trainin
         seq_length=settings.data.seq_length,
         global_batch_size=settings.train.global_batch_size if training else None,
     )
-    if training and settings.vision.deal == "world" and data_size == 1:
+    if training and settings.vision.balance == "world" and dp_size == 1:
         raise UserError(
-            "vision.deal is world, but there is one data-parallel rank: it would be ignored",
-            "set vision.deal to model_parallel, or start more processes",
+            "vision.balance is world, but there is one data-parallel rank: it would be ignored",
+            "set vision.balance to model_parallel, or start more processes",
         )
-    return data_size
+    return dp_size
 
 
 def start(settings: Settings, *, training: bool, load: bool = True, score_head: bool = False) -> Session:
@@ -76,7 +76,7 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
             f"adapter.type is {settings.adapter.type}, but model.adapter is not set: the base would answer by itself",
             "set model.adapter to the run that trained it, or adapter.type to null",
         )
-    share_frames = training and settings.vision.deal == "world"
+    share_frames = training and settings.vision.balance == "world"
     groups = init(
         settings.parallel,
         settings.train.seed,

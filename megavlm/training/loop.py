@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megavlm.base.number_format import short
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.checkpoint.manager import Checkpoints
-from megavlm.config.output import prepare_output
+from megavlm.config.run_folder import prepare_output
 from megavlm.config.settings import Settings
 from megavlm.data.loader import build_loader
 from megavlm.data.records import Kind
@@ -26,15 +26,15 @@ from megavlm.monitor.metrics import MetricsWriter, throughput
 from megavlm.monitor.progress import Progress
 from megavlm.monitor.stragglers import Stragglers
 from megavlm.monitor.wandb_log import WandbLog
-from megavlm.optim.optimizers import Optimization
+from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import device_name, memory_gib, on_gpu
 from megavlm.report.loss_plot import write_loss_plot
 from megavlm.report.run_report import write_report
 from megavlm.runtime.adapter_start import load_start
 from megavlm.runtime.feed import Feed
 from megavlm.runtime.session import Session, start
-from megavlm.training.objective import AnchoredTokenLoss, Objective, TokenLoss
-from megavlm.training.rehearsal import rehearse
+from megavlm.training.memory_check import check_memory
+from megavlm.training.objective import CrossEntropy, CrossEntropyWithKL, Objective
 from megavlm.training.skipped_steps import SkippedSteps, weights_failure
 from megavlm.training.start_weights import StartWeights
 from megavlm.training.step import Step, StepResult
@@ -55,36 +55,44 @@ class Method(Protocol):
         """What is minimised, without what it learns from the data beforehand."""
 
     def objective(
-        self, session: Session, renderer: Renderer | None, sources: list[Source] | None, beat: Callable[[str], None]
+        self,
+        session: Session,
+        renderer: Renderer | None,
+        sources: list[Source] | None,
+        heartbeat: Callable[[str], None],
     ) -> Objective:
         """The same, ready to be used. Called on all ranks, before the optimizer is built and a checkpoint restored.
 
-        ``renderer`` and ``sources`` are there on leaders; ``beat`` is to be called at every sign of progress. It may
-        leave other weights behind than it found, if those are the ones of ``model.load``.
+        ``renderer`` and ``sources`` are there on leaders; ``heartbeat`` is to be called at every sign of progress. It
+        may leave other weights behind than it found, if those are the ones of ``model.load``.
         """
 
     def rows(self, rows: Iterator[Row]) -> Iterator[Row]:
         """The rows with what the objective needs beside them; called on leaders, after ``objective``."""
 
 
-class Likelihood:
+class LanguageModeling:
     """Targets are to become likelier: pretraining ("pretrain") and supervised tuning ("tune")."""
 
     def __init__(self, kind: Kind, title: str):
         self.kind, self.title, self.scores = kind, title, False
 
-    def bare_objective(self, session: Session) -> TokenLoss:
+    def bare_objective(self, session: Session) -> CrossEntropy:
         settings = session.settings
         names = [source.label for source in settings.data.leaves.values()]
-        return TokenLoss(names, settings.train.logprob_chunk_tokens)
+        return CrossEntropy(names, settings.train.logprob_chunk_tokens)
 
     def objective(
-        self, session: Session, renderer: Renderer | None, sources: list[Source] | None, beat: Callable[[str], None]
+        self,
+        session: Session,
+        renderer: Renderer | None,
+        sources: list[Source] | None,
+        heartbeat: Callable[[str], None],
     ) -> Objective:
         bare, coefficient = self.bare_objective(session), session.settings.train.kl_to_start
         if not coefficient:
             return bare
-        return AnchoredTokenLoss(bare.source_names, bare.chunk_tokens, coefficient, StartWeights(session))
+        return CrossEntropyWithKL(bare.source_names, bare.chunk_tokens, coefficient, StartWeights(session))
 
     def rows(self, rows: Iterator[Row]) -> Iterator[Row]:
         return rows
@@ -105,7 +113,7 @@ def train(settings: Settings, method: Method) -> int:
 def _train(settings: Settings, method: Method, watch: HangWatch) -> int:
     session = start(settings, training=True, load=False, score_head=method.scores)
     given, settings = settings, session.settings  # the latter with the section that ``model.adapter`` is of
-    watch.beat("building the model")
+    watch.heartbeat("building the model")
     groups, output = session.groups, settings.output
     resuming = _from_first_rank(session, lambda: prepare_output(given))
     checkpoint = _from_first_rank(session, lambda: latest(output / "checkpoints")) if resuming else None
@@ -114,33 +122,33 @@ def _train(settings: Settings, method: Method, watch: HangWatch) -> int:
     if checkpoint is None or session.vlm.tuning is not None:  # whose checkpoints lack what does not learn
         load_start(settings, session.vlm)
         origin = find_checkpoint(settings.model.load) if settings.model.load is not None else None
-        watch.beat("loading the weights")
+        watch.heartbeat("loading the weights")
     loader = renderer = None
     if groups.is_leader:
-        renderer = Renderer(settings.model.hf, settings.data, settings.row_align)
+        renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
         loader = build_loader(
             settings.data,
             renderer,
             method.kind,
-            dp_rank=groups.data_rank,
-            dp_size=groups.data_size,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
             seed=settings.train.seed,
-            rows_per_step=settings.train.global_batch_size // groups.data_size,
+            rows_per_step=settings.train.global_batch_size // groups.dp_size,
             pin_memory=on_gpu(),
         )
-    objective = method.objective(session, renderer, loader.sources if loader is not None else None, watch.beat)
-    watch.beat("preparing the method")
-    optimization = Optimization(session.vlm, settings.train)
-    checkpoints = Checkpoints(output / "checkpoints", session.vlm, optimization, loader, settings, origin)
+    objective = method.objective(session, renderer, loader.sources if loader is not None else None, watch.heartbeat)
+    watch.heartbeat("preparing the method")
+    optimizers = Optimizers(session.vlm, settings.train)
+    checkpoints = Checkpoints(output / "checkpoints", session.vlm, optimizers, loader, settings, origin)
     first = checkpoints.restore(checkpoint) if checkpoint else 0
-    watch.beat("building the optimizer and restoring the run")
+    watch.heartbeat("building the optimizer and restoring the run")
     stragglers = Stragglers(session.vlm)
     names = [source.label for source in settings.data.leaves.values()]
     step = Step(
         session.vlm,
-        optimization,
+        optimizers,
         Feed(session.vlm, method.rows(stragglers.rows(iter(loader))) if loader is not None else None),
-        settings.train.global_batch_size // groups.data_size,
+        settings.train.global_batch_size // groups.dp_size,
         objective,
         settings.vision.window,
         names,
@@ -155,25 +163,28 @@ def _train(settings: Settings, method: Method, watch: HangWatch) -> int:
         wandb = WandbLog(settings, enabled=session.is_first, warn=progress.say)
         if checkpoint is None and resuming:
             progress.say("no checkpoint yet: starts at step 0")
-        if settings.train.rehearsal and first < steps:
-            progress.say(rehearse(step, renderer, settings, method.kind))
-            watch.beat("the rehearsal")
+        if settings.train.memory_check and first < steps:
+            progress.say(check_memory(step, renderer, settings, method.kind))
+            watch.heartbeat("the memory check")
         skipped = SkippedSteps(settings.train.max_skipped_steps, progress.say)
         number, stopping = first, False
         for number in range(first + 1, steps + 1):
-            for part in optimization.thaw(number):
-                progress.say(f"step {number}: {part} thaws and learns from here on")
+            for part in optimizers.unfreeze(number):
+                progress.say(f"step {number}: {part} is unfrozen and trained from here on")
             began = time.perf_counter()
             stragglers.start()
             result = step()
-            line = {**_line(session, number, result, began), **errors.take(number, result.counts, result.faults)}
+            line = {
+                **_line(session, number, result, began),
+                **errors.take(number, result.counts, result.skipped_samples),
+            }
             if number % settings.log.every == 0 or number == steps or result.trouble:
                 line |= {**stragglers.fields(), "seconds_checkpoint": checkpoints.take_seconds()}
                 metrics.write(line)
                 wandb.log(line)
             progress.update(line)
             checkpoints.poll()
-            watch.beat(f"step {number}")
+            watch.heartbeat(f"step {number}")
             stopping = stop.asked()
             saving = number == steps or stopping or bool(every and number % every == 0)
             failure = skipped.failure(number, result.trouble) or errors.failure()
@@ -185,7 +196,7 @@ def _train(settings: Settings, method: Method, watch: HangWatch) -> int:
                 raise failure
             if saving:
                 checkpoints.save(number)
-                watch.beat(f"the checkpoint of step {number}")
+                watch.heartbeat(f"the checkpoint of step {number}")
             if stopping:
                 break
         checkpoints.finish()
@@ -253,7 +264,7 @@ def _header(session: Session) -> dict[str, str]:
         "pipeline": parallel.pipeline,
         "context": parallel.context,
         "expert": parallel.expert,
-        "data": session.groups.data_size,
+        "data": session.groups.dp_size,
     }
     cut = parallel.tensor * parallel.pipeline * parallel.expert > 1
     share = " (on the first process)" if cut else ""
@@ -270,7 +281,10 @@ def _header(session: Session) -> dict[str, str]:
 def _learning(session: Session, part: str) -> str:
     """How many weights of a part learn on this rank, and from when on."""
     weights = [p for module in session.vlm.modules_of(part) for p in module.parameters()]
-    learning, after = sum(p.numel() for p in weights if p.requires_grad), session.settings.train.thaw.get(part)
+    learning, after = (
+        sum(p.numel() for p in weights if p.requires_grad),
+        session.settings.train.unfreeze_after.get(part),
+    )
     if learning or after is None:
         return short(learning) if learning else "frozen"
     return f"{short(sum(p.numel() for p in weights))} from step {after + 1} on"

@@ -45,7 +45,7 @@ class Objective(Protocol):
         """Fields for metrics.jsonl, from the sums over the global batch and the step's counts."""
 
 
-class TokenLoss:
+class CrossEntropy:
     """Negative log-probability of the targets, weighted: pretraining and supervised tuning.
 
     Args:
@@ -84,7 +84,7 @@ class TokenLoss:
         }
 
 
-class AnchoredTokenLoss(TokenLoss):
+class CrossEntropyWithKL(CrossEntropy):
     """The same plus ``coefficient`` times KL(model ‖ start) at the targets, weighted alike: what was learned is kept.
 
     The divergence is over the whole vocabulary. A pass without gradient finds the start's hidden states first.
@@ -133,7 +133,9 @@ def count_sources(rows: list[Row], source_names: Sequence[str], broken: Sequence
             np.ones(row.num_samples),
             np.add.reduceat((row.labels != IGNORE).numpy(), starts, dtype=np.int64),
             np.add.reduceat(row.loss_weights.numpy(), starts, dtype=np.float64),
-            [not ("mismatched" in facts or "side" in facts) for facts in row.facts],  # other answers to the same prompt
+            [
+                not ("mismatched" in annotations or "side" in annotations) for annotations in row.annotations
+            ],  # other answers to the same prompt
         ]
         np.add.at(sums[:4], (slice(None), row.source_ids), values)
     np.add.at(sums[4], list(broken), 1)

@@ -1,11 +1,11 @@
 """`megavlm sft`: supervised tuning on conversations; only what the assistant says is learned."""
 
 from megavlm.config.settings import Settings
-from megavlm.training.loop import Likelihood, train
+from megavlm.training.loop import LanguageModeling, train
 
 
-def method(settings: Settings) -> Likelihood:
-    return Likelihood("tune", "supervised tuning")
+def method(settings: Settings) -> LanguageModeling:
+    return LanguageModeling("tune", "supervised tuning")
 
 
 def main(settings: Settings) -> int:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from megavlm.checkpoint.folders import find_checkpoint
-from megavlm.checkpoint.weights import load_weights
+from megavlm.checkpoint.load_weights import load_weights
 from megavlm.model.vlm import PARTS
 from megavlm.runtime.session import Session
 
@@ -28,7 +28,7 @@ class StartWeights:
             for part in PARTS
             for module in vlm.modules_of(part)
             for parameter in module.parameters()
-            if parameter.requires_grad or part in settings.train.thaw
+            if parameter.requires_grad or part in settings.train.unfreeze_after
         }
 
     def of(self, parameter: Tensor) -> Tensor:

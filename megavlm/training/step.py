@@ -12,10 +12,10 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megavlm.data.faults import BROKEN, Fault
 from megavlm.data.row import Row
+from megavlm.data.skipped_samples import BROKEN, SkippedSample
 from megavlm.model.vlm import VLM
-from megavlm.optim.optimizers import Optimization
+from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import device
 from megavlm.runtime.feed import Feed, MicroBatch, StepRows, Window
 from megavlm.runtime.forward import encode_window, forward_chunk, forward_only, prepare_schedule
@@ -29,11 +29,11 @@ _WINDOW = 4  # rows: enough frames to deal evenly, few enough for their features
 class StepResult:
     """What a step did, over the whole world.
 
-    ``norms`` as ``Optimization.step`` gives them; ``counts``: tokens, target_tokens, images, videos, samples, frames,
+    ``norms`` as ``Optimizers.step`` gives them; ``counts``: tokens, target_tokens, images, videos, samples, frames,
     frames_encoded (over all ranks, in the pass with gradients: equal to frames), row_tokens, the sums of squares that
-    FLOPs are counted from,
-    faults (samples that were passed over), and for each source samples/NAME, target_tokens/NAME, loss_weight/NAME,
-    records/NAME and broken/NAME. ``fields``: of the objective, for metrics.jsonl. ``faults``: of this data rank's rows.
+    FLOPs are counted from, skipped_samples, and for each source samples/NAME, target_tokens/NAME, loss_weight/NAME,
+    records/NAME and broken/NAME. ``fields``: of the objective, for metrics.jsonl. ``skipped_samples``: those of this
+    data rank's rows.
     ``trouble``: why the step was skipped and left everything as it was, None where it was not.
     """
 
@@ -42,7 +42,7 @@ class StepResult:
     norms: dict[str, float]
     counts: dict[str, float]
     fields: dict[str, float | None]
-    faults: list[Fault]
+    skipped_samples: list[SkippedSample]
     trouble: str | None = None
 
 
@@ -60,14 +60,14 @@ class Step:
     def __init__(
         self,
         vlm: VLM,
-        optimization: Optimization,
+        optimizers: Optimizers,
         feed: Feed,
         num_micro_batches: int,
         objective: Objective,
         window: int | None = None,
         source_names: Sequence[str] = ("data",),
     ):
-        self.vlm, self.optimization, self.feed = vlm, optimization, feed
+        self.vlm, self.optimizers, self.feed = vlm, optimizers, feed
         self.num_micro_batches, self.objective = num_micro_batches, objective
         self.groups, self.source_names = vlm.groups, list(source_names)
         self.window = window or (_WINDOW if vlm.parallel.pipeline == 1 else num_micro_batches)
@@ -75,14 +75,14 @@ class Step:
         prepare_schedule(vlm.decoder_config)
 
     def __call__(self) -> StepResult:
-        lr, part_lrs = self.optimization.lr, self.optimization.part_lrs
+        lr, part_lrs = self.optimizers.lr, self.optimizers.part_lrs
         totals, counts = self.gradients(self.feed, self.num_micro_batches)
-        stats = self.optimization.step(totals, counts["weight"])
+        stats = self.optimizers.step(totals, counts["weight"])
         trouble = describe(stats.non_finite, self._row_losses, self.groups) if stats.non_finite else None
         fields = self.objective.fields(stats.sums, counts)
-        if self.optimization.train.lr_scale or self.optimization.train.thaw:
+        if self.optimizers.train.lr_scale or self.optimizers.train.unfreeze_after:
             fields |= {f"lr/{part}": value for part, value in part_lrs.items()}
-        return StepResult(stats.loss, lr, stats.norms, counts, fields, self._faults, trouble)
+        return StepResult(stats.loss, lr, stats.norms, counts, fields, self._skipped_samples, trouble)
 
     def gradients(self, feed: Feed, num_rows: int) -> tuple[Tensor, dict[str, float]]:
         """Forward and backward of the next rows of ``feed``; the reduced gradients stand in the optimizer's buffers.
@@ -92,13 +92,13 @@ class Step:
         """
         rows = feed.rows(num_rows)
         counts = self._count(rows.hosts)
-        self._faults = [fault for row in rows.hosts for fault in row.faults]
+        self._skipped_samples = [skipped for row in rows.hosts for skipped in row.skipped_samples]
         self._row_losses: list[tuple[Row, Tensor]] = []  # of this rank's rows, where they have one
-        self.optimization.zero_grad()
+        self.optimizers.zero_grad()
         self.objective.look_ahead(self, rows)
         self.vlm.tower.frames_encoded = 0
         # the features' gradients are as if averaged over data and context ranks; the tower's DDP averages over all
-        tower_scale = dist.get_world_size() / (self.groups.data_size * self.vlm.parallel.context)
+        tower_scale = dist.get_world_size() / (self.groups.dp_size * self.vlm.parallel.context)
         totals = torch.zeros(self.objective.num_sums, dtype=torch.float32, device=device())
         for window in feed.windows(rows, self.window):
             encode_window(self.vlm, window)
@@ -130,9 +130,9 @@ class Step:
         They stay on the device: reading them here would hold up the tower's backward.
         """
         micro_batches = window.micro_batches
-        chunks = self.optimization.ddp.get("language", self.vlm.language)  # wrapped as soon as the decoder learns
+        chunks = self.optimizers.ddp.get("language", self.vlm.language)  # wrapped as soon as the decoder learns
         # Megatron divides by micro-batches and data ranks; the loss is a sum over the global batch divided once
-        scale = len(micro_batches) * self.groups.data_size / max(weight, 1e-12)
+        scale = len(micro_batches) * self.groups.dp_size / max(weight, 1e-12)
         # the balancing loss of experts is a mean over all micro-batches of the step, not over those of a window
         balancing = len(micro_batches) / num_rows
         self.vlm.decoder_config.moe_grad_scale_func = lambda: torch.full((), balancing, device=device())
@@ -167,7 +167,7 @@ class Step:
 
     def _finalize(self) -> None:
         """Reduces all gradients over the ranks that hold parts of them."""
-        for part, ddps in self.optimization.ddp.items():
+        for part, ddps in self.optimizers.ddp.items():
             if part == "language":
                 finalize_model_grads(ddps)
             else:
@@ -176,7 +176,7 @@ class Step:
 
     def _count(self, rows: list[Row]) -> dict[str, float]:
         """Sums over the global batch; host arithmetic and host network only."""
-        faults = [fault for row in rows for fault in row.faults]
+        skipped_samples = [skipped for row in rows for skipped in row.skipped_samples]
         here = {
             "weight": self.objective.weight(rows),
             "tokens": sum(row.num_tokens for row in rows),
@@ -189,8 +189,8 @@ class Step:
             "patches": sum(n for row in rows for n in row.frame_lengths),
             "frame_squares": sum(float(n) ** 2 for row in rows for n in row.frame_lengths),
             "frames": sum(len(row.frame_lengths) for row in rows),
-            "faults": len(faults),
-            **count_sources(rows, self.source_names, [f.source_id for f in faults if f.kind == BROKEN]),
+            "skipped_samples": len(skipped_samples),
+            **count_sources(rows, self.source_names, [f.source_id for f in skipped_samples if f.kind == BROKEN]),
         }
         if not self.groups.is_leader:  # the group's ranks hold the same rows: count them once
             here = dict.fromkeys(here, 0.0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megavlm.checkpoint.folders import latest, partial_folder, publish
-from megavlm.convert.mcore_checkpoint import Source, write_checkpoint
+from megavlm.convert.mcore_checkpoint import TensorToWrite, write_checkpoint
 
 
 @pytest.fixture
@@ -15,7 +15,9 @@ def root(tmp_path):
         folder.mkdir()
         weight = torch.full((64, 64), float(step))
         write_checkpoint(
-            folder, [Source("language.x", (64, 64), torch.float32, lambda a, b, w=weight: w[a:b])], {"step": step}
+            folder,
+            [TensorToWrite("language.x", (64, 64), torch.float32, lambda a, b, w=weight: w[a:b])],
+            {"step": step},
         )
     return tmp_path
 
@@ -42,7 +44,7 @@ def test_damaged_ones_are_named(root, file, damage, caplog):
     data = root / "step_00000200" / "__0_0_0.distcp"
     data.write_bytes(data.read_bytes()[:-100])
     assert latest(root) == root / "step_00000100"
-    messages = [record.getMessage() for record in caplog.records if record.name.endswith("checkpoint_folders")]
+    messages = [record.getMessage() for record in caplog.records if record.name.endswith("checkpoint.folders")]
     assert "step_00000300" in messages[0]
     assert file in messages[0]
     assert "step_00000200 is incomplete: __0_0_0.distcp is" in messages[1]

@@ -164,7 +164,7 @@ def test_another_base_is_noticed(toys, trained, tmp_path):
     config, _ = trained
     base, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(toys.checkpoint("dense"), base)
-    training = (config, f"model.load={base}", *LORA, "train.rehearsal=false", f"output={run}")
+    training = (config, f"model.load={base}", *LORA, "train.memory_check=false", f"output={run}")
     megavlm("sft", *training, "train.steps=1")
     data = f"data.eval={write_records(toys.root / 'one.jsonl', toys.records[:1])}"
     reading = (
@@ -210,7 +210,7 @@ def test_validate_counts_the_adapter(toys, trained, capsys):
 
 def test_a_base_in_4_bits_is_the_same_in_two_tensor_parallel_processes(toys, trained, tmp_path):
     config, _ = trained
-    frozen = ("model.freeze=[vision, projector]", "adapter.type=lora", "train.steps=2", "train.rehearsal=false")
+    frozen = ("model.freeze=[vision, projector]", "adapter.type=lora", "train.steps=2", "train.memory_check=false")
     lines = {}
     for name, changes in {"one": ("adapter.quantize=nf4",), "two": ("adapter.quantize=nf4", *TP2), "full": ()}.items():
         megavlm("sft", config, *frozen, *changes, f"output={tmp_path / name}")

@@ -132,7 +132,7 @@ def test_numbers(tmp_path, inspect, capsys):
     [
         ({"seq_length": 100}, 0.9, 3),
         ({"seq_length": 100, "packing": "none", "packing_buffer": 1000}, 0.3, 1),
-        ({"seq_length": 96, "align": 48}, 60 / 96, 2),
+        ({"seq_length": 96, "pad_multiple": 48}, 60 / 96, 2),
     ],
 )
 def test_rows(tmp_path, inspect, data, fill, samples):
@@ -147,7 +147,9 @@ def test_rows_are_of_the_blend_and_of_what_can_be_used(tmp_path, inspect):
     long = write_records(tmp_path / "long.jsonl", [digits(50)] * 3)
     short = write_records(tmp_path / "short.jsonl", [digits(10), {"text": 3}])
     # The half of `short` that is broken is passed over: 18 drawn are 9 that can be used.
-    summary, _ = inspect({"train": [{"path": long}, {"path": short, "weight": 18}], "seq_length": 100, "align": 2})
+    summary, _ = inspect(
+        {"train": [{"path": long}, {"path": short, "weight": 18}], "seq_length": 100, "pad_multiple": 2}
+    )
     tokens_per_sample = (50 + 9 * 10) / 10
     rows = summary["rows"]
     assert rows["fill"] / rows["samples"] == pytest.approx(tokens_per_sample / 100, rel=0.05)

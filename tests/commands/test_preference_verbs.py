@@ -112,7 +112,7 @@ def test_a_reference_in_the_step_is_the_one_of_the_file(verb, toys, pairs, confi
             for pair in pairs for side in ("chosen", "rejected")
         ]  # fmt: skip
         data, changes = f"data.train={write_records(toys.root / 'judged.jsonl', judged)}", ()
-    common = (data, "train.lr=1e-3", "train.rehearsal=false", *changes)
+    common = (data, "train.lr=1e-3", "train.memory_check=false", *changes)
     megavlm(verb, config, *common, f"output={tmp_path / 'file'}")
     for steps in (3, 6):
         step = ("align.reference_at=step", f"train.steps={steps}")
@@ -129,7 +129,7 @@ def test_a_reference_in_the_step_is_the_one_of_the_file(verb, toys, pairs, confi
 def test_bad_input_is_said_plainly(toys, pairs, config):
     """Files without a sample that can be used end the run; what else may be wrong is in tests/data/test_units.py."""
     data = f"data.train={write_records(toys.root / 'bad.jsonl', [{**pairs[3], 'margin': 'large'}])}"
-    done = megavlm("dpo", config, data, "train.rehearsal=false", status=2)
+    done = megavlm("dpo", config, data, "train.memory_check=false", status=2)
     assert "margin must be a number" in done.stderr
     assert "Traceback" not in done.stderr
     record = {"prompt": "Two and two?", "completion": "Four."}
@@ -149,7 +149,11 @@ def test_bad_input_is_said_plainly(toys, pairs, config):
         ("dpo", {"model": {"hf": "x", "load": "y"}, "train": {"kl_to_start": 0.1}}, "dpo has none"),
         ("kto", {"align": {"loss": "ipo"}}, "is not for kto"),
         ("kto", {"stage": 1}, "has no stages"),
-        ("rm", {"model": {"hf": "x", "freeze": ["language"]}, "train": {"thaw": {"language": 1}}}, "the reward head"),
+        (
+            "rm",
+            {"model": {"hf": "x", "freeze": ["language"]}, "train": {"unfreeze_after": {"language": 1}}},
+            "the reward head",
+        ),
     ],
 )
 def test_settings_that_would_be_ignored(verb, changed, message):

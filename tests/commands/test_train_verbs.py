@@ -95,9 +95,9 @@ def test_a_frozen_part_keeps_its_bits(toys, tmp_path):
 
 def test_a_part_thaws(toys, tmp_path):
     """Its numbers against plain PyTorch in tests/distributed/test_layouts.py; here, what the run says of it."""
-    changes = ("model.freeze=[vision, language]", "train.thaw={language: 1}", "train.steps=3")
+    changes = ("model.freeze=[vision, language]", "train.unfreeze_after={language: 1}", "train.steps=3")
     done = megavlm("sft", sft_config(toys, tmp_path), *changes)
-    assert done.stdout.count("step 2: language thaws") == done.stdout.count("thaws and learns") == 1
+    assert done.stdout.count("step 2: language is unfrozen") == done.stdout.count("is unfrozen and trained") == 1
     assert "vision frozen" in done.stdout
     assert "from step 2 on" in done.stdout
     lines = metrics_of(tmp_path / "run")

@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from megavlm.base.errors import UserError
+from megavlm.config import describe
 from megavlm.config.load import load_settings, resolved_yaml
+from megavlm.config.renamed import RENAMED
 
 HF = "model: {hf: folder}\n"
 
@@ -120,7 +122,7 @@ def test_resolved_yaml_gives_the_same_settings_back_with_every_default(write):
         ("train.learning_rate", "did you mean train.lr (highest learning rate)?"),
         ("modle", "did you mean model?"),
         ("log.wandb.projcet", "did you mean log.wandb.project?"),
-        ("vision.xyz", "known in vision: recompute, chunk_patches, window, offload, deal"),
+        ("vision.xyz", "known in vision: recompute, chunk_patches, window, offload, balance"),
     ],
 )
 def test_unknown_key_names_the_nearest(refused, key, remedy):
@@ -162,7 +164,7 @@ def test_unknown_key_in_a_list_of_sources(refused):
         ),
         (
             "vision=7",
-            "vision is 7 (override vision=7); allowed: section with recompute, chunk_patches, window, offload, deal",
+            "vision is 7 (override vision=7); allowed: section with recompute, chunk_patches, window, offload, balance",
         ),
         ("output=''", "output is '' (override output=''): an empty path"),
     ],
@@ -242,3 +244,10 @@ def test_malformed_overrides(refused, override):
 
 def test_override_value_that_does_not_parse(refused):
     assert "override 'data.train=[{path': the value does not parse as YAML" in refused(HF, "data.train=[{path").message
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_is_refused_with_the_new_one(refused, old, new):
+    error = refused(HF, f"{old}=1")
+    assert error.message.startswith(f"the setting {old} is now called {new} (override {old}=1)")
+    assert describe.find(tuple(new.split("."))) is not None

@@ -27,7 +27,10 @@ HF = "model: {hf: folder}\n"
         (["generate.top_k=5"], "generate.top_k is 5, but generate.temperature is 0"),
         (["data.seq_length=30", "parallel.tensor=4"], "data.seq_length is 30, which is not divisible by"),
         (["parallel.first_stage_layers=3"], "parallel.first_stage_layers is 3, but parallel.pipeline is 1"),
-        (["data.align=6", "parallel.context=2"], "data.align is 6, but context parallelism cuts each sample"),
+        (
+            ["data.pad_multiple=6", "parallel.context=2"],
+            "data.pad_multiple is 6, but context parallelism cuts each sample",
+        ),
         (
             ["train.lr_scale={vision: 0.1}", "model.freeze=[vision]"],
             "but model.freeze has vision: it would be ignored",
@@ -35,11 +38,14 @@ HF = "model: {hf: folder}\n"
         (["train.galore_rank=64"], "train.galore_rank is 64, but train.optimizer is adam: it would be ignored"),
         (["train.optimizer=sgd", "train.galore_scale=1.0"], "train.galore_scale is 1, but train.optimizer is sgd"),
         (["train.optimizer=galore", "train.galore_update_every=0"], "train.galore_update_every is 0"),
-        (["train.thaw={vision: 5}"], "but model.freeze is []: that of vision would be ignored"),
-        (["train.thaw={vision: 5}", "model.freeze=[vision]", "train.steps=5"], "that of vision would be ignored"),
-        (["train.thaw={vision: 0}", "model.freeze=[vision]"], "train.thaw.vision is 0"),
+        (["train.unfreeze_after={vision: 5}"], "but model.freeze is []: that of vision would be ignored"),
+        (
+            ["train.unfreeze_after={vision: 5}", "model.freeze=[vision]", "train.steps=5"],
+            "that of vision would be ignored",
+        ),
+        (["train.unfreeze_after={vision: 0}", "model.freeze=[vision]"], "train.unfreeze_after.vision is 0"),
         (["train.lr_scale={vision: 0.0}"], "train.lr_scale.vision is 0"),
-        (["data.align=3"], "data.seq_length is 8192, which is not divisible by data.align = 3"),
+        (["data.pad_multiple=3"], "data.seq_length is 8192, which is not divisible by data.pad_multiple = 3"),
     ],
 )
 def test_combinations_refused(refused, overrides, message):
@@ -54,7 +60,10 @@ def test_combinations_refused(refused, overrides, message):
         {"train": {"lr": 1e-5, "min_lr": 1e-5, "steps": 5, "warmup_steps": 5}},
         {"train": {"precision": "fp8"}, "model": {"hf": "x", "kernels": "te"}},
         {"model": {"hf": "x", "freeze": ["vision", "language"]}},
-        {"model": {"hf": "x", "freeze": ["vision"]}, "train": {"thaw": {"vision": 4}, "lr_scale": {"vision": 0.1}}},
+        {
+            "model": {"hf": "x", "freeze": ["vision"]},
+            "train": {"unfreeze_after": {"vision": 4}, "lr_scale": {"vision": 0.1}},
+        },
         {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
         {"checkpoint": {"every": 2, "keep_every": 10}},
         {"generate": {"temperature": 0.7, "top_p": 0.5, "top_k": 5}},
@@ -66,7 +75,7 @@ def test_combinations_accepted(values):
 
 
 def test_what_is_frozen_in_which_step():
-    settings = Settings(model={"hf": "x", "freeze": ["vision", "language"]}, train={"thaw": {"language": 2}})
+    settings = Settings(model={"hf": "x", "freeze": ["vision", "language"]}, train={"unfreeze_after": {"language": 2}})
     assert settings.frozen(2) == ["vision", "language"]
     assert settings.frozen(3) == settings.frozen() == ["vision"]
 
@@ -77,11 +86,11 @@ def test_context_parallelism_needs_two_pieces_for_each_rank(refused):
     assert error.remedy == "nearest lengths that are: 32 and 48"
 
 
-def test_samples_are_aligned_to_what_context_parallelism_needs():
+def test_samples_are_padded_to_what_context_parallelism_needs():
     settings = lambda **data: Settings(model={"hf": "x"}, parallel={"context": 4}, data=data)
-    assert Settings(model={"hf": "x"}).row_align == 1
-    assert settings().row_align == 8
-    assert settings(align=16).row_align == 16
+    assert Settings(model={"hf": "x"}).pad_multiple == 1
+    assert settings().pad_multiple == 8
+    assert settings(pad_multiple=16).pad_multiple == 16
 
 
 def test_sequence_parallelism_is_off_without_tensor_parallelism():

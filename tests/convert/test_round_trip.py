@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_folder
 
 from megavlm.convert import HF_LAYOUT, compare, hf_to_mcore, mcore_to_hf
-from megavlm.convert.mcore_checkpoint import McoreCheckpoint, Source, write_checkpoint
+from megavlm.convert.mcore_checkpoint import McoreCheckpoint, TensorToWrite, write_checkpoint
 
 
 def there_and_back(hf: Path, work: Path, **options) -> Path:
@@ -131,12 +131,14 @@ def test_padded_vocabulary_and_other_tensors(dense, tmp_path):
     def source(key, rows):
         padded = torch.zeros(rows, *stored.tensors[key][0][1:], dtype=torch.float64)
         padded[: stored.tensors[key][0][0]] = stored.read(key)
-        return Source(key, tuple(padded.shape), torch.float64, lambda first, last: padded[first:last])
+        return TensorToWrite(key, tuple(padded.shape), torch.float64, lambda first, last: padded[first:last])
 
     embedding = "language.embedding.word_embeddings.weight"
     sources = [source(key, shape[0] + (key == embedding) * 9) for key, (shape, _) in stored.tensors.items()]
     state = torch.ones(3)
-    sources.append(Source("optimizer.state.exp_avg.x", (3,), torch.float32, lambda first, last: state[first:last]))
+    sources.append(
+        TensorToWrite("optimizer.state.exp_avg.x", (3,), torch.float32, lambda first, last: state[first:last])
+    )
     (tmp_path / "trained").mkdir()
     write_checkpoint(tmp_path / "trained", sources, {"step": 7})
     mcore_to_hf(tmp_path / "trained", dense, tmp_path / "back", progress=False)

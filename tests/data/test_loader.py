@@ -12,9 +12,9 @@ import torch
 
 from megavlm.base.errors import UserError
 from megavlm.config.settings import DataSettings
-from megavlm.data.faults import TOO_LONG, UnfitSample
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
+from megavlm.data.skipped_samples import TOO_LONG, UnfitSample
 from megavlm.data.sources import read_samples
 
 
@@ -255,7 +255,7 @@ def test_samples_that_cannot_be_used_are_told_with_the_next_row(load, data, work
     (data / "bad.jsonl").write_text("\n".join([good] * 5 + [bad, long, cut, "{"] + [good] * 6))
     rows = list(islice(load("bad.jsonl", shuffle=False, packing="none", workers=workers), 12))
     assert lines(rows) == ["1", "2", "3", "4", "5", "10", "11", "12", "13", "14", "15", "1"]
-    told = [(f.sample.rpartition(":")[2], f.kind, f.cause) for row in rows for f in row.faults]
+    told = [(f.sample.rpartition(":")[2], f.kind, f.cause) for row in rows for f in row.skipped_samples]
     assert sorted((number, kind) for number, kind, _ in told) == [
         ("6", "broken"), ("7", "too long"), ("8", "broken"), ("9", "broken"),
     ]  # fmt: skip
@@ -265,7 +265,7 @@ def test_samples_that_cannot_be_used_are_told_with_the_next_row(load, data, work
     assert "the sample has" in causes["7"]
     assert "broken.png cannot be read" in causes["8"]
     assert causes["9"].startswith("not valid JSON")
-    assert not rows[0].faults
+    assert not rows[0].skipped_samples
 
 
 def test_a_source_without_a_good_sample_ends_the_run(load, data):
@@ -282,15 +282,17 @@ def test_one_bad_sample_of_two_does_not_end_the_run(load, data):
     (data / "half-bad.jsonl").write_text("\n".join([bad, json.dumps({"text": "good"})]))
     loader = load(("talks.jsonl", "half-bad.jsonl"), workers=2, shuffle=False)
     rows = list(islice(loader, 30))
-    assert {fault.sample.rpartition("/")[2] for row in rows for fault in row.faults} == {"half-bad.jsonl:1"}
+    assert {skipped.sample.rpartition("/")[2] for row in rows for skipped in row.skipped_samples} == {
+        "half-bad.jsonl:1"
+    }
     assert sum("half-bad.jsonl:2" in source for row in rows for source in row.sources) > 1
 
 
 def test_picture_budget_of_a_row(load, data):
-    rows = list(islice(load("talks.jsonl", row_patches=200), 12))
+    rows = list(islice(load("talks.jsonl", max_patches_per_row=200), 12))
     assert max(len(row.patches) for row in rows) <= 200
     assert sum(row.num_images for row in rows) > 5
-    assert {f.kind for row in rows for f in row.faults} <= {"too long"}
+    assert {f.kind for row in rows for f in row.skipped_samples} <= {"too long"}
     assert max(len(row.patches) for row in islice(load("talks.jsonl"), 12)) > 200
 
 

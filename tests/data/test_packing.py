@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from megavlm.data.order import shuffled
 from megavlm.data.packing import best_fit
+from megavlm.data.permutation import shuffled
 
 
 def test_the_longest_waiting_comes_first_and_the_best_fit_next():

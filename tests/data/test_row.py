@@ -52,7 +52,7 @@ def test_row_holds_the_samples_one_after_another(renderer, samples):
 def test_aligned_samples(renderer, samples):
     lengths = [len(sample.input_ids) for sample in samples]
     aligning = copy.copy(renderer)
-    aligning.align = 16
+    aligning.pad_multiple = 16
     row, plain = aligning.pack(samples, 2048), renderer.pack(samples, 2048)
     padded = [-(-length // 16) * 16 for length in lengths]
     assert any(a != b for a, b in zip(padded, lengths, strict=True))

@@ -106,23 +106,23 @@ def step_with_adapter(folder, checkpoint, root, records, settings, out):
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
-    from megavlm.optim.optimizers import Optimization
+    from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
     from megavlm.runtime.session import start
-    from megavlm.training.objective import TokenLoss
+    from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
 
     settings = Settings(**settings)
     session = start(settings, training=True)
     vlm, groups = session.vlm, session.groups
-    renderer = Renderer(folder, settings.data, settings.row_align)
+    renderer = Renderer(folder, settings.data, settings.pad_multiple)
     samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
-    each = len(rows) // groups.data_size
-    mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
+    each = len(rows) // groups.dp_size
+    mine = rows[groups.dp_rank * each : (groups.dp_rank + 1) * each]
     feed = Feed(vlm, iter(mine) if groups.is_leader else None)
-    objective = TokenLoss(["data"], settings.train.logprob_chunk_tokens)
-    result = Step(vlm, Optimization(vlm, settings.train), feed, each, objective, settings.vision.window)()
+    objective = CrossEntropy(["data"], settings.train.logprob_chunk_tokens)
+    result = Step(vlm, Optimizers(vlm, settings.train), feed, each, objective, settings.vision.window)()
     save_adapter(vlm, out)
     whole = {
         f"{number}.{name}": getattr(adapter, name).detach()

@@ -44,7 +44,7 @@ def train_reference(
     lr: float = LR,
     steps: int = STEPS,
     lr_scale: dict[str, float] | None = None,
-    thaw: dict[str, int] | None = None,
+    unfreeze_after: dict[str, int] | None = None,
     kl: float = 0.0,
 ) -> Trained:
     """SGD without momentum on the mean over all targets of the batch, sample by sample: nothing is packed here.
@@ -61,7 +61,7 @@ def train_reference(
     count = sum(len(where) for _, where in inputs)
     done = []
     for number in range(1, steps + 1):
-        frozen = [part for part in freeze if number <= (thaw or {}).get(part, steps)]
+        frozen = [part for part in freeze if number <= (unfreeze_after or {}).get(part, steps)]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part_of(name) not in frozen)
         model.zero_grad()
@@ -145,40 +145,40 @@ def train_layout(
     from megatron.core import dist_checkpointing
 
     from megavlm import platform
-    from megavlm.checkpoint.weights import load_weights
+    from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.convert import SHARDED_METADATA
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
-    from megavlm.optim.optimizers import Optimization
+    from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
     from megavlm.runtime.session import Session
-    from megavlm.training.objective import AnchoredTokenLoss, TokenLoss
+    from megavlm.training.objective import CrossEntropy, CrossEntropyWithKL
     from megavlm.training.start_weights import StartWeights
     from megavlm.training.step import Step
 
     settings = Settings(**settings)
-    groups = platform.init(settings.parallel, data_peers=settings.vision.deal == "world")
+    groups = platform.init(settings.parallel, data_peers=settings.vision.balance == "world")
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     for chunk in vlm.language:
         chunk.embedded_tokens = 48  # the toy's rows too are embedded in parts
     load_weights(checkpoint, vlm)
-    renderer = Renderer(folder, settings.data, settings.row_align)
+    renderer = Renderer(folder, settings.data, settings.pad_multiple)
     samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     rows = [renderer.pack([samples[i] for i in row]) for row in rows_of_step]
-    each = len(rows) // groups.data_size
-    mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
+    each = len(rows) // groups.dp_size
+    mine = rows[groups.dp_rank * each : (groups.dp_rank + 1) * each]
     feed = Feed(vlm, iter(mine * STEPS) if groups.is_leader else None)
-    objective = TokenLoss(["data"], settings.train.logprob_chunk_tokens)
+    objective = CrossEntropy(["data"], settings.train.logprob_chunk_tokens)
     if settings.train.kl_to_start:
         start = StartWeights(Session(settings, vlm.shapes, groups, vlm))
-        objective = AnchoredTokenLoss(["data"], objective.chunk_tokens, settings.train.kl_to_start, start)
-    optimization = Optimization(vlm, settings.train)
+        objective = CrossEntropyWithKL(["data"], objective.chunk_tokens, settings.train.kl_to_start, start)
+    optimizers = Optimizers(vlm, settings.train)
     step = Step(
         vlm,
-        optimization,
+        optimizers,
         feed,
         each,
         objective,
@@ -186,7 +186,7 @@ def train_layout(
     )
     results = []
     for number in range(1, STEPS + 1):
-        optimization.thaw(number)
+        optimizers.unfreeze(number)
         results.append(step())
     if groups.language.dp.rank() == 0 and torch.distributed.get_rank() == 0:
         os.makedirs(out)

@@ -163,7 +163,7 @@ def of_experts(folder) -> tuple[torch.Tensor, torch.Tensor]:
     from megavlm import platform
     from megavlm.adapters.attach import adapted
     from megavlm.adapters.lora import Lora
-    from megavlm.adapters.sites import COLUMN, Expert, Place
+    from megavlm.adapters.sites import COLUMN, AdapterSite, Expert
     from megavlm.config.settings import AdapterSettings, ParallelSettings
     from megavlm.convert.names import table
     from megavlm.convert.peft_names import targeted
@@ -181,8 +181,8 @@ def of_experts(folder) -> tuple[torch.Tensor, torch.Tensor]:
     shapes, linear = Shapes.from_hf(folder), Grouped()
     settings = AdapterSettings(type="lora", rank=4)
     entry = next(e for e in table(shapes) if e.key.endswith("experts.linear_fc1.weight"))
-    places = [Place(linear, linear, entry, COLUMN, expert=Expert(index, 8, 0)) for index in (2, 3)]
-    adapters = [Lora(place, settings, targeted(settings, shapes), torch.float32) for place in places]
+    sites = [AdapterSite(linear, linear, entry, COLUMN, expert=Expert(index, 8, 0)) for index in (2, 3)]
+    adapters = [Lora(site, settings, targeted(settings, shapes), torch.float32) for site in sites]
     for adapter in adapters:
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter)

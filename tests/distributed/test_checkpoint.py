@@ -24,7 +24,7 @@ class Layout:
     parallel: dict
 
     @property
-    def data_size(self) -> int:
+    def dp_size(self) -> int:
         return self.world // math.prod(self.parallel.get(name, 1) for name in ("tensor", "pipeline", "context"))
 
 
@@ -63,8 +63,8 @@ PAIRS = {
 class CountingLoader:
     """The same few rows over and over, dealt to the data ranks in turn; its place: rows of all ranks."""
 
-    def __init__(self, rows, data_rank, data_size, workers):
-        self.rows, self.rank, self.size, self.workers, self.place = rows, data_rank, data_size, workers, 0
+    def __init__(self, rows, dp_rank, dp_size, workers):
+        self.rows, self.rank, self.size, self.workers, self.place = rows, dp_rank, dp_size, workers, 0
 
     def __iter__(self):
         return self
@@ -87,16 +87,16 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     read by all ranks (None: no leader), and the step that the checkpoint said.
     """
     from megavlm import platform
+    from megavlm.checkpoint.load_weights import load_weights
     from megavlm.checkpoint.manager import Checkpoints
-    from megavlm.checkpoint.weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
-    from megavlm.optim.optimizers import Optimization
+    from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
-    from megavlm.training.objective import TokenLoss
+    from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
 
     torch.set_num_threads(threads)
@@ -105,22 +105,20 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     if restore is None:
         load_weights(weights, vlm)
-    renderer = Renderer(folder, settings.data, settings.row_align)
+    renderer = Renderer(folder, settings.data, settings.pad_multiple)
     samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
-    each = settings.train.global_batch_size // groups.data_size  # rows of a step on this rank
-    loader = (
-        CountingLoader(rows, groups.data_rank, groups.data_size, settings.data.workers) if groups.is_leader else None
-    )
-    optimization = Optimization(vlm, settings.train)
-    store = Checkpoints(checkpoints, vlm, optimization, loader, settings, origin=weights)
+    each = settings.train.global_batch_size // groups.dp_size  # rows of a step on this rank
+    loader = CountingLoader(rows, groups.dp_rank, groups.dp_size, settings.data.workers) if groups.is_leader else None
+    optimizers = Optimizers(vlm, settings.train)
+    store = Checkpoints(checkpoints, vlm, optimizers, loader, settings, origin=weights)
     first = store.restore(restore) if restore else 0
-    step = Step(vlm, optimization, Feed(vlm, loader), each, TokenLoss(["data"], settings.train.logprob_chunk_tokens))
+    step = Step(vlm, optimizers, Feed(vlm, loader), each, CrossEntropy(["data"], settings.train.logprob_chunk_tokens))
     metrics = []
     if 0 in save_at:
         store.save(0)
     for number in range(first + 1, steps + 1):
-        optimization.thaw(number)
+        optimizers.unfreeze(number)
         result = step()
         metrics.append({"loss": result.loss, **result.norms})
         if number in save_at:
@@ -155,7 +153,10 @@ def adam(toy, layout: Layout, *, background: bool = True, keep: int = 3, workers
         **{"optimizer": "adam", "lr": 1e-3, "precision": "bf16", "global_batch_size": 2, "warmup_steps": 2, **train},
     )
     settings["train"] |= {"schedule": "cosine", "steps": 6}
-    settings["data"] |= {"workers": workers or WORKERS // layout.data_size, "align": 4}  # the same rows in all layouts
+    settings["data"] |= {
+        "workers": workers or WORKERS // layout.dp_size,
+        "pad_multiple": 4,
+    }  # the same rows in all layouts
     return {**settings, "checkpoint": {"async": background, "keep": keep}}
 
 
@@ -183,10 +184,10 @@ def test_continues_on_the_same_bits(name, background, toys, tmp_path, request):
 
 @pytest.mark.parametrize("name", ["one process", "TP2", "DP2", "PP2 × VPP2", "MoE EP2"])
 def test_continues_on_the_same_bits_around_a_thaw(name, toys, tmp_path, request):
-    """The decoder thaws after step 2: from checkpoints of before, of that very step, and of after it."""
+    """The decoder is unfrozen after step 2: from checkpoints of before, of that very step, and of after it."""
     layout = SAME[name]
     world, toy = request.getfixturevalue(f"world{layout.world}"), toys[layout.kind]
-    settings = adam(toy, layout, keep=5, freeze=("language",), thaw={"language": 2})
+    settings = adam(toy, layout, keep=5, freeze=("language",), unfreeze_after={"language": 2})
     saves = [0, 1, 2, 3, 4] if name == "one process" else [2, 3]
     straight = world.run(run, *toy, settings, tmp_path, steps=5, save_at=saves)
     assert [metrics["grad_norm/language"] > 0 for metrics in straight[0][0]] == [False, False, True, True, True]
@@ -203,7 +204,10 @@ def test_continues_on_the_same_bits_around_a_thaw(name, toys, tmp_path, request)
 
 def test_a_thawed_run_continues_in_another_layout(toys, tmp_path, world2):
     """As in test_continues_in_another_layout: the parts' own numbers of steps go with them."""
-    toy, train = toys["dense"], {"precision": "fp32", "freeze": ("vision", "language"), "thaw": {"language": 2}}
+    toy, train = (
+        toys["dense"],
+        {"precision": "fp32", "freeze": ("vision", "language"), "unfreeze_after": {"language": 2}},
+    )
     straight, resumed = (
         world2.run(run, *toy, adam(toy, layout, **train), tmp_path, steps=5, **how)[0]
         for layout, how in ((TP2, {"save_at": [3]}), (PP2, {"restore": tmp_path / "step_00000003"}))
@@ -226,7 +230,7 @@ def assert_compact(checkpoint):
 def test_continues_in_another_layout(pair, toys, tmp_path, request):
     """Float32, where another order of sums is the only difference: 1e-5 of each number."""
     first, second = PAIRS[pair]
-    toy, batch = toys[first.kind], max(2, first.data_size, second.data_size)
+    toy, batch = toys[first.kind], max(2, first.dp_size, second.dp_size)
     straight, resumed = (
         request.getfixturevalue(f"world{layout.world}").run(
             run, *toy, adam(toy, layout, precision="fp32", global_batch_size=batch), tmp_path, steps=5, **how

@@ -149,7 +149,7 @@ LAYOUTS = {
     "TP2 × PP2": (4, {"tensor": 2, "pipeline": 2}, {}),
     "TP2 × CP2 × PP2": (8, {"tensor": 2, "context": 2, "pipeline": 2}, {}),
     "PP2 × VPP2": (4, {"pipeline": 2, "virtual_pipeline": 2}, {}),
-    "frames over the world, offloaded": (2, {}, {"vision": {"deal": "world", "offload": True, "recompute": True}}),
+    "frames over the world, offloaded": (2, {}, {"vision": {"balance": "world", "offload": True, "recompute": True}}),
     "SGD": (2, {}, {"train": {"optimizer": "sgd"}}),
     "GaLore": (2, {}, {"train": {"optimizer": "galore", "galore_rank": 16}}),
     "float32": (2, {"tensor": 2, "sequence": False}, {"train": {"precision": "fp32"}}),

@@ -41,8 +41,8 @@ def test_with_a_rank_of_all_it_is_adam(name, precision, go):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_continues_on_the_same_bits(name, go):
-    """From the step of a renewal and from between two; the decoder thaws in between, in bf16 with float32 weights."""
-    layout, train = LAYOUTS[name], {**LOW, "freeze": ("language",), "thaw": {"language": 1}}
+    """From the step of a renewal and from between two; the decoder is unfrozen in between. In bf16, float32 weights."""
+    layout, train = LAYOUTS[name], {**LOW, "freeze": ("language",), "unfreeze_after": {"language": 1}}
     straight = go(layout, steps=5, save_at=[1, 2, 3], **train)
     for step in (1, 2, 3):
         for (metrics, weights, *_), (late_metrics, late_weights, *_) in zip(

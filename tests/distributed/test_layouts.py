@@ -38,11 +38,11 @@ VARIANTS = {
     "windows of 3, offloaded": (1, "dense", {}, {"vision": {"window": 3, "offload": True, "recompute": True}}),
     "PP2, windows of 2": (2, "dense", {"pipeline": 2}, {"vision": {"window": 2}}),
     "MoE EP2, windows of 1": (2, "moe", {"expert": 2}, {"vision": {"window": 1}}),
-    "DP2, frames over the world": (2, "dense", {}, {"vision": {"deal": "world"}}),
-    "TP2 × DP2, frames over the world": (4, "dense", {"tensor": 2}, {"vision": {"deal": "world", "window": 1}}),
-    "PP2 × DP2, frames over the world": (4, "dense", {"pipeline": 2}, {"vision": {"deal": "world", "window": 1}}),
-    "CP2 × DP2, frames over the world": (4, "dense", {"context": 2}, {"vision": {"deal": "world"}}),
-    "MoE EP2, frames over the world": (2, "moe", {"expert": 2}, {"vision": {"deal": "world"}}),
+    "DP2, frames over the world": (2, "dense", {}, {"vision": {"balance": "world"}}),
+    "TP2 × DP2, frames over the world": (4, "dense", {"tensor": 2}, {"vision": {"balance": "world", "window": 1}}),
+    "PP2 × DP2, frames over the world": (4, "dense", {"pipeline": 2}, {"vision": {"balance": "world", "window": 1}}),
+    "CP2 × DP2, frames over the world": (4, "dense", {"context": 2}, {"vision": {"balance": "world"}}),
+    "MoE EP2, frames over the world": (2, "moe", {"expert": 2}, {"vision": {"balance": "world"}}),
     "CP2 × PP2 × VPP2, windows of 2": (
         4,
         "dense",
@@ -154,11 +154,18 @@ THAWING = {
 def test_thaw(name, toys, tmp_path, request):
     """The decoder learns from the second step on, the tower in the third alone; until then their norms are 0."""
     size, kind, parallel, others = THAWING[name]
-    freeze, thaw = ("vision", "language"), {"language": 1, "vision": 2}
+    freeze, unfreeze = ("vision", "language"), {"language": 1, "vision": 2}
     moe, scale = kind == "moe", others.get("lr_scale")
-    settings = settings_of(toys.folder(kind), parallel, freeze=freeze, moe=moe, thaw=thaw, **others)
+    settings = settings_of(toys.folder(kind), parallel, freeze=freeze, moe=moe, unfreeze_after=unfreeze, **others)
     reference = train_reference(
-        toys.folder(kind), toys.records, toys.root, freeze, rows=ROWS, aux=AUX * moe, lr_scale=scale, thaw=thaw
+        toys.folder(kind),
+        toys.records,
+        toys.root,
+        freeze,
+        rows=ROWS,
+        aux=AUX * moe,
+        lr_scale=scale,
+        unfreeze_after=unfreeze,
     )
     assert [[part for part, norm in norms.items() if norm == 0] for _, norms in reference.steps] == [
         ["vision", "language"], ["vision"], [],
@@ -225,7 +232,7 @@ def test_odd_steps(layout, step, toys, tmp_path, world4):
         for question, answer, images in made
     ]
     reference = train_reference(toys.folder("dense"), records, toys.root)
-    vision = {"deal": "world"} if "world" in layout else {}
+    vision = {"balance": "world"} if "world" in layout else {}
     settings = settings_of(
         toys.folder("dense"), ODD_LAYOUTS[layout], global_batch_size=len(rows), seq_length=512, vision=vision
     )

@@ -194,15 +194,15 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out)
 
     from megavlm import platform
     from megavlm.align.objectives import JudgedObjective, PairObjective, RewardObjective
-    from megavlm.checkpoint.weights import load_weights
+    from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.convert import SHARDED_METADATA
+    from megavlm.data.answer_groups import draft_unit
     from megavlm.data.jsonl import JsonlFile
     from megavlm.data.renderer import Renderer
-    from megavlm.data.units import draft_unit
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
-    from megavlm.optim.optimizers import Optimization
+    from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
     from megavlm.training.step import Step
 
@@ -213,16 +213,16 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out)
     for chunk in vlm.language:
         if hasattr(chunk, "score_head"):
             chunk.score_head.weight.data.copy_(first_head(chunk.score_head.weight.shape[1]))
-    renderer, file = Renderer(folder, settings.data, settings.row_align), JsonlFile(records)
+    renderer, file = Renderer(folder, settings.data, settings.pad_multiple), JsonlFile(records)
     kind = "judged" if name == "kto" else "pair"
     rows = []
     for places in ROWS:
         row = renderer.complete_row([draft_unit(renderer, file, place, kind) for place in places])
-        for place, facts in enumerate(row.facts):
-            facts["ref"] = refs[row.indices[place]][place % 2]
+        for place, annotations in enumerate(row.annotations):
+            annotations["ref"] = refs[row.indices[place]][place % 2]
         rows.append(row)
-    each = len(rows) // groups.data_size
-    mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
+    each = len(rows) // groups.dp_size
+    mine = rows[groups.dp_rank * each : (groups.dp_rank + 1) * each]
     feed = Feed(vlm, iter(mine) if groups.is_leader else None)
     if name == "kto":
         objective = JudgedObjective(*KTO, 64, groups.language.cp)
@@ -231,7 +231,7 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out)
         objective = RewardObjective(CENTERING, groups.language, sequence_parallel=sequence_parallel)
     else:
         objective = PairObjective(name, LOSSES[name], 64, groups.language.cp)
-    result = Step(vlm, Optimization(vlm, settings.train), feed, each, objective, settings.vision.window)()
+    result = Step(vlm, Optimizers(vlm, settings.train), feed, each, objective, settings.vision.window)()
     if torch.distributed.get_rank() == 0:
         os.makedirs(out)
     torch.distributed.barrier()
@@ -301,9 +301,9 @@ def test_a_step_is_that_of_plain_pytorch(layout, name, toys, files, expectations
 
 def test_a_pair_shares_its_pictures(toys, files):
     from megavlm.config.settings import DataSettings
+    from megavlm.data.answer_groups import draft_unit
     from megavlm.data.jsonl import JsonlFile
     from megavlm.data.renderer import Renderer
-    from megavlm.data.units import draft_unit
 
     renderer = Renderer(toys.folder("dense"), DataSettings(seq_length=512))
     file = JsonlFile(files["pair"])
@@ -313,4 +313,4 @@ def test_a_pair_shares_its_pictures(toys, files):
     assert row.use_frames.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4]
     assert len(row.frame_grids) == 5
     assert len(row.patches) == row.frame_grids.prod(dim=1).sum()
-    assert [facts.get("margin") for facts in row.facts] == [0.1, None, 0.3, None, 0.2, None]
+    assert [annotations.get("margin") for annotations in row.annotations] == [0.1, None, 0.3, None, 0.2, None]

@@ -28,15 +28,15 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
     ``wrong``: what the step in the middle has; None: there is none in the middle.
     """
     from megavlm import platform
-    from megavlm.checkpoint.weights import load_weights
+    from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
-    from megavlm.optim.optimizers import Optimization
+    from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
-    from megavlm.training.objective import TokenLoss
+    from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
 
     settings = Settings(**settings)
@@ -51,21 +51,21 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
     if wrong == "pixel":
         samples[4].patches[-1, 0] = math.nan
     steps = [GOOD[0], *([BAD] if wrong else []), GOOD[1]]
-    each = 2 // groups.data_size
+    each = 2 // groups.dp_size
     rows = [
         renderer.pack([samples[i] for i in row])
         for step in steps
-        for row in step[groups.data_rank * each : (groups.data_rank + 1) * each]
+        for row in step[groups.dp_rank * each : (groups.dp_rank + 1) * each]
     ]
     feed = Feed(vlm, iter(rows) if groups.is_leader else None)
-    optimization = Optimization(vlm, settings.train)
-    step = Step(vlm, optimization, feed, each, TokenLoss(["data"], settings.train.logprob_chunk_tokens))
+    optimizers = Optimizers(vlm, settings.train)
+    step = Step(vlm, optimizers, feed, each, CrossEntropy(["data"], settings.train.logprob_chunk_tokens))
     results = [step() for _ in steps]
     chunks = [vlm.vision, vlm.projector, *vlm.language]
     weights = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
-    optimizers = [part.optimizer for part in optimization.optimizer.chained_optimizers]
+    optimizers = [part.optimizer for part in optimizers.optimizer.chained_optimizers]
     moments = [torch.as_tensor(v) for o in optimizers for state in o.state.values() for v in state.values()]
-    return results, weights + moments, optimization.scheduler.num_steps
+    return results, weights + moments, optimizers.scheduler.num_steps
 
 
 @pytest.mark.parametrize("case", CASES)

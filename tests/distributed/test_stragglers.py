@@ -18,16 +18,16 @@ def step_with_a_slow_rank(folder, checkpoint, root, records, settings, places, s
     Returns the fields, and this rank's own seconds of reading and of the tower.
     """
     from megavlm import platform
-    from megavlm.checkpoint.weights import load_weights
+    from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.monitor.stragglers import Stragglers
-    from megavlm.optim.optimizers import Optimization
+    from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
-    from megavlm.training.objective import TokenLoss
+    from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
 
     settings = Settings(**settings)
@@ -38,14 +38,14 @@ def step_with_a_slow_rank(folder, checkpoint, root, records, settings, places, s
     row = renderer.pack(
         [
             renderer.encode(records[i], in_folder(root), f"record {i}", kind="tune", index=i)
-            for i in places[groups.data_rank]
+            for i in places[groups.dp_rank]
         ]
     )
     stragglers = Stragglers(vlm)
-    rows = slow_rows([row, row], 0.4 if groups.data_rank == slow_rank else 0.0)
+    rows = slow_rows([row, row], 0.4 if groups.dp_rank == slow_rank else 0.0)
     feed = Feed(vlm, stragglers.rows(rows) if groups.is_leader else None)
     step = Step(
-        vlm, Optimization(vlm, settings.train), feed, 1, TokenLoss(["data"], settings.train.logprob_chunk_tokens)
+        vlm, Optimizers(vlm, settings.train), feed, 1, CrossEntropy(["data"], settings.train.logprob_chunk_tokens)
     )
     step()  # warms up
     stragglers.start()

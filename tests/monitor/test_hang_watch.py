@@ -22,7 +22,7 @@ def keeps_the_lock():  # a regular expression of exponential time: no other Pyth
     re.match("(a+)+$", "a" * 60 + "b")
 
 with HangWatch(float(sys.argv[2]) / 60, Path(sys.argv[3]), 3, 8) as watch:
-    watch.beat("step 12")
+    watch.heartbeat("step 12")
     globals()[sys.argv[1]]()
 """
 
@@ -55,14 +55,14 @@ def test_signs_of_progress_keep_it_alive(tmp_path):
     with HangWatch(1.0 / 60, tmp_path, 0, 1) as watch:
         for number in range(6):
             time.sleep(0.5)
-            watch.beat(f"step {number}")
+            watch.heartbeat(f"step {number}")
     time.sleep(1.5)  # nor does it fire once the run has ended
     assert list(tmp_path.iterdir()) == []
 
 
 def test_null_is_off(tmp_path):
     with HangWatch(None, tmp_path, 0, 1) as watch:
-        watch.beat("step 1")
+        watch.heartbeat("step 1")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,7 +6,7 @@ from toy import toy_folder
 
 from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
-from megavlm.training.rehearsal import is_out_of_memory, longest_row
+from megavlm.training.memory_check import is_out_of_memory, longest_row
 
 
 @pytest.fixture(scope="module")

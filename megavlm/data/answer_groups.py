@@ -34,11 +34,11 @@ def draft_unit(renderer: Renderer, file: "SampleFile", index: int, kind: Kind) -
     if kind not in ("pair", "judged"):
         return renderer.draft(record, find, source, kind=kind, index=index)
     if kind == "pair":
-        first, second, facts = split_pair(record, source)
+        first, second, annotations = split_pair(record, source)
         draft = renderer.draft(first, find, source, kind="tune", index=index)
         _follow(renderer, draft, renderer.draft(second, find, source, kind="tune", index=index), {"side": "rejected"})
     else:
-        first, facts = split_judgement(record, source)
+        first, annotations = split_judgement(record, source)
         draft = renderer.draft(first, find, source, kind="tune", index=index)
         try:
             other = file.read((index + 1) % len(file))[0]
@@ -47,13 +47,13 @@ def draft_unit(renderer: Renderer, file: "SampleFile", index: int, kind: Kind) -
                 _follow(renderer, draft, follower, {"mismatched": True})
         except UserError:
             draft.followers = []  # the neighbour, or the two together, are of no use; the sample itself is
-    draft.facts = facts
+    draft.annotations = annotations
     return draft
 
 
-def _follow(renderer: Renderer, draft: Draft, follower: Draft, facts: dict) -> None:
+def _follow(renderer: Renderer, draft: Draft, follower: Draft, annotations: dict) -> None:
     if follower.frame_grids.tolist() != draft.frame_grids.tolist():
         raise UserError(f"{draft.source}: an answer has pictures or videos of its own", "move them into the prompt")
-    follower.shares_media, follower.facts = True, facts
+    follower.shares_media, follower.annotations = True, annotations
     draft.followers = [follower]
     renderer.check_size(draft)

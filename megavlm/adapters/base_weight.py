@@ -15,14 +15,11 @@ def weight_of(linear: nn.Module) -> Tensor:
 def saved_as(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager:
     """Within it autograd keeps ``make`` instead of ``tensor``, and calls it, under no_grad, in backward."""
 
-    place = (
-        tensor.data_ptr(),
-        tensor.shape,
-        tensor.stride(),
-    )  # the graph keeps ``pack``, which so does not keep the tensor
+    # compared by address and shape: the graph keeps ``pack``, which must not keep the tensor
+    same = (tensor.data_ptr(), tensor.shape, tensor.stride())
 
     def pack(saved: Tensor):
-        return make if (saved.data_ptr(), saved.shape, saved.stride()) == place else saved
+        return make if (saved.data_ptr(), saved.shape, saved.stride()) == same else saved
 
     def unpack(kept) -> Tensor:
         if not callable(kept):

@@ -32,14 +32,18 @@ class PreferenceMethod:
         return self._make(session.settings, session.groups.language)
 
     def objective(
-        self, session: Session, renderer: Renderer | None, sources: list[Source] | None, beat: Callable[[str], None]
+        self,
+        session: Session,
+        renderer: Renderer | None,
+        sources: list[Source] | None,
+        heartbeat: Callable[[str], None],
     ) -> Objective:
         """Called on all ranks, before the optimizer is built; the weights may be others afterwards."""
         objective = self.bare_objective(session)
         if objective.has_reference and session.settings.align.reference_at == "step":
             objective.start = StartWeights(session)
         elif objective.has_reference:
-            self._reference = reference_of(session, renderer, sources, self.kind, beat)
+            self._reference = reference_of(session, renderer, sources, self.kind, heartbeat)
         return objective
 
     def rows(self, rows: Iterator[Row]) -> Iterator[Row]:

@@ -22,7 +22,7 @@ class UnfitSample(UserError):
 
 
 @dataclass(frozen=True)
-class Fault:
+class SkippedSample:
     """A sample that was passed over.
 
     Attributes:
@@ -38,7 +38,7 @@ class Fault:
     cause: str
 
     @classmethod
-    def of(cls, source_id: int, sample: str, error: Exception) -> "Fault":
+    def of(cls, source_id: int, sample: str, error: Exception) -> "SkippedSample":
         kind = error.kind if isinstance(error, UnfitSample) else BROKEN
         cause = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return cls(source_id, sample, kind, cause.removeprefix(f"{sample}: "))

@@ -7,7 +7,7 @@ import pytest
 from skimage import data as photographs
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from megavlm.model.deal import Place, VisualRow, VisualTokens, deal_frames, frame_cost, plan_exchange
+from megavlm.model.frame_balance import RankShare, VisualRow, VisualTokens, balance_frames, frame_cost, plan_exchange
 from megavlm.model.row_cut import RowCut
 
 LINEAR_8B = 2.0 * 1152 + 4304
@@ -30,7 +30,7 @@ def window_of_photographs(tokens: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(5))
 def test_photographs_of_many_sizes_are_dealt_evenly(seed):
     patches = window_of_photographs(4 * 8192, seed)  # the default: four rows
-    owner, cost = deal_frames(patches, 4, LINEAR_8B), frame_cost(patches, LINEAR_8B)
+    owner, cost = balance_frames(patches, 4, LINEAR_8B), frame_cost(patches, LINEAR_8B)
     assert cost == pytest.approx(LINEAR_8B * patches + patches.astype(float) ** 2)
     loads = np.array([cost[owner == rank].sum() for rank in range(4)])
     assert loads.max() / loads.mean() <= 1.10
@@ -39,14 +39,14 @@ def test_photographs_of_many_sizes_are_dealt_evenly(seed):
 
 
 def test_one_giant_and_thousands_of_tiny_frames():
-    assert len(deal_frames(np.array([60000]), 4, LINEAR_8B)) == 1
-    assert np.bincount(deal_frames(np.full(5000, 4), 4, LINEAR_8B)).tolist() == [1250] * 4
-    assert len(deal_frames(np.array([], dtype=np.int64), 4, LINEAR_8B)) == 0
+    assert len(balance_frames(np.array([60000]), 4, LINEAR_8B)) == 1
+    assert np.bincount(balance_frames(np.full(5000, 4), 4, LINEAR_8B)).tolist() == [1250] * 4
+    assert len(balance_frames(np.array([], dtype=np.int64), 4, LINEAR_8B)) == 0
 
 
-def places_of(context: int, slices: int, stages: list[tuple[int, ...]], data: int) -> list[Place]:
+def shares_of(context: int, slices: int, stages: list[tuple[int, ...]], data: int) -> list[RankShare]:
     return [
-        Place(context, c, slices, s, planes, data_rank=d)
+        RankShare(context, c, slices, s, planes, dp_rank=d)
         for d in range(data) for planes in stages for c in range(context) for s in range(slices)
     ]  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_every_token_arrives_where_it_belongs(context, slices, data):
     Frames 1 and 4 of each row are used twice, as by the two answers of a pair.
     """
     random = np.random.default_rng(0)
-    places = places_of(context, slices, [(0, 1), (2,), ()], data)
+    shares = shares_of(context, slices, [(0, 1), (2,), ()], data)
     lengths = [[32, 64, 32], [96, 32]]
     rows, values, wanted = [], [], {}  # per data rank its window of rows; encoded tokens; (data rank, row) → where what
     for d in range(data):
@@ -72,23 +72,23 @@ def test_every_token_arrives_where_it_belongs(context, slices, data):
                 start + n: (d, m, frame, n)
                 for start, frame in zip(starts, uses, strict=True) for n in range(counts[frame])
             }  # fmt: skip
-    tokens = VisualTokens.join([VisualTokens.of(window, places[0], d) for d, window in enumerate(rows)], [10] * data)
+    tokens = VisualTokens.join([VisualTokens.of(window, shares[0], d) for d, window in enumerate(rows)], [10] * data)
     frame_tokens = np.concatenate([row.frame_tokens for window in rows for row in window])
-    owner = deal_frames(4 * frame_tokens, len(places), 10.0)
-    plans = [plan_exchange(tokens, frame_tokens, owner, places, rank, len(lengths)) for rank in range(len(places))]
+    owner = balance_frames(4 * frame_tokens, len(shares), 10.0)
+    plans = [plan_exchange(tokens, frame_tokens, owner, shares, rank, len(lengths)) for rank in range(len(shares))]
     own = []  # per rank, a feature of each plane and token: (plane, data rank, micro-batch, frame, number)
     for rank, plan in enumerate(plans):
         mine = np.array(values)[np.repeat(owner, frame_tokens) == rank]
         assert plan.num_own == len(mine)
         own.append(np.array([(plane, *value) for plane in range(3) for value in mine]).reshape(-1, 5))
-    for rank, (place, plan) in enumerate(zip(places, plans, strict=True)):
+    for rank, (share, plan) in enumerate(zip(shares, plans, strict=True)):
         sent = [np.split(own[s][p.send.numpy()], np.cumsum(p.send_counts)[:-1])[rank] for s, p in enumerate(plans)]
         assert plan.receive_counts == [len(part) for part in sent]
         received = np.concatenate(sent)
         for m, (take, positions) in enumerate(zip(plan.take, plan.positions, strict=True)):
-            order = RowCut.of(lengths[m], context).order[place.context_index].reshape(slices, -1)[place.slice_index]
-            visual = wanted[place.data_rank, m] if place.planes else {}
+            order = RowCut.of(lengths[m], context).order[share.context_index].reshape(slices, -1)[share.slice_index]
+            visual = wanted[share.dp_rank, m] if share.planes else {}
             assert sorted(order[positions.numpy()]) == sorted(set(visual) & set(order))
-            for plane, index in zip(place.planes, take, strict=True):
+            for plane, index in zip(share.planes, take, strict=True):
                 got = [tuple(value) for value in received[index.numpy()]]
                 assert got == [(plane, *visual[at]) for at in order[positions.numpy()]]

@@ -5,14 +5,14 @@ from collections import Counter
 
 import pytest
 
-from megavlm.data.draws import Draws, dealt_anew
-from megavlm.data.order import shuffled
+from megavlm.data.permutation import shuffled
+from megavlm.data.sample_order import SampleOrder, reshard
 
 COUNTS = (41, 10)
 
 
 def workers_of(num, seed=3, states=None):
-    workers = [Draws((0.7, 0.3), COUNTS, seed, worker, num) for worker in range(num)]
+    workers = [SampleOrder((0.7, 0.3), COUNTS, seed, worker, num) for worker in range(num)]
     for worker, state in zip(workers, states or [], strict=False):
         worker.state = state
     return workers
@@ -21,7 +21,7 @@ def workers_of(num, seed=3, states=None):
 @pytest.mark.parametrize("seed", [None, 3])
 def test_workers_together_take_each_sample_once_an_epoch(seed):
     for num in (1, 3, 8):
-        workers = [Draws((1.0,), (41,), seed, worker, num) for worker in range(num)]
+        workers = [SampleOrder((1.0,), (41,), seed, worker, num) for worker in range(num)]
         drawn = [next(workers[n % num])[1] for n in range(3 * 41)]
         epochs = [drawn[:41], drawn[41:82], drawn[82:]]
         assert all(sorted(epoch) == list(range(41)) for epoch in epochs)
@@ -30,7 +30,7 @@ def test_workers_together_take_each_sample_once_an_epoch(seed):
 
 
 def test_shares_hold_at_any_moment():
-    draws = Draws((0.5, 0.3, 0.19, 0.01), (9, 9, 9, 9), 0, 5, 7)
+    draws = SampleOrder((0.5, 0.3, 0.19, 0.01), (9, 9, 9, 9), 0, 5, 7)
     counts = Counter()
     for number in range(1, 2000):
         counts[next(draws)[0]] += 1
@@ -46,16 +46,16 @@ def test_dealt_anew_takes_no_place_twice_and_leaves_none_out(numbers):
     for _ in range(20):
         seen, states = [Counter(), Counter()], None
         for num in numbers:
-            workers = workers_of(num, states=dealt_anew(states, num) if states else None)
+            workers = workers_of(num, states=reshard(states, num) if states else None)
             for worker in workers:
                 for _ in range(random_.randrange(60)):
                     source, index = next(worker)
                     seen[source][index] += 1
             states = [worker.state for worker in workers]
         for source, count in enumerate(COUNTS):
-            last = dealt_anew(states, 1)[0]
+            last = reshard(states, 1)[0]
             first_free, ahead = last["base"][source], last["ahead"][source]
-            key = Draws((0.7, 0.3), COUNTS, 3, 0, 1)._keys[source]
+            key = SampleOrder((0.7, 0.3), COUNTS, 3, 0, 1)._keys[source]
             taken = [*range(first_free), *ahead]
             assert len(set(taken)) == len(taken)
             expected = Counter(shuffled(place % count, count, key + place // count) for place in taken)
@@ -67,5 +67,5 @@ def test_state_stays_small():
     for number, worker in enumerate(workers):
         for _ in range(20000 + 30 * number):
             next(worker)
-    state = dealt_anew([worker.state for worker in workers], 3)[0]
+    state = reshard([worker.state for worker in workers], 3)[0]
     assert all(len(places) < 4 * 100 for places in state["ahead"])

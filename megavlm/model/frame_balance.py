@@ -1,7 +1,7 @@
 """Who encodes which frame, and which rank needs which visual token: host arithmetic, the same on every rank.
 
 A frame is one temporal step of a picture or video; attention in the tower never crosses one, so frames can be dealt
-freely. Everything here is computed from the frames' sizes and places alone, so no rank has to ask another.
+freely. Everything here is computed from the frames' sizes and positions alone, so no rank has to ask another.
 """
 
 import heapq
@@ -24,7 +24,7 @@ def frame_cost(num_patches: np.ndarray, linear_cost: float) -> np.ndarray:
     return linear_cost * num_patches + num_patches.astype(np.float64) ** 2
 
 
-def deal_frames(num_patches: np.ndarray, ranks: int, linear_cost: float) -> np.ndarray:
+def balance_frames(num_patches: np.ndarray, ranks: int, linear_cost: float) -> np.ndarray:
     """Owner of each frame, int64 [F]: the costliest first, each to the least loaded rank.
 
     Args:
@@ -43,11 +43,11 @@ def deal_frames(num_patches: np.ndarray, ranks: int, linear_cost: float) -> np.n
 
 
 @dataclass(frozen=True)
-class Place:
+class RankShare:
     """What one rank of the group that shares the frames needs of their features.
 
     Attributes:
-        data_rank: whose rows it works on, counted within the group.
+        dp_rank: whose rows it works on, counted within the group.
         context, context_index: parts in which context parallelism cuts a row; which this rank holds.
         slices, slice_index: equal slices of that part (sequence parallelism); which this rank holds.
         planes: feature planes used on this rank: 0 embeds (first stage), 1 + k is deepstack level k.
@@ -60,12 +60,12 @@ class Place:
     slice_index: int = 0
     planes: tuple[int, ...] = ()
     gives_gradient: bool = True
-    data_rank: int = 0
+    dp_rank: int = 0
 
     @property
     def cell(self) -> int:
         """Number of the slice of a row, over all data ranks, context parts and slices."""
-        return (self.data_rank * self.context + self.context_index) * self.slices + self.slice_index
+        return (self.dp_rank * self.context + self.context_index) * self.slices + self.slice_index
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class VisualTokens:
 
     Attributes:
         frame: int64 [N], the frame that each token belongs to. within: int64 [N], its number among the frame's.
-        cell: int64 [N], the ``Place.cell`` that needs it.
+        cell: int64 [N], the ``RankShare.cell`` that needs it.
         position: int64 [N], its position in that slice.
         micro_batch: int64 [N], which micro-batch of its data rank's window.
     """
@@ -104,8 +104,8 @@ class VisualTokens:
     micro_batch: np.ndarray
 
     @classmethod
-    def of(cls, rows: Sequence["VisualRow"], place: Place, data_rank: int) -> "VisualTokens":
-        """The tokens of one data rank's window. ``place``: any of the group, for how rows are cut."""
+    def of(cls, rows: Sequence["VisualRow"], share: RankShare, dp_rank: int) -> "VisualTokens":
+        """The tokens of one data rank's window. ``share``: any of the group, for how rows are cut."""
         nothing = np.empty(0, np.int64)
         frames, withins, cells, positions, sizes, num_frames = [], [], [], [], [], 0
         for row in rows:
@@ -115,9 +115,9 @@ class VisualTokens:
             frames.append(np.repeat(row.use_frames + num_frames, counts))
             withins.append(within)
             num_frames += len(row.frame_tokens)
-            cut = RowCut.of(row.segment_lengths, place.context)
-            slice_index, position = np.divmod(cut.local[at], cut.order.shape[1] // place.slices)
-            cells.append((data_rank * place.context + cut.owner[at]) * place.slices + slice_index)
+            cut = RowCut.of(row.segment_lengths, share.context)
+            slice_index, position = np.divmod(cut.local[at], cut.order.shape[1] // share.slices)
+            cells.append((dp_rank * share.context + cut.owner[at]) * share.slices + slice_index)
             positions.append(position)
             sizes.append(len(at))
         return cls(
@@ -170,7 +170,7 @@ def plan_exchange(
     tokens: VisualTokens,
     frame_tokens: np.ndarray,
     owner: np.ndarray,
-    places: Sequence[Place],
+    shares: Sequence[RankShare],
     rank: int,
     num_rows: int,
 ) -> Exchange:
@@ -178,7 +178,7 @@ def plan_exchange(
 
     Args:
         frame_tokens, owner: int64 [F], visual tokens of each frame, and who encodes it.
-        places: what each rank of the group needs.
+        shares: what each rank of the group needs.
         num_rows: micro-batches of this rank's window.
     """
     token_owner = owner[tokens.frame]
@@ -191,16 +191,16 @@ def plan_exchange(
     cells = tokens.cell[own]
     nothing = np.empty(0, np.int64)
     send = []
-    for place in places:
-        first, last = np.searchsorted(cells, (place.cell, place.cell + 1))
-        planes = np.array(place.planes, dtype=np.int64)
+    for share in shares:
+        first, last = np.searchsorted(cells, (share.cell, share.cell + 1))
+        planes = np.array(share.planes, dtype=np.int64)
         send.append((planes[:, None] * num_own + encoded[None, first:last]).ravel())
 
-    here = places[rank]
+    here = shares[rank]
     needed = np.flatnonzero(tokens.cell == here.cell) if here.planes else nothing
     needed = needed[np.argsort(token_owner[needed], kind="stable")]
     source = token_owner[needed]
-    counts = np.bincount(source, minlength=len(places))
+    counts = np.bincount(source, minlength=len(shares))
     starts = np.cumsum(counts) - counts
     plane = np.arange(len(here.planes))[:, None]
     # a source's part is [planes, its tokens]

@@ -21,7 +21,7 @@ FREE_TO_CHANGE = (
     "output",
     "overwrite",
     "data.eval",
-    "data.align",  # follows parallel.context; the run says that its rows are packed differently from here on
+    "data.pad_multiple",  # follows parallel.context; the run says that its rows are packed differently from here on
     "data.workers",
     "data.max_bad_fraction",
     "model.kernels",
@@ -30,7 +30,7 @@ FREE_TO_CHANGE = (
     "train.logprob_chunk_tokens",
     "train.max_skipped_steps",
     "train.hang_minutes",
-    "train.rehearsal",
+    "train.memory_check",
 )
 # What a run writes; overwriting removes these names and no other.
 RUN_FILES = (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megavlm.convert.layout import Experts, FusedQkv, GroupedQkv, Same, Stacked
+from megavlm.convert.tensor_order import Experts, FusedQkv, GroupedQkv, Same, Stacked
 
 HEADS, GROUPS, DIM, HIDDEN = 6, 2, 4, 5
 

@@ -1,4 +1,4 @@
-"""A rehearsal before the first step: does the longest row that may come fit in memory?
+"""The memory check before the first step: does the longest row that the settings allow fit in memory?
 
 Otherwise a run ends at the first long row, hours in. The row goes the way of every other, through the feed, the tower,
 the decoder and the reduction of gradients, on all ranks; nothing is updated, and no number of the training changes.
@@ -31,7 +31,7 @@ _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", 
 _BLOCK = 4096  # patches drawn at random; more of them repeat these
 
 
-def rehearse(step: Step, renderer: Renderer | None, settings: Settings, kind: Kind = "tune") -> str:
+def check_memory(step: Step, renderer: Renderer | None, settings: Settings, kind: Kind = "tune") -> str:
     """Runs the longest row forward and backward on all ranks; afterwards everything is as it was before.
 
     Args:
@@ -47,7 +47,7 @@ def rehearse(step: Step, renderer: Renderer | None, settings: Settings, kind: Ki
         try:
             rows = [longest_row(renderer, kind)] * num_rows if renderer is not None else None
             reserved = _optimizer_state_to_come(step)
-            with _thawed(step):
+            with _unfrozen(step):
                 step.gradients(Feed(step.vlm, iter(rows) if rows is not None else None), num_rows)
             peak = _largest(memory_gib(), step)
         except (MemoryError, RuntimeError) as error:
@@ -55,13 +55,13 @@ def rehearse(step: Step, renderer: Renderer | None, settings: Settings, kind: Ki
                 raise
             raise _too_large(error, settings) from None
     del reserved
-    step.optimization.zero_grad()
+    step.optimizers.zero_grad()
     reset_memory()
     if rows is None:
         return ""  # rank 0, which shows it, is a leader
     visual = len(rows[0].visual_positions)
     return (
-        f"rehearsal: {num_rows} × {settings.data.seq_length} tokens, {visual} of them visual, "
+        f"memory check: {num_rows} × {settings.data.seq_length} tokens, {visual} of them visual, "
         f"{time.perf_counter() - began:.1f} s, peak {peak[0]:.3g} GiB on rank {peak[1]}"
     )
 
@@ -79,7 +79,7 @@ def longest_row(renderer: Renderer, kind: Kind = "tune") -> Row:
     limits = vision.hf.image_processor.size
     least, most = (limits[edge] // pixels_of_token for edge in ("shortest_edge", "longest_edge"))
     answers = 2 if kind in ("pair", "judged") else 1
-    length = renderer.seq_length // answers // renderer.align * renderer.align
+    length = renderer.seq_length // answers // renderer.pad_multiple * renderer.pad_multiple
     tokens = draw.integers(0, min(renderer.tokenizer.vocab_size, renderer.processor.image_token_id), length)
     grids, visual, used = [], [np.empty(0, np.int64)], 0
     while (room := min(length - used - 2, most)) >= max(least, 1):  # a token before the picture and one behind
@@ -105,14 +105,14 @@ def longest_row(renderer: Renderer, kind: Kind = "tune") -> Row:
         visual_positions=torch.from_numpy(visual),
         num_images=len(grids),
         num_videos=0,
-        source="rehearsal",
+        source="memory check",
         index=0,
     )
     if answers == 1:
         return renderer.pack([sample])
     own, foreign = {"margin": 0.0, "desirable": True, "ref": 0.0}, {"mismatched": True, "side": "rejected", "ref": 0.0}
-    other = replace(sample, shares_media=True, patches=sample.patches[:0], facts=foreign)
-    return renderer.pack([replace(sample, facts=own), other])
+    other = replace(sample, shares_media=True, patches=sample.patches[:0], annotations=foreign)
+    return renderer.pack([replace(sample, annotations=own), other])
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -131,16 +131,16 @@ def _same_random_numbers() -> Iterator[None]:
         set_random_state(state)
 
 
-def _to_thaw(step: Step) -> list[torch.nn.Parameter]:
+def _to_unfreeze(step: Step) -> list[torch.nn.Parameter]:
     """Weights on this rank that are frozen now and will not stay so."""
-    parts = [part for part in step.optimization.train.thaw if part not in step.optimization.thawed_at]
+    parts = [part for part in step.optimizers.train.unfreeze_after if part not in step.optimizers.unfrozen_at]
     return [p for part in parts for module in step.vlm.modules_of(part) for p in module.parameters()]
 
 
 @contextlib.contextmanager
-def _thawed(step: Step) -> Iterator[None]:
-    """Inside, parts that thaw later learn already, so that their activations and gradients are in the peak."""
-    weights = _to_thaw(step)
+def _unfrozen(step: Step) -> Iterator[None]:
+    """Inside, parts that are unfrozen later are trainable, so that the peak has their activations and gradients."""
+    weights = _to_unfreeze(step)
     for weight in weights:
         weight.requires_grad_(True)
     try:
@@ -154,19 +154,19 @@ def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:
     """As much memory as optimizers will take later.
 
     At its first step Adam takes two float32 per number that this rank updates; GaLore takes its state here and now. A
-    part that thaws besides takes a gradient buffer, less the gradients that the rehearsal itself makes, and a float32
-    copy of half-precision weights; of what is shared over data ranks this rank's part (experts, which are shared over
-    fewer, are counted like others).
+    part that is unfrozen later takes a gradient buffer, less the gradients that the memory check itself makes, and a
+    float32 copy of half-precision weights; of what is shared over data ranks this rank's part (experts, which are
+    shared over fewer, are counted like others).
     """
-    optimization, groups, numbers = step.optimization, step.groups, 0
-    adam = optimization.train.optimizer == "adam"
-    if adam and not any(o.optimizer.state for o in optimization.optimizer.chained_optimizers):
-        numbers = 2 * sum(p.numel() for group in optimization.optimizer.param_groups for p in group["params"])
-    inner = [o.optimizer for o in optimization.optimizer.chained_optimizers if isinstance(o.optimizer, GaLore)]
+    optimizers, groups, numbers = step.optimizers, step.groups, 0
+    adam = optimizers.train.optimizer == "adam"
+    if adam and not any(o.optimizer.state for o in optimizers.optimizer.chained_optimizers):
+        numbers = 2 * sum(p.numel() for group in optimizers.optimizer.param_groups for p in group["params"])
+    inner = [o.optimizer for o in optimizers.optimizer.chained_optimizers if isinstance(o.optimizer, GaLore)]
     for optimizer in inner:
         optimizer.fill()
     tower = {p for part in ("vision", "projector") for m in step.vlm.modules_of(part) for p in m.parameters()}
-    for weight in _to_thaw(step):
+    for weight in _to_unfreeze(step):
         share = (groups.tower if weight in tower else groups.language).dp_cp.size() if adam else 1
         half = weight.element_size() < 4
         numbers += weight.numel() * (half / 2 + (2 * adam + half) / share)
@@ -206,5 +206,5 @@ def _too_large(error: Exception, settings: Settings) -> UserError:
         f"the longest row that may come, of data.seq_length = {settings.data.seq_length} tokens, does not fit: "
         f"rank {dist.get_rank()} on {socket.gethostname()} ran out of memory after a peak of {memory_gib():.3g} GiB "
         f"({reason})",
-        f"in this order: {'; '.join(advice)}. train.rehearsal=false starts all the same",
+        f"in this order: {'; '.join(advice)}. train.memory_check=false starts all the same",
     )

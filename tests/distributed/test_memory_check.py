@@ -1,4 +1,4 @@
-"""A rehearsal changes no number of the training, on any rank; and one that does not fit says what to do."""
+"""The memory check changes no number of the training, on any rank; and one that does not fit says what to do."""
 
 import random
 import resource
@@ -16,63 +16,60 @@ LAYOUTS = {
     "DP2": (2, "dense", {}, {"optimizer": "adam"}),
     "TP2": (2, "dense", {"tensor": 2}, {"optimizer": "adam"}),
     "PP2 × VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}, {"optimizer": "adam", "recompute": "full"}),
-    "PP2, a part thaws later": (
+    "PP2, a part is unfrozen later": (
         2,
         "dense",
         {"pipeline": 2},
-        {"optimizer": "adam", "freeze": ("vision", "language"), "thaw": {"language": 2}},
+        {"optimizer": "adam", "freeze": ("vision", "language"), "unfreeze_after": {"language": 2}},
     ),
     "DP2, galore": (2, "dense", {}, {"optimizer": "galore", "galore_rank": 8, "precision": "bf16"}),
     "MoE EP2": (2, "moe", {"expert": 2}, {"moe_aux_loss_coeff": 0.01}),
 }
 
 
-def train(folder, checkpoint, root, records, settings, rehearsal: bool, address_space: int | None = None):
-    """Runs on every rank: two steps. ``address_space``: bytes that the rehearsal may add to this process's.
+def train(folder, checkpoint, root, records, settings, memory_check: bool, address_space: int | None = None):
+    """Runs on every rank: two steps. ``address_space``: bytes that the memory check may add to this process's.
 
-    Returns what the rehearsal said, losses and norms, weights and Adam's state after the steps, random numbers drawn
-    after them, and whether the rehearsal left a gradient.
+    Returns what the memory check said, losses and norms, weights and Adam's state after the steps, random numbers drawn
+    after them, and whether the memory check left a gradient.
     """
     from megavlm import platform
-    from megavlm.checkpoint.weights import load_weights
+    from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
-    from megavlm.optim.optimizers import Optimization
+    from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
-    from megavlm.training.objective import TokenLoss
-    from megavlm.training.rehearsal import rehearse
+    from megavlm.training.memory_check import check_memory
+    from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
 
     settings = Settings(**settings)
     groups = platform.init(settings.parallel)
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     load_weights(checkpoint, vlm)
-    renderer = Renderer(folder, settings.data, settings.row_align)
+    renderer = Renderer(folder, settings.data, settings.pad_multiple)
     samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
     rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
-    each = len(rows) // groups.data_size
-    mine = rows[groups.data_rank * each : (groups.data_rank + 1) * each]
+    each = len(rows) // groups.dp_size
+    mine = rows[groups.dp_rank * each : (groups.dp_rank + 1) * each]
     feed = Feed(vlm, iter(mine * 2) if groups.is_leader else None)
-    optimization = Optimization(vlm, settings.train)
-    step = Step(vlm, optimization, feed, each, TokenLoss(["data"], settings.train.logprob_chunk_tokens))
+    optimizers = Optimizers(vlm, settings.train)
+    step = Step(vlm, optimizers, feed, each, CrossEntropy(["data"], settings.train.logprob_chunk_tokens))
     said, left = None, False
-    if rehearsal:
+    if memory_check:
         before = resource.getrlimit(resource.RLIMIT_AS)
         if address_space is not None:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + address_space, before[1]))
         try:
-            said = rehearse(step, renderer if groups.is_leader else None, settings)
+            said = check_memory(step, renderer if groups.is_leader else None, settings)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, before)
         buffers = [
-            b
-            for ddps in optimization.ddp.values()
-            for ddp in ddps
-            for b in (*ddp.buffers, *ddp.expert_parallel_buffers)
+            b for ddps in optimizers.ddp.values() for ddp in ddps for b in (*ddp.buffers, *ddp.expert_parallel_buffers)
         ]
         modules = (vlm.vision, vlm.projector, *vlm.language)
         frozen = [p for m in modules for p in m.parameters() if not p.requires_grad]
@@ -81,7 +78,7 @@ def train(folder, checkpoint, root, records, settings, rehearsal: bool, address_
     results = [step() for _ in range(2)]
     chunks = [vlm.vision, vlm.projector, *vlm.language]
     weights = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
-    optimizers = [part.optimizer for part in optimization.optimizer.chained_optimizers]
+    optimizers = [part.optimizer for part in optimizers.optimizer.chained_optimizers]
     moments = [torch.as_tensor(v) for o in optimizers for state in o.state.values() for v in state.values()]
     draws = (random.random(), np.random.rand(), torch.rand(1).item())
     return said, [(r.loss, r.lr, r.norms, r.counts) for r in results], weights + moments, draws, left
@@ -108,13 +105,13 @@ def test_the_numbers_are_the_same_with_and_without(layout, toys, request):
         said_by.append(said)
     # 64 + 2, 64 + 2, 64 + 2 and 56 + 2 tokens: three pictures of the largest size and one in the room that is left
     rows = 4 // (size // (parallel.get("tensor", 1) * parallel.get("pipeline", 1)))  # all of a rank's: one window
-    assert said_by[0].startswith(f"rehearsal: {rows} × 256 tokens, 248 of them visual")
+    assert said_by[0].startswith(f"memory check: {rows} × 256 tokens, 248 of them visual")
 
 
 def draw_inside():
     from megavlm import platform
     from megavlm.config.settings import ParallelSettings
-    from megavlm.training.rehearsal import _same_random_numbers
+    from megavlm.training.memory_check import _same_random_numbers
 
     platform.init(ParallelSettings())
     draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())
@@ -146,4 +143,4 @@ def test_a_row_too_large_names_the_settings_that_help(toys, world1):
     places = [error.remedy.find(name) for name in names]
     assert places == sorted(places)
     assert places[0] > 0
-    assert "train.rehearsal=false" in error.remedy
+    assert "train.memory_check=false" in error.remedy

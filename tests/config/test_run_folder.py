@@ -7,7 +7,7 @@ import pytest
 from megavlm.base import atomic_files
 from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings
-from megavlm.config.output import check_new, check_output, prepare_output
+from megavlm.config.run_folder import check_new, check_output, prepare_output
 from megavlm.config.settings import Settings
 
 

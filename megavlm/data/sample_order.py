@@ -6,10 +6,10 @@ There is no random state: the n-th sample of a worker is a function of the setti
 import hashlib
 from collections.abc import Sequence
 
-from megavlm.data.order import shuffled
+from megavlm.data.permutation import shuffled
 
 
-class Draws:
+class SampleOrder:
     """The samples of one data worker, in order, without end.
 
     A source's epochs, laid end to end, are one sequence of places. Worker w of all W workers takes the places base + w,
@@ -51,8 +51,8 @@ class Draws:
         return source, place if key is None else shuffled(place, self._counts[source], key + epoch)
 
 
-def dealt_anew(states: Sequence[dict], num_workers: int) -> list[dict]:
-    """The states of ``Draws`` of all workers made into those of another number of workers.
+def reshard(states: Sequence[dict], num_workers: int) -> list[dict]:
+    """The states of ``SampleOrder`` of all workers made into those of another number of workers.
 
     What some of the old workers had taken beyond the first place that is still free (``ahead``) is passed over by the
     new ones: nothing is taken twice, and nothing is left out.
