@@ -34,7 +34,7 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/zensical build --strict --clean
-	@echo "open docs-site/index.html"
+	@echo "open docs-site/index.html; its search needs a server: python3 -m http.server --directory docs-site"
 
 clean:
 	rm -rf $(VENV) demo-output docs-site build *.egg-info .cache .pytest_cache .ruff_cache

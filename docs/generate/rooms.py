@@ -7,6 +7,7 @@ use whatever its arrows reach. The words in a box are the first sentence of the 
 import ast
 import textwrap
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "megavlm"
@@ -46,10 +47,10 @@ def picture() -> str:
     height = tops[-1] + heights[-1] + MARGIN
     level = {node: i for i, layer in enumerate(layers) for node in layer}
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" '
-        f'height="{height}" role="img" aria-label="The folders of megavlm and which of them import which">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" role="img" width="{width:.0f}">',
+        "<title>The folders of megavlm and which of them import which</title>",
         f"<style>\n{STYLE}\n</style>",
-        '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">',
         '<path d="M0 0L8 4L0 8z" class="tip"/></marker>',
         f'<rect width="{width:.0f}" height="{height}" rx="10" class="sheet"/>',
     ]
@@ -132,7 +133,7 @@ def layered(edges: Graph) -> tuple[list[list[str]], list[list[str]]]:
 
 def _ordered(layers: list[list[str]], chains: list[list[str]]) -> list[list[str]]:
     """The layers with the fewest crossings that sweeps of the barycentre heuristic found."""
-    links = [link for chain in chains for link in zip(chain, chain[1:], strict=False)]
+    links = [link for chain in chains for link in pairwise(chain)]
     neighbours: dict[str, list[str]] = {}
     for a, b in links:
         neighbours.setdefault(a, []).append(b)
@@ -155,9 +156,7 @@ def _crossings(layers: list[list[str]], links: list[tuple[str, str]]) -> int:
     where = {node: (i, k) for i, layer in enumerate(layers) for k, node in enumerate(layer)}
     spans = [(where[a], where[b]) for a, b in links]
     return sum(
-        a[0] == c[0] and (a[1] - c[1]) * (b[1] - d[1]) < 0
-        for i, (a, b) in enumerate(spans)
-        for c, d in spans[i + 1 :]
+        a[0] == c[0] and (a[1] - c[1]) * (b[1] - d[1]) < 0 for i, (a, b) in enumerate(spans) for c, d in spans[i + 1 :]
     )
 
 
@@ -166,12 +165,12 @@ def _centres(layers: list[list[str]], chains: list[list[str]], boxes: set[str]) 
     half = {node: (BOX_WIDTH / 2 if node in boxes else 8) for layer in layers for node in layer}
     neighbours: dict[str, list[str]] = {node: [] for node in half}
     for chain in chains:
-        for a, b in zip(chain, chain[1:], strict=False):
+        for a, b in pairwise(chain):
             neighbours[a].append(b)
             neighbours[b].append(a)
     centres: dict[str, float] = {}
     for layer in layers:
-        _spread(layer, {node: 0.0 for node in layer}, half, centres)
+        _spread(layer, dict.fromkeys(layer, 0.0), half, centres)
     for _ in range(SWEEPS * 4):
         for layer in layers:
             wanted = {n: sum(centres[m] for m in neighbours[n] or [n]) / len(neighbours[n] or [n]) for n in layer}
@@ -186,7 +185,7 @@ def _spread(layer: list[str], wanted: dict[str, float], half: dict[str, float], 
 
     def offsets(group: list[str]) -> list[float]:
         at = [0.0]
-        for a, b in zip(group, group[1:], strict=False):
+        for a, b in pairwise(group):
             at.append(at[-1] + half[a] + half[b] + GAP_X)
         return at
 

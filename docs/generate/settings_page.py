@@ -86,7 +86,7 @@ def _entry(key: str, field: FieldInfo) -> str:
     if re.match(r"\w*", meaning)[0] not in values:  # a value is spelled as it is written in a file
         meaning = meaning[0].upper() + meaning[1:]
     head = _wrapped(f"**`{key}`** · {allowed} · {stated}", "")
-    return f"- {head}\n\n{_wrapped(_literal(meaning) + '.', '  ')}\n"
+    return f"- {head}\n\n{_wrapped(_literal(meaning) + '.', '    ')}\n"
 
 
 def _enumerated(values: list[str]) -> str:
@@ -102,4 +102,4 @@ def _literal(text: str) -> str:
 
 def _wrapped(text: str, indent: str) -> str:
     lines = textwrap.wrap(text, WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
-    return indent + f"\n{indent or '  '}".join(lines)
+    return indent + f"\n{indent or '    '}".join(lines)

@@ -9,12 +9,18 @@ LEFT, PITCH, LANE = 256, 104, 98  # lanes begin, their distance, their width
 COLOURS = ("#1d4ed8", "#0e7490", "#047857", "#4d7c0f", "#b45309", "#b91c1c", "#be185d", "#6d28d9")
 FRAMES = ((1,), (2, 9), (3,), (4, 10), (5,), (6,), (7,), (8,))  # encoded by each rank
 
+LAYOUT = (
+    "One model-parallel group of eight ranks: parallel.pipeline 2 × parallel.context 2 × parallel.tensor 2; for MoE "
+    "models also parallel.expert 4."
+)
+
 STYLE = """\
 text { font-family: "Helvetica Neue", Helvetica, Arial, "Liberation Sans", sans-serif; font-size: 13px; fill: #334155; }
 .head { font-size: 22px; font-weight: 700; fill: #0f172a; }
 .title { font-size: 15px; font-weight: 700; fill: #0f172a; }
 .strong { font-weight: 700; fill: #0f172a; }
-.code { font-family: "SFMono-Regular", Menlo, Consolas, "Liberation Mono", monospace; font-size: 11.5px; fill: #64748b; }
+.code { font-family: "SFMono-Regular", Menlo, Consolas, "Liberation Mono", monospace; font-size: 11.5px;
+  fill: #64748b; }
 .soft { fill: #64748b; font-size: 12px; }
 .white { fill: #fff; font-weight: 700; font-size: 12px; }
 .small { fill: #fff; font-size: 11px; }
@@ -62,19 +68,18 @@ text { fill: #cbd5e1; }
 def picture() -> str:
     """The text of docs/architecture.svg."""
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        'role="img" aria-label="One training step, from a line of JSONL to changed weights">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">',
+        "<title>One training step, from a line of JSONL to changed weights</title>",
         f"<style>\n{STYLE}\n</style>",
         _marker("end", "tip"),
         _marker("endback", "tipback"),
-        '<pattern id="padding" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        '<pattern id="padding" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">',
         '<rect width="6" height="6" class="hatch"/><path d="M0 0V6" class="hatching"/></pattern>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="12" class="sheet"/>',
         _text(28, 42, "One training step: from a line of JSONL to changed weights", "head"),
-        _text(28, 66, "One model-parallel group of eight ranks: parallel.pipeline 2 × parallel.context 2 × parallel.tensor"
-              " 2, and for MoE models parallel.expert 4."),
+        _text(28, 66, LAYOUT),
         _text(28, 85, "Every data-parallel rank is such a group and reads rows of its own."),
-    ]  # fmt: skip
+    ]
     for part in (_ranks, _read, _balance, _encode, _exchange, _decoder, _backward, _reduce, _update):
         out += part()
     return "\n".join([*out, "</svg>\n"])
@@ -94,7 +99,9 @@ def _ranks() -> Iterable[str]:
 
 
 def _read() -> Iterable[str]:
-    yield from _step(1, 184, "Read, render and pack", ["data/"], ["Only the leader reads; its data", "workers do all of it."])
+    yield from _step(
+        1, 184, "Read, render and pack", ["data/"], ["Only the leader reads; its data", "workers do all of it."]
+    )
     yield f'<rect x="{_x(0)}" y="182" width="146" height="96" rx="8" class="box"/>'
     for i, (words, kind) in enumerate(
         [("data workers", "strong"), ("line → tokens, sizes", ""), ("samples → row", ""), ("pictures → patches", "")]
@@ -144,8 +151,8 @@ def _balance() -> Iterable[str]:
 
 
 def _encode() -> Iterable[str]:
-    yield from _step(3, 404, "Encode every frame once", ["model/tower_phase.py", "model/vision.py", "model/projector.py"],
-                     ["Every rank has all its weights."])  # fmt: skip
+    yield from _step(3, 404, "Encode every frame once", ["model/tower_phase.py", "model/vision.py",
+                     "model/projector.py"], ["Every rank has all its weights."])  # fmt: skip
     for rank in range(RANKS):
         yield from _frames(rank, 386, "box", 68, ("tower and", "projector"))
 
@@ -166,8 +173,17 @@ def _decoder() -> Iterable[str]:
                      "model/token_logprobs.py"], ["1F1B, or interleaved 1F1B.", "Context ranks gather keys and",
                      "values for attention. Experts get", "their tokens by all-to-all."])  # fmt: skip
     layers = [
-        [("embedding", "visual ← plane 0", 130), ("layer 0", "then + level 0", 130), ("layer 1", "then + level 1", 130)],
-        [("layer 2", "then + level 2", 112), ("layer 3", "", 66), ("norm", "", 66), ("token_logprobs", "in chunks", 134)],
+        [
+            ("embedding", "visual ← plane 0", 130),
+            ("layer 0", "then + level 0", 130),
+            ("layer 1", "then + level 1", 130),
+        ],
+        [
+            ("layer 2", "then + level 2", 112),
+            ("layer 3", "", 66),
+            ("norm", "", 66),
+            ("token_logprobs", "in chunks", 134),
+        ],
     ]
     for stage in range(2):
         left, right = _x(4 * stage), _x(4 * stage + 3) + LANE
@@ -191,8 +207,13 @@ def _decoder() -> Iterable[str]:
             for expert in range(8):
                 fill = f'fill="{COLOURS[rank]}"' if expert in (first, first + 1) else 'class="token"'
                 yield f'<rect x="{x + 10 + expert * 10}" y="720" width="8" height="14" rx="1.5" {fill}/>'
-        notes = ("A row of two samples: a context rank has an early and a late", "piece of each, and its tensor ranks a "
-                 "slice of those."), ("loss = Σ weight · −log p, divided once by", "the global Σ weight")  # fmt: skip
+        notes = (
+            (
+                "A row of two samples: a context rank has an early and a late",
+                "piece of each, its tensor ranks slices of it.",
+            ),
+            ("loss = Σ weight · −log p, divided once by", "the global Σ weight"),
+        )
         for i, note in enumerate(notes[stage]):
             yield _text(left + 12, 755 + 17 * i, note, "soft")
     yield f'<path d="M{_x(3) + LANE} 612H{_x(4) - 1}" class="flow" marker-end="url(#end)"/>'
@@ -228,11 +249,17 @@ def _update() -> Iterable[str]:
     yield f'<rect x="{_x(0)}" y="1010" width="{_x(7) + LANE - _x(0)}" height="62" rx="8" class="update"/>'
     middle = (_x(0) + _x(7) + LANE) / 2
     yield _text(middle, 1036, "a norm per part → one norm → clip → optimizer step → schedule", "light", "middle")
-    yield _text(middle, 1057, "Adam’s state is sharded over the ranks that sum a part’s gradients; if anything is NaN or "
-                "infinite, all ranks skip the step", "light", "middle")  # fmt: skip
+    skipped = "If the loss or a gradient is NaN or infinite, all ranks skip the step."
+    yield _text(
+        middle,
+        1057,
+        f"Adam’s state is sharded over the ranks that sum a part’s gradients. {skipped}",
+        "light",
+        "middle",
+    )
     yield from _step(9, 1106, "Save a checkpoint", ["checkpoint/manager.py"], [])
-    yield _text(_x(0), 1111, "step_00000100 holds weights, optimizer, schedule, random states and the loader’s state of every "
-                "data worker.")  # fmt: skip
+    content = "weights, optimizer, schedule, random states and the loader state of every data worker"
+    yield _text(_x(0), 1111, f"step_00000100 contains {content}.")
     yield _text(_x(0), 1131, "Keys are global names, so weights and optimizer load in any layout.")
 
 
@@ -259,9 +286,8 @@ def _frames(rank: int, y: int, kind: str, height: int, lines: tuple[str, str]) -
 def _plate(x: float, y: float, words: str) -> str:
     """Words on a rounded plate that is centred at (x, y)."""
     width = 7 * len(words) + 28
-    return (
-        f'<rect x="{x - width / 2:.0f}" y="{y - 11}" width="{width}" height="22" rx="11" class="box"/>'
-        + _text(x, y + 4.5, words, "", "middle")
+    return f'<rect x="{x - width / 2:.0f}" y="{y - 11}" width="{width}" height="22" rx="11" class="box"/>' + _text(
+        x, y + 4.5, words, "", "middle"
     )
 
 

@@ -15,7 +15,9 @@ PATH = re.compile(r"`((?:[\w-]+/)+[\w-]+\.(?:py|yaml|sh|json))\b")
 
 
 def test_generated_pages_are_fresh() -> None:
-    checked = subprocess.run([sys.executable, "-m", "docs.generate", "--check"], cwd=ROOT, capture_output=True, text=True)
+    checked = subprocess.run(
+        [sys.executable, "-m", "docs.generate", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
@@ -23,9 +25,10 @@ def test_generated_pages_are_fresh() -> None:
 def test_links_and_paths_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = [target for target in LINK.findall(text) if "://" not in target]
+    folders = (ROOT, ROOT / "megavlm", page.parent)
     missing = [target for target in links if not (page.parent / target).exists()]
     for name in PATH.findall(text):
-        if not re.search(r"[A-Z]{4}", name) and not any((ROOT / above / name).is_file() for above in ("", "megavlm")):
+        if not re.search(r"[A-Z]{4}", name) and not any((folder / name).is_file() for folder in folders):
             missing.append(name)
     assert not missing
 
