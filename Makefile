@@ -4,14 +4,15 @@
 #   make test       style and the tests that need neither a GPU nor more than about a minute each
 #   make test-all   all tests; those for a GPU are skipped where there is none
 #   make lint       style alone
-#   make clean      remove .venv, caches and the demo's output
+#   make docs       build the site of docs/ into docs-site/; a warning, such as a broken link, is an error
+#   make clean      remove .venv, caches, the site and the demo's output
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTHON ?=
 
-.PHONY: demo demo-tune test test-all lint clean
+.PHONY: demo demo-tune test test-all lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -31,8 +32,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/shellcheck --external-sources launch/*.sh .ci/run
 
+docs: $(INSTALLED)
+	$(BIN)/zensical build --strict --clean
+	@echo "open docs-site/index.html; its search needs a server: python3 -m http.server --directory docs-site"
+
 clean:
-	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo-output docs-site build *.egg-info .cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A half-made .venv (no pip, or another Python) is made anew. Under pyenv, python3 follows .python-version.

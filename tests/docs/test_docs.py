@@ -1,0 +1,51 @@
+"""The documentation: generated pages match the code, links and names of files lead somewhere, lines are short."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "README.md", *(ROOT / "docs").glob("*.md")]
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+# `training/step.py`, `megavlm/data/row.py`, `tests/toy.py`; VERB.yaml and the like are placeholders
+PATH = re.compile(r"`((?:[\w-]+/)+[\w-]+\.(?:py|yaml|sh|json))\b")
+
+
+def test_generated_pages_are_fresh() -> None:
+    checked = subprocess.run(
+        [sys.executable, "-m", "docs.generate", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_paths_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [target for target in LINK.findall(text) if "://" not in target]
+    folders = (ROOT, ROOT / "megavlm", page.parent)
+    missing = [target for target in links if not (page.parent / target).exists()]
+    for name in PATH.findall(text):
+        if not re.search(r"[A-Z]{4}", name) and not any((folder / name).is_file() for folder in folders):
+            missing.append(name)
+    assert not missing
+
+
+def test_files_named_in_the_picture_exist() -> None:
+    picture = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    names = re.findall(r'class="code">([\w/]+\.py)<', picture)
+    assert names
+    assert not [name for name in names if not (ROOT / "megavlm" / name).is_file()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_lines_are_short(page: Path) -> None:
+    long, in_code = [], False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        in_code ^= line.startswith("```")
+        free = in_code or line.startswith(("|", "[!["))  # code, tables and pictures' descriptions
+        if len(line) > 120 and not free:
+            long.append(f"{number}: {line}")
+    assert not long
