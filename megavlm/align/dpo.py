@@ -1,11 +1,10 @@
 """`megavlm dpo`: tuning on pairs of answers, by DPO and its relatives (``align.loss``)."""
 
-from megavlm.align.losses import check_preference
+from megavlm.align.losses import PREFERENCE_LOSSES, check_preference
 from megavlm.align.objectives import PairObjective
 from megavlm.align.preference_method import PreferenceMethod, check
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
-from megavlm.training.loop import train
 
 OPTIONS = ("beta", "gamma", "label_smoothing", "lam")
 
@@ -37,9 +36,6 @@ def method(settings: Settings) -> PreferenceMethod:
     """Raises UserError for settings that are not for it."""
     check(settings, "dpo")
     options = options_of(settings)
-    make = lambda s, groups: PairObjective(s.align.loss, options, s.train.logprob_chunk_tokens, groups.cp)
-    return PreferenceMethod("pair", f"preference tuning · {settings.align.loss}", make)
-
-
-def main(settings: Settings) -> int:
-    return train(settings, method(settings))
+    loss, has_reference = settings.align.loss, PREFERENCE_LOSSES[settings.align.loss].reference
+    make = lambda s, groups, start: PairObjective(loss, options, s.train.logprob_chunk_tokens, groups, start)
+    return PreferenceMethod("pair", f"preference tuning · {loss}", make, has_reference=has_reference)

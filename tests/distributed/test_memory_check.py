@@ -2,6 +2,7 @@
 
 import random
 import resource
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def train(folder, checkpoint, root, records, settings, memory_check: bool, addre
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
-    from megavlm.training.memory_check import check_memory
+    from megavlm.training.memory_check import check_memory, longest_row
     from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
 
@@ -65,7 +66,7 @@ def train(folder, checkpoint, root, records, settings, memory_check: bool, addre
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + address_space, before[1]))
         try:
-            said = check_memory(step, renderer if groups.is_leader else None, settings)
+            said = check_memory(step, partial(longest_row, renderer) if groups.is_leader else None, settings)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, before)
         buffers = [
