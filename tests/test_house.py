@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import re
 import subprocess
 import sys
@@ -108,6 +109,30 @@ def test_every_allowed_import_is_used() -> None:
         if not any(f"{name}.".startswith(f"{prefix}.") for name in used.get(here, ()))
     }
     assert not unused
+
+
+def test_rooms_are_neither_halls_nor_cupboards() -> None:
+    sizes: dict[str, int] = {}
+    for path in MODULES:
+        room, *rest = path.relative_to(ROOT / "megavlm").parts
+        if rest:
+            sizes[room] = sizes.get(room, 0) + path.read_text(encoding="utf-8").count("\n")
+    assert not {room: size for room, size in sizes.items() if not 100 <= size <= 3000}
+
+
+def test_no_import_goes_round_in_a_circle() -> None:
+    """Between modules, imports for type checking included."""
+    by_name = {".".join(path.relative_to(ROOT / "megavlm").with_suffix("").parts): path for path in MODULES}
+    edges = {
+        name: {found for dotted in imports(path) for found in (dotted, dotted.rpartition(".")[0]) if found in by_name}
+        for name, path in by_name.items()
+    }
+    graphlib.TopologicalSorter(edges).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_training_loop_stays_small() -> None:
+    modules = {name.rpartition(".")[0] for name in imports(ROOT / "megavlm" / "training" / "loop.py")}
+    assert len(modules) <= 15
 
 
 def test_losses_import_torch_alone() -> None:

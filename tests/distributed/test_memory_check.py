@@ -79,8 +79,8 @@ def train(folder, checkpoint, root, records, settings, memory_check: bool, addre
     results = [step() for _ in range(2)]
     chunks = [vlm.vision, vlm.projector, *vlm.language]
     weights = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
-    optimizers = [part.optimizer for part in optimizers.optimizer.chained_optimizers]
-    moments = [torch.as_tensor(v) for o in optimizers for state in o.state.values() for v in state.values()]
+    inner = [part.optimizer for part in optimizers.optimizer.chained_optimizers]
+    moments = [torch.as_tensor(v) for o in inner for state in o.state.values() for v in state.values()]
     draws = (random.random(), np.random.rand(), torch.rand(1).item())
     return said, [(r.loss, r.lr, r.norms, r.counts) for r in results], weights + moments, draws, left
 
