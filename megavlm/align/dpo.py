@@ -6,13 +6,12 @@ from megavlm.align.preference_method import PreferenceMethod, check
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 
-OPTIONS = ("beta", "gamma", "label_smoothing", "lam")
-
 
 def options_of(settings: Settings) -> dict[str, float]:
     """The loss's options that are set. Raises UserError for one that the loss does not have."""
     align = settings.align
-    options = {name: getattr(align, name) for name in OPTIONS if getattr(align, name) is not None}
+    known = {name for loss in PREFERENCE_LOSSES.values() for name in loss.options}
+    options = {name: value for name in sorted(known) if (value := getattr(align, name)) is not None}
     try:
         loss = check_preference(align.loss, options)
     except ValueError as error:
@@ -26,8 +25,8 @@ def options_of(settings: Settings) -> dict[str, float]:
         raise UserError(
             f"align.reference_at is set, but align.loss {align.loss} has no reference: it would be ignored", "remove it"
         )
-    for name in ("desirable_weight", "undesirable_weight", "centering"):
-        if align.is_changed(name):
+    for name in type(align).model_fields:
+        if name not in {"loss", "reference", "reference_at", *known} and align.is_changed(name):
             raise UserError(f"align.{name} is not for dpo, which would ignore it", "remove it")
     return options
 

@@ -4,14 +4,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from megavlm.config.section import FilePath, Float, Section
+from megavlm.config.section import FilePath, Float, Section, Str
 
 
 class AlignSettings(Section):
     """Preference methods."""
 
-    loss: Literal["sigmoid", "hinge", "ipo", "robust", "simpo", "orpo"] = Field(
-        "sigmoid", description="of dpo: sigmoid is DPO's own; simpo and orpo need no reference"
+    loss: Str = Field(
+        "sigmoid",
+        description="loss of dpo: sigmoid (DPO's own), hinge, ipo, robust, simpo or orpo; simpo and orpo need no "
+        "reference model",
     )
     beta: Float | None = Field(
         None, gt=0, description="how far the policy may go from the reference; null: 0.1, of simpo 2.5"
