@@ -119,8 +119,7 @@ def convert(jsonl: Sequence[str], out: Path, shard_bytes: int, *, skip_broken: b
                         if not skip_broken:
                             raise
                         with (partial / SKIPPED).open("a", encoding="utf-8") as skipped:
-                            skipped = SkippedSample.of(0, source, error)
-                            line = {"sample": source, "cause": skipped.cause}
+                            line = {"sample": source, "cause": SkippedSample.of(0, source, error).cause}
                             skipped.write(json.dumps(line, ensure_ascii=False) + "\n")
                         bar.advance()
                         continue

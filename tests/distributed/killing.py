@@ -3,13 +3,11 @@
     commands = Commands()
     outcome = commands.run(["sft", "config.yaml"], 2, log, Kill(rank=1, step=3))
 
-One process, forked off the forkserver of pool.py, has imported what the command needs, and forks the ranks: real
+One process, forked off the server of forkserver.py, has imported what the command needs, and forks the ranks: real
 processes, each the head of a session with its data workers and writers, in the environment that torchrun would give
 them. When one rank is killed the others are ended as torchrun and srun do: by SIGTERM, then by SIGKILL.
 """
 
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -19,8 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pool import PRELOAD, _environment
-from pool_worker import ENVIRONMENT
+from forkserver import ENVIRONMENT, forkserver
 
 import megavlm.cli.failures
 from megavlm.monitor.metrics import read_metrics
@@ -54,10 +51,7 @@ class Commands:
     """Runs ``megavlm`` commands, one at a time."""
 
     def __init__(self):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-        with _environment(ENVIRONMENT):
-            multiprocessing.forkserver.ensure_running()
+        context = forkserver()
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, dict(os.environ), sys.path))
         self._process.start()
