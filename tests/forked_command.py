@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,13 +51,11 @@ def _main(arguments: list[str], environment: dict[str, str]) -> None:
     """In a new process: the command, as `python -m megavlm` runs it."""
     import torch
 
-    from megavlm.cli import failures
     from megavlm.cli.main import main
 
     os.environ.clear()
     os.environ |= environment
     torch.set_num_threads(1)
-    failures._BEGAN = time.time()  # as it would be without the fork
     sys.stdin = open(os.devnull)  # noqa: SIM115
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     sys.exit(main(arguments))

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from forkserver import ENVIRONMENT, forkserver
 
-import megavlm.cli.failures
 from megavlm.monitor.metrics import read_metrics
 
 GRACE_SECONDS = 0.5  # between SIGTERM and SIGKILL; torchrun gives 30 and srun two
@@ -132,7 +131,6 @@ def _fork(main: Callable, arguments: list[str], rank: int, size: int, port: int,
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-        megavlm.cli.failures._BEGAN = time.time()  # as it would be without the fork
         status = main(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
