@@ -56,7 +56,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """A CUDA stream or event that does nothing (for DDP's communication stream and the MoE dispatcher's copy stream)."""
+    """A CUDA stream or event that does nothing, for DDP's communication stream and the MoE dispatcher's copy stream."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
