@@ -13,10 +13,10 @@ from megavlm.config.sections import (
     LogSettings,
     ModelSettings,
     ParallelSettings,
-    TrainSettings,
     VisionSettings,
     WandbSettings,
 )
+from megavlm.config.train_section import TrainSettings
 
 __all__ = [
     "AdapterSettings",
