@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "base": [],
     "config": ["base"],
     "platform": [],
-    "model": ["platform", "base"],
+    "model": ["platform", "config", "base"],
     "data": ["config", "base"],
     "convert": ["model.shapes", "model.score_head", "config", "base"],
     "adapters": ["convert", "model", "platform", "config", "base"],
