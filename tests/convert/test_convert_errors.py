@@ -1,4 +1,4 @@
-"""Every way a conversion can be refused: one message that names the file, the tensor and the remedy, and no output."""
+"""Errors of conversions: one message that names the file, the tensor and the remedy, and no output."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def file_of(hf, name):
 
 
 def change(hf, name, tensor):
-    """Put ``tensor`` in the place of tensor ``name``; None removes it."""
+    """Replaces the tensor ``name`` by ``tensor``; None removes it."""
     file = file_of(hf, name)
     tensors = {**load_file(file), name: tensor}
     save_file({n: x for n, x in tensors.items() if x is not None}, file, metadata={"format": "pt"})
