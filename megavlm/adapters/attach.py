@@ -30,7 +30,7 @@ class AdapterList(nn.ModuleList):
         return entries
 
 
-class Tuning:
+class Adapters:
     """The adapters of a model on this rank. Made once, right after the model; parts that have any are frozen otherwise.
 
     Attributes:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megavlm.base.errors import UserError
 from megavlm.base.processes import end_with_parent
+from megavlm.platform.collectives import gather_objects, on_first_rank
 
 
 class WriteError(UserError):
@@ -122,8 +125,7 @@ class CheckpointWriter:
             if not wait and self._is_true_anywhere(pending.connection is not None and not pending.connection.poll()):
                 return
             mine = (pending.files.num_bytes, _results_of(pending))
-            pending.everyone = [None] * dist.get_world_size() if first else []
-            dist.gather_object(mine, pending.everyone if first else None, dst=0, group=self._host)
+            pending.everyone = gather_objects(mine, self._host)
             if first:
                 pending.sealing = self._thread.submit(_complete, pending, seal)
         if not wait and self._is_true_anywhere(pending.sealing is not None and not pending.sealing.done()):
@@ -158,23 +160,21 @@ class CheckpointWriter:
         self._metadata = metadata or self._metadata
         return files, self._metadata
 
-    def _on_first_rank(self, folder: Path, call, everyone: list | None = None) -> None:
+    def _on_first_rank(self, folder: Path, call: Callable[[], object], everyone: list | None = None) -> None:
         """``call`` on rank 0; an OSError there is a WriteError everywhere. After any error the folder is removed."""
-        box, cause = [None], None
-        if dist.get_rank() == 0:
+
+        def guarded() -> None:
             try:
                 call()
+            except OSError as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                needed = sum(size for size, _ in everyone) if everyone else None
+                raise WriteError(*_explain(folder, error, needed)) from error
             except Exception as error:
                 shutil.rmtree(folder, ignore_errors=True)
-                cause = error
-                if isinstance(error, OSError):
-                    needed = sum(size for size, _ in everyone) if everyone else None
-                    box[0] = WriteError(*_explain(folder, error, needed))
-                else:
-                    box[0] = RuntimeError(f"the checkpoint {folder} could not be written: {error!r}")
-        dist.broadcast_object_list(box, src=0, group=self._host)
-        if box[0] is not None:
-            raise box[0] from cause
+                raise RuntimeError(f"the checkpoint {folder} could not be written: {error!r}") from error
+
+        on_first_rank(guarded, self._host)
 
 
 class _Files(FileSystemWriterAsync):
@@ -182,7 +182,7 @@ class _Files(FileSystemWriterAsync):
 
     num_bytes = 0
 
-    def prepare_write_data(self, plan, planner) -> None:
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         data = [(item, planner.resolve_data(item)) for item in plan.items]
         others = [(item, value) for item, value in data if not isinstance(value, Tensor)]
         tensors = [(item, value.detach()) for item, value in data if isinstance(value, Tensor)]
@@ -219,7 +219,7 @@ def _own_storage(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _write_in_child(files: _Files, connection, parent: int) -> None:
+def _write_in_child(files: _Files, connection: Connection, parent: int) -> None:
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the trainer to act on
     gc.disable()

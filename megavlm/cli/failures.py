@@ -15,7 +15,6 @@ from megavlm.base.errors import UserError
 
 USER_ERROR, OTHER_ERROR = 2, 1  # exit statuses
 FOLDER_VARIABLE = "MEGAVLM_FAILURE_FOLDER"  # set for the workers that `--nproc` starts
-_BEGAN = time.time()
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,13 @@ def _hand_over(failure: Failure, folder: Path) -> None:
     os._exit(failure.status)
 
 
+def _start_of_process() -> float:
+    """When this process began, in seconds since the epoch: however long imports take, a message since then is known."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _first_on_this_machine() -> bool:
     """Whether no other process of our parent (the torchrun agent, the srun step) has told of a failure since we began.
 
@@ -84,9 +90,9 @@ def _first_on_this_machine() -> bool:
         with path.open("a") as marker:
             fcntl.flock(marker, fcntl.LOCK_EX)
             state = os.fstat(marker.fileno())  # now: another may have told while this one waited for the lock
-            told = state.st_size > 0 and state.st_mtime > _BEGAN
-            if not told:
+            was_shown = state.st_size > 0 and state.st_mtime > _start_of_process()
+            if not was_shown:
                 marker.write(".")
-        return not told
+        return not was_shown
     except OSError:
         return True  # a message too many is better than none

@@ -14,11 +14,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from megavlm.base.atomic_files import new_folder
 from megavlm.base.errors import UserError
 from megavlm.data.files import is_url
-from megavlm.data.index_shards import find_shards, index_shards, is_up_to_date
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.shards import ShardFolder
 from megavlm.data.skipped_samples import SkippedSample
-from megavlm.data.write_shards import ShardWriter, load_ahead
+from megavlm.prepare.index_shards import find_shards, index_shards, is_up_to_date
+from megavlm.prepare.write_shards import ShardWriter, load_ahead
 
 SKIPPED = "skipped.jsonl"
 DEFAULT_SIZE = "500MB"
@@ -119,8 +119,7 @@ def convert(jsonl: Sequence[str], out: Path, shard_bytes: int, *, skip_broken: b
                         if not skip_broken:
                             raise
                         with (partial / SKIPPED).open("a", encoding="utf-8") as skipped:
-                            skipped = SkippedSample.of(0, source, error)
-                            line = {"sample": source, "cause": skipped.cause}
+                            line = {"sample": source, "cause": SkippedSample.of(0, source, error).cause}
                             skipped.write(json.dumps(line, ensure_ascii=False) + "\n")
                         bar.advance()
                         continue

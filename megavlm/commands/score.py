@@ -10,6 +10,7 @@ from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import has_score_head
+from megavlm.config.data_sections import DataSettings
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import Adapter
 from megavlm.data.renderer import Renderer
@@ -72,7 +73,7 @@ def main(settings: Settings, reward: bool = False) -> int:
     return 0
 
 
-def fill_rows(samples: Iterator[Sample], renderer: Renderer, data) -> Iterator[Row]:
+def fill_rows(samples: Iterator[Sample], renderer: Renderer, data: DataSettings) -> Iterator[Row]:
     """Fills rows in the order of the samples; one sample a row with ``data.packing`` none."""
     waiting: list[Sample] = []
     for sample in samples:

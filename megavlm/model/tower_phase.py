@@ -17,6 +17,8 @@ from megavlm.model.projector import Projector
 from megavlm.model.vision import Frames, VisionTower
 from megavlm.platform import device
 
+Timer = Callable[[], AbstractContextManager[None]]
+
 
 class TowerPhase:
     """Runs tower and projector on the frames of this rank.
@@ -31,7 +33,6 @@ class TowerPhase:
 
     Attributes:
         frames_encoded: number of frames that this rank has encoded, without recomputation. It may be reset at any time.
-        timed: context in which this rank works without communication, for measurements.
     """
 
     def __init__(
@@ -51,7 +52,6 @@ class TowerPhase:
         self.recompute, self.chunk_patches = recompute, chunk_patches
         self.waiting_device = torch.device("cpu") if offload else device()
         self.frames_encoded = 0
-        self.timed: Callable[[], AbstractContextManager[None]] = nullcontext
         self.num_planes = 1 + len(vision.taps)
         self.hidden = projector.merger.linear_fc2.out_features
         self._dtype = projector.merger.linear_fc2.weight.dtype
@@ -68,12 +68,13 @@ class TowerPhase:
     def _is_trained(self) -> bool:
         return self._vision_is_trained or any(p.requires_grad for p in self.projector.parameters())
 
-    def encode(self, frames: Frames, exchange: Exchange) -> list[tuple[Tensor, Tensor]]:
+    def encode(self, frames: Frames, exchange: Exchange, timer: Timer = nullcontext) -> list[tuple[Tensor, Tensor]]:
         """Encodes this rank's frames and returns the features of each micro-batch that this rank needs.
 
         Args:
             frames: the frames that this rank encodes, on the device.
             exchange: the exchange of features between the ranks.
+            timer: a context manager around the work of this rank that does not wait for other ranks.
 
         Returns:
             For each micro-batch (positions int64 [n], features [planes, n, hidden]), where ``planes`` are those of
@@ -83,7 +84,7 @@ class TowerPhase:
         self._exchange, self._chunks, self._outputs = exchange, _chunks(frames, self.chunk_patches), []
         self.frames_encoded += len(frames.lengths)
         training = self._is_trained and torch.is_grad_enabled()
-        with self.timed(), torch.set_grad_enabled(training and not self.recompute):
+        with timer(), torch.set_grad_enabled(training and not self.recompute):
             outputs = [self._encode(chunk) for chunk in self._chunks]
         empty = torch.empty(self.num_planes, 0, self.hidden, device=device(), dtype=self._dtype)
         own = torch.cat([empty, *(output.detach() for output in outputs)], dim=1)
@@ -98,7 +99,7 @@ class TowerPhase:
         self._features = [received[index].to(self.waiting_device).requires_grad_(training) for index in exchange.take]
         return list(zip(exchange.positions, self._features, strict=True))
 
-    def backward(self, scale: float) -> None:
+    def backward(self, scale: float, timer: Timer = nullcontext) -> None:
         """Returns the features' gradients, times ``scale``, to the ranks that encoded the frames, and runs backward.
 
         Autograd puts the parameters' gradients into the main gradients of the modules' DDP wrappers.
@@ -107,7 +108,7 @@ class TowerPhase:
             self._features = []
             return
         grad = self._return_gradients().mul_(scale)  # [num_planes, N_own, hidden]
-        with self.timed():
+        with timer():
             start = 0
             for index, chunk in enumerate(self._chunks):
                 output = self._encode(chunk.to(grad.device)) if self.recompute else self._outputs[index]

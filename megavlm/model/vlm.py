@@ -3,14 +3,13 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megavlm.config.settings import AdapterSettings, Settings
+from megavlm.config.settings import Settings
 from megavlm.model.configs import decoder_config, tower_config
 from megavlm.model.frame_balance import RankShare
 from megavlm.model.kernels import provider, resolve
@@ -22,17 +21,6 @@ from megavlm.model.vision import VisionTower
 from megavlm.platform import Groups, device
 
 PARTS = ("vision", "projector", "language")
-
-
-class Adapters(Protocol):
-    """What other modules use of a model's adapters (``megavlm.adapters.attach.Tuning``)."""
-
-    settings: AdapterSettings
-    parts: set[str]
-    linears: list[torch.nn.Module]
-
-    def begin(self, source: Any, seed: int) -> None:
-        """Sets the first values."""
 
 
 class VLM:
@@ -50,7 +38,6 @@ class VLM:
         vision, projector: modules that every rank has whole.
         language: one LanguageModel for each virtual pipeline chunk.
         tower: runs vision and projector on the frames of this rank.
-        tuning: the adapters, or None.
     """
 
     def __init__(
@@ -101,7 +88,6 @@ class VLM:
                 if not shapes.tied:  # scores do not use it, so without gradients only weight decay would change it
                     chunk.output_layer.requires_grad_(False)
         self.balanced_over_world = share_frames and settings.vision.balance == "world"
-        self.tuning: Adapters | None = None
         sharing = dist.group.WORLD if self.balanced_over_world else groups.model_parallel
         assert sharing is not None
         self.tower = TowerPhase(

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from megavlm.data.row import Row
-from megavlm.model.vlm import VLM
 from megavlm.platform import mark, seconds_between
 
 
@@ -20,12 +19,11 @@ class Stragglers:
     """Times this rank's own work in a step, and compares it with the other ranks'.
 
     Args:
-        vlm: its tower phase is given the stopwatch.
+        group: all ranks, on the host network.
     """
 
-    def __init__(self, vlm: VLM):
-        self._group = vlm.groups.world_host
-        vlm.tower.timed = self._tower
+    def __init__(self, group: dist.ProcessGroup):
+        self._group = group
         self.start()
 
     def start(self) -> None:
@@ -45,7 +43,8 @@ class Stragglers:
             yield row
 
     @contextmanager
-    def _tower(self) -> Iterator[None]:
+    def tower(self) -> Iterator[None]:
+        """Around what the tower computes on this rank alone."""
         start = mark()
         yield
         self._marks.append((start, mark()))

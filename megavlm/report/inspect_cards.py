@@ -46,10 +46,10 @@ class Shot:
 
 @dataclass
 class Card:
-    """One sample: ``name`` is its file and line, ``annotations`` a line about it, ``note`` what is not shown."""
+    """One sample: ``name`` is its file and line, ``details`` a line about it, ``note`` what is not shown."""
 
     name: str
-    annotations: str
+    details: str
     shots: list[Shot]
     pieces: list[Piece]
     note: str = ""
@@ -58,10 +58,10 @@ class Card:
 def make_card(draft: Draft, shots: list[Shot], renderer: Renderer) -> Card:
     """The card of a sample whose pictures are `shots`."""
     targets = int(np.count_nonzero(draft.weights[1:]))
-    annotations = f"{draft.length:,} tokens, {targets:,} of them targets"
+    details = f"{draft.length:,} tokens, {targets:,} of them targets"
     left_out = len(draft.media) - MAX_MEDIA
     note = f"{left_out} more pictures and videos" if left_out > 0 else ""
-    return Card(draft.source, annotations, shots, _shortened(list(pieces(draft, renderer))), note)
+    return Card(draft.source, details, shots, _shortened(list(pieces(draft, renderer))), note)
 
 
 def shots_of(draft: Draft, renderer: Renderer) -> list[Shot]:

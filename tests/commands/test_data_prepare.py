@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,24 +12,54 @@ import subprocess
 import sys
 import tarfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from forkserver import forkserver
 from PIL import Image
 
 from megavlm.base.errors import UserError
 from megavlm.cli.main import main
 from megavlm.commands.data_prepare import convert, parse_size
-from megavlm.data.index_shards import find_shards, is_up_to_date
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.shards import ShardFolder
+from megavlm.prepare import energon_process, index_shards
+from megavlm.prepare.index_shards import find_shards, is_up_to_date
 
 ROOT = Path(__file__).parents[2]
 
 
 def talk(content, answer="So it is."):
     return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forked_indexing():
+    """Energon works in forks of a process that has imported it; in a new interpreter that takes seconds each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_shards, "multiprocessing", SimpleNamespace(Pipe=multiprocessing.Pipe, get_context=_forking))
+        yield
+
+
+def _forking(method: str) -> SimpleNamespace:
+    assert method == "spawn"
+
+    def process(target, args, name):
+        assert target is energon_process.index
+        # what it prints goes where this process prints now; as connections, descriptors can be handed over
+        outputs = [Connection(os.dup(number), readable=False) for number in (1, 2)]
+        return forkserver().Process(target=_index, args=(outputs, *args), name=name)
+
+    return SimpleNamespace(Process=process)
+
+
+def _index(outputs, folder, shards, sender, parent):
+    for number, output in enumerate(outputs, start=1):
+        os.dup2(output.fileno(), number)
+    energon_process.index(folder, shards, sender, os.getppid())  # the server, which ends with the tests
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +198,7 @@ def test_shards_are_as_large_as_asked(shards):
 
 def test_large_media_are_not_read_ahead(jsonl, shards, tmp_path, monkeypatch):
     """They go from file to file; the result is the same."""
-    monkeypatch.setattr("megavlm.data.write_shards._READ_AHEAD", 0)
+    monkeypatch.setattr("megavlm.prepare.write_shards._READ_AHEAD", 0)
     streamed = convert([str(jsonl)], tmp_path / "streamed", parse_size("150kB"))
     for shard in shards.glob("*.tar"):
         assert shard.read_bytes() == (streamed / shard.name).read_bytes()

@@ -1,6 +1,6 @@
 """The index of WebDataset shards, made by megatron-energon: ``.nv-meta`` in their folder, ``*.tar.idx`` beside each.
 
-Energon works in a process of its own (`megavlm.data.energon_process`).
+Energon works in a process of its own (`megavlm.prepare.energon_process`).
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.base.errors import UserError
-from megavlm.data import energon_process
 from megavlm.data.shards import INDEX, INFO
+from megavlm.prepare import energon_process
 
 _BLOCK = 512  # bytes of a tar file's header, and of the zeros that end it
 
