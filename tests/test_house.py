@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "data": ["config", "base"],
     "convert": ["model.shapes", "model.score_head", "config", "base"],
     "adapters": ["convert", "model", "platform", "config", "base"],
-    "optim": ["model", "platform", "base"],
+    "optim": ["model", "platform", "config", "base"],
     "checkpoint": ["optim", "adapters", "convert", "data", "model", "base"],
     "monitor": ["data", "model", "platform", "config", "base"],
     "report": ["monitor", "data", "config", "base"],

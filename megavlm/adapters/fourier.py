@@ -1,4 +1,4 @@
-"""FourierFT (2405.03003) on a Megatron linear: the change of its weight is a sparse spectrum's inverse transform."""
+"""FourierFT (arXiv:2405.03003) on a Megatron linear layer: ΔW is the inverse Fourier transform of a sparse spectrum."""
 
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.tensor_parallel.mappings import (
@@ -15,14 +15,14 @@ from megavlm.convert.peft_names import SPECTRUM
 
 
 class Fourier(LinearAdapter):
-    """y = W x + ΔW x. ΔW, as large as W, is not kept for backward but made again."""
+    """y = W x + ΔW x. ΔW is as large as W, so it is not kept for the backward pass but computed again."""
 
     def _mark(self, parameter: nn.Parameter, axis: int | None) -> None:
         super()._mark(parameter, axis)
-        parameter.sequence_parallel = False  # ``of_ranks`` has added up the gradients already
+        parameter.sequence_parallel = False  # ``of_ranks`` has already summed the gradients over ranks
 
     def weight(self) -> Tensor:
-        """[out, in]: this rank's share of the change, in the order of the weight's rows."""
+        """This rank's share of ΔW, [out, in], in the order of the weight's rows."""
         site, changes = self.site, []
         for part, spectrum, rows in zip(self.parts, self.of_kind(SPECTRUM), self.rows, strict=True):
             if part is None:
