@@ -1,9 +1,9 @@
 # Everything a clone needs, each target with its own set-up in .venv (once; again when the two files below change).
 #   make demo       train and try a tiny Qwen3-VL on this machine
 #   make demo-tune  a reward model, DPO and LoRA on it, each held to a bound
-#   make test       style and the tests that need neither a GPU nor more than about a minute each
+#   make test       style, types and the tests that need neither a GPU nor more than about a minute each
 #   make test-all   all tests; those for a GPU are skipped where there is none
-#   make lint       style alone
+#   make lint       style and types alone
 #   make docs       build the site of docs/ into docs-site/; a warning, such as a broken link, is an error
 #   make clean      remove .venv, caches, the site and the demo's output
 
@@ -30,6 +30,7 @@ test-all: lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources launch/*.sh .ci/run
 
 docs: $(INSTALLED)
@@ -37,7 +38,7 @@ docs: $(INSTALLED)
 	@echo "open docs-site/index.html; its search needs a server: python3 -m http.server --directory docs-site"
 
 clean:
-	rm -rf $(VENV) demo-output docs-site build *.egg-info .cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo-output docs-site build *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A half-made .venv (no pip, or another Python) is made anew. Under pyenv, python3 follows .python-version.
