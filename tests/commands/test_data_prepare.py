@@ -347,7 +347,7 @@ def test_a_damaged_shard_is_named(copied, capfd, damage):
 
 def test_a_shard_without_samples_and_samples_without_text(tmp_path, capfd):
     foreign(tmp_path / "a/empty.tar", [])
-    assert "a/empty.tar cannot be used: it holds no sample" in refused(capfd, tmp_path / "a")
+    assert "a/empty.tar cannot be used: it contains no samples" in refused(capfd, tmp_path / "a")
     foreign(tmp_path / "b/b.tar", ["k.jpg"])
     assert "first sample cannot be used" in (message := refused(capfd, tmp_path / "b"))
     assert "KEY.json" in message
@@ -355,7 +355,7 @@ def test_a_shard_without_samples_and_samples_without_text(tmp_path, capfd):
 
 def test_a_key_that_comes_twice_is_named(copied, capfd):
     shutil.copy(copied / "shard-000000.tar", copied / "copy.tar")
-    assert "have the key '000000000'" in refused(capfd, copied)
+    assert "have the same key '000000000'" in refused(capfd, copied)
 
 
 # -- the command ---------------------------------------------------------------------------------------------------

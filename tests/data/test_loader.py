@@ -174,7 +174,7 @@ def test_continues_with_other_workers_and_loses_nothing(load, before, after):
     layouts = [before, after, before]  # dealt anew twice: the second time over what the first had passed over
     for layout in layouts:
         loaders, told = ranks_of(layout, states)
-        assert all("none is repeated or left out" in text for text in told)
+        assert all("no sample is repeated or left out" in text for text in told)
         for _ in range(2):
             for loader in loaders:
                 seen.update(source.rpartition("/")[2] for source in next(loader).sources)
@@ -272,7 +272,7 @@ def test_a_source_without_a_good_sample_ends_the_run(load, data):
     bad = json.dumps({"text": "<image>", "images": ["missing.png"]})
     (data / "all-bad.jsonl").write_text("\n".join([bad] * 7))
     loader = load(("talks.jsonl", "all-bad.jsonl"), workers=1)
-    with pytest.raises(UserError, match=r"all-bad .*: 7 samples one after another.*missing\.png does not exist"):
+    with pytest.raises(UserError, match=r"all-bad .*: 7 consecutive samples cannot be used.*missing\.png does not exist"):
         list(islice(loader, 40))
 
 
@@ -298,7 +298,7 @@ def test_picture_budget_of_a_row(load, data):
 
 def test_source_errors(load, data):
     (data / "empty.jsonl").write_text("")
-    for train, message in (("none.jsonl", "does not exist"), ("empty.jsonl", "is empty"), ([], "names no data")):
+    for train, message in (("none.jsonl", "does not exist"), ("empty.jsonl", "is empty"), ([], "data.train is empty")):
         with pytest.raises(UserError, match=message):
             load(train)
 
