@@ -1,4 +1,4 @@
-"""`megavlm data prepare`: shards with an index out of a folder of shards, or out of JSONL files and their media."""
+"""`megavlm data prepare`: indexes a folder of shards, or converts JSONL files and their media to a folder of shards."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from megavlm.data.write_shards import ShardWriter, load_ahead
 SKIPPED = "skipped.jsonl"
 DEFAULT_SIZE = "500MB"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_EVERY = 30  # seconds between two lines of progress where there is no terminal
+_EVERY = 30  # seconds between two lines of progress if there is no terminal
 
 
 def main(
@@ -34,39 +34,44 @@ def main(
     skip_broken: bool = False,
     force: bool = False,
 ) -> None:
-    """The command; arguments as in its help. Raises UserError."""
+    """Runs the command. The arguments are described in its help. Raises UserError."""
     console = Console(highlight=False, soft_wrap=True)
+    done: Path
     if jsonl:
         if folder is not None or force:
             given = "--force" if force else f"the folder {folder}"
-            raise UserError(f"{given} together with --jsonl would be ignored", "--jsonl writes a new folder, --out DIR")
+            raise UserError(
+                f"{given} together with --jsonl would be ignored",
+                "leave it out: --jsonl writes a new folder, --out DIR",
+            )
         if out is None:
-            raise UserError("--jsonl needs --out DIR", "name the folder for the shards")
-        folder = convert(jsonl, out, parse_size(shard_size or DEFAULT_SIZE), skip_broken=skip_broken)
+            raise UserError("--jsonl requires --out DIR", "give the folder for the shards")
+        done = convert(jsonl, out, parse_size(shard_size or DEFAULT_SIZE), skip_broken=skip_broken)
     else:
         flags = {"--out": out is not None, "--shard-size": shard_size is not None, "--skip-broken": skip_broken}
         if ignored := [flag for flag, given in flags.items() if given]:
             raise UserError(f"{' and '.join(ignored)} without --jsonl would be ignored")
         if folder is None:
-            raise UserError("nothing to prepare", "name a folder of shards, or give --jsonl FILE --out DIR")
+            raise UserError("there is nothing to prepare", "give a folder of shards, or --jsonl FILE --out DIR")
         if is_url(folder):
-            raise UserError(f"{folder} is a URL", "prepare the shards in a local folder, then copy all of it")
-        if not prepare(Path(folder), force=force):
-            console.print(f"{escape(folder)} is up to date: {_contents(folder)} (--force indexes it anew)")
+            raise UserError(f"{folder} is a URL", "prepare the shards in a local folder, then copy the whole folder")
+        done = Path(folder)
+        if not prepare(done, force=force):
+            console.print(f"{escape(folder)} is up to date: {_contents(done)} (--force builds the index again)")
             return
-    console.print(f"[green]ready[/]: {escape(str(folder))}, {_contents(folder)}")
-    if (skipped := Path(folder) / SKIPPED).exists() and jsonl:
+    console.print(f"[green]ready[/]: {escape(str(done))}, {_contents(done)}")
+    if (skipped := done / SKIPPED).exists() and jsonl:
         with skipped.open(encoding="utf-8") as lines:
             number = sum(1 for _ in lines)
-        console.print(f"[yellow]left out[/]: {_count(number, 'broken sample')}, listed in {escape(str(skipped))}")
-    console.print(rf"[dim]in a configuration:[/] data: {{train: \[{{path: {escape(str(folder))}}}]}}")
+        console.print(f"[yellow]skipped[/]: {_count(number, 'broken sample')}, listed in {escape(str(skipped))}")
+    console.print(rf"[dim]to use it in a configuration:[/] data: {{train: \[{{path: {escape(str(done))}}}]}}")
 
 
 def prepare(folder: Path, *, force: bool = False) -> bool:
-    """Indexes the shards of a folder, unless that is up to date. Returns whether there was something to do.
+    """Indexes the shards of a folder, unless its index is up to date. Returns whether it built an index.
 
     Raises:
-        UserError: no shards, a damaged one, or a first sample that is none.
+        UserError: there are no shards, a shard is damaged, or the first sample is invalid.
     """
     shards = find_shards(folder)
     if not force and is_up_to_date(folder, shards):
@@ -78,29 +83,32 @@ def prepare(folder: Path, *, force: bool = False) -> bool:
     except UserError as error:
         raise UserError(
             f"the shards are indexed, but the first sample cannot be used: {error.message}",
-            "its members must be KEY.json (a line of JSONL) or KEY.txt (a caption), and media: KEY.jpg, KEY.0.jpg, …",
+            "a sample must have KEY.json (a line of JSONL) or KEY.txt (a caption), and media: KEY.jpg, KEY.0.jpg, …",
         ) from None
     return True
 
 
 def convert(jsonl: Sequence[str], out: Path, shard_bytes: int, *, skip_broken: bool = False) -> Path:
-    """Writes the samples of JSONL files, in their order, and their media into a new folder of shards, with its index.
+    """Writes the samples of JSONL files in their order, with their media, into a new folder of shards with an index.
 
-    Training from it gives the same rows, bit for bit, as training from the JSONL.
+    Training from this folder gives bitwise the same rows as training from the JSONL files.
 
     Args:
         jsonl: paths or URLs.
-        out: must not exist; appears when it is complete.
-        shard_bytes: size that a shard grows to.
-        skip_broken: leave out what cannot be read and list it in ``skipped.jsonl``, instead of stopping there.
+        out: the new folder; it must not exist, and it appears when it is complete.
+        shard_bytes: maximum size of a shard.
+        skip_broken: skip samples that cannot be read and list them in ``skipped.jsonl``, instead of raising.
+
     Returns:
         `out`.
+
     Raises:
-        UserError: `out` exists; a sample cannot be read (without `skip_broken`, or all of them), or a shard be written.
+        UserError: `out` exists, a sample cannot be read (with `skip_broken`: none can), or a shard cannot be written.
     """
     if ":/" in str(out):
         raise UserError(
-            f"--out {out} is a URL: shards are written to a local folder", "copy the folder there afterwards"
+            f"--out {out} is a URL, but shards are written to a local folder",
+            "give a local folder, and copy it afterwards",
         )
     if out.exists():
         raise UserError(f"{out} exists already", "choose another --out, or move it away")
@@ -118,10 +126,9 @@ def convert(jsonl: Sequence[str], out: Path, shard_bytes: int, *, skip_broken: b
                     except UserError as error:
                         if not skip_broken:
                             raise
-                        with (partial / SKIPPED).open("a", encoding="utf-8") as skipped:
-                            skipped = SkippedSample.of(0, source, error)
-                            line = {"sample": source, "cause": skipped.cause}
-                            skipped.write(json.dumps(line, ensure_ascii=False) + "\n")
+                        with (partial / SKIPPED).open("a", encoding="utf-8") as file:
+                            line = {"sample": source, "cause": SkippedSample.of(0, source, error).cause}
+                            file.write(json.dumps(line, ensure_ascii=False) + "\n")
                         bar.advance()
                         continue
                     writer.add(sample)
@@ -130,12 +137,12 @@ def convert(jsonl: Sequence[str], out: Path, shard_bytes: int, *, skip_broken: b
                 raise UserError(f"no sample of {', '.join(jsonl)} can be read", "run without --skip-broken to see why")
             prepare(partial)
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error}", "make room, or choose another --out") from None
+        raise UserError(f"{out} cannot be written: {error}", "free some space, or choose another --out") from None
     return out
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "500MB", "2GiB", "64k". Raises UserError."""
+    """The number of bytes given as "500MB", "2GiB" or "64k". Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?|)b?", text.strip().lower())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
@@ -144,7 +151,7 @@ def parse_size(text: str) -> int:
 
 
 class _Bar:
-    """Progress on standard error: a bar with rates and the time left, or a line now and then without a terminal."""
+    """Progress on standard error: a bar with rate and remaining time, or regular lines if there is no terminal."""
 
     def __init__(self, what: str, total: int, unit: str):
         console = Console(stderr=True, highlight=False)
@@ -164,7 +171,7 @@ class _Bar:
         self._progress.stop()
 
     def advance(self, num_bytes: int = 0) -> None:
-        """One more is done, of so many bytes."""
+        """Counts one more item with this number of bytes."""
         now = time.monotonic()
         self._done += 1
         self._bytes += num_bytes

@@ -205,7 +205,7 @@ def test_a_broken_sample_is_named_and_nothing_is_left(broken, tmp_path, capsys):
 def test_broken_samples_are_left_out_and_listed(broken, tmp_path, capsys):
     out = tmp_path / "shards"
     assert prepare("--jsonl", broken, "--out", out, "--skip-broken") == 0
-    assert "left out: 2 broken samples, listed in" in capsys.readouterr().out
+    assert "skipped: 2 broken samples, listed in" in capsys.readouterr().out
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert [line["sample"] for line in skipped] == [f"{broken}:2", f"{broken}:3"]
     assert skipped[0]["cause"] == f"{broken.parent / 'none.png'} does not exist"
@@ -369,7 +369,7 @@ def test_a_key_that_comes_twice_is_named(copied, capfd):
         (["."], "has no *.tar files"),
         (["s3://bucket/shards"], "s3://bucket/shards is a URL"),
         (["x", "--out", "y", "--skip-broken"], "--out and --skip-broken without --jsonl would be ignored"),
-        (["--jsonl", "x.jsonl"], "--jsonl needs --out DIR"),
+        (["--jsonl", "x.jsonl"], "--jsonl requires --out DIR"),
         (["--jsonl", "x.jsonl", "--out", "y"], "data file x.jsonl does not exist"),
         (["d", "--jsonl", "x.jsonl", "--out", "y"], "the folder d together with --jsonl would be ignored"),
         (["--force", "--jsonl", "x.jsonl", "--out", "y"], "--force together with --jsonl would be ignored"),

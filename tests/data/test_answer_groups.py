@@ -47,7 +47,7 @@ def test_forms_of_a_pair(unit, renderer):
         assert learned(renderer, first) == "A woman.<|im_end|>"
         assert learned(renderer, second) == "A dog, perhaps.<|im_end|>"
         assert draft.annotations == {"margin": 0.0}
-        assert draft.room(1) == len(first.input_ids) + len(second.input_ids)
+        assert draft.padded_length(1) == len(first.input_ids) + len(second.input_ids)
     talk = [*question, {"role": "assistant", "content": "A woman."}, {"role": "user", "content": "Where?"}]
     record = {"messages": talk, "chosen": "In space.", "rejected": "At home.", "images": ["large.jpg"], "margin": 2}
     draft = unit("pair", record)
@@ -87,7 +87,7 @@ def test_judged_answers_are_followed_by_the_next_ones(unit, renderer):
         ("pair", {"messages": []}, "either prompt or messages; this one has both"),
         ("pair", {"prompt": []}, "the prompt must be a string or a list"),
         ("pair", {"prompt": [{"role": "assistant", "content": "!"}]}, "ends with an assistant message"),
-        ("pair", {"images": []}, "1 <image> in the text, but 0 in images"),
+        ("pair", {"images": []}, "contains 1 <image>, but images has 0 entries"),
         ("pair", {"chosen": "<image>", "images": ["large.jpg"] * 2}, r"1 <\|image_pad\|> for 2 files"),
         ("judged", {"label": "yes"}, "label must be true .* found 'yes'"),
         ("judged", {"label": None}, "label must be true"),

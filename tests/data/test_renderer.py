@@ -237,14 +237,17 @@ BROKEN = {
     "text and messages": ({"messages": talk("?", "!"), "text": "x"}, "both"),
     "neither": ({"conversation": []}, "neither"),
     "no role": ({"messages": [{"from": "human", "value": "?"}]}, "no role"),
-    "unknown role": ({"messages": [{"role": "human", "content": "?"}]}, "role 'human'; allowed: system"),
+    "unknown role": ({"messages": [{"role": "human", "content": "?"}]}, "role 'human'; allowed roles: system"),
     "images as a string": ({"messages": talk("<image>", "!"), "images": "wide.png"}, "images must be a list"),
     "content as a number": ({"messages": talk(3, "!")}, r"messages\[0\].content must be"),
     "loss of a question": ({"messages": [{"role": "user", "content": "?", "loss": True}]}, "is ignored"),
     "a list": ([1, 2], "must be a JSON object"),
     "box outside": ({"text": "<image><box>", "images": ["wide.png"], "boxes": [[0, 0, 301, 40]]}, "is outside of"),
-    "box of no picture": ({"text": "<box>", "boxes": [[0, 0]]}, "belongs to picture 0, but there are 0"),
-    "box backwards": ({"text": "<image><box>", "images": ["wide.png"], "boxes": [[9, 0, 3, 4]]}, "right or bottom side before"),
+    "box of no picture": ({"text": "<box>", "boxes": [[0, 0]]}, "belongs to picture 0, but the sample has 0"),
+    "box backwards": (
+        {"text": "<image><box>", "images": ["wide.png"], "boxes": [[9, 0, 3, 4]]},
+        "right or bottom side before",
+    ),
     "box of three": ({"text": "<image><box>", "images": ["wide.png"], "boxes": [[9, 0, 3]]}, "2 or 4 numbers"),
     "boxes without places": (
         {"text": "<image>", "images": ["wide.png"], "boxes": [[9, 0]]},
@@ -266,7 +269,7 @@ def test_errors_name_sample_and_cause(renderer, media, name):
 
 
 def test_folder_without_processor(tmp_path, make_renderer, model_folder):
-    with pytest.raises(UserError, match="no such Hugging Face folder"):
+    with pytest.raises(UserError, match="none does not exist"):
         Renderer(tmp_path / "none", DataSettings())
     with pytest.raises(UserError, match="processor cannot be loaded"):
         Renderer(tmp_path, DataSettings())
