@@ -297,7 +297,7 @@ def test_long_samples_are_shortened(tmp_path, inspect):
     file = write_records(tmp_path / "long.jsonl", [digits(3000)])
     _, page = inspect({"train": [{"path": file}], "seq_length": 3000})
     (spans,) = page.articles
-    assert [text for classes, _, text in spans if classes == "gap"] == ["… 600 pieces of text left out here …"]
+    assert [text for classes, _, text in spans if classes == "gap"] == ["… 600 pieces of text are omitted here …"]
     assert len(spans) == 2401
     assert spans[-1][1].startswith("#2999 ")
 
