@@ -1,10 +1,10 @@
-"""Memory of a base in 4 bits beside bf16: of the decoder's linears, and of all weights of each model size.
+"""Memory of base weights in 4 bits compared with bf16, for the decoder's linear layers and for all weights of a model.
 
     python -m benchmarks.quantized [--out FILE]
 
-The bytes of a weight in 4 bits are measured: those of the tensors that bitsandbytes keeps for a layer's linears of the
-2B model. How many weights each model has there, and in all, is counted in its table of names; embeddings, output
-layer, norms, tower and projector stay in bf16.
+The bytes of a weight in 4 bits are measured from the tensors that bitsandbytes stores for the linear layers of one
+decoder layer of the 2B model. The number of weights in linear layers and in the whole model follows from the table of
+names of each model size. Embeddings, output layer, norms, tower and projector remain in bf16.
 """
 
 import argparse
@@ -22,14 +22,14 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "models"
 
 
 def linears(shapes: Shapes) -> list[tuple[int, ...]]:
-    """Shapes of the decoder's linears."""
+    """The shapes of the linear layers of the decoder."""
     keys = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
     entries = [entry for entry in table(shapes) if entry.key.startswith("language.decoder.")]
     return [entry.shape for entry in entries if entry.key.endswith(keys)]
 
 
 def measured(double: bool) -> float:
-    """Bytes of a layer's linears in 4 bits, over those in bf16."""
+    """The bytes of the linear layers of a decoder layer in 4 bits, divided by those in bf16."""
     layer = linears(Shapes.from_hf(CONFIGS / "2b"))[:4]
     whole = packed = 0
     for shape in layer:
