@@ -142,7 +142,7 @@ def run(work: Path, size: int, parallel: dict) -> list[dict]:
 
 
 def summary(name: str, ranks: list[dict]) -> dict:
-    """The times of the slowest rank in each save, without the first save, which also plans the later ones."""
+    """The times of the slowest rank in each save. The shares leave out the first save, which also plans the others."""
     foreground, background = ([max(times) for times in zip(*(r[way] for r in ranks), strict=True)]
                               for way in ("foreground", "background"))  # fmt: skip
     share = lambda of: round(of(background[1:]) / of(foreground[1:]), 3)
