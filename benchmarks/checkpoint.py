@@ -47,7 +47,7 @@ def measure(work: Path, parallel: dict) -> dict:
     import torch.distributed as dist
 
     from megavlm import platform
-    from megavlm.checkpoint.manager import Checkpoints
+    from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
     from megavlm.config.settings import Settings
     from megavlm.data.loader import build_loader
     from megavlm.data.renderer import Renderer
@@ -99,7 +99,7 @@ def measure(work: Path, parallel: dict) -> dict:
     alone, beside, waits = [timed_step() for _ in range(3)], [], {}
     for background in (False, True):
         root = work / ("background" if background else "foreground")
-        store = Checkpoints(root, vlm, optimizers, loader, settings_of(background))
+        store = Checkpoints(root, {MAIN: TrainedModel(vlm, optimizers)}, loader, settings_of(background))
         waits[background] = []
         for number in range(1, SAVES + 1):
             store.save(number)

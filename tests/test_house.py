@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import re
 import subprocess
 import sys
@@ -20,19 +21,32 @@ MAY_IMPORT = {
     "platform": [],
     "model": ["platform", "base"],
     "data": ["config", "base"],
+    "prepare": ["data", "base"],
     "convert": ["model.shapes", "model.score_head", "config", "base"],
     "adapters": ["convert", "model", "platform", "config", "base"],
     "optim": ["model", "platform", "config", "base"],
-    "checkpoint": ["optim", "adapters", "convert", "data", "model", "base"],
-    "monitor": ["data", "model", "platform", "config", "base"],
+    "checkpoint": ["optim", "adapters", "convert", "data", "model", "platform", "config", "base"],
+    "monitor": ["data", "platform", "config", "base"],
     "report": ["monitor", "data", "config", "base"],
     "runtime": ["monitor", "checkpoint", "adapters", "convert", "data", "model", "platform", "config", "base"],
-    "training": ["runtime", "report", "monitor", "checkpoint", "optim", "data", "model", "platform", "config", "base"],
-    "pretrain": ["training", "config"],
+    "training": ["runtime", "monitor", "checkpoint", "optim", "data", "model", "platform", "config", "base"],
     "align": ["training", "runtime", "checkpoint", "data", "model", "platform", "config", "base"],
-    "plan": ["align", "pretrain", "training", "runtime", "optim", "adapters", "data", "model", "platform", "config"],
-    "commands": ["plan", "runtime", "report", "checkpoint", "convert", "data", "model", "config", "base"],
-    "cli": ["config", "base"],
+    "plan": ["align", "training", "runtime", "optim", "adapters", "data", "model", "platform", "config"],
+    "commands": [
+        "plan",
+        "align",
+        "training",
+        "runtime",
+        "report",
+        "checkpoint",
+        "convert",
+        "prepare",
+        "data",
+        "model",
+        "config",
+        "base",
+    ],
+    "cli": ["align", "config", "base"],
     "__main__": ["cli"],
     "demo": ["cli", "checkpoint", "convert", "config", "base"],
 }
@@ -95,6 +109,30 @@ def test_every_allowed_import_is_used() -> None:
         if not any(f"{name}.".startswith(f"{prefix}.") for name in used.get(here, ()))
     }
     assert not unused
+
+
+def test_rooms_are_neither_halls_nor_cupboards() -> None:
+    sizes: dict[str, int] = {}
+    for path in MODULES:
+        room, *rest = path.relative_to(ROOT / "megavlm").parts
+        if rest:
+            sizes[room] = sizes.get(room, 0) + path.read_text(encoding="utf-8").count("\n")
+    assert not {room: size for room, size in sizes.items() if not 100 <= size <= 3000}
+
+
+def test_no_import_goes_round_in_a_circle() -> None:
+    """Between modules, imports for type checking included."""
+    by_name = {".".join(path.relative_to(ROOT / "megavlm").with_suffix("").parts): path for path in MODULES}
+    edges = {
+        name: {found for dotted in imports(path) for found in (dotted, dotted.rpartition(".")[0]) if found in by_name}
+        for name, path in by_name.items()
+    }
+    graphlib.TopologicalSorter(edges).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_training_loop_stays_small() -> None:
+    modules = {name.rpartition(".")[0] for name in imports(ROOT / "megavlm" / "training" / "loop.py")}
+    assert len(modules) <= 15
 
 
 def test_losses_import_torch_alone() -> None:

@@ -31,7 +31,7 @@ class AdapterList(nn.ModuleList):
         return entries
 
 
-class Tuning:
+class Adapters:
     """The adapters of a model on this rank. Create it once, right after the model.
 
     In parts of the model with adapters, all other weights are frozen, except the reward head.

@@ -1,19 +1,17 @@
 """`megavlm dpo`: tuning on pairs of answers, by DPO and its relatives (``align.loss``)."""
 
-from megavlm.align.losses import check_preference
+from megavlm.align.losses import PREFERENCE_LOSSES, check_preference
 from megavlm.align.objectives import PairObjective
 from megavlm.align.preference_method import PreferenceMethod, check
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
-from megavlm.training.loop import train
-
-OPTIONS = ("beta", "gamma", "label_smoothing", "lam")
 
 
 def options_of(settings: Settings) -> dict[str, float]:
     """The loss's options that are set. Raises UserError for one that the loss does not have."""
     align = settings.align
-    options = {name: getattr(align, name) for name in OPTIONS if getattr(align, name) is not None}
+    known = {name for loss in PREFERENCE_LOSSES.values() for name in loss.options}
+    options = {name: value for name in sorted(known) if (value := getattr(align, name)) is not None}
     try:
         loss = check_preference(align.loss, options)
     except ValueError as error:
@@ -27,8 +25,8 @@ def options_of(settings: Settings) -> dict[str, float]:
         raise UserError(
             f"align.reference_at is set, but align.loss {align.loss} has no reference: it would be ignored", "remove it"
         )
-    for name in ("desirable_weight", "undesirable_weight", "centering"):
-        if align.is_changed(name):
+    for name in type(align).model_fields:
+        if name not in {"loss", "reference", "reference_at", *known} and align.is_changed(name):
             raise UserError(f"align.{name} is not for dpo, which would ignore it", "remove it")
     return options
 
@@ -37,9 +35,6 @@ def method(settings: Settings) -> PreferenceMethod:
     """Raises UserError for settings that are not for it."""
     check(settings, "dpo")
     options = options_of(settings)
-    make = lambda s, groups: PairObjective(s.align.loss, options, s.train.logprob_chunk_tokens, groups.cp)
-    return PreferenceMethod("pair", f"preference tuning · {settings.align.loss}", make)
-
-
-def main(settings: Settings) -> int:
-    return train(settings, method(settings))
+    loss, has_reference = settings.align.loss, PREFERENCE_LOSSES[settings.align.loss].reference
+    make = lambda s, groups, start: PairObjective(loss, options, s.train.logprob_chunk_tokens, groups, start)
+    return PreferenceMethod("pair", f"preference tuning · {loss}", make, has_reference=has_reference)

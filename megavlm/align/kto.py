@@ -1,10 +1,12 @@
 """`megavlm kto`: tuning on answers that are each good or bad (2402.01306)."""
 
+from megatron.core.process_groups_config import ProcessGroupCollection
+
 from megavlm.align.objectives import JudgedObjective
 from megavlm.align.preference_method import PreferenceMethod, check
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
-from megavlm.training.loop import train
+from megavlm.training.start_weights import StartWeights
 
 BETA = 0.1
 
@@ -17,13 +19,9 @@ def method(settings: Settings) -> PreferenceMethod:
         if align.is_changed(name):
             raise UserError(f"align.{name} is not for kto, which would ignore it", "remove it")
 
-    def make(s: Settings, groups) -> JudgedObjective:
+    def make(s: Settings, groups: ProcessGroupCollection, start: StartWeights | None) -> JudgedObjective:
         beta = BETA if align.beta is None else align.beta
         weights = (align.desirable_weight, align.undesirable_weight)
-        return JudgedObjective(beta, *weights, s.train.logprob_chunk_tokens, groups.cp)
+        return JudgedObjective(beta, *weights, s.train.logprob_chunk_tokens, groups, start)
 
-    return PreferenceMethod("judged", "preference tuning · KTO", make)
-
-
-def main(settings: Settings) -> int:
-    return train(settings, method(settings))
+    return PreferenceMethod("judged", "preference tuning · KTO", make, has_reference=True)

@@ -1,7 +1,10 @@
 """What dpo, kto and rm minimise: the pure losses of ``megavlm.align.losses`` over the answers of packed rows."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megavlm.align.losses import PREFERENCE_LOSSES, kto_loss, preference_loss, reward_loss
@@ -9,9 +12,9 @@ from megavlm.align.sequences import answer_lengths, answer_logprobs, sum_of_rank
 from megavlm.data.row import Row
 from megavlm.model.language import LanguageModel
 from megavlm.platform import device, to_device
-from megavlm.runtime.feed import MicroBatch, StepRows
+from megavlm.runtime.feed import MicroBatch
+from megavlm.training.objective import LookThrough
 from megavlm.training.start_weights import StartWeights
-from megavlm.training.step import Step
 
 
 class _AnswerObjective:
@@ -19,27 +22,26 @@ class _AnswerObjective:
 
     names: tuple[str, ...]
 
-    def __init__(self, chunk_tokens: int, context: dist.ProcessGroup):
-        self.chunk_tokens, self.context = chunk_tokens, context
-        self.start: StartWeights | None = None  # set where the reference is worked out in the step
-        self._references: dict[int, Tensor] = {}
+    def __init__(self, chunk_tokens: int, groups: ProcessGroupCollection, start: StartWeights | None):
+        self.chunk_tokens, self.groups, self.context, self.start = chunk_tokens, groups, groups.cp, start
 
     @property
     def num_sums(self) -> int:
         return 1 + len(self.names)
 
-    def look_ahead(self, step: Step, rows: StepRows) -> None:
-        if self.start is not None:
-            with self.start():
-                self._references = {id(row): found for row, found in step.look_through(rows, self._answers_of)}
+    def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
+        """With a reference that is run in each step: its answers' log-probabilities of each row, float32 [samples]."""
+        if self.start is None:
+            return []
+        with self.start():
+            return look_through(self._answers_of)
 
-    def references(self, row: Row) -> Tensor:
-        """float32 [samples] on the device: the reference's log-probability of each answer."""
-        if self.start is not None:
-            return self._references[id(row)]
-        return to_device(
-            torch.tensor([annotations["ref"] for annotations in row.annotations], dtype=torch.float32), device()
-        )
+    def references(self, row: Row, found: Tensor | None) -> Tensor:
+        """float32 [samples] on the device: the reference's log-probability of each answer, ``found`` in this step."""
+        if found is not None:
+            return found
+        stored = [answer.ref_logprob for answer in row.annotations]
+        return to_device(torch.tensor(stored, dtype=torch.float32), device())
 
     def _answers_of(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         return self.answers(self.outputs(chunk, hidden, micro_batch), micro_batch)
@@ -63,13 +65,21 @@ class PairObjective(_AnswerObjective):
 
     Args:
         loss: a key of ``PREFERENCE_LOSSES``. options: of that loss.
-        chunk_tokens: targets whose logits exist at one time. context: context-parallel ranks.
+        chunk_tokens: targets whose logits exist at one time. groups: the decoder's process groups.
+        start: the reference model, if its log-probabilities are computed in each step.
     """
 
     names = ("rewards/chosen", "rewards/rejected", "accuracy", "margin", "logprobs/chosen", "logprobs/rejected")
 
-    def __init__(self, loss: str, options: dict, chunk_tokens: int, context: dist.ProcessGroup):
-        super().__init__(chunk_tokens, context)
+    def __init__(
+        self,
+        loss: str,
+        options: dict[str, float],
+        chunk_tokens: int,
+        groups: ProcessGroupCollection,
+        start: StartWeights | None = None,
+    ):
+        super().__init__(chunk_tokens, groups, start)
         self.name, self.options, self.has_reference = loss, options, PREFERENCE_LOSSES[loss].reference
 
     def weight(self, rows: list[Row]) -> float:
@@ -81,7 +91,7 @@ class PairObjective(_AnswerObjective):
         lengths = to_device(answer_lengths(row), device()).view(-1, 2)
         references = None, None
         if self.has_reference:
-            references = self.references(row).view(-1, 2).unbind(1)
+            references = self.references(row, micro_batch.found).view(-1, 2).unbind(1)
         losses, metrics = preference_loss(
             self.name, *answers.unbind(1), *references, *lengths.unbind(1), **self.options
         )
@@ -106,11 +116,11 @@ class JudgedObjective(_AnswerObjective):
 
     Args:
         beta, desirable_weight, undesirable_weight: of ``kto_loss``.
-        chunk_tokens: targets whose logits exist at one time. context: context-parallel ranks.
+        chunk_tokens: targets whose logits exist at one time. groups: the decoder's process groups.
+        start: the reference model, if its log-probabilities are computed in each step.
     """
 
     names = ("sum/desirable", "sum/undesirable", "count/desirable", "count/undesirable", "accuracy", "z0")
-    has_reference = True
 
     def __init__(
         self,
@@ -118,39 +128,40 @@ class JudgedObjective(_AnswerObjective):
         desirable_weight: float,
         undesirable_weight: float,
         chunk_tokens: int,
-        context: dist.ProcessGroup,
+        groups: ProcessGroupCollection,
+        start: StartWeights | None = None,
     ):
-        super().__init__(chunk_tokens, context)
+        super().__init__(chunk_tokens, groups, start)
         self.options = (beta, desirable_weight, undesirable_weight)
-        self.z0 = torch.zeros((), device=device())
 
     def weight(self, rows: list[Row]) -> float:
-        return sum("desirable" in annotations for row in rows for annotations in row.annotations)
+        return sum(answer.desirable is not None for row in rows for answer in row.annotations)
 
-    def look_ahead(self, step: Step, rows: StepRows) -> None:
-        super().look_ahead(step, rows)
+    def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
+        """z0, and what ``_AnswerObjective`` finds (or None), of each row."""
+        references = super().look_ahead(look_through)
 
         def gaps(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
             row = micro_batch.host
-            places = _places(row, "mismatched")
-            gap = (self._answers_of(chunk, hidden, micro_batch) - self.references(row))[places].sum()
-            return torch.stack([gap, gap.new_full((), len(places))])
+            mismatched = _indices([answer.mismatched for answer in row.annotations])
+            reference = self.references(row, references[micro_batch.number] if references else None)
+            gap = (self._answers_of(chunk, hidden, micro_batch) - reference)[mismatched].sum()
+            return torch.stack([gap, gap.new_full((), len(mismatched))])
 
         totals = torch.zeros(2, device=device())
-        found = step.look_through(rows, gaps)
-        if found and step.groups.language.tp.rank() == 0:
-            totals = torch.stack([gap for _, gap in found]).sum(dim=0)
+        of_rows = look_through(gaps)
+        if of_rows and self.groups.tp.rank() == 0:
+            totals = torch.stack(of_rows).sum(dim=0)
         dist.all_reduce(totals)  # context ranks add the same to both numbers
-        self.z0 = (totals[0] / totals[1].clamp(min=1)).clamp(min=0)
+        z0 = (totals[0] / totals[1].clamp(min=1)).clamp(min=0)
+        return [(z0, references[number] if references else None) for number in range(len(of_rows))]
 
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        row = micro_batch.host
-        places = _places(row, "desirable")
-        desirable = torch.tensor(
-            [annotations["desirable"] for annotations in row.annotations if "desirable" in annotations]
-        )
-        answers, references = self.answers(outputs, micro_batch)[places], self.references(row)[places]
-        losses, metrics = kto_loss(answers, references, to_device(desirable, device()), self.z0, *self.options)
+        row, (z0, reference) = micro_batch.host, micro_batch.found
+        judged = _indices([answer.desirable is not None for answer in row.annotations])
+        desirable = torch.tensor([a.desirable for a in row.annotations if a.desirable is not None])
+        answers, references = self.answers(outputs, micro_batch)[judged], self.references(row, reference)[judged]
+        losses, metrics = kto_loss(answers, references, to_device(desirable, device()), z0, *self.options)
         loss, count = losses.sum(), len(losses)
         good, bad = metrics["count/desirable"], metrics["count/undesirable"]
         values = [
@@ -159,7 +170,7 @@ class JudgedObjective(_AnswerObjective):
             good.to(loss.dtype),
             bad.to(loss.dtype),
             metrics["accuracy"] * count,
-            self.z0 * count,
+            z0 * count,
         ]
         return loss, self.sums(loss, values)
 
@@ -184,10 +195,9 @@ class RewardObjective(_AnswerObjective):
     """
 
     names = ("accuracy", "margin", "scores/mean", "scores/squares")
-    has_reference = False
 
-    def __init__(self, centering: float, groups, *, sequence_parallel: bool):
-        super().__init__(0, groups.cp)
+    def __init__(self, centering: float, groups: ProcessGroupCollection, *, sequence_parallel: bool):
+        super().__init__(0, groups, None)
         self.centering, self.tensor = centering, groups.tp if sequence_parallel else None
 
     def weight(self, rows: list[Row]) -> float:
@@ -202,7 +212,7 @@ class RewardObjective(_AnswerObjective):
 
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         annotations = micro_batch.host.annotations[::2]
-        margin = to_device(torch.tensor([fact["margin"] for fact in annotations]), device())
+        margin = to_device(torch.tensor([answer.margin for answer in annotations]), device())
         chosen, rejected = outputs.view(-1, 2).unbind(1)
         losses, metrics = reward_loss(chosen, rejected, margin, self.centering)
         loss, count = losses.sum(), len(losses)
@@ -221,7 +231,6 @@ class RewardObjective(_AnswerObjective):
         }
 
 
-def _places(row: Row, fact: str) -> Tensor:
-    """int64 [n] on the device: places of the samples that have ``fact``."""
-    places = [place for place, annotations in enumerate(row.annotations) if fact in annotations]
-    return to_device(torch.tensor(places, dtype=torch.int64), device())
+def _indices(flags: list[bool]) -> Tensor:
+    """int64 [n] on the device: the positions of the n flags that are true."""
+    return to_device(torch.tensor(flags, dtype=torch.bool).nonzero()[:, 0], device())

@@ -1,53 +1,52 @@
 """A preference method on the training loop: its samples, its objective, its reference."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from megavlm.align.reference import Reference, reference_of
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megavlm.align.reference import reference_of
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.records import Kind
-from megavlm.data.renderer import Renderer
-from megavlm.data.row import Row
-from megavlm.data.sources import Source
+from megavlm.data.row_source import MappedRows, RowSource
 from megavlm.runtime.session import Session
+from megavlm.training.method import FileRows, Prepared
 from megavlm.training.objective import Objective
 from megavlm.training.start_weights import StartWeights
 
+MakeObjective = Callable[[Settings, ProcessGroupCollection, StartWeights | None], Objective]
+
 
 class PreferenceMethod:
-    """What the loop asks of a method that learns from answers (see ``training.loop.Method``).
+    """What the loop asks of a method that learns from answers (see ``training.method.Method``).
 
     Args:
         kind: how records are rendered, "pair" or "judged".
         title: heading on the terminal.
-        make: the objective, given settings and the decoder's process groups.
+        make: makes the objective, given settings, the decoder's process groups and the reference model, if that is
+            run in each step.
+        has_reference: whether the objective compares with a reference model.
         scores: whether the model has a reward head.
     """
 
-    def __init__(self, kind: Kind, title: str, make, *, scores: bool = False):
-        self.kind, self.title, self.scores, self._make = kind, title, scores, make
-        self._reference: Reference | None = None
+    def __init__(self, kind: Kind, title: str, make: MakeObjective, *, has_reference: bool, scores: bool = False):
+        self.kind, self.title, self.scores = kind, title, scores
+        self._make, self._has_reference = make, has_reference
 
     def bare_objective(self, session: Session) -> Objective:
-        return self._make(session.settings, session.groups.language)
+        return self._make(session.settings, session.groups.language, None)
 
-    def objective(
-        self,
-        session: Session,
-        renderer: Renderer | None,
-        sources: list[Source] | None,
-        heartbeat: Callable[[str], None],
-    ) -> Objective:
-        """Called on all ranks, before the optimizer is built; the weights may be others afterwards."""
-        objective = self.bare_objective(session)
-        if objective.has_reference and session.settings.align.reference_at == "step":
-            objective.start = StartWeights(session)
-        elif objective.has_reference:
-            self._reference = reference_of(session, renderer, sources, self.kind, heartbeat)
-        return objective
-
-    def rows(self, rows: Iterator[Row]) -> Iterator[Row]:
-        return self._reference.attach(rows) if self._reference else rows
+    def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
+        files, start = FileRows.of(session, self.kind), None
+        rows: RowSource | None = files.loader
+        if self._has_reference and session.settings.align.reference_at == "step":
+            start = StartWeights(session)
+        elif self._has_reference:
+            sources = rows.sources if rows is not None else None
+            reference = reference_of(session, files.renderer, sources, self.kind, heartbeat)
+            rows = MappedRows(rows, reference.attach) if rows is not None else None
+        objective = self._make(session.settings, session.groups.language, start)
+        return Prepared(objective, rows, files.longest_row)
 
 
 def check(settings: Settings, verb: str) -> None:
@@ -70,5 +69,3 @@ def check(settings: Settings, verb: str) -> None:
         )
     if settings.data.replay is not None:
         raise UserError(f"data.replay is set, but {verb} has no replay: it would be ignored", "remove data.replay")
-    if settings.stage is not None:
-        raise UserError(f"stage is {settings.stage}, but {verb} has no stages: it would be ignored", "set it to null")

@@ -6,11 +6,11 @@ NaN for a sample that cannot be used), with a note on model and data, and are us
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.numpy import load, save
 from torch import Tensor
@@ -27,9 +27,10 @@ from megavlm.data.answer_groups import draft_unit
 from megavlm.data.files import File
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Draft, DraftError, Renderer
-from megavlm.data.row import Row
+from megavlm.data.row import Annotations, Row
 from megavlm.data.shards import ShardFolder
 from megavlm.data.sources import Source
+from megavlm.platform.collectives import on_first_rank
 from megavlm.runtime.eval_rows import EvalRows
 from megavlm.runtime.forward import forward_only
 from megavlm.runtime.session import Session
@@ -46,20 +47,20 @@ class Reference:
         self.tables = tables
 
     def attach(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """The same rows, each sample's in its ``annotations["ref"]``. Raises UserError for a sample without one."""
+        """The same rows, their annotations with ``ref_logprob``. Raises UserError for a sample without one."""
         for row in rows:
-            for place, (source, index, annotations) in enumerate(
-                zip(row.source_ids, row.indices, row.annotations, strict=True)
-            ):
-                value = float(self.tables[source][index, _side(annotations)])
+            annotated = []
+            samples = zip(row.sources, row.source_ids, row.indices, row.annotations, strict=True)
+            for name, source, index, annotations in samples:
+                value = float(self.tables[source][index, _column(annotations)])
                 if np.isnan(value):
                     raise UserError(
-                        f"{row.sources[place]}: the reference file has no log-probability for it: when the file was "
+                        f"{name}: the reference file has no log-probability for it: when the file was "
                         "made it could not be read, or (with another data.pad_multiple) was longer than a row",
                         "remove the file: it is made again",
                     )
-                annotations["ref"] = value
-            yield row
+                annotated.append(replace(annotations, ref_logprob=value))
+            yield replace(row, annotations=annotated)
 
 
 def reference_of(
@@ -80,27 +81,25 @@ def reference_of(
     """
     settings = session.settings
     path = settings.align.reference or settings.output / FILE_NAME
-    box: list = [None, None]
-    if session.is_first:
+
+    def stored() -> list[np.ndarray] | None:
+        if not path.exists():
+            return None
         try:
-            note = _note(settings, sources, kind)
-            box[0] = _read(path, note, len(sources)) if path.exists() else None
-        except UserError as error:
-            # one's own, left by a start that trained nothing, may be of other data
+            return _read(path, _note(settings, sources, kind), len(sources))
+        except UserError:
+            # the file of this output folder may be of other data, if no step was done since it was written
             if settings.align.reference is not None or latest(settings.output / "checkpoints") is not None:
-                box[1] = error
-        except Exception as error:  # the others wait
-            box[1] = error
-    dist.broadcast_object_list(box, src=0, group=session.groups.world_host)
-    tables, problem = box
-    if problem is not None:
-        raise problem
+                raise
+            return None
+
+    tables = on_first_rank(stored, session.groups.world_host)
     if tables is None:
         tables = _make(session, renderer, sources, kind, heartbeat)
         if session.is_first:
-            content = save({str(n): t for n, t in enumerate(tables)}, metadata={"note": json.dumps(note)})
+            note = json.dumps(_note(settings, sources, kind))
             with atomic_open(path, "wb") as file:
-                file.write(content)
+                file.write(save({str(n): t for n, t in enumerate(tables)}, metadata={"note": note}))
     return Reference(tables)
 
 
@@ -112,7 +111,7 @@ def _make(
     heartbeat: Callable[[str], None],
 ) -> list[np.ndarray]:
     settings, vlm, groups = session.settings, session.vlm, session.groups
-    if vlm.tuning is None:  # adapters are where they start from
+    if session.adapters is None:  # adapters are where they start from
         load_weights(find_checkpoint(settings.model.load), vlm)
     vlm.train(False)
     rows = None
@@ -137,17 +136,18 @@ def _make(
             window.micro_batches[:real], results[:real] if is_reporting_rank else [], strict=False
         ):
             row = micro_batch.host
-            sides = [_side(annotations) for annotations in row.annotations]
-            found += zip(row.source_ids, row.indices, sides, result.tolist(), strict=True)
+            columns = [_column(annotations) for annotations in row.annotations]
+            found += zip(row.source_ids, row.indices, columns, result.tolist(), strict=True)
     found = evaluated.gather(found)
     vlm.train()
-    box = [None]
-    if session.is_first:
-        box[0] = [np.full((len(source.file), 2), np.nan, dtype=np.float32) for source in sources]
-        for source, index, side, value in found:
-            box[0][source][index, side] = value
-    dist.broadcast_object_list(box, src=0, group=groups.world_host)
-    return box[0]
+
+    def tables() -> list[np.ndarray]:
+        made = [np.full((len(source.file), 2), np.nan, dtype=np.float32) for source in sources]
+        for source, index, column, value in found:
+            made[source][index, column] = value
+        return made
+
+    return on_first_rank(tables, groups.world_host)
 
 
 class _AllAnswers(IterableDataset[Row]):
@@ -186,8 +186,9 @@ class _AllAnswers(IterableDataset[Row]):
                 drafts.pop(error.place)
 
 
-def _side(annotations: dict) -> int:
-    return int("mismatched" in annotations or annotations.get("side") == "rejected")
+def _column(annotations: Annotations) -> int:
+    """The column of the table that holds an answer: 0 of its record's own answer, 1 of the further one."""
+    return int(annotations.is_further_answer)
 
 
 def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:

@@ -1,10 +1,12 @@
 """`megavlm rm`: a reward model out of pairs of answers (Bradley–Terry)."""
 
+from megatron.core.process_groups_config import ProcessGroupCollection
+
 from megavlm.align.objectives import RewardObjective
 from megavlm.align.preference_method import PreferenceMethod, check
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
-from megavlm.training.loop import train
+from megavlm.training.start_weights import StartWeights
 
 
 def method(settings: Settings) -> PreferenceMethod:
@@ -20,11 +22,7 @@ def method(settings: Settings) -> PreferenceMethod:
             "remove language from train.unfreeze_after; train with it frozen first, then start from that run",
         )
 
-    def make(s: Settings, groups) -> RewardObjective:
+    def make(s: Settings, groups: ProcessGroupCollection, start: StartWeights | None) -> RewardObjective:
         return RewardObjective(s.align.centering, groups, sequence_parallel=s.parallel.sequence_parallel)
 
-    return PreferenceMethod("pair", "reward model", make, scores=True)
-
-
-def main(settings: Settings) -> int:
-    return train(settings, method(settings))
+    return PreferenceMethod("pair", "reward model", make, has_reference=False, scores=True)

@@ -9,6 +9,9 @@ import logging
 import random
 import secrets
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +19,37 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
-from megavlm.adapters.attach import learned
+from megavlm.adapters.attach import Adapters, learned
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.fingerprint import digest_of_folders
 from megavlm.checkpoint.folders import clean, partial_folder, publish
 from megavlm.checkpoint.optimizer_state import load_state, saved_state, wanted_state
 from megavlm.checkpoint.writer import CheckpointWriter
+from megavlm.config.settings import Settings
 from megavlm.convert import HF_LAYOUT, SHARDED_METADATA
 from megavlm.convert.peft_config import ADAPTER_CONFIG, config_of, write_config
-from megavlm.model.vlm import PARTS
+from megavlm.data.row_source import RowSource
+from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.megatron_galore import check_layout, has_galore
+from megavlm.optim.optimizers import Optimizers
+from megavlm.platform.collectives import broadcast_object, on_first_rank
 
 _log = logging.getLogger(__name__)
+
+
+MAIN = "model"
+"""Name of the model that a run is about; its weights lie in a checkpoint under their own keys, without a prefix."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model, its optimizers and, where it has any, its adapters: what a checkpoint holds of it."""
+
+    vlm: VLM
+    optimizers: Optimizers
+    adapters: Adapters | None = None
 
 
 class Checkpoints:
@@ -36,33 +57,47 @@ class Checkpoints:
 
     Args:
         root: folder of the checkpoints.
-        vlm: the model. optimizers: its optimizers and schedule. loader: its rows, None where this rank reads none.
+        models: the models that are trained, by name. ``MAIN`` is one of them; the keys of every other one (a critic,
+            for example) begin with its name in the checkpoint.
+        rows: the run's rows, None where this rank reads none.
         settings: of the run; its checkpoint, train, data and parallel sections.
-        origin: checkpoint the run's weights came from, whose note on the Hugging Face files is handed on.
+        origin: checkpoint that the main model's weights came from, whose note on the Hugging Face files is passed on.
     """
 
-    def __init__(self, root: Path, vlm, optimizers, loader, settings, origin: Path | None = None):
-        self.root, self.vlm, self.optimizers, self.loader = root, vlm, optimizers, loader
+    def __init__(
+        self,
+        root: Path,
+        models: Mapping[str, TrainedModel],
+        rows: RowSource | None,
+        settings: Settings,
+        origin: Path | None = None,
+    ):
+        main = models[MAIN]
+        self.root, self.models, self.rows = root, models, rows
+        self.vlm, self.optimizers, self.adapters = main.vlm, main.optimizers, main.adapters
+        self._others = {name: model for name, model in models.items() if name != MAIN}
         self.settings, self._hf = settings.checkpoint, settings.model.hf
         self._layout = {"world": dist.get_world_size(), **settings.parallel.model_dump()}
         self._pad_multiple = settings.pad_multiple
         self._workers = max(settings.data.workers, 1)  # of each data rank
-        tuning, self._world = vlm.tuning, vlm.groups.world_host
-        is_adapted = tuning is not None and origin is not None
-        base = self._from_first_rank(digest_of_folders(origin) if is_adapted and dist.get_rank() == 0 else None)
+        adapters, world = self.adapters, self.vlm.groups.world_host
+        base = None
+        if adapters is not None and origin is not None:
+            base = on_first_rank(partial(digest_of_folders, origin), world)
         self._identity = lambda step: {
-            "adapter": tuning and config_of(tuning.settings, vlm.shapes),
+            "adapter": adapters and config_of(adapters.settings, self.vlm.shapes),
             "base below the adapters": base,
             "train.optimizer": settings.train.optimizer,
             "train.precision": settings.train.precision,
             "learning parts": sorted(set(PARTS) - set(settings.frozen(step))),
+            "other models": sorted(self._others) or None,
         }
-        self._start = self._from_first_rank(secrets.token_hex(4))
+        self._start = broadcast_object(secrets.token_hex(4), world)
         if dist.get_rank() == 0:
             clean(root)
         self._hf_layout = _read_text(origin / HF_LAYOUT) if origin else None
         self._writer = CheckpointWriter(
-            vlm.groups.language.dp_cp, self._world, background=settings.checkpoint.async_save
+            self.vlm.groups.language.dp_cp, world, background=settings.checkpoint.async_save
         )
         self._seconds = 0.0
 
@@ -81,6 +116,7 @@ class Checkpoints:
             "step": step,
             "schedule": self.optimizers.scheduler.num_steps,
             "thawed_at": self.optimizers.unfrozen_at,
+            "schedules": {name: model.optimizers.scheduler.num_steps for name, model in self._others.items()},
             "identity": self._identity(step),
             "layout": self._layout,
             "workers": self._workers * self.vlm.groups.dp_size,
@@ -138,7 +174,7 @@ class Checkpoints:
             )  # fmt: skip
         self.optimizers.unfreeze(common["step"])
         wanted = self._sharded(loading=True)
-        if self.loader is not None:
+        if self.rows is not None:
             count = common["workers"]
             wanted["data"] = [
                 ShardedObject("data", None, (count,), (worker,), replica_id=self.vlm.groups.dp_rank)
@@ -147,13 +183,17 @@ class Checkpoints:
         if common["layout"] != self._layout:
             del wanted["rng"]
         state = dist_checkpointing.load(wanted, str(folder))
-        self.vlm.load_sharded(state["model"])
-        scheduler = self.optimizers.scheduler
-        scheduler.step(increment=state["schedule"] - scheduler.num_steps)  # the curve itself follows the settings
         self.optimizers.unfrozen_at = dict(state.get("thawed_at", {}))
-        load_state(self.optimizers, state["optimizer"])
-        if self.loader is not None:
-            different = self.loader.load_state_dict(state["data"])
+        for name, model in self.models.items():
+            found = state if name == MAIN else state[name]
+            model.vlm.load_sharded(found["model"])
+            scheduler, done = model.optimizers.scheduler, state["schedule"]
+            if name != MAIN:
+                done = state["schedules"][name]
+            scheduler.step(increment=done - scheduler.num_steps)  # the curve itself follows the settings
+            load_state(model.optimizers, found["optimizer"])
+        if self.rows is not None:
+            different = self.rows.load_state_dict(state["data"])
             if different and self.vlm.groups.dp_rank == 0:
                 _log.warning("%s", different)
         if "rng" in state:
@@ -162,24 +202,20 @@ class Checkpoints:
         return state["step"]
 
     def _sharded(self, *, loading: bool) -> dict:
-        metadata, groups = dict(SHARDED_METADATA), self.vlm.groups
-        model = self.vlm.sharded_state_dict(metadata)
-        if self.vlm.tuning is not None:
-            model = learned(model)
-        optimizer_state = wanted_state if loading else saved_state
-        optimizer = optimizer_state(self.optimizers, model, metadata)
-        generators = None if loading else random_state()
+        groups, generators = self.vlm.groups, None if loading else random_state()
         state = {
-            "model": model,
-            "optimizer": optimizer,
+            **_sharded_model(self.models[MAIN], loading=loading),
             "rng": ShardedObject("rng", generators, (dist.get_world_size(),), (dist.get_rank(),)),
         }
-        if self.loader is not None and not loading:
+        for name, model in self._others.items():
+            state[name] = _sharded_model(model, loading=loading)
+            add_prefix_for_sharding(state[name], f"{name}.")
+        if self.rows is not None and not loading:
             count = (groups.dp_size * self._workers,)
             # worker w of data rank r is number r + ranks × w of all: rows come from them in that order
             state["data"] = [
                 ShardedObject("data", place, count, (groups.dp_rank + groups.dp_size * worker,))
-                for worker, place in enumerate(self.loader.state_dict())
+                for worker, place in enumerate(self.rows.state_dict())
             ]
         return state
 
@@ -189,16 +225,21 @@ class Checkpoints:
         self._seconds += time.perf_counter() - began
 
     def _seal(self, folder: Path) -> None:
-        if self.vlm.tuning is not None:
-            write_config(folder / ADAPTER_CONFIG, self.vlm.tuning.settings, self.vlm.shapes, str(self._hf))
+        if self.adapters is not None:
+            write_config(folder / ADAPTER_CONFIG, self.adapters.settings, self.vlm.shapes, str(self._hf))
         elif self._hf_layout:
             (folder / HF_LAYOUT).write_text(self._hf_layout, encoding="utf-8")
         publish(folder, self.settings.keep, self.settings.keep_every)
 
-    def _from_first_rank(self, value):
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._world)
-        return box[0]
+
+def _sharded_model(model: TrainedModel, *, loading: bool) -> dict:
+    """The sharded state of a model and its optimizers: to be saved, or to be loaded into."""
+    metadata = dict(SHARDED_METADATA)
+    weights = model.vlm.sharded_state_dict(metadata)
+    if model.adapters is not None:
+        weights = learned(weights)
+    state_of = wanted_state if loading else saved_state
+    return {"model": weights, "optimizer": state_of(model.optimizers, weights, metadata)}
 
 
 def _read_text(file: Path) -> str | None:

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megavlm.base.errors import UserError
 from megavlm.base.processes import end_with_parent
+from megavlm.platform.collectives import gather_objects, on_first_rank
 
 
 class WriteError(UserError):
@@ -122,8 +123,7 @@ class CheckpointWriter:
             if not wait and self._is_true_anywhere(pending.connection is not None and not pending.connection.poll()):
                 return
             mine = (pending.files.num_bytes, _results_of(pending))
-            pending.everyone = [None] * dist.get_world_size() if first else []
-            dist.gather_object(mine, pending.everyone if first else None, dst=0, group=self._host)
+            pending.everyone = gather_objects(mine, self._host)
             if first:
                 pending.sealing = self._thread.submit(_complete, pending, seal)
         if not wait and self._is_true_anywhere(pending.sealing is not None and not pending.sealing.done()):
@@ -158,23 +158,21 @@ class CheckpointWriter:
         self._metadata = metadata or self._metadata
         return files, self._metadata
 
-    def _on_first_rank(self, folder: Path, call, everyone: list | None = None) -> None:
+    def _on_first_rank(self, folder: Path, call: Callable[[], object], everyone: list | None = None) -> None:
         """``call`` on rank 0; an OSError there is a WriteError everywhere. After any error the folder is removed."""
-        box, cause = [None], None
-        if dist.get_rank() == 0:
+
+        def guarded() -> None:
             try:
                 call()
+            except OSError as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                needed = sum(size for size, _ in everyone) if everyone else None
+                raise WriteError(*_explain(folder, error, needed)) from error
             except Exception as error:
                 shutil.rmtree(folder, ignore_errors=True)
-                cause = error
-                if isinstance(error, OSError):
-                    needed = sum(size for size, _ in everyone) if everyone else None
-                    box[0] = WriteError(*_explain(folder, error, needed))
-                else:
-                    box[0] = RuntimeError(f"the checkpoint {folder} could not be written: {error!r}")
-        dist.broadcast_object_list(box, src=0, group=self._host)
-        if box[0] is not None:
-            raise box[0] from cause
+                raise RuntimeError(f"the checkpoint {folder} could not be written: {error!r}") from error
+
+        on_first_rank(guarded, self._host)
 
 
 class _Files(FileSystemWriterAsync):

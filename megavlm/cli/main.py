@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megavlm.align.registry import METHODS, check_method
 from megavlm.base import processes
 from megavlm.base.errors import UserError
 from megavlm.base.imports import no_collection
@@ -103,7 +104,7 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
     module, _, function = verb.target.partition(":")
     with no_collection():
         target = getattr(importlib.import_module(module), function)
-    return target(*given, **options) or 0
+    return target(*given, **options, **verb.fixed) or 0
 
 
 def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], world_size: int) -> None:
@@ -112,8 +113,8 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
     job = options.get("dry_run") or name
     requires = (*VERBS[job].requires, *(() if name != "infer" or one_prompt else ("data.eval", "output")))
     requirements.check_required(settings, requires, job)
-    if job == "sft" and settings.stage is not None:
-        raise UserError(f"stage is {settings.stage}, but sft has no stages and would ignore it", "set stage to null")
+    if job in METHODS:
+        check_method(job, settings)
     if not one_prompt and (options.get("image") or options.get("video")):
         raise UserError("--image and --video can only be used with --prompt", "add --prompt TEXT, or leave them out")
     requirements.check_files(settings, verb.reads)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavlm.align.registry import METHODS, MethodEntry
+
 RUN = ("model", "adapter", "data", "parallel", "vision", "train", "checkpoint", "log", "generate")
 RUN_REQUIRES = ("output", "data.train", "train.steps", "train.global_batch_size", "train.lr")
 READS = ("model.hf", "model.load", "model.adapter")
@@ -35,6 +37,7 @@ class Verb:
         positionals: arguments in addition to CONFIG.yaml: {keyword: argparse options}.
         flags: options of this verb: {keyword: argparse options}; `--image` is keyword `image`.
         local_workers: whether it accepts --nproc.
+        fixed: further keyword arguments, the same in each call.
     """
 
     target: str
@@ -47,52 +50,23 @@ class Verb:
     positionals: dict[str, dict[str, Any]] = field(default_factory=dict)
     flags: dict[str, dict[str, Any]] = field(default_factory=dict)
     local_workers: bool = True
+    fixed: dict[str, Any] = field(default_factory=dict)
 
 
-VERBS = {
-    "pretrain": Verb(
-        "megavlm.pretrain.stages:main",
-        "train one of the four pretraining stages (stage: 0 … 3)",
-        "megavlm pretrain stage0.yaml model.load=CHECKPOINT output=runs/stage0 --nproc 2",
-        requires=("stage", *RUN_REQUIRES),
-        reads=RUN_READS,
+def _of_method(name: str, method: MethodEntry) -> Verb:
+    return Verb(
+        "megavlm.commands.train:main",
+        method.summary,
+        method.example,
+        sections=(*RUN, "align") if method.aligns else RUN,
+        requires=(*method.requires, *RUN_REQUIRES),
+        reads=(*RUN_READS, *method.reads),
         writes="",
-    ),
-    "sft": Verb(
-        "megavlm.training.sft:main",
-        "supervised fine-tuning on conversations",
-        "megavlm sft sft.yaml train.lr=1e-5 output=runs/sft --nproc 2",
-        requires=RUN_REQUIRES,
-        reads=RUN_READS,
-        writes="",
-    ),
-    "rm": Verb(
-        "megavlm.align.rm:main",
-        "train a reward model on pairs of answers",
-        "megavlm rm rm.yaml train.lr=1e-5 output=runs/rm --nproc 2",
-        sections=(*RUN, "align"),
-        requires=(*RUN_REQUIRES, "model.load"),
-        reads=RUN_READS,
-        writes="",
-    ),
-    "dpo": Verb(
-        "megavlm.align.dpo:main",
-        "preference tuning on pairs of a chosen and a rejected answer",
-        "megavlm dpo dpo.yaml align.loss=simpo train.lr=5e-7 output=runs/dpo --nproc 2",
-        sections=(*RUN, "align"),
-        requires=(*RUN_REQUIRES, "model.load"),
-        reads=(*RUN_READS, "align.reference"),
-        writes="",
-    ),
-    "kto": Verb(
-        "megavlm.align.kto:main",
-        "preference tuning on single answers that are labelled desirable or undesirable",
-        "megavlm kto kto.yaml train.lr=5e-7 output=runs/kto --nproc 2",
-        sections=(*RUN, "align"),
-        requires=(*RUN_REQUIRES, "model.load"),
-        reads=(*RUN_READS, "align.reference"),
-        writes="",
-    ),
+        fixed={"method": name},
+    )
+
+
+VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
     "score": Verb(
         "megavlm.commands.score:main",
         "write the log-probabilities of all target tokens of data.eval to scores.jsonl",
@@ -162,7 +136,7 @@ VERBS = {
             },
             "dry_run": {
                 "metavar": "VERB",
-                "choices": ("pretrain", "sft", "rm", "dpo", "kto"),
+                "choices": tuple(METHODS),
                 "help": "also build the model and optimizer of some ranks of VERB without allocating memory, and print "
                 "their sizes; no GPU is used",
             },

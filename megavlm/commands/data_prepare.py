@@ -14,11 +14,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from megavlm.base.atomic_files import new_folder
 from megavlm.base.errors import UserError
 from megavlm.data.files import is_url
-from megavlm.data.index_shards import find_shards, index_shards, is_up_to_date
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.shards import ShardFolder
 from megavlm.data.skipped_samples import SkippedSample
-from megavlm.data.write_shards import ShardWriter, load_ahead
+from megavlm.prepare.index_shards import find_shards, index_shards, is_up_to_date
+from megavlm.prepare.write_shards import ShardWriter, load_ahead
 
 SKIPPED = "skipped.jsonl"
 DEFAULT_SIZE = "500MB"

@@ -4,16 +4,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from megavlm.config.section import FilePath, Float, Section
+from megavlm.config.section import FilePath, Float, Section, Str
 
 
 class AlignSettings(Section):
     """The loss and the reference model of the preference methods dpo, kto and rm."""
 
-    loss: Literal["sigmoid", "hinge", "ipo", "robust", "simpo", "orpo"] = Field(
+    loss: Str = Field(
         "sigmoid",
-        description="only for dpo: the loss function. sigmoid: the loss of the DPO paper; simpo and orpo need no "
-        "reference model",
+        description="only for dpo: the loss function, one of sigmoid (the loss of the DPO paper), hinge, ipo, robust, "
+        "simpo and orpo; simpo and orpo need no reference model",
     )
     beta: Float | None = Field(
         None,

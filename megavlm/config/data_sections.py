@@ -178,6 +178,11 @@ class DataSettings(Section):
             "data.replay.sources", self.replay.sources if self.replay else []
         )
 
+    @property
+    def source_names(self) -> list[str]:
+        """The names of the sources in the metrics, in the order of their numbers."""
+        return [source.label for source in self.leaves.values()]
+
     @model_validator(mode="after")
     def _consistent(self) -> "DataSettings":
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:

@@ -14,8 +14,8 @@ PAIR_FIELDS = ("prompt", "chosen", "rejected", "margin")
 KTO_FIELDS = ("prompt", "completion", "label")
 
 
-def split_pair(raw: Any, source: str) -> tuple[dict, dict, dict]:
-    """The conversation with the chosen answer, the one with the rejected answer, and the annotations (``margin``).
+def split_pair(raw: Any, source: str) -> tuple[dict, dict, float]:
+    """The conversation with the chosen answer, the one with the rejected answer, and the pair's margin.
 
     Raises UserError if the record is not a valid pair.
     """
@@ -27,11 +27,11 @@ def split_pair(raw: Any, source: str) -> tuple[dict, dict, dict]:
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
         raise UserError(f"{source}: margin must be a number, found {margin!r}", "give a number, or omit margin")
     sides = [{**rest, "messages": [*prompt, *answer]} for answer in (chosen, rejected)]
-    return *sides, {"margin": float(margin)}
+    return *sides, float(margin)
 
 
-def split_judgement(raw: Any, source: str) -> tuple[dict, dict]:
-    """The conversation with the judged answer, and its annotations (``desirable``).
+def split_judgement(raw: Any, source: str) -> tuple[dict, bool]:
+    """The conversation with the judged answer, and whether that is desirable.
 
     Raises UserError if the record is not a valid judgement.
     """
@@ -40,7 +40,7 @@ def split_judgement(raw: Any, source: str) -> tuple[dict, dict]:
     if not isinstance(raw.get("label"), bool):
         found = repr(raw["label"]) if "label" in raw else "none"
         raise UserError(f"{source}: label must be true (desirable) or false, found {found}", "give each sample a label")
-    return {**rest, "messages": [*prompt, *answer]}, {"desirable": raw["label"]}
+    return {**rest, "messages": [*prompt, *answer]}, raw["label"]
 
 
 def with_answer_of(raw: Any, other: Any, source: str) -> dict | None:

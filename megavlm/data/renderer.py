@@ -19,7 +19,7 @@ from megavlm.data.media import Find, find_picture, find_video
 from megavlm.data.positions import mrope_positions
 from megavlm.data.processor import Clip, Still, VisionProcessor
 from megavlm.data.records import Kind, Record, check_record
-from megavlm.data.row import IGNORE, Row, Sample, pack, padded_length
+from megavlm.data.row import IGNORE, NO_ANNOTATIONS, Annotations, Row, Sample, pack, padded_length
 from megavlm.data.skipped_samples import NO_TARGET, TOO_LONG, UnfitSample
 from megavlm.data.template import ChatTemplate
 
@@ -53,7 +53,7 @@ class Draft:
     index: int
     source_id: int = 0
     shares_media: bool = False
-    annotations: dict = field(default_factory=dict)
+    annotations: Annotations = NO_ANNOTATIONS
     followers: list["Draft"] = field(default_factory=list)
 
     @property

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +12,33 @@ from megavlm.data.positions import grid_interpolation, patch_coordinates
 from megavlm.data.skipped_samples import SkippedSample
 
 IGNORE = -100  # label of a position without a target (torch's convention)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotations:
+    """What a loss must know of a sample beside its tokens; a field is None where it does not apply.
+
+    Attributes:
+        side: "chosen" or "rejected", of a preference pair.
+        margin: of a chosen answer, by how much it is to be preferred.
+        desirable: of a judged answer (KTO), whether it is a good one.
+        mismatched: whether the answer belongs to another prompt (KTO's point of comparison).
+        ref_logprob: log-probability of the whole answer under the reference model.
+    """
+
+    side: Literal["chosen", "rejected"] | None = None
+    margin: float | None = None
+    desirable: bool | None = None
+    mismatched: bool = False
+    ref_logprob: float | None = None
+
+    @property
+    def is_further_answer(self) -> bool:
+        """Whether the sample is a further answer of the same record, not the one that its record is counted by."""
+        return self.mismatched or self.side == "rejected"
+
+
+NO_ANNOTATIONS = Annotations()
 
 
 @dataclass(kw_only=True)
@@ -32,7 +60,7 @@ class Sample:
         index: number of the sample in its file, from 0.
         source_id: number of its source in the blend.
         shares_media: the sample uses the pictures and videos of the sample before it in the row; ``patches`` is empty.
-        annotations: inputs of the loss other than tokens (a pair's ``margin``, …).
+        annotations: inputs of the loss other than tokens.
     """
 
     input_ids: Tensor
@@ -48,7 +76,7 @@ class Sample:
     index: int
     source_id: int = 0
     shares_media: bool = False
-    annotations: dict = field(default_factory=dict)
+    annotations: Annotations = NO_ANNOTATIONS
 
 
 def padded_length(length: int, multiple: int) -> int:
@@ -104,7 +132,7 @@ class Row:
     sources: list[str]
     indices: list[int]
     source_ids: list[int]
-    annotations: list[dict]
+    annotations: list[Annotations]
     skipped_samples: list[SkippedSample] = field(default_factory=list)
     loader_state: dict | None = None
 

@@ -17,6 +17,8 @@ from megavlm.model.projector import Projector
 from megavlm.model.vision import Frames, VisionTower
 from megavlm.platform import device
 
+Timer = Callable[[], AbstractContextManager]
+
 
 class TowerPhase:
     """Runs tower and projector over the frames dealt to this rank.
@@ -49,7 +51,6 @@ class TowerPhase:
         self.recompute, self.chunk_patches = recompute, chunk_patches
         self.waiting_device = torch.device("cpu") if offload else device()
         self.frames_encoded = 0
-        self.timed: Callable[[], AbstractContextManager] = nullcontext  # around what this rank does without the others
         self.num_planes = 1 + len(vision.taps)
         self.hidden = projector.merger.linear_fc2.out_features
         self._dtype = projector.merger.linear_fc2.weight.dtype
@@ -63,11 +64,12 @@ class TowerPhase:
     def _learns(self) -> bool:
         return self._vision_learns or any(p.requires_grad for p in self.projector.parameters())
 
-    def encode(self, frames: Frames, exchange: Exchange) -> list[tuple[Tensor, Tensor]]:
+    def encode(self, frames: Frames, exchange: Exchange, timer: Timer = nullcontext) -> list[tuple[Tensor, Tensor]]:
         """Features of each micro-batch of the window, for this rank.
 
         Args:
             frames: the frames dealt to this rank, on the device.
+            timer: a context manager around what this rank computes without waiting for others.
         Returns:
             per micro-batch (positions int64 [n], features [planes, n, hidden]); the features are leaves whose ``grad``
             the decoder's backward fills, if anything in the tower learns; with ``offload`` they are in host memory, and
@@ -76,7 +78,7 @@ class TowerPhase:
         self._exchange, self._chunks, self._outputs = exchange, _chunks(frames, self.chunk_patches), []
         self.frames_encoded += len(frames.lengths)
         learning = self._learns and torch.is_grad_enabled()
-        with self.timed(), torch.set_grad_enabled(learning and not self.recompute):
+        with timer(), torch.set_grad_enabled(learning and not self.recompute):
             self._outputs = [self._encode(chunk) for chunk in self._chunks]
         empty = torch.empty(self.num_planes, 0, self.hidden, device=device(), dtype=self._dtype)
         own = torch.cat([empty, *(output.detach() for output in self._outputs)], dim=1)
@@ -89,7 +91,7 @@ class TowerPhase:
         self._features = [received[index].to(self.waiting_device).requires_grad_(learning) for index in exchange.take]
         return list(zip(exchange.positions, self._features, strict=True))
 
-    def backward(self, scale: float) -> None:
+    def backward(self, scale: float, timer: Timer = nullcontext) -> None:
         """Sends the features' gradients, times ``scale``, to the frames' owners and walks back through the tower.
 
         Parameter gradients go where autograd puts them: into the main gradients of the modules' DDP wrappers.
@@ -98,7 +100,7 @@ class TowerPhase:
             self._features = []
             return
         grad = self._return_gradients().mul_(scale)  # [num_planes, N_own, hidden]
-        with self.timed():
+        with timer():
             start = 0
             for index, chunk in enumerate(self._chunks):
                 output = self._encode(chunk.to(grad.device)) if self.recompute else self._outputs[index]

@@ -78,7 +78,6 @@ class VLM:
                 if not shapes.tied:  # scores do not use it: without gradients, weight decay alone would change it
                     chunk.output_layer.requires_grad_(False)
         self.balanced_over_world = share_frames and settings.vision.balance == "world"
-        self.tuning = None  # the adapters, where there are any (``adapters.attach.Tuning``)
         self.tower = TowerPhase(
             self.vision,
             self.projector,

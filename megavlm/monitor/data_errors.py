@@ -15,6 +15,7 @@ from megavlm.base.errors import UserError
 from megavlm.data.skipped_samples import BROKEN, SkippedSample
 from megavlm.monitor.metrics import append_lines, drop_after, read_lines
 from megavlm.platform import Groups
+from megavlm.platform.collectives import all_gather_objects
 
 FILE_NAME = "data_errors.jsonl"
 _CHECKED_FROM = 100  # samples of a source before its broken share is checked; before, one could be too large a share
@@ -98,9 +99,8 @@ class DataErrors:
 
     def _gathered(self, skipped_samples: list[SkippedSample]) -> list[SkippedSample]:
         """The skipped samples of all data-parallel ranks, on all ranks."""
-        boxes: list[list[SkippedSample]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(boxes, skipped_samples if self._groups.is_leader else [], group=self._groups.world_host)
-        return [skipped for box in boxes for skipped in box]
+        mine = skipped_samples if self._groups.is_leader else []
+        return [skipped for of_rank in all_gather_objects(mine, self._groups.world_host) for skipped in of_rank]
 
     def _write(self, step: int, skipped_samples: list[SkippedSample]) -> None:
         lines = []

@@ -133,16 +133,14 @@ class Progress:
         )
         if not self._line:
             return Group(bar, Text("waiting for the first step", style="dim"))
-        annotations = [
-            Text.assemble((f"{name} ", "dim"), (value, style)) for name, value, style, _ in _facts(self._line)
-        ]
-        return Group(bar, *_fill_lines(annotations, self._console.width))
+        details = [Text.assemble((f"{name} ", "dim"), (value, style)) for name, value, style, _ in _facts(self._line)]
+        return Group(bar, *_fill_lines(details, self._console.width))
 
 
-def _fill_lines(annotations: list[Text], width: int) -> list[Text]:
-    """Arranges the annotations on as many lines as they need, without a line break inside an annotation."""
-    lines = [annotations[0]]
-    for fact in annotations[1:]:
+def _fill_lines(details: list[Text], width: int) -> list[Text]:
+    """Arranges the details on as many lines as they need, without a line break inside a detail."""
+    lines = [details[0]]
+    for fact in details[1:]:
         joined = Text.assemble(lines[-1], "  ", fact)
         if joined.cell_len <= width:
             lines[-1] = joined
@@ -153,15 +151,13 @@ def _fill_lines(annotations: list[Text], width: int) -> list[Text]:
 
 def plain_line(line: Mapping[str, Any], total_steps: int, remaining_seconds: float | None) -> str:
     """One step as one line of text, with columns aligned to those of the other steps."""
-    annotations = "  ".join(f"{name} {value:<{width}}" for name, value, _, width in _facts(line))
-    return (
-        f"step {line['step']:>{len(str(total_steps))}}/{total_steps}  {annotations}  left {duration(remaining_seconds)}"
-    )
+    details = "  ".join(f"{name} {value:<{width}}" for name, value, _, width in _facts(line))
+    return f"step {line['step']:>{len(str(total_steps))}}/{total_steps}  {details}  left {duration(remaining_seconds)}"
 
 
 def _facts(line: Mapping[str, Any]) -> list[tuple[str, str, str, int]]:
     """(name, value, style, width in a plain line) for each number that is shown."""
-    annotations = [
+    details = [
         ("loss", number(line["loss"]), "bold green", 6),
         ("lr", f"{line['lr']:.2e}", "", 8),
         ("grad norm", number(line["grad_norm"], 3), "", 6),
@@ -171,4 +167,4 @@ def _facts(line: Mapping[str, Any]) -> list[tuple[str, str, str, int]]:
         ("MFU", percent(line["mfu"]), "", 6),
         ("GiB", number(line["memory_gib"], 3), "", 4),
     ]
-    return [fact for fact in annotations if not (fact[0] == "MFU" and line["mfu"] is None)]
+    return [fact for fact in details if not (fact[0] == "MFU" and line["mfu"] is None)]

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from megavlm.data.row import Row
-from megavlm.model.vlm import VLM
 from megavlm.platform import mark, seconds_between
 
 
@@ -21,12 +20,11 @@ class Stragglers:
     """Measures the time of this rank's own work in a step, and compares it with that of the other ranks.
 
     Args:
-        vlm: the model, whose tower is timed.
+        group: all ranks, in a group for host tensors.
     """
 
-    def __init__(self, vlm: VLM):
-        self._group = vlm.groups.world_host
-        vlm.tower.timed = self._tower
+    def __init__(self, group: dist.ProcessGroup):
+        self._group = group
         self.start()
 
     def start(self) -> None:
@@ -46,7 +44,8 @@ class Stragglers:
             yield row
 
     @contextmanager
-    def _tower(self) -> Iterator[None]:
+    def tower(self) -> Iterator[None]:
+        """Around what the tower computes on this rank alone."""
         start = mark()
         yield
         self._marks.append((start, mark()))

@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.router import Router
 from torch import Tensor, nn
 
 from megavlm.base.errors import UserError
-from megavlm.config.sections import TrainSettings
+from megavlm.config.train_section import TrainSettings
 from megavlm.optim.galore import GaLore
 
 if TYPE_CHECKING:

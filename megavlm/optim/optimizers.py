@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megavlm.base.errors import UserError
-from megavlm.config.sections import TrainSettings
+from megavlm.config.train_section import TrainSettings
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim import megatron_galore
 from megavlm.optim.grad_stats import GradStats, read_grad_stats

@@ -7,27 +7,27 @@ A mixture of experts is built alone: how many tokens an expert gets depends on n
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
 from megavlm.adapters import nf4
-from megavlm.align import dpo, kto, rm
+from megavlm.adapters.attach import Adapters
+from megavlm.align.registry import make_method
 from megavlm.config.settings import Settings
-from megavlm.data.row import IGNORE, Row, Sample, pack
+from megavlm.data.row import Row, pack
+from megavlm.data.synthetic_row import synthetic_samples
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import absent_world
-from megavlm.pretrain import stages
 from megavlm.runtime.feed import Feed, StepRows
 from megavlm.runtime.session import Session, start
-from megavlm.training import sft
-from megavlm.training.loop import Method
+from megavlm.training.method import Method
 from megavlm.training.step import Step
 
-METHODS = {"pretrain": stages.method, "sft": sft.method, "rm": rm.method, "dpo": dpo.method, "kto": kto.method}
 _FRAME = (4, 4)  # patches of a picture; the smallest that has several visual tokens
 
 
@@ -60,11 +60,11 @@ def dry_run(settings: Settings, verb: str, world_size: int) -> list[Held]:
         settings: kernels are the portable ones whatever they say, weights in bf16 where products are in fp8, frames of
             other data ranks left to them, and no features in host memory. An adapter to start from may be missing where
             the section tells what it is.
-        verb: a key of ``METHODS``. world_size: of the cluster.
+        verb: a key of ``align.registry.METHODS``. world_size: of the cluster.
     Raises:
         UserError: settings that do not fit the model, the verb or the number of processes.
     """
-    method, pipeline = METHODS[verb](settings), settings.parallel.pipeline
+    method, pipeline = make_method(verb, settings), settings.parallel.pipeline
     model = settings.model.model_copy(update={"kernels": "portable"})
     if settings.adapter.type is not None and model.adapter is not None and not model.adapter.exists():
         model = model.model_copy(update={"adapter": None})  # a fresh one is of the same size
@@ -82,21 +82,23 @@ def _run(settings: Settings, method: Method, rank: int, world_size: int) -> Held
             session = start(settings, training=True, load=False, score_head=method.scores)
         optimizers = Optimizers(session.vlm, settings.train)
         reached = _pass(session, method, optimizers) if session.shapes.text.moe is None else None
-        return _held(session.vlm, optimizers, rank, reached)
+        return _held(session.vlm, session.adapters, optimizers, rank, reached)
 
 
 def _parameters(vlm: VLM) -> dict[str, list[nn.Parameter]]:
     return {part: [p for module in vlm.modules_of(part) for p in module.parameters()] for part in PARTS}
 
 
-def _held(vlm: VLM, optimizers: Optimizers, rank: int, reached: dict[str, int] | None) -> Held:
+def _held(
+    vlm: VLM, adapters: Adapters | None, optimizers: Optimizers, rank: int, reached: dict[str, int] | None
+) -> Held:
     parts = _parameters(vlm)
     buffers = [b for ddps in optimizers.ddp.values() for d in ddps for b in (*d.buffers, *d.expert_parallel_buffers)]
     updated = [p for group in optimizers.optimizer.param_groups for p in group["params"]]
     weights = sum(p.nbytes for ps in parts.values() for p in ps)
-    if vlm.tuning is not None and vlm.tuning.settings.quantize:
-        double = vlm.tuning.settings.quantize == "nf4_double"
-        frozen = [linear.weight for linear in vlm.tuning.linears]
+    if adapters is not None and adapters.settings.quantize:
+        double = adapters.settings.quantize == "nf4_double"
+        frozen = [linear.weight for linear in adapters.linears]
         weights += sum(nf4.nbytes_of(weight.numel(), double=double) - weight.nbytes for weight in frozen)
     copy = 4 if optimizers.train.precision != "fp32" else 0
     return Held(
@@ -125,8 +127,9 @@ def _pass(session: Session, method: Method, optimizers: Optimizers) -> dict[str,
     """Rows that fill the pipeline, forward and backward. Returns ``Held.reached``."""
     settings, num_rows = session.settings, session.settings.parallel.pipeline
     feed = _Rows(session.vlm, [_row(settings, session.shapes)] * num_rows)
-    names = [source.label for source in settings.data.leaves.values()]
-    step = Step(session.vlm, optimizers, feed, num_rows, method.bare_objective(session), None, names)
+    step = Step(
+        session.vlm, optimizers, feed, num_rows, method.bare_objective(session), None, settings.data.source_names
+    )
     session.vlm.decoder_config.batch_p2p_comm = False  # torch joins no sends of meta tensors
     reached = set()
     for parameter in (p for ps in _parameters(session.vlm).values() for p in ps if p.requires_grad):
@@ -158,24 +161,13 @@ def _row(settings: Settings, shapes: Shapes) -> Row:
     length = settings.data.seq_length // 2 // pad_multiple * pad_multiple
     visual_tokens = _FRAME[0] * _FRAME[1] // merge**2
     count = min(parallel.tensor * parallel.context * parallel.pipeline, (length - 1) // visual_tokens)
-    is_target = torch.arange(length) < length - 1
-    sample = Sample(
-        input_ids=torch.zeros(length, dtype=torch.int64),
-        labels=torch.where(is_target, 0, IGNORE),
-        loss_weights=is_target.float(),
-        position_ids=torch.zeros(3, length, dtype=torch.int64),
-        patches=torch.zeros(count * _FRAME[0] * _FRAME[1], vision.patch_dim),
-        frame_grids=torch.tensor([_FRAME] * count, dtype=torch.int32).view(-1, 2),
-        visual_positions=torch.arange(count * visual_tokens),
-        num_images=count,
-        num_videos=0,
-        source="dry run",
-        index=0,
-        annotations={"margin": 0.0, "desirable": True, "ref": 0.0},
+    samples = synthetic_samples(
+        torch.zeros(length, dtype=torch.int64),
+        torch.zeros(count * _FRAME[0] * _FRAME[1], vision.patch_dim),
+        np.array([_FRAME] * count, dtype=np.int32).reshape(-1, 2),
+        np.arange(count * visual_tokens),
+        merge=merge,
+        answers=2,
     )
-    annotations = {"mismatched": True, "side": "rejected", "ref": 0.0}
-    other = replace(sample, shares_media=True, patches=sample.patches[:0], annotations=annotations)
-    samples = [sample, other]
-    return pack(
-        samples, settings.data.seq_length, pad_id=0, grid_side=vision.grid_side, merge=merge, pad_multiple=pad_multiple
-    )
+    seq_length = settings.data.seq_length
+    return pack(samples, seq_length, pad_id=0, grid_side=vision.grid_side, merge=merge, pad_multiple=pad_multiple)

@@ -50,14 +50,14 @@ class Card:
 
     Attributes:
         name: its file and line.
-        annotations: a line about its tokens.
+        details: a line about its tokens.
         shots: its pictures.
         pieces: its text.
         note: what is not shown.
     """
 
     name: str
-    annotations: str
+    details: str
     shots: list[Shot]
     pieces: list[Piece]
     note: str = ""
@@ -66,10 +66,10 @@ class Card:
 def make_card(draft: Draft, shots: list[Shot], renderer: Renderer) -> Card:
     """The card of a sample whose pictures are `shots`."""
     targets = int(np.count_nonzero(draft.weights[1:]))
-    annotations = f"{draft.length:,} tokens, {targets:,} of them targets"
+    details = f"{draft.length:,} tokens, {targets:,} of them targets"
     left_out = len(draft.media) - MAX_MEDIA
     note = f"{left_out} more pictures and videos are not shown" if left_out > 0 else ""
-    return Card(draft.source, annotations, shots, _shortened(list(pieces(draft, renderer))), note)
+    return Card(draft.source, details, shots, _shortened(list(pieces(draft, renderer))), note)
 
 
 def shots_of(draft: Draft, renderer: Renderer) -> list[Shot]:

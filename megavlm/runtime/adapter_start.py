@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from megavlm.adapters.attach import Adapters
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.fingerprint import digest_of_folders
 from megavlm.checkpoint.folders import find_checkpoint
@@ -82,12 +83,12 @@ def check_adapter(settings: Settings, shapes: Shapes) -> None:
         )
 
 
-def load_start(settings: Settings, vlm: VLM) -> None:
+def load_start(settings: Settings, vlm: VLM, adapters: Adapters | None) -> None:
     """Loads ``model.load``, if it is set, and puts adapters where they start from: ``model.adapter``, or no change."""
     model = settings.model
     if model.load is not None:
         load_weights(find_checkpoint(model.load), vlm)
-    if vlm.tuning is None:
+    if adapters is None:
         return
     source = None
     if model.adapter is not None:
@@ -100,7 +101,7 @@ def load_start(settings: Settings, vlm: VLM) -> None:
         for chunk in vlm.language if source.reward_head is not None else ():
             if hasattr(chunk, "score_head"):
                 chunk.score_head.weight.data.copy_(source.reward_head)
-    vlm.tuning.begin(source, settings.train.seed)
+    adapters.begin(source, settings.train.seed)
 
 
 def warn_of_other_base(adapter: Path, load: Path) -> None:

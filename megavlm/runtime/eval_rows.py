@@ -12,6 +12,7 @@ from megavlm.base.errors import UserError
 from megavlm.config.load import resolved_yaml
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
+from megavlm.platform.collectives import gather_objects
 from megavlm.runtime.feed import Feed, StepRows, Window
 from megavlm.runtime.session import Session
 
@@ -60,10 +61,7 @@ class EvalRows:
 
     def gather(self, results: list) -> list:
         """All ranks' results on rank 0, in no particular order; an empty list elsewhere."""
-        world = dist.get_world_size()
-        boxes = [None] * world if self._session.is_first else None
-        dist.gather_object(results, boxes, dst=0, group=self._session.groups.world_host)
-        return list(itertools.chain.from_iterable(boxes)) if boxes else []
+        return list(itertools.chain.from_iterable(gather_objects(results, self._session.groups.world_host)))
 
 
 def note_settings(settings: Settings) -> None:

@@ -20,6 +20,7 @@ from megavlm.model.token_logprobs import Targets
 from megavlm.model.vision import Frames
 from megavlm.model.vlm import VLM
 from megavlm.platform import device, host_buffer, to_device
+from megavlm.platform.collectives import all_gather_objects, broadcast_object
 
 _PIXEL_FIELDS = ("patches", "patch_coords", "pos_index", "pos_weight")
 
@@ -35,10 +36,11 @@ class MicroBatch:
     targets: Targets
     target_samples: torch.Tensor  # int64 [slices, m] as ``targets``: the sample of the row that each belongs to
     sample_sources: torch.Tensor  # int64 [samples of the row]: numbers of their sources
-    last_targets: (
-        torch.Tensor
-    )  # int64 [samples]: where in this rank's hidden states each one's last target token is; or -1
+    # int64 [samples]: where in this rank's hidden states the last target token of each sample is, or -1
+    last_targets: torch.Tensor
     padding_mask: torch.Tensor | None
+    number: int = 0  # of the row among those of the step on this data-parallel rank
+    found: object = None  # what the objective found out about the row before the step's forward
     features: torch.Tensor | None = None  # [planes, n, hidden], filled by the tower phase
 
 
@@ -87,7 +89,8 @@ class Feed:
                         break
             except Exception as error:  # the others wait for this rank: tell them before leaving
                 problem = error
-        hosts, problem = self._tell(([_without_pixels(row) for row in full], problem))
+        message = ([_without_pixels(row) for row in full], problem)
+        hosts, problem = broadcast_object(message, self.groups.model_parallel_host)
         if problem is not None:
             raise problem
         return StepRows(hosts, full) if hosts else None
@@ -100,9 +103,10 @@ class Feed:
         for start in range(0, len(rows.hosts), size):
             part = slice(start, start + size)
             full, rows.full[part] = rows.full[part], [None] * len(rows.full[part])  # their pixels may go
-            yield self._window(rows.hosts[part], full)
+            yield self._window(rows.hosts[part], full, start)
 
-    def _window(self, hosts: list[Row], full: list[Row]) -> Window:
+    def _window(self, hosts: list[Row], full: list[Row | None], first: int) -> Window:
+        """``first``: number of the first row among those of the step."""
         tower = self.vlm.tower
         all_rows = self._of_all_data_ranks([_visual_row(host, tower.merge) for host in hosts])
         tokens = [VisualTokens.of(rows, tower.share, dp_rank) for dp_rank, rows in enumerate(all_rows)]
@@ -120,24 +124,12 @@ class Feed:
         ).to(device())
         starts = np.cumsum([0, *counts])
         frames = self._pixels(full, [(patches[a:b], owner[a:b]) for a, b in itertools.pairwise(starts)])
-        return Window([self._micro_batch(host) for host in hosts], frames, exchange)
-
-    def _tell(self, message):
-        """The leader's object, on every rank."""
-        group = self.groups.model_parallel_host
-        if group.size() == 1:
-            return message
-        box = [message]
-        dist.broadcast_object_list(box, group=group, group_src=0)
-        return box[0]
+        micro_batches = [self._micro_batch(host, number) for number, host in enumerate(hosts, start=first)]
+        return Window(micro_batches, frames, exchange)
 
     def _of_all_data_ranks(self, value) -> list:
         """``value`` of each data rank whose frames are dealt together with this one's."""
-        if not self.vlm.balanced_over_world:
-            return [value]
-        values = [None] * self.groups.dp_size
-        dist.all_gather_object(values, value, group=self.groups.data_peers_host)
-        return values
+        return all_gather_objects(value, self.groups.data_peers_host) if self.vlm.balanced_over_world else [value]
 
     def _pixels(self, full: list[Row], dealt: list[tuple[np.ndarray, np.ndarray]]) -> Frames:
         """Pixels and position tables of the frames dealt to this rank, on the device.
@@ -174,7 +166,7 @@ class Feed:
         dist.all_to_all_single(out, whole, received, sent, group=self.vlm.tower.group)
         return out
 
-    def _micro_batch(self, host: Row) -> MicroBatch:
+    def _micro_batch(self, host: Row, number: int) -> MicroBatch:
         parallel, groups, where = self.vlm.parallel, self.groups.language, device()
         slices, index = (parallel.tensor, groups.tp.rank()) if parallel.sequence_parallel else (1, 0)
         cut = RowCut.of(host.segment_lengths, parallel.context)
@@ -194,6 +186,7 @@ class Feed:
             sample_sources=to_device(torch.tensor(host.source_ids), where),
             last_targets=to_device(_last_targets(host, cut, groups.cp.rank(), slices, index), where),
             padding_mask=padding,
+            number=number,
         )
 
 

@@ -1,6 +1,7 @@
 """Micro-batches through this rank's part of the decoder, without a step around them."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -8,15 +9,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megavlm.model.language import LanguageModel
+from megavlm.model.tower_phase import Timer
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
 from megavlm.runtime.feed import MicroBatch, Window
 
 
-def encode_window(vlm: VLM, window: Window) -> None:
-    """Runs the tower over a window's frames and gives each micro-batch its features."""
+def encode_window(vlm: VLM, window: Window, timer: Timer = nullcontext) -> None:
+    """Runs the tower over a window's frames and gives each micro-batch its features (``timer``: see ``TowerPhase``)."""
     frames, window.frames = window.frames, None  # the tower keeps what it needs of them
-    encoded = vlm.tower.encode(frames, window.exchange)
+    encoded = vlm.tower.encode(frames, window.exchange, timer)
     for micro_batch, (positions, features) in zip(window.micro_batches, encoded, strict=True):
         micro_batch.row.visual_positions = positions
         micro_batch.features = features

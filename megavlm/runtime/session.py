@@ -1,28 +1,76 @@
 """What every verb that runs the model does first: process groups, shapes, checks, the model and its weights."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
-from megavlm.adapters.attach import Tuning
+from megavlm.adapters.attach import Adapters
 from megavlm.base.errors import UserError
+from megavlm.checkpoint.folders import find_checkpoint
+from megavlm.checkpoint.load_weights import load_weights
+from megavlm.checkpoint.manager import MAIN
 from megavlm.config.layout import check_dense_settings, check_layout, check_window
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
-from megavlm.model.vlm import VLM
+from megavlm.model.vlm import PARTS, VLM
 from megavlm.monitor.hang_watch import collective_minutes
 from megavlm.platform import Groups, init
 from megavlm.runtime.adapter_start import check_adapter, load_start, with_stored_adapter
 
 
 @dataclass
+class Model:
+    """A model on this rank and, where it has any, its adapters."""
+
+    vlm: VLM
+    adapters: Adapters | None = None
+
+
+@dataclass
 class Session:
-    """A model on its ranks, with its weights."""
+    """The models of a command on their ranks, with their weights.
+
+    Attributes:
+        models: by name. ``MAIN`` is the one that the command is about; a method may add others, such as a critic, a
+            frozen reference or a reward model.
+    """
 
     settings: Settings
     shapes: Shapes
     groups: Groups
-    vlm: VLM
+    models: dict[str, Model]
+
+    @property
+    def vlm(self) -> VLM:
+        """The main model."""
+        return self.models[MAIN].vlm
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The adapters of the main model."""
+        return self.models[MAIN].adapters
+
+    def add_model(self, name: str, load: Path, *, trained: bool, score_head: bool = False) -> Model:
+        """Builds another model of the same shapes in the same layout, with the weights of ``load``.
+
+        Args:
+            name: under which it is found in ``models`` and, if it is trained, in checkpoints.
+            load: checkpoint or run folder.
+            trained: whether its weights will change; otherwise all of it is frozen and in eval mode.
+            score_head: with the head of a reward or value model.
+
+        Raises:
+            UserError: ``load`` holds an adapter alone, or no complete checkpoint.
+        """
+        assert name not in self.models, name
+        vlm = VLM(self.shapes, self.settings, self.groups, score_head=score_head)
+        load_weights(find_checkpoint(load), vlm)
+        if not trained:
+            for module in (module for part in PARTS for module in vlm.modules_of(part)):
+                module.requires_grad_(False)
+        self.models[name] = Model(vlm.train(trained))
+        return self.models[name]
 
     @property
     def is_first(self) -> bool:
@@ -90,9 +138,8 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
             "set parallel.pipeline=1 on the command line; any checkpoint loads in any layout",
         )
     vlm = VLM(shapes, settings, groups, share_frames=share_frames, score_head=score_head)
-    if settings.adapter.type is not None:
-        vlm.tuning = Tuning(vlm, settings.adapter)
+    adapters = Adapters(vlm, settings.adapter) if settings.adapter.type is not None else None
     vlm.train(training)
     if load:
-        load_start(settings, vlm)
-    return Session(settings, shapes, groups, vlm)
+        load_start(settings, vlm, adapters)
+    return Session(settings, shapes, groups, {MAIN: Model(vlm, adapters)})

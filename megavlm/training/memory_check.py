@@ -8,8 +8,7 @@ import contextlib
 import math
 import socket
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ import torch.distributed as dist
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.manager import random_state, set_random_state
 from megavlm.config.settings import Settings
-from megavlm.data.positions import mrope_positions
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
-from megavlm.data.row import IGNORE, Row, Sample
+from megavlm.data.row import Row
+from megavlm.data.synthetic_row import synthetic_samples
 from megavlm.optim.galore import GaLore
 from megavlm.platform import device, memory_gib, reset_memory
 from megavlm.runtime.feed import Feed
@@ -31,11 +30,12 @@ _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", 
 _BLOCK = 4096  # patches drawn at random; more of them repeat these
 
 
-def check_memory(step: Step, renderer: Renderer | None, settings: Settings, kind: Kind = "tune") -> str:
+def check_memory(step: Step, longest_row: Callable[[], Row] | None, settings: Settings) -> str:
     """Runs the longest row forward and backward on all ranks; afterwards everything is as it was before.
 
     Args:
-        step: the run's; its feed is not read. renderer: None on ranks that are no leader. kind: of its samples.
+        step: the run's; its feed is not read.
+        longest_row: makes that row, on ranks that read rows; None on the others.
     Returns:
         seconds and peak memory, for the terminal.
     Raises:
@@ -45,7 +45,7 @@ def check_memory(step: Step, renderer: Renderer | None, settings: Settings, kind
     num_rows = min(step.num_micro_batches, step.window)  # as many as have features at one time
     with _same_random_numbers():
         try:
-            rows = [longest_row(renderer, kind)] * num_rows if renderer is not None else None
+            rows = [longest_row()] * num_rows if longest_row is not None else None
             reserved = _optimizer_state_to_come(step)
             with _unfrozen(step):
                 step.gradients(Feed(step.vlm, iter(rows) if rows is not None else None), num_rows)
@@ -93,26 +93,15 @@ def longest_row(renderer: Renderer, kind: Kind = "tune") -> Row:
     tokens[visual] = renderer.processor.image_token_id
     num_patches = int(frame_grids.prod(axis=1).sum())
     block = torch.from_numpy(draw.uniform(-1, 1, (min(_BLOCK, num_patches), vision.patch_dim)).astype(np.float32))
-    tokens = torch.from_numpy(tokens.astype(np.int64))
-    is_target = torch.arange(length) < length - 1
-    sample = Sample(
-        input_ids=tokens,
-        labels=torch.where(is_target, tokens.roll(-1), IGNORE),
-        loss_weights=is_target.float(),
-        position_ids=torch.from_numpy(mrope_positions(length, frame_grids, visual, vision.merge)),
-        patches=block[torch.arange(num_patches) % max(len(block), 1)],
-        frame_grids=torch.from_numpy(frame_grids),
-        visual_positions=torch.from_numpy(visual),
-        num_images=len(grids),
-        num_videos=0,
-        source="memory check",
-        index=0,
+    samples = synthetic_samples(
+        torch.from_numpy(tokens.astype(np.int64)),
+        block[torch.arange(num_patches) % max(len(block), 1)],
+        frame_grids,
+        visual,
+        merge=vision.merge,
+        answers=answers,
     )
-    if answers == 1:
-        return renderer.pack([sample])
-    own, foreign = {"margin": 0.0, "desirable": True, "ref": 0.0}, {"mismatched": True, "side": "rejected", "ref": 0.0}
-    other = replace(sample, shares_media=True, patches=sample.patches[:0], annotations=foreign)
-    return renderer.pack([replace(sample, annotations=own), other])
+    return renderer.pack(samples)
 
 
 def is_out_of_memory(error: Exception) -> bool:

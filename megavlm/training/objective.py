@@ -1,7 +1,7 @@
 """What a step minimises: from the last hidden states of a row to its share of the loss, and sums for the metrics."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -9,11 +9,13 @@ from torch import Tensor
 
 from megavlm.data.row import IGNORE, Row
 from megavlm.model.language import LanguageModel
-from megavlm.runtime.feed import MicroBatch, StepRows
+from megavlm.runtime.feed import MicroBatch
 from megavlm.training.start_weights import StartWeights
 
-if TYPE_CHECKING:
-    from megavlm.training.step import Step
+Read = Callable[[LanguageModel, Tensor, MicroBatch], Tensor]
+"""What is read off a row: called with the last chunk of the decoder, the hidden states [t, 1, hidden] and the row."""
+LookThrough = Callable[[Read], list[Tensor]]
+"""Reads something off all rows of a step (see ``Objective.look_ahead``)."""
 
 
 class Objective(Protocol):
@@ -28,8 +30,15 @@ class Objective(Protocol):
     def weight(self, rows: list[Row]) -> float:
         """What these rows add to the number by which the loss is divided."""
 
-    def look_ahead(self, step: "Step", rows: StepRows) -> None:
-        """Called before the step's forward, on all ranks: what must be known of all rows before any has a loss."""
+    def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
+        """Finds what must be known of all rows of the step before any has a loss. Called on all ranks.
+
+        Args:
+            look_through: runs the model over all rows of the step without gradient; returns what its argument reads
+                off each, in order, on the ranks of the last pipeline stage, and [] on the others.
+        Returns:
+            one thing for each row, which ``outputs`` and ``loss`` find in ``MicroBatch.found``; [] for nothing.
+        """
 
     def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         """What the loss is made of, from the last stage's hidden states [t, 1, hidden]."""
@@ -57,8 +66,8 @@ class CrossEntropy:
         self.source_names, self.chunk_tokens = list(source_names), chunk_tokens
         self.num_sums = 1 + len(self.source_names)
 
-    def look_ahead(self, step: "Step", rows: StepRows) -> None:
-        pass
+    def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
+        return []
 
     def weight(self, rows: list[Row]) -> float:
         return sum(row.loss_weights.sum().item() for row in rows)
@@ -94,17 +103,16 @@ class CrossEntropyWithKL(CrossEntropy):
         super().__init__(source_names, chunk_tokens)
         self.coefficient, self.start = coefficient, start
         self.num_sums += 2
-        self._states: dict[int, Tensor] = {}
 
-    def look_ahead(self, step: "Step", rows: StepRows) -> None:
+    def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
+        """The start model's hidden states [m, hidden] at the targets of each row."""
         at_targets = lambda chunk, hidden, micro_batch: hidden.squeeze(1).index_select(0, micro_batch.targets.local)
         with self.start():
-            found = step.look_through(rows, at_targets)
-        self._states = {id(row): states for row, states in found}
+            return look_through(at_targets)
 
     def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         """[2, slices, m]: log-probabilities and divergences."""
-        weight, states = self.start.of(chunk.output_weight), self._states[id(micro_batch.host)]
+        weight, states = self.start.of(chunk.output_weight), micro_batch.found
         kl = chunk.token_kl(hidden, states, weight, micro_batch.targets, self.chunk_tokens)
         return torch.stack([super().outputs(chunk, hidden, micro_batch), kl])
 
@@ -133,9 +141,7 @@ def count_sources(rows: list[Row], source_names: Sequence[str], broken: Sequence
             np.ones(row.num_samples),
             np.add.reduceat((row.labels != IGNORE).numpy(), starts, dtype=np.int64),
             np.add.reduceat(row.loss_weights.numpy(), starts, dtype=np.float64),
-            [
-                not ("mismatched" in annotations or "side" in annotations) for annotations in row.annotations
-            ],  # other answers to the same prompt
+            [not annotations.is_further_answer for annotations in row.annotations],
         ]
         np.add.at(sums[:4], (slice(None), row.source_ids), values)
     np.add.at(sums[4], list(broken), 1)

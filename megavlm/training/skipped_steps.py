@@ -11,6 +11,7 @@ from megavlm.base.errors import RunFailure
 from megavlm.data.row import Row
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.platform import Groups, device
+from megavlm.platform.collectives import all_gather_objects
 
 MOST_SAMPLES = 10  # named in a message
 
@@ -25,9 +26,7 @@ def describe(non_finite: list[str], row_losses: list[tuple[Row, Tensor]], groups
     mine = []
     if groups.language.tp.rank() == 0:  # its peers hold the same rows and the same losses
         mine = [(row.sources, math.isfinite(nll.item() + row.loss_weights.sum().item())) for row, nll in row_losses]
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine, group=groups.world_host)
-    rows = [row for rank in gathered for row in rank]
+    rows = [row for of_rank in all_gather_objects(mine, groups.world_host) for row in of_rank]
     suspects = dict.fromkeys(source for sources, finite in rows if not finite for source in sources)
     others = dict.fromkeys(source for sources, _ in rows for source in sources if source not in suspects)
     parts = [name for name in non_finite if name != "loss"]

@@ -20,7 +20,7 @@ class StartWeights:
 
     def __init__(self, session: Session):
         vlm, settings = session.vlm, session.settings
-        if vlm.tuning is None:  # with adapters the model has them at this point, whether it will continue or not
+        if session.adapters is None:  # with adapters the model has them at this point, whether it will continue or not
             load_weights(find_checkpoint(settings.model.load), vlm)
         self._vlm = vlm
         self._copies = {

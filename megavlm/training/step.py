@@ -1,6 +1,7 @@
 """One optimizer step: encode, forward and backward through Megatron's schedule, tower backward, update."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +20,7 @@ from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import device
 from megavlm.runtime.feed import Feed, MicroBatch, StepRows, Window
 from megavlm.runtime.forward import encode_window, forward_chunk, forward_only, prepare_schedule
-from megavlm.training.objective import Objective, count_sources
+from megavlm.training.objective import Objective, Read, count_sources
 from megavlm.training.skipped_steps import describe
 
 _WINDOW = 4  # rows: enough frames to deal evenly, few enough for their features to fit
@@ -46,6 +47,23 @@ class StepResult:
     trouble: str | None = None
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """What is known once the gradients of a step stand, reduced, in the optimizers' buffers.
+
+    Attributes:
+        sums: float32 [num_sums] on the device, the objective's sums over the global batch.
+        counts: as in ``StepResult``.
+        skipped_samples: those of this data rank's rows.
+        row_losses: each row of this rank and its loss, on the ranks of the last pipeline stage; elsewhere [].
+    """
+
+    sums: Tensor
+    counts: dict[str, float]
+    skipped_samples: list[SkippedSample]
+    row_losses: list[tuple[Row, Tensor]]
+
+
 class Step:
     """Runs steps.
 
@@ -55,6 +73,7 @@ class Step:
         window: micro-batches that are encoded, decoded and walked back together, so that features do not pile up; None:
             ``_WINDOW``, with several pipeline stages all of the step (a window fills and drains the pipeline).
         source_names: of the sources of the rows, in the order of their numbers.
+        tower_timer: a context manager around what the tower computes on this rank, without waiting for others.
     """
 
     def __init__(
@@ -66,44 +85,47 @@ class Step:
         objective: Objective,
         window: int | None = None,
         source_names: Sequence[str] = ("data",),
+        tower_timer: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.vlm, self.optimizers, self.feed = vlm, optimizers, feed
         self.num_micro_batches, self.objective = num_micro_batches, objective
         self.groups, self.source_names = vlm.groups, list(source_names)
         self.window = window or (_WINDOW if vlm.parallel.pipeline == 1 else num_micro_batches)
+        self._tower_timer = tower_timer
         self._schedule = get_forward_backward_func()
         prepare_schedule(vlm.decoder_config)
 
     def __call__(self) -> StepResult:
         lr, part_lrs = self.optimizers.lr, self.optimizers.part_lrs
-        totals, counts = self.gradients(self.feed, self.num_micro_batches)
-        stats = self.optimizers.step(totals, counts["weight"])
-        trouble = describe(stats.non_finite, self._row_losses, self.groups) if stats.non_finite else None
-        fields = self.objective.fields(stats.sums, counts)
+        found = self.gradients(self.feed, self.num_micro_batches)
+        stats = self.optimizers.step(found.sums, found.counts["weight"])
+        trouble = describe(stats.non_finite, found.row_losses, self.groups) if stats.non_finite else None
+        fields = self.objective.fields(stats.sums, found.counts)
         if self.optimizers.train.lr_scale or self.optimizers.train.unfreeze_after:
             fields |= {f"lr/{part}": value for part, value in part_lrs.items()}
-        return StepResult(stats.loss, lr, stats.norms, counts, fields, self._skipped_samples, trouble)
+        return StepResult(stats.loss, lr, stats.norms, found.counts, fields, found.skipped_samples, trouble)
 
-    def gradients(self, feed: Feed, num_rows: int) -> tuple[Tensor, dict[str, float]]:
-        """Forward and backward of the next rows of ``feed``; the reduced gradients stand in the optimizer's buffers.
-
-        Returns:
-            the objective's sums over the global batch, on the device, and the counts of ``StepResult``.
-        """
+    def gradients(self, feed: Feed, num_rows: int) -> Gradients:
+        """Forward and backward of the next rows of ``feed``; the reduced gradients stand in the optimizers' buffers."""
         rows = feed.rows(num_rows)
         counts = self._count(rows.hosts)
-        self._skipped_samples = [skipped for row in rows.hosts for skipped in row.skipped_samples]
-        self._row_losses: list[tuple[Row, Tensor]] = []  # of this rank's rows, where they have one
+        row_losses: list[tuple[Row, Tensor]] = []
         self.optimizers.zero_grad()
-        self.objective.look_ahead(self, rows)
+        found = self.objective.look_ahead(partial(self._look_through, rows))
         self.vlm.tower.frames_encoded = 0
         # the features' gradients are as if averaged over data and context ranks; the tower's DDP averages over all
         tower_scale = dist.get_world_size() / (self.groups.dp_size * self.vlm.parallel.context)
         totals = torch.zeros(self.objective.num_sums, dtype=torch.float32, device=device())
         for window in feed.windows(rows, self.window):
-            encode_window(self.vlm, window)
-            totals += self._forward_backward(window, counts["weight"], num_rows)
-            self.vlm.tower.backward(tower_scale)
+            for micro_batch in window.micro_batches:
+                micro_batch.found = found[micro_batch.number] if found else None
+            encode_window(self.vlm, window, self._tower_timer)
+            losses = self._forward_backward(window, counts["weight"], num_rows)
+            if losses:  # this is the last stage
+                row_losses += zip((m.host for m in window.micro_batches), (sums[0] for sums in losses), strict=True)
+            if losses and self.groups.language.tp.rank() == 0:
+                totals += torch.stack(losses).sum(dim=0)
+            self.vlm.tower.backward(tower_scale, self._tower_timer)
             del window  # or its memory would be held while the next one is made
         dist.all_reduce(totals)
         self._finalize()
@@ -111,21 +133,18 @@ class Step:
         encoded = torch.tensor(self.vlm.tower.frames_encoded)
         dist.all_reduce(encoded, group=self.groups.world_host)
         counts["frames_encoded"] = encoded.item()
-        return totals, counts
+        skipped_samples = [skipped for row in rows.hosts for skipped in row.skipped_samples]
+        return Gradients(totals, counts, skipped_samples, row_losses)
 
-    def look_through(self, rows: StepRows, read) -> list[tuple[Row, Tensor]]:
-        """What ``read`` makes of each row of a step, without gradient (see ``forward_only``); [] but on the last stage.
-
-        It is for objectives that must know something of all rows before any has a loss.
-        """
-        found = []
+    def _look_through(self, rows: StepRows, read: Read) -> list[Tensor]:
+        """What ``read`` makes of each row, without gradient (see ``forward_only``); [] but on the last stage."""
+        results: list[Tensor] = []
         for window in self.feed.windows(StepRows(rows.hosts, list(rows.full)), self.window):
-            results = forward_only(self.vlm, window, read)
-            found += zip((m.host for m in window.micro_batches), results, strict=True) if results else []
-        return found
+            results += forward_only(self.vlm, window, read)
+        return results
 
-    def _forward_backward(self, window: Window, weight: float, num_rows: int) -> Tensor:
-        """Gradients of the decoder and of the features; returns this rank's part of the sums.
+    def _forward_backward(self, window: Window, weight: float, num_rows: int) -> list[Tensor]:
+        """Gradients of the decoder and of the features; returns the sums of each row on the last stage, elsewhere [].
 
         They stay on the device: reading them here would hold up the tower's backward.
         """
@@ -136,7 +155,7 @@ class Step:
         # the balancing loss of experts is a mean over all micro-batches of the step, not over those of a window
         balancing = len(micro_batches) / num_rows
         self.vlm.decoder_config.moe_grad_scale_func = lambda: torch.full((), balancing, device=device())
-        losses = self._schedule(
+        return self._schedule(
             forward_step_func=partial(self._forward_step, scale=scale),
             data_iterator=[iter(micro_batches) for _ in chunks],
             model=chunks,
@@ -145,12 +164,6 @@ class Step:
             micro_batch_size=1,
             forward_only=False,
         )
-        if losses:  # this is the last stage
-            self._row_losses += zip((m.host for m in micro_batches), (sums[0] for sums in losses), strict=True)
-        totals = torch.zeros(self.objective.num_sums, dtype=torch.float32, device=device())
-        if losses and self.groups.language.tp.rank() == 0:
-            totals = torch.stack(losses).sum(dim=0)
-        return totals
 
     def _forward_step(self, micro_batches, model, scale: float):
         """Megatron's ``forward_step_func``: hidden states, or on the last stage outputs and their loss."""

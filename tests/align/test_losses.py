@@ -6,11 +6,13 @@ with `math` lose a few digits by themselves.
 
 import inspect
 import math
+import re
 
 import pytest
 import torch
 
 from megavlm.align.losses import PREFERENCE_LOSSES, PreferenceLoss, kto_loss, preference_loss, reward_loss
+from megavlm.config.align_sections import AlignSettings
 
 EXACT = dict(rel=1e-9, abs=1e-9)
 
@@ -201,18 +203,31 @@ def test_preference_limits(name, dtype):
 
 
 @NAMES
-def test_equal_pairs_cost_what_the_formula_says(name):
-    losses, metrics = preference_loss(name, *tensors(name, [(-8.0, -8.0, -3.0, -3.0, 4, 4)]))
-    expected = {
-        "sigmoid": math.log(2),
-        "hinge": 1.0,
-        "ipo": 25.0,  # (1 / 0.2)²
-        "robust": math.log(2),  # (0.9 − 0.1) / 0.8 = 1
-        "simpo": math.log(1 + math.exp(1.375)),
-        "orpo": 0.1 * math.log(2),
-    }[name]
-    assert losses.item() == pytest.approx(expected, **EXACT)
+def test_equal_answers_have_no_margin(name):
+    _, metrics = preference_loss(name, *tensors(name, [(-8.0, -8.0, -3.0, -3.0, 4, 4)]))
     assert metrics["margin"] == metrics["accuracy"] == 0
+
+
+EQUAL = {
+    "sigmoid": math.log(2),
+    "hinge": 1.0,
+    "ipo": 25.0,  # (1 / 0.2)²
+    "robust": math.log(2),  # (0.9 − 0.1) / 0.8 = 1
+    "simpo": math.log(1 + math.exp(1.375)),
+    "orpo": 0.1 * math.log(2),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), EQUAL.items())
+def test_equal_answers_cost_what_the_formula_says(name, expected):
+    losses, _ = preference_loss(name, *tensors(name, [(-8.0, -8.0, -3.0, -3.0, 4, 4)]))
+    assert losses.item() == pytest.approx(expected, **EXACT)
+
+
+def test_the_setting_names_every_loss():
+    assert set(re.findall(r"\w+", AlignSettings.model_fields["loss"].description)) >= set(PREFERENCE_LOSSES)
+    options = {option for loss in PREFERENCE_LOSSES.values() for option in loss.options}
+    assert set(AlignSettings.model_fields) >= options  # each has a setting of its name
 
 
 def test_far_limits():
@@ -277,7 +292,7 @@ def test_half_precision_is_computed_in_float32(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("dpo", {}, "'dpo' is no preference loss: choose one of sigmoid, hinge, ipo, robust, simpo, orpo"),
+        ("dpo", {}, "'dpo' is no preference loss: choose one of " + ", ".join(PREFERENCE_LOSSES)),
         ("hinge", {"label_smoothing": 0.1}, r"hinge has no option label_smoothing, only beta.*\(sigmoid, robust\)"),
         ("sigmoid", {"gamma": 0.1}, r"sigmoid has no option gamma, only beta, label_smoothing.*\(simpo\)"),
         ("ipo", {"lam": 0.1}, r"ipo has no option lam, only beta.*\(orpo\)"),

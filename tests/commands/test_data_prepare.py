@@ -20,9 +20,9 @@ from PIL import Image
 from megavlm.base.errors import UserError
 from megavlm.cli.main import main
 from megavlm.commands.data_prepare import convert, parse_size
-from megavlm.data.index_shards import find_shards, is_up_to_date
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.shards import ShardFolder
+from megavlm.prepare.index_shards import find_shards, is_up_to_date
 
 ROOT = Path(__file__).parents[2]
 
@@ -167,7 +167,7 @@ def test_shards_are_as_large_as_asked(shards):
 
 def test_large_media_are_not_read_ahead(jsonl, shards, tmp_path, monkeypatch):
     """They go from file to file; the result is the same."""
-    monkeypatch.setattr("megavlm.data.write_shards._READ_AHEAD", 0)
+    monkeypatch.setattr("megavlm.prepare.write_shards._READ_AHEAD", 0)
     streamed = convert([str(jsonl)], tmp_path / "streamed", parse_size("150kB"))
     for shard in shards.glob("*.tar"):
         assert shard.read_bytes() == (streamed / shard.name).read_bytes()

@@ -6,7 +6,7 @@ from megavlm.base.errors import UserError
 from megavlm.data.answer_groups import draft_unit
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.records import rename_media
-from megavlm.data.row import IGNORE
+from megavlm.data.row import IGNORE, Annotations
 from megavlm.data.skipped_samples import UnfitSample
 
 PAIR = {"prompt": "<image>What is this?", "chosen": "A woman.", "rejected": "A dog, perhaps.", "images": ["large.jpg"]}
@@ -46,19 +46,19 @@ def test_forms_of_a_pair(unit, renderer):
         first, second = (renderer.complete(d) for d in (draft, *draft.followers))
         assert learned(renderer, first) == "A woman.<|im_end|>"
         assert learned(renderer, second) == "A dog, perhaps.<|im_end|>"
-        assert draft.annotations == {"margin": 0.0}
+        assert draft.annotations == Annotations(side="chosen", margin=0.0)
         assert draft.padded_length(1) == len(first.input_ids) + len(second.input_ids)
     talk = [*question, {"role": "assistant", "content": "A woman."}, {"role": "user", "content": "Where?"}]
     record = {"messages": talk, "chosen": "In space.", "rejected": "At home.", "images": ["large.jpg"], "margin": 2}
     draft = unit("pair", record)
     assert learned(renderer, renderer.complete(draft)) == "In space.<|im_end|>"  # the last answer alone
-    assert draft.annotations == {"margin": 2.0}
+    assert draft.annotations == Annotations(side="chosen", margin=2.0)
 
 
 def test_judged_answers_are_followed_by_the_next_ones(unit, renderer):
     other = {"prompt": "And this?", "completion": "A rocket.", "label": False}
     draft = unit("judged", JUDGED, other)
-    assert draft.annotations == {"desirable": True}
+    assert draft.annotations == Annotations(desirable=True)
     (follower,) = draft.followers
     assert learned(renderer, renderer.complete(follower)) == "A rocket.<|im_end|>"
     assert follower.shares_media
@@ -73,7 +73,7 @@ def test_judged_answers_are_followed_by_the_next_ones(unit, renderer):
     ):
         draft = unit("judged", first, second)
         assert not draft.followers  # and the sample itself is none the worse
-        assert draft.annotations == {"desirable": True}
+        assert draft.annotations == Annotations(desirable=True)
 
 
 @pytest.mark.parametrize(

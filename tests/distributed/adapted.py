@@ -123,18 +123,18 @@ def step_with_adapter(folder, checkpoint, root, records, settings, out):
     feed = Feed(vlm, iter(mine) if groups.is_leader else None)
     objective = CrossEntropy(["data"], settings.train.logprob_chunk_tokens)
     result = Step(vlm, Optimizers(vlm, settings.train), feed, each, objective, settings.vision.window)()
-    save_adapter(vlm, out)
+    save_adapter(session, out)
     whole = {
         f"{number}.{name}": getattr(adapter, name).detach()
-        for number, adapter in enumerate(vlm.tuning.adapters)
+        for number, adapter in enumerate(session.adapters.adapters)
         for name, (_, _, axis) in adapter.names.items()
         if axis is None
     }
     return result.loss, result.norms, whole
 
 
-def save_adapter(vlm, out: Path) -> None:
-    """Saves to ``out``, on all ranks, what a checkpoint of the model holds of its weights."""
+def save_adapter(session, out: Path) -> None:
+    """Saves to ``out``, on all ranks, what a checkpoint of the session's model holds of its weights."""
     from megatron.core import dist_checkpointing
 
     from megavlm.adapters.attach import learned
@@ -143,9 +143,9 @@ def save_adapter(vlm, out: Path) -> None:
 
     if torch.distributed.get_rank() == 0:
         out.mkdir()
-        write_config(out / ADAPTER_CONFIG, vlm.tuning.settings, vlm.shapes)
+        write_config(out / ADAPTER_CONFIG, session.adapters.settings, session.shapes)
     torch.distributed.barrier()
-    dist_checkpointing.save(learned(vlm.sharded_state_dict(dict(SHARDED_METADATA))), str(out))
+    dist_checkpointing.save(learned(session.vlm.sharded_state_dict(dict(SHARDED_METADATA))), str(out))
 
 
 def load_and_save(settings: dict, out: Path) -> None:
@@ -153,4 +153,4 @@ def load_and_save(settings: dict, out: Path) -> None:
     from megavlm.config.settings import Settings
     from megavlm.runtime.session import start
 
-    save_adapter(start(Settings(**settings), training=True).vlm, out)
+    save_adapter(start(Settings(**settings), training=True), out)

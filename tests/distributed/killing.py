@@ -83,8 +83,7 @@ def _serve(connection, environment: dict[str, str], path: list[str]) -> None:
     import torch
 
     import megavlm.cli.main
-    import megavlm.training.loop  # so that no rank has to
-    import megavlm.training.sft
+    import megavlm.commands.train  # so that no rank has to
 
     torch.set_num_threads(1)
     while True:

@@ -154,7 +154,7 @@ def train_layout(
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
-    from megavlm.runtime.session import Session
+    from megavlm.runtime.session import MAIN, Model, Session
     from megavlm.training.objective import CrossEntropy, CrossEntropyWithKL
     from megavlm.training.start_weights import StartWeights
     from megavlm.training.step import Step
@@ -173,7 +173,7 @@ def train_layout(
     feed = Feed(vlm, iter(mine * STEPS) if groups.is_leader else None)
     objective = CrossEntropy(["data"], settings.train.logprob_chunk_tokens)
     if settings.train.kl_to_start:
-        start = StartWeights(Session(settings, vlm.shapes, groups, vlm))
+        start = StartWeights(Session(settings, vlm.shapes, groups, {MAIN: Model(vlm)}))
         objective = CrossEntropyWithKL(["data"], objective.chunk_tokens, settings.train.kl_to_start, start)
     optimizers = Optimizers(vlm, settings.train)
     step = Step(

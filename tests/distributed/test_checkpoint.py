@@ -88,7 +88,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     """
     from megavlm import platform
     from megavlm.checkpoint.load_weights import load_weights
-    from megavlm.checkpoint.manager import Checkpoints
+    from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
@@ -111,7 +111,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     each = settings.train.global_batch_size // groups.dp_size  # rows of a step on this rank
     loader = CountingLoader(rows, groups.dp_rank, groups.dp_size, settings.data.workers) if groups.is_leader else None
     optimizers = Optimizers(vlm, settings.train)
-    store = Checkpoints(checkpoints, vlm, optimizers, loader, settings, origin=weights)
+    store = Checkpoints(checkpoints, {MAIN: TrainedModel(vlm, optimizers)}, loader, settings, origin=weights)
     first = store.restore(restore) if restore else 0
     step = Step(vlm, optimizers, Feed(vlm, loader), each, CrossEntropy(["data"], settings.train.logprob_chunk_tokens))
     metrics = []

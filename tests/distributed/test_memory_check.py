@@ -2,6 +2,7 @@
 
 import random
 import resource
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def train(folder, checkpoint, root, records, settings, memory_check: bool, addre
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
-    from megavlm.training.memory_check import check_memory
+    from megavlm.training.memory_check import check_memory, longest_row
     from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
 
@@ -65,7 +66,7 @@ def train(folder, checkpoint, root, records, settings, memory_check: bool, addre
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + address_space, before[1]))
         try:
-            said = check_memory(step, renderer if groups.is_leader else None, settings)
+            said = check_memory(step, partial(longest_row, renderer) if groups.is_leader else None, settings)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, before)
         buffers = [
@@ -78,8 +79,8 @@ def train(folder, checkpoint, root, records, settings, memory_check: bool, addre
     results = [step() for _ in range(2)]
     chunks = [vlm.vision, vlm.projector, *vlm.language]
     weights = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
-    optimizers = [part.optimizer for part in optimizers.optimizer.chained_optimizers]
-    moments = [torch.as_tensor(v) for o in optimizers for state in o.state.values() for v in state.values()]
+    inner = [part.optimizer for part in optimizers.optimizer.chained_optimizers]
+    moments = [torch.as_tensor(v) for o in inner for state in o.state.values() for v in state.values()]
     draws = (random.random(), np.random.rand(), torch.rand(1).item())
     return said, [(r.loss, r.lr, r.norms, r.counts) for r in results], weights + moments, draws, left
 

@@ -1,7 +1,7 @@
 """One step of preference tuning in several layouts, and the same in plain PyTorch on transformers' model."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -218,19 +218,19 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out)
     rows = []
     for places in ROWS:
         row = renderer.complete_row([draft_unit(renderer, file, place, kind) for place in places])
-        for place, annotations in enumerate(row.annotations):
-            annotations["ref"] = refs[row.indices[place]][place % 2]
-        rows.append(row)
+        logprobs = [refs[index][place % 2] for place, index in enumerate(row.indices)]
+        pairs = zip(row.annotations, logprobs, strict=True)
+        rows.append(replace(row, annotations=[replace(answer, ref_logprob=logprob) for answer, logprob in pairs]))
     each = len(rows) // groups.dp_size
     mine = rows[groups.dp_rank * each : (groups.dp_rank + 1) * each]
     feed = Feed(vlm, iter(mine) if groups.is_leader else None)
     if name == "kto":
-        objective = JudgedObjective(*KTO, 64, groups.language.cp)
+        objective = JudgedObjective(*KTO, 64, groups.language)
     elif name == "rm":
         sequence_parallel = settings.parallel.sequence_parallel
         objective = RewardObjective(CENTERING, groups.language, sequence_parallel=sequence_parallel)
     else:
-        objective = PairObjective(name, LOSSES[name], 64, groups.language.cp)
+        objective = PairObjective(name, LOSSES[name], 64, groups.language)
     result = Step(vlm, Optimizers(vlm, settings.train), feed, each, objective, settings.vision.window)()
     if torch.distributed.get_rank() == 0:
         os.makedirs(out)
@@ -313,4 +313,4 @@ def test_a_pair_shares_its_pictures(toys, files):
     assert row.use_frames.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4]
     assert len(row.frame_grids) == 5
     assert len(row.patches) == row.frame_grids.prod(dim=1).sum()
-    assert [annotations.get("margin") for annotations in row.annotations] == [0.1, None, 0.3, None, 0.2, None]
+    assert [answer.margin for answer in row.annotations] == [0.1, None, 0.3, None, 0.2, None]

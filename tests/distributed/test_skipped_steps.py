@@ -63,8 +63,8 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
     results = [step() for _ in steps]
     chunks = [vlm.vision, vlm.projector, *vlm.language]
     weights = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
-    optimizers = [part.optimizer for part in optimizers.optimizer.chained_optimizers]
-    moments = [torch.as_tensor(v) for o in optimizers for state in o.state.values() for v in state.values()]
+    inner = [part.optimizer for part in optimizers.optimizer.chained_optimizers]
+    moments = [torch.as_tensor(v) for o in inner for state in o.state.values() for v in state.values()]
     return results, weights + moments, optimizers.scheduler.num_steps
 
 

@@ -41,12 +41,11 @@ def step_with_a_slow_rank(folder, checkpoint, root, records, settings, places, s
             for i in places[groups.dp_rank]
         ]
     )
-    stragglers = Stragglers(vlm)
+    stragglers = Stragglers(groups.world_host)
     rows = slow_rows([row, row], 0.4 if groups.dp_rank == slow_rank else 0.0)
     feed = Feed(vlm, stragglers.rows(rows) if groups.is_leader else None)
-    step = Step(
-        vlm, Optimizers(vlm, settings.train), feed, 1, CrossEntropy(["data"], settings.train.logprob_chunk_tokens)
-    )
+    objective = CrossEntropy(["data"], settings.train.logprob_chunk_tokens)
+    step = Step(vlm, Optimizers(vlm, settings.train), feed, 1, objective, tower_timer=stragglers.tower)
     step()  # warms up
     stragglers.start()
     step()

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.align.registry import METHODS
+
 ROOT = Path(__file__).parents[2]
 STAGES = {f"stage{n}": ["pretrain", f"configs/pretrain/stage{n}.yaml"] for n in range(4)}
-JOBS = {**STAGES, **{verb: [verb, f"configs/tune/{verb}.yaml"] for verb in ("sft", "rm", "dpo", "kto")}}
+TUNING = [name for name, method in METHODS.items() if not method.has_stages]
+JOBS = {**STAGES, **{name: [name, f"configs/tune/{name}.yaml"] for name in TUNING}}
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -8,8 +8,8 @@ by the number of pairs are those of the whole batch. Without any pair they are 0
 Bad arguments raise ``ValueError``, which names the argument and what is allowed.
 """
 
-from megavlm.align.losses.kto_loss import kto_loss
-from megavlm.align.losses.preference_loss import PREFERENCE_LOSSES, PreferenceLoss, check_preference, preference_loss
-from megavlm.align.losses.reward_loss import reward_loss
+from megavlm.align.losses.kto import kto_loss
+from megavlm.align.losses.preference import PREFERENCE_LOSSES, PreferenceLoss, check_preference, preference_loss
+from megavlm.align.losses.reward import reward_loss
 
 __all__ = ["PREFERENCE_LOSSES", "PreferenceLoss", "check_preference", "kto_loss", "preference_loss", "reward_loss"]

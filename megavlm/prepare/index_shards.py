@@ -1,6 +1,6 @@
 """Builds megatron-energon's index of WebDataset shards: ``.nv-meta`` in their folder, and ``*.tar.idx`` next to each.
 
-Energon runs in a separate process (`megavlm.data.energon_process`).
+Energon runs in a separate process (`megavlm.prepare.energon_process`).
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.base.errors import UserError
-from megavlm.data import energon_process
 from megavlm.data.shards import INDEX, INFO
+from megavlm.prepare import energon_process
 
 _BLOCK = 512  # block size of a tar file in bytes; a block of zeros marks the end of the archive
 

@@ -1,0 +1,91 @@
+"""The training methods: each is stated here once; the command line, the dry run and the launch scripts follow.
+
+It imports none of them: help and checks are to come before the seconds that torch takes to load.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megavlm.base.errors import UserError
+from megavlm.config.settings import Settings
+
+if TYPE_CHECKING:
+    from megavlm.training.method import Method
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A row of the registry.
+
+    Attributes:
+        make: "module:function"; the function gets the settings and returns the Method, or raises UserError.
+        summary: one line for the list of commands. example: a command line for its help.
+        aligns: whether it reads the section ``align`` and compares answers.
+        requires: settings without a usable default that must be set, beside those of every training run.
+        reads: settings that name files which must exist, beside those of every training run.
+        has_stages: whether ``stage`` chooses among recipes of it.
+    """
+
+    make: str
+    summary: str
+    example: str
+    aligns: bool = False
+    requires: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    has_stages: bool = False
+
+
+METHODS = {
+    "pretrain": MethodEntry(
+        "megavlm.training.language_modeling:pretrain",
+        "train one of the four pretraining stages (stage: 0 … 3)",
+        "megavlm pretrain stage0.yaml model.load=CHECKPOINT output=runs/stage0 --nproc 2",
+        requires=("stage",),
+        has_stages=True,
+    ),
+    "sft": MethodEntry(
+        "megavlm.training.language_modeling:sft",
+        "supervised fine-tuning on conversations",
+        "megavlm sft sft.yaml train.lr=1e-5 output=runs/sft --nproc 2",
+    ),
+    "rm": MethodEntry(
+        "megavlm.align.rm:method",
+        "train a reward model on pairs of answers",
+        "megavlm rm rm.yaml train.lr=1e-5 output=runs/rm --nproc 2",
+        aligns=True,
+        requires=("model.load",),
+    ),
+    "dpo": MethodEntry(
+        "megavlm.align.dpo:method",
+        "preference tuning on pairs of a chosen and a rejected answer",
+        "megavlm dpo dpo.yaml align.loss=simpo train.lr=5e-7 output=runs/dpo --nproc 2",
+        aligns=True,
+        requires=("model.load",),
+        reads=("align.reference",),
+    ),
+    "kto": MethodEntry(
+        "megavlm.align.kto:method",
+        "preference tuning on single answers that are labelled desirable or undesirable",
+        "megavlm kto kto.yaml train.lr=5e-7 output=runs/kto --nproc 2",
+        aligns=True,
+        requires=("model.load",),
+        reads=("align.reference",),
+    ),
+}
+
+
+def make_method(name: str, settings: Settings) -> "Method":
+    """The method of that name. Raises UserError for settings that are not for it, which it would ignore."""
+    check_method(name, settings)
+    module, _, function = METHODS[name].make.partition(":")
+    make: Any = getattr(importlib.import_module(module), function)
+    return make(settings)
+
+
+def check_method(name: str, settings: Settings) -> None:
+    """What can be checked of a method's settings without loading it. Raises UserError."""
+    if settings.stage is not None and not METHODS[name].has_stages:
+        raise UserError(
+            f"stage is {settings.stage}, but {name} has no stages: it would be ignored", "set stage to null"
+        )

@@ -1,0 +1,27 @@
+"""`megavlm pretrain`, `sft`, `rm`, `dpo`, `kto`: a training run with one of the methods of ``align.registry``."""
+
+from collections.abc import Callable
+
+from megavlm.align.registry import make_method
+from megavlm.config.settings import Settings
+from megavlm.report.loss_plot import write_loss_plot
+from megavlm.report.run_report import write_report
+from megavlm.training.hooks import Hook
+from megavlm.training.loop import train
+from megavlm.training.run import Run
+
+
+def main(settings: Settings, method: str) -> int:
+    """Trains with the method of this name, then writes loss.png and report.html into the output folder."""
+    return train(settings, make_method(method, settings), [Hook(_report, at_end=True)])
+
+
+def _report(run: Run, step: int, say: Callable[[str], None]) -> None:
+    if not run.session.is_first:
+        return
+    output = run.session.settings.output
+    try:
+        write_loss_plot(output)
+        say(f"report · {write_report(output)}")
+    except Exception as error:  # the run itself is complete
+        say(f"no report: {error}")

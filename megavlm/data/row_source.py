@@ -1,0 +1,62 @@
+"""The interface of sources of training rows: the data loader, or a source that a method provides."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from megavlm.data.row import Row
+from megavlm.data.sources import Source
+
+
+class RowSource(Protocol):
+    """An endless source of training rows on one data-parallel rank, which can continue from a checkpoint.
+
+    ``RowLoader`` reads rows from files. A method that samples its own answers provides its own source.
+    """
+
+    @property
+    def sources(self) -> list[Source]:
+        """The data sources, in the order of the numbers in ``Row.source_ids``."""
+
+    def __iter__(self) -> Iterator[Row]:
+        """The rows, starting from the loaded state."""
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """One state for each of ``data.workers`` (at least one): numbers, strings, and lists of them."""
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> str | None:
+        """Continue from the states of all data-parallel ranks. Call it before the first row.
+
+        Returns:
+            None if the rows are the same as without an interruption; otherwise a text that says what differs.
+        """
+
+    def close(self) -> None:
+        """End processes and connections. No row can be read afterwards."""
+
+
+class MappedRows:
+    """The rows of another source after a change.
+
+    Args:
+        source: the source of rows and state.
+        change: maps the iterator over the source's rows to the iterator over changed rows.
+    """
+
+    def __init__(self, source: RowSource, change: Callable[[Iterator[Row]], Iterator[Row]]):
+        self._source, self._change = source, change
+
+    @property
+    def sources(self) -> list[Source]:
+        return self._source.sources
+
+    def __iter__(self) -> Iterator[Row]:
+        return self._change(iter(self._source))
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return self._source.state_dict()
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> str | None:
+        return self._source.load_state_dict(states)
+
+    def close(self) -> None:
+        self._source.close()

@@ -1,0 +1,80 @@
+"""All outputs of a run during training: the terminal, metrics.jsonl, wandb and data_errors.jsonl."""
+
+import contextlib
+from collections.abc import Mapping
+
+from megavlm.base.errors import UserError
+from megavlm.config.settings import Settings
+from megavlm.data.skipped_samples import SkippedSample
+from megavlm.monitor.data_errors import DataErrors
+from megavlm.monitor.metrics import MetricsWriter
+from megavlm.monitor.progress import Progress
+from megavlm.monitor.wandb_log import WandbLog
+from megavlm.platform import Groups
+
+
+class RunMonitor:
+    """Shows and records the steps of a run. Create it on all ranks and use it as a context manager; rank 0 writes.
+
+    Args:
+        settings: the settings of the run.
+        title: see ``Progress``.
+        header: see ``Progress``.
+        first_step: the step from which the run continues; lines of later steps in its files are removed.
+        groups: the process groups of the run.
+        is_first: whether this is rank 0.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        title: str,
+        header: Mapping[str, str],
+        first_step: int,
+        groups: Groups,
+        *,
+        is_first: bool,
+    ):
+        self._settings, self._first_step, self._groups, self._is_first = settings, first_step, groups, is_first
+        self._progress = Progress(settings.train.steps, first_step, title, header, enabled=is_first)
+        self._metrics = MetricsWriter(settings.output, first_step, enabled=is_first)
+
+    def __enter__(self) -> "RunMonitor":
+        settings, data = self._settings, self._settings.data
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._progress)
+            stack.enter_context(self._metrics)
+            self._errors = DataErrors(
+                settings.output, self._first_step, data.source_names, data.max_bad_fraction, self._groups, self.say
+            )
+            self._wandb = WandbLog(settings, enabled=self._is_first, warn=self.say)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def say(self, message: str) -> None:
+        """Shows a message on the terminal, above the progress bar if there is one."""
+        self._progress.say(message)
+
+    def count_samples(
+        self, step: int, counts: Mapping[str, float], skipped_samples: list[SkippedSample]
+    ) -> dict[str, int]:
+        """Records the skipped samples of a step; returns fields for metrics.jsonl (see ``DataErrors.take``)."""
+        return self._errors.take(step, counts, skipped_samples)
+
+    def data_failure(self) -> UserError | None:
+        """The error to raise if the broken share of a data source is too large (see ``DataErrors.failure``)."""
+        return self._errors.failure()
+
+    def record(self, line: Mapping[str, float | int | None], *, logged: bool) -> None:
+        """Shows the line of a step on the terminal and, if ``logged``, writes it to metrics.jsonl and wandb."""
+        if logged:
+            self._metrics.write(line)
+            self._wandb.log(line)
+        self._progress.update(line)
+
+    def finish(self, *, failed: bool = False) -> None:
+        """Ends the wandb run; ``failed`` marks it as failed."""
+        self._wandb.finish(exit_code=int(failed))

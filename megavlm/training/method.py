@@ -1,0 +1,88 @@
+"""What the training loop asks of a method: its objective and its rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from megavlm.data.loader import RowLoader, build_loader
+from megavlm.data.records import Kind
+from megavlm.data.renderer import Renderer
+from megavlm.data.row import Row
+from megavlm.data.row_source import RowSource
+from megavlm.platform import on_gpu
+from megavlm.runtime.session import Session
+from megavlm.training.memory_check import longest_row
+from megavlm.training.objective import Objective
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A method ready for its first step.
+
+    Attributes:
+        objective: what is minimised.
+        rows: the rows to train on, on the first rank of each model-parallel group; None on the others.
+        longest_row: makes the longest row that may come, for the memory check, on the same ranks as ``rows``.
+    """
+
+    objective: Objective
+    rows: RowSource | None
+    longest_row: Callable[[], Row] | None
+
+
+class Method(Protocol):
+    """A way of training. ``megavlm.align.registry`` lists all of them.
+
+    Attributes:
+        title: heading on the terminal.
+        scores: whether the model has a reward head.
+    """
+
+    title: str
+    scores: bool
+
+    def bare_objective(self, session: Session) -> Objective:
+        """What is minimised, without anything that is computed from weights or data beforehand, for a dry run."""
+
+    def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
+        """Called on all ranks, before the optimizers are built and a checkpoint is restored.
+
+        It may add models to the session, and it may change the main model's weights to those of ``model.load``.
+
+        Args:
+            heartbeat: to be called at every sign of progress, with what has just been done.
+        """
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Rows that are read from files: on the first rank of a model-parallel group its loader and renderer."""
+
+    kind: Kind
+    renderer: Renderer | None = None
+    loader: RowLoader | None = None
+
+    @classmethod
+    def of(cls, session: Session, kind: Kind) -> "FileRows":
+        """The rows of ``data.train``, with samples of the given kind. Raises UserError as ``build_loader`` does."""
+        settings, groups = session.settings, session.groups
+        if not groups.is_leader:
+            return cls(kind)
+        renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
+        loader = build_loader(
+            settings.data,
+            renderer,
+            kind,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+            seed=settings.train.seed,
+            rows_per_step=settings.train.global_batch_size // groups.dp_size,
+            pin_memory=on_gpu(),
+        )
+        return cls(kind, renderer, loader)
+
+    @property
+    def longest_row(self) -> Callable[[], Row] | None:
+        """See ``Prepared``."""
+        return partial(longest_row, self.renderer, self.kind) if self.renderer is not None else None

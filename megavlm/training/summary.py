@@ -1,0 +1,66 @@
+"""A run in words and numbers: the header on the terminal, and a step's line of metrics.jsonl."""
+
+import torch.distributed as dist
+
+from megavlm.base.number_format import short
+from megavlm.model.flops import Work, peak_flops, step_flops
+from megavlm.model.vlm import PARTS
+from megavlm.monitor.metrics import throughput
+from megavlm.platform import device_name, memory_gib
+from megavlm.runtime.session import Session
+from megavlm.training.step import StepResult
+
+
+def metrics_line(session: Session, number: int, result: StepResult, seconds: float) -> dict[str, float | int | None]:
+    """The line of metrics.jsonl of step ``number``, which took so many seconds (see ``monitor.metrics``)."""
+    counts, settings = result.counts, session.settings
+    adapted = session.adapters.parts if session.adapters is not None else ()
+    flops = step_flops(session.shapes, Work.from_counts(counts), settings.frozen(number), adapted)
+    whole = ["tokens", "target_tokens", "images", "videos", "samples", "frames", "frames_encoded"]
+    names = settings.data.source_names
+    if len(names) > 1:
+        whole += [f"{kind}/{name}" for name in names for kind in ("samples", "target_tokens")]
+    tokens, row_tokens, peak = counts["tokens"], counts["row_tokens"], peak_flops(device_name())
+    return {
+        "step": number,
+        "loss": result.loss,
+        "skipped": int(result.trouble is not None),
+        "lr": result.lr,
+        **result.norms,
+        **{name: int(counts[name]) for name in whole},
+        **result.fields,
+        **throughput(tokens, row_tokens, seconds, flops, dist.get_world_size(), peak),
+        "memory_gib": memory_gib(),
+    }
+
+
+def header(session: Session) -> dict[str, str]:
+    """The rows of the header: what is trained, on what, in which layout, and where the results go."""
+    settings, vlm = session.settings, session.vlm
+    parallel = settings.parallel
+    layout = {
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "context": parallel.context,
+        "expert": parallel.expert,
+        "data": session.groups.dp_size,
+    }
+    is_cut = parallel.tensor * parallel.pipeline * parallel.expert > 1
+    share = " (on the first process)" if is_cut else ""
+    return {
+        "model": f"{settings.model.hf} · {vlm.kernels} kernels · {settings.train.precision}",
+        "learns": " · ".join(f"{part} {_trained(session, part)}" for part in PARTS) + share,
+        "layout": " × ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process",
+        "data": ", ".join(str(source.path) for source in settings.data.leaves.values()),
+        "rows": f"{settings.train.global_batch_size} a step, {settings.data.seq_length} tokens each",
+        "output": str(settings.output),
+    }
+
+
+def _trained(session: Session, part: str) -> str:
+    """How many weights of a part are trained on this rank, and from when on."""
+    weights = [p for module in session.vlm.modules_of(part) for p in module.parameters()]
+    trained, after = sum(p.numel() for p in weights if p.requires_grad), session.settings.train.unfreeze_after.get(part)
+    if trained or after is None:
+        return short(trained) if trained else "frozen"
+    return f"{short(sum(p.numel() for p in weights))} from step {after + 1} on"
