@@ -27,6 +27,7 @@ class AdapterList(nn.ModuleList):
         """The sharded entries of all adapters, as Megatron's modules return them."""
         entries: dict = {}
         for number, adapter in enumerate(self):
+            assert isinstance(adapter, LinearAdapter)
             entries |= adapter.sharded_state_dict(f"{prefix}{number}.", sharded_offsets, metadata)
         return entries
 
@@ -52,6 +53,7 @@ class Adapters:
         for module in head:
             module.requires_grad_(True)
         self.linears: list[nn.Module] = []
+        assert settings.type is not None, "there are no adapters without adapter.type"
         make, dtype = TYPES[settings.type], vlm.decoder_config.params_dtype
         by_linear = groupby(adapter_sites(vlm), key=lambda site: id(site.linear))
         for sites in [list(group) for _, group in by_linear]:
@@ -66,8 +68,9 @@ class Adapters:
         root, linear = sites[0].root, sites[0].linear
         if not hasattr(root, "adapters"):
             root.adapters = AdapterList()
-        root.adapters.extend(adapters)
-
+        attached = root.adapters
+        assert isinstance(attached, AdapterList)
+        attached.extend(adapters)
         linear.register_forward_hook(partial(adapted, adapters))
 
     @property

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 def weight_of(linear: nn.Module) -> Tensor:
     """The weight [out, in] of a linear layer, dequantized if it is stored in 4 bits."""
-    return linear.nf4.weight() if hasattr(linear, "nf4") else linear.weight
+    quantized = getattr(linear, "nf4", None)
+    return quantized.weight() if quantized is not None else cast(Tensor, linear.weight)
 
 
 def saved_as(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager:

@@ -19,17 +19,18 @@ class Fourier(LinearAdapter):
 
     def _mark(self, parameter: nn.Parameter, axis: int | None) -> None:
         super()._mark(parameter, axis)
-        parameter.sequence_parallel = False  # ``of_ranks`` has already summed the gradients over ranks
+        # ``of_ranks`` has already summed the gradients over ranks
+        parameter.sequence_parallel = False  # type: ignore[attr-defined]  # an attribute that Megatron reads
 
     def weight(self) -> Tensor:
         """This rank's share of ΔW, [out, in], in the order of the weight's rows."""
         site, changes = self.site, []
-        for part, spectrum, rows in zip(self.parts, self.of_kind(SPECTRUM), self.rows, strict=True):
-            if part is None:
+        for part, parameter, rows in zip(self.parts, self.of_kind(SPECTRUM), self.rows, strict=True):
+            if part is None or parameter is None:
                 inner = site.entry.shape[-1] // (1 if site.cut == COLUMN else site.ranks)
                 changes.append(next(self.parameters()).new_zeros(rows, inner))
                 continue
-            spectrum = site.of_ranks(spectrum)
+            spectrum = site.of_ranks(parameter)
             change = fourier_change(spectrum, (part.out, part.inner), self.settings.scaling, self.settings.seed)
             changes.append(site.share(change, site.cut).to(spectrum.dtype))
         return self.join(changes).contiguous()

@@ -61,10 +61,14 @@ class LinearAdapter(nn.Module, ABC):
 
     def _mark(self, parameter: nn.Parameter, axis: int | None) -> None:
         """Set the attributes by which Megatron reduces gradients over ranks and counts each parameter once in norms."""
-        parameter.allreduce = self.site.allreduce
+        marks: dict[str, bool | int] = {
+            "allreduce": self.site.allreduce,
+            "sequence_parallel": axis is None and self.site.sequence_parallel,
+        }
         if axis is not None:
-            parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, axis, 1
-        parameter.sequence_parallel = axis is None and self.site.sequence_parallel
+            marks |= {"tensor_model_parallel": True, "partition_dim": axis, "partition_stride": 1}
+        for name, value in marks.items():
+            setattr(parameter, name, value)
 
     def of_kind(self, kind: str) -> list[nn.Parameter | None]:
         """For each part, its tensor of a kind, or None if it has none."""
@@ -101,8 +105,9 @@ class LinearAdapter(nn.Module, ABC):
                 continue
             parameter.copy_(self.site.share(whole, axis))
 
-    def sharded_state_dict(self, prefix: str, offsets: tuple, metadata: dict) -> dict:
+    def sharded_state_dict(self, prefix: str, offsets: tuple, metadata: dict | None) -> dict:
         """The sharded entries with Hugging Face names, so that they can be loaded in any layout."""
+        assert metadata is not None, "the checkpoint passes process groups in the metadata"
         entries, site = {}, self.site
         for name, (part, kind, axis) in self.names.items():
             key, offset_in_stack = f"{CHECKPOINT_PREFIX}{part.name}.", offsets

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -24,13 +25,13 @@ class Lora(LinearAdapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] of this rank's share of the weight; r is the sum over all parts, B includes s."""
-        below = [a for a in self.of_kind(LORA_A) if a is not None]
+        below: list[Tensor] = [a for a in self.of_kind(LORA_A) if a is not None]
         total, first, blocks = sum(len(a) for a in below), 0, []
-        for part, matrix, rows in zip(self.parts, self.of_kind(LORA_B), self.rows, strict=True):
-            if part is None:
+        for part, parameter, rows in zip(self.parts, self.of_kind(LORA_B), self.rows, strict=True):
+            if part is None or parameter is None:
                 blocks.append(below[0].new_zeros(rows, total))
                 continue
-            matrix = matrix.flatten(0, -2) * scale_of(self.settings, part.name)
+            matrix = parameter.flatten(0, -2) * scale_of(self.settings, part.name)
             last = first + matrix.shape[1]
             blocks.append(F.pad(matrix, (first, total - last)))
             first = last
@@ -66,16 +67,17 @@ class Dora(Lora):
     def forward(self, linear: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         factors = self.factors()
         lengths = self._lengths(linear, factors)
-        magnitudes = [
-            lengths.new_ones(rows) if part is None else own
-            for part, own, rows in zip(self.parts, self.of_kind(MAGNITUDE), self.rows, strict=True)
+        own = self.of_kind(MAGNITUDE)
+        magnitudes: list[Tensor] = [
+            lengths.new_ones(rows) if magnitude is None else magnitude
+            for magnitude, rows in zip(own, self.rows, strict=True)
         ]
         targets = [
-            torch.full_like(own, part is not None, dtype=torch.bool)
-            for part, own in zip(self.parts, magnitudes, strict=True)
+            torch.full_like(magnitude, part is not None, dtype=torch.bool)
+            for part, magnitude in zip(self.parts, magnitudes, strict=True)
         ]
         ratio = torch.where(self.join(targets), self.join(magnitudes) / lengths, 1.0).to(output.dtype)
-        plain = output - linear.bias if _adds_bias(linear) else output
+        plain = output - cast(Tensor, linear.bias) if _adds_bias(linear) else output
         return output + (ratio - 1) * plain + ratio * self.change(inputs, factors)
 
     @torch.no_grad()
@@ -106,4 +108,4 @@ class Dora(Lora):
 def _adds_bias(linear: nn.Module) -> bool:
     """Whether the output includes the bias; the linear layers of Megatron and TE may return it separately instead."""
     apart = getattr(linear, "skip_bias_add", False) or getattr(linear, "te_return_bias", False)
-    return linear.bias is not None and linear.bias.numel() > 0 and not apart
+    return isinstance(linear.bias, Tensor) and linear.bias.numel() > 0 and not apart

@@ -5,7 +5,7 @@ Weights are dequantized before each product, which is computed in the precision 
 
 import logging
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -50,15 +50,16 @@ def nbytes_of(numel: int, *, double: bool) -> int:
 
 def quantize(linear: nn.Module, *, double: bool) -> None:
     """Replaces the weight of a frozen linear layer by ``linear.nf4``. Forward and backward each dequantize it again."""
-    linear.nf4 = Nf4(linear.weight, double=double)
+    quantized = Nf4(cast(Tensor, linear.weight), double=double)
+    linear.nf4 = quantized  # type: ignore[assignment]  # modules may have any attribute
     original = linear.forward
     linear._parameters["weight"] = None
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        weight = linear.nf4.weight()
+        weight = quantized.weight()
         linear.__dict__["weight"] = weight  # attribute access finds it before the empty parameter of that name
         try:
-            with saved_as(weight, linear.nf4.weight):
+            with saved_as(weight, quantized.weight):
                 return original(*args, **kwargs)
         finally:
             del linear.__dict__["weight"]

@@ -130,6 +130,7 @@ def _experts(
     vlm: VLM, chunk: nn.Module, linear: nn.Module, key: str, entries: dict[str, Entry]
 ) -> Iterator[AdapterSite]:
     """The site of one local expert ("….local_experts.3.linear_fc1"), or those of all experts of a grouped layer."""
+    assert vlm.shapes.text.moe is not None, "only a mixture of experts has experts"
     groups, count = vlm.groups.language, vlm.shapes.text.moe.num_experts
     here = count // groups.ep.size()
     module, _, kind = key.rpartition(".")

@@ -24,6 +24,7 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
         UserError: the adapter or the checkpoint is missing or does not fit.
     """
     model, found = settings.model, None
+    assert model.load is not None, "export requires model.load"
     if model.adapter is None and settings.adapter.type is not None:
         raise UserError(
             f"adapter.type is {settings.adapter.type}, but model.adapter is not set, so the base model would be "

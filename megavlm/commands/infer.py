@@ -28,6 +28,7 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
     if session.groups.is_leader:
         if prompt is None:
             groups = session.groups
+            assert settings.data.eval is not None, "infer requires data.eval or a prompt"
             samples = read_samples(
                 settings.data.eval, renderer, "prompt", rank=groups.dp_rank, num_ranks=groups.dp_size
             )
@@ -40,6 +41,7 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
         print(answers[0]["answer"])
         return 0
     note_settings(settings)
+    assert settings.output is not None, "infer requires output unless there is a prompt"
     path = settings.output / "answers.jsonl"
     write_text(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     print(f"{len(answers)} answers · {path}")

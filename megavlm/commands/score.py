@@ -29,7 +29,10 @@ def main(settings: Settings, reward: bool = False) -> int:
     Raises:
         UserError: with ``reward``, the checkpoint has no reward head.
     """
-    model = settings.model
+    model, output, data = settings.model, settings.output, settings.data.eval
+    assert model.load is not None, "score requires model.load"
+    assert output is not None, "score requires output"
+    assert data is not None, "score requires data.eval"
     if reward and model.adapter is not None:
         scored = Adapter(find_checkpoint(model.adapter), Shapes.from_hf(model.hf)).reward_head is not None
     else:
@@ -43,9 +46,7 @@ def main(settings: Settings, reward: bool = False) -> int:
     samples = None
     if session.groups.is_leader:
         renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
-        samples = read_samples(
-            settings.data.eval, renderer, "tune", rank=session.groups.dp_rank, num_ranks=session.groups.dp_size
-        )
+        samples = read_samples(data, renderer, "tune", rank=session.groups.dp_rank, num_ranks=session.groups.dp_size)
     rows = EvalRows(session, fill_rows(samples, renderer, settings.data) if samples is not None else None, "scoring")
     scores: list[dict] = []
     for window, real in rows:
@@ -63,7 +64,7 @@ def main(settings: Settings, reward: bool = False) -> int:
     scores = rows.gather(scores)
     if session.is_first:
         note_settings(settings)
-        path = settings.output / "scores.jsonl"
+        path = output / "scores.jsonl"
         write_text(path, "".join(json.dumps(score) + "\n" for score in sorted(scores, key=lambda s: s["index"])))
         if reward:
             summary = f"mean score {sum(score['score'] for score in scores) / max(1, len(scores)):.4f}"

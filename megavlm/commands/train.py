@@ -20,6 +20,7 @@ def _report(run: Run, step: int, say: Callable[[str], None]) -> None:
     if not run.session.is_first:
         return
     output = run.session.settings.output
+    assert output is not None, "a run requires output"
     try:
         write_loss_plot(output)
         say(f"report · {write_report(output)}")

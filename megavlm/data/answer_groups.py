@@ -41,8 +41,8 @@ def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> 
         draft = renderer.draft(first, find, source, kind="tune", index=index)
         try:
             other = file.read((index + 1) % len(file))[0]
-            if (second := with_answer_of(record, other, source)) is not None:
-                follower = renderer.draft(second, find, source, kind="tune", index=index)
+            if (mismatched := with_answer_of(record, other, source)) is not None:
+                follower = renderer.draft(mismatched, find, source, kind="tune", index=index)
                 _follow(renderer, draft, follower, Annotations(mismatched=True))
         except UserError:
             draft.followers = []  # the next sample is invalid or does not fit, but the sample itself can be used

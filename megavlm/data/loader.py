@@ -4,7 +4,7 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class RowLoader:
     def __init__(self, dataset: RowDataset, num_workers: int, rows_per_step: int, pin_memory: bool, identity: dict):
         ahead = min(max(2, -(-rows_per_step // max(num_workers, 1))), _MOST_AHEAD)
         self._dataset, self._identity = dataset, identity
-        self._loader = DataLoader(
+        self._loader: DataLoader[Row | UserError] | None = DataLoader(
             dataset,
             batch_size=None,
             num_workers=num_workers,
@@ -52,7 +52,7 @@ class RowLoader:
             # so the random numbers of dropout would differ between ranks.
             generator=torch.Generator(),
         )
-        self._rows: Generator[Row | UserError] | None = None
+        self._rows: Iterator[Row | UserError] | None = None
         self._taken = 0  # number of rows that this rank has taken
 
     def __iter__(self) -> "RowLoader":
@@ -61,11 +61,13 @@ class RowLoader:
     def __next__(self) -> Row:
         """The next row. Raises UserError if a source has no usable samples, so that no further row can be made."""
         if self._rows is None:
+            assert self._loader is not None, "the loader is closed"
             self._rows = iter(self._loader)
         row = next(self._rows)
         if isinstance(row, UserError):
             raise row
         self._taken += 1
+        assert row.loader_state is not None, "each row of a worker carries its state"
         self._dataset.loader_states[row.loader_state["worker"]] = row.loader_state
         return row
 

@@ -75,6 +75,7 @@ class Video:
                     f"{self.source}: the frames of a video differ in size: {sorted(set(sizes))} (height, width)",
                     "scale the frames to one size",
                 )
+            assert self.fps is not None, "a list of frames has a rate"
             count, fps, (height, width) = len(sizes), self.fps, sizes[0]
         else:
             with self._container() as container:
@@ -111,6 +112,7 @@ class Video:
     def _container(self) -> Iterator[Any]:
         import av  # imported on first use, because many data sets have no videos
 
+        assert self.file is not None, "a list of frames has no container"
         with (
             _explained(self.source, "video", self.file),
             self.file.open() as stream,

@@ -23,16 +23,16 @@ def best_fit(
     """
     assert lengths[0] <= capacity
     free = capacity - lengths[0]
-    patches_left = max_patches - patches[0] if max_patches else None
+    patches = patches if patches is not None and max_patches else [0] * len(lengths)
+    patches_left = (max_patches or 0) - patches[0]
     # Sorted by ascending length and, among equals, by descending arrival, so that the last one that fits is the best.
     waiting = sorted((length, -place) for place, length in enumerate(lengths) if place)
     chosen = [0]
     while (fit := bisect_right(waiting, (free, 0)) - 1) >= 0:
         length, place = waiting.pop(fit)
-        if patches_left is not None:
-            if patches[-place] > patches_left:
-                continue
-            patches_left -= patches[-place]
+        if patches[-place] > patches_left:
+            continue
+        patches_left -= patches[-place]
         chosen.append(-place)
         free -= length
     return sorted(chosen)

@@ -26,8 +26,7 @@ def split_pair(raw: Any, source: str) -> tuple[dict, dict, float]:
     margin = raw.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
         raise UserError(f"{source}: margin must be a number, found {margin!r}", "give a number, or omit margin")
-    sides = [{**rest, "messages": [*prompt, *answer]} for answer in (chosen, rejected)]
-    return *sides, float(margin)
+    return {**rest, "messages": [*prompt, *chosen]}, {**rest, "messages": [*prompt, *rejected]}, float(margin)
 
 
 def split_judgement(raw: Any, source: str) -> tuple[dict, bool]:

@@ -65,16 +65,17 @@ class Record:
         if not self.boxes:
             return
 
-        def fill(content: str | list[dict]) -> str | list[dict]:
-            if isinstance(content, str):
-                return re.sub(BOX_MARK, lambda _: next(written), content)
-            return [part | {"text": fill(part["text"])} if part["type"] == "text" else part for part in content]
+        def fill(content: str) -> str:
+            return re.sub(BOX_MARK, lambda _: next(written), content)
+
+        def fill_parts(parts: list[dict]) -> list[dict]:
+            return [part | {"text": fill(part["text"])} if part["type"] == "text" else part for part in parts]
 
         if self.text is not None:
-            self.text = fill(self.text)
+            self.text = fill_parts(self.text)
         for message in self.messages or []:
-            if message.get("content"):
-                message["content"] = fill(message["content"])
+            if content := message.get("content"):
+                message["content"] = fill(content) if isinstance(content, str) else fill_parts(content)
 
 
 def check_record(raw: Any, kind: Kind, source: str) -> Record:
@@ -151,7 +152,7 @@ class _Places:
     def __init__(self, listed: dict[str, list], boxes: list | None, source: str):
         self.source, self._boxes = source, boxes
         self._nearest: list[int] = []  # for each <box> mark: the number of the picture before it, or of the first one
-        self.images: list[str] = []
+        self.images: list[Any] = []
         self.videos: list[Any] = []
         self._listed = listed
         self._places = {"images": 0, "videos": 0}  # how many marks have taken a file from the list

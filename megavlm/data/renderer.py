@@ -6,7 +6,7 @@ thousand drafts takes only a few megabytes.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,7 +129,7 @@ class Renderer:
         fps = self.vision.video_fps
         clips = [self.vision.place_video(find_video(named, find, source, fps)) for named in checked.videos]
         text, replaced = self.vision.insert_media(text, stills, clips)
-        queues = {"image": iter(stills), "video": iter(clips)}
+        queues: dict[str, Iterator[Still | Clip]] = {"image": iter(stills), "video": iter(clips)}
         media = [next(queues[item["type"]]) for item in replaced]
         grids = [(h, w) for t, h, w in (item.grid for item in media) for _ in range(t)]
         frame_grids = np.array(grids, dtype=np.int32).reshape(-1, 2)
@@ -276,6 +276,7 @@ class Renderer:
                 for part in record.text
             ]
             return "".join(parts), None
+        assert record.messages is not None, "a checked record has either text or messages"
         if self._template is None:
             raise UserError(
                 f"{source}: messages require a chat template, but the processor in model.hf has none",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,13 +16,13 @@ IGNORE = -100  # label of a position without a target (torch's convention)
 
 @dataclass(frozen=True, kw_only=True)
 class Annotations:
-    """What a loss must know of a sample beside its tokens; a field is None where it does not apply.
+    """Inputs of a loss other than tokens; a field is None if it does not apply to the sample.
 
     Attributes:
-        side: "chosen" or "rejected", of a preference pair.
-        margin: of a chosen answer, by how much it is to be preferred.
-        desirable: of a judged answer (KTO), whether it is a good one.
-        mismatched: whether the answer belongs to another prompt (KTO's point of comparison).
+        side: for an answer of a preference pair, "chosen" or "rejected".
+        margin: for a chosen answer, the margin by which it is preferred.
+        desirable: for a judged answer (KTO), whether it is desirable.
+        mismatched: whether the answer belongs to another prompt (for the KL term of KTO).
         ref_logprob: log-probability of the whole answer under the reference model.
     """
 
@@ -34,7 +34,7 @@ class Annotations:
 
     @property
     def is_further_answer(self) -> bool:
-        """Whether the sample is a further answer of the same record, not the one that its record is counted by."""
+        """Whether the sample is a further answer of its record; a record is counted by its first answer."""
         return self.mismatched or self.side == "rejected"
 
 
@@ -155,7 +155,7 @@ class Row:
 
     def pin_memory(self) -> "Row":
         """The same row in page-locked memory, from which the GPU can copy while it computes."""
-        pinned = {
+        pinned: dict[str, Any] = {
             name: value.pin_memory()
             for name in (field.name for field in fields(self))
             if isinstance(value := getattr(self, name), Tensor)
@@ -233,7 +233,8 @@ def pack(
 
 
 def _use_frames(samples: Sequence[Sample]) -> Tensor:
-    uses, own, num_frames = [], range(0), 0
+    uses: list[int] = []
+    own, num_frames = range(0), 0
     for sample in samples:
         if not sample.shares_media:
             own = range(num_frames, num_frames + len(sample.frame_grids))

@@ -20,7 +20,7 @@ _FIRST_DRAFTS = 50  # drafts in the packing buffer when the first row is filled
 _MOST_SKIPPED = 1000  # if this many samples in a row are skipped, the whole source is considered unusable
 
 
-class RowDataset(IterableDataset[Row]):
+class RowDataset(IterableDataset[Row | UserError]):
     """Rows of packed samples. Each worker process runs one copy of this data set.
 
     A row is filled from a buffer of drafts, which is refilled after each row. The buffer is small at first and grows

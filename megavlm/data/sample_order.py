@@ -5,8 +5,23 @@ There is no random state: the n-th sample of a worker is a function of the setti
 
 import hashlib
 from collections.abc import Sequence
+from typing import TypedDict
 
 from megavlm.data.permutation import shuffled
+
+
+class OrderState(TypedDict):
+    """The state of a ``SampleOrder``; each list has one entry for each source.
+
+    Attributes:
+        taken: number of positions that the worker has taken.
+        base: the position from which the workers started to count.
+        ahead: positions that were taken before a change of the number of workers, to be skipped.
+    """
+
+    taken: list[int]
+    base: list[int]
+    ahead: list[list[int]]
 
 
 class SampleOrder:
@@ -33,7 +48,7 @@ class SampleOrder:
         self._worker, self._num_workers = worker, num_workers
         self._phases = [_hash(seed or 0, number, worker) / 2**48 for number in range(len(shares))]
         self._keys = [None if seed is None else _hash(seed, number) for number in range(len(shares))]
-        self.state = {"taken": [0] * len(shares), "base": [0] * len(shares), "ahead": [[] for _ in shares]}
+        self.state: OrderState = {"taken": [0] * len(shares), "base": [0] * len(shares), "ahead": [[] for _ in shares]}
 
     def __next__(self) -> tuple[int, int]:
         """The next sample: (number of the source, number of the sample in it)."""
@@ -52,7 +67,7 @@ class SampleOrder:
         return source, place if key is None else shuffled(place, self._counts[source], key + epoch)
 
 
-def reshard(states: Sequence[dict], num_workers: int) -> list[dict]:
+def reshard(states: Sequence[OrderState], num_workers: int) -> list[OrderState]:
     """Convert the ``SampleOrder`` states of all workers to the states of a different number of workers.
 
     Some of the old workers may have taken positions beyond the first free position. These are kept in ``ahead`` and

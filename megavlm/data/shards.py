@@ -110,7 +110,12 @@ def _record(parts: dict[str, File]) -> Any:
         record = json.loads(parts["json"].read())
         if isinstance(record, dict):
             named: set[str | None] = set()  # media that the record names already, as video frames or in message parts
-            rename_media(record, lambda name: named.add(_part(parts, name)))
+
+            def note(name: str) -> str:
+                named.add(_part(parts, name))
+                return name
+
+            rename_media(record, note)
             listed = {name: [part for part in found if part not in named] for name, found in media.items()}
             record = {name: found for name, found in listed.items() if found and name not in record} | record
         return record

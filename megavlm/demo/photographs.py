@@ -103,7 +103,7 @@ def load_photograph(name: str, longest_edge: int) -> Image.Image:
     """The RGB photograph `name`, with its longer edge reduced to `longest_edge` pixels and a white background."""
     package, file, _ = PHOTOGRAPHS[name]
     with files(package).joinpath(file).open("rb") as stream:
-        picture = Image.open(stream)
+        picture: Image.Image = Image.open(stream)
         picture.load()
     if picture.mode == "RGBA":
         ground = Image.new("RGBA", picture.size, "white")

@@ -48,11 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Demo:
-    """One run of the demo in the folder `out`. Commands run in the top folder of the clone."""
+    """One run of the demo in the folder `out`. Commands run in the top folder of the clone.
+
+    Attributes:
+        sft: the settings of the supervised fine-tuning.
+        questions: the held-out questions.
+        start: the checkpoint from which it starts.
+    """
 
     def __init__(self, out: Path):
         self.out = work_in(out)
         self.sft = load_settings(CONFIGS / "sft.yaml")
+        questions, start = self.sft.data.eval, self.sft.model.load
+        assert isinstance(questions, Path), "configs/demo/sft.yaml sets data.eval to a file"
+        assert start is not None, "configs/demo/sft.yaml sets model.load"
+        self.questions, self.start = questions, start
 
     def prepare(self, overwrite: bool) -> None:
         """Writes the data and the model folder."""
@@ -97,15 +107,15 @@ class Demo:
     def is_pretrained(self) -> bool:
         """Whether the folder has the results of `prepare` and the last checkpoint of the four stages."""
         last = load_settings(CONFIGS / f"{STAGES[-2]}.yaml")
+        assert last.output is not None, "the configuration of a stage sets output"
         checkpoint = last.output / "checkpoints" / f"step_{last.train.steps:08d}"
-        return all(path.exists() for path in (checkpoint, last.model.hf, self.sft.data.eval))
+        return all(path.exists() for path in (checkpoint, last.model.hf, self.questions))
 
     def check(self) -> bool:
         """Counts right answers before and after training, and compares with transformers on the exported folder."""
         from megavlm.demo.answers import count_right, expected_answers, read_answers, transformers_answers
 
-        questions = self.sft.data.eval
-        expected = expected_answers(questions)
+        expected = expected_answers(self.questions)
         total = len(expected)
         answers = {when: read_answers(self.out / when / "answers.jsonl", total) for when in ("before", "after")}
         right = {when: count_right(given, expected) for when, given in answers.items()}
@@ -116,7 +126,7 @@ class Demo:
         console.print(
             f"\ncomparison with Qwen3VLForConditionalGeneration.from_pretrained({str(self.out / 'exported')!r})"
         )
-        theirs = transformers_answers(self.out / "exported", questions, self.sft.generate.max_new_tokens)
+        theirs = transformers_answers(self.out / "exported", self.questions, self.sft.generate.max_new_tokens)
         same = sum(ours == other for ours, other in zip(answers["after"], theirs, strict=True))
         console.print(f"  {same} of {total} answers agree")
         for i, (ours, other) in enumerate(zip(answers["after"], theirs, strict=True)):

@@ -60,7 +60,7 @@ class Tune:
         self.demo = Demo(out)
         self.out = self.demo.out / TUNE
         self.train = self.demo.out / "data" / "questions.jsonl"
-        self.heldout = self.demo.sft.data.eval
+        self.heldout = self.demo.questions
         self.full = self.demo.out / "after"  # answers after the demo's fine-tuning of all weights
 
     def prepare(self, overwrite: bool) -> None:
@@ -70,7 +70,7 @@ class Tune:
                 raise UserError(f"{self.out} exists already", "use --overwrite to replace it, or choose another --out")
             shutil.rmtree(self.out)
         if self.demo.is_pretrained():
-            console.print(f"continuing from {self.demo.sft.model.load}")
+            console.print(f"continuing from {self.demo.start}")
             show_variable(self.demo.out)
         else:
             self.demo.prepare(overwrite)
@@ -139,7 +139,7 @@ class Tune:
         won = count_won(scores, expected) / (total * (len(DIGITS) - 1))
         before, after = accuracy(self.out / "mediocre_answers"), accuracy(self.out / "dpo_answers")
         full, lora = accuracy(self.full), accuracy(self.out / "lora_answers")
-        share = count_weights(self.out / "lora") / count_weights(self.demo.sft.model.load)
+        share = count_weights(self.out / "lora") / count_weights(self.demo.start)
         console.print(f"\nresults on {total} handwritten digits that were not used for training")
         kept = [
             _at_least("reward model: pairs won by the right digit", won, REQUIRED_PAIR_ACCURACY),
@@ -155,7 +155,9 @@ def count_weights(run_folder: Path) -> int:
     from megavlm.checkpoint.folders import latest
     from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 
-    tensors = McoreCheckpoint(latest(run_folder / "checkpoints")).tensors
+    checkpoint = latest(run_folder / "checkpoints")
+    assert checkpoint is not None, f"{run_folder} has no checkpoint"
+    tensors = McoreCheckpoint(checkpoint).tensors
     return sum(math.prod(shape) for name, (shape, _) in tensors.items() if not name.startswith("optimizer."))
 
 

@@ -6,7 +6,7 @@ A line has ``step`` (the step whose rows lack the sample), ``source`` (the sourc
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -56,7 +56,7 @@ class DataErrors:
             drop_after(self.path, resume_step)
             self._listed = {line["sample"]: line["kind"] for line in read_lines(self.path)}
 
-    def take(self, step: int, counts: dict[str, float], skipped_samples: list[SkippedSample]) -> dict[str, int]:
+    def take(self, step: int, counts: Mapping[str, float], skipped_samples: list[SkippedSample]) -> dict[str, int]:
         """Records the skipped samples of a step. Call it on all ranks.
 
         Args:

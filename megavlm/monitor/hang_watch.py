@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 
 from megavlm.config.settings import Settings
 
@@ -57,6 +56,7 @@ class HangWatch:
     @classmethod
     def of_run(cls, settings: Settings) -> "HangWatch":
         """The watch of this process, with its rank from the environment; the process group need not exist yet."""
+        assert settings.output is not None, "a run requires output"
         rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         return cls(settings.train.hang_minutes, settings.output, rank, world_size)
 
@@ -69,7 +69,7 @@ class HangWatch:
 
     @property
     def _grace(self) -> float:
-        return min(_MOST_GRACE, self._limit)
+        return _MOST_GRACE if self._limit is None else min(_MOST_GRACE, self._limit)
 
     def __enter__(self) -> "HangWatch":
         self.heartbeat("the start of the process")
@@ -77,13 +77,14 @@ class HangWatch:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         if self._limit is not None:
             faulthandler.cancel_dump_traceback_later()
         os.close(self._stderr)
 
     def _watch(self) -> None:
+        assert self._limit is not None, "only a watch with a limit starts its thread"
         while (left := self._last + self._limit - time.monotonic()) > 0:
             if self._ended.wait(left):
                 return

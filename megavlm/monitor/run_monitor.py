@@ -36,8 +36,11 @@ class RunMonitor:
         is_first: bool,
     ):
         self._settings, self._first_step, self._groups, self._is_first = settings, first_step, groups, is_first
+        assert settings.output is not None, "a run requires output"
+        assert settings.train.steps is not None, "a run requires train.steps"
+        self._output = settings.output
         self._progress = Progress(settings.train.steps, first_step, title, header, enabled=is_first)
-        self._metrics = MetricsWriter(settings.output, first_step, enabled=is_first)
+        self._metrics = MetricsWriter(self._output, first_step, enabled=is_first)
 
     def __enter__(self) -> "RunMonitor":
         settings, data = self._settings, self._settings.data
@@ -45,7 +48,7 @@ class RunMonitor:
             stack.enter_context(self._progress)
             stack.enter_context(self._metrics)
             self._errors = DataErrors(
-                settings.output, self._first_step, data.source_names, data.max_bad_fraction, self._groups, self.say
+                self._output, self._first_step, data.source_names, data.max_bad_fraction, self._groups, self.say
             )
             self._wandb = WandbLog(settings, enabled=self._is_first, warn=self.say)
             self._stack = stack.pop_all()

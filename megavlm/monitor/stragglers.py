@@ -29,7 +29,8 @@ class Stragglers:
 
     def start(self) -> None:
         """Starts the measurement of a step."""
-        self._data, self._marks = 0.0, []
+        self._data = 0.0
+        self._marks: list[tuple[torch.cuda.Event | float, torch.cuda.Event | float]] = []
 
     def rows(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Yields the same rows and measures the time to wait for each."""

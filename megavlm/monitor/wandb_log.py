@@ -3,9 +3,12 @@
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from megavlm.config.settings import Settings
+
+if TYPE_CHECKING:
+    import wandb
 
 FOLDER = "wandb"  # within the output folder: W&B's files and the run's id
 ID_FILE = "run_id"
@@ -31,8 +34,9 @@ class WandbLog:
         enabled: bool = True,
         warn: Callable[[str], None] = print,
     ):
+        assert settings.output is not None, "a run requires output"
         self._warn = warn
-        self._run = None
+        self._run: wandb.Run | None = None
         self._folder = settings.output / FOLDER
         self.mode = _resolve(settings.log.wandb.mode) if enabled else "off"
         if self.mode == "online" and not self._start("online", settings):
@@ -71,7 +75,7 @@ class WandbLog:
             return f"offline, files in {self._folder}"
         return self._run.url or "online"
 
-    def _start(self, mode: str, settings: Settings) -> bool:
+    def _start(self, mode: Literal["online", "offline"], settings: Settings) -> bool:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for kind in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):  # not in the home folder, which may be full or missing
@@ -80,7 +84,7 @@ class WandbLog:
             import wandb
 
             wandb.teardown()  # discards the state of a failed attempt to start online
-            self._run = wandb.init(
+            self._run = run = wandb.init(
                 project=settings.log.wandb.project,
                 name="/".join(self._folder.parent.absolute().parts[-2:]),
                 id=self._run_id(),
@@ -91,8 +95,8 @@ class WandbLog:
                 settings=wandb.Settings(silent=True, console="off", init_timeout=30, disable_code=True),
             )
             # W&B's own step counter cannot go back, but steps are repeated after a resume, so use our step as the axis.
-            self._run.define_metric("step")
-            self._run.define_metric("*", step_metric="step")
+            run.define_metric("step")
+            run.define_metric("*", step_metric="step")
         except Exception as error:
             remedy = "continuing offline" if mode == "online" else "continuing without wandb"
             self._warn(f"warning: wandb cannot start {mode} ({_first_line(error)}); {remedy}")

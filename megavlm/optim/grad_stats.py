@@ -44,7 +44,7 @@ def read_grad_stats(totals: Tensor, weight: float, squares: Tensor) -> GradStats
     bad = (~values.isfinite()).float()
     dist.all_reduce(bad)
     read = torch.cat([values, bad, totals]).tolist()
-    (loss, *squares), flags, sums = read[: len(values)], read[len(values) : 2 * len(values)], read[2 * len(values) :]
-    norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares, strict=True)}
+    (mean, *of_parts), flags, sums = read[: len(values)], read[len(values) : 2 * len(values)], read[2 * len(values) :]
+    norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, of_parts, strict=True)}
     names = [name for name, flag in zip(("loss", *PARTS), flags, strict=True) if flag]
-    return GradStats(loss, {"grad_norm": math.sqrt(sum(squares)), **norms}, names, sums)
+    return GradStats(mean, {"grad_norm": math.sqrt(sum(of_parts)), **norms}, names, sums)

@@ -47,6 +47,7 @@ def put_inside(
     inner = optimizer.optimizer
     if inner is None:
         return
+    assert train.lr is not None, "training requires train.lr"
     whole = [
         getattr(weight, "main_param", weight)
         for module in (m for part in modules for m in part.modules())

@@ -41,6 +41,7 @@ class Optimizers:
     """
 
     def __init__(self, vlm: VLM, train: TrainSettings):
+        assert train.steps is not None, "training requires train.steps"
         self.train, self._vlm = train, vlm
         # GaLore needs whole matrices, but Megatron's DistributedOptimizer splits them, and it does not support SGD.
         sharded = train.optimizer == "adam"
@@ -112,9 +113,11 @@ class Optimizers:
         if self.train.optimizer == "galore":
             for optimizer in self.parts[part]:
                 megatron_galore.put_inside(optimizer, modules, self.train, groups)
+        lr = self.train.lr
+        assert lr is not None, "training requires train.lr"
         for group in (g for opt in self.parts[part] for g in opt.param_groups):
-            scale = self.train.lr_scale.get(part, 1.0)
-            group["max_lr"], group["min_lr"] = self.train.lr * scale, self.train.min_lr * scale  # read by the scheduler
+            scale = next((scale for name, scale in self.train.lr_scale.items() if name == part), 1.0)
+            group["max_lr"], group["min_lr"] = lr * scale, self.train.min_lr * scale  # read by the scheduler
 
     def _chained(self) -> ChainedOptimizer:
         return ChainedOptimizer([opt for part in PARTS for opt in self.parts.get(part, [])])
@@ -129,7 +132,7 @@ class Optimizers:
         Each of these parts gets gradient buffers and an optimizer in its initial state, and follows the schedule from
         its current position. Load weights before this call, because the optimizers keep a float32 copy of them.
         """
-        due = [
+        due: list[str] = [
             part for part, after in self.train.unfreeze_after.items() if after < step and part not in self.unfrozen_at
         ]
         for part in due:

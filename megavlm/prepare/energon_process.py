@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from megavlm.base import processes
 
@@ -57,7 +58,8 @@ def index(folder: str, shards: list[str], sender: Connection, parent: int) -> No
             )
         sender.send(None)
     except SystemExit as error:  # energon exits after it has printed an error about duplicate keys
-        sender.send({"key": error.__context__.sample_key})
+        duplicate: Any = error.__context__  # energon's exception, which has no importable type
+        sender.send({"key": duplicate.sample_key})
     except Exception as error:
         unread = _NO_SAMPLES.match(str(error)) if isinstance(error, AssertionError) else None
         sender.send({"shard": unread[1]} if unread else {"trace": traceback.format_exc()})

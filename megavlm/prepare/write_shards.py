@@ -7,7 +7,7 @@ import posixpath
 import re
 import tarfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,7 @@ def load_sample(file: SampleFile, index: int) -> StoredSample:
     return StoredSample(text, media)
 
 
-def load_ahead(files: Iterable[SampleFile]) -> Iterator[tuple[str, Future[StoredSample]]]:
+def load_ahead(files: Iterable[SampleFile]) -> Generator[tuple[str, Future[StoredSample]]]:
     """For each sample, in file order: its source and the future of its loading. Several samples load in parallel."""
     places = ((file, index) for file in files for index in range(len(file)))
     pending: deque[tuple[str, Future[StoredSample]]] = deque()
@@ -109,12 +109,12 @@ class ShardWriter:
     def add(self, sample: StoredSample) -> None:
         """Append a sample. Raises OSError, also if a file has become shorter since its size was read."""
         key = f"{self.num_samples:09}"
-        members = [(f"{key}.json", len(sample.record), sample.record)]
+        members: list[tuple[str, int, bytes | File]] = [(f"{key}.json", len(sample.record), sample.record)]
         members += [(f"{key}.{part}", size, file if data is None else data) for part, file, size, data in sample.media]
         needed = sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for _, size, _ in members)
         if self._tar is None or (self._tar.offset and self._tar.offset + needed > self._shard_bytes):
             self._close()
-            self._open()
+            self._tar = self._open()
         for name, size, content in members:
             member = tarfile.TarInfo(name)  # its defaults (time 0, no user, mode 644) make the bytes reproducible
             member.size = size
@@ -123,13 +123,14 @@ class ShardWriter:
                     self._tar.addfile(member, stream)
             except OSError as error:
                 raise OSError(f"{content if isinstance(content, File) else name}: {error}") from error
-        self._tar.members.clear()  # tarfile keeps them for look-ups, which are not used here
+        # tarfile keeps all members for look-ups, which are not used here
+        self._tar.members.clear()  # type: ignore[attr-defined]  # missing in the stubs
         self.num_samples += 1
 
-    def _open(self) -> None:
+    def _open(self) -> tarfile.TarFile:
         self.names.append(f"shard-{len(self.names):06}.tar")
         path = self._folder / self.names[-1]
-        self._tar = tarfile.TarFile(path, "w", format=tarfile.GNU_FORMAT, copybufsize=_COPIED)
+        return tarfile.TarFile(path, "w", format=tarfile.GNU_FORMAT, copybufsize=_COPIED)
 
     def _close(self) -> None:
         if self._tar is not None:
