@@ -1,26 +1,20 @@
 """`megavlm data prepare`: indexes a folder of shards, or converts JSONL files and their media to a folder of shards."""
 
-import json
 import re
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megavlm.base.atomic_files import new_folder
 from megavlm.base.errors import UserError
 from megavlm.data.files import is_url
-from megavlm.data.jsonl import JsonlFile
 from megavlm.data.shards import ShardFolder
-from megavlm.data.skipped_samples import SkippedSample
-from megavlm.prepare.index_shards import find_shards, index_shards, is_up_to_date
-from megavlm.prepare.write_shards import ShardWriter, load_ahead
+from megavlm.prepare.index_shards import find_shards
+from megavlm.prepare.shard_folder import SKIPPED, convert, prepare
 
-SKIPPED = "skipped.jsonl"
 DEFAULT_SIZE = "500MB"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _EVERY = 30  # seconds between two lines of progress if there is no terminal
@@ -46,7 +40,7 @@ def main(
             )
         if out is None:
             raise UserError("--jsonl requires --out DIR", "give the folder for the shards")
-        done = convert(jsonl, out, parse_size(shard_size or DEFAULT_SIZE), skip_broken=skip_broken)
+        done = convert(jsonl, out, parse_size(shard_size or DEFAULT_SIZE), skip_broken=skip_broken, progress=_Bar)
     else:
         flags = {"--out": out is not None, "--shard-size": shard_size is not None, "--skip-broken": skip_broken}
         if ignored := [flag for flag, given in flags.items() if given]:
@@ -56,7 +50,7 @@ def main(
         if is_url(folder):
             raise UserError(f"{folder} is a URL", "prepare the shards in a local folder, then copy the whole folder")
         done = Path(folder)
-        if not prepare(done, force=force):
+        if not prepare(done, force=force, progress=_Bar):
             console.print(f"{escape(folder)} is up to date: {_contents(done)} (--force builds the index again)")
             return
     console.print(f"[green]ready[/]: {escape(str(done))}, {_contents(done)}")
@@ -65,80 +59,6 @@ def main(
             number = sum(1 for _ in lines)
         console.print(f"[yellow]skipped[/]: {_count(number, 'broken sample')}, listed in {escape(str(skipped))}")
     console.print(rf"[dim]to use it in a configuration:[/] data: {{train: \[{{path: {escape(str(done))}}}]}}")
-
-
-def prepare(folder: Path, *, force: bool = False) -> bool:
-    """Indexes the shards of a folder, unless its index is up to date. Returns whether it built an index.
-
-    Raises:
-        UserError: there are no shards, a shard is damaged, or the first sample is invalid.
-    """
-    shards = find_shards(folder)
-    if not force and is_up_to_date(folder, shards):
-        return False
-    with _Bar("indexing", len(shards), "shards") as bar:
-        index_shards(folder, shards, bar.advance)
-    try:
-        ShardFolder(folder).read(0)
-    except UserError as error:
-        raise UserError(
-            f"the shards are indexed, but the first sample cannot be used: {error.message}",
-            "a sample must have KEY.json (a line of JSONL) or KEY.txt (a caption), and media: KEY.jpg, KEY.0.jpg, …",
-        ) from None
-    return True
-
-
-def convert(jsonl: Sequence[str], out: Path, shard_bytes: int, *, skip_broken: bool = False) -> Path:
-    """Writes the samples of JSONL files in their order, with their media, into a new folder of shards with an index.
-
-    Training from this folder gives bitwise the same rows as training from the JSONL files.
-
-    Args:
-        jsonl: paths or URLs.
-        out: the new folder; it must not exist, and it appears when it is complete.
-        shard_bytes: maximum size of a shard.
-        skip_broken: skip samples that cannot be read and list them in ``skipped.jsonl``, instead of raising.
-
-    Returns:
-        `out`.
-
-    Raises:
-        UserError: `out` exists, a sample cannot be read (with `skip_broken`: none can), or a shard cannot be written.
-    """
-    if ":/" in str(out):
-        raise UserError(
-            f"--out {out} is a URL, but shards are written to a local folder",
-            "give a local folder, and copy it afterwards",
-        )
-    if out.exists():
-        raise UserError(f"{out} exists already", "choose another --out, or move it away")
-    files = [JsonlFile(path) for path in jsonl]
-    try:
-        with new_folder(out) as partial:
-            with (
-                _Bar("writing", sum(map(len, files)), "samples") as bar,
-                ShardWriter(partial, shard_bytes) as writer,
-                closing(load_ahead(files)) as loading,
-            ):
-                for source, future in loading:
-                    try:
-                        sample = future.result()
-                    except UserError as error:
-                        if not skip_broken:
-                            raise
-                        with (partial / SKIPPED).open("a", encoding="utf-8") as file:
-                            line = {"sample": source, "cause": SkippedSample.of(0, source, error).cause}
-                            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                        bar.advance()
-                        continue
-                    writer.add(sample)
-                    bar.advance(sample.size)
-            if not writer.num_samples:
-                raise UserError(f"no sample of {', '.join(jsonl)} can be read", "run without --skip-broken to see why")
-            prepare(partial)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error}", "free some space, or choose another --out") from None
-    return out
 
 
 def parse_size(text: str) -> int:

@@ -17,7 +17,7 @@ from megavlm.data.skipped_samples import TOO_LONG, SkippedSample, UnfitSample
 from megavlm.data.sources import Source
 
 _FIRST_DRAFTS = 50  # drafts in the packing buffer when the first row is filled
-_MOST_SKIPPED = 1000  # if this many samples in a row are skipped, the whole source is considered unusable
+_MOST_SKIPPED = 1000  # after this many consecutive skipped samples, a source is considered unusable
 
 
 class RowDataset(IterableDataset[Row | UserError]):

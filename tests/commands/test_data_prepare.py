@@ -19,10 +19,11 @@ from PIL import Image
 
 from megavlm.base.errors import UserError
 from megavlm.cli.main import main
-from megavlm.commands.data_prepare import convert, parse_size
+from megavlm.commands.data_prepare import parse_size
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.shards import ShardFolder
 from megavlm.prepare.index_shards import find_shards, is_up_to_date
+from megavlm.prepare.shard_folder import convert
 
 ROOT = Path(__file__).parents[2]
 
