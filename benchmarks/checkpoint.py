@@ -192,8 +192,8 @@ def main() -> int:
         "share, of the fastest",
         "of the medians",
         "of the first",
-        "step alone, s",
-        "step beside the writer, s",
+        "step without writing, s",
+        "step during writing, s",
     )
     for row in rows:
         cells = [", ".join(f"{x:.2f}" for x in cell) if isinstance(cell, list) else str(cell) for cell in row.values()]

@@ -50,9 +50,11 @@ def main() -> None:
         inside = sum(torch.Size(shape).numel() for shape in linears(shapes))
         of_all = {name: 1 - inside / total * (1 - ratio) for name, ratio in ratios.items()}
         models[folder.name] = {"weights": total, "in_4_bits": inside, "of_bf16": of_all}
-        told = " · ".join(f"{name} {ratio:.3f}" for name, ratio in of_all.items())
-        print(f"{folder.name:10} {inside / total:6.1%} of {total / 1e9:6.2f} G weights in 4 bits · all of bf16: {told}")
-    print("the linears alone:", " · ".join(f"{name} {ratio:.4f}" for name, ratio in ratios.items()))
+        shown = " · ".join(f"{name} {ratio:.3f}" for name, ratio in of_all.items())
+        print(
+            f"{folder.name:10} {inside / total:6.1%} of {total / 1e9:6.2f} G weights in 4 bits · bytes of all weights / bf16: {shown}"
+        )
+    print("bytes of linear layers / bf16:", " · ".join(f"{name} {ratio:.4f}" for name, ratio in ratios.items()))
     versions = {"torch": torch.__version__, "bitsandbytes": bitsandbytes.__version__}
     result = {"linears_of_bf16": ratios, "models": models, "versions": versions}
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -46,7 +46,7 @@ class Stragglers:
 
     @contextmanager
     def tower(self) -> Iterator[None]:
-        """Around what the tower computes on this rank alone."""
+        """A context for the tower's own work on this rank; measures its time."""
         start = mark()
         yield
         self._marks.append((start, mark()))
