@@ -52,7 +52,7 @@ def main() -> None:
         models[folder.name] = {"weights": total, "in_4_bits": inside, "of_bf16": of_all}
         shown = " · ".join(f"{name} {ratio:.3f}" for name, ratio in of_all.items())
         print(
-            f"{folder.name:10} {inside / total:6.1%} of {total / 1e9:6.2f} G weights in 4 bits · bytes of all weights / bf16: {shown}"
+            f"{folder.name:10} {inside / total:6.1%} of {total / 1e9:6.2f} G weights in 4 bits · bytes / bf16: {shown}"
         )
     print("bytes of linear layers / bf16:", " · ".join(f"{name} {ratio:.4f}" for name, ratio in ratios.items()))
     versions = {"torch": torch.__version__, "bitsandbytes": bitsandbytes.__version__}
