@@ -7,7 +7,7 @@ Each data-parallel rank has the complete state.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,14 +21,24 @@ from megavlm.base.errors import UserError
 from megavlm.config.train_section import TrainSettings
 from megavlm.optim.galore import GaLore
 
-if TYPE_CHECKING:
-    from megavlm.optim.optimizers import Optimizers
-
 # Settings of the layout that determine which shard of a matrix a rank has, and the number of that shard.
 _CUTS = (
     *("tensor", "pipeline", "virtual_pipeline", "first_stage_layers", "last_stage_layers"),
     *("expert", "expert_tensor"),
 )
+
+
+class PartOptimizers(Protocol):
+    """The part of ``optim.optimizers.Optimizers`` that this module uses."""
+
+    train: TrainSettings
+    parts: dict[str, list[MegatronOptimizer]]
+
+    def groups_of(self, part: str) -> ProcessGroupCollection:
+        """The process groups of a part."""
+
+    def updates(self, part: str) -> int:
+        """The number of updates of the weights of a part."""
 
 
 def put_inside(
@@ -68,7 +78,7 @@ def put_inside(
     )
 
 
-def has_galore(optimization: "Optimizers") -> bool:
+def has_galore(optimization: PartOptimizers) -> bool:
     """Whether these optimizers use GaLore."""
     return optimization.train.optimizer == "galore"
 
@@ -89,7 +99,7 @@ def check_layout(saved: dict, now: dict) -> None:
         )
 
 
-def state(optimization: "Optimizers") -> dict[str, ShardedTensor]:
+def state(optimization: PartOptimizers) -> dict[str, ShardedTensor]:
     """All tensors of the optimizers on this rank, including float32 weights, for saving or as the target of loading.
 
     Shards that several ranks have are saved once. Optimizers that have no state yet get their initial state. The
@@ -101,7 +111,7 @@ def state(optimization: "Optimizers") -> dict[str, ShardedTensor]:
     }
 
 
-def load(optimization: "Optimizers", loaded: dict[str, Tensor]) -> None:
+def load(optimization: PartOptimizers, loaded: dict[str, Tensor]) -> None:
     """Copies the tensors that ``dist_checkpointing.load`` returned for ``state`` into the optimizers.
 
     Call it after the position of the schedule has been restored, because the numbers of steps follow from it.
@@ -115,7 +125,7 @@ def load(optimization: "Optimizers", loaded: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _tensors(optimization: "Optimizers") -> Iterator[tuple[str, Tensor, int]]:
+def _tensors(optimization: PartOptimizers) -> Iterator[tuple[str, Tensor, int]]:
     """(key, tensor, number of the copy) of all tensors of the optimizers on this rank."""
     for part, optimizers in optimization.parts.items():
         for number, optimizer in enumerate(o for o in optimizers if o.optimizer is not None):
