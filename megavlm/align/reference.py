@@ -30,8 +30,10 @@ from megavlm.data.renderer import Draft, DraftError, Renderer
 from megavlm.data.row import Annotations, Row
 from megavlm.data.shards import ShardFolder
 from megavlm.data.sources import Source
+from megavlm.model.language import LanguageModel
 from megavlm.platform.collectives import on_first_rank
 from megavlm.runtime.eval_rows import EvalRows
+from megavlm.runtime.feed import MicroBatch
 from megavlm.runtime.forward import forward_only
 from megavlm.runtime.session import Session
 
@@ -121,7 +123,7 @@ def _make(
         rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers, generator=torch.Generator()))
     chunk_tokens = settings.train.logprob_chunk_tokens
 
-    def answers(chunk, hidden, micro_batch) -> Tensor:
+    def answers(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         logprobs, _ = chunk.token_logprobs(hidden, micro_batch.targets, chunk_tokens)
         return answer_logprobs(logprobs, micro_batch, groups.language.cp)
 

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from megavlm.data.row import IGNORE, Row
 from megavlm.runtime.feed import MicroBatch
@@ -38,11 +39,11 @@ def answer_lengths(row: Row) -> Tensor:
 
 class _SumOfRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: FunctionCtx, value: Tensor, group: dist.ProcessGroup) -> Tensor:
         total = value.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None

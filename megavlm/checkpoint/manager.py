@@ -79,7 +79,6 @@ class Checkpoints:
         self.settings, self._hf = settings.checkpoint, settings.model.hf
         self._layout = {"world": dist.get_world_size(), **settings.parallel.model_dump()}
         self._pad_multiple = settings.pad_multiple
-        self._workers = max(settings.data.workers, 1)  # of each data rank
         adapters, world = self.adapters, self.vlm.groups.world_host
         base = None
         if adapters is not None and origin is not None:
@@ -119,7 +118,6 @@ class Checkpoints:
             "schedules": {name: model.optimizers.scheduler.num_steps for name, model in self._others.items()},
             "identity": self._identity(step),
             "layout": self._layout,
-            "workers": self._workers * self.vlm.groups.dp_size,
             "align": self._pad_multiple,
         }
         self._writer.start(state, partial_folder(self.root, step, self._start), sorted(self.optimizers.unfrozen_at))
@@ -210,12 +208,14 @@ class Checkpoints:
         for name, model in self._others.items():
             state[name] = _sharded_model(model, loading=loading)
             add_prefix_for_sharding(state[name], f"{name}.")
-        if self.rows is not None and not loading:
-            count = (groups.dp_size * self._workers,)
+        if not loading:
+            states = self.rows.state_dict() if self.rows is not None else []
             # worker w of data rank r is number r + ranks × w of all: rows come from them in that order
+            count = groups.dp_size * len(states)
+            state["workers"] = count  # the first rank's counts, which reads rows
             state["data"] = [
-                ShardedObject("data", place, count, (groups.dp_rank + groups.dp_size * worker,))
-                for worker, place in enumerate(self.rows.state_dict())
+                ShardedObject("data", one, (count,), (groups.dp_rank + groups.dp_size * worker,))
+                for worker, one in enumerate(states)
             ]
         return state
 

@@ -152,7 +152,9 @@ def _pieces(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, dict[int,
             )
 
 
-def _named(entry: ShardedTensor | ShardedTensorFactory, key: str, tensor: Tensor, alone: bool):
+def _named(
+    entry: ShardedTensor | ShardedTensorFactory, key: str, tensor: Tensor, alone: bool
+) -> ShardedTensor | ShardedTensorFactory:
     """The entry of a weight made into that of its state.
 
     Its owner counts as the first of the data ranks, or as the first of all where it is the owner for the whole world.

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megavlm.base.errors import UserError
 from megavlm.base.processes import end_with_parent
@@ -180,7 +182,7 @@ class _Files(FileSystemWriterAsync):
 
     num_bytes = 0
 
-    def prepare_write_data(self, plan, planner) -> None:
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         data = [(item, planner.resolve_data(item)) for item in plan.items]
         others = [(item, value) for item, value in data if not isinstance(value, Tensor)]
         tensors = [(item, value.detach()) for item, value in data if isinstance(value, Tensor)]
@@ -217,7 +219,7 @@ def _own_storage(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _write_in_child(files: _Files, connection, parent: int) -> None:
+def _write_in_child(files: _Files, connection: Connection, parent: int) -> None:
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the trainer to act on
     gc.disable()

@@ -15,7 +15,6 @@ from megavlm.base.errors import UserError
 
 USER_ERROR, OTHER_ERROR = 2, 1  # exit statuses
 FOLDER_VARIABLE = "MEGAVLM_FAILURE_FOLDER"  # set for the workers that `--nproc` starts
-_BEGAN = time.time()
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,16 @@ def _hand_over(failure: Failure, folder: Path) -> None:
     os._exit(failure.status)
 
 
+def _start_of_process() -> float:
+    """The start time of this process in seconds since the epoch, from the kernel.
+
+    It includes the time of imports, during which another process may already have reported a failure.
+    """
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _first_on_this_machine() -> bool:
     """Whether no other process of our parent (torchrun agent or srun step) has reported a failure since we started.
 
@@ -93,9 +102,9 @@ def _first_on_this_machine() -> bool:
         with path.open("a") as marker:
             fcntl.flock(marker, fcntl.LOCK_EX)
             state = os.fstat(marker.fileno())  # read it under the lock, because another process may have just reported
-            reported = state.st_size > 0 and state.st_mtime > _BEGAN
-            if not reported:
+            was_shown = state.st_size > 0 and state.st_mtime > _start_of_process()
+            if not was_shown:
                 marker.write(".")
-        return not reported
+        return not was_shown
     except OSError:
         return True  # a repeated message is better than none

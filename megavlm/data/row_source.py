@@ -21,7 +21,7 @@ class RowSource(Protocol):
         """The rows, starting from the loaded state."""
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """One state for each of ``data.workers`` (at least one): numbers, strings, and lists of them."""
+        """States of numbers, strings, and lists of them: as many on each data-parallel rank, one for each worker."""
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> str | None:
         """Continue from the states of all data-parallel ranks. Call it before the first row.

@@ -17,7 +17,7 @@ from megavlm.model.projector import Projector
 from megavlm.model.vision import Frames, VisionTower
 from megavlm.platform import device
 
-Timer = Callable[[], AbstractContextManager]
+Timer = Callable[[], AbstractContextManager[None]]
 
 
 class TowerPhase:

@@ -114,5 +114,5 @@ def warn_of_other_base(adapter: Path, load: Path) -> None:
         _log.warning("the adapter of %s was trained on other weights than those of %s", adapter, load)
 
 
-def _sorted(value):
+def _sorted(value: object) -> object:
     return sorted(value) if isinstance(value, list) else value

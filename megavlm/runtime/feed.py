@@ -127,7 +127,7 @@ class Feed:
         micro_batches = [self._micro_batch(host, number) for number, host in enumerate(hosts, start=first)]
         return Window(micro_batches, frames, exchange)
 
-    def _of_all_data_ranks(self, value) -> list:
+    def _of_all_data_ranks[T](self, value: T) -> list[T]:
         """``value`` of each data rank whose frames are dealt together with this one's."""
         return all_gather_objects(value, self.groups.data_peers_host) if self.vlm.balanced_over_world else [value]
 

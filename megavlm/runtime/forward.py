@@ -1,11 +1,12 @@
 """Micro-batches through this rank's part of the decoder, without a step around them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megavlm.model.language import LanguageModel
@@ -52,7 +53,7 @@ def forward_chunk(vlm: VLM, chunk: LanguageModel, micro_batch: MicroBatch) -> Te
     )
 
 
-def prepare_schedule(config) -> None:
+def prepare_schedule(config: TransformerConfig) -> None:
     """Settings of the decoder's TransformerConfig that Megatron's schedules read."""
     config.finalize_model_grads_func = lambda *args, **kwargs: None  # the tower's backward is still to come
     config.deallocate_pipeline_outputs = False
@@ -70,7 +71,7 @@ def forward_only(vlm: VLM, window: Window, read: Callable[[LanguageModel, Tensor
     encode_window(vlm, window)
     prepare_schedule(vlm.decoder_config)
 
-    def forward_step(micro_batches, model):
+    def forward_step(micro_batches: Iterator[MicroBatch], model: LanguageModel) -> tuple[Tensor, Callable | None]:
         micro_batch = next(micro_batches)
         hidden = forward_chunk(vlm, model, micro_batch)
         if not model.post_process:

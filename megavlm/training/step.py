@@ -1,6 +1,6 @@
 """One optimizer step: encode, forward and backward through Megatron's schedule, tower backward, update."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import unwrap_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from megavlm.data.row import Row
 from megavlm.data.skipped_samples import BROKEN, SkippedSample
@@ -165,7 +165,9 @@ class Step:
             forward_only=False,
         )
 
-    def _forward_step(self, micro_batches, model, scale: float):
+    def _forward_step(
+        self, micro_batches: Iterator[MicroBatch], model: nn.Module, scale: float
+    ) -> tuple[Tensor, Callable | None]:
         """Megatron's ``forward_step_func``: hidden states, or on the last stage outputs and their loss."""
         micro_batch: MicroBatch = next(micro_batches)
         chunk = unwrap_model(model)

@@ -146,7 +146,9 @@ def test_scores_are_not_written_over(place, capsys):
 
 
 def test_nothing_is_started_for_a_bad_setting(run):
-    status, out, err = run("def main(settings): print('started')", "sft", "run.yaml", "train.steps=no", "--nproc", "2")
+    status, out, err = run(
+        "def main(settings, **flags): print('started')", "sft", "run.yaml", "train.steps=no", "--nproc", "2"
+    )
     assert (status, out) == (2, "")
     assert err.strip().splitlines() == [
         "error: train.steps is 'no' (override train.steps=no); allowed: whole number ≥ 1, or null"
@@ -197,7 +199,7 @@ def test_a_verb_of_two_words_and_one_without_settings(run):
     ],
 )
 def test_exit_status_of_one_process(run, body, status, message):
-    job = f"from megavlm.base.errors import UserError\ndef main(settings): {body}"
+    job = f"from megavlm.base.errors import UserError\ndef main(settings, **flags): {body}"
     code, _, err = run(job, "sft", "run.yaml")
     assert code == status
     assert message in err
@@ -209,7 +211,7 @@ def test_exit_status_of_one_process(run, body, status, message):
 
 def test_workers_know_their_place_and_rank_0_has_the_terminal(run):
     job = (
-        "def main(settings):\n"
+        "def main(settings, **flags):\n"
         "    names = 'RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR OMP_NUM_THREADS'.split()\n"
         "    line = ' '.join(os.environ[n] for n in names)\n"
         "    print(line)\n"
@@ -225,7 +227,9 @@ def test_workers_know_their_place_and_rank_0_has_the_terminal(run):
 
 def test_threads_are_shared_out_by_default(run, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    status, out, _ = run("def main(settings): print(os.environ['OMP_NUM_THREADS'])", "sft", "run.yaml", "--nproc", "2")
+    status, out, _ = run(
+        "def main(settings, **flags): print(os.environ['OMP_NUM_THREADS'])", "sft", "run.yaml", "--nproc", "2"
+    )
     assert status == 0
     assert int(out) == max(1, len(os.sched_getaffinity(0)) // 2)
 
@@ -234,7 +238,7 @@ def test_threads_are_shared_out_by_default(run, monkeypatch):
 def test_a_workers_user_error_is_told_once(run, failing):
     job = (
         "from megavlm.base.errors import UserError\n"
-        "def main(settings):\n"
+        "def main(settings, **flags):\n"
         f"    if {failing}: raise UserError('a.jsonl:3: no such picture', 'look')\n"
         "    time.sleep(30)\n"  # as a peer that waits in a collective
     )
@@ -249,7 +253,7 @@ def test_peers_of_a_failed_worker_keep_their_connections(run):
     job = (
         "import torch, torch.distributed as dist\n"
         "from megavlm.base.errors import UserError\n"
-        "def main(settings):\n"
+        "def main(settings, **flags):\n"
         "    dist.init_process_group('gloo')\n"
         "    dist.barrier()\n"
         "    if rank == 1: raise UserError('bad row')\n"
@@ -263,7 +267,7 @@ def test_peers_of_a_failed_worker_keep_their_connections(run):
 
 
 def test_a_failed_worker_waits_to_be_ended_with_its_connections_open(start, place):
-    job = "from megavlm.base.errors import UserError\ndef main(settings): raise UserError('bad row')"
+    job = "from megavlm.base.errors import UserError\ndef main(settings, **flags): raise UserError('bad row')"
     process = start(job, "sft", "run.yaml", MEGAVLM_FAILURE_FOLDER=str(place / "told"), RANK="1")
     wait_for("told/failure_1.json")
     time.sleep(0.5)
@@ -275,7 +279,7 @@ def test_a_failed_worker_waits_to_be_ended_with_its_connections_open(start, plac
 
 
 def test_a_workers_crash_is_told_once_with_its_traceback(run):
-    job = "def main(settings):\n    if rank == 1: 1 / 0\n    time.sleep(30)\n"
+    job = "def main(settings, **flags):\n    if rank == 1: 1 / 0\n    time.sleep(30)\n"
     status, _, err = run(job, "sft", "run.yaml", "--nproc", "2")
     assert status == 1
     assert err.startswith("error: rank 1 failed:\nTraceback")
@@ -284,7 +288,7 @@ def test_a_workers_crash_is_told_once_with_its_traceback(run):
 
 def test_a_killed_worker_is_named_and_its_last_words_shown(run):
     job = (
-        "def main(settings):\n    print('last words', flush=True)\n"
+        "def main(settings, **flags):\n    print('last words', flush=True)\n"
         "    if rank == 1: os.kill(os.getpid(), 9)\n    time.sleep(30)\n"
     )
     status, _, err = run(job, "sft", "run.yaml", "--nproc", "2")
@@ -293,12 +297,12 @@ def test_a_killed_worker_is_named_and_its_last_words_shown(run):
 
 
 def test_a_workers_own_status_is_kept(run):
-    assert run("def main(settings): return 2 * rank", "sft", "run.yaml", "--nproc", "2")[0] == 2
-    assert run("def main(settings): return 7 * rank", "sft", "run.yaml", "--nproc", "2")[0] == 1
+    assert run("def main(settings, **flags): return 2 * rank", "sft", "run.yaml", "--nproc", "2")[0] == 2
+    assert run("def main(settings, **flags): return 7 * rank", "sft", "run.yaml", "--nproc", "2")[0] == 1
 
 
 STOPPABLE = """
-def main(settings):
+def main(settings, **flags):
     stop = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: stop.append(number))
@@ -332,7 +336,7 @@ def test_stop_signals_reach_all_workers_and_the_end_is_clean(start, sent, receiv
 
 def test_a_second_ctrl_c_ends_at_once(start):
     job = (
-        "def main(settings):\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "def main(settings, **flags):\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "    open(f'ready{rank}', 'w').close()\n    time.sleep(60)\n"
     )
     process = start(job, "sft", "run.yaml", "--nproc", "2")
@@ -347,7 +351,7 @@ def test_a_second_ctrl_c_ends_at_once(start):
 
 
 def test_no_worker_outlives_a_killed_parent(start):
-    job = "def main(settings):\n    open(f'ready{rank}', 'w').write(str(os.getpid()))\n    time.sleep(60)\n"
+    job = "def main(settings, **flags):\n    open(f'ready{rank}', 'w').write(str(os.getpid()))\n    time.sleep(60)\n"
     process = start(job, "sft", "run.yaml", "--nproc", "2")
     wait_for("ready0", "ready1")
     time.sleep(0.1)
@@ -370,7 +374,7 @@ def state(pid: int) -> str:
 # -- inside torchrun or srun ---------------------------------------------------------------------------------------
 
 PLACE = (
-    "def main(settings):\n"
+    "def main(settings, **flags):\n"
     "    print(*map(os.environ.get, ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT']))\n"
 )
 SRUN = {

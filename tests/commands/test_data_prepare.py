@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,10 +12,13 @@ import subprocess
 import sys
 import tarfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from forkserver import forkserver
 from PIL import Image
 
 from megavlm.base.errors import UserError
@@ -22,6 +26,7 @@ from megavlm.cli.main import main
 from megavlm.commands.data_prepare import parse_size
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.shards import ShardFolder
+from megavlm.prepare import energon_process, index_shards
 from megavlm.prepare.index_shards import find_shards, is_up_to_date
 from megavlm.prepare.shard_folder import convert
 
@@ -30,6 +35,32 @@ ROOT = Path(__file__).parents[2]
 
 def talk(content, answer="So it is."):
     return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forked_indexing():
+    """Energon works in forks of a process that has imported it; in a new interpreter that takes seconds each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_shards, "multiprocessing", SimpleNamespace(Pipe=multiprocessing.Pipe, get_context=_forking))
+        yield
+
+
+def _forking(method: str) -> SimpleNamespace:
+    assert method == "spawn"
+
+    def process(target, args, name):
+        assert target is energon_process.index
+        # what it prints goes where this process prints now; as connections, descriptors can be handed over
+        outputs = [Connection(os.dup(number), readable=False) for number in (1, 2)]
+        return forkserver().Process(target=_index, args=(outputs, *args), name=name)
+
+    return SimpleNamespace(Process=process)
+
+
+def _index(outputs, folder, shards, sender, parent):
+    for number, output in enumerate(outputs, start=1):
+        os.dup2(output.fileno(), number)
+    energon_process.index(folder, shards, sender, os.getppid())  # the server, which ends with the tests
 
 
 @pytest.fixture(scope="module")

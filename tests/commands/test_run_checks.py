@@ -1,4 +1,4 @@
-"""Runs that go wrong, as a user sees them: real processes, broken data and weights, a disk that does not answer."""
+"""Runs that go wrong, as a user sees them: broken data and weights, a disk that does not answer."""
 
 import copy
 import json

@@ -1,10 +1,11 @@
-"""`megavlm sft` and its neighbours as a user runs them: real processes, files in, files out."""
+"""`megavlm sft` and its neighbours as a user runs them: processes of their own, files in, files out."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import forked_command
 import pytest
 import torch
 from parity import LR, VARYING, Toys, part_of, train_reference
@@ -14,10 +15,17 @@ from toy import write_records
 from megavlm.convert import mcore_to_hf
 
 
-def megavlm(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
-    """Runs the command; fails with its output if it ends otherwise."""
-    command = [sys.executable, "-m", "megavlm", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def megavlm(*arguments: object, status: int = 0, from_outside: bool = False) -> subprocess.CompletedProcess:
+    """Runs the command; fails with its output if it ends otherwise.
+
+    ``from_outside``: in new interpreters, as a user starts it, and not in forked processes.
+    """
+    words = [str(argument) for argument in arguments]
+    if from_outside:
+        command = [sys.executable, "-m", "megavlm", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    else:
+        done = forked_command.run(words)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -53,7 +61,7 @@ def metrics_of(run: Path) -> list[dict]:
 
 def test_one_step_of_sft_is_that_of_plain_pytorch(toys, tmp_path):
     lr = 1.0  # the update stands far above the rounding of the weights it is added to
-    megavlm("sft", sft_config(toys, tmp_path), f"train.lr={lr}")
+    megavlm("sft", sft_config(toys, tmp_path), f"train.lr={lr}", from_outside=True)
     mcore_to_hf(
         tmp_path / "run" / "checkpoints" / "step_00000001", toys.folder("dense"), tmp_path / "hf", progress=False
     )
@@ -127,7 +135,7 @@ def test_bad_data_ends_with_status_2_and_one_message(toys, tmp_path):
     broken = [toys.records[0], {**toys.records[1], "images": toys.records[1]["images"][:2]}]
     data = write_records(toys.root / "broken.jsonl", broken * 4)
     changes = (f"data.train=[{{path: {data}}}]", "data.max_bad_fraction=0", "parallel.tensor=2")
-    done = megavlm("sft", config, "--nproc", 2, *changes, status=2)
+    done = megavlm("sft", config, "--nproc", 2, *changes, status=2, from_outside=True)
     assert done.stderr.count("error:") == 1
     assert "broken.jsonl:2" in done.stderr
     assert "Traceback" not in done.stderr

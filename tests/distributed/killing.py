@@ -3,13 +3,11 @@
     commands = Commands()
     outcome = commands.run(["sft", "config.yaml"], 2, log, Kill(rank=1, step=3))
 
-One process, forked off the forkserver of pool.py, has imported what the command needs, and forks the ranks: real
+One process, forked off the server of forkserver.py, has imported what the command needs, and forks the ranks: real
 processes, each the head of a session with its data workers and writers, in the environment that torchrun would give
 them. When one rank is killed the others are ended as torchrun and srun do: by SIGTERM, then by SIGKILL.
 """
 
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -19,10 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pool import PRELOAD, _environment
-from pool_worker import ENVIRONMENT
+from forkserver import ENVIRONMENT, forkserver
 
-import megavlm.cli.failures
 from megavlm.monitor.metrics import read_metrics
 
 GRACE_SECONDS = 0.5  # between SIGTERM and SIGKILL; torchrun gives 30 and srun two
@@ -54,10 +50,7 @@ class Commands:
     """Runs ``megavlm`` commands, one at a time."""
 
     def __init__(self):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-        with _environment(ENVIRONMENT):
-            multiprocessing.forkserver.ensure_running()
+        context = forkserver()
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, dict(os.environ), sys.path))
         self._process.start()
@@ -138,7 +131,6 @@ def _fork(main: Callable, arguments: list[str], rank: int, size: int, port: int,
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-        megavlm.cli.failures._BEGAN = time.time()  # as it would be without the fork
         status = main(arguments)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -8,10 +8,9 @@
     def test_sum(world4):
         assert world4.run(everyone_adds, 2) == [8.0] * 4
 
-Starting eight Python processes that import torch and Megatron costs tens of seconds on two cores; a call here costs
-some hundredths. Processes are forked off one server process that has imported both and has started no threads
-(multiprocessing's "forkserver"). Every call gets a fresh world: its process groups, and Megatron's parallel state, are
-gone before the next one.
+Starting eight Python processes that import torch and Megatron costs minutes on two cores; a call here costs some
+hundredths of a second. Processes are forked off one server process that has imported both (forkserver.py). Every call
+gets a fresh world: its process groups, and Megatron's parallel state, are gone before the next one.
 
 What a process prints appears as the test's own output. A call that raises, dies or hangs on some rank ends with
 RankError, which has each rank's traceback or stack; the processes are then replaced.
@@ -21,7 +20,6 @@ import atexit
 import contextlib
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -35,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pool_worker import ENVIRONMENT, Failure, address, name_of, work
+from forkserver import forkserver
+from pool_worker import Failure, address, name_of, work
 
-PRELOAD = ["torch", "torch.distributed", "megatron.core", "megatron.core.models.gpt", "megatron.core.optimizer"]
 START_SECONDS = 600.0  # of all processes of a world, on a machine that is busy
 GRACE_SECONDS = 3.0  # for the other ranks to report too once one has failed
 
@@ -126,10 +124,7 @@ class Pool:
     def _start(self) -> None:
         import torch.distributed as dist
 
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-        with _environment(ENVIRONMENT):
-            multiprocessing.forkserver.ensure_running()
+        context = forkserver()
         atexit.register(self.close)  # multiprocessing's own exit handler would wait for the workers
         self._folder = tempfile.TemporaryDirectory(prefix="megavlm-world-")
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -216,17 +211,3 @@ def _kill(worker: _Worker) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.process.pid, signal.SIGKILL)
     worker.process.join()
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]):
-    before = {name: os.environ.get(name) for name in values}
-    os.environ |= values
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -18,12 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "MEGAVLM_PLATFORM": "cpu",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+from forkserver import ENVIRONMENT
 
 
 @dataclass

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import forkserver
 import psutil
 import pytest
 import torch
@@ -152,12 +153,12 @@ def test_function_must_be_importable(pool):
 def test_workers_end_with_a_killed_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
-        "import os, pool\nfrom pool import Pool\npool.PRELOAD = ['torch']\n"
+        "import os, forkserver\nfrom pool import Pool\nforkserver.PRELOAD = ['torch']\n"
         "def pid():\n    return os.getpid()\n"
         "if __name__ == '__main__':\n"
         "    import parent\n    print(*Pool(2).run(parent.pid), flush=True)\n    os.kill(os.getpid(), 9)\n"
     )
-    path = os.pathsep.join([str(tmp_path), os.path.dirname(__file__)])
+    path = os.pathsep.join([str(tmp_path), os.path.dirname(__file__), os.path.dirname(forkserver.__file__)])
     done = subprocess.run(
         [sys.executable, script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
     )
