@@ -9,6 +9,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Two workers side by side, each with whole files; the long ones come first (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 PYTHON ?=
 
@@ -22,10 +24,10 @@ demo-tune: $(INSTALLED)
 	$(BIN)/python -m megavlm.demo.tune
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

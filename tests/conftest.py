@@ -1,5 +1,6 @@
-"""A small model folder, and real pictures and videos in files."""
+"""A small model folder, and real pictures and videos in files; in which order and with how many threads tests run."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,31 +10,51 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from megavlm.config.settings import DataSettings
-from megavlm.data.files import in_folder
-from megavlm.data.renderer import Renderer
-from megavlm.demo.model_folder import make_model_folder
+# Before torch is imported. Tensors are small here: several threads of torch wait for each other far longer than they
+# compute, the more so while other processes want the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# These take minutes and come first, so that neither of two workers side by side ends with one of them alone.
+LONGEST = ("distributed/test_layouts.py", "distributed/test_checkpoint.py", "distributed/", "commands/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order of LONGEST, the others as they come."""
+    folder = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(folder).as_posix()
+        return next((place for place, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
+    from megavlm.demo.model_folder import make_model_folder
+
     return make_model_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def make_renderer(model_folder):
     """A renderer with the given data settings."""
+    from megavlm.config.settings import DataSettings
+    from megavlm.data.renderer import Renderer
+
     return lambda **settings: Renderer(model_folder, DataSettings(**settings))
 
 
 @pytest.fixture(scope="session")
-def renderer(make_renderer) -> Renderer:
+def renderer(make_renderer):
     return make_renderer(seq_length=4096)
 
 
 @pytest.fixture(scope="session")
 def media(tmp_path_factory) -> SimpleNamespace:
     """Files of many kinds in one folder: `media.base`, their names, and `media.find`."""
+    from megavlm.data.files import in_folder
+
     base = tmp_path_factory.mktemp("media")
     pictures = ["large.jpg", "wide.png", "grey.png", "alpha.png", "tall.gif", "tiny.webp", "cmyk.jpg", "turned.jpg"]
     astronaut = Image.fromarray(skimage.data.astronaut())

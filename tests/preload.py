@@ -5,13 +5,11 @@ No import may start a thread: a forked child would not have it.
 
 import gc
 import importlib
+import pkgutil
 
-from megavlm.cli.verbs import VERBS
+import megavlm
 
-LIBRARIES = [  # of which megavlm imports some at first use
-    "torch.distributed",
-    "megatron.core.models.gpt",
-    "megatron.core.optimizer",
+LIBRARIES = [  # parts that megavlm imports at first use
     "megatron.core.dist_checkpointing",
     "megatron.energon.flavors.webdataset.prepare",
     "transformers.models.qwen3_vl.modeling_qwen3_vl",
@@ -19,8 +17,14 @@ LIBRARIES = [  # of which megavlm imports some at first use
     "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe",
 ]
 
+
+def modules() -> list[str]:
+    """Names of all modules of megavlm, its packages too."""
+    return ["megavlm", *(found.name for found in pkgutil.walk_packages(megavlm.__path__, "megavlm."))]
+
+
 gc.disable()
-for name in [*LIBRARIES, *(verb.target.partition(":")[0] for verb in VERBS.values())]:
+for name in [*LIBRARIES, *modules()]:
     importlib.import_module(name)
 gc.enable()
 gc.freeze()  # no collection in a child looks at all of this again, or copies its pages
