@@ -86,7 +86,7 @@ class AdapterSettings(Section):
                 except re.error as error:
                     raise UserError(
                         f"adapter.{name} has the key {pattern!r}, which is not a regular expression: {error}",
-                        "correct the regular expression",
+                        "write a regular expression",
                     ) from None
         for name, types in _ONLY.items():
             if self.type not in types and self.is_changed(name):
