@@ -165,7 +165,12 @@ def test_what_is_missing_or_broken_is_left_out_or_named(tmp_path):
     with (tmp_path / "run/metrics.jsonl").open("a") as torn:
         torn.write('{"step": 6, "lo')
     page = write_report(tmp_path / "run").read_text()
-    for text in ("lost.png does not exist", "1 &lt;image&gt; in the text, but 0 in images", "plain text", "sample 4"):
+    for text in (
+        "lost.png does not exist",
+        "the text contains 1 &lt;image&gt;, but images has 0 entries",
+        "plain text",
+        "sample 4",
+    ):
         assert text in page
     assert "5 of 5 answers" in page
 
