@@ -1,12 +1,13 @@
-"""How long training waits for checkpoints: written in the background, against written while it waits.
+"""Time for which training waits for checkpoints that are written in the background or in the foreground.
 
     python benchmarks/checkpoint.py [--dir DIR] [--json FILE] [--layers N]
 
-A random model of a hundred million parameters (bf16 weights, float32 copy and Adam moments: 14 bytes each) takes
-real steps on one process and on two, and is saved four times in each way. Waiting is what the training loop spends in
-``save``, in ``poll`` after every step, and in ``finish`` before the next save. While a checkpoint is written in the
-background the steps share processors and memory with the writer: their time is listed beside that of undisturbed ones.
-Medians of the saves after the first, which plans for the others, are compared; so are the fastest.
+A random model of a hundred million parameters (14 bytes each: bf16 weights, float32 copy and Adam moments) is trained
+for some steps on one and on two processes, and saved four times in each way. The waiting time is the time that the
+training loop spends in ``save``, in ``poll`` after each step, and in ``finish`` before the next save. While a
+checkpoint is written in the background, training steps share processors and memory with the writer, so their time is
+listed next to that of steps without a writer. The comparison uses the medians and the fastest of the saves after the
+first, because the first also plans the later ones.
 """
 
 import argparse
@@ -31,7 +32,7 @@ LAYOUTS = {"one process": (1, {}), "2 data ranks": (2, {}), "2 tensor ranks": (2
 
 
 def make(work: Path, layers: int) -> None:
-    """A model folder with configuration and tokenizer, and some records."""
+    """Writes a model folder with configuration and tokenizer, and some records."""
     from megavlm.demo.model_folder import make_model_folder
 
     text = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": layers}
@@ -42,7 +43,7 @@ def make(work: Path, layers: int) -> None:
 
 
 def measure(work: Path, parallel: dict) -> dict:
-    """On every rank: saves in both ways. Seconds are this rank's."""
+    """Saves checkpoints in both ways and returns the times of this rank. Runs on all ranks."""
     import torch.distributed as dist
 
     from megavlm import platform
@@ -86,12 +87,12 @@ def measure(work: Path, parallel: dict) -> dict:
         began = time.perf_counter()
         step()
         seconds = time.perf_counter() - began
-        dist.barrier()  # a rank that waits for the other's step does not wait for the checkpoint
+        dist.barrier()  # waiting for the step of another rank is not part of the waiting time
         return seconds
 
     def published(folder: Path) -> bool:
         there = [folder.exists()]
-        dist.broadcast_object_list(there, src=0)  # it appears at any moment: all ranks must agree
+        dist.broadcast_object_list(there, src=0)  # the checkpoint can appear at any time, but all ranks must agree
         return there[0]
 
     timed_step()
@@ -123,7 +124,7 @@ def measure(work: Path, parallel: dict) -> dict:
 
 
 def run(work: Path, size: int, parallel: dict) -> list[dict]:
-    """``measure`` in ``size`` processes; their results by rank."""
+    """Runs ``measure`` in ``size`` processes and returns their results by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -141,7 +142,7 @@ def run(work: Path, size: int, parallel: dict) -> list[dict]:
 
 
 def summary(name: str, ranks: list[dict]) -> dict:
-    """The slowest rank of each save; the first save plans what the later ones repeat."""
+    """The times of the slowest rank in each save. The shares leave out the first save, which also plans the others."""
     foreground, background = ([max(times) for times in zip(*(r[way] for r in ranks), strict=True)]
                               for way in ("foreground", "background"))  # fmt: skip
     share = lambda of: round(of(background[1:]) / of(foreground[1:]), 3)
@@ -161,8 +162,8 @@ def summary(name: str, ranks: list[dict]) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", help="where to work (default: the system's temporary folder)")
-    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--dir", help="working folder (default: the system's temporary folder)")
+    parser.add_argument("--json", help="also write the results to this file")
     parser.add_argument("--layers", type=int, default=8, help="decoder layers of 12 million parameters each")
     parser.add_argument("--rank-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -191,8 +192,8 @@ def main() -> int:
         "share, of the fastest",
         "of the medians",
         "of the first",
-        "step alone, s",
-        "step beside the writer, s",
+        "step without writing, s",
+        "step during writing, s",
     )
     for row in rows:
         cells = [", ".join(f"{x:.2f}" for x in cell) if isinstance(cell, list) else str(cell) for cell in row.values()]

@@ -1,8 +1,8 @@
-"""Time and memory of the two converters on a random folder of the 2B shape, against ``cp -r`` of it and ``sync``.
+"""Time and memory of the two converters on a random model of the 2B shape, compared with ``cp -r`` and ``sync``.
 
-Run it with enough free disk for four copies (18 GB): ``python benchmarks/convert.py [--dir DIR] [--runs N]``.
-Memory is the largest RssAnon of the process while it runs: memory of its own, without mapped files. Time is wall time
-of the command, from its start to the end of a ``sync`` after it.
+It needs disk space for four copies (18 GB): ``python benchmarks/convert.py [--dir DIR] [--runs N]``. Memory is the
+largest RssAnon of the process, which does not include mapped files. Time is the wall-clock time from the start of the
+command to the end of a ``sync`` after it.
 """
 
 import argparse
@@ -66,7 +66,7 @@ CONFIG_2B = {
 
 
 def make_folder(folder: Path) -> int:
-    """A folder of random bf16 weights; returns its size in bytes."""
+    """Writes a folder of random bf16 weights and returns its size in bytes."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG_2B, indent=2))
     shapes = {name: shape for entry in table(Shapes.from_hf(folder)) for name, shape in entry.hf.items()}
@@ -80,7 +80,7 @@ def make_folder(folder: Path) -> int:
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """Seconds that ``command`` and a ``sync`` take, and the largest RssAnon of its process in GiB."""
+    """The time of ``command`` and a ``sync`` in seconds, and the largest RssAnon of the process in GiB."""
     started = time.perf_counter()
     process = subprocess.Popen(command)
     peak = 0
@@ -107,7 +107,7 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 
 def run_once(work: Path) -> list[dict]:
-    """One row of numbers for each command; ``work/hf`` is there, all else in ``work`` is made and removed again."""
+    """Measures each command once. ``work/hf`` must exist; all other files in ``work`` are removed again."""
     hf, copy, checkpoint, back = (work / name for name in ("hf", "copy", "checkpoint", "back"))
     tool = [sys.executable]
     commands = {
@@ -131,9 +131,9 @@ def run_once(work: Path) -> list[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", help="where to work (default: the system's temporary folder)")
-    parser.add_argument("--json", help="also write the numbers to this file")
-    parser.add_argument("--runs", type=int, default=1, help="how many times")
+    parser.add_argument("--dir", help="working folder (default: the system's temporary folder)")
+    parser.add_argument("--json", help="also write the results to this file")
+    parser.add_argument("--runs", type=int, default=1, help="number of repetitions (default: 1)")
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="megavlm-convert-", dir=args.dir))
     try:

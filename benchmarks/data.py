@@ -1,19 +1,19 @@
-"""The data path beside the least that it could do: throughput, start, memory and packing.
+"""Throughput, start-up time, memory and packing of the data pipeline, compared with minimal implementations.
 
     python benchmarks/data.py [--json FILE] [--runs N] [--dir DIR]
 
-*Throughput*: photographs of about a megapixel as JPEG files, each named by ten lines of a JSONL file, as samples per
-second of ``build_loader`` with two workers; beside it a bare loop in as many workers, torch's DataLoader around
-decoding and the processor's image part, tensors handed to the main process. Runs alternate; medians are compared, once
-the packing buffer is full (it takes in a thousand samples beforehand, on the way) and from the first row on.
+*Throughput*: samples per second of ``build_loader`` with two workers, for JPEG photographs of about a megapixel, each
+of which is used by ten lines of a JSONL file. The comparison is torch's DataLoader with as many workers that only
+decode the files, run the image processor, and pass the tensors to the main process. Runs alternate. Medians are
+compared from the first row on, and after the packing buffer has been filled with a thousand samples.
 
-*Start*: a new process opens 100,000 lines and takes its first row. *Memory*: what the workers have for themselves (USS)
-after the same number of rows of 10,000 and of 100,000 lines.
+*Start*: the time in which a new process opens 100,000 lines and takes its first row. *Memory*: the memory that belongs
+only to the workers (USS), after the same number of rows from 10,000 and from 100,000 lines.
 
-*Packing*: tokens that are not padding in rows of 8,192, of functions, classes, paragraphs and whole files of the
-installed packages mixed with pictures; beside the same samples in the same order without a buffer, by next-fit (a
-sample that does not fit the open row closes it) and first-fit (in the first of 16 open rows that has room; if none has,
-the fullest is closed), and unpacked.
+*Packing*: the share of tokens that are not padding in rows of 8,192 tokens. The samples are functions, classes,
+paragraphs and whole files of the installed packages, mixed with pictures. The comparison is the same order of samples
+without a buffer: next-fit (a sample that does not fit into the open row closes it), first-fit (a sample goes into the
+first of 16 open rows with enough room; if there is none, the fullest row is closed), and no packing.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from megavlm.data.sources import open_file
 from megavlm.demo.model_folder import make_model_folder
 
 WORKERS, SEQ_LENGTH, PICTURES = 2, 8192, 200
-WARM_ROWS, TIMED_ROWS = 60, 50  # of eight pictures; after 60 both packing buffers are full
+WARM_ROWS, TIMED_ROWS = 60, 50  # rows of eight pictures; after 60 rows, both packing buffers are full
 MEMORY_ROWS = 60
 PACKED_SAMPLES = 12_000
 MIN_RATIO, MAX_START = 0.8, 10.0
@@ -66,7 +66,7 @@ def write_lines(file: Path, records: Iterator[dict]) -> Path:
 
 
 def photograph(draw: random.Random, width: int, height: int) -> Image.Image:
-    """A part of a photograph, at this size."""
+    """A crop of a photograph, scaled to this size."""
     from skimage import data
 
     whole = Image.fromarray(getattr(data, draw.choice(NAMES))())
@@ -81,7 +81,7 @@ def photograph(draw: random.Random, width: int, height: int) -> Image.Image:
 
 
 def make_pictures(root: Path) -> list[str]:
-    """JPEG files of a megapixel to within a tenth; their names."""
+    """Writes JPEG files of a megapixel, with a tolerance of a tenth, and returns their names."""
     names, draw = [], random.Random(0)
     for number in range(PICTURES):
         width = draw.randint(850, 1250)
@@ -92,7 +92,7 @@ def make_pictures(root: Path) -> list[str]:
 
 
 def about_pictures(names: list[str], count: int) -> Iterator[dict]:
-    """So many lines, each of them with one of the pictures."""
+    """This number of lines, each with one of the pictures."""
     for number in range(count):
         question = say("user", f"<image>What is in picture {number}?")
         yield {"messages": [question, say("assistant", "A photograph. " * (1 + number % 9))],
@@ -106,7 +106,7 @@ def loader_of(folder: Path, file: Path, **settings):
 
 
 def ours(folder: Path, file: Path) -> dict[str, float]:
-    """Samples per second of the loader, from its first row on and once its packing buffers are full."""
+    """Samples per second of the loader, from its first row on and after its packing buffers are full."""
     loader = loader_of(folder, file)
     times, counts = [], []
     for _ in range(WARM_ROWS + TIMED_ROWS):
@@ -135,7 +135,7 @@ class _Bare(torch.utils.data.Dataset):
 
 
 def bare(folder: Path, files: list[Path], decoder: str) -> float:
-    """Samples per second of decoding and the processor alone."""
+    """Samples per second of decoding and the processor without the rest of the pipeline."""
     processor = Renderer(folder, DataSettings()).processor.image_processor
     skipped = 8 * WORKERS
     order = random.Random(1).choices(files, k=skipped + 8 * TIMED_ROWS)
@@ -161,7 +161,7 @@ def throughput(folder: Path, root: Path, names: list[str], runs: int) -> dict:
 
 
 def started(folder: str, file: str, rows: int) -> dict:
-    """In a new process: seconds to the first row, and after `rows` the workers' own memory."""
+    """The time to the first row in seconds, and the workers' own memory after `rows`. Runs in a new process."""
     began = time.time()
     loader = loader_of(Path(folder), Path(file))
     next(loader)
@@ -170,8 +170,8 @@ def started(folder: str, file: str, rows: int) -> dict:
         next(loader)
     workers = psutil.Process().children()
     assert len(workers) == WORKERS
-    while any([worker.cpu_percent(0.5) > 2 for worker in workers]):  # noqa: C419 (each is to be asked)
-        pass  # at rest, with as many rows made ahead as they may
+    while any([worker.cpu_percent(0.5) > 2 for worker in workers]):  # noqa: C419 (call it on all workers)
+        pass  # wait until they are idle, because they have prepared the maximum number of rows
     own = [worker.memory_full_info().uss / 2**20 for worker in workers]
     loader.close()
     return {
@@ -209,7 +209,7 @@ def start_and_memory(folder: Path, root: Path, names: list[str], runs: int) -> d
 
 
 def texts(limit: int) -> list[str]:
-    """Pieces of the installed packages' files: functions and classes, paragraphs in blocks, whole files."""
+    """Parts of the files of installed packages: functions and classes, blocks of paragraphs, whole files."""
     root, draw, found = Path(sysconfig.get_path("purelib")), random.Random(0), []
     files = sorted(p for p in root.rglob("*") if p.suffix in (".py", ".md", ".rst", ".txt") and p.is_file())
     draw.shuffle(files)
@@ -240,7 +240,7 @@ def texts(limit: int) -> list[str]:
 
 
 def mixed(root: Path, pieces: list[str]) -> Iterator[dict]:
-    """Three quarters of them as documents, a quarter as talk about one to four pictures of many sizes."""
+    """Three quarters of the texts as documents, a quarter as conversations about one to four pictures of many sizes."""
     draw, names = random.Random(2), []
     for number in range(100):
         size = [round(64 * 16 ** draw.random()) for _ in range(2)]
@@ -257,7 +257,7 @@ def mixed(root: Path, pieces: list[str]) -> Iterator[dict]:
 
 
 def open_rows(lengths: list[int], most_open: int) -> int:
-    """Rows that samples fill in order of arrival, each in the first open row that has room (most_open 1: next-fit)."""
+    """Packs samples in order of arrival, each into the first open row with enough room (most_open 1: next-fit)."""
     free: list[int] = []
     closed = 0
     for length in lengths:
@@ -286,7 +286,7 @@ def packing(root: Path) -> dict:
     settings = DataSettings(train=[{"path": str(path)}], seq_length=SEQ_LENGTH, workers=WORKERS, shuffle=False)
     loader = build_loader(settings, Renderer(folder, settings), "pretrain", dp_rank=0, dp_size=1, seed=0)
     filled, samples = [], 0
-    while samples < len(fitting) - 2 * WORKERS * settings.packing_buffer:  # none comes a second time
+    while samples < len(fitting) - 2 * WORKERS * settings.packing_buffer:  # before any sample is repeated
         row = next(loader)
         filled.append(row.num_tokens)
         samples += row.num_samples
@@ -311,7 +311,7 @@ def packing(root: Path) -> dict:
 
 
 def report(result: dict) -> bool:
-    """Print what was measured; whether it is as required."""
+    """Prints the results and returns whether they meet the requirements."""
     console, verdicts = Console(), {}
     if rates := result.get("throughput"):
         table = Table("samples per second, two workers", "median", "min to max", "of the bare loop (torchvision)")
@@ -349,10 +349,12 @@ def report(result: dict) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", help="where to work (default: the system's temporary folder)")
-    parser.add_argument("--json", help="also write the numbers to this file")
-    parser.add_argument("--runs", type=int, default=3, help="of each measurement (default: 3)")
-    parser.add_argument("--only", choices=("throughput", "start_and_memory", "packing"), help="measure this alone")
+    parser.add_argument("--dir", help="working folder (default: the system's temporary folder)")
+    parser.add_argument("--json", help="also write the results to this file")
+    parser.add_argument("--runs", type=int, default=3, help="number of repetitions of each measurement (default: 3)")
+    parser.add_argument(
+        "--only", choices=("throughput", "start_and_memory", "packing"), help="run only this measurement"
+    )
     parser.add_argument("--started", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.started:

@@ -1,8 +1,9 @@
-"""Memory and time of one very long row, forward and backward, at CP2 on two processes.
+"""Memory and time of the forward and backward pass of one very long row with CP2 on two processes.
 
-``python -m benchmarks.long_row [--lengths 131072 262144] [--json FILE]``: one document with real pictures of about a
-megapixel in a toy model of 2 + 2 layers whose vocabulary has all 151,936 entries; every text token is a target. Memory
-is the largest resident memory of each process, added up. Most of the time goes into attention and logits.
+``python -m benchmarks.long_row [--lengths 131072 262144] [--json FILE]``: the row is one document with real pictures of
+about a megapixel. The toy model has 2 + 2 layers and the full vocabulary of 151,936 tokens. All text tokens are
+targets. Memory is the sum of the largest resident memory of each process. Most of the time is spent in attention and
+logits.
 """
 
 import argparse
@@ -27,7 +28,7 @@ PICTURES = ("astronaut", "chelsea", "coffee", "rocket")
 
 
 def document(root: Path, tokens: int, pictures: int, renderer) -> dict:
-    """A text of about ``tokens`` tokens, its pictures in even distances."""
+    """A text of about ``tokens`` tokens with evenly spaced pictures."""
     from PIL import Image
     from skimage import data
 
@@ -42,7 +43,7 @@ def document(root: Path, tokens: int, pictures: int, renderer) -> dict:
 
 
 def measure(folder: Path, root: Path, length: int) -> dict:
-    """Runs on every rank: one row forward and backward."""
+    """Runs the forward and backward pass of one row. Runs on all ranks."""
     from megavlm import platform
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
@@ -89,8 +90,8 @@ def measure(folder: Path, root: Path, length: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[131072, 262144], help="tokens of the row")
-    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[131072, 262144], help="lengths of the row in tokens")
+    parser.add_argument("--json", help="also write the results to this file")
     args = parser.parse_args()
     from megavlm.demo.model_folder import make_model_folder
 

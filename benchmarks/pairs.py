@@ -1,11 +1,11 @@
-"""A DPO step on pairs with pictures: the tower runs once per pair, against once per answer.
+"""Time of a DPO step on pairs with pictures if the tower encodes pictures once per pair, or once per answer.
 
     python -m benchmarks.pairs [--steps N] [--json FILE]
 
-Eight prompts with a real photograph of 384 × 384 px and two short answers each, in rows of 1,024 tokens; a toy decoder
-of 4 layers of 128 and a tower of 8 layers of 256, float32, one process. The same pairs with the pictures of each answer
-encoded for itself are what a trainer does that knows no pairs. Steps of the two alternate; medians are compared, and
-the losses must be equal.
+There are eight prompts, each with a real photograph of 384 × 384 px and two short answers, in rows of 1,024 tokens. A
+toy decoder with 4 layers of width 128 and a tower with 8 layers of width 256 run in float32 on one process. A trainer
+without support for pairs encodes the pictures once per answer. Steps of the two kinds alternate, medians are compared,
+and the losses must be equal.
 """
 
 import argparse
@@ -22,7 +22,7 @@ MIN_RATIO, PAIRS = 1.3, 8
 
 
 def make(root: Path) -> Path:
-    """Model folder, pictures and pairs."""
+    """Writes a model folder, pictures and pairs."""
     import skimage.data
     from PIL import Image
 
@@ -74,7 +74,7 @@ def measure(root: Path, folder: Path, steps: int) -> dict:
             samples += [chosen, twin]
         apart.append(renderer.pack(samples))
     optimizers, seconds, losses, frames = Optimizers(vlm, settings.train), {}, {}, {}
-    for turn in range(steps + 1):  # the first one warms up
+    for turn in range(steps + 1):  # the first step is a warm-up
         for name, rows in (("once per pair", shared), ("once per answer", apart)):
             objective = PairObjective("simpo", {}, 1024, groups.language.cp)
             step = Step(vlm, optimizers, Feed(vlm, iter(rows)), len(rows), objective)
@@ -92,8 +92,8 @@ def measure(root: Path, folder: Path, steps: int) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=9, help="of each kind")
-    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--steps", type=int, default=9, help="number of steps of each kind (default: 9)")
+    parser.add_argument("--json", help="also write the results to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="megavlm-pairs-") as root:
         result = measure(Path(root), make(Path(root)), args.steps)

@@ -1,10 +1,10 @@
-"""Memory of a base in 4 bits beside bf16: of the decoder's linears, and of all weights of each model size.
+"""Memory of base weights in 4 bits compared with bf16, for the decoder's linear layers and for all weights of a model.
 
     python -m benchmarks.quantized [--out FILE]
 
-The bytes of a weight in 4 bits are measured: those of the tensors that bitsandbytes keeps for a layer's linears of the
-2B model. How many weights each model has there, and in all, is counted in its table of names; embeddings, output
-layer, norms, tower and projector stay in bf16.
+The bytes of a weight in 4 bits are measured from the tensors that bitsandbytes stores for the linear layers of one
+decoder layer of the 2B model. The number of weights in linear layers and in the whole model follows from the table of
+names of each model size. Embeddings, output layer, norms, tower and projector remain in bf16.
 """
 
 import argparse
@@ -22,14 +22,14 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "models"
 
 
 def linears(shapes: Shapes) -> list[tuple[int, ...]]:
-    """Shapes of the decoder's linears."""
+    """The shapes of the linear layers of the decoder."""
     keys = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
     entries = [entry for entry in table(shapes) if entry.key.startswith("language.decoder.")]
     return [entry.shape for entry in entries if entry.key.endswith(keys)]
 
 
 def measured(double: bool) -> float:
-    """Bytes of a layer's linears in 4 bits, over those in bf16."""
+    """The bytes of the linear layers of a decoder layer in 4 bits, divided by those in bf16."""
     layer = linears(Shapes.from_hf(CONFIGS / "2b"))[:4]
     whole = packed = 0
     for shape in layer:
@@ -50,9 +50,11 @@ def main() -> None:
         inside = sum(torch.Size(shape).numel() for shape in linears(shapes))
         of_all = {name: 1 - inside / total * (1 - ratio) for name, ratio in ratios.items()}
         models[folder.name] = {"weights": total, "in_4_bits": inside, "of_bf16": of_all}
-        told = " · ".join(f"{name} {ratio:.3f}" for name, ratio in of_all.items())
-        print(f"{folder.name:10} {inside / total:6.1%} of {total / 1e9:6.2f} G weights in 4 bits · all of bf16: {told}")
-    print("the linears alone:", " · ".join(f"{name} {ratio:.4f}" for name, ratio in ratios.items()))
+        shown = " · ".join(f"{name} {ratio:.3f}" for name, ratio in of_all.items())
+        print(
+            f"{folder.name:10} {inside / total:6.1%} of {total / 1e9:6.2f} G weights in 4 bits · bytes / bf16: {shown}"
+        )
+    print("bytes of linear layers / bf16:", " · ".join(f"{name} {ratio:.4f}" for name, ratio in ratios.items()))
     versions = {"torch": torch.__version__, "bitsandbytes": bitsandbytes.__version__}
     result = {"linears_of_bf16": ratios, "models": models, "versions": versions}
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Local ranks for the benchmarks: real processes on gloo, a core each."""
+"""Local ranks for the benchmarks: processes that use gloo, with one core each."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from multiprocessing import get_context
 
 
 def run_ranks(size: int, function: Callable, *args) -> list:
-    """``function(*args)`` on ``size`` new processes with RANK, WORLD_SIZE and so on set; the results by rank."""
+    """Runs ``function(*args)`` in ``size`` new processes with RANK, WORLD_SIZE, … set, and returns results by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -31,7 +31,7 @@ def _rank(rank: int, size: int, port: int, function: Callable, args: tuple):
 
 
 def versions() -> dict:
-    """What a result depends on besides the code."""
+    """The properties of the machine and the versions of packages on which results depend."""
     import platform
 
     import megatron.core

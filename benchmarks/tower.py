@@ -1,9 +1,9 @@
-"""Dealing frames over a model-parallel group beside encoding every frame on every rank.
+"""Time of the tower if frames are distributed over a model-parallel group, or if each rank encodes all frames.
 
-``python -m benchmarks.tower [--json FILE]``: real photographs through a tower of random weights on two processes in the
-layouts TP2, PP2 and CP2. Time is that of the tower's phase of a step (encode, exchange of features, backward with
-recompute), of the slower rank, both ways in turn. Balance is the planned cost of the slowest of four ranks over the
-mean, for windows of four rows of 8,192 tokens full of photographs from 64 px thumbnails to 2,000 px.
+``python -m benchmarks.tower [--json FILE]``: a tower with random weights encodes real photographs on two processes in
+the layouts TP2, PP2 and CP2. The time is that of the tower's part of a step (encoding, exchange of features, backward
+pass with recomputation) on the slower rank; the two ways alternate. Balance is the planned cost of the slowest of four
+ranks divided by the mean, for windows of four rows of 8,192 tokens with photographs from 64 px to 2,000 px.
 """
 
 import argparse
@@ -33,7 +33,7 @@ REPEATS = 5
 
 
 def photographs(root: Path, count: int, most: int) -> list[dict]:
-    """``count`` records of one photograph each, longer sides from 64 to ``most`` pixels, evenly in their logarithm."""
+    """``count`` records of one photograph each, with log-uniform longer sides from 64 to ``most`` pixels."""
     from skimage import data
 
     sides = np.exp(np.random.default_rng(0).uniform(np.log(64), np.log(most), count)).astype(int)
@@ -49,7 +49,7 @@ def photographs(root: Path, count: int, most: int) -> list[dict]:
 
 
 def balance(root: Path, records: list[dict], folder: Path) -> list[float]:
-    """Planned imbalance over 4 ranks of windows of 4 rows of 8,192 tokens, for the tower of the released 8B model."""
+    """The planned imbalance over 4 ranks of windows of 4 rows of 8,192 tokens, for the tower of the 8B model."""
     from megavlm.config.settings import Settings
     from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
@@ -58,7 +58,7 @@ def balance(root: Path, records: list[dict], folder: Path) -> list[float]:
     renderer = Renderer(folder, Settings(model={"hf": folder}, data={"seq_length": 262144}).data)
     drafts = [renderer.draft(record, in_folder(root), "photographs", kind="pretrain") for record in records]
     patches = [draft.frame_grids.prod(axis=1) for draft in drafts]
-    window_of = np.cumsum([p.sum() for p in patches]) // (4 * 4 * 8192)  # four patches a token
+    window_of = np.cumsum([p.sum() for p in patches]) // (4 * 4 * 8192)  # four patches per token
     result = []
     for window in range(window_of[-1]):
         frames = np.concatenate([p for p, w in zip(patches, window_of, strict=True) if w == window])
@@ -69,7 +69,7 @@ def balance(root: Path, records: list[dict], folder: Path) -> list[float]:
 
 
 def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> dict[str, list[float]]:
-    """Seconds of the tower's phase of one step, on each rank; run on every rank."""
+    """The time of the tower's part of a step on this rank in seconds. Runs on all ranks."""
     import torch
     import torch.distributed as dist
 
@@ -97,7 +97,7 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     feed = Feed(vlm, iter([row]) if groups.is_leader else None)
     window = next(feed.windows(feed.rows(1), 1))
 
-    # The other way: a group of one, which encodes all frames itself.
+    # For comparison: a group of a single rank, which encodes all frames.
     share = RankShare(planes=tuple(range(vlm.tower.num_planes)))
     counts = np.asarray(row.frame_lengths) // vlm.tower.merge
     starts = row.visual_positions.numpy()[np.cumsum(counts) - counts]
@@ -117,7 +117,7 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     seconds = {"dealt": [], "everywhere": []}
     for repeat in range(REPEATS + 1):
         pair = step(vlm.tower, window.frames, window.exchange), step(alone, everything, own_plan)
-        if repeat:  # the first is a warm-up
+        if repeat:  # the first repetition is a warm-up
             for name, value in zip(seconds, pair, strict=True):
                 seconds[name].append(value)
     platform.shutdown()
@@ -126,7 +126,7 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--json", help="also write the results to this file")
     args = parser.parse_args()
     from megavlm.demo.model_folder import make_model_folder
 

@@ -1,34 +1,35 @@
 # shellcheck shell=bash
 # Sourced by the job scripts of this folder; `launch VERB CONFIG [section.key=value …]` starts one process per GPU.
 #
-#   sbatch launch/stage1.sh                                       the model 8b, on the nodes that the script asks for
-#   MEGAVLM_MODEL=32b sbatch --nodes=8 launch/stage1.sh           another model, on the GPUs its configuration is for
-#   sbatch launch/stage1.sh train.lr=1e-5                         a setting changed
-#   MEGAVLM_TUNER=lora sbatch launch/sft.sh                       an adapter instead of the weights: sft-lora.yaml
-#   DRY_RUN=1 MEGAVLM_MODEL=32b NODES=8 launch/stage1.sh          print what each rank would run; needs no SLURM
+#   sbatch launch/stage1.sh                                       train the model 8b on the default number of nodes
+#   MEGAVLM_MODEL=32b sbatch --nodes=8 launch/stage1.sh           train another model on more nodes
+#   sbatch launch/stage1.sh train.lr=1e-5                         change a setting
+#   MEGAVLM_TUNER=lora sbatch launch/sft.sh                       train an adapter, with sft-lora.yaml
+#   DRY_RUN=1 MEGAVLM_MODEL=32b NODES=8 launch/stage1.sh          print the command of each rank; needs no SLURM
 #
-# Submit from the top of the checkout (or set MEGAVLM_HOME to it); it and the folders below lie on a file system that
-# all nodes see. Account and partition come from SLURM's own SBATCH_ACCOUNT and SBATCH_PARTITION.
+# Submit from the top of the checkout (or set MEGAVLM_HOME to it). The checkout and the folders below must be on a file
+# system that all nodes share. SLURM reads account and partition from SBATCH_ACCOUNT and SBATCH_PARTITION.
 #
-#   MEGAVLM_MODEL    which configs/models/*.yaml               (8b)
-#   MEGAVLM_TUNER    what learns in sft, rm, dpo and kto: full or lora, configs/tune/*-lora.yaml  (full)
-#   MEGAVLM_MODELS   holds the Hugging Face folders 2b, 8b, …  (configs/models, which has shapes but no weights)
-#   MEGAVLM_DATA     holds the training files                  (data)
-#   MEGAVLM_RUNS     gets the runs: RUNS/MODEL/stage1/…        (runs)
-#   MEGAVLM_IMAGE    container image for pyxis/enroot, see docker/Dockerfile; unset: MEGAVLM_VENV
-#   MEGAVLM_MOUNTS   further pyxis mounts, comma-separated     (none; the checkout is always mounted)
-#   MEGAVLM_VENV     environment with megavlm installed        (.venv of the checkout)
+#   MEGAVLM_MODEL    the file of configs/models/*.yaml to use             (default: 8b)
+#   MEGAVLM_TUNER    full, or lora for adapters in sft, rm, dpo and kto   (default: full)
+#   MEGAVLM_MODELS   folder of the Hugging Face folders 2b, 8b, …         (default: configs/models, without weights)
+#   MEGAVLM_DATA     folder of the training files                         (default: data)
+#   MEGAVLM_RUNS     folder for the runs: RUNS/MODEL/stage1/…             (default: runs)
+#   MEGAVLM_IMAGE    container image for pyxis/enroot, see docker/Dockerfile (default: none; MEGAVLM_VENV is used)
+#   MEGAVLM_MOUNTS   further pyxis mounts, separated by commas            (default: none; the checkout is mounted)
+#   MEGAVLM_VENV     environment in which megavlm is installed            (default: .venv of the checkout)
 set -euo pipefail
 
-# The environment of every rank. What the job was submitted with wins; sites add their own NCCL_SOCKET_IFNAME,
-# NCCL_IB_HCA, … in the same way, since SLURM hands the submitting shell's environment on.
+# The environment of each rank. Variables that are set when the job is submitted take precedence. Sites can add their
+# own NCCL_SOCKET_IFNAME, NCCL_IB_HCA, … in the same way, because SLURM passes on the environment of the submitting
+# shell.
 rank_environment() {
   : "${CUDA_DEVICE_MAX_CONNECTIONS:=1}"                # one queue: Megatron's overlap relies on the order of launches
-  : "${PYTORCH_ALLOC_CONF:=expandable_segments:True}"  # rows hold unlike numbers of patches: without it, fragments
-  : "${NCCL_DEBUG:=WARN}"                              # a fabric that is not found is said, the rest is quiet
-  : "${OMP_NUM_THREADS:=1}"                            # eight ranks and their data workers share a node's cores
-  : "${HF_HUB_OFFLINE:=1}"                             # models are local folders: 1,000 ranks never ask the hub
-  : "${TOKENIZERS_PARALLELISM:=false}"                 # the data workers are the parallelism
+  : "${PYTORCH_ALLOC_CONF:=expandable_segments:True}"  # numbers of patches differ between rows; avoids fragmentation
+  : "${NCCL_DEBUG:=WARN}"                              # reports only problems, such as a network that is not found
+  : "${OMP_NUM_THREADS:=1}"                            # eight ranks and their data workers share the cores of a node
+  : "${HF_HUB_OFFLINE:=1}"                             # models are local folders, so ranks need not contact the hub
+  : "${TOKENIZERS_PARALLELISM:=false}"                 # data workers already run in parallel
   environment=(CUDA_DEVICE_MAX_CONNECTIONS PYTORCH_ALLOC_CONF NCCL_DEBUG OMP_NUM_THREADS HF_HUB_OFFLINE
     TOKENIZERS_PARALLELISM MASTER_ADDR MASTER_PORT)
   export MASTER_ADDR=${hosts[0]}
@@ -36,7 +37,7 @@ rank_environment() {
   export "${environment[@]}"
 }
 
-# The value of an `#SBATCH --NAME=VALUE` line of the job script, so that a dry run asks for what sbatch would.
+# The value of an `#SBATCH --NAME=VALUE` line of the job script, so that a dry run uses the same values as sbatch.
 sbatch_header() {
   sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$0"
 }
@@ -47,7 +48,7 @@ config_of_tuner() {
   if [[ ${MEGAVLM_TUNER:-full} != full ]]; then
     config=${1%.yaml}-$MEGAVLM_TUNER.yaml
     if [[ ! -f $config ]]; then
-      echo "MEGAVLM_TUNER is $MEGAVLM_TUNER, but there is no $config; lora is for sft, rm, dpo and kto" >&2
+      echo "MEGAVLM_TUNER is $MEGAVLM_TUNER, but $config does not exist; lora is available for sft, rm, dpo and kto" >&2
       return 2
     fi
   fi
@@ -69,11 +70,11 @@ launch() {
   cd "$MEGAVLM_HOME"
   config=$(config_of_tuner "$2")
 
-  # `python -m` takes the package from the current folder: a container runs the checkout that was submitted.
+  # `python -m` imports the package from the current folder, so a container runs the checkout that was submitted.
   local -a srun command=(python -m megavlm "$1" "$config" "${@:3}")
   local logs=${MEGAVLM_RUNS:-runs}/logs/$name-${SLURM_JOB_ID:-0}
-  # Every task sees all GPUs of its node and takes the one of its local rank: --gpus-per-task would hide the others,
-  # and with them NVLink. A rank that fails ends the job instead of leaving the rest to wait for it.
+  # Each task sees all GPUs of its node and uses the one of its local rank: --gpus-per-task would hide the others, and
+  # NVLink with them. If a rank fails, the job ends, so that the other ranks do not wait for it.
   srun=(srun --nodes="$nodes" --ntasks-per-node="$gpus" --cpus-per-task="$cpus"
     --kill-on-bad-exit=1 --open-mode=append --output="$logs/rank-%t.log")
   if [[ -n ${MEGAVLM_IMAGE:-} ]]; then
@@ -92,8 +93,8 @@ launch() {
   fi
 }
 
-# The srun command, then one line per rank: its node and local rank, and from the second word on a command with its
-# environment that a shell understands.
+# Prints the srun command, then one line per rank: its node and local rank, followed by its environment and command in
+# shell syntax.
 print_ranks() {
   local node local_rank rank name
   printf '%q ' "${srun[@]}" "${command[@]}"
@@ -110,19 +111,19 @@ print_ranks() {
   done
 }
 
-# `#SBATCH --signal=B:USR1@300` tells this script 300 s before the time limit. The ranks then write a checkpoint and
-# end with status 0, and the job goes back into the queue, to continue from it. Any other end is final; SLURM itself
-# puts a job back whose node failed (--requeue).
+# With `#SBATCH --signal=B:USR1@300`, SLURM sends USR1 to this script 300 s before the time limit. The ranks then write
+# a checkpoint and end with status 0, and the job is requeued to continue from it. After any other end, the job is not
+# requeued here; SLURM itself requeues a job whose node has failed (--requeue).
 run_until_signal() {
   local status=0 signalled=0
-  trap 'signalled=1; trap "" USR1; kill -USR1 $!' USR1 # srun hands it to the ranks; once is enough
+  trap 'signalled=1; trap "" USR1; kill -USR1 $!' USR1 # srun forwards it to the ranks; one signal is enough
   "${srun[@]}" "${command[@]}" &
   wait $! || status=$?
-  if ((signalled)); then # the trap ended that wait, not srun
+  if ((signalled)); then # the trap ended the wait above, but srun is still running
     status=0
     wait $! || status=$?
     if ((status == 0)); then
-      echo "stopped before the time limit; requeued"
+      echo "stopped before the time limit; the job is requeued"
       scontrol requeue "$SLURM_JOB_ID"
     fi
   fi

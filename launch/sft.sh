@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Supervised tuning on conversations.
+# Supervised fine-tuning on conversations.
 # Nodes by model: 2b 1, 4b 1, 8b 2, 30b-a3b 4, 32b 8, 235b-a22b 32. Variables and examples: common.sh.
 #SBATCH --job-name=megavlm-sft
 #SBATCH --nodes=2
@@ -14,7 +14,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-# sbatch runs a copy of this file, so the checkout is found by where the job was submitted.
+# sbatch runs a copy of this file, so the checkout is found through the folder from which the job was submitted.
 MEGAVLM_HOME=${MEGAVLM_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}
 # shellcheck source=launch/common.sh
 source "$MEGAVLM_HOME/launch/common.sh"

@@ -5,8 +5,8 @@ import warnings
 
 __version__ = "0.1.0"
 
-# Megatron and torch tell at every start which optional packages they did without and which of their own interfaces they
-# mean to change. None of it is news to a user; what matters (the kernels chosen, say) stands in a run's header.
+# At every start Megatron and torch warn about optional packages that are missing and about their own interfaces that
+# will change. Users need none of it; what matters, such as the kernels that were chosen, is in the header of a run.
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")
 for _name in ("megatron", "torch.utils.cpp_extension"):

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "prepare": ["data", "base"],
     "convert": ["model.shapes", "model.score_head", "config", "base"],
     "adapters": ["convert", "model", "platform", "config", "base"],
-    "optim": ["model", "platform", "base"],
+    "optim": ["model", "platform", "config", "base"],
     "checkpoint": ["optim", "adapters", "convert", "data", "model", "platform", "config", "base"],
     "monitor": ["data", "platform", "config", "base"],
     "report": ["monitor", "data", "config", "base"],

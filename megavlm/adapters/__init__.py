@@ -1,1 +1,1 @@
-"""Adapters beside Megatron's linears: LoRA, DoRA, FourierFT; bases in 4 bits."""
+"""Adapters on Megatron's linear layers (LoRA, DoRA, FourierFT), and base weights in 4 bits."""

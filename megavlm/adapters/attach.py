@@ -1,4 +1,4 @@
-"""Adapters on a model: put on, given their first values, and told apart from the rest in checkpoints."""
+"""Attaches adapters to a model, initialises them, and selects the trainable parameters for checkpoints."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -21,21 +21,26 @@ TYPES = {"lora": Lora, "dora": Dora, "fourierft": Fourier}
 
 
 class AdapterList(nn.ModuleList):
-    """The adapters of a decoder chunk, of the tower or of the projector, as its child ``adapters``."""
+    """The adapters of a decoder chunk, of the tower or of the projector; it is the child module ``adapters`` there."""
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        entries = {}
+        """The sharded entries of all adapters, as Megatron's modules return them."""
+        entries: dict = {}
         for number, adapter in enumerate(self):
+            assert isinstance(adapter, LinearAdapter)
             entries |= adapter.sharded_state_dict(f"{prefix}{number}.", sharded_offsets, metadata)
         return entries
 
 
 class Adapters:
-    """The adapters of a model on this rank. Made once, right after the model; parts that have any are frozen otherwise.
+    """The adapters of a model on this rank. Create it once, right after the model.
+
+    In parts of the model with adapters, all other weights are frozen, except the reward head.
 
     Attributes:
-        settings: of the adapters. parts: where there are any, of "vision", "projector", "language".
-        linears: of the decoder, which ``quantize`` puts into 4 bits.
+        settings: the ``adapter`` section.
+        parts: the parts that have adapters, of "vision", "projector", "language".
+        linears: the linear layers of the decoder, whose weights are stored in 4 bits with ``quantize``.
     """
 
     def __init__(self, vlm: VLM, settings: AdapterSettings):
@@ -48,6 +53,7 @@ class Adapters:
         for module in head:
             module.requires_grad_(True)
         self.linears: list[nn.Module] = []
+        assert settings.type is not None, "there are no adapters without adapter.type"
         make, dtype = TYPES[settings.type], vlm.decoder_config.params_dtype
         by_linear = groupby(adapter_sites(vlm), key=lambda site: id(site.linear))
         for sites in [list(group) for _, group in by_linear]:
@@ -58,12 +64,13 @@ class Adapters:
             chunk.inputs_need_grad = "language" in parts
 
     def _put_on(self, sites: list[AdapterSite], adapters: list[LinearAdapter]) -> None:
-        """``sites``: of one module; several where it multiplies its experts in groups."""
+        """Attach adapters to one module. It has several sites if it is a grouped linear layer for several experts."""
         root, linear = sites[0].root, sites[0].linear
         if not hasattr(root, "adapters"):
             root.adapters = AdapterList()
-        root.adapters.extend(adapters)
-
+        attached = root.adapters
+        assert isinstance(attached, AdapterList)
+        attached.extend(adapters)
         linear.register_forward_hook(partial(adapted, adapters))
 
     @property
@@ -73,9 +80,10 @@ class Adapters:
         return (adapter for root in roots for adapter in getattr(root, "adapters", ()))
 
     def begin(self, source: Adapter | None, seed: int) -> None:
-        """First values, from ``source`` or fresh ones that change nothing; call it when the base has its weights.
+        """Load the adapters from ``source``, or initialise them such that they do not change the model's output.
 
-        With ``quantize`` the decoder's linears go into 4 bits first: fresh values start from what they became.
+        Call it after the base weights have been loaded. With ``quantize``, the decoder's linear layers are quantized
+        first, so that the initial values are computed from the quantized weights.
         """
         if self.settings.quantize:
             for linear in self.linears:
@@ -84,11 +92,14 @@ class Adapters:
             adapter.begin(source.read if source is not None else None, seed)
 
 
-def adapted(adapters: list[LinearAdapter], linear: nn.Module, args: tuple, output: Tensor | tuple):
-    """The forward hook of a linear: what it gives with its adapters instead of ``output``.
+def adapted(adapters: list[LinearAdapter], linear: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+    """The forward hook of a linear layer: replaces its output by the output with adapters.
 
     Args:
-        adapters: one; or those of the experts whose tokens, of lengths ``args[1]``, a grouped linear multiplies.
+        adapters: a single adapter; for a grouped linear layer, the adapters of its experts in order.
+        linear: the layer.
+        args: its inputs; for a grouped linear layer, ``args[1]`` has the number of tokens of each expert.
+        output: its output, or a tuple whose first item is the output.
     """
     product, *rest = output if isinstance(output, tuple) else (output,)
     if len(adapters) == 1:
@@ -101,7 +112,7 @@ def adapted(adapters: list[LinearAdapter], linear: nn.Module, args: tuple, outpu
 
 
 def learned(shards: dict) -> dict:
-    """The entries of a sharded state that are of parameters that learn: what a checkpoint with adapters holds."""
+    """The entries of a sharded state that belong to trainable parameters: the contents of an adapter checkpoint."""
     return {
         name: entry for name, entry in shards.items() if isinstance(entry.data, Tensor) and entry.data.requires_grad
     }

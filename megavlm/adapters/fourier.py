@@ -1,4 +1,4 @@
-"""FourierFT (2405.03003) on a Megatron linear: the change of its weight is a sparse spectrum's inverse transform."""
+"""FourierFT (arXiv:2405.03003) on a Megatron linear layer: ΔW is the inverse Fourier transform of a sparse spectrum."""
 
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.tensor_parallel.mappings import (
@@ -15,21 +15,22 @@ from megavlm.convert.peft_names import SPECTRUM
 
 
 class Fourier(LinearAdapter):
-    """y = W x + ΔW x. ΔW, as large as W, is not kept for backward but made again."""
+    """y = W x + ΔW x. ΔW is as large as W, so it is not kept for the backward pass but computed again."""
 
     def _mark(self, parameter: nn.Parameter, axis: int | None) -> None:
         super()._mark(parameter, axis)
-        parameter.sequence_parallel = False  # ``of_ranks`` has added up the gradients already
+        # ``of_ranks`` has already summed the gradients over ranks
+        parameter.sequence_parallel = False  # type: ignore[attr-defined]  # an attribute that Megatron reads
 
     def weight(self) -> Tensor:
-        """[out, in]: this rank's share of the change, in the order of the weight's rows."""
+        """This rank's share of ΔW, [out, in], in the order of the weight's rows."""
         site, changes = self.site, []
-        for part, spectrum, rows in zip(self.parts, self.of_kind(SPECTRUM), self.rows, strict=True):
-            if part is None:
+        for part, parameter, rows in zip(self.parts, self.of_kind(SPECTRUM), self.rows, strict=True):
+            if part is None or parameter is None:
                 inner = site.entry.shape[-1] // (1 if site.cut == COLUMN else site.ranks)
                 changes.append(next(self.parameters()).new_zeros(rows, inner))
                 continue
-            spectrum = site.of_ranks(spectrum)
+            spectrum = site.of_ranks(parameter)
             change = fourier_change(spectrum, (part.out, part.inner), self.settings.scaling, self.settings.seed)
             changes.append(site.share(change, site.cut).to(spectrum.dtype))
         return self.join(changes).contiguous()

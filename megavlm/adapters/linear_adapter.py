@@ -1,4 +1,4 @@
-"""What all adapters of a linear share: their tensors, cut as the linear is, and their way into checkpoints."""
+"""The base class of the adapters of a linear layer: parameters, sharded like the layer, and checkpoint entries."""
 
 import math
 import zlib
@@ -16,15 +16,21 @@ from megavlm.platform import device
 
 
 class LinearAdapter(nn.Module, ABC):
-    """The adapter of one weight of one Megatron linear, which may be several linears of Hugging Face's model (q, k, v).
+    """The adapter of one weight of a Megatron linear layer, which may fuse several HF linear layers (q, k, v).
 
-    Each of those that is a target has its own tensors, named, shaped and ordered as peft's; only their cut over ranks
-    is that of the linear. Subclasses say what they do to its output.
+    Each HF layer that is a target has its own tensors with the names, shapes and order of peft; they are sharded over
+    ranks like the Megatron layer. Subclasses define the change of the layer's output.
 
     Args:
-        site: where it sits. targets: the HF linears with an adapter, by name.
+        site: the weight to which the adapter belongs.
+        settings: the ``adapter`` section.
+        targets: the HF linear layers that have an adapter, by name.
+        dtype: of the adapter's parameters.
+
     Attributes:
-        parts: for each HF linear of the site, in order, its Linear, or None where it is no target.
+        parts: for each HF linear layer of the site, in order, its Linear, or None if it is not a target.
+        rows: for each HF linear layer of the site, its rows in this rank's share of the weight.
+        names: for each parameter, its HF linear layer, its kind and the axis along which it is sharded.
     """
 
     def __init__(self, site: AdapterSite, settings: AdapterSettings, targets: dict[str, Linear], dtype: torch.dtype):
@@ -32,12 +38,13 @@ class LinearAdapter(nn.Module, ABC):
         self.site, self.settings = site, settings
         names = [name.removesuffix(".weight") for name in site.entry.hf]
         self.parts = [targets.get(name) for name in names]
-        # rows of each HF linear in this rank's share of the weight
         outs = [shape[-2] for shape in site.entry.hf.values()]
         self.rows = [out // site.ranks if site.cut == COLUMN else out for out in outs]
-        self.names: dict[str, tuple[Linear, str, int | None]] = {}  # of a parameter: its linear, kind and cut axis
+        self.names: dict[str, tuple[Linear, str, int | None]] = {}
         for number, part in enumerate(self.parts):
-            for kind, shape in tensor_shapes(settings, part).items() if part else ():
+            if part is None:
+                continue
+            for kind, shape in tensor_shapes(settings, part).items():
                 shape = shape[1:] if part.experts else shape
                 axis = self._cut_axis(part, kind)
                 local = site.share(torch.empty(shape, device="meta"), axis)
@@ -53,27 +60,36 @@ class LinearAdapter(nn.Module, ABC):
         return {LORA_A: 1}.get(kind)
 
     def _mark(self, parameter: nn.Parameter, axis: int | None) -> None:
-        """Attributes that Megatron reads: for gradient reduction over ranks, and for norms that count each once."""
-        parameter.allreduce = self.site.allreduce
+        """Set the attributes by which Megatron reduces gradients over ranks and counts each parameter once in norms."""
+        marks: dict[str, bool | int] = {
+            "allreduce": self.site.allreduce,
+            "sequence_parallel": axis is None and self.site.sequence_parallel,
+        }
         if axis is not None:
-            parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, axis, 1
-        parameter.sequence_parallel = axis is None and self.site.sequence_parallel
+            marks |= {"tensor_model_parallel": True, "partition_dim": axis, "partition_stride": 1}
+        for name, value in marks.items():
+            setattr(parameter, name, value)
 
     def of_kind(self, kind: str) -> list[nn.Parameter | None]:
-        """For each part its tensor of a kind, None where it has none."""
+        """For each part, its tensor of a kind, or None if it has none."""
         found = {id(part): getattr(self, name) for name, (part, k, _) in self.names.items() if k == kind}
         return [found.get(id(part)) for part in self.parts]
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """Tensors [rows of a part, …] put in the order of this rank's share of the fused weight: [out, …]."""
+        """Join tensors [rows of a part, …] in the row order of this rank's share of the fused weight: [out, …]."""
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         return self.site.layout.to_mcore(parts, shape)
 
     @torch.no_grad()
     def begin(self, read: Callable[[str, int | None], dict[str, Tensor]] | None, seed: int) -> None:
-        """Start values: those that ``read`` gives for a linear (and expert), or else fresh ones that change nothing.
+        """Set the initial values: those that ``read`` returns, or values that do not change the layer's output.
 
-        A is drawn as peft draws it (uniform to 1/√in), by name and ``seed``: the same in every layout.
+        Without ``read``, A is drawn from peft's distribution (uniform up to 1/√in). The draw depends only on the name
+        and ``seed``, so it is the same in every layout.
+
+        Args:
+            read: returns the stored tensors of an HF linear layer (and expert) by kind; None: new values.
+            seed: seed of new values.
         """
         expert = self.site.expert.index if self.site.expert else None
         stored = {part.name: read(part.name, expert) for part in self.parts if part} if read else {}
@@ -89,8 +105,9 @@ class LinearAdapter(nn.Module, ABC):
                 continue
             parameter.copy_(self.site.share(whole, axis))
 
-    def sharded_state_dict(self, prefix: str, offsets: tuple, metadata: dict) -> dict:
-        """By Hugging Face name: any layout loads them."""
+    def sharded_state_dict(self, prefix: str, offsets: tuple, metadata: dict | None) -> dict:
+        """The sharded entries with Hugging Face names, so that they can be loaded in any layout."""
+        assert metadata is not None, "the checkpoint passes process groups in the metadata"
         entries, site = {}, self.site
         for name, (part, kind, axis) in self.names.items():
             key, offset_in_stack = f"{CHECKPOINT_PREFIX}{part.name}.", offsets
@@ -112,8 +129,10 @@ class LinearAdapter(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, linear: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
-        """What the linear and its adapter give together.
+        """The joint output [t', …, out] of the linear layer and its adapter on this rank.
 
         Args:
-            inputs: [t, …, in] as the linear gets them. output: [t', …, out] of the linear, on this rank.
+            linear: the layer.
+            inputs: [t, …, in], the inputs of the layer.
+            output: [t', …, out], the output of the layer on this rank.
         """

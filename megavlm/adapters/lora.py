@@ -1,6 +1,8 @@
-"""LoRA (2106.09685; rank-stabilised: 2312.03732) and DoRA (2402.09353) on a Megatron linear."""
+"""LoRA (arXiv:2106.09685; rank-stabilised: arXiv:2312.03732) and DoRA (arXiv:2402.09353) on a Megatron linear layer."""
 
 import contextlib
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -15,25 +17,28 @@ from megavlm.convert.peft_names import LORA_A, LORA_B, MAGNITUDE, scale_of
 
 
 class Lora(LinearAdapter):
-    """y = W x + s B A x, whatever number of HF linears W is made of.
+    """y = W x + s B A x, where W may fuse several HF linear layers.
 
-    Their A's lie one above the other, their B's on the diagonal, in the order of W's rows: two products serve all.
+    Their A matrices are stacked and their B matrices form a block-diagonal matrix in the order of W's rows, so two
+    products compute the change of all of them.
     """
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r] of this rank's share of the weight; r counts all parts, scales are in B."""
-        below = [a for a in self.of_kind(LORA_A) if a is not None]
+        """A [r, in] and B [out, r] of this rank's share of the weight; r is the sum over all parts, B includes s."""
+        below: list[Tensor] = [a for a in self.of_kind(LORA_A) if a is not None]
         total, first, blocks = sum(len(a) for a in below), 0, []
-        for part, matrix, rows in zip(self.parts, self.of_kind(LORA_B), self.rows, strict=True):
-            if part is None:
+        for part, parameter, rows in zip(self.parts, self.of_kind(LORA_B), self.rows, strict=True):
+            if part is None or parameter is None:
                 blocks.append(below[0].new_zeros(rows, total))
                 continue
-            matrix = matrix.flatten(0, -2) * scale_of(self.settings, part.name)
+            matrix = parameter.flatten(0, -2) * scale_of(self.settings, part.name)
             last = first + matrix.shape[1]
             blocks.append(F.pad(matrix, (first, total - last)))
             first = last
         down, up = torch.cat(below), self.join(blocks)
-        if self.site.expert is not None:  # the side that all ranks have: the dispatcher adds up the other's gradients
+        # One factor is replicated over the ranks that share an expert, so its gradient is summed over them here. The
+        # other factor is sharded.
+        if self.site.expert is not None:
             if self.site.cut == COLUMN:
                 down = self.site.of_ranks(down)
             else:
@@ -41,7 +46,7 @@ class Lora(LinearAdapter):
         return down, up
 
     def change(self, inputs: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
-        """[t', …, out]: B A x."""
+        """s B A x, [t', …, out]."""
         down, up = factors
         if self.settings.dropout and self.training:
             own = get_cuda_rng_tracker().fork() if self.site.own_tokens() else contextlib.nullcontext()
@@ -54,24 +59,25 @@ class Lora(LinearAdapter):
 
 
 class Dora(Lora):
-    """y = m (W + s B A) x / ‖W + s B A‖, row by row; the norm counts as constant in backward (section 4.3 there).
+    """y = m (W + s B A) x / ‖W + s B A‖, row by row; backward treats the norm as a constant (section 4.3 of the paper).
 
-    Parts that are no target have m = ‖W‖. With dropout W x stays as it is: only the input of A loses features.
+    Parts that are not targets have m = ‖W‖. Dropout is applied only to the input of A, not to that of W.
     """
 
     def forward(self, linear: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         factors = self.factors()
         lengths = self._lengths(linear, factors)
-        magnitudes = [
-            lengths.new_ones(rows) if part is None else own
-            for part, own, rows in zip(self.parts, self.of_kind(MAGNITUDE), self.rows, strict=True)
+        own = self.of_kind(MAGNITUDE)
+        magnitudes: list[Tensor] = [
+            lengths.new_ones(rows) if magnitude is None else magnitude
+            for magnitude, rows in zip(own, self.rows, strict=True)
         ]
         targets = [
-            torch.full_like(own, part is not None, dtype=torch.bool)
-            for part, own in zip(self.parts, magnitudes, strict=True)
+            torch.full_like(magnitude, part is not None, dtype=torch.bool)
+            for part, magnitude in zip(self.parts, magnitudes, strict=True)
         ]
         ratio = torch.where(self.join(targets), self.join(magnitudes) / lengths, 1.0).to(output.dtype)
-        plain = output - linear.bias if _adds_bias(linear) else output
+        plain = output - cast(Tensor, linear.bias) if _adds_bias(linear) else output
         return output + (ratio - 1) * plain + ratio * self.change(inputs, factors)
 
     @torch.no_grad()
@@ -89,7 +95,8 @@ class Dora(Lora):
         return lengths
 
     @torch.no_grad()
-    def begin(self, read, seed: int) -> None:
+    def begin(self, read: Callable[[str, int | None], dict[str, Tensor]] | None, seed: int) -> None:
+        """See ``LinearAdapter.begin``. A new m is the norm of each row of the weight."""
         super().begin(read, seed)
         if read is None:
             lengths = self.site.layout.to_hf(self._lengths(self.site.linear), [(rows,) for rows in self.rows])
@@ -99,6 +106,6 @@ class Dora(Lora):
 
 
 def _adds_bias(linear: nn.Module) -> bool:
-    """Whether the output has the bias in it; Megatron's linears (and their TE kin) may hand it on beside."""
+    """Whether the output includes the bias; the linear layers of Megatron and TE may return it separately instead."""
     apart = getattr(linear, "skip_bias_add", False) or getattr(linear, "te_return_bias", False)
-    return linear.bias is not None and linear.bias.numel() > 0 and not apart
+    return isinstance(linear.bias, Tensor) and linear.bias.numel() > 0 and not apart

@@ -1,20 +1,26 @@
-"""Frozen linears in 4 bits (NF4, 2305.14314), by bitsandbytes; products are in the run's precision."""
+"""Frozen linear layers with weights in 4 bits (NF4, arXiv:2305.14314), using bitsandbytes.
+
+Weights are dequantized before each product, which is computed in the precision of the run.
+"""
 
 import logging
+from types import ModuleType
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from megavlm.adapters.base_weight import saved_as
 from megavlm.base.errors import UserError
 
-BLOCK = 64  # weights that share a scale
+BLOCK = 64  # number of weights that share a scale
 
 
 class Nf4:
     """A weight [out, in] as bitsandbytes stores it.
 
     Args:
-        double: the scales are in 8 bits, too.
+        weight: the weight to quantize.
+        double: also quantize the scales, to 8 bits (double quantization).
     """
 
     def __init__(self, weight: Tensor, *, double: bool):
@@ -24,12 +30,12 @@ class Nf4:
         )
 
     def weight(self) -> Tensor:
-        """[out, in] in the dtype that it had."""
+        """The dequantized weight [out, in] in its original dtype."""
         return _bitsandbytes().dequantize_4bit(self.packed, self.state)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes, scales and all."""
+        """Size in bytes, including the scales."""
         tensors = [self.packed, self.state.absmax]
         if self.state.nested:
             tensors += [self.state.state2.absmax, self.state.offset]
@@ -37,22 +43,23 @@ class Nf4:
 
 
 def nbytes_of(numel: int, *, double: bool) -> int:
-    """``Nf4.nbytes`` of so many weights."""
+    """The value of ``Nf4.nbytes`` for ``numel`` weights."""
     scales = -(-numel // BLOCK)
     return -(-numel // 2) + (scales + 4 * -(-scales // 256) + 4 if double else 4 * scales)
 
 
 def quantize(linear: nn.Module, *, double: bool) -> None:
-    """Puts a frozen linear's weight into 4 bits: ``linear.nf4``. Its forward and backward each work it out anew."""
-    linear.nf4 = Nf4(linear.weight, double=double)
+    """Replaces the weight of a frozen linear layer by ``linear.nf4``. Forward and backward each dequantize it again."""
+    quantized = Nf4(cast(Tensor, linear.weight), double=double)
+    linear.nf4 = quantized  # type: ignore[assignment]  # modules may have any attribute
     original = linear.forward
     linear._parameters["weight"] = None
 
-    def forward(*args, **kwargs):
-        weight = linear.nf4.weight()
-        linear.__dict__["weight"] = weight  # found before the empty parameter of that name
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        weight = quantized.weight()
+        linear.__dict__["weight"] = weight  # attribute access finds it before the empty parameter of that name
         try:
-            with saved_as(weight, linear.nf4.weight):
+            with saved_as(weight, quantized.weight):
                 return original(*args, **kwargs)
         finally:
             del linear.__dict__["weight"]
@@ -60,13 +67,14 @@ def quantize(linear: nn.Module, *, double: bool) -> None:
     linear.forward = forward
 
 
-def _bitsandbytes():
+def _bitsandbytes() -> ModuleType:
     try:
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a product that is not used here
+        # it warns about a slow product that is not used here
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         from bitsandbytes import functional
     except ImportError:
         raise UserError(
-            "adapter.quantize needs the package bitsandbytes, which is not installed",
+            "adapter.quantize requires the package bitsandbytes, which is not installed",
             "install megavlm[qlora], or set adapter.quantize to null",
         ) from None
     return functional

@@ -1,4 +1,4 @@
-"""Where adapters can sit: the linears of the model on this rank, and how each is shared out over ranks."""
+"""The weights that can have adapters: the linear layers of the model on this rank, and how each is sharded."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,13 +11,13 @@ from megavlm.convert.names import Entry, table
 from megavlm.convert.tensor_order import GroupedQkv, Layout
 from megavlm.model.vlm import VLM
 
-COLUMN, ROW = 0, 1  # axis of the weight [out, in] that tensor-parallel ranks share out
+COLUMN, ROW = 0, 1  # axis of the weight [out, in] that is sharded over tensor-parallel ranks
 _CUT = {"linear_qkv": COLUMN, "linear_fc1": COLUMN, "linear_proj": ROW, "linear_fc2": ROW}
 
 
 @dataclass(frozen=True)
 class Expert:
-    """``index`` of ``count`` experts, and which copy of it over data ranks this rank holds."""
+    """Expert number ``index`` of ``count``; ``dp_rank`` numbers this rank's copy of it among data-parallel ranks."""
 
     index: int
     count: int
@@ -26,18 +26,19 @@ class Expert:
 
 @dataclass(frozen=True)
 class AdapterSite:
-    """One weight of one linear.
+    """One weight of a linear layer.
 
     Attributes:
-        root: the module that holds its adapter: a decoder chunk, the tower or the projector.
-        linear: the module, Megatron's or torch's; several sites where it multiplies several experts in groups.
-        entry: its row in the table of names.
+        root: the module that owns its adapter: a decoder chunk, the tower or the projector.
+        linear: the layer, Megatron's or torch's. A grouped linear layer has one site for each of its experts.
+        entry: the weight's row in the table of names.
         cut: COLUMN or ROW.
-        group: ranks that share it out; None for one.
-        sequence_parallel: those ranks hold different tokens outside the linear.
-        expert: whose weight it is; None for a plain linear.
-        allreduce: Megatron's mark of parameters that all data ranks share (not those of experts dealt over ranks).
-        replicated: every rank of the world has a whole copy and its own frames.
+        group: the ranks over which the weight is sharded; None if it is not sharded.
+        sequence_parallel: whether these ranks have different tokens outside of the layer.
+        expert: the expert to which the weight belongs; None outside of experts.
+        allreduce: Megatron's mark of parameters whose gradients are reduced over all data-parallel ranks. It is False
+            for experts that are distributed over ranks.
+        replicated: whether each rank of the world has a full copy of the weight and its own frames.
     """
 
     root: nn.Module
@@ -52,28 +53,32 @@ class AdapterSite:
 
     @property
     def ranks(self) -> int:
+        """The number of ranks over which the weight is sharded."""
         return self.group.size() if self.group is not None else 1
 
     @property
     def layout(self) -> Layout:
-        """How the rows of the HF linears lie in this rank's share of the weight."""
+        """The order of the rows of the HF linear layers in this rank's share of the weight."""
         layout = self.entry.layout
         return replace(layout, groups=layout.groups // self.ranks) if isinstance(layout, GroupedQkv) else layout
 
     def share(self, tensor: Tensor, axis: int | None) -> Tensor:
-        """This rank's piece of a global tensor; all of it where ``axis`` is None."""
-        return tensor if axis is None or self.ranks == 1 else tensor.chunk(self.ranks, dim=axis)[self.group.rank()]
+        """This rank's piece of a global tensor; the whole tensor if ``axis`` is None."""
+        if axis is None or self.group is None or self.ranks == 1:
+            return tensor
+        return tensor.chunk(self.ranks, dim=axis)[self.group.rank()]
 
     def own_tokens(self) -> bool:
-        """Whether ranks see different inputs, so that each must draw random numbers of its own."""
+        """Whether ranks have different inputs, so that each must draw its own random numbers for dropout."""
         return (
             self.replicated or self.expert is not None or (self.ranks > 1 and self.cut == ROW) or self.sequence_parallel
         )
 
-    # Experts take and give tokens that the dispatcher has gathered over the group, and will add up: see ``of_ranks``.
+    # The token dispatcher gathers the inputs of experts over the group and sums their outputs, so experts need no
+    # communication here, except for the gradients of replicated parameters (``of_ranks``).
 
     def cross(self, hidden: Tensor) -> Tensor:
-        """[t, r] between the two matrices of an adapter: from this rank's inputs to what its outputs are made of."""
+        """The communication over ranks between the two matrices of an adapter, on the hidden tensor [t, …, r]."""
         if self.ranks == 1 or self.expert is not None:
             return hidden
         if self.cut == COLUMN and self.sequence_parallel:
@@ -85,14 +90,14 @@ class AdapterSite:
         return tensor_parallel.reduce_from_tensor_model_parallel_region(hidden, group=self.group)
 
     def of_ranks(self, whole: Tensor) -> Tensor:
-        """A parameter that every rank has whole, whose gradient is the sum of what each of them has found."""
+        """A parameter that is replicated over the ranks, such that its gradient is summed over them."""
         if self.ranks == 1:
             return whole
         return tensor_parallel.copy_to_tensor_model_parallel_region(whole, group=self.group)
 
 
 def adapter_sites(vlm: VLM) -> Iterator[AdapterSite]:
-    """All linears on this rank, decoder first, in the order of the layers."""
+    """The weights of all linear layers on this rank, those of the decoder first, in the order of the layers."""
     entries = {entry.key.removesuffix(".weight"): entry for entry in table(vlm.shapes)}
     groups = vlm.groups.language
     for chunk in vlm.language:
@@ -121,8 +126,11 @@ def _cut(name: str) -> int:
     return _CUT[name.rpartition(".")[2]]
 
 
-def _experts(vlm: VLM, chunk: nn.Module, linear: nn.Module, key: str, entries: dict) -> Iterator[AdapterSite]:
-    """Of one local expert ("….local_experts.3.linear_fc1"), or of all of them in a grouped linear."""
+def _experts(
+    vlm: VLM, chunk: nn.Module, linear: nn.Module, key: str, entries: dict[str, Entry]
+) -> Iterator[AdapterSite]:
+    """The site of one local expert ("….local_experts.3.linear_fc1"), or those of all experts of a grouped layer."""
+    assert vlm.shapes.text.moe is not None, "only a mixture of experts has experts"
     groups, count = vlm.groups.language, vlm.shapes.text.moe.num_experts
     here = count // groups.ep.size()
     module, _, kind = key.rpartition(".")

@@ -46,7 +46,7 @@ METHODS = {
     ),
     "sft": MethodEntry(
         "megavlm.training.language_modeling:sft",
-        "supervised tuning on conversations",
+        "supervised fine-tuning on conversations",
         "megavlm sft sft.yaml train.lr=1e-5 output=runs/sft --nproc 2",
     ),
     "rm": MethodEntry(
@@ -58,7 +58,7 @@ METHODS = {
     ),
     "dpo": MethodEntry(
         "megavlm.align.dpo:method",
-        "tuning on pairs of answers, one of which is preferred",
+        "preference tuning on pairs of a chosen and a rejected answer",
         "megavlm dpo dpo.yaml align.loss=simpo train.lr=5e-7 output=runs/dpo --nproc 2",
         aligns=True,
         requires=("model.load",),
@@ -66,7 +66,7 @@ METHODS = {
     ),
     "kto": MethodEntry(
         "megavlm.align.kto:method",
-        "tuning on answers that are each good or bad",
+        "preference tuning on single answers that are labelled desirable or undesirable",
         "megavlm kto kto.yaml train.lr=5e-7 output=runs/kto --nproc 2",
         aligns=True,
         requires=("model.load",),

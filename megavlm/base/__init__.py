@@ -1,1 +1,1 @@
-"""What every room may use: errors for users, atomic files, child processes, number formats. It imports no torch."""
+"""Helpers that every folder may use: errors for users, atomic files, child processes, number formats. No torch."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear either complete or not at all."""
 
 import os
 import shutil
@@ -13,10 +13,10 @@ from megavlm.base.errors import UserError
 
 @contextmanager
 def atomic_open(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Opens a temporary file beside `path` that takes its name when the block ends without an exception.
+    """Opens a temporary file beside `path` and renames it to `path` when the block ends without an exception.
 
-    The content is on disk before the name changes, so a reader, or a machine that lost power, finds the old file or
-    the whole new one. Text is UTF-8. Missing folders are made.
+    The content is on disk before the rename, so a reader finds either the old file or the complete new one, even after
+    a power failure. Text is written in UTF-8. Missing parent folders are created.
 
     Args:
         path: the file to write or replace.
@@ -30,14 +30,14 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp keeps its files to the owner alone
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself
+        os.fsync(folder)  # writes the rename itself to disk
     finally:
         os.close(folder)
 
@@ -50,17 +50,18 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty ``OUT.partial`` that takes the name `out` when the block ends without an exception.
+    """Yields an empty folder ``OUT.partial``, which is renamed to `out` when the block ends without an exception.
 
-    After an exception, Ctrl-C too, it is removed. What `out` held before is replaced: whoever calls has checked that.
+    After an exception, including Ctrl-C, it is removed. An existing `out` is replaced; the caller must have checked
+    that this is wanted.
 
     Raises:
-        UserError: the folder above `out` cannot be written to.
+        UserError: the parent folder of `out` is not writable.
     """
     partial = out.with_name(out.name + ".partial")
     try:
         if partial.exists():
-            shutil.rmtree(partial)  # a killed earlier run's
+            shutil.rmtree(partial)  # left by an earlier run that was killed
         partial.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot write {partial}: {error.strerror}") from None

@@ -1,19 +1,19 @@
-"""The one exception for mistakes that the user can correct."""
+"""The exception for mistakes that the user can correct, and the one for runs that cannot continue."""
 
 
 class UserError(ValueError):
-    """Bad settings, a bad file, or a layout that does not fit.
+    """Wrong settings, a wrong file, or a layout that does not fit.
 
-    The command line prints it as one message without a traceback and ends with status 2 (``status``).
+    The command line prints it as one message without a traceback and exits with status 2 (``status``).
 
     Args:
         message: what is wrong: the setting or file, its value, and what is allowed.
-        remedy: what to do about it, where that is known.
+        remedy: what the user can do about it, if that is known.
     """
 
     status = 2
 
-    def __init__(self, message: str, remedy: str | None = None):
+    def __init__(self, message: str, remedy: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.remedy = remedy
@@ -23,6 +23,6 @@ class UserError(ValueError):
 
 
 class RunFailure(UserError):
-    """A run that cannot go on though its settings and files are well-formed: told as readably, with status 1."""
+    """A run cannot continue although its settings and files are valid. Printed in the same way, with status 1."""
 
     status = 1

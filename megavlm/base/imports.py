@@ -1,4 +1,4 @@
-"""Quicker start-up."""
+"""Faster imports."""
 
 import gc
 from collections.abc import Iterator
@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """For large imports: they make many objects and no garbage, and looking for it is a tenth of their time or more."""
+    """Switches garbage collection off during large imports.
+
+    An import makes many objects and hardly any garbage, and searching for garbage takes a tenth of its time or more.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,8 +1,8 @@
-"""Numbers as a reader wants them: 12.3k, 1:02:03."""
+"""Numbers formatted for readers: 12.3k, 1:02:03."""
 
 
 def short(value: float | None, digits: int = 3) -> str:
-    """A count with k, M, G, T: 12345 → "12.3k"; None → "–"."""
+    """A count with the suffix k, M, G or T: 12345 → "12.3k"; None → "–"."""
     if value is None:
         return "–"
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -12,7 +12,7 @@ def short(value: float | None, digits: int = 3) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A measured number, rounded to `digits` significant ones: 0.123456 → "0.1235"; None → "–"."""
+    """A measured number, rounded to `digits` significant digits: 0.123456 → "0.1235"; None → "–"."""
     if value is None:
         return "–"
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
@@ -21,7 +21,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as m:ss, h:mm:ss or d days h:mm; None → "–"."""
+    """A duration in seconds as m:ss, h:mm:ss or "N d h:mm"; None → "–"."""
     if seconds is None:
         return "–"
     whole = round(seconds)
@@ -34,11 +34,11 @@ def duration(seconds: float | None) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share of one in percent: 0.4123 → "41.2 %"; None → "–"."""
+    """A fraction as a percentage: 0.4123 → "41.2 %"; None → "–"."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
 def _significant(value: float, digits: int) -> str:
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:.0f}"
-    return f"{value:#.{digits}g}".rstrip(".")  # "#" keeps the zeros of 0.3000
+    return f"{value:#.{digits}g}".rstrip(".")  # "#" keeps the trailing zeros of 0.3000

@@ -1,4 +1,4 @@
-"""No process of ours outlives the one that started it."""
+"""Makes sure that a child process does not outlive its parent."""
 
 import ctypes
 import os
@@ -9,10 +9,10 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Has the kernel end this process when its parent dies, even by SIGKILL.
+    """Asks the kernel to kill this process when its parent dies, even if the parent is killed by SIGKILL.
 
     Args:
-        parent: process id of the parent, where it is known: if that one is gone already, this process ends now.
+        parent: process id of the parent, if known. If the parent has already ended, this process ends now.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

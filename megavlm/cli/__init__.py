@@ -1,1 +1,1 @@
-"""The command line: the table of commands, help, checks before a run, local processes, messages of failures."""
+"""The command line: the table of verbs, help texts, checks before a run, local processes and error messages."""

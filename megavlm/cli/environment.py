@@ -1,4 +1,4 @@
-"""The place of this process in a group that torchrun or srun has started, as torchrun's variables say it."""
+"""The rank of this process in a group that torchrun or srun started, in the environment variables of torchrun."""
 
 import os
 import re
@@ -7,15 +7,16 @@ from megavlm.base.errors import UserError
 
 
 def join_group() -> int | None:
-    """Fills in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from srun's variables where RANK is not set.
+    """If RANK is not set, sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from srun's variables.
 
-    Only inside a job step: a batch script has SLURM_PROCID too, but is one process, whatever SLURM_NTASKS says.
+    It does so only inside a job step: a batch script also has SLURM_PROCID, but it is a single process, regardless of
+    SLURM_NTASKS.
 
     Returns:
-        The number of processes in the group; None for a process on its own.
+        The number of processes in the group; None if the process does not belong to a group.
 
     Raises:
-        UserError: RANK is set without the variables that belong to it.
+        UserError: RANK is set, but other variables that torchrun sets are missing.
     """
     environment = os.environ
     if "RANK" not in environment and "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
@@ -27,7 +28,7 @@ def join_group() -> int | None:
         environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or "localhost"
         environment.setdefault("MASTER_ADDR", first_host(nodes))
-        # The same on all nodes, and different for jobs and steps that share a node.
+        # The port must be equal on all nodes, and different for jobs and steps that share a node.
         number = int(environment.get("SLURM_JOB_ID", 0)) * 7 + int(environment["SLURM_STEP_ID"])
         environment.setdefault("MASTER_PORT", str(20000 + number % 10000))
     if "RANK" not in environment:
@@ -37,7 +38,7 @@ def join_group() -> int | None:
     if missing:
         raise UserError(
             f"the environment has RANK={environment['RANK']} but not {', '.join(missing)}",
-            "start with torchrun, srun or --nproc, or unset RANK",
+            "start the command with torchrun, srun or --nproc, or unset RANK",
         )
     return int(environment["WORLD_SIZE"])
 
@@ -45,4 +46,5 @@ def join_group() -> int | None:
 def first_host(nodes: str) -> str:
     """The first name of a SLURM node list: "gpu[007-012,20],x1" gives "gpu007"."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
+    assert match is not None, f"{nodes!r} is not a list of nodes"
     return "".join(part or "" for part in match.groups())

@@ -1,4 +1,4 @@
-"""How a failure is told: one readable message on the terminal, however many processes saw it."""
+"""Reports a failure with a single readable message on the terminal, even if many processes fail."""
 
 import fcntl
 import json
@@ -19,7 +19,14 @@ FOLDER_VARIABLE = "MEGAVLM_FAILURE_FOLDER"  # set for the workers that `--nproc`
 
 @dataclass(frozen=True)
 class Failure:
-    """What one worker failed of. `remedy` is None, and `message` a traceback, unless the user can help it."""
+    """The failure of one worker.
+
+    Attributes:
+        rank: the rank of the worker.
+        status: its exit status.
+        message: the message of a UserError, or the traceback of another exception.
+        remedy: what the user can do; None if unknown.
+    """
 
     rank: int
     status: int
@@ -28,7 +35,7 @@ class Failure:
 
 
 def show(message: str, remedy: str | None = None) -> None:
-    """Prints a message, and what to do about it, on standard error."""
+    """Prints a message on standard error, and what the user can do about it."""
     from rich.console import Console
     from rich.text import Text
 
@@ -39,28 +46,29 @@ def show(message: str, remedy: str | None = None) -> None:
 
 
 def report(error: BaseException) -> int:
-    """Tells of an exception that ended this process's work, once per job and machine. Returns the exit status.
+    """Reports an exception that ended the work of this process, and returns the exit status.
 
-    A worker of `--nproc` gives it to its parent and waits to be ended, with its connections open: were it to leave
-    at once, its peers would fail in the middle of a collective and bury the message under theirs. Under torchrun or
-    srun, the first process on a machine to fail of bad input prints; a traceback is printed by every process.
+    A worker of `--nproc` passes the exception to its parent and waits until the parent ends it. If it exited at once
+    and closed its connections, the other workers would fail in a collective and their messages would hide this one.
+    Under torchrun or srun, a UserError is printed only by the first process that fails on a machine; a traceback is
+    printed by each process.
     """
-    user = isinstance(error, UserError)
-    status = error.status if user else OTHER_ERROR
     rank = int(os.environ.get("RANK", 0))
-    text = error.message if user else "".join(traceback.format_exception(error)).rstrip()
-    failure = Failure(rank, status, text, error.remedy if user else None)
+    if isinstance(error, UserError):
+        failure = Failure(rank, error.status, error.message, error.remedy)
+    else:
+        failure = Failure(rank, OTHER_ERROR, "".join(traceback.format_exception(error)).rstrip())
     if folder := os.environ.get(FOLDER_VARIABLE):
         _hand_over(failure, Path(folder))
-    elif not user:
-        print(text, file=sys.stderr)
+    elif not isinstance(error, UserError):
+        print(failure.message, file=sys.stderr)
     elif "RANK" not in os.environ or _first_on_this_machine():
         show(failure.message, failure.remedy)
-    return status
+    return failure.status
 
 
 def first(folder: Path) -> Failure | None:
-    """The earliest failure that workers have written into `folder`."""
+    """The earliest failure that a worker has written into `folder`, if any."""
     written = sorted(folder.glob("failure_*.json"), key=lambda path: path.stat().st_mtime_ns)
     return Failure(**json.loads(written[0].read_text())) if written else None
 
@@ -69,30 +77,35 @@ def _hand_over(failure: Failure, folder: Path) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     atomic_files.write_text(folder / f"failure_{failure.rank}.json", json.dumps(vars(failure)))
-    time.sleep(60)  # the parent ends us long before
+    time.sleep(60)  # the parent ends this process long before
     os._exit(failure.status)
 
 
 def _start_of_process() -> float:
-    """When this process began, in seconds since the epoch: however long imports take, a message since then is known."""
+    """Returns the time at which this process started, in seconds since the epoch.
+
+    A time taken while this module is imported would be too late: imports take long, and another process may report in
+    the meantime.
+    """
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _first_on_this_machine() -> bool:
-    """Whether no other process of our parent (the torchrun agent, the srun step) has told of a failure since we began.
+    """Whether no other process of our parent (torchrun agent or srun step) has reported a failure since we started.
 
-    They share a file whose last change is the last telling; an older one belongs to an earlier job of the same parent.
+    The processes share a file that is changed by each report. If its last change is older than this process, it belongs
+    to an earlier job of the same parent.
     """
     path = Path(tempfile.gettempdir()) / f"megavlm-failed-{os.getuid()}-{os.getppid()}"
     try:
         with path.open("a") as marker:
             fcntl.flock(marker, fcntl.LOCK_EX)
-            state = os.fstat(marker.fileno())  # now: another may have told while this one waited for the lock
-            was_shown = state.st_size > 0 and state.st_mtime > _start_of_process()
-            if not was_shown:
+            state = os.fstat(marker.fileno())  # read it under the lock, because another process may have just reported
+            reported = state.st_size > 0 and state.st_mtime > _start_of_process()
+            if not reported:
                 marker.write(".")
-        return not was_shown
+        return not reported
     except OSError:
-        return True  # a message too many is better than none
+        return True  # a repeated message is better than none

@@ -1,4 +1,4 @@
-"""Help texts of the command, drawn from the table of verbs and from the settings themselves."""
+"""Help texts of the command, generated from the table of verbs and from the settings."""
 
 import sys
 
@@ -7,31 +7,31 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from megavlm.cli.verbs import Verb
 from megavlm.config import describe
 
-_PLAIN_WIDTH = 120  # columns where the output is not a terminal
+_PLAIN_WIDTH = 120  # width in columns if the output is not a terminal
 
 
-def show_verbs(verbs: dict, group: str | None = None) -> None:
-    """Prints what the command is and its verbs (`megavlm.cli.verbs.VERBS`), or those of a group ("data")."""
+def show_verbs(verbs: dict[str, Verb], group: str | None = None) -> None:
+    """Prints a description of the command and all verbs (`megavlm.cli.verbs.VERBS`), or those of a group ("data")."""
     console = _console()
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, verb in verbs.items():
         table.add_row(Text(name, "bold cyan"), verb.summary)
+    any_verb = f"{group} VERB" if group else "VERB"
     if group:
-        verb = f"{group} VERB"
-        console.print(_usage(f"{verb} …\n"))
+        console.print(_usage(f"{any_verb} …\n"))
     else:
-        verb = "VERB"
-        console.print(_usage(f"{verb} CONFIG.yaml [section.key=value …] [--nproc N]"))
+        console.print(_usage(f"{any_verb} CONFIG.yaml [section.key=value …] [--nproc N]"))
         console.print(Padding("Trains and runs Qwen3-VL models on Megatron-core.", (1, 0, 1, 2), expand=False))
     console.print(table)
-    explained = f"megavlm {verb} --help lists the options and settings of a verb, their defaults and meaning."
+    explained = f"megavlm {any_verb} --help lists the options and settings of a verb with their defaults and meanings."
     console.print(Padding(explained, (1, 0, 0, 2)))
 
 
-def show_verb(name: str, verb) -> None:
-    """Prints usage, example, options and all settings of one `megavlm.cli.verbs.Verb`."""
+def show_verb(name: str, verb: Verb) -> None:
+    """Prints usage, example, options and all settings of one verb."""
     console = _console()
     arguments = {_spelled("", options): options for options in verb.positionals.values()}
     for keyword, options in verb.flags.items():
@@ -56,22 +56,22 @@ def show_verb(name: str, verb) -> None:
         return
     _title(console, "Settings")
     intro = (
-        "In CONFIG.yaml as section: {key: value}, on the command line as section.key=value; base: names files to start"
-        " from. ${VAR} and ${VAR:-default} stand for environment variables; relative paths start from the current"
-        " directory."
+        "Write settings in CONFIG.yaml as section: {key: value}, or on the command line as section.key=value. base:"
+        " lists files whose settings are read first. ${VAR} and ${VAR:-default} are replaced by environment variables."
+        " Relative paths are relative to the current directory."
     )
     console.print(Padding(intro, (0, 2, 0, 2), expand=False))
     console.print(_settings_table(("", *verb.sections), required=verb.requires))
 
 
 def _spelled(flag: str, options: dict) -> str:
-    """An argument with its value, where it takes one, as a usage line writes it."""
+    """An argument with its value, if it has one, in the notation of usage lines."""
     value = options.get("metavar", "")
     return f"{flag} {value} [{value} …]".strip() if options.get("nargs") == "+" else f"{flag} {value}".strip()
 
 
 def _settings_table(sections: tuple[str, ...], required: tuple[str, ...]) -> Table:
-    """One table for all sections, so that the columns line up; each begins with its name and what it is about."""
+    """One table for all sections, so that columns are aligned. Each section starts with its name and description."""
     table = Table(box=None, padding=(0, 2, 0, 2), expand=True, header_style="dim")
     for title, ratio in (("key", None), ("default", None), ("allowed", 4), ("meaning", 7)):
         table.add_column(title, ratio=ratio, no_wrap=ratio is None)

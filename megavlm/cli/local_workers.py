@@ -1,9 +1,10 @@
-"""`--nproc N`: N worker processes on this machine, each with its place in the process group in its environment.
+"""`--nproc N`: starts N worker processes on this machine, with the variables of the process group in their environment.
 
-torchrun is not used for this because it cannot keep three promises of the command line: it turns every exit status
-into 1 with a banner, ends workers 30 seconds after SIGTERM even while they write a checkpoint, and drops SIGUSR1.
+torchrun cannot be used for this because it changes the behaviour of the command line in three ways: it replaces each
+exit status by 1 and prints a banner, it ends workers 30 seconds after SIGTERM even while they write a checkpoint, and
+it does not forward SIGUSR1.
 
-Rank 0 has the terminal; what the others print goes to a log whose end is shown if that rank is the one that fails.
+Rank 0 prints to the terminal. The output of each other rank goes to a log, whose end is shown if that rank fails.
 """
 
 import os
@@ -15,21 +16,22 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from megavlm.cli import failures
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a checkpoint is written, then the run ends with status 0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # the run writes a checkpoint and ends with status 0
 _LOG_LINES = 40
 
 
 def run(arguments: Sequence[str], nproc: int) -> int:
     """Runs `megavlm ARGUMENTS` in `nproc` processes and waits for them.
 
-    SIGTERM, SIGUSR1, SIGHUP and Ctrl-C reach the workers as a wish to stop; a second Ctrl-C ends them.
+    SIGTERM, SIGUSR1, SIGHUP and Ctrl-C are forwarded to the workers as a request to stop; a second Ctrl-C ends them.
 
     Returns:
-        0 when all ended well; 2 after bad settings or data, with one message printed; otherwise 1.
+        0 if all workers succeed; 2 if settings or data are invalid (one message is printed); otherwise 1.
     """
     with tempfile.TemporaryDirectory(prefix="megavlm-") as name, _stop_signals() as stop:
         folder = Path(name)
@@ -47,7 +49,7 @@ def is_worker() -> bool:
 
 
 class _Stop:
-    """Signals received: the ones to pass on, and whether to end at once."""
+    """The signals received: those to forward, and whether to end at once."""
 
     def __init__(self) -> None:
         self.pending: list[int] = []
@@ -57,7 +59,7 @@ class _Stop:
     def __call__(self, number: int, frame: object) -> None:
         self.now = self.now or (number == signal.SIGINT and self.asked)
         if number == signal.SIGINT and not self.asked:
-            print("stopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+            print("stopping after this step (press Ctrl-C again to stop at once)", file=sys.stderr)
         self.asked = True
         self.pending.append(number if number in STOP_SIGNALS else signal.SIGTERM)
 
@@ -88,12 +90,12 @@ def _start(arguments: Sequence[str], rank: int, nproc: int, port: int, folder: P
         failures.FOLDER_VARIABLE: str(folder),
     }
     command = [sys.executable, "-m", "megavlm", *arguments]
-    # A session of its own: a Ctrl-C reaches the parent alone, and _end finds the data workers too.
-    options = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
+    # In a new session, Ctrl-C reaches only the parent, and _end can also end the data workers.
+    start = partial(subprocess.Popen, command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     if rank == 0:
-        return subprocess.Popen(command, **options)
+        return start()
     with _log(folder, rank).open("wb") as log:
-        return subprocess.Popen(command, **options, stdout=log, stderr=subprocess.STDOUT)
+        return start(stdout=log, stderr=subprocess.STDOUT)
 
 
 def _wait(workers: list[subprocess.Popen], folder: Path, stop: _Stop) -> int:
@@ -101,16 +103,16 @@ def _wait(workers: list[subprocess.Popen], folder: Path, stop: _Stop) -> int:
         while stop.pending:
             number = stop.pending.pop(0)
             for worker in workers:
-                worker.send_signal(number)  # does nothing where the worker has ended
+                worker.send_signal(number)  # does nothing if the worker has ended
         if stop.now:
-            failures.show("ended by Ctrl-C, without a checkpoint of the last steps")
+            failures.show("ended by Ctrl-C without a checkpoint of the last steps")
             return failures.OTHER_ERROR
         failure = failures.first(folder)
         codes = [worker.poll() for worker in workers]
-        broken = next((rank for rank, code in enumerate(codes) if code), None)
-        # A worker that vanished comes first: failures of its peers are mere consequences.
-        if broken is not None and not (failure and failure.rank == broken):
-            return _vanished(broken, codes[broken], folder, stop)
+        broken = next(((rank, code) for rank, code in enumerate(codes) if code), None)
+        # A worker that ended without a report comes first, because failures of the others are only consequences.
+        if broken is not None and not (failure and failure.rank == broken[0]):
+            return _vanished(*broken, folder, stop)
         if failure:
             title = "" if failure.status == failures.USER_ERROR else f"rank {failure.rank} failed:\n"
             failures.show(title + failure.message, failure.remedy)
@@ -121,21 +123,21 @@ def _wait(workers: list[subprocess.Popen], folder: Path, stop: _Stop) -> int:
 
 
 def _vanished(rank: int, code: int, folder: Path, stop: _Stop) -> int:
-    """Tells of a worker that ended without a word of its own, such as one killed for its memory."""
+    """Reports a worker that ended without a report of its own, for example because the kernel killed it."""
     if code == failures.USER_ERROR:
         return code
     if code < 0 and stop.asked and -code in STOP_SIGNALS:
         failures.show("stopped before the first step; nothing was saved")
         return failures.OTHER_ERROR
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    hint = "the kernel does that to a process that takes too much memory" if code == -signal.SIGKILL else None
+    hint = "the kernel kills processes when the machine runs out of memory" if code == -signal.SIGKILL else None
     tail = "\n".join(_log(folder, rank).read_text(errors="replace").splitlines()[-_LOG_LINES:]) if rank else ""
     failures.show(f"rank {rank} {how}" + (f"; the end of its output:\n{tail}" if tail else ""), hint)
     return failures.OTHER_ERROR
 
 
 def _end(workers: list[subprocess.Popen]) -> None:
-    """Ends whatever still runs: after a success nothing does."""
+    """Ends all processes that are still running; after a success there are none."""
     if all(worker.poll() == 0 for worker in workers):
         return
     for worker in workers:
@@ -144,7 +146,7 @@ def _end(workers: list[subprocess.Popen]) -> None:
     for worker in workers:
         worker.wait()
     if sys.stderr.isatty():
-        print("\x1b[?25h", end="", file=sys.stderr)  # a killed progress display leaves the cursor hidden
+        print("\x1b[?25h", end="", file=sys.stderr)  # a killed progress bar leaves the cursor hidden
 
 
 def _log(folder: Path, rank: int) -> Path:

@@ -1,7 +1,7 @@
-"""The command: `megavlm VERB CONFIG.yaml [section.key=value …] [--nproc N]`; see `megavlm.cli.verbs`.
+"""The command `megavlm VERB CONFIG.yaml [section.key=value …] [--nproc N]`; see `megavlm.cli.verbs`.
 
-Exit status: 0 done, or stopped by SIGTERM or SIGUSR1 after a checkpoint; 2 bad settings or data, told in one message on
-standard error; 1 anything else.
+Exit status: 0 after a success, or after SIGTERM or SIGUSR1 and a checkpoint; 2 if settings or data are invalid, with
+one message on standard error; 1 otherwise.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from megavlm.config.settings import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command with `arguments` (default: the process's own) and returns its exit status."""
+    """Runs the command with `arguments` (default: those of the process) and returns its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if local_workers.is_worker():
         processes.end_with_parent()
@@ -62,13 +62,13 @@ def _main(arguments: list[str]) -> int:
 
 
 def _split(arguments: list[str]) -> tuple[str, list[str]]:
-    """The verb, of one word or two, or else the first word; and what follows."""
+    """The verb, which has one or two words, and the arguments after it. An unknown verb is taken to be one word."""
     pair = " ".join(arguments[:2])
     return (pair, arguments[2:]) if pair in VERBS else (arguments[0], arguments[1:])
 
 
 def _group(name: str, rest: list[str]) -> int:
-    """Shows the verbs that begin with the word `name`. Raises UserError if there are none, or another was meant."""
+    """Shows the verbs that begin with the word `name`. Raises UserError if there are none or another word follows."""
     verbs = {verb: entry for verb, entry in VERBS.items() if verb.startswith(f"{name} ")}
     if verbs and (not rest or rest[0] in ("-h", "--help", "help")):
         from megavlm.cli import help as cli_help
@@ -77,7 +77,7 @@ def _group(name: str, rest: list[str]) -> int:
         return 0 if rest else failures.USER_ERROR
     written = f"{name} {rest[0]}" if verbs else name
     known = verbs or VERBS
-    # a slip in the first of two words is recognised by the second
+    # the second word helps to recognise a typing error in the first
     close = difflib.get_close_matches(" ".join([name, *rest[:1]]), known, n=1, cutoff=0.8)
     close = close or difflib.get_close_matches(written, known, n=1)
     remedy = f"did you mean {close[0]}?" if close else f"verbs: {', '.join(known)}"
@@ -86,18 +86,19 @@ def _group(name: str, rest: list[str]) -> int:
 
 def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
     options = vars(_parser(name, verb).parse_intermixed_args(rest))
-    given = []
+    given: list[Settings] = []
     if verb.sections:
-        given.append(load_settings(options.pop("config"), options.pop("overrides")))
+        settings = load_settings(options.pop("config"), options.pop("overrides"))
+        given.append(settings)
         nproc = options.pop("nproc", None)
         if not local_workers.is_worker():
             world_size = environment.join_group()
             if world_size and nproc:
                 raise UserError(
-                    f"--nproc {nproc} in a process that torchrun or srun started, as one of {world_size}",
-                    "leave --nproc out, or start the command by itself",
+                    f"--nproc {nproc} cannot be used in a process that torchrun or srun started (one of {world_size})",
+                    "leave out --nproc, or start the command without torchrun and srun",
                 )
-            _check(name, verb, *given, options, world_size or nproc or 1)
+            _check(name, verb, settings, options, world_size or nproc or 1)
             if nproc and nproc > 1:
                 return local_workers.run(arguments, nproc)
     module, _, function = verb.target.partition(":")
@@ -107,7 +108,7 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
 
 
 def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], world_size: int) -> None:
-    """All that can be checked before processes are started and torch is imported."""
+    """Checks everything that can be checked before processes are started and torch is imported."""
     one_prompt = options.get("prompt") is not None
     job = options.get("dry_run") or name
     requires = (*VERBS[job].requires, *(() if name != "infer" or one_prompt else ("data.eval", "output")))
@@ -115,25 +116,28 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
     if job in METHODS:
         check_method(job, settings)
     if not one_prompt and (options.get("image") or options.get("video")):
-        raise UserError("--image and --video need --prompt: they would be ignored")
+        raise UserError("--image and --video can only be used with --prompt", "add --prompt TEXT, or leave them out")
     requirements.check_files(settings, verb.reads)
     for path in (*options.get("image", ()), *options.get("video", ())):
         if not path.is_file():
-            raise UserError(f"no such file: {path}")
+            raise UserError(f"file {path} does not exist")
     if verb.local_workers:
         batch = settings.train.global_batch_size if verb.writes == "" else None
         layout.check_world_size(settings.parallel, world_size, batch)
     if int(os.environ.get("RANK", 0)) > 0:
-        return  # rank 0 may be writing to the output already
+        return  # rank 0 may already be writing to the output folder
     if "out" in options:
         run_folder.check_new(options["out"], settings)
     if verb.writes == "":
         run_folder.check_output(settings)
     elif verb.writes and not one_prompt:
+        assert settings.output is not None, "checked above"
         run_folder.check_new(settings.output / verb.writes, settings)
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser that raises UserError for wrong arguments."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}", f"see {self.prog} --help")
 
@@ -148,5 +152,5 @@ def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
     for keyword, options in verb.flags.items():
         parser.add_argument("--" + keyword.replace("_", "-"), **options)
     if verb.local_workers:
-        parser.add_argument("--nproc", type=positive, metavar="N", help="local processes to start")
+        parser.add_argument("--nproc", type=positive, metavar="N", help="number of local processes")
     return parser

@@ -1,4 +1,4 @@
-"""The table of the command's verbs: what each takes, reads, needs and writes."""
+"""The table of verbs: the arguments and settings of each verb, the files that it reads, and what it writes."""
 
 import argparse
 from dataclasses import dataclass, field
@@ -14,30 +14,30 @@ RUN_READS = (*READS, "data.train", "data.eval")
 
 
 def positive(text: str) -> int:
-    """The argparse type of a count."""
+    """The argparse type of a number that is at least 1."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One job of the command.
+    """One verb of the command.
 
     Attributes:
-        target: "module:function", imported when the job starts; called with the settings, if it has sections, and one
-            keyword argument per positional and flag; returns an exit status or None for 0.
+        target: "module:function", imported when the verb is run. The function is called with the settings, if the verb
+            has sections, and one keyword argument per positional and flag. It returns an exit status or None for 0.
         summary: one line for the list of verbs.
         example: command lines for its help.
-        sections: sections of settings, or single keys, that it reads; without any it takes no CONFIG.yaml.
-        requires: keys without a usable default that must be set.
+        sections: the sections or single keys of the settings that it reads; () if it takes no CONFIG.yaml.
+        requires: keys that must be set because they have no usable default.
         reads: keys of files that must exist.
         writes: result file or folder below `output` that must not exist yet; "" for a run folder; None for nothing.
-        positionals: arguments beside CONFIG.yaml: {keyword: argparse options}.
-        flags: options of this verb alone: {keyword: argparse options}; `--image` is keyword `image`.
-        local_workers: whether it takes --nproc.
-        fixed: further keyword arguments, the same at each call.
+        positionals: arguments in addition to CONFIG.yaml: {keyword: argparse options}.
+        flags: options of this verb: {keyword: argparse options}; `--image` is keyword `image`.
+        local_workers: whether it accepts --nproc.
+        fixed: further keyword arguments, the same in each call.
     """
 
     target: str
@@ -69,17 +69,17 @@ def _of_method(name: str, method: MethodEntry) -> Verb:
 VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
     "score": Verb(
         "megavlm.commands.score:main",
-        "log-probabilities of each target token of data.eval, into scores.jsonl",
+        "write the log-probabilities of all target tokens of data.eval to scores.jsonl",
         "megavlm score sft.yaml model.load=runs/sft/checkpoints/step_00000100 output=runs/scores",
         sections=("model", "adapter", "data", "parallel", "vision", "train.precision", "train.logprob_chunk_tokens"),
         requires=("output", "model.load", "data.eval"),
         reads=(*READS, "data.eval"),
         writes="scores.jsonl",
-        flags={"reward": {"action": "store_true", "help": "the score of a reward model (megavlm rm) instead"}},
+        flags={"reward": {"action": "store_true", "help": "write scores of a reward model (megavlm rm) instead"}},
     ),
     "infer": Verb(
         "megavlm.commands.infer:main",
-        "answers to the questions of data.eval, into answers.jsonl, or to one prompt",
+        "generate answers to the questions of data.eval, written to answers.jsonl, or to one prompt",
         "megavlm infer sft.yaml model.load=CHECKPOINT data.eval=questions.jsonl output=runs/answers\n"
         'megavlm infer sft.yaml model.load=CHECKPOINT --prompt "What is this?" --image cat.png',
         sections=("model", "adapter", "data", "parallel", "vision", "train.precision", "train.seed", "generate"),
@@ -87,60 +87,65 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
         reads=(*READS, "data.eval"),
         writes="answers.jsonl",
         flags={
-            "prompt": {"metavar": "TEXT", "help": "answer this on the terminal, instead of data.eval"},
+            "prompt": {"metavar": "TEXT", "help": "answer this prompt on the terminal, instead of data.eval"},
             "image": {
                 "metavar": "PATH",
                 "type": Path,
                 "action": "append",
                 "default": [],
-                "help": "picture shown with --prompt; may be repeated",
+                "help": "picture for --prompt; may be repeated",
             },
             "video": {
                 "metavar": "PATH",
                 "type": Path,
                 "action": "append",
                 "default": [],
-                "help": "video shown with --prompt; may be repeated",
+                "help": "video for --prompt; may be repeated",
             },
         },
     ),
     "export": Verb(
         "megavlm.commands.export:main",
-        "a Hugging Face folder out of a checkpoint, an adapter merged in or by itself",
+        "convert a checkpoint to a Hugging Face folder, with an adapter merged or written separately",
         "megavlm export sft.yaml model.load=runs/sft/checkpoints/step_00000100 --out exported\n"
         "megavlm export sft-lora.yaml model.adapter=runs/sft-lora --out exported\n"
         "megavlm export sft-lora.yaml model.adapter=runs/sft-lora --adapter --out adapter",
         sections=("model", "adapter"),
         requires=("model.load",),
         flags={
-            "out": {"metavar": "DIR", "type": Path, "required": True, "help": "folder to write; must not exist"},
-            "adapter": {"action": "store_true", "help": "write model.adapter alone, in peft's format"},
+            "out": {"metavar": "DIR", "type": Path, "required": True, "help": "folder to write; it must not exist"},
+            "adapter": {"action": "store_true", "help": "write only model.adapter, in peft's format"},
         },
         local_workers=False,
     ),
     "validate": Verb(
         "megavlm.commands.validate:main",
-        "read a configuration and its data's first samples; say what would happen or what is wrong",
+        "check a configuration and the first samples of its data, and show what it would do",
         "megavlm validate stage2.yaml --world-size 64\n"
         "megavlm validate dpo-lora.yaml --world-size 64 --no-files --dry-run dpo",
         reads=(),
         flags={
-            "world_size": {"metavar": "N", "type": int, "help": "number of processes it is meant for"},
+            "world_size": {
+                "metavar": "N",
+                "type": int,
+                "help": "number of processes for which the configuration is intended",
+            },
             "no_files": {
                 "action": "store_true",
-                "help": "look at settings, shapes and layout alone; data and checkpoints may be missing",
+                "help": "check only settings, shapes and layout; data and checkpoints may be missing",
             },
             "dry_run": {
                 "metavar": "VERB",
                 "choices": tuple(METHODS),
-                "help": "also build what ranks of VERB would hold, without memory, and count it; no GPU is used",
+                "help": "also build the model and optimizer of some ranks of VERB without allocating memory, and print "
+                "their sizes; no GPU is used",
             },
         },
         local_workers=False,
     ),
     "data prepare": Verb(
         "megavlm.commands.data_prepare:main",
-        "index a folder of WebDataset shards, or make one out of JSONL files and their media",
+        "index a folder of WebDataset shards, or create one from JSONL files and their media",
         "megavlm data prepare shards\nmegavlm data prepare --jsonl train.jsonl more.jsonl --out shards",
         sections=(),
         reads=(),
@@ -150,24 +155,24 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "metavar": "FILE",
                 "nargs": "+",
                 "default": [],
-                "help": "write these JSONL files (paths or URLs) and their media into shards instead",
+                "help": "instead of indexing DIR, write these JSONL files (paths or URLs) and their media into shards",
             },
-            "out": {"metavar": "DIR", "type": Path, "help": "folder for the shards of --jsonl; must not exist"},
+            "out": {"metavar": "DIR", "type": Path, "help": "new folder for the shards of --jsonl; it must not exist"},
             "shard_size": {
                 "metavar": "SIZE",
-                "help": "size that each shard of --jsonl grows to; default 500MB",
+                "help": "maximum size of a shard written from --jsonl; default 500MB",
             },
             "skip_broken": {
                 "action": "store_true",
-                "help": "leave out samples of --jsonl that cannot be read, and list them in DIR/skipped.jsonl",
+                "help": "skip samples of --jsonl that cannot be read, and list them in skipped.jsonl of the new folder",
             },
-            "force": {"action": "store_true", "help": "index DIR anew though it is up to date"},
+            "force": {"action": "store_true", "help": "index DIR again even if its index is up to date"},
         },
         local_workers=False,
     ),
     "data inspect": Verb(
         "megavlm.commands.data_inspect:main",
-        "look at the data of a configuration: its sources, lengths, packing and rendered samples",
+        "inspect the data of a configuration: its sources, lengths, packing and rendered samples",
         "megavlm data inspect sft.yaml --out data-inspect",
         sections=("model", "data", "parallel", "train.seed"),
         requires=("data.train",),
@@ -177,13 +182,13 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "metavar": "DIR",
                 "type": Path,
                 "default": Path("data-inspect"),
-                "help": "folder for the report; must not exist; default data-inspect",
+                "help": "folder for the report; it must not exist; default data-inspect",
             },
             "samples": {
                 "metavar": "N",
                 "type": positive,
                 "default": 200,
-                "help": "samples of each source that are looked at; default 200",
+                "help": "number of samples to inspect in each source; default 200",
             },
         },
         local_workers=False,

@@ -1,6 +1,6 @@
-"""`megavlm data inspect`: what the data of a configuration is, in numbers on the terminal and on a page to look at.
+"""`megavlm data inspect`: statistics of a configuration's data on the terminal, and an HTML page with samples.
 
-Samples are rendered as in training, up to the pixels; these are read only for the few that the page shows.
+Samples are rendered as in training, but without pixels. Pixels are read only for the few samples on the page.
 """
 
 import json
@@ -39,25 +39,26 @@ from megavlm.report.inspect_stats import (
 
 DEFAULT_OUT = Path("data-inspect")
 PAGE, SUMMARY = "index.html", "summary.json"
-CARDS = 6  # samples of each source that the page shows
-EXAMPLES = 2  # of each kind of skipped sample, on the terminal
+CARDS = 6  # number of samples of each source on the page
+EXAMPLES = 2  # number of examples of each kind of skipped sample on the terminal
 
 
 def main(settings: Settings, out: Path | None = None, samples: int = 200) -> int:
-    """Looks at `samples` samples of each source, spread evenly over it; prints tables and writes a folder.
+    """Inspects `samples` evenly spaced samples of each source; prints tables and writes a folder.
 
     Args:
-        out: the folder, with index.html and summary.json; must not exist. Default ``data-inspect``.
-        samples: looked at of each source; all of a source that has fewer.
+        settings: the settings of the configuration.
+        out: the folder for index.html and summary.json; it must not exist. Default: ``data-inspect``.
+        samples: the number of samples to inspect in each source; if a source has fewer, all of them.
 
     Raises:
-        UserError: `out` exists, there are no sources, or one is missing or empty. (Broken samples raise nothing.)
+        UserError: `out` exists, there are no sources, or a source is missing or empty. (Broken samples do not raise.)
     """
     out = DEFAULT_OUT if out is None else Path(out)
     if samples < 1:
-        raise UserError(f"{samples} samples to look at", "give 1 or more")
+        raise UserError(f"--samples is {samples}", "give a number of at least 1")
     if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already", "move it away, or name another folder with --out")
+        raise UserError(f"{out} exists already", "move it away, or give another folder with --out")
     sources = open_sources(settings.data)
     kind: Kind = likely_kind(sources[0].file, "tune" if settings.stage is None else "pretrain")
     renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
@@ -80,7 +81,7 @@ def main(settings: Settings, out: Path | None = None, samples: int = 200) -> int
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """Up to `most` different numbers from 0 to `count` - 1, in the middles of as many equal stretches."""
+    """Up to `most` evenly spaced numbers from 0 to `count` - 1: the middles of as many intervals of equal length."""
     chosen = min(count, most)
     return [(2 * place + 1) * count // (2 * chosen) for place in range(chosen)]
 
@@ -88,7 +89,7 @@ def evenly(count: int, most: int) -> list[int]:
 def _look(
     sources: list[Source], renderer: Renderer, settings: Settings, kind: Kind, samples: int, console: Console
 ) -> list[Look]:
-    # The worker's own class makes the drafts, so that what it would pass over is passed over here.
+    # The drafts are made by the class of the data workers, so the same samples are skipped as in training.
     dataset = RowDataset(
         sources,
         renderer,
@@ -113,7 +114,7 @@ def _look(
 
 
 def _cards(looks: list[Look], renderer: Renderer, console: Console) -> list[list[Card]]:
-    """Some samples of each source, with pixels. One that has none to be read is skipped; another is shown."""
+    """Some samples of each source, with pixels. If the pixels of a sample cannot be read, another one is shown."""
     cards = []
     with _bar(console) as bar:
         task = bar.add_task("pictures", total=sum(min(CARDS, len(look.drafts)) for look in looks))
@@ -129,18 +130,19 @@ def _cards(looks: list[Look], renderer: Renderer, console: Console) -> list[list
 
 
 def _unseen(look: Look, shown: dict[int, Card]) -> list[int]:
-    """Places of the samples to be shown beside those that are already, spread evenly."""
+    """Evenly spaced indices of the samples to show in addition to those that are already shown."""
     others = [p for p, sample in enumerate(look.samples) if isinstance(sample, Draft) and p not in shown]
     return [others[place] for place in evenly(len(others), CARDS - len(shown))]
 
 
 def _card(look: Look, place: int, renderer: Renderer) -> Card | None:
     draft = look.samples[place]
+    assert isinstance(draft, Draft), "a skipped sample has no card"
     try:
         shots = shots_of(draft, renderer)
     except MemoryError:
         raise
-    except Exception as error:  # as of a worker: whatever a file may hold, it costs one sample
+    except Exception as error:  # as in a data worker: whatever a file contains, an error in it costs one sample
         look.samples[place] = SkippedSample.of(draft.source_id, draft.source, error)
         return None
     return make_card(draft, shots, renderer)
@@ -152,14 +154,14 @@ def _bar(console: Console) -> Progress:
 
 
 def _table(stats: SourceStats, max_bad_fraction: float) -> Group:
-    """A source on the terminal."""
+    """The statistics of a source for the terminal."""
     title = Text.assemble((stats.name, "bold"), "  ", (stats.path, "dim"), overflow="fold")
     shares = Text(f"{percent(stats.share)} of the samples of the blend")
     if stats.token_share is not None:
         shares.append(
             f", about {percent(stats.token_share)} of its tokens, {percent(stats.target_share)} of its targets"
         )
-    looked = Text(f"{stats.looked_at:,} looked at, of {stats.count:,}")
+    looked = Text(f"{stats.looked_at:,} of {stats.count:,} samples inspected")
     lines: list[Any] = [title, shares, looked]
     if stats.usable:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -173,31 +175,32 @@ def _table(stats: SourceStats, max_bad_fraction: float) -> Group:
             ("pictures", "", stats.pictures),
             ("videos", "", stats.videos),
         ):
-            if spread.max or name == "tokens":
+            if spread is not None and (spread.max or name == "tokens"):
                 table.add_row(name, share, *spread.texts)
         lines.append(table)
         if stats.picture_size:
-            lines.append(Text(f"pictures of {stats.size_text} px (median width × height)"))
+            lines.append(Text(f"picture size: {stats.size_text} px (median width × height)"))
         if stats.video_frames:
-            lines.append(Text(f"videos of {stats.video_frames:,.0f} frames (median)"))
-    dropped = f"dropped: {stats.num_dropped:,} of {stats.looked_at:,} looked at, of {stats.count:,}"
-    lines.append(Text(dropped if stats.num_dropped else "dropped: none of those looked at"))
+            lines.append(Text(f"video length: {stats.video_frames:,.0f} frames (median)"))
+    skipped = f"skipped: {stats.num_dropped:,} of the {stats.looked_at:,} inspected samples"
+    lines.append(Text(skipped if stats.num_dropped else "skipped: none of the inspected samples"))
     for fault_kind, found in stats.dropped.items():
         lines.append(Text(f"  {len(found):,} {fault_kind}", style="yellow"))
         lines += [Text(f"    {sample}: {cause}", overflow="fold") for sample, cause in found[:EXAMPLES]]
         if len(found) > EXAMPLES:
-            lines.append(Text(f"    … {len(found) - EXAMPLES:,} more, all on the page", style="dim"))
+            lines.append(Text(f"    … {len(found) - EXAMPLES:,} more, listed on the page", style="dim"))
     if len(stats.dropped.get(BROKEN, ())) > max_bad_fraction * stats.looked_at:
-        lines.append(Text(f"  more broken than data.max_bad_fraction = {percent(max_bad_fraction)}", style="bold red"))
+        too_many = f"  the broken share is larger than data.max_bad_fraction = {percent(max_bad_fraction)}"
+        lines.append(Text(too_many, style="bold red"))
     return Group(*lines)
 
 
 def _rows_text(rows: RowStats | None, seq_length: int) -> Text:
     if rows is None:
-        return Text("no sample looked at can be used: there would be no rows", style="bold red")
+        return Text("none of the inspected samples can be used, so there would be no rows", style="bold red")
     return Text(
-        f"rows of {seq_length:,} tokens about {percent(rows.fill)} full, {decimal(rows.samples)} samples per row "
-        "(packed of the samples looked at)"
+        f"rows of {seq_length:,} tokens are about {percent(rows.fill)} full, with {decimal(rows.samples)} samples per "
+        "row (from packing the inspected samples)"
     )
 
 

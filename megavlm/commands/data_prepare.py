@@ -1,29 +1,23 @@
-"""`megavlm data prepare`: shards with an index out of a folder of shards, or out of JSONL files and their media."""
+"""`megavlm data prepare`: indexes a folder of shards, or converts JSONL files and their media to a folder of shards."""
 
-import json
 import re
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megavlm.base.atomic_files import new_folder
 from megavlm.base.errors import UserError
 from megavlm.data.files import is_url
-from megavlm.data.jsonl import JsonlFile
 from megavlm.data.shards import ShardFolder
-from megavlm.data.skipped_samples import SkippedSample
-from megavlm.prepare.index_shards import find_shards, index_shards, is_up_to_date
-from megavlm.prepare.write_shards import ShardWriter, load_ahead
+from megavlm.prepare.index_shards import find_shards
+from megavlm.prepare.shard_folder import SKIPPED, convert, prepare
 
-SKIPPED = "skipped.jsonl"
 DEFAULT_SIZE = "500MB"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_EVERY = 30  # seconds between two lines of progress where there is no terminal
+_EVERY = 30  # seconds between two lines of progress if there is no terminal
 
 
 def main(
@@ -34,107 +28,41 @@ def main(
     skip_broken: bool = False,
     force: bool = False,
 ) -> None:
-    """The command; arguments as in its help. Raises UserError."""
+    """Runs the command. The arguments are described in its help. Raises UserError."""
     console = Console(highlight=False, soft_wrap=True)
+    done: Path
     if jsonl:
         if folder is not None or force:
             given = "--force" if force else f"the folder {folder}"
-            raise UserError(f"{given} together with --jsonl would be ignored", "--jsonl writes a new folder, --out DIR")
+            raise UserError(
+                f"{given} together with --jsonl would be ignored",
+                "leave it out: --jsonl writes a new folder, --out DIR",
+            )
         if out is None:
-            raise UserError("--jsonl needs --out DIR", "name the folder for the shards")
-        folder = convert(jsonl, out, parse_size(shard_size or DEFAULT_SIZE), skip_broken=skip_broken)
+            raise UserError("--jsonl requires --out DIR", "give the folder for the shards")
+        done = convert(jsonl, out, parse_size(shard_size or DEFAULT_SIZE), skip_broken=skip_broken, progress=_Bar)
     else:
         flags = {"--out": out is not None, "--shard-size": shard_size is not None, "--skip-broken": skip_broken}
         if ignored := [flag for flag, given in flags.items() if given]:
             raise UserError(f"{' and '.join(ignored)} without --jsonl would be ignored")
         if folder is None:
-            raise UserError("nothing to prepare", "name a folder of shards, or give --jsonl FILE --out DIR")
+            raise UserError("there is nothing to prepare", "give a folder of shards, or --jsonl FILE --out DIR")
         if is_url(folder):
-            raise UserError(f"{folder} is a URL", "prepare the shards in a local folder, then copy all of it")
-        if not prepare(Path(folder), force=force):
-            console.print(f"{escape(folder)} is up to date: {_contents(folder)} (--force indexes it anew)")
+            raise UserError(f"{folder} is a URL", "prepare the shards in a local folder, then copy the whole folder")
+        done = Path(folder)
+        if not prepare(done, force=force, progress=_Bar):
+            console.print(f"{escape(folder)} is up to date: {_contents(done)} (--force builds the index again)")
             return
-    console.print(f"[green]ready[/]: {escape(str(folder))}, {_contents(folder)}")
-    if (skipped := Path(folder) / SKIPPED).exists() and jsonl:
+    console.print(f"[green]ready[/]: {escape(str(done))}, {_contents(done)}")
+    if (skipped := done / SKIPPED).exists() and jsonl:
         with skipped.open(encoding="utf-8") as lines:
             number = sum(1 for _ in lines)
-        console.print(f"[yellow]left out[/]: {_count(number, 'broken sample')}, listed in {escape(str(skipped))}")
-    console.print(rf"[dim]in a configuration:[/] data: {{train: \[{{path: {escape(str(folder))}}}]}}")
-
-
-def prepare(folder: Path, *, force: bool = False) -> bool:
-    """Indexes the shards of a folder, unless that is up to date. Returns whether there was something to do.
-
-    Raises:
-        UserError: no shards, a damaged one, or a first sample that is none.
-    """
-    shards = find_shards(folder)
-    if not force and is_up_to_date(folder, shards):
-        return False
-    with _Bar("indexing", len(shards), "shards") as bar:
-        index_shards(folder, shards, bar.advance)
-    try:
-        ShardFolder(folder).read(0)
-    except UserError as error:
-        raise UserError(
-            f"the shards are indexed, but the first sample cannot be used: {error.message}",
-            "its members must be KEY.json (a line of JSONL) or KEY.txt (a caption), and media: KEY.jpg, KEY.0.jpg, …",
-        ) from None
-    return True
-
-
-def convert(jsonl: Sequence[str], out: Path, shard_bytes: int, *, skip_broken: bool = False) -> Path:
-    """Writes the samples of JSONL files, in their order, and their media into a new folder of shards, with its index.
-
-    Training from it gives the same rows, bit for bit, as training from the JSONL.
-
-    Args:
-        jsonl: paths or URLs.
-        out: must not exist; appears when it is complete.
-        shard_bytes: size that a shard grows to.
-        skip_broken: leave out what cannot be read and list it in ``skipped.jsonl``, instead of stopping there.
-    Returns:
-        `out`.
-    Raises:
-        UserError: `out` exists; a sample cannot be read (without `skip_broken`, or all of them), or a shard be written.
-    """
-    if ":/" in str(out):
-        raise UserError(
-            f"--out {out} is a URL: shards are written to a local folder", "copy the folder there afterwards"
-        )
-    if out.exists():
-        raise UserError(f"{out} exists already", "choose another --out, or move it away")
-    files = [JsonlFile(path) for path in jsonl]
-    try:
-        with new_folder(out) as partial:
-            with (
-                _Bar("writing", sum(map(len, files)), "samples") as bar,
-                ShardWriter(partial, shard_bytes) as writer,
-                closing(load_ahead(files)) as loading,
-            ):
-                for source, future in loading:
-                    try:
-                        sample = future.result()
-                    except UserError as error:
-                        if not skip_broken:
-                            raise
-                        with (partial / SKIPPED).open("a", encoding="utf-8") as skipped:
-                            line = {"sample": source, "cause": SkippedSample.of(0, source, error).cause}
-                            skipped.write(json.dumps(line, ensure_ascii=False) + "\n")
-                        bar.advance()
-                        continue
-                    writer.add(sample)
-                    bar.advance(sample.size)
-            if not writer.num_samples:
-                raise UserError(f"no sample of {', '.join(jsonl)} can be read", "run without --skip-broken to see why")
-            prepare(partial)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error}", "make room, or choose another --out") from None
-    return out
+        console.print(f"[yellow]skipped[/]: {_count(number, 'broken sample')}, listed in {escape(str(skipped))}")
+    console.print(rf"[dim]to use it in a configuration:[/] data: {{train: \[{{path: {escape(str(done))}}}]}}")
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "500MB", "2GiB", "64k". Raises UserError."""
+    """The number of bytes given as "500MB", "2GiB" or "64k". Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?|)b?", text.strip().lower())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
@@ -143,7 +71,7 @@ def parse_size(text: str) -> int:
 
 
 class _Bar:
-    """Progress on standard error: a bar with rates and the time left, or a line now and then without a terminal."""
+    """Progress on standard error: a bar with rate and remaining time, or regular lines if there is no terminal."""
 
     def __init__(self, what: str, total: int, unit: str):
         console = Console(stderr=True, highlight=False)
@@ -163,7 +91,7 @@ class _Bar:
         self._progress.stop()
 
     def advance(self, num_bytes: int = 0) -> None:
-        """One more is done, of so many bytes."""
+        """Counts one more item with this number of bytes."""
         now = time.monotonic()
         self._done += 1
         self._bytes += num_bytes

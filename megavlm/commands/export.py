@@ -1,4 +1,4 @@
-"""`megavlm export`: a Hugging Face folder out of a checkpoint, adapters merged or apart."""
+"""`megavlm export`: converts a checkpoint to a Hugging Face folder, with adapters merged or written separately."""
 
 from pathlib import Path
 
@@ -13,15 +13,23 @@ from megavlm.runtime.adapter_start import warn_of_other_base
 
 
 def main(settings: Settings, out: Path, adapter: bool = False) -> int:
-    """Writes ``out`` from ``model.load``; config, tokenizer and processor come from ``model.hf``.
+    """Writes ``out`` from ``model.load``, with config, tokenizer and processor from ``model.hf``.
 
-    ``model.adapter`` is merged in; with ``adapter`` it is all that is written, in peft's format.
+    Args:
+        settings: the settings of the run.
+        out: the folder to write.
+        adapter: write only ``model.adapter``, in peft's format. Otherwise it is merged into the weights.
+
+    Raises:
+        UserError: the adapter or the checkpoint is missing or does not fit.
     """
     model, found = settings.model, None
+    assert model.load is not None, "export requires model.load"
     if model.adapter is None and settings.adapter.type is not None:
         raise UserError(
-            f"adapter.type is {settings.adapter.type}, but model.adapter is not set: the base alone would be exported",
-            "set model.adapter to the run that trained it, or adapter.type to null",
+            f"adapter.type is {settings.adapter.type}, but model.adapter is not set, so the base model would be "
+            "exported without an adapter",
+            "set model.adapter to the run that trained the adapter, or adapter.type to null",
         )
     if model.adapter is not None:
         found = Adapter(find_checkpoint(model.adapter), Shapes.from_hf(model.hf))
@@ -32,7 +40,10 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
             warn_of_other_base(found.folder, load)
         mcore_to_hf(load, model.hf, out, adapter=found, overwrite=settings.overwrite)
     elif found is None:
-        raise UserError("--adapter asks for the adapter alone, but model.adapter is not set", "set it to the run")
+        raise UserError(
+            "--adapter exports only the adapter, but model.adapter is not set",
+            "set model.adapter to the run that trained the adapter",
+        )
     else:
         found.write(out, model.hf, overwrite=settings.overwrite)
     print(f"exported · {out}")

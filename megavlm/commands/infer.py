@@ -1,4 +1,4 @@
-"""`megavlm infer`: answers to the questions of a data file, or to one prompt on the terminal."""
+"""`megavlm infer`: generates answers to the questions of a data file, or to one prompt on the terminal."""
 
 import json
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from megavlm.runtime.session import start
 
 
 def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = (), video: Sequence[Path] = ()) -> int:
-    """Writes ``answers.jsonl`` (index, answer) for ``data.eval`` in its order, or prints the answer to ``prompt``."""
+    """Writes ``answers.jsonl`` (index, answer) for ``data.eval`` in file order, or prints the answer to ``prompt``."""
     if settings.parallel.context > 1:
         raise UserError(
-            f"parallel.context is {settings.parallel.context}, but answers are made without context parallelism",
-            "set parallel.context=1 on the command line; any checkpoint loads in any layout",
+            f"parallel.context is {settings.parallel.context}, but generation does not support context parallelism",
+            "set parallel.context=1 on the command line; checkpoints can be loaded in any layout",
         )
     session = start(settings, training=False)
     renderer = Renderer(settings.model.hf, settings.data)
@@ -28,6 +28,7 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
     if session.groups.is_leader:
         if prompt is None:
             groups = session.groups
+            assert settings.data.eval is not None, "infer requires data.eval or a prompt"
             samples = read_samples(
                 settings.data.eval, renderer, "prompt", rank=groups.dp_rank, num_ranks=groups.dp_size
             )
@@ -40,6 +41,7 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
         print(answers[0]["answer"])
         return 0
     note_settings(settings)
+    assert settings.output is not None, "infer requires output unless there is a prompt"
     path = settings.output / "answers.jsonl"
     write_text(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     print(f"{len(answers)} answers · {path}")
@@ -47,9 +49,9 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
 
 
 def _record(prompt: str, images: Sequence[Path], videos: Sequence[Path]) -> dict:
-    """A record of one question; pictures whose place the prompt does not mark come first."""
+    """The record of one question; pictures and videos without a mark in the prompt are put before it."""
     marks = "<image>" * (len(images) - prompt.count("<image>")) + "<video>" * (len(videos) - prompt.count("<video>"))
-    record = {"messages": [{"role": "user", "content": marks + prompt}]}
+    record: dict[str, list] = {"messages": [{"role": "user", "content": marks + prompt}]}
     if images:
         record["images"] = [str(path) for path in images]
     if videos:

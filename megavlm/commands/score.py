@@ -1,34 +1,38 @@
-"""`megavlm score`: log-probabilities of every target token of a data file, or a reward model's scores."""
+"""`megavlm score`: log-probabilities of all target tokens of a data file, or the scores of a reward model."""
 
 import json
-from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import has_score_head
-from megavlm.config.data_sections import DataSettings
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import Adapter
 from megavlm.data.renderer import Renderer
-from megavlm.data.row import IGNORE, Row, Sample, padded_length
 from megavlm.data.sources import read_samples
 from megavlm.model.shapes import Shapes
 from megavlm.runtime.eval_rows import EvalRows, note_settings
 from megavlm.runtime.forward import encode_window, logprobs_of, scores_of
+from megavlm.runtime.scoring import fill_rows, sample_scores
 from megavlm.runtime.session import start
 
 
 def main(settings: Settings, reward: bool = False) -> int:
-    """Reads ``data.eval``, writes ``scores.jsonl`` in its order: index, logprobs, sum, tokens; or index, score.
+    """Writes ``scores.jsonl`` for ``data.eval`` in file order: index, logprobs, sum, tokens; or index, score.
 
     Args:
-        reward: the score that a reward model gives to the last target token of each sample.
+        settings: the settings of the run.
+        reward: write the score of a reward model at the last target token of each sample.
+
+    Raises:
+        UserError: with ``reward``, the checkpoint has no reward head.
     """
-    model = settings.model
+    model, output, data = settings.model, settings.output, settings.data.eval
+    assert model.load is not None, "score requires model.load"
+    assert output is not None, "score requires output"
+    assert data is not None, "score requires data.eval"
     if reward and model.adapter is not None:
         scored = Adapter(find_checkpoint(model.adapter), Shapes.from_hf(model.hf)).reward_head is not None
     else:
@@ -36,15 +40,13 @@ def main(settings: Settings, reward: bool = False) -> int:
     if not scored:
         raise UserError(
             f"{model.adapter or model.load} has no reward head",
-            "name a checkpoint of megavlm rm, or leave --reward out",
+            "use a checkpoint of megavlm rm, or leave out --reward",
         )
     session = start(settings, training=False, score_head=reward)
     samples = None
     if session.groups.is_leader:
         renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
-        samples = read_samples(
-            settings.data.eval, renderer, "tune", rank=session.groups.dp_rank, num_ranks=session.groups.dp_size
-        )
+        samples = read_samples(data, renderer, "tune", rank=session.groups.dp_rank, num_ranks=session.groups.dp_size)
     rows = EvalRows(session, fill_rows(samples, renderer, settings.data) if samples is not None else None, "scoring")
     scores: list[dict] = []
     for window, real in rows:
@@ -62,7 +64,7 @@ def main(settings: Settings, reward: bool = False) -> int:
     scores = rows.gather(scores)
     if session.is_first:
         note_settings(settings)
-        path = settings.output / "scores.jsonl"
+        path = output / "scores.jsonl"
         write_text(path, "".join(json.dumps(score) + "\n" for score in sorted(scores, key=lambda s: s["index"])))
         if reward:
             summary = f"mean score {sum(score['score'] for score in scores) / max(1, len(scores)):.4f}"
@@ -71,26 +73,3 @@ def main(settings: Settings, reward: bool = False) -> int:
             summary = f"mean log-probability {mean:.4f}"
         print(f"{len(scores)} samples · {summary} · {path}")
     return 0
-
-
-def fill_rows(samples: Iterator[Sample], renderer: Renderer, data: DataSettings) -> Iterator[Row]:
-    """Fills rows in the order of the samples; one sample a row with ``data.packing`` none."""
-    waiting: list[Sample] = []
-    for sample in samples:
-        full = sum(padded_length(len(s.input_ids), renderer.pad_multiple) for s in [*waiting, sample]) > data.seq_length
-        if waiting and (full or data.packing == "none"):
-            yield renderer.pack(waiting)
-            waiting = []
-        waiting.append(sample)
-    if waiting:
-        yield renderer.pack(waiting)
-
-
-def sample_scores(row: Row, logprobs: Tensor) -> list[dict]:
-    """One result per sample of a row. ``logprobs``: [T], as of ``logprobs_of``."""
-    lengths = row.segment_lengths
-    results = []
-    for values, labels, index in zip(logprobs.split(lengths), row.labels.split(lengths), row.indices, strict=False):
-        values = values[labels != IGNORE].tolist()
-        results.append({"index": index, "logprobs": values, "sum": sum(values), "tokens": len(values)})
-    return results

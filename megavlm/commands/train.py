@@ -1,4 +1,4 @@
-"""`megavlm pretrain`, `sft`, `rm`, `dpo`, `kto`: a training run by one of the methods of ``align.registry``."""
+"""`megavlm pretrain`, `sft`, `rm`, `dpo`, `kto`: a training run with one of the methods of ``align.registry``."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from megavlm.training.run import Run
 
 
 def main(settings: Settings, method: str) -> int:
-    """Trains by the method of that name, then writes loss.png and report.html into the output folder."""
+    """Trains with the method of this name, then writes loss.png and report.html into the output folder."""
     return train(settings, make_method(method, settings), [Hook(_report, at_end=True)])
 
 
@@ -20,6 +20,7 @@ def _report(run: Run, step: int, say: Callable[[str], None]) -> None:
     if not run.session.is_first:
         return
     output = run.session.settings.output
+    assert output is not None, "a run requires output"
     try:
         write_loss_plot(output)
         say(f"report · {write_report(output)}")

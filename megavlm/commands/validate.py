@@ -1,10 +1,11 @@
-"""`megavlm validate`: what a configuration would do, or what is wrong with it. Starts no processes.
+"""`megavlm validate`: shows what a configuration would do, or what is wrong with it. It starts no processes.
 
-Only with ``--dry-run`` it builds a model, and that one without memory (``megavlm.plan.dry_run``).
+It builds a model only with ``--dry-run``, and then without allocating its memory (``megavlm.plan.dry_run``).
 """
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -25,18 +26,24 @@ from megavlm.model.shapes import Shapes
 from megavlm.runtime.adapter_start import with_stored_adapter
 from megavlm.runtime.session import check_shapes
 
-FIRST_SAMPLES = 8  # rendered of each source
+if TYPE_CHECKING:
+    from megavlm.plan.dry_run import Held
+
+FIRST_SAMPLES = 8  # number of samples of each source that are rendered
 
 
 def main(settings: Settings, world_size: int | None = None, no_files: bool = False, dry_run: str | None = None) -> int:
-    """Prints a table of what would happen.
+    """Checks a configuration and prints a table of what it would do.
 
     Args:
-        world_size: processes the configuration is meant for; the smallest that holds its layout where not given.
-        no_files: look at settings, shapes and layout alone; checkpoints and data may be missing.
-        dry_run: verb of which to build what ranks would hold.
+        settings: the settings of the configuration.
+        world_size: the number of processes for which the configuration is intended; default: the smallest number that
+            its layout allows.
+        no_files: check only settings, shapes and layout; checkpoints and data may be missing.
+        dry_run: the verb for which the model and the optimizer of some ranks are built.
+
     Raises:
-        UserError: what is wrong, all missing files in one message.
+        UserError: the configuration is invalid, or files are missing; one message lists all missing files.
     """
     if not no_files:
         check_files(settings, ("model.hf", "model.load", "model.adapter", "data.train", "data.eval"))
@@ -58,13 +65,13 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
     console = Console(highlight=False)
     console.print(facts)
     if dry_run:
-        from megavlm.plan import dry_run as dry  # Megatron and the training loop: seconds to import
+        from megavlm.plan import dry_run as dry  # imported here because Megatron takes seconds to import
 
         for held in dry.dry_run(settings, dry_run, world_size):
             for thing in _summary(held):
                 console.print(thing, soft_wrap=isinstance(thing, str))
     if no_files:
-        console.print("[dim]settings, shapes and layout fit; files were not looked at[/]")
+        console.print("[dim]settings, shapes and layout are valid; files were not checked[/]")
         return 0
     if settings.data.train:
         renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
@@ -99,7 +106,7 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
         rows = f"{train.global_batch_size} rows × {data.seq_length:,} tokens = {short(tokens)} tokens"
         schedule = f"lr {train.lr:g} → {train.min_lr:g} ({train.schedule})"
         facts += [
-            ("step", f"{rows}, {train.global_batch_size // data_parallel} rows per data rank"),
+            ("step", f"{rows}, {train.global_batch_size // data_parallel} rows per data-parallel rank"),
             ("run", f"{train.steps:,} steps = {short(tokens * train.steps)} tokens, {schedule}"),
         ]
     if settings.output is not None:
@@ -109,18 +116,18 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
 
 def _adapter(settings: Settings, shapes: Shapes) -> str:
     adapter, start = settings.adapter, settings.model.adapter
-    if adapter.type is None:  # it says itself what it is, and was not looked at
+    if adapter.type is None:  # the stored adapter defines its type, but it was not read
         return f"from {start}"
     linears = targeted(adapter, shapes).values()
     count = sum(math.prod(shape) for linear in linears for shape in tensor_shapes(adapter, linear).values())
-    base = f", the decoder's linears in {adapter.quantize}" if adapter.quantize else ""
-    return f"{adapter.type} on {len(linears)} linears: {short(count)} weights, from {start or 'no change'}{base}"
+    base = f", base weights of the decoder's linear layers in {adapter.quantize}" if adapter.quantize else ""
+    return f"{adapter.type} on {len(linears)} linear layers: {short(count)} weights, from {start or 'new values'}{base}"
 
 
-def _summary(held: "Held") -> Iterator[Table | str]:  # noqa: F821 (megavlm.plan.dry_run)
-    """What a rank holds."""
+def _summary(held: "Held") -> Iterator[Table | str]:
+    """The number of parameters and bytes on a rank."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in (f"rank {held.rank}", "parameters", "learn"):
+    for name in (f"rank {held.rank}", "parameters", "trainable"):
         table.add_column(name, justify="left" if name.startswith("rank") else "right")
     for part, count in held.parameters.items():
         table.add_row(part, f"{count:,}", f"{held.learning[part]:,}")
@@ -129,16 +136,19 @@ def _summary(held: "Held") -> Iterator[Table | str]:  # noqa: F821 (megavlm.plan
     listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
     yield f"GiB: {listed} = {sum(sizes.values()) / 2**30:.2f}, without activations"
     if held.reached is None:
-        yield "[dim]no row went through: how many tokens an expert gets depends on numbers, and there are none[/]"
+        yield (
+            "[dim]no forward pass: the number of tokens of an expert depends on the values of the weights, which a dry "
+            "run does not have[/]"
+        )
     elif held.reached == held.learning:
-        yield "[dim]a row went through feed, tower, decoder and loss; gradients reached all that learn[/]"
+        yield "[dim]forward and backward pass of one row: gradients reached all trainable parameters[/]"
     else:
         left = {part: count - held.reached[part] for part, count in held.learning.items()}
-        yield f"[yellow]a row went through, but of what learns no gradient reached {left}[/]"
+        yield f"[yellow]forward and backward pass of one row: trainable parameters without a gradient: {left}[/]"
 
 
 def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:
-    """One line on the first samples of a source, rendered for real."""
+    """One line about the first samples of a source, which are rendered completely."""
     kind = likely_kind(source.file, kind)
     count = min(FIRST_SAMPLES, len(source.file))
     samples, skipped_samples = [], []
@@ -151,7 +161,7 @@ def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:
         except UserError as error:
             skipped_samples.append(SkippedSample.of(0, name, error))
     summary = (
-        f"[bold]{source.name}[/] ({source.share:.1%} of the samples, {len(source.file):,} in it), {count} looked at:"
+        f"[bold]{source.name}[/] ({source.share:.1%} of the blend, {len(source.file):,} samples), {count} inspected:"
     )
     if skipped_samples:
         summary += f" {len(skipped_samples)} cannot be used ({skipped_samples[0].sample}: {skipped_samples[0].cause});"

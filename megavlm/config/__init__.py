@@ -1,1 +1,1 @@
-"""Settings: every default, range and explanation, and the files they are read from."""
+"""Settings: defaults, ranges and descriptions, and the files that they are read from."""

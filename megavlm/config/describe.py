@@ -1,4 +1,4 @@
-"""Settings in words: one entry per key with default, allowed values and meaning, for help texts and messages."""
+"""Descriptions of settings for help texts and messages: the default, allowed values and meaning of each key."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from megavlm.config.settings import Settings
 
 @dataclass(frozen=True)
 class SettingEntry:
-    """One setting. `key` is dotted as in an override; `section` is "" for settings at the top level."""
+    """One setting. `key` has dots as in an override; `section` is "" for settings at the top level."""
 
     key: str
     section: str
@@ -24,7 +24,7 @@ class SettingEntry:
 
 
 def entries(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[SettingEntry]:
-    """All settings in the order in which they are declared; nested sections belong to their top-level section."""
+    """All settings in the order of their declaration. Settings in nested sections belong to the top-level section."""
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
         section = section_class(field)
@@ -33,57 +33,64 @@ def entries(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[Set
         else:
             default = "required" if field.is_required() else value_text(field.get_default(call_default_factory=True))
             yield SettingEntry(
-                key, key.partition(".")[0] if "." in key else "", default, allowed(field), field.description
+                key, key.partition(".")[0] if "." in key else "", default, allowed(field), field.description or ""
             )
 
 
 def about(section: str) -> str:
     """The first line of a top-level section's docstring; "" for the settings outside sections."""
     field = Settings.model_fields.get(section)
-    return section_class(field).__doc__.partition("\n")[0] if field else ""
+    described = section_class(field) if field else None
+    return (described.__doc__ or "").partition("\n")[0] if described else ""
 
 
 def find(loc: tuple[str | int, ...]) -> FieldInfo | None:
-    """The field at a location such as ("data", "train", 0, "path"); None where there is none."""
-    model, field = Settings, None
+    """The field at a location such as ("data", "train", 0, "path"), or None. Keys inside a mapping belong to it."""
+    model: type[BaseModel] | None = Settings
+    field: FieldInfo | None = None
     for part in loc:
         if isinstance(part, int):
             continue
-        fields = {f.alias or name: f for name, f in model.model_fields.items()} if model else {}
+        fields = {f.alias or name: f for name, f in model.model_fields.items()} if model is not None else {}
         field = fields.get(part)
-        if field is None:
-            return None
+        if field is None or get_origin(field.annotation) is dict:
+            return field
         model = section_class(field) or item_class(field)
     return field
 
 
 def section_class(field: FieldInfo) -> type[BaseModel] | None:
-    """The class of a field that is itself a group of settings."""
+    """The class of a field that is a section; None for other fields."""
     annotation = field.annotation
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def keys_of(model: type[BaseModel]) -> list[str]:
-    """Names of a section's fields as they are written in a file."""
+    """The names of a section's fields as they are written in a file."""
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def value_text(value: Any) -> str:
-    """A value as it would be written in YAML on one line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+    """A value as YAML writes it on one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def allowed(field: FieldInfo) -> str:
-    """What a field accepts, for example "whole number ≥ 1, or null"."""
+    """The values that a field accepts, for example "whole number ≥ 1, or null"."""
     return _allowed(field.annotation, field.metadata)
 
 
 def _allowed(annotation: Any, metadata: list[Any]) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _allowed(arguments[0], [*arguments[1:], *metadata])
+        inner: list[Any] = []
+        for constraint in arguments[1:]:  # Field(ge=1) inside Annotated keeps its own list of constraints
+            inner += constraint.metadata if isinstance(constraint, FieldInfo) else [constraint]
+        return _allowed(arguments[0], [*inner, *metadata])
     if origin in (Union, UnionType):
         if Path in arguments and NoneType not in arguments:
             return "path or URL"
@@ -118,5 +125,6 @@ def _bounds(metadata: list[Any]) -> str:
 
 
 def item_class(field: FieldInfo) -> type[BaseModel] | None:
+    """The class of the sections that a list holds; None for other fields."""
     item = next(iter(get_args(field.annotation)), None)
     return item if isinstance(item, type) and issubclass(item, BaseModel) else None

@@ -1,4 +1,4 @@
-"""Whether a parallel layout fits a number of processes, a batch, and the shapes of a model."""
+"""Checks whether a parallel layout fits the number of processes, the batch size and the shapes of a model."""
 
 from megavlm.base.errors import UserError
 from megavlm.config.settings import ParallelSettings, TrainSettings, check_seq_length
@@ -18,20 +18,22 @@ def check_layout(
     ffn: int | None = None,
     expert_ffn: int | None = None,
 ) -> int:
-    """Checks all that has to divide, before any process group is made.
+    """Checks that all sizes are divisible as the layout needs, before any process group is created.
 
     Args:
         parallel: the layout.
         world_size: number of processes.
-        num_heads, num_kv_heads, vocab_size, num_layers: of the language model; num_experts: None for a dense one.
-        seq_length: tokens in a row.
-        global_batch_size: rows per step; None where nothing is trained.
+        num_heads, num_kv_heads, vocab_size, num_layers: sizes of the language model.
+        num_experts: experts in an MoE layer; None for a dense model.
+        seq_length: number of tokens in a row.
+        global_batch_size: number of rows in a step; None if nothing is trained.
+        ffn, expert_ffn: inner widths of an MLP and of an expert; None if the model has none.
 
     Returns:
         The data-parallel size.
 
     Raises:
-        UserError: something does not divide; the message names the nearest values that do.
+        UserError: a size is not divisible; the message names the nearest values that are.
     """
     data_parallel = check_world_size(parallel, world_size, global_batch_size)
     check_seq_length(seq_length, parallel)
@@ -48,8 +50,8 @@ def check_layout(
             raise UserError(
                 f"parallel.pipeline × parallel.virtual_pipeline is {pipeline} × {chunks} = {pipeline * chunks}, which "
                 f"does not divide the model's {num_layers} layers",
-                f"products that do: {_listed(_divisors(num_layers))}; or give parallel.first_stage_layers or "
-                "last_stage_layers",
+                f"products that do: {_listed(_divisors(num_layers))}; or set parallel.first_stage_layers or "
+                "parallel.last_stage_layers",
             )
         _divides("parallel.pipeline", pipeline, "layers", num_layers)
     if num_experts is None:
@@ -63,15 +65,15 @@ def check_layout(
         _divides("parallel.expert", parallel.expert, "experts", num_experts)
         if tensor > 1 and not parallel.sequence:
             raise UserError(
-                f"parallel.sequence is false with parallel.tensor {tensor} on a mixture-of-experts model: Megatron "
-                "trains experts under tensor parallelism only with sequence parallelism",
+                f"parallel.sequence is false and parallel.tensor is {tensor}, but the model is a mixture of experts: "
+                "with tensor parallelism, Megatron trains experts only with sequence parallelism",
                 "set parallel.sequence to true",
             )
     return data_parallel
 
 
 def check_world_size(parallel: ParallelSettings, world_size: int, global_batch_size: int | None = None) -> int:
-    """The part of `check_layout` that needs no model: processes and batch. Returns the data-parallel size."""
+    """The part of `check_layout` that needs no model: processes and batch size. Returns the data-parallel size."""
     model_parallel = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_parallel:
         raise UserError(
@@ -94,30 +96,30 @@ def check_world_size(parallel: ParallelSettings, world_size: int, global_batch_s
         raise UserError(
             f"train.global_batch_size is {global_batch_size}, which is not divisible by the {data_parallel} "
             f"data-parallel ranks ({world_size} processes / {model_parallel})",
-            f"nearest batches that are: {_multiples(global_batch_size, data_parallel)}",
+            f"the nearest valid batch sizes: {_multiples(global_batch_size, data_parallel)}",
         )
     if parallel.virtual_pipeline and (global_batch_size // data_parallel) % parallel.pipeline:
         raise UserError(
-            f"train.global_batch_size {global_batch_size} over {data_parallel} data-parallel ranks gives "
-            f"{_count(global_batch_size // data_parallel, 'micro-batch', 'es')} each; with parallel.virtual_pipeline "
+            f"train.global_batch_size is {global_batch_size}, which gives each of the {data_parallel} data-parallel "
+            f"ranks {_count(global_batch_size // data_parallel, 'micro-batch', 'es')}; with parallel.virtual_pipeline "
             f"that number must be divisible by parallel.pipeline = {parallel.pipeline}",
-            f"nearest batches that fit: {_multiples(global_batch_size, data_parallel * parallel.pipeline)}",
+            f"the nearest valid batch sizes: {_multiples(global_batch_size, data_parallel * parallel.pipeline)}",
         )
     return data_parallel
 
 
 def check_window(window: int | None, parallel: ParallelSettings) -> None:
-    """Raises UserError where a window of micro-batches cannot fill an interleaved pipeline."""
+    """Raises a UserError if a window of micro-batches cannot fill an interleaved pipeline."""
     if window and parallel.virtual_pipeline and window % parallel.pipeline:
         raise UserError(
             f"vision.window is {window}; with parallel.virtual_pipeline it must be divisible by parallel.pipeline = "
             f"{parallel.pipeline}",
-            f"nearest windows that are: {_multiples(window, parallel.pipeline)}; or null, the whole step",
+            f"the nearest valid windows: {_multiples(window, parallel.pipeline)}; or null, for the whole step",
         )
 
 
 def check_dense_settings(train: TrainSettings, num_experts: int | None) -> None:
-    """Raises UserError where a dense model (num_experts None) is given a setting for experts alone."""
+    """Raises a UserError if the model is dense (num_experts None) and a setting is only for experts."""
     if num_experts is None and train.moe_aux_loss_coeff and train.is_changed("moe_aux_loss_coeff"):
         raise UserError(
             f"train.moe_aux_loss_coeff is {train.moe_aux_loss_coeff:g}, but the model is dense: it would be ignored",
@@ -126,7 +128,7 @@ def check_dense_settings(train: TrainSettings, num_experts: int | None) -> None:
 
 
 def _check_uneven_stages(parallel: ParallelSettings, num_layers: int) -> None:
-    """First and last stage as given, the other layers even over the other stages, each stage even over its chunks."""
+    """Checks that the remaining layers divide evenly over the other stages, and each stage's layers over its chunks."""
     given = {
         name: getattr(parallel, name)
         for name in ("first_stage_layers", "last_stage_layers")
@@ -137,18 +139,18 @@ def _check_uneven_stages(parallel: ParallelSettings, num_layers: int) -> None:
     if rest < stages or (stages == 0 and rest) or (stages and rest % stages):
         raise UserError(
             f"{listed} of the model's {num_layers} layers leave {rest} for {_count(stages, 'other stage', 's')}",
-            "choose numbers that leave the same number of layers, at least one, for each of the other stages",
+            "choose numbers that leave the same number of layers, at least one, to each of the other stages",
         )
     chunks = parallel.virtual_pipeline or 1
     if chunks > 1 and not stages:
         raise UserError(
-            f"{listed} name every stage of an interleaved pipeline, which Megatron cannot place",
-            "give one of the two; the other follows",
+            f"{listed} determine all stages of an interleaved pipeline, which Megatron does not support",
+            "set only one of the two; the other follows from it",
         )
     for name, layers in {**given, "layers of every other stage": rest // stages if stages else chunks}.items():
         if layers % chunks:
             raise UserError(
-                f"{listed}: {name} is {layers}, which parallel.virtual_pipeline {chunks} does not divide",
+                f"{listed}: {name} is {layers}, which is not divisible by parallel.virtual_pipeline = {chunks}",
                 f"choose multiples of {chunks}",
             )
 
@@ -170,7 +172,7 @@ def _listed(numbers: list[int], most: int = 8) -> str:
 
 
 def _multiples(number: int, of: int) -> str:
-    """The nearest multiples of `of` below and above `number`."""
+    """The nearest multiples of `of` below and above `number`, as text."""
     below = number // of * of
     return f"{below} or {below + of}" if below else str(of)
 

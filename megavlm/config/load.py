@@ -1,7 +1,7 @@
-"""From configuration files and overrides to checked `Settings`, with messages that say what is wrong and where.
+"""Reads configuration files and overrides into checked `Settings`. Messages say what is wrong and where.
 
-Precedence, rising: defaults, the files named by `base:`, the file itself, overrides. Relative paths in settings are
-relative to the current directory (those in `base:` to the file that names them).
+Later entries override earlier ones: defaults, the files named by `base:`, the file itself, overrides. Relative paths in
+settings start from the current directory, and those in `base:` from the folder of the file that names them.
 """
 
 import difflib
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from megavlm.base.errors import UserError
 from megavlm.config import describe, yaml_files
@@ -22,12 +23,12 @@ def load_settings(path: Path | str, overrides: Iterable[str] = ()) -> Settings:
     """Reads a configuration file, its bases, and overrides of the form `section.key=value`.
 
     Raises:
-        UserError: one message that lists everything wrong with files, keys, types, ranges or combinations.
+        UserError: one message that lists all problems with files, keys, types, ranges and combinations.
     """
     values = yaml_files.read_file(Path(path))
     for override in overrides:
         values.update(yaml_files.parse_override(override))
-    values.tree.setdefault("model", {})  # so that "model.hf is not set" is said, not "model is not set"
+    values.tree.setdefault("model", {})  # so that the message is "model.hf is not set", not "model is not set"
     try:
         return Settings.model_validate(values.tree)
     except ValidationError as error:
@@ -38,13 +39,13 @@ def load_settings(path: Path | str, overrides: Iterable[str] = ()) -> Settings:
 
 
 def resolved_yaml(settings: Settings) -> str:
-    """All settings as YAML text, every default written out; `load_settings` on it gives equal settings."""
+    """All settings as YAML text, with all defaults written out. `load_settings` reads equal settings from it."""
     return yaml_files.dump(settings.model_dump(mode="json", by_alias=True))
 
 
-def _problem(details: dict, values: Values, path: Path | str) -> UserError:
-    """One of pydantic's complaints in our words."""
-    location: Location = details["loc"]
+def _problem(details: ErrorDetails, values: Values, path: Path | str) -> UserError:
+    """Rewords one of pydantic's errors."""
+    location: Location = tuple(part for part in details["loc"] if part != "[key]")  # a wrong key inside a mapping
     key, kind = key_text(location), details["type"]
     origin = values.origin(location)
     where = f" ({origin})" if origin else ""
@@ -72,7 +73,7 @@ def key_text(location: Location) -> str:
 
 
 def _nearest(location: Location) -> str:
-    """What a wrong key was probably meant to be: like a neighbour, like a key elsewhere, or a word of a meaning."""
+    """Suggests the intended key: a similar key in the section, a similar key elsewhere, or one described that way."""
     parent, name = location[:-1], str(location[-1])
     siblings = _keys_under(parent)
     if close := difflib.get_close_matches(name, siblings, n=1):
@@ -83,7 +84,7 @@ def _nearest(location: Location) -> str:
     for entry in describe.entries():
         if name.replace("_", " ") in entry.meaning:
             return f"did you mean {entry.key} ({entry.meaning})?"
-    return f"known {'in ' + key_text(parent) if parent else 'settings'}: {', '.join(siblings)}"
+    return f"known {'keys in ' + key_text(parent) if parent else 'settings'}: {', '.join(siblings)}"
 
 
 def _keys_under(parent: Location) -> list[str]:
@@ -95,7 +96,7 @@ def _keys_under(parent: Location) -> list[str]:
 
 
 def _origins_of_named(message: str, values: Values) -> str:
-    """Where the settings that a message names were set: " (a.yaml:3, override b=1)"."""
+    """The places where the settings that a message names were set: " (a.yaml:3, override b=1)"."""
     origins = []
     for key in re.findall(r"[a-z_]+(?:\.[a-z0-9_]+)+", message):
         origin = values.origins.get(tuple(key.split(".")))

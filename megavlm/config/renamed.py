@@ -1,4 +1,4 @@
-"""Settings that had another name once: an old name is an error that gives the new one."""
+"""Settings that were renamed. An old name is an error, and the message gives the new name."""
 
 RENAMED = {
     "data.align": "data.pad_multiple",
@@ -7,4 +7,4 @@ RENAMED = {
     "train.rehearsal": "train.memory_check",
     "vision.deal": "vision.balance",
 }
-"""Old key: new key."""
+"""The new key for each old key."""

@@ -1,7 +1,7 @@
-"""What a verb needs beyond well-formed settings: keys that must be set, files that must exist."""
+"""What a verb needs in addition to valid settings: keys that must be set and files that must exist."""
 
 from collections.abc import Iterable
-from functools import reduce
+from operator import attrgetter
 from pathlib import Path
 
 from megavlm.base.errors import UserError
@@ -10,9 +10,9 @@ from megavlm.config.settings import Settings
 
 
 def check_required(settings: Settings, keys: Iterable[str], verb: str) -> None:
-    """Raises UserError that names the dotted `keys` which `verb` needs and which are null or empty."""
+    """Raises a UserError that names those of the dotted `keys` that `verb` needs but that are null or empty."""
     meanings = {entry.key: entry.meaning for entry in describe.entries()}
-    missing = [key for key in keys if reduce(getattr, key.split("."), settings) in (None, [])]
+    missing = [key for key in keys if attrgetter(key)(settings) in (None, [])]
     if missing:
         listed = ", ".join(f"{key} ({meanings[key]})" for key in missing)
         example = f"{missing[0]}=…"
@@ -20,16 +20,16 @@ def check_required(settings: Settings, keys: Iterable[str], verb: str) -> None:
 
 
 def check_files(settings: Settings, keys: Iterable[str]) -> None:
-    """Raises UserError that names all files of `keys` (model.hf, model.load, data.train, …) that do not exist.
+    """Raises a UserError that names all files of `keys` (model.hf, model.load, data.train, …) that do not exist.
 
-    data.train stands for the replay source too. URLs are not looked at.
+    data.train includes the replay sources. URLs are not checked.
     """
-    paths = {}
+    paths: dict[str, Path | str | None] = {}
     for key in keys:
         if key == "data.train":
             paths |= {name: source.path for name, source in settings.data.leaves.items()}
         else:
-            paths[key] = reduce(getattr, key.split("."), settings)
+            paths[key] = attrgetter(key)(settings)
     missing = {key: path for key, path in paths.items() if isinstance(path, Path) and not path.exists()}
     remedy = f"relative paths start from {Path.cwd()}"
     if len(missing) == 1:
@@ -41,29 +41,29 @@ def check_files(settings: Settings, keys: Iterable[str]) -> None:
     if "model.hf" in paths and not (settings.model.hf / "config.json").is_file():
         raise UserError(
             f"model.hf is {settings.model.hf}, a folder without config.json",
-            "name a folder in Hugging Face's model format",
+            "give a folder in Hugging Face's model format",
         )
 
 
 def check_stage(settings: Settings) -> None:
-    """Raises UserError where the settings contradict ``stage``.
+    """Raises a UserError if the settings contradict ``stage``, which must be set.
 
-    Stage 0 trains the projector alone; later stages start from a checkpoint.
+    Stage 0 trains only the projector; later stages start from a checkpoint.
     """
-    frozen = set(settings.model.freeze)
-    if settings.stage == 0 and frozen != {"vision", "language"}:
+    stage, frozen = settings.stage, set(settings.model.freeze)
+    assert stage is not None
+    if stage == 0 and frozen != {"vision", "language"}:
         raise UserError(
-            f"stage is 0, which trains the projector alone, but model.freeze is {sorted(frozen)}",
+            f"stage is 0, which trains only the projector, but model.freeze is {sorted(frozen)}",
             "set model.freeze: [vision, language], or choose stage 1",
         )
-    if settings.stage == 0 and settings.train.unfreeze_after:
+    if stage == 0 and settings.train.unfreeze_after:
         raise UserError(
-            "stage is 0, which trains the projector alone, but train.unfreeze_after is "
-            f"{settings.train.unfreeze_after}",
+            f"stage is 0, which trains only the projector, but train.unfreeze_after is {settings.train.unfreeze_after}",
             "remove train.unfreeze_after, or choose stage 1",
         )
-    if settings.stage > 0 and settings.model.load is None:
+    if stage > 0 and settings.model.load is None:
         raise UserError(
-            f"stage is {settings.stage}, which continues stage {settings.stage - 1}, but model.load is not set",
-            "set model.load to the output folder, or a checkpoint, of the stage before",
+            f"stage is {stage}, which continues stage {stage - 1}, but model.load is not set",
+            "set model.load to the output folder or a checkpoint of the previous stage",
         )

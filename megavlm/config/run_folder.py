@@ -1,4 +1,4 @@
-"""Output folders: which one may be written to, which one a run continues in."""
+"""Output folders: whether one may be written to, and whether a run continues in it."""
 
 import os
 import shutil
@@ -10,8 +10,8 @@ from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings, resolved_yaml
 from megavlm.config.settings import Settings
 
-# Settings that may differ between a run and its continuation: they change neither the data nor what one step computes.
-# train.steps is among them so that a finished run can be made longer.
+# Settings that may change when a run is continued, because they change neither the data nor what a step computes.
+# train.steps is one of them so that a finished run can be extended.
 FREE_TO_CHANGE = (
     "parallel",
     "vision",
@@ -21,7 +21,7 @@ FREE_TO_CHANGE = (
     "output",
     "overwrite",
     "data.eval",
-    "data.pad_multiple",  # follows parallel.context; the run says that its rows are packed differently from here on
+    "data.pad_multiple",  # follows parallel.context; a run that continues with another value says so
     "data.workers",
     "data.max_bad_fraction",
     "model.kernels",
@@ -32,7 +32,7 @@ FREE_TO_CHANGE = (
     "train.hang_minutes",
     "train.memory_check",
 )
-# What a run writes; overwriting removes these names and no other.
+# The files and folders that a run writes. Overwriting removes only these.
 RUN_FILES = (
     "config.yaml",
     "checkpoints",
@@ -49,16 +49,16 @@ RUN_FILES = (
 def check_output(settings: Settings) -> str:
     """What would happen to the output folder: "new", "resume" or "replace". Changes nothing.
 
-    A folder with a config.yaml of the same run is continued, also when the run was stopped before its first checkpoint.
-    `overwrite: true` starts over instead, except in a job that the cluster has requeued (SLURM_RESTART_COUNT): that
-    one continues what its own first start began.
+    A folder with the config.yaml of the same run is continued, even if the run was stopped before its first checkpoint.
+    `overwrite: true` starts from the beginning instead, except in a job that the cluster has requeued
+    (SLURM_RESTART_COUNT), which continues what its own first start has written.
 
     Raises:
-        UserError: the folder holds something else, or the run of other settings.
+        UserError: the folder contains something else, or a run with other settings.
     """
-    folder = settings.output
+    folder = _output(settings)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"output {folder} is a file", "name a folder")
+        raise UserError(f"output {folder} is a file", "choose a folder")
     if not folder.exists() or not any(folder.iterdir()):
         return "new"
     obstacle = _why_not_resumable(settings)
@@ -66,15 +66,15 @@ def check_output(settings: Settings) -> str:
         requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
         return "resume" if requeued and not obstacle else "replace"
     if obstacle:
-        raise UserError(obstacle, "choose another output, or set overwrite=true to start over")
+        raise UserError(obstacle, "choose another output, or set overwrite=true to start from the beginning")
     return "resume"
 
 
 def prepare_output(settings: Settings) -> bool:
-    """Makes the output folder and writes config.yaml into it. For one process of the run.
+    """Creates the output folder and writes config.yaml into it. Only one process of a run may call it.
 
     Returns:
-        Whether an earlier start of this run is continued.
+        Whether the run continues an earlier start.
 
     Raises:
         UserError: see `check_output`.
@@ -82,24 +82,24 @@ def prepare_output(settings: Settings) -> bool:
     action = check_output(settings)
     if action == "replace":
         for name in RUN_FILES:
-            path = settings.output / name
+            path = _output(settings) / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    atomic_files.write_text(settings.output / "config.yaml", resolved_yaml(settings))
+    atomic_files.write_text(_output(settings) / "config.yaml", resolved_yaml(settings))
     return action == "resume"
 
 
 def check_new(path: Path, settings: Settings) -> None:
-    """Raises UserError where a result file or folder exists (an empty folder does not count) and overwrite is false."""
+    """Raises a UserError if a result file or folder exists and overwrite is false. An empty folder does not count."""
     exists = any(path.iterdir()) if path.is_dir() else path.exists()
     if exists and not settings.overwrite:
         raise UserError(f"{path} exists already", "move it away, choose another output, or set overwrite=true")
 
 
 def changed_keys(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys, apart from FREE_TO_CHANGE, whose values differ: {key: (old, new)}."""
+    """The dotted keys whose values differ, except those in FREE_TO_CHANGE: {key: (old, new)}."""
     before, after = _flat(old.model_dump(mode="json", by_alias=True)), _flat(new.model_dump(mode="json", by_alias=True))
     return {
         key: (value, after[key])
@@ -108,9 +108,14 @@ def changed_keys(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def _output(settings: Settings) -> Path:
+    assert settings.output is not None  # the verbs that call this module require it
+    return settings.output
+
+
 def _why_not_resumable(settings: Settings) -> str | None:
-    """What keeps the run of `settings` from being continued in its output folder."""
-    config = settings.output / "config.yaml"
+    """Why the run of `settings` cannot be continued in its output folder; None if it can."""
+    config = _output(settings) / "config.yaml"
     if not config.is_file():
         return f"output {settings.output} is not empty and holds no run that could be continued"
     try:
@@ -122,7 +127,7 @@ def _why_not_resumable(settings: Settings) -> str | None:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

@@ -1,4 +1,4 @@
-"""What the sections of a configuration file are made of: strict scalars, paths, the class of a group of settings."""
+"""Building blocks for the sections of a configuration file: strict scalars, paths, and the class of a section."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,8 +7,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, mode
 
 from megavlm.base.errors import UserError
 
-# Strict scalars: "8" is not a number and 1 is not a truth value, so that a slip in a file is seen. (A whole number is
-# still a good float.)
+# Strict scalars: "8" is not accepted as a number, nor 1 as a truth value, so that mistakes in a file are noticed. (A
+# whole number is still accepted as a float.)
 Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
 Positive = Annotated[float, Strict(), Field(gt=0)]
@@ -18,10 +18,10 @@ Str = Annotated[str, Strict()]
 
 
 def _path(value: Any) -> Any:
-    """Refuses "", which would silently mean the current directory, and knows "~"."""
+    """Refuses "", which would silently mean the current directory, and expands "~"."""
     if isinstance(value, str):
         if not value.strip():
-            raise UserError("an empty path")
+            raise UserError("the path is empty")
         return Path(value).expanduser()
     return value
 
@@ -36,7 +36,7 @@ Part = Literal["vision", "projector", "language"]
 
 
 class Section(BaseModel):
-    """A group of settings. Unknown names are refused, values are final, an empty section means its defaults."""
+    """A group of settings. Unknown names are errors, values cannot be changed, an empty section has its defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
@@ -47,9 +47,9 @@ class Section(BaseModel):
 
     @classmethod
     def default_of(cls, name: str) -> Any:
-        """The default of field `name`, for checks of "this would be ignored"."""
+        """The default of field `name`, for checks that no setting is ignored."""
         return cls.model_fields[name].get_default(call_default_factory=True)
 
     def is_changed(self, name: str) -> bool:
-        """Whether field `name` differs from its default (a default written out, as in config.yaml, is no change)."""
+        """Whether field `name` differs from its default. A default that is written out, as in config.yaml, does not."""
         return getattr(self, name) != self.default_of(name)

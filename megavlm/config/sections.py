@@ -1,7 +1,8 @@
-"""The sections of a configuration file but data's, one class each: every field with its default, range and meaning.
+"""Sections of a configuration file, one class each, with the default, range and description of every field.
 
-Nothing else in the package states a default. A check between fields of one section stands in that section; checks
-between sections are in `settings.py`, checks against the model's shapes and the number of processes in `layout.py`.
+The larger sections have files of their own. Defaults are stated only in these classes. Checks between fields of one
+section are in its class, checks between sections in `settings.py`, and checks against the model's shapes and the number
+of processes in `layout.py`.
 """
 
 from typing import Literal
@@ -9,27 +10,35 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.base.errors import UserError
-from megavlm.config.section import Bool, Count, FilePath, Float, Int, Part, Positive, Section, Str
+from megavlm.config.section import Bool, FilePath, Float, Int, Part, Section, Str
 
 
 class ModelSettings(Section):
-    """Which model, from which weights, and which parts of it learn."""
+    """Which model to use, which weights to start from, and which parts to train."""
 
-    hf: FilePath = Field(description="Hugging Face folder: config.json gives all shapes; tokenizer and processor files")
+    hf: FilePath = Field(
+        description="Hugging Face folder of the model. config.json gives the sizes of all layers; the tokenizer and "
+        "the processor are read from it, too"
+    )
     load: FilePath | None = Field(
-        None, description="Megatron checkpoint to start from; null: random weights (train.seed)"
+        None,
+        description="Megatron checkpoint to start from, or the output folder of a run; null: random weights drawn with "
+        "train.seed",
     )
     adapter: FilePath | None = Field(
         None,
-        description="adapter on the weights of load: a folder in peft's format, or a run that trained one",
+        description="adapter to put on the weights of model.load: a folder in peft's format, or the output folder of a "
+        "run that trained one; null: none",
     )
     freeze: list[Part] = Field(
         [],
-        description="parts that do not learn. vision: patch and position embedding, blocks; projector: merger and "
-        "deepstack mergers; language: the decoder, its embedding and output layer",
+        description="parts that are not trained. vision: patch embedding, position embedding and blocks of the vision "
+        "tower; projector: merger and deepstack mergers; language: decoder, word embedding and output layer",
     )
     kernels: Literal["auto", "te", "portable"] = Field(
-        "auto", description="te: Transformer Engine; portable: plain PyTorch; auto: te on a GPU that has it"
+        "auto",
+        description="implementation of the layers. te: Transformer Engine; portable: plain PyTorch; auto: te on a GPU "
+        "if it is installed, otherwise portable",
     )
 
     @field_validator("freeze")
@@ -38,33 +47,58 @@ class ModelSettings(Section):
         if len(set(freeze)) < len(freeze):
             raise UserError("a part is named twice")
         if len(freeze) == 3:
-            raise UserError("nothing would be trained", "leave vision, projector or language out")
+            raise UserError("nothing would be trained", "remove vision, projector or language from it")
         return freeze
 
 
 class ParallelSettings(Section):
-    """How the model is cut over processes; what is left over of the world is data-parallel."""
+    """How the model is split over ranks. All ranks / (tensor × pipeline × context) is the data-parallel size."""
 
-    tensor: Int = Field(1, ge=1, description="processes that share each layer's matrices; divides heads and vocabulary")
-    pipeline: Int = Field(1, ge=1, description="pipeline stages of the decoder's layers")
-    virtual_pipeline: Int | None = Field(None, ge=2, description="chunks of layers per stage (interleaved 1F1B)")
-    first_stage_layers: Int | None = Field(
-        None, ge=1, description="decoder layers of the first stage; null: as many as the others"
+    tensor: Int = Field(
+        1,
+        ge=1,
+        description="tensor parallelism: number of ranks that share the matrices of each layer; must divide the "
+        "numbers of attention heads and vocabulary entries",
     )
-    last_stage_layers: Int | None = Field(None, ge=1, description="decoder layers of the last stage; null: likewise")
-    context: Int = Field(1, ge=1, description="processes that share a row's tokens in attention")
-    expert: Int = Field(1, ge=1, description="processes over which experts are dealt (MoE models only)")
-    expert_tensor: Int = Field(1, ge=1, description="processes that share each expert's matrices (MoE models only)")
-    sequence: Bool = Field(True, description="with tensor > 1, also share norms and residuals along the sequence")
+    pipeline: Int = Field(
+        1, ge=1, description="pipeline parallelism: number of stages into which the decoder's layers are divided"
+    )
+    virtual_pipeline: Int | None = Field(
+        None,
+        ge=2,
+        description="number of chunks of layers on each stage (interleaved 1F1B schedule); null: one chunk (1F1B)",
+    )
+    first_stage_layers: Int | None = Field(
+        None, ge=1, description="number of decoder layers in the first stage; null: as many as in the other stages"
+    )
+    last_stage_layers: Int | None = Field(
+        None, ge=1, description="number of decoder layers in the last stage; null: as many as in the other stages"
+    )
+    context: Int = Field(
+        1, ge=1, description="context parallelism: number of ranks that share the tokens of each row in the decoder"
+    )
+    expert: Int = Field(
+        1,
+        ge=1,
+        description="expert parallelism: number of ranks over which the experts are distributed (MoE models only)",
+    )
+    expert_tensor: Int = Field(
+        1, ge=1, description="number of ranks that share the matrices of each expert (MoE models only)"
+    )
+    sequence: Bool = Field(
+        True,
+        description="sequence parallelism: whether the tensor-parallel ranks also share the tokens outside of "
+        "attention and MLPs; has an effect only if parallel.tensor is greater than 1",
+    )
 
     @property
     def sequence_parallel(self) -> bool:
-        """Whether sequence parallelism is at work: Megatron has it only for tensor > 1."""
+        """Whether sequence parallelism is used: Megatron has it only for tensor > 1."""
         return self.sequence and self.tensor > 1
 
     @property
     def pieces(self) -> int:
-        """Equal pieces in which context parallelism cuts each sample: an early and a late one for each rank."""
+        """Number of equal pieces into which context parallelism cuts each sample: two for each rank."""
         return 2 * self.context if self.context > 1 else 1
 
     @model_validator(mode="after")
@@ -85,131 +119,51 @@ class ParallelSettings(Section):
 
 
 class VisionSettings(Section):
-    """How the vision tower runs."""
+    """How the vision tower encodes pictures and videos."""
 
-    recompute: Bool = Field(False, description="run the tower's forward again in backward, to keep less memory")
-    chunk_patches: Int = Field(65536, ge=4, description="patches encoded at a time (a frame is never cut)")
+    recompute: Bool = Field(
+        False,
+        description="whether to run the tower's forward pass again in the backward pass instead of keeping its "
+        "activations in memory",
+    )
+    chunk_patches: Int = Field(
+        65536, ge=4, description="maximum number of patches encoded at a time; a larger frame is encoded alone"
+    )
     window: Int | None = Field(
         None,
         ge=1,
-        description="micro-batches whose frames are encoded together, and whose features exist at one time; null: 4, "
-        "with several pipeline stages the whole step",
+        description="number of micro-batches whose frames are encoded together and whose features are in memory at the "
+        "same time; null: 4, or all of the step if there are several pipeline stages",
     )
-    offload: Bool = Field(False, description="features, and pixels to be encoded again, wait in host memory")
+    offload: Bool = Field(
+        False,
+        description="whether features that wait for the decoder, and pixels that wait for recomputation, are kept in "
+        "host memory",
+    )
     balance: Literal["model_parallel", "world"] = Field(
         "model_parallel",
-        description="ranks that share the frames: those of one row; or all, which relieves data ranks with heavy "
-        "pictures",
+        description="ranks over which the frames are distributed. model_parallel: the ranks that share a row; world: "
+        "all ranks, which helps if some data-parallel ranks have larger pictures than others",
     )
-
-
-class TrainSettings(Section):
-    """The optimizer and its schedule."""
-
-    steps: Int | None = Field(None, ge=1, description="optimizer steps of the whole run")
-    global_batch_size: Int | None = Field(None, ge=1, description="rows per step over all processes")
-    lr: Float | None = Field(None, gt=0, description="highest learning rate")
-    lr_scale: dict[Part, Positive] = Field(
-        {}, description="of a part, how its learning rate differs from lr: {vision: 0.1}; others have 1"
-    )
-    unfreeze_after: dict[Part, Count] = Field(
-        {},
-        description="number of steps after which a frozen part is unfrozen: {language: 1000}; its learning rate then "
-        "follows the schedule of the run",
-    )
-    min_lr: Float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
-    warmup_steps: Int = Field(0, ge=0, description="steps over which the learning rate rises from 0 to lr")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="way from lr down to min_lr")
-    optimizer: Literal["adam", "sgd", "galore"] = Field(
-        "adam",
-        description="adam: AdamW, its state shared over data ranks; sgd: plain gradient descent; galore: AdamW with "
-        "low-rank moments of matrices, for all weights on few GPUs",
-    )
-    galore_rank: Int = Field(128, ge=1, description="of galore: rank of the moments of a matrix")
-    galore_update_every: Int = Field(200, ge=1, description="of galore: steps after which the projection is renewed")
-    galore_scale: Float = Field(0.25, gt=0, description="of galore: factor of a projected matrix's update")
-    adam_beta1: Float = Field(0.9, ge=0, lt=1, description="decay of Adam's mean of gradients")
-    adam_beta2: Float = Field(0.95, ge=0, lt=1, description="decay of Adam's mean of squared gradients")
-    adam_eps: Float = Field(1e-8, gt=0, description="added to Adam's denominator")
-    weight_decay: Float = Field(0.1, ge=0, description="weight decay")
-    clip_grad: Float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0: not clipped")
-    moe_aux_loss_coeff: Float = Field(0.001, ge=0, description="weight of the load-balancing loss (MoE models only)")
-    precision: Literal["bf16", "fp32", "fp8"] = Field(
-        "bf16", description="number format of the compute; fp8 needs model.kernels te"
-    )
-    recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="decoder activations computed again in backward: none, attention's, whole layers"
-    )
-    logprob_chunk_tokens: Int = Field(1024, ge=1, description="tokens whose logits exist at one time")
-    kl_to_start: Float = Field(
-        0.0,
-        ge=0,
-        description="of sft: weight of the divergence from the model that training starts from, which keeps what it "
-        "can; 0: none (else a second forward pass, and a copy of what learns)",
-    )
-    max_skipped_steps: Int = Field(
-        3, ge=0, description="steps in a row that may be skipped for a loss or gradient that is not finite; 0: none"
-    )
-    memory_check: Bool = Field(
-        True, description="before the first step, run the longest row that may come, to see whether it fits in memory"
-    )
-    hang_minutes: Float | None = Field(
-        30.0, gt=0, description="a run without a step for so long shows its stacks and ends; null: it waits"
-    )
-    seed: Int = Field(1234, ge=0, le=2**31 - 1, description="of weights, data order and dropout")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "TrainSettings":
-        if self.lr is not None and self.min_lr > self.lr:
-            raise UserError(
-                f"train.min_lr is {self.min_lr:g}, more than train.lr, {self.lr:g}", "lower min_lr or raise lr"
-            )
-        if self.steps is not None and self.warmup_steps > self.steps:
-            raise UserError(
-                f"train.warmup_steps is {self.warmup_steps}, more than train.steps, {self.steps}",
-                "warm up over fewer steps or train longer",
-            )
-        late = ", ".join(
-            part for part, after in self.unfreeze_after.items() if self.steps is not None and after >= self.steps
-        )
-        if late:
-            raise UserError(
-                f"train.unfreeze_after is {self.unfreeze_after}, but train.steps is {self.steps}: "
-                f"that of {late} would be ignored",
-                f"unfreeze {late} after fewer than {self.steps} steps, or train longer",
-            )
-        if self.schedule == "constant" and self.min_lr:
-            raise UserError(
-                f"train.min_lr is {self.min_lr:g}, but train.schedule constant stays at lr: it would be ignored",
-                "set min_lr to 0 or choose schedule cosine or linear",
-            )
-        for name in ("adam_beta1", "adam_beta2", "adam_eps"):
-            if self.optimizer == "sgd" and self.is_changed(name):
-                raise UserError(
-                    f"train.{name} is {getattr(self, name):g}, but train.optimizer is sgd: it would be ignored",
-                    f"remove {name} or choose optimizer adam",
-                )
-        for name in ("galore_rank", "galore_update_every", "galore_scale"):
-            if self.optimizer != "galore" and self.is_changed(name):
-                raise UserError(
-                    f"train.{name} is {getattr(self, name):g}, but train.optimizer is {self.optimizer}: it would be "
-                    "ignored",
-                    f"remove {name} or choose optimizer galore",
-                )
-        return self
 
 
 class CheckpointSettings(Section):
     """When checkpoints are written and how many are kept."""
 
     every: Int | None = Field(
-        None, ge=1, description="steps between checkpoints; null: only at the end or when stopped"
+        None,
+        ge=1,
+        description="number of steps between checkpoints; null: only at the end of the run or when it is stopped",
     )
-    keep: Int = Field(3, ge=1, description="newest checkpoints kept; older ones are deleted")
+    keep: Int = Field(3, ge=1, description="number of newest checkpoints that are kept; older ones are deleted")
     keep_every: Int | None = Field(
-        None, ge=1, description="checkpoints of steps divisible by this are never deleted; null: they are as all others"
+        None,
+        ge=1,
+        description="checkpoints whose step is a multiple of this number are never deleted; null: no such exception",
     )
-    async_save: Bool = Field(True, alias="async", description="write in the background while training goes on")
+    async_save: Bool = Field(
+        True, alias="async", description="whether checkpoints are written in the background while training continues"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "CheckpointSettings":
@@ -217,7 +171,7 @@ class CheckpointSettings(Section):
             every = self.every or "null"
             raise UserError(
                 f"checkpoint.keep_every is {self.keep_every}, but checkpoint.every is {every}: "
-                "there are no checkpoints at its steps",
+                "no checkpoints are written at these steps",
                 f"choose a multiple of {self.every}" if self.every else "set checkpoint.every, or keep_every to null",
             )
         return self
@@ -227,26 +181,36 @@ class WandbSettings(Section):
     """Weights & Biases."""
 
     mode: Literal["auto", "off", "offline", "online"] = Field(
-        "auto", description="auto: online where an API key is found, otherwise offline"
+        "auto",
+        description="whether the run is logged to Weights & Biases, and whether over the network. auto: online if an "
+        "API key is found, otherwise offline; off: not at all",
     )
-    project: Str = Field("megavlm", min_length=1, description="project the run appears in")
+    project: Str = Field("megavlm", min_length=1, description="Weights & Biases project that the run belongs to")
 
 
 class LogSettings(Section):
-    """What is reported while training."""
+    """What a run reports during training."""
 
-    every: Int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
+    every: Int = Field(1, ge=1, description="number of steps between lines of metrics.jsonl")
     wandb: WandbSettings = Field(WandbSettings(), description="Weights & Biases")
 
 
 class GenerateSettings(Section):
     """How answers are generated."""
 
-    max_new_tokens: Int = Field(64, ge=1, description="longest answer in tokens")
-    temperature: Float = Field(0.0, ge=0, description="0: the likeliest token each time; above: sampled")
-    top_p: Float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
-    top_k: Int = Field(0, ge=0, description="sample from this many likeliest tokens; 0: all")
-    batch_size: Int = Field(16, ge=1, description="prompts answered together by each data-parallel rank")
+    max_new_tokens: Int = Field(64, ge=1, description="maximum number of tokens in an answer")
+    temperature: Float = Field(
+        0.0,
+        ge=0,
+        description="sampling temperature; 0: the most likely token is always chosen (greedy decoding)",
+    )
+    top_p: Float = Field(
+        1.0, gt=0, le=1, description="sample from the most likely tokens whose probabilities sum to this; 1: all tokens"
+    )
+    top_k: Int = Field(0, ge=0, description="sample from this number of most likely tokens; 0: all tokens")
+    batch_size: Int = Field(
+        16, ge=1, description="number of prompts that each data-parallel rank answers at the same time"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "GenerateSettings":

@@ -1,4 +1,4 @@
-"""All settings of a run: `sections.py` and `data_sections.py` put together, and the checks between sections."""
+"""All settings: the sections combined, and the checks between sections."""
 
 from pydantic import Field, model_validator
 
@@ -13,10 +13,10 @@ from megavlm.config.sections import (
     LogSettings,
     ModelSettings,
     ParallelSettings,
-    TrainSettings,
     VisionSettings,
     WandbSettings,
 )
+from megavlm.config.train_section import TrainSettings
 
 __all__ = [
     "AdapterSettings",
@@ -36,9 +36,9 @@ __all__ = [
 
 
 class Settings(Section):
-    """What a configuration file says, every default filled in.
+    """The settings of a configuration file, with all defaults filled in.
 
-    `megavlm.config.load.load_settings` makes one from files and overrides; a test may write
+    `megavlm.config.load.load_settings` makes them from files and overrides. Tests may write
     `Settings(model={"hf": folder}, data={"seq_length": 64})`. Raises pydantic's ValidationError, which load_settings
     turns into a UserError.
     """
@@ -55,41 +55,46 @@ class Settings(Section):
     log: LogSettings = LogSettings()
     generate: GenerateSettings = GenerateSettings()
     output: FilePath | None = Field(
-        None, description="folder of the run: config.yaml, metrics.jsonl, checkpoints, report"
+        None,
+        description="output folder of the run, with config.yaml, metrics.jsonl, the checkpoints and the report",
     )
-    overwrite: Bool = Field(False, description="replace what an earlier, different run left in the output folder")
+    overwrite: Bool = Field(
+        False, description="whether the results of an earlier run in the output folder may be replaced"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         if self.train.precision == "fp8" and self.model.kernels != "te":
             raise UserError(
-                f"train.precision is fp8, but model.kernels is {self.model.kernels}: only Transformer Engine has fp8",
+                f"train.precision is fp8, but model.kernels is {self.model.kernels}: only te (Transformer Engine) "
+                "supports fp8",
                 "set model.kernels to te, or train.precision to bf16",
             )
         free = ", ".join(part for part in self.train.unfreeze_after if part not in self.model.freeze)
         if free:
             raise UserError(
                 f"train.unfreeze_after is {self.train.unfreeze_after}, but model.freeze is "
-                f"{self.model.freeze}: that of {free} would be ignored",
+                f"{self.model.freeze}: the entry for {free} would be ignored",
                 f"remove {free} from train.unfreeze_after, or add it to model.freeze",
             )
         frozen = ", ".join(part for part in self.train.lr_scale if part in self.frozen())
         if frozen:
             raise UserError(
-                f"train.lr_scale is {self.train.lr_scale}, but model.freeze has {frozen}: it would be ignored",
+                f"train.lr_scale is {self.train.lr_scale}, but model.freeze has {frozen}: the entry would be ignored",
                 f"remove {frozen} from one of them",
             )
         if self.train.kl_to_start and self.model.load is None:
             raise UserError(
-                f"train.kl_to_start is {self.train.kl_to_start:g}, but model.load is not set: nothing is to be kept",
-                "set model.load, or kl_to_start to 0",
+                f"train.kl_to_start is {self.train.kl_to_start:g}, but model.load is not set: there is no model to "
+                "stay close to",
+                "set model.load, or set kl_to_start to 0",
             )
         check_seq_length(self.data.seq_length, self.parallel)
         self._check_pad_multiple()
         return self
 
     def frozen(self, step: int | None = None) -> list[str]:
-        """Parts that do not learn in step ``step`` (from 1); without one, those that never do."""
+        """The parts that are frozen in step ``step`` (counted from 1); without a step, those that are always frozen."""
         unfreeze_after = self.train.unfreeze_after
         return [
             p for p in self.model.freeze if p not in unfreeze_after or (step is not None and step <= unfreeze_after[p])
@@ -97,7 +102,7 @@ class Settings(Section):
 
     @property
     def pad_multiple(self) -> int:
-        """Samples are padded in their rows to a multiple of this many tokens."""
+        """The number of tokens to a multiple of which each sample in a row is padded."""
         return self.data.pad_multiple or self.parallel.pieces
 
     def _check_pad_multiple(self) -> None:
@@ -116,10 +121,10 @@ class Settings(Section):
 
 
 def check_seq_length(seq_length: int, parallel: ParallelSettings) -> None:
-    """Raises UserError unless rows of `seq_length` tokens can be cut as `parallel` says.
+    """Raises a UserError if rows of `seq_length` tokens cannot be cut as `parallel` says.
 
-    Sequence parallelism cuts a row in `tensor` slices; context parallelism first in 2 * context pieces, of which each
-    rank takes an early and a late one, so that causal attention costs every rank the same.
+    Context parallelism cuts a row into 2 × context pieces and gives each rank an early and a late one, so that causal
+    attention costs all ranks the same. Sequence parallelism cuts the tokens of a context rank into `tensor` slices.
     """
     cut = (parallel.tensor if parallel.sequence_parallel else 1) * parallel.pieces
     if seq_length % cut:
@@ -127,5 +132,5 @@ def check_seq_length(seq_length: int, parallel: ParallelSettings) -> None:
         below, above = seq_length // cut * cut, (seq_length // cut + 1) * cut
         raise UserError(
             f"data.seq_length is {seq_length}, which is not divisible by {formula} = {cut}",
-            f"nearest lengths that are: {below} and {above}" if below else f"nearest length that is: {above}",
+            f"the nearest valid lengths are {below} and {above}" if below else f"the nearest valid length is {above}",
         )

@@ -1,10 +1,11 @@
-"""YAML files with `base:`, environment variables, and a memory of where each key was set.
+"""YAML files with `base:` and environment variables, and a record of where each key was set.
 
-Scalars follow YAML 1.2, not PyYAML's 1.1: `1e-5` is a number, `off` and `no` are words, `1:30` is not ninety.
+Scalars follow YAML 1.2, not YAML 1.1 as in PyYAML: `1e-5` is a number, `off` and `no` are text, and `1:30` is not 90.
 """
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,21 +29,21 @@ _SCALARS = {
 }
 
 
-def _resolvers() -> dict[str, list]:
-    table: dict[str, list] = {}
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     for name, (pattern, first_characters) in _SCALARS.items():
         for character in first_characters:
-            key = "" if character == "\0" else character  # PyYAML files the empty scalar under ""
+            key = "" if character == "\0" else character  # PyYAML looks the empty scalar up under ""
             table.setdefault(key, []).append((f"tag:yaml.org,2002:{name}", re.compile(rf"(?:{pattern})\Z")))
     return table
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars above; a key written twice is an error."""
+    """PyYAML's safe loader with the scalars above. A key that is written twice is an error."""
 
     yaml_implicit_resolvers = _resolvers()
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen and key.value != "<<":
@@ -52,7 +53,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader`, or a reader of YAML 1.1, would not read as text."""
+    """Quotes text that `_Loader` or a reader of YAML 1.1 would not read as text."""
 
     yaml_implicit_resolvers = {
         first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *ours] for first, ours in _resolvers().items()
@@ -64,13 +65,13 @@ class _Dumper(yaml.SafeDumper):
 
 @dataclass
 class Values:
-    """Nested values as they stand in files and overrides, and for each location the "file:line" that set it."""
+    """Nested values as written in files and overrides, and for each location the "file:line" that set it."""
 
     tree: dict[str, Any] = field(default_factory=dict)
     origins: dict[Location, str] = field(default_factory=dict)
 
     def origin(self, location: Location) -> str | None:
-        """Where the value at `location`, or the nearest thing above it, was set."""
+        """Where the value at `location` was set, or else the nearest value that contains it."""
         while location:
             if location in self.origins:
                 return self.origins[location]
@@ -78,25 +79,25 @@ class Values:
         return None
 
     def update(self, newer: "Values") -> None:
-        """Merges `newer` into this: sections key by key, anything else (lists too) replaced whole."""
+        """Merges `newer` into this: sections are merged key by key, all other values (lists, too) are replaced."""
         self.tree = _merged(self.tree, newer.tree)
         self.origins.update(newer.origins)
 
 
 def read_file(path: Path) -> Values:
-    """Reads a YAML file over the files that its `base:` names (one, or a list in rising order of precedence).
+    """Reads a YAML file and the files that its `base:` names (one file or a list, where later files override earlier).
 
-    `base:` entries are relative to the file that names them. `${VAR}` and `${VAR:-default}` in any value stand for
-    environment variables; a value that becomes a number, true, false or null that way is one.
+    `base:` entries are relative to the file that names them. `${VAR}` and `${VAR:-default}` in any value are replaced
+    by environment variables. If the result looks like a number, true, false or null, it is read as such.
 
     Raises:
-        UserError: a file is missing or does not parse, bases form a cycle, a variable is not set.
+        UserError: a file is missing or does not parse, the bases form a cycle, or a variable is not set.
     """
     return _read_with_bases(Path(path), ())
 
 
 def parse_override(text: str) -> Values:
-    """Reads `section.key=value`, the value being YAML. Raises UserError where it is not of that form."""
+    """Reads `section.key=value`, where the value is YAML. Raises a UserError if the text does not have that form."""
     key, equals, value = text.partition("=")
     location = tuple(key.split("."))
     if not equals or not all(location):
@@ -115,7 +116,7 @@ def parse_override(text: str) -> Values:
 
 
 def dump(tree: Any) -> str:
-    """`tree` as YAML text in the given order, so that `read_file` gives the same values back."""
+    """`tree` as YAML text, in the given order. `read_file` reads the same values from it."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -177,8 +178,8 @@ def _problem(error: yaml.YAMLError) -> str:
     return getattr(error, "problem", None) or getattr(error, "reason", None) or "not understood"
 
 
-def _expand(value: Any, location: Location, origin_of: Any) -> Any:
-    """Puts environment variables in place of ${VAR} and ${VAR:-default} in all strings of `value`."""
+def _expand(value: Any, location: Location, origin_of: Callable[[Location], str | None]) -> Any:
+    """Replaces ${VAR} and ${VAR:-default} by environment variables in all strings of `value`."""
     if isinstance(value, dict):
         return {key: _expand(item, (*location, key), origin_of) for key, item in value.items()}
     if isinstance(value, list):
@@ -186,7 +187,7 @@ def _expand(value: Any, location: Location, origin_of: Any) -> Any:
     if not isinstance(value, str) or "${" not in value:
         return value
 
-    def replace(match: re.Match) -> str:
+    def replace(match: re.Match[str]) -> str:
         name, default = match.groups()
         if default is not None:
             return os.environ.get(name) or default

@@ -1,4 +1,4 @@
-"""Hugging Face folders and Megatron checkpoints, one into the other, by one table of names."""
+"""Converts between Hugging Face folders and Megatron checkpoints, with one table of names."""
 
 from megavlm.convert.compare import Difference, compare
 from megavlm.convert.convert import HF_LAYOUT, hf_layout, hf_to_mcore, mcore_to_hf

@@ -1,4 +1,4 @@
-"""An adapter on disk, as a folder in peft's format or as a checkpoint of a run: reading, writing, and merging."""
+"""Adapters on disk, in peft's format or as the checkpoint of a run: reading, writing and merging."""
 
 import shutil
 from functools import cached_property, lru_cache
@@ -30,52 +30,61 @@ from megavlm.convert.peft_names import (
     to_peft,
 )
 from megavlm.convert.safetensors_file import SafetensorsReader
+from megavlm.convert.tensor_order import Shape
 from megavlm.model import score_head
 from megavlm.model.shapes import Shapes
 
 ADAPTER_MODEL = "adapter_model.safetensors"
 REWARD_HEAD = "reward_head.safetensors"
-"""File in a Hugging Face folder, or beside an adapter, with the head of a reward model: "weight", [1, hidden]."""
+"""The head of a reward model, as a file in a Hugging Face folder or beside an adapter: "weight", [1, hidden]."""
 
 
 class Adapter:
-    """An adapter that can be read, linear by linear.
+    """An adapter on disk, which is read one linear layer at a time.
 
     Args:
-        folder: in peft's format, or a checkpoint of a run that trained one.
-        shapes: of the model that it is for.
+        folder: a folder in peft's format, or the checkpoint of a run that trained an adapter.
+        shapes: shapes of the model that the adapter belongs to.
     Attributes:
-        settings: AdapterSettings. linears: HF name to Linear, of those that have one.
+        settings: the adapter's settings.
+        linears: the linear layers that have an adapter, by their HF names.
     Raises:
-        UserError: the folder holds no adapter, one of another model, or an incomplete one.
+        UserError: the folder contains no adapter, the adapter of another model, or an incomplete adapter.
     """
 
-    def __init__(self, folder: str | Path, shapes: Shapes):
+    def __init__(self, folder: str | Path, shapes: Shapes) -> None:
         self.folder, self.shapes = Path(folder), shapes
         if not self.folder.is_dir():
-            raise UserError(f"no such adapter: {folder}", f"name a folder with {ADAPTER_CONFIG}")
+            raise UserError(f"no such adapter: {folder}", f"give a folder with {ADAPTER_CONFIG}")
         self.settings: AdapterSettings = read_config(self.folder, shapes)
         self.linears: dict[str, Linear] = targeted(self.settings, shapes)
         self._kinds = {name: tensor_shapes(self.settings, linear) for name, linear in self.linears.items()}
+        self._file: SafetensorsReader | McoreCheckpoint
+        stored: dict[str, Shape]
         if (self.folder / ADAPTER_MODEL).is_file():
-            self._file, names = SafetensorsReader(self.folder / ADAPTER_MODEL), self._peft_names
-            stored = {name: info.shape for name, info in self._file.tensors.items()}
+            reader, names = SafetensorsReader(self.folder / ADAPTER_MODEL), self._peft_names
+            stored = {name: info.shape for name, info in reader.tensors.items()}
             shaped = lambda linear, kind, shape: to_peft(linear, kind, torch.empty(shape, device="meta")).shape
+            self._file = reader
         else:
-            self._file, names = McoreCheckpoint(self.folder), self._checkpoint_names
-            stored = {name: shape for name, (shape, _) in self._file.tensors.items()}
+            checkpoint, names = McoreCheckpoint(self.folder), self._checkpoint_names
+            stored = {name: shape for name, (shape, _) in checkpoint.tensors.items()}
             shaped = lambda linear, kind, shape: shape
+            self._file = checkpoint
         missing = [name for name in names.values() if name not in stored]
         if missing:
             raise UserError(f"{self.folder}: missing tensor {short_list(missing)}", "the adapter is incomplete")
         if isinstance(self._file, SafetensorsReader) and (unknown := stored.keys() - set(names.values())):
-            raise UserError(f"{self.folder}: tensor {short_list(sorted(unknown))} belongs to no linear of this model")
+            raise UserError(
+                f"{self.folder}: tensor {short_list(sorted(unknown))} belongs to no linear layer of this model",
+                "use the adapter with the model that it was trained on",
+            )
         for (linear, kind), name in names.items():
             expected = tuple(shaped(self.linears[linear], kind, self._kinds[linear][kind]))
             if tuple(stored[name]) != expected:
                 raise UserError(
-                    f"{self.folder}: {name} has shape {list(stored[name])}; for this model it is {list(expected)}",
-                    "the adapter is of another model",
+                    f"{self.folder}: {name} has shape {list(stored[name])}, but this model needs {list(expected)}",
+                    "the adapter belongs to another model",
                 )
 
     @cached_property
@@ -94,47 +103,48 @@ class Adapter:
 
     @property
     def checkpoint(self) -> McoreCheckpoint | None:
-        """The checkpoint that it is read from; None for a folder in peft's format."""
+        """The checkpoint that the adapter is read from; None for a folder in peft's format."""
         return self._file if isinstance(self._file, McoreCheckpoint) else None
 
     @property
     def other_weights(self) -> set[str]:
-        """Keys of whole weights that a checkpoint holds beside the adapter: of parts that learned fully, a head."""
+        """Keys of the checkpoint's other weights: of parts that were trained in full, and of a reward model's head."""
         tensors = self.checkpoint.tensors if self.checkpoint else ()
         return {key for key in tensors if not key.startswith((CHECKPOINT_PREFIX, "optimizer."))}
 
     @property
     def reward_head(self) -> Tensor | None:
-        """[1, hidden] of a reward model, if it has one."""
+        """The head of a reward model, [1, hidden]; None if there is none."""
         if self.checkpoint is not None:
             return self.checkpoint.read(score_head.KEY) if score_head.KEY in self.other_weights else None
         file = self.folder / REWARD_HEAD
         return load_file(file)["weight"] if file.is_file() else None
 
     def read(self, name: str, expert: int | None = None) -> dict[str, Tensor]:
-        """The tensors of one linear, in the shapes of ``tensor_shapes``; of one of its experts without that axis."""
-        if isinstance(self._file, McoreCheckpoint):
+        """The tensors of a linear layer, in the shapes of ``tensor_shapes``; for one expert without the expert axis."""
+        file = self._file
+        if isinstance(file, McoreCheckpoint):
             rows = (0, None) if expert is None else (expert, expert + 1)
-            found = {kind: self._file.read(f"{CHECKPOINT_PREFIX}{name}.{kind}", *rows) for kind in self._kinds[name]}
+            found = {kind: file.read(f"{CHECKPOINT_PREFIX}{name}.{kind}", *rows) for kind in self._kinds[name]}
             return found if expert is None else {kind: tensor[0] for kind, tensor in found.items()}
         return {
-            kind: from_peft(self.linears[name], kind, self._file.read(self._peft_names[name, kind]), shape, expert)
+            kind: from_peft(self.linears[name], kind, file.read(self._peft_names[name, kind]), shape, expert)
             for kind, shape in self._kinds[name].items()
         }
 
     def write(self, out: str | Path, base: str | Path | None = None, *, overwrite: bool = False) -> None:
-        """Write a new folder in peft's format, bit for bit. ``base``: the HF model's folder, for peft to find."""
+        """Writes a new folder in peft's format with the same bits. ``base``: the HF folder that peft will look for."""
         whole = self.other_weights - {score_head.KEY}
         if whole:
             raise UserError(
-                f"{self.folder} holds whole weights that were trained beside the adapter, for which peft's format has "
-                f"no place: {short_list(sorted(whole))}",
-                "export it merged",
+                f"{self.folder} also has weights that were trained in full, which peft's format cannot store: "
+                f"{short_list(sorted(whole))}",
+                "export the merged model instead, without --adapter",
             )
         with new_folder(Path(out), overwrite=overwrite, mark=ADAPTER_CONFIG) as partial:
             if self.reward_head is not None:
                 save_file({"weight": self.reward_head}, partial / REWARD_HEAD)
-            if isinstance(self._file, SafetensorsReader):  # it has that format
+            if isinstance(self._file, SafetensorsReader):  # it already has that format
                 shutil.copyfile(self.folder / ADAPTER_CONFIG, partial / ADAPTER_CONFIG)
                 shutil.copyfile(self.folder / ADAPTER_MODEL, partial / ADAPTER_MODEL)
                 return
@@ -147,11 +157,13 @@ class Adapter:
             save_file(tensors, partial / ADAPTER_MODEL, metadata={"format": "pt"})
 
     def merged(self, entry: Entry, parts: list[Tensor], piece: int = 0) -> list[Tensor]:
-        """The HF tensors of a table's entry with the adapter in them, worked out in float32.
+        """The HF tensors of a table entry with the adapter merged into them, computed in float32.
 
         Args:
-            parts: in the order of ``entry.hf``; of stacked experts one, [1, out, in] or its transpose, and ``piece``
-                says of which.
+            entry: the entry of the table of names.
+            parts: the HF tensors in the order of ``entry.hf``; of stacked experts one expert, [1, out, in] or its
+                transpose.
+            piece: the number of that expert.
         """
         return [
             self._merged(self.linears[linear], part, piece) if (linear := name.removesuffix(".weight")) in self.linears
@@ -169,9 +181,13 @@ class Adapter:
 
 
 def merge(adapter: AdapterSettings, linear: Linear, weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    """``weight`` [out, in] with the adapter's ``tensors`` (as ``tensor_shapes``, of one expert) in it, float32."""
+    """``weight`` [out, in] in float32 with the adapter merged into it.
+
+    ``tensors`` are the adapter's, in the shapes of ``tensor_shapes``, for one expert if there are several.
+    """
     if adapter.type == "fourierft":
-        return weight + fourier_change(tensors[SPECTRUM].float(), weight.shape, adapter.scaling, adapter.seed)
+        out, inner = weight.shape
+        return weight + fourier_change(tensors[SPECTRUM].float(), (out, inner), adapter.scaling, adapter.seed)
     change = tensors[LORA_B].float().reshape(linear.out, -1) @ tensors[LORA_A].float()
     merged = weight + scale_of(adapter, linear.name) * change
     if adapter.type == "dora":
@@ -180,7 +196,7 @@ def merge(adapter: AdapterSettings, linear: Linear, weight: Tensor, tensors: dic
 
 
 def fourier_change(spectrum: Tensor, shape: tuple[int, int], scaling: float, seed: int) -> Tensor:
-    """float32 [out, in]: real part of the inverse transform of a matrix that holds ``spectrum`` [n] (2405.03003)."""
+    """float32 [out, in]: real part of the inverse FFT of a matrix that is ``spectrum`` [n] and 0 (2405.03003)."""
     rows, columns = frequencies(*shape, len(spectrum), seed)
     dense = torch.zeros(shape, dtype=torch.float32, device=spectrum.device)
     dense = dense.index_put((rows.to(spectrum.device), columns.to(spectrum.device)), spectrum.float())
@@ -189,6 +205,6 @@ def fourier_change(spectrum: Tensor, shape: tuple[int, int], scaling: float, see
 
 @lru_cache(maxsize=64)
 def frequencies(out: int, inner: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns, int64 [count], of the frequencies that are learned: peft's draw, the same for equal shapes."""
+    """Rows and columns, int64 [count], of the trained frequencies: peft's draw, which is the same for equal shapes."""
     drawn = torch.randperm(out * inner, generator=torch.Generator().manual_seed(seed))[:count]
     return drawn // inner, drawn % inner

@@ -1,4 +1,4 @@
-"""Tensor-by-tensor comparison of two sets of weights, each an HF folder or a Megatron checkpoint."""
+"""Compares two sets of weights tensor by tensor. Each is a Hugging Face folder or a Megatron checkpoint."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from megavlm.convert.new_output import progress_bar
 from megavlm.model.shapes import Shapes
 
 _MODEL_PARTS = ("vision.", "projector.", "language.")
-_SLICE = 2**24  # elements compared at a time
+_SLICE = 2**24  # number of elements compared at a time
 
 
 @dataclass
@@ -23,10 +23,10 @@ class Difference:
     """How one tensor differs.
 
     Attributes:
-        name: HF name, or Megatron key when both sides are checkpoints.
+        name: HF name, or Megatron key if both sides are checkpoints.
         what: "only in a", "only in b", a pair of shapes or dtypes, or "values".
-        max_abs: largest |a - b|; NaN where a NaN is involved; None if not comparable.
-        relative: ‖a - b‖ / ‖a‖ (Frobenius), or None.
+        max_abs: largest |a - b|; NaN if a tensor has a NaN; None if the tensors cannot be compared.
+        relative: ‖a - b‖ / ‖a‖ (Frobenius norm), or None.
     """
 
     name: str
@@ -36,9 +36,9 @@ class Difference:
 
 
 class _Hf:
-    """An HF folder, seen entry by entry in HF form, experts always as [experts, out, in]."""
+    """Reads an HF folder entry by entry in HF form, with experts always as [experts, out, in]."""
 
-    def __init__(self, folder: Path, entries: list[Entry]):
+    def __init__(self, folder: Path, entries: list[Entry]) -> None:
         self.weights = HfWeights(folder)
         check_names(entries, self.weights.layout, folder)
         self.tensors = self.weights.layout.tensors
@@ -54,9 +54,9 @@ class _Hf:
 
 
 class _Mcore:
-    """A Megatron checkpoint, seen entry by entry in HF form."""
+    """Reads a Megatron checkpoint entry by entry in HF form."""
 
-    def __init__(self, checkpoint: McoreCheckpoint, entries: list[Entry]):
+    def __init__(self, checkpoint: McoreCheckpoint, entries: list[Entry]) -> None:
         self.checkpoint = checkpoint
         check_keys(entries, checkpoint)
 
@@ -70,20 +70,21 @@ class _Mcore:
 
 
 def compare(a: str | Path, b: str | Path, *, progress: bool = True) -> tuple[list[Difference], int]:
-    """Compare all weights of ``a`` and ``b`` bit by bit, in constant memory.
+    """Compares all weights of ``a`` and ``b`` bit by bit, in constant memory.
 
-    Each side is a Hugging Face folder or a Megatron checkpoint (optimizer states are left out). If one is an HF folder,
-    its config.json gives the names for both; two checkpoints are compared key by key.
+    Each side is a Hugging Face folder or a Megatron checkpoint, whose optimizer states are ignored. If a side is an HF
+    folder, its config.json gives the names for both. Two checkpoints are compared key by key.
 
     Returns:
         The tensors that differ, and the number of tensors compared.
 
     Raises:
-        UserError: a side is missing or damaged, or not of the model that the other side's config.json describes.
+        UserError: a side is missing or damaged, or is not the model that the other side's config.json describes.
     """
     a, b = Path(a), Path(b)
     folders = [path for path in (a, b) if (path / "config.json").is_file()]
     differences: list[Difference] = []
+    sides: list[_Hf | _Mcore]
     if folders:
         entries = table(Shapes.from_hf(folders[0]))
         sides = [_Hf(p, entries) if p in folders else _Mcore(McoreCheckpoint(p), entries) for p in (a, b)]
@@ -106,26 +107,32 @@ def compare(a: str | Path, b: str | Path, *, progress: bool = True) -> tuple[lis
 
 
 def _common_keys(a: McoreCheckpoint, b: McoreCheckpoint) -> tuple[list[Entry], list[Difference]]:
-    """Entries for the tensors that two checkpoints share, and the differences that need no reading."""
-    models = [{k: v for k, v in c.tensors.items() if k.startswith(_MODEL_PARTS)} for c in (a, b)]
+    """Entries for the tensors that two checkpoints share, and the differences that are found without reading data."""
+    model_a, model_b = (
+        {key: shape for key, (shape, _) in checkpoint.tensors.items() if key.startswith(_MODEL_PARTS)}
+        for checkpoint in (a, b)
+    )
     entries, differences = [], []
-    for key in models[0] | models[1]:
-        shapes = [model[key][0] if key in model else None for model in models]
-        if None in shapes:
-            differences.append(Difference(key, "only in b" if shapes[0] is None else "only in a"))
-        elif shapes[0] != shapes[1]:
-            differences.append(Difference(key, f"shape {list(shapes[0])} / {list(shapes[1])}"))
+    for key in model_a | model_b:
+        if key not in model_b:
+            differences.append(Difference(key, "only in a"))
+        elif key not in model_a:
+            differences.append(Difference(key, "only in b"))
+        elif model_a[key] != model_b[key]:
+            differences.append(Difference(key, f"shape {list(model_a[key])} / {list(model_b[key])}"))
         else:
-            pieces = shapes[0][0] if len(shapes[0]) == 3 else 1  # stacked experts
-            entries.append(Entry(key, shapes[0], {key: shapes[0]}, pieces=pieces))
+            shape = model_a[key]
+            pieces = shape[0] if len(shape) == 3 else 1  # stacked experts
+            entries.append(Entry(key, shape, {key: shape}, pieces=pieces))
     return entries, differences
 
 
 class _Running:
-    """Differences of one tensor, gathered over its pieces."""
+    """The differences of one tensor, accumulated over its pieces."""
 
-    def __init__(self):
-        self.same_bits, self.max_abs, self.squares, self.norm, self.dtypes = True, 0.0, 0.0, 0.0, set()
+    def __init__(self) -> None:
+        self.same_bits, self.max_abs, self.squares, self.norm = True, 0.0, 0.0, 0.0
+        self.dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
 
     def add(self, x: Tensor, y: Tensor) -> None:
         self.dtypes.add((x.dtype, y.dtype))

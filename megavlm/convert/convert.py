@@ -1,4 +1,4 @@
-"""The two conversions, each one pass over the weights in constant memory."""
+"""The conversions in both directions. Each makes one pass over the weights in constant memory."""
 
 from pathlib import Path
 
@@ -17,22 +17,22 @@ from megavlm.model import score_head
 from megavlm.model.shapes import Shapes
 
 HF_LAYOUT = "hf_layout.json"
-"""File in a checkpoint that remembers names, files and dtypes of the HF folder it descends from."""
+"""File in a checkpoint that records the names, files and dtypes of the HF folder that it was converted from."""
 
 
 def hf_to_mcore(hf: str | Path, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> None:
-    """Turn a Hugging Face Qwen3-VL folder into a Megatron checkpoint that any parallel layout loads.
+    """Converts a Hugging Face Qwen3-VL folder into a Megatron checkpoint that loads in any parallel layout.
 
-    Tensors keep their dtype. Needs neither a GPU nor the model in memory.
+    Tensors keep their dtype. Neither a GPU nor memory for the whole model is needed.
 
     Args:
         hf: folder with config.json and safetensors files.
-        out: checkpoint folder to make.
-        overwrite: replace an existing checkpoint.
-        progress: show a bar on stderr.
+        out: checkpoint folder to create.
+        overwrite: whether to replace an existing checkpoint.
+        progress: whether to show a progress bar on standard error.
 
     Raises:
-        UserError: anything missing, damaged, unknown or of a wrong shape in ``hf``; ``out`` exists.
+        UserError: a tensor or file in ``hf`` is missing, damaged or unknown, or has a wrong shape; ``out`` exists.
     """
     hf, out = Path(hf), Path(out)
     shapes = Shapes.from_hf(hf)
@@ -59,23 +59,24 @@ def mcore_to_hf(
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """Turn a Megatron checkpoint (converted or saved by training) into a Hugging Face folder.
+    """Converts a Megatron checkpoint, whether converted or saved by training, into a Hugging Face folder.
 
-    Names, files and dtypes are those of the weights in ``hf`` if it has any, else those remembered in the checkpoint,
-    else transformers' names in files of 5 GB and the dtype of the checkpoint.
+    Names, files and dtypes are those of the weights in ``hf`` if it has any, or else those recorded in the checkpoint.
+    Without either, they are transformers' names, files of 5 GB and the dtype of the checkpoint.
 
     Args:
-        mcore: checkpoint folder; optimizer states in it are passed over.
-        hf: folder with config.json, processor and tokenizer files, which are copied.
-        out: folder to make.
-        adapter: is merged into the weights; whole weights that were trained with it take the place of ``mcore``'s.
-        dtype: dtype of all weights instead.
-        overwrite: replace an existing model folder.
-        progress: show a bar on stderr.
+        mcore: checkpoint folder; its optimizer states are ignored.
+        hf: folder with config.json and the files of processor and tokenizer, which are copied.
+        out: folder to create.
+        adapter: adapter to merge into the weights. Weights that were trained in full with it replace those of
+            ``mcore``.
+        dtype: dtype of all weights, instead of those above.
+        overwrite: whether to replace an existing model folder.
+        progress: whether to show a progress bar on standard error.
 
     Raises:
-        UserError: the checkpoint lacks a tensor or has one of another shape than ``hf`` says; ``out`` exists; and
-            whatever HfWeights and McoreCheckpoint raise.
+        UserError: a tensor is missing in the checkpoint or has another shape than in ``hf``; ``out`` exists; and all
+            errors of HfWeights and McoreCheckpoint.
     """
     mcore, hf, out = Path(mcore), Path(hf), Path(out)
     if out.resolve() == hf.resolve():
@@ -83,6 +84,7 @@ def mcore_to_hf(
     entries = table(Shapes.from_hf(hf))
     checkpoint = McoreCheckpoint(mcore)
     check_keys(entries, checkpoint)
+    trained = adapter.checkpoint if adapter is not None else None
     newer = adapter.other_weights if adapter is not None else set()
     layout = hf_layout(hf, mcore)
     if layout is None:
@@ -99,8 +101,8 @@ def mcore_to_hf(
 
             def convert(piece: tuple[Entry, int, int]) -> None:
                 entry, first, last = piece
-                stored = adapter.checkpoint if entry.key in newer else checkpoint
-                tensor = stored.read(entry.key, first, last)
+                source = trained if trained is not None and entry.key in newer else checkpoint
+                tensor = source.read(entry.key, first, last)
                 wanted = [_piece_shape(entry, tensors[name].shape) for name in entry.hf]
                 parts = entry.layout.to_hf(tensor, wanted)
                 if adapter is not None:
@@ -120,7 +122,7 @@ def mcore_to_hf(
 
 
 def hf_layout(hf: str | Path, mcore: str | Path | None = None) -> HfLayout | None:
-    """The layout a converted folder should have: that of ``hf``'s weights, else the one remembered in ``mcore``."""
+    """The layout for a converted folder: that of the weights in ``hf``, or else the one recorded in ``mcore``."""
     if HfWeights.present(Path(hf)):
         return HfWeights(Path(hf)).layout
     if mcore is not None and (Path(mcore) / HF_LAYOUT).is_file():
@@ -129,50 +131,60 @@ def hf_layout(hf: str | Path, mcore: str | Path | None = None) -> HfLayout | Non
 
 
 def rows(entry: Entry) -> list[tuple[int, int]]:
-    """The ranges of axis 0 in which an entry is converted."""
+    """The ranges of axis 0 that are converted one at a time."""
     size = entry.shape[0] // entry.pieces
     return [(piece * size, (piece + 1) * size) for piece in range(entry.pieces)]
 
 
 def check_names(entries: list[Entry], layout: HfLayout, where: Path) -> None:
-    """Every HF tensor of the table is there, with its shape, and no other.
+    """Checks that all HF tensors of the table are present with the right shape, and no other tensors.
 
     Raises:
-        UserError: naming the tensors.
+        UserError: the check fails; the message names the tensors.
     """
     tensors = layout.tensors
     wanted = {name: entry for entry in entries for name in (*entry.hf, *entry.copies)}
     missing = [name for entry in entries for name in entry.hf if name not in tensors]
     if missing:
         raise UserError(
-            f"{where}: missing tensor {short_list(missing)}", "config.json and the weights must be of one model"
+            f"{where}: missing tensor {short_list(missing)}",
+            "config.json and the weights must belong to the same model",
         )
     unknown = [name for name in tensors if name not in wanted]
     if unknown:
-        raise UserError(f"{where}: tensor {short_list(unknown)} is no weight of the model that config.json describes")
+        raise UserError(
+            f"{where}: tensor {short_list(unknown)} is no weight of the model that config.json describes",
+            "config.json and the weights must belong to the same model",
+        )
     for name, entry in wanted.items():
         if name in tensors and not entry.accepts(name, tensors[name].shape):
             expected = list(entry.hf.get(name, entry.shape))
-            raise UserError(f"{where}: {name} has shape {list(tensors[name].shape)}; config.json makes it {expected}")
+            raise UserError(
+                f"{where}: {name} has shape {list(tensors[name].shape)}, but config.json implies {expected}",
+                "config.json and the weights must belong to the same model",
+            )
 
 
 def check_keys(entries: list[Entry], checkpoint: McoreCheckpoint) -> None:
-    """Every Megatron tensor of the table is there, with its shape. Others (optimizer states) are allowed.
+    """Checks that all Megatron tensors of the table are present with the right shape. Others, such as optimizer states,
+    are allowed.
 
     Raises:
-        UserError: naming the tensors.
+        UserError: the check fails; the message names the tensors.
     """
     missing = [entry.key for entry in entries if entry.key not in checkpoint.tensors]
     if missing:
         raise UserError(
-            f"{checkpoint.path}: missing tensor {short_list(missing)}", "the checkpoint must be of the model in --hf"
+            f"{checkpoint.path}: missing tensor {short_list(missing)}",
+            "the checkpoint must belong to the model in --hf",
         )
     for entry in entries:
         stored = checkpoint.tensors[entry.key][0]
         enough = entry.padded and stored[0] >= entry.shape[0] and stored[1:] == entry.shape[1:]
         if stored != entry.shape and not enough:
             raise UserError(
-                f"{checkpoint.path}: {entry.key} has shape {list(stored)}; config.json makes it {list(entry.shape)}"
+                f"{checkpoint.path}: {entry.key} has shape {list(stored)}, but config.json implies {list(entry.shape)}",
+                "the checkpoint must belong to the model in --hf",
             )
 
 
@@ -180,7 +192,11 @@ def _source(entry: Entry, weights: HfWeights, folder: Path) -> TensorToWrite:
     infos = [weights.layout.tensors[name] for name in entry.hf]
     dtypes = {info.dtype for info in infos}
     if len(dtypes) > 1:
-        raise UserError(f"{folder}: {', '.join(entry.hf)} have different dtypes: {', '.join(sorted(dtypes))}")
+        raise UserError(
+            f"{folder}: {', '.join(entry.hf)} have different dtypes: {', '.join(sorted(dtypes))}; they become one "
+            "tensor, so they need the same dtype",
+            "save the folder again with one dtype",
+        )
 
     def load(first: int, last: int) -> Tensor:
         parts = [weights.read(name) for name in entry.hf]
@@ -194,11 +210,11 @@ def _source(entry: Entry, weights: HfWeights, folder: Path) -> TensorToWrite:
 def _reward_head(file: Path, hidden: int) -> TensorToWrite:
     weight = load_file(file).get("weight")
     if weight is None or weight.shape != (1, hidden):
-        found = "no weight" if weight is None else f"one of shape {list(weight.shape)}"
-        raise UserError(f"{file} has {found}; the head of this model is [1, {hidden}]")
+        found = "no tensor called weight" if weight is None else f"a weight of shape {list(weight.shape)}"
+        raise UserError(f"{file} has {found}, but the head of this model needs a weight of shape [1, {hidden}]")
     return TensorToWrite(score_head.KEY, (1, hidden), weight.dtype, lambda first, last: weight[first:last], 1)
 
 
 def _piece_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of one piece of an HF tensor; pieces are always cut along axis 0."""
+    """The shape of one piece of an HF tensor. Pieces are always cut along axis 0."""
     return (shape[0] // entry.pieces, *shape[1:])

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: its weights as a lazy mapping, and the layout that a copy of it must have."""
+"""Hugging Face model folders: the weights, which are read on demand, and the layout of files, names and dtypes."""
 
 import json
 import shutil
@@ -20,12 +20,12 @@ _SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class HfLayout:
-    """Which tensors, in which files, in which order, shape and dtype: all of a folder's weights but the numbers.
+    """The files of a folder's weights, with the order, names, shapes and dtypes of their tensors.
 
     Attributes:
-        files: per file name its tensors in the order of the data.
-        metadata: per file name the free text fields of its header, or None.
-        index: content of the shard index, or None for a single file.
+        files: for each file its tensors, in the order of the data.
+        metadata: for each file the free text fields of its header, or None.
+        index: content of the shard index; None for a single file.
     """
 
     files: dict[str, dict[str, TensorInfo]]
@@ -55,7 +55,7 @@ class HfLayout:
 
     @classmethod
     def sharded(cls, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> "HfLayout":
-        """A layout for tensors that no folder has listed: files of about 5 GB, in the order given."""
+        """A new layout for tensors: files of about 5 GB, in the given order."""
         groups: list[dict[str, TensorInfo]] = [{}]
         size = total = 0
         for name, shape in shapes.items():
@@ -85,24 +85,27 @@ class HfLayout:
 
 @dataclass
 class HfWeights:
-    """The weights of a folder, mapped; ``layout`` describes them.
+    """The weights of a folder, mapped into memory; ``layout`` describes them.
 
     Raises:
-        UserError: no weights in the folder, a file missing or damaged, a tensor of the index not in its file.
+        UserError: the folder has no weights, a file is missing or damaged, or a tensor is not in the file that the
+            index names.
     """
 
     folder: Path
     layout: HfLayout = field(init=False)
     _readers: dict[str, SafetensorsReader] = field(init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         index = None
         if (self.folder / INDEX).is_file():
             try:
                 index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
                 weight_map = index["weight_map"]
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.folder / INDEX} is no shard index: {error!r}") from None
+                raise UserError(
+                    f"{self.folder / INDEX} is not a shard index: {error!r}", "fetch the file again"
+                ) from None
             names = list(dict.fromkeys(weight_map.values()))
         elif (self.folder / SINGLE_FILE).is_file():
             weight_map, names = {}, [SINGLE_FILE]
@@ -120,44 +123,47 @@ class HfWeights:
         self._readers = {tensor: file for file in files.values() for tensor in file.tensors}
         for tensor, name in weight_map.items():
             if tensor not in files[name].tensors:
-                raise UserError(f"{self.folder}: tensor {tensor} is not in {name}, where {INDEX} says it is")
+                raise UserError(
+                    f"{self.folder}: tensor {tensor} is not in {name}, although {INDEX} says so",
+                    "fetch the folder's files again",
+                )
 
     @staticmethod
     def present(folder: Path) -> bool:
-        """Whether the folder holds weights at all (it may hold just configuration and processor)."""
+        """Whether the folder has weights; some folders have only the configuration and the processor."""
         return any(folder.glob("*.safetensors"))
 
     def read(self, name: str) -> Tensor:
-        """Tensor ``name``, backed by its file; do not write to it."""
+        """Tensor ``name``, backed by its file. Do not write to it."""
         return self._readers[name].read(name)
 
 
 class HfWriter:
-    """Writes the weights of a new folder into the files of ``layout``, tensor by tensor, in any order."""
+    """Writes the weights of a new folder into the files of ``layout``, tensor by tensor and in any order."""
 
-    def __init__(self, folder: Path, layout: HfLayout):
+    def __init__(self, folder: Path, layout: HfLayout) -> None:
         self.folder, self.layout = folder, layout
-        self._writers = {}
+        self._writers: dict[str, SafetensorsWriter] = {}
         for file, tensors in layout.files.items():
             writer = SafetensorsWriter(folder / file, tensors, layout.metadata[file])
             self._writers |= dict.fromkeys(tensors, writer)
 
     def write(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
-        """Put ``tensor`` into ``name``, cast to the layout's dtype, from row ``first_row`` of axis 0 on."""
+        """Writes ``tensor``, cast to the layout's dtype, into ``name`` from row ``first_row`` of axis 0."""
         info = self._writers[name].tensors[name]
         self._writers[name].write(name, tensor.to(info.torch_dtype), first_row)
 
     def close(self) -> None:
-        """Flush everything and write the shard index."""
+        """Flushes all files to disk and writes the shard index."""
         for writer in set(self._writers.values()):
             writer.close()
         if self.layout.index is not None:
-            text = json.dumps(self.layout.index, indent=2) + "\n"  # transformers' form; the order is the original's
+            text = json.dumps(self.layout.index, indent=2) + "\n"  # formatted as by transformers, in the original order
             (self.folder / INDEX).write_text(text, encoding="utf-8")
 
 
 def copy_configuration(source: Path, out: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy configuration, processor and tokenizer files; with ``dtype``, note it in config.json."""
+    """Copies the files of configuration, processor and tokenizer. ``dtype``: the dtype to write into config.json."""
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in _COPIED and file.name != INDEX and not file.name.startswith("."):
             shutil.copyfile(file, out / file.name)
@@ -170,7 +176,7 @@ def copy_configuration(source: Path, out: Path, dtype: torch.dtype | None = None
 
 
 def short_list(names: Iterable[str], limit: int = 5) -> str:
-    """The first few names and how many more there are, for messages."""
+    """The first few names and the number of further ones, for messages."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

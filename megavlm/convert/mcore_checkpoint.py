@@ -1,9 +1,10 @@
-"""Megatron's torch_dist checkpoints, read and written by one process without a model and tensor by tensor.
+"""Reads and writes Megatron's torch_dist checkpoints in one process, without a model and tensor by tensor.
 
-Such a checkpoint is a torch.distributed.checkpoint (DCP) folder plus Megatron's metadata.json; its tensors have one
-global shape whatever layout wrote them, so any layout loads them. Everything here goes through DCP's planner interface:
-the save planner hands out each tensor only when the writer asks for it, the load planner reads one slice at a time.
-Non-tensor state is one object named "common_state" (``megatron.core.dist_checkpointing.serialization.save``).
+Such a checkpoint is a torch.distributed.checkpoint (DCP) folder with Megatron's metadata.json. Its tensors have one
+global shape, whatever layout wrote them, so any layout can load them. This module uses DCP's planner interface: the
+save planner provides each tensor only when the writer asks for it, and the load planner reads one slice at a time. All
+state that is not a tensor is one object named "common_state"
+(``megatron.core.dist_checkpointing.serialization.save``).
 """
 
 import dataclasses
@@ -27,7 +28,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -36,16 +44,16 @@ from megavlm.base.errors import UserError
 from megavlm.convert.tensor_order import Shape
 from megavlm.convert.threads import in_threads
 
-# Tensors of one file stay referenced until it is complete (torch's writer keeps them): THREADS times this, at most.
+# torch's writer keeps the tensors of a file in memory until it is complete: at most THREADS times this.
 _FILE_BYTES = 384 * 2**20
 _COMMON_KEY = "common_state/shard_0_1"  # ShardedObject("common_state", …, (1,), (0,)).unique_key
 
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """One tensor to be written: ``load(first, last)`` gives its rows [first, last) of axis 0, on the CPU.
+    """A tensor to be written: ``load(first, last)`` returns its rows [first, last) of axis 0, on the CPU.
 
-    ``pieces`` divides axis 0 into parts that are loaded and stored one at a time.
+    ``pieces`` is the number of equal parts of axis 0, which are loaded and stored one at a time.
     """
 
     key: str
@@ -56,25 +64,27 @@ class TensorToWrite:
 
 
 class McoreCheckpoint:
-    """A Megatron checkpoint of any origin (converted or saved by training), read slice by slice.
+    """A Megatron checkpoint, whether converted or saved by training, which is read slice by slice.
 
     Attributes:
-        tensors: key to (global shape, dtype) of every tensor, optimizer states included.
+        tensors: for each key the global shape and dtype, including optimizer states.
 
     Raises:
-        UserError: the folder is missing or is no complete torch_dist checkpoint.
+        UserError: the folder is missing or is not a complete torch_dist checkpoint.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
             raise UserError(f"no such checkpoint folder: {path}")
         if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
             steps = sorted(child.name for child in path.glob("**/step_*") if child.is_dir())
             remedy = (
-                f"it holds {steps[-1]}: give that folder" if steps else "give a folder written by hf2mcore or training"
+                f"it holds {steps[-1]}: give that folder"
+                if steps
+                else "give a folder that hf2mcore.py or training has written"
             )
-            raise UserError(f"{path} is no Megatron checkpoint: metadata.json or .metadata is missing", remedy)
+            raise UserError(f"{path} is not a Megatron checkpoint: metadata.json or .metadata is missing", remedy)
         try:
             json.loads((path / "metadata.json").read_text(encoding="utf-8"))
         except ValueError as error:
@@ -82,7 +92,7 @@ class McoreCheckpoint:
         self._reader = dcp.FileSystemReader(path)
         try:
             self._metadata = self._reader.read_metadata()
-        except Exception as error:  # pickle raises whatever the damaged bytes lead it to
+        except Exception as error:  # damaged bytes can make pickle raise any exception
             raise UserError(f"{path / '.metadata'} cannot be read: {error!r}", "use another checkpoint") from None
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._stored: dict[str, TensorStorageMetadata] = {
@@ -93,7 +103,7 @@ class McoreCheckpoint:
         self.tensors = {key: (tuple(s.size), s.properties.dtype) for key, s in self._stored.items()}
 
     def check_files(self) -> None:
-        """Raise UserError if a data file is missing or shorter than what it is said to hold."""
+        """Raises a UserError if a data file is missing or shorter than the metadata says."""
         ends: dict[str, int] = {}
         for stored in self._metadata.storage_data.values():
             ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
@@ -105,7 +115,7 @@ class McoreCheckpoint:
                 raise UserError(f"{self.path} is incomplete: {name} is {found}", "use another checkpoint")
 
     def read(self, key: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows [first, last) of axis 0 of tensor ``key``, put together from the stored shards.
+        """Rows [first, last) of axis 0 of tensor ``key``, assembled from the stored shards.
 
         Raises:
             UserError: a data file is missing, damaged or incomplete.
@@ -120,56 +130,58 @@ class McoreCheckpoint:
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(size))
         items = create_read_items_for_chunk_list(key, stored, [wanted])
         if sum(math.prod(item.lengths) for item in items) != target.numel():
-            raise UserError(f"{self.path}: the stored shards of {key} do not cover it", "save the checkpoint again")
+            raise UserError(f"{self.path}: shards of the tensor {key} are missing", "use another checkpoint")
         try:
             self._reader.read_data(LoadPlan(items), _IntoOneTensor(target))
         except Exception as error:  # torch.load's unpickler raises many types for a damaged file
-            raise UserError(f"{self.path}: cannot read {key}: {error}", "the checkpoint is damaged") from None
+            raise UserError(
+                f"{self.path}: cannot read {key}: {error}", "the checkpoint is damaged: use another checkpoint"
+            ) from None
         return target
 
 
 class _IntoOneTensor(dcp.DefaultLoadPlanner):
-    """Load planner whose only destination is ``target``."""
+    """A load planner with ``target`` as its only destination."""
 
-    def __init__(self, target: Tensor):
+    def __init__(self, target: Tensor) -> None:
         super().__init__()
         self._target = target
 
-    def resolve_tensor(self, read_item) -> Tensor:
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         box = zip(read_item.dest_offsets, read_item.lengths, strict=True)
         return self._target[tuple(slice(begin, begin + length) for begin, length in box)]
 
-    def commit_tensor(self, read_item, tensor: Tensor) -> None:
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         pass
 
 
 def write_checkpoint(
     path: Path, sources: Iterable[TensorToWrite], common: dict, advance: Callable[[int], None] = lambda nbytes: None
 ) -> None:
-    """Write a torch_dist checkpoint into folder ``path``, holding at most 1.5 GiB of it in memory at a time.
+    """Writes a torch_dist checkpoint into the folder ``path``, with at most 1.5 GiB of it in memory at a time.
 
     Args:
         path: a new folder; Megatron's ``dist_checkpointing.load`` reads it in any layout.
-        sources: the tensors; each is asked for once, piece by piece, from several threads.
-        common: non-tensor state, of types that ``torch.load(weights_only=True)`` accepts.
-        advance: called with the bytes of each piece as it is written.
+        sources: the tensors; each is loaded once, piece by piece, from several threads.
+        common: state that is not a tensor, of types that ``torch.load(weights_only=True)`` accepts.
+        advance: called with the number of bytes of each piece that is written.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is intended
         with _no_checksums():
             planner = _LazyPlanner(sources, common, advance)
             dcp.save({}, storage_writer=_GroupedWriter(path), planner=planner, no_dist=True)
     for file in path.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-    # megatron.core.dist_checkpointing.core.CheckpointingConfig; last, for its presence says that the folder is complete
+    # megatron.core.dist_checkpointing.core.CheckpointingConfig; written last, because it marks the folder as complete
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (path / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
 
 
 @contextmanager
 def _no_checksums() -> Iterator[None]:
-    """Let torch.save leave out the CRC of its zip records: an eighth of the CPU time, and torch.load never looks."""
+    """Makes torch.save omit the CRC of its zip records, which takes an eighth of the CPU time and is never checked."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -179,9 +191,9 @@ def _no_checksums() -> Iterator[None]:
 
 
 class _LazyPlanner(dcp.DefaultSavePlanner):
-    """Save planner over Sources instead of a state dict."""
+    """A save planner that takes its tensors from ``TensorToWrite`` instead of a state dict."""
 
-    def __init__(self, sources: Iterable[TensorToWrite], common: dict, advance: Callable[[int], None]):
+    def __init__(self, sources: Iterable[TensorToWrite], common: dict, advance: Callable[[int], None]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._sources = {source.key: source for source in sources}
         self._common, self._advance = common, advance
@@ -203,6 +215,7 @@ class _LazyPlanner(dcp.DefaultSavePlanner):
             data = io.BytesIO()
             torch.save([self._common], data)
             return data
+        assert write_item.tensor_data is not None
         chunk = write_item.tensor_data.chunk
         tensor = self._sources[write_item.index.fqn].load(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])
         assert tensor.shape == chunk.sizes, (write_item.index, tensor.shape)
@@ -211,9 +224,9 @@ class _LazyPlanner(dcp.DefaultSavePlanner):
 
 
 class _GroupedWriter(dcp.FileSystemWriter):
-    """DCP's file writer, with several files of bounded size from one process, a few at a time, instead of a huge one.
+    """DCP's file writer, but with several files of limited size, written a few at a time, instead of one huge file.
 
-    Each is synced by its thread when it is complete, while the others go on.
+    Each thread flushes its file to disk when it is complete, while the others continue.
     """
 
     def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future:
@@ -222,6 +235,7 @@ class _GroupedWriter(dcp.FileSystemWriter):
         for item in plan.items:
             if item.type != WriteItemType.BYTE_IO:
                 data = item.tensor_data
+                assert data is not None
                 nbytes = math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
                 if size and size + nbytes > _FILE_BYTES:
                     groups.append([])

@@ -1,4 +1,4 @@
-"""A setting of the C library's allocator that suits programs which handle one large tensor after another."""
+"""A setting of the C library's allocator for programs that handle one large tensor after another."""
 
 import ctypes
 
@@ -7,16 +7,16 @@ _BYTES = 2**31 - 2**20
 
 
 def keep_freed_memory() -> None:
-    """Let the next tensor have the memory of the last one.
+    """Lets the next tensor reuse the memory of the last one.
 
-    glibc returns a large block to the kernel as soon as it is freed, and the kernel zeroes each page of the next one
-    again: a quarter of the CPU time of mcore2hf on one thread. To be called before there are threads. No effect
-    with another C library.
+    glibc returns a large block to the kernel as soon as it is freed, and the kernel zeroes each page of the next block.
+    That takes a quarter of the CPU time of mcore2hf.py on one thread. Call this before starting threads. It has no
+    effect with another C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    mallopt(_ARENA_MAX, 1)  # the others, one per thread, take no large block
+    mallopt(_ARENA_MAX, 1)  # the other arenas, one per thread, cannot hold large blocks
     mallopt(_TRIM_THRESHOLD, _BYTES)
     mallopt(_MMAP_THRESHOLD, _BYTES)

@@ -1,4 +1,4 @@
-"""An adapter merged into a Hugging Face folder, in one pass over the weights."""
+"""Merges an adapter into a Hugging Face folder, in one pass over the weights."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from megavlm.base.errors import UserError
 from megavlm.convert.adapter import REWARD_HEAD, Adapter
 from megavlm.convert.convert import check_names, rows
 from megavlm.convert.hf_folder import HfWeights, HfWriter, copy_configuration, short_list
-from megavlm.convert.names import table
+from megavlm.convert.names import Entry, table
 from megavlm.convert.new_output import new_folder, progress_bar
 from megavlm.convert.threads import in_threads
 from megavlm.model import score_head
@@ -19,13 +19,18 @@ from megavlm.model.shapes import Shapes
 def merge_adapter(
     hf: str | Path, adapter: str | Path, out: str | Path, *, overwrite: bool = False, progress: bool = True
 ) -> None:
-    """Write the Hugging Face folder ``out``: the model of ``hf`` with an adapter in its weights, files and dtypes kept.
+    """Writes the Hugging Face folder ``out``: the model of ``hf`` with an adapter merged in. Files and dtypes stay.
 
     Args:
-        adapter: folder in peft's format, or the checkpoint of a run that trained one.
+        hf: the model's folder.
+        adapter: folder in peft's format, or the checkpoint of a run that trained an adapter.
+        out: the folder to create.
+        overwrite: whether to replace an existing model folder.
+        progress: whether to show a progress bar on standard error.
 
     Raises:
-        UserError: whatever ``Adapter`` and ``HfWeights`` raise; ``out`` exists; the checkpoint has whole weights, too.
+        UserError: all errors of ``Adapter`` and ``HfWeights``; ``out`` exists; the checkpoint also has weights that
+            were trained in full.
     """
     hf, out = Path(hf), Path(out)
     shapes = Shapes.from_hf(hf)
@@ -34,8 +39,8 @@ def merge_adapter(
     whole = sorted(found.other_weights - {score_head.KEY})
     if whole:
         raise UserError(
-            f"{adapter} holds whole weights that were trained beside the adapter: {short_list(whole)}",
-            "use megavlm export, which takes them over",
+            f"{adapter} also has weights that were trained in full: {short_list(whole)}",
+            "use megavlm export, which includes them",
         )
     total = sum(info.nbytes for info in weights.layout.tensors.values())
     with new_folder(out, overwrite=overwrite, mark="config.json") as partial:
@@ -43,7 +48,7 @@ def merge_adapter(
         writer = HfWriter(partial, weights.layout)
         with progress_bar(f"{hf.name} + {Path(adapter).name} → {out.name}", total, show=progress) as advance:
 
-            def copy(piece: tuple) -> None:
+            def copy(piece: tuple[Entry, int, int]) -> None:
                 entry, number, first = piece
                 parts = [_rows(weights.read(name), number, entry.pieces) for name in entry.hf]
                 for name, part in zip(entry.hf, found.merged(entry, parts, number), strict=True):

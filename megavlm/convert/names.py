@@ -1,7 +1,7 @@
-"""The one table of names: Hugging Face Qwen3-VL and Qwen3-VL-MoE on one side, Megatron's checkpoint keys on the other.
+"""The table of names: the tensors of Hugging Face's Qwen3-VL and Qwen3-VL-MoE, and Megatron's checkpoint keys.
 
-Each entry pairs one Megatron tensor with the HF tensors that hold the same numbers. Both converters, the comparison and
-the error messages read this table; nothing else in the package spells an HF weight name.
+Each entry pairs one Megatron tensor with the HF tensors that hold the same values. Both converters, the comparison and
+the error messages use this table; no other module contains the name of an HF weight.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ class Entry:
 
     Attributes:
         key: name in the Megatron checkpoint.
-        shape: global shape there; leading axis = experts for stacked experts.
-        hf: HF names with their shapes, in the order the layout takes them.
-        layout: how the numbers are arranged, both ways.
-        pieces: parts along axis 0 that can be converted alone (the experts of a layer); 1 for all others.
-        padded: whether the stored tensor may have more rows than ``shape`` (vocabulary padded to divide over ranks).
-        copies: HF names that some folders hold as a second copy of ``hf`` (the output layer of a tied model).
+        shape: global shape in the checkpoint; the first axis of stacked experts is the expert.
+        hf: HF names with their shapes, in the order that the layout expects.
+        layout: conversion between the two orders of the values.
+        pieces: number of parts along axis 0 that can be converted separately: the experts of a layer, or 1.
+        padded: whether the stored tensor may have more rows than ``shape``, because the vocabulary was padded.
+        copies: HF names under which some folders have a second copy of ``hf``: the output layer of a tied model.
     """
 
     key: str
@@ -37,19 +37,19 @@ class Entry:
     copies: tuple[str, ...] = ()
 
     def accepts(self, name: str, shape: Shape) -> bool:
-        """Whether HF tensor ``name`` may have ``shape``: the table's or, for experts, its transpose."""
+        """Whether the HF tensor ``name`` may have ``shape``: the shape in the table or, for experts, its transpose."""
         expected = self.hf.get(name, self.shape)
         turned = (*expected[:-2], *expected[:-3:-1])
         return tuple(shape) == expected or (isinstance(self.layout, Experts) and tuple(shape) == turned)
 
 
 def table(shapes: Shapes) -> list[Entry]:
-    """Every weight of the model, vision first, in the order of the layers."""
+    """All weights of the model, in the order of the layers: vision, projector, language."""
     return [*_vision(shapes), *_projector(shapes), *_language(shapes)]
 
 
 def _linear(key: str, hf: str, out: int, inner: int, layout: Layout | None = None, *, bias: bool) -> Iterator[Entry]:
-    """A linear layer's weight [out, inner] and bias [out]."""
+    """The weight [out, inner] and the bias [out] of a linear layer."""
     layout = layout or Same()
     yield Entry(f"{key}.weight", (out, inner), {f"{hf}.weight": (out, inner)}, layout)
     if bias:
@@ -57,7 +57,7 @@ def _linear(key: str, hf: str, out: int, inner: int, layout: Layout | None = Non
 
 
 def _norm(key: str, hf: str, width: int, *, bias: bool = True) -> Iterator[Entry]:
-    """A norm's weight and bias. ``key`` ends where "weight" is appended: "….norm." or "….layer_norm_"."""
+    """The weight and the bias of a norm. "weight" and "bias" are appended to ``key``: "….norm." or "….layer_norm_"."""
     for part in ("weight", "bias") if bias else ("weight",):
         yield Entry(f"{key}{part}", (width,), {f"{hf}.{part}": (width,)})
 
@@ -85,7 +85,7 @@ def _vision(shapes: Shapes) -> Iterator[Entry]:
 
 def _projector(shapes: Shapes) -> Iterator[Entry]:
     v = shapes.vision
-    # The merger normalises each patch before joining them, the deepstack mergers the joined patches.
+    # The main merger normalises each patch before they are joined, the deepstack mergers normalise the joined patches.
     mergers = [("projector.merger", "model.visual.merger", v.hidden)]
     for k in range(len(v.deepstack_layers)):
         mergers.append((f"projector.deepstack.{k}", f"model.visual.deepstack_merger_list.{k}", v.merged_hidden))
@@ -144,6 +144,7 @@ def _dense(t: TextShape, key: str, hf: str) -> Iterator[Entry]:
 
 
 def _moe(t: TextShape, key: str, hf: str) -> Iterator[Entry]:
+    assert t.moe is not None
     num, up, down = t.moe.num_experts, (2 * t.moe.ffn, t.hidden), (t.hidden, t.moe.ffn)
     yield from _norm(f"{key}.pre_mlp_layernorm.", f"{hf}.post_attention_layernorm", t.hidden, bias=False)
     router = (num, t.hidden)

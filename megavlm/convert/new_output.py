@@ -1,4 +1,4 @@
-"""New folders that appear whole or not at all, and the progress bar of the streaming tools."""
+"""New folders that appear either complete or not at all, and the progress bar of the conversions."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,15 +13,15 @@ from megavlm.base.errors import UserError
 
 @contextmanager
 def new_folder(out: Path, *, overwrite: bool, mark: str) -> Iterator[Path]:
-    """Checks that ``out`` may be written, then as `megavlm.base.atomic_files.new_folder`.
+    """Checks that ``out`` may be written and then does the same as `megavlm.base.atomic_files.new_folder`.
 
     Args:
-        out: the folder to be made.
-        overwrite: replace an existing ``out``, but only one that holds the file ``mark`` (one of our own results).
-        mark: a file that every complete result holds.
+        out: the folder to create.
+        overwrite: whether to replace an existing ``out``, which must contain the file ``mark``.
+        mark: a file that every complete result contains, so that no other folder is replaced.
 
     Raises:
-        UserError: ``out`` exists and may not be replaced, or its parent cannot be written.
+        UserError: ``out`` exists and may not be replaced, or its parent folder is not writable.
     """
     if out.exists():
         if not overwrite:
@@ -34,7 +34,7 @@ def new_folder(out: Path, *, overwrite: bool, mark: str) -> Iterator[Path]:
 
 @contextmanager
 def progress_bar(description: str, total_bytes: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; yields the function that advances it by a number of bytes."""
+    """A progress bar on standard error. Yields the function that advances it by a number of bytes."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not show) as progress:
         task = progress.add_task(description, total=total_bytes)

@@ -1,4 +1,4 @@
-"""adapter_config.json, peft's description of an adapter, to and from the adapter section of the settings."""
+"""Converts between adapter_config.json, peft's description of an adapter, and the adapter section of the settings."""
 
 import json
 import re
@@ -12,12 +12,12 @@ from megavlm.convert.peft_names import linears, targets_of
 from megavlm.model.shapes import Shapes
 
 ADAPTER_CONFIG = "adapter_config.json"
-# What peft writes that does not change which numbers come out.
+# Keys that peft writes but that do not change the results of the adapter.
 _ABOUT = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "init_weights", "peft_version"),
     *("revision", "task_type", "megatron_core", "qalora_group_size"),
 }
-# First values that leave the base as it is; others (pissa, olora, corda, loftq) take something out of its weights.
+# Initialisations that leave the base model unchanged. Others (pissa, olora, corda, loftq) change its weights.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _READ = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "rank_pattern", "alpha_pattern"),
@@ -26,12 +26,12 @@ _READ = {
 
 
 def config_of(adapter: AdapterSettings, shapes: Shapes, base: str | None = None) -> dict:
-    """Content of adapter_config.json. ``base``: name or folder of the Hugging Face model."""
+    """The content of adapter_config.json. ``base``: name or folder of the Hugging Face model."""
     every, targets = linears(shapes).values(), targets_of(adapter, shapes)
     ends = lambda target, *, experts: any(
         x.name == target or x.name.endswith("." + target) for x in every if bool(x.experts) == experts
     )
-    # peft's rule for names would find a convolution, too
+    # "proj" alone would also match the patch embedding's convolution under peft's rule for names
     modules = ["attn.proj" if target == "proj" else target for target in targets if ends(target, experts=False)]
     common = {
         "base_model_name_or_path": base,
@@ -62,40 +62,43 @@ def config_of(adapter: AdapterSettings, shapes: Shapes, base: str | None = None)
 
 
 def write_config(file: Path, adapter: AdapterSettings, shapes: Shapes, base: str | None = None) -> None:
+    """Writes adapter_config.json; see ``config_of``."""
     file.write_text(json.dumps(config_of(adapter, shapes, base), indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(folder: Path, shapes: Shapes) -> AdapterSettings:
-    """The adapter that ``folder`` holds, written by peft or by us.
+    """The settings of the adapter in ``folder``, which peft or megavlm has written.
 
     Raises:
-        UserError: no such file, or it describes what megavlm does not have.
+        UserError: there is no adapter_config.json, or it describes an adapter that megavlm does not support.
     """
     file = folder / ADAPTER_CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no adapter: {ADAPTER_CONFIG} is missing", "name another folder") from None
+        raise UserError(f"{folder} holds no adapter: {ADAPTER_CONFIG} is missing", "give another folder") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} describes no adapter: {error!r}", "name another folder") from None
+        raise UserError(f"{file} does not describe an adapter: {error!r}", "give another folder") from None
     if kind not in ("LORA", "FOURIERFT"):
-        raise UserError(f"{file} is of type {kind}; megavlm has LORA (with or without DoRA) and FOURIERFT")
+        raise UserError(
+            f"{file} is of type {kind}; allowed: LORA (with or without DoRA), FOURIERFT", "give another adapter"
+        )
     odd = {key: value for key, value in config.items() if value and key not in _ABOUT | _READ and value != "none"}
     if odd.get("init_lora_weights") in _INITS:
         odd.pop("init_lora_weights", None)
     if odd:
-        raise UserError(f"{file} has {odd}, which megavlm does not know", "train the adapter without it")
+        raise UserError(f"{file} has {odd}, which megavlm does not support", "train the adapter without it")
     try:
         return _settings(config, shapes)
     except (KeyError, TypeError, ValueError, re.error) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
-        raise UserError(f"{file} cannot be used: {reason}", "name another folder") from None
+        raise UserError(f"{file} cannot be used: {reason}", "give another folder") from None
 
 
 def _settings(config: dict, shapes: Shapes) -> AdapterSettings:
     modules = config.get("target_modules") or []
-    if isinstance(modules, str):  # a regular expression for whole names
+    if isinstance(modules, str):  # a regular expression for complete names
         modules = [x.name for x in linears(shapes).values() if not x.experts and re.fullmatch(modules, x.name)]
     targets = list(dict.fromkeys([*modules, *(config.get("target_parameters") or [])]))
     if config["peft_type"] == "FOURIERFT":

@@ -1,7 +1,8 @@
-"""Which linears have an adapter, under which names and in which shapes: peft's rules over the one table of names.
+"""Which linear layers have an adapter, with which names and shapes: peft's rules applied to the table of names.
 
-In a Megatron checkpoint the tensors of an adapter are "adapter.<HF name of the linear>.<kind>". Experts, whose linears
-are one tensor in Hugging Face's model, have theirs stacked there; peft writes them side by side (see ``to_peft``).
+In a Megatron checkpoint the tensors of an adapter are called "adapter.<HF name of the linear layer>.<kind>". The
+experts of a layer are one tensor in Hugging Face's model, and their adapters are stacked in the checkpoint, while peft
+writes them side by side (see ``to_peft``).
 """
 
 import re
@@ -23,12 +24,13 @@ SPECTRUM = "fourierft_spectrum"
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of Hugging Face's model.
+    """A linear layer of Hugging Face's model.
 
     Attributes:
-        name: of the module, or of the experts' parameter.
-        entry: the Megatron tensor that it is (a part of).
-        experts: how many are stacked in it; None for a plain one.
+        name: name of the module, or of the experts' parameter.
+        entry: the Megatron tensor that contains its weight.
+        out, inner: numbers of output and input features.
+        experts: number of experts that are stacked in it; None for a plain linear layer.
     """
 
     name: str
@@ -39,12 +41,12 @@ class Linear:
 
     @property
     def rows(self) -> Shape:
-        """Output features: (out,), or (2, out / 2) where an expert's gate lies over its up: ranks share each half."""
+        """Output features: (out,), or (2, out / 2) for an expert's gate and up, because ranks split each half."""
         return (2, self.out // 2) if self.experts and "gate_up" in self.name else (self.out,)
 
 
 def linears(shapes: Shapes) -> dict[str, Linear]:
-    """Every linear that can have an adapter, by name: those of attention, MLPs, experts and mergers, in all parts."""
+    """The linear layers that can have an adapter, by name: attention, MLPs, experts and mergers of all parts."""
     found = {}
     for entry in table(shapes):
         module, _, kind = entry.key.rpartition(".")
@@ -52,20 +54,20 @@ def linears(shapes: Shapes) -> dict[str, Linear]:
             continue
         for hf, shape in entry.hf.items():
             experts = shape[0] if isinstance(entry.layout, Experts) else None
-            name = hf.removesuffix(".weight")
-            found[name] = Linear(name, entry, *shape[-2:], experts)
+            name, (out, inner) = hf.removesuffix(".weight"), shape[-2:]
+            found[name] = Linear(name, entry, out, inner, experts)
     return found
 
 
 def part_of(name: str) -> str:
-    """``vision``, ``projector`` or ``language``: the part of the model that an HF weight belongs to."""
+    """The part of the model that an HF weight belongs to: ``vision``, ``projector`` or ``language``."""
     if not name.startswith("model.visual."):
         return "language"
     return "projector" if "merger" in name else "vision"
 
 
 def targets_of(adapter: AdapterSettings, shapes: Shapes) -> list[str]:
-    """``adapter.targets``, or what it stands for where it is null."""
+    """``adapter.targets``, or the names that null stands for."""
     if adapter.targets is not None:
         return list(adapter.targets)
     decoder = [linear for linear in linears(shapes).values() if part_of(linear.name) == "language"]
@@ -76,10 +78,10 @@ def targets_of(adapter: AdapterSettings, shapes: Shapes) -> list[str]:
 
 
 def targeted(adapter: AdapterSettings, shapes: Shapes) -> dict[str, Linear]:
-    """The linears with an adapter, in the order of the layers.
+    """The linear layers that have an adapter, in the order of the layers.
 
     Raises:
-        UserError: a target or pattern that matches nothing; experts with a type or a dropout that they cannot have.
+        UserError: a target or pattern matches nothing, or experts have a type or dropout that they do not support.
     """
     every, targets = linears(shapes), targets_of(adapter, shapes)
     matches = lambda name, target: name == target or name.endswith("." + target)
@@ -87,7 +89,7 @@ def targeted(adapter: AdapterSettings, shapes: Shapes) -> dict[str, Linear]:
         if not any(matches(name, target) for name in every):
             ends = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in every))
             raise UserError(
-                f"adapter.targets has {target!r}, which ends the name of no linear of this model",
+                f"adapter.targets has {target!r}, which ends the name of no linear layer of this model",
                 f"their names end in {ends}",
             )
     found = {name: x for name, x in every.items() if any(matches(name, target) for target in targets)}
@@ -95,37 +97,39 @@ def targeted(adapter: AdapterSettings, shapes: Shapes) -> dict[str, Linear]:
         for pattern in getattr(adapter, setting):
             if not any(_ends_in(pattern, name) for name in found):
                 raise UserError(
-                    f"adapter.{setting} has {pattern!r}, which no linear with an adapter matches", "mend or remove it"
+                    f"adapter.{setting} has {pattern!r}, which matches no linear layer with an adapter",
+                    "correct or remove it",
                 )
     small = next((x for x in found.values() if adapter.frequencies > x.out * x.inner), None)
     if adapter.type == "fourierft" and small is not None:
         raise UserError(
             f"adapter.frequencies is {adapter.frequencies}, but {small.name} has {small.out} × {small.inner} weights",
-            "lower it, or leave that linear out of adapter.targets",
+            "lower it, or remove that layer from adapter.targets",
         )
     experts = next((name for name, linear in found.items() if linear.experts), None)
     for setting, value in {"type": adapter.type, "dropout": adapter.dropout}.items():
         if experts and value not in ("lora", 0.0):
             raise UserError(
-                f"adapter.{setting} is {value}, but {experts} is a tensor of many experts, which peft adapts with "
-                "plain LoRA alone",
-                "leave the experts out of adapter.targets, or use adapter.type lora without dropout",
+                f"adapter.{setting} is {value}, but {experts} is a tensor of several experts, for which peft supports "
+                "only plain LoRA",
+                "remove the experts from adapter.targets, or use adapter.type lora without dropout",
             )
     return found
 
 
 def rank_of(adapter: AdapterSettings, name: str) -> int:
+    """The rank of a linear layer's adapter matrices."""
     return _from_pattern(adapter.rank_pattern, name, adapter.rank)
 
 
 def scale_of(adapter: AdapterSettings, name: str) -> float:
-    """What the product of a linear's two matrices is multiplied with."""
+    """The factor by which the product of a layer's two adapter matrices is multiplied."""
     rank, alpha = rank_of(adapter, name), _from_pattern(adapter.alpha_pattern, name, adapter.alpha)
     return alpha / rank**0.5 if adapter.rslora else alpha / rank
 
 
 def tensor_shapes(adapter: AdapterSettings, linear: Linear) -> dict[str, Shape]:
-    """Kinds and shapes of an adapter's tensors in a Megatron checkpoint; experts are its first axis."""
+    """The kinds and shapes of an adapter's tensors in a Megatron checkpoint. Experts are the first axis."""
     if adapter.type == "fourierft":
         return {SPECTRUM: (adapter.frequencies,)}
     rank = rank_of(adapter, linear.name)
@@ -135,9 +139,9 @@ def tensor_shapes(adapter: AdapterSettings, linear: Linear) -> dict[str, Shape]:
 
 
 def peft_name(adapter: AdapterSettings, shapes: Shapes, linear: Linear, kind: str) -> str:
-    """Name of a tensor in adapter_model.safetensors.
+    """The name of a tensor in adapter_model.safetensors.
 
-    For experts peft wraps the module once for each of its parameters: the last of them is the outermost.
+    For experts, peft wraps the module once for each of its parameters, and the last of them is the outermost.
     """
     if not linear.experts:
         return f"{PEFT_PREFIX}{linear.name}.{kind}"
@@ -147,7 +151,7 @@ def peft_name(adapter: AdapterSettings, shapes: Shapes, linear: Linear, kind: st
 
 
 def to_peft(linear: Linear, kind: str, tensor: Tensor) -> Tensor:
-    """A tensor as peft stores it. Experts: A [experts × rank, in], B [out, rank × experts] (``peft.ParamWrapper``)."""
+    """A tensor in peft's shape; for experts A [experts × rank, in], B [out, rank × experts] (``peft.ParamWrapper``)."""
     if not linear.experts:
         return tensor
     if kind == LORA_A:
@@ -156,7 +160,7 @@ def to_peft(linear: Linear, kind: str, tensor: Tensor) -> Tensor:
 
 
 def from_peft(linear: Linear, kind: str, tensor: Tensor, shape: Shape, expert: int | None = None) -> Tensor:
-    """The other direction, to ``shape`` of ``tensor_shapes``; of one ``expert``, without that axis, if it is named."""
+    """The inverse of ``to_peft``, to ``shape`` of ``tensor_shapes``; for one ``expert`` without the expert axis."""
     if linear.experts and kind == LORA_B:
         tensor = tensor.unflatten(1, (-1, linear.experts)).permute(2, 0, 1)
     elif linear.experts:
@@ -170,5 +174,5 @@ def _ends_in(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
-def _from_pattern(patterns: dict, name: str, otherwise):
+def _from_pattern[Value](patterns: dict[str, Value], name: str, otherwise: Value) -> Value:
     return next((value for pattern, value in patterns.items() if _ends_in(pattern, name)), otherwise)

@@ -1,8 +1,8 @@
-"""Reading and writing one safetensors file without holding its tensors in memory.
+"""Reads and writes one safetensors file without holding its tensors in memory.
 
-The library's own writer wants every tensor of a file at once; here the header is written first, from names and shapes
-alone, and each tensor (or slice of one) goes to its place when it is ready. Reading maps the file, so untouched tensors
-cost nothing and touched ones live in the page cache.
+The library's own writer needs all tensors of a file at once. Here the header is written first, from the names and
+shapes, and each tensor (or slice of one) is written to its place when it is ready. Reading maps the file into memory,
+so tensors that are not used cost nothing, and the others are in the page cache.
 
 Format: 8 bytes little-endian header length; JSON header {name: {dtype, shape, data_offsets}}; the data.
 Source: the format section of safetensors' README.
@@ -40,7 +40,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """dtype (safetensors' spelling, "BF16") and shape of a stored tensor."""
+    """The dtype (as safetensors spells it, for example "BF16") and the shape of a stored tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -55,17 +55,17 @@ class TensorInfo:
 
 
 class SafetensorsReader:
-    """A safetensors file, mapped read-only.
+    """A safetensors file, mapped for reading.
 
     Attributes:
         tensors: name to TensorInfo, in the order of the data.
         metadata: the header's free text fields, or None.
 
     Raises:
-        UserError: the file is missing, no safetensors file, or shorter than its header says.
+        UserError: the file is missing, is not a safetensors file, or is shorter than its header says.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with path.open("rb") as file:
@@ -74,7 +74,7 @@ class SafetensorsReader:
                 if size < 8 or 8 + length > size:
                     raise _damaged(path, f"{size:,} bytes, too short for its header")
                 header = json.loads(file.read(length))
-                # Private mapping: torch wants a writable buffer; nothing writes, so no page is ever copied.
+                # A private mapping, because torch needs a writable buffer. Nothing writes to it, so no page is copied.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except FileNotFoundError:
             raise UserError(f"no such file: {path}", "fetch the missing file of the Hugging Face folder") from None
@@ -98,7 +98,7 @@ class SafetensorsReader:
             self._begin[name] = 8 + length + begin
 
     def read(self, name: str) -> Tensor:
-        """Tensor ``name``, backed by the file: valid as long as it is referenced; do not write to it."""
+        """Tensor ``name``, backed by the file and valid as long as it is referenced. Do not write to it."""
         info = self.tensors[name]
         count = math.prod(info.shape)
         if count == 0:
@@ -108,15 +108,15 @@ class SafetensorsReader:
 
 
 class SafetensorsWriter:
-    """A new safetensors file, filled tensor by tensor in any order, also from several threads.
+    """A new safetensors file, which is filled tensor by tensor in any order, by one or more threads.
 
     Args:
         path: file to create.
         tensors: names and shapes in the order of the data.
-        metadata: free text fields of the header; transformers wants ``{"format": "pt"}``.
+        metadata: free text fields of the header; transformers needs ``{"format": "pt"}``.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str] | None):
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str] | None) -> None:
         header: dict = {} if metadata is None else {"__metadata__": metadata}
         self._begin, end = {}, 0
         for name, info in tensors.items():
@@ -136,7 +136,7 @@ class SafetensorsWriter:
         self._file.truncate(self._data + end)
 
     def write(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
-        """Put ``tensor`` (CPU, the stored dtype) into ``name``, from row ``first_row`` of axis 0 on."""
+        """Writes ``tensor``, on the CPU and in the stored dtype, into ``name`` from row ``first_row`` of axis 0."""
         info = self.tensors[name]
         assert tensor.dtype == info.torch_dtype, (name, tensor.dtype, info)
         row = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
@@ -147,16 +147,16 @@ class SafetensorsWriter:
         while data:  # one call writes at most 2 GiB
             written = os.pwrite(self._file.fileno(), data, offset)
             data, offset = data[written:], offset + written
-        # Linux begins to write the new pages to the disk and gives back those already there: close() waits for the last
-        # of them alone, and the next tensor takes the same memory again, which halves the kernel's time.
+        # Linux starts writing the new pages to disk and frees those that are written. So close() waits only for the
+        # last pages, and the next tensor reuses the same memory, which halves the time spent in the kernel.
         os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Flush to the disk. Every byte must have been written."""
+        """Flushes the file to disk. All tensors must have been written completely."""
         assert not any(self._missing.values()), {n: b for n, b in self._missing.items() if b}
         os.fsync(self._file.fileno())
         self._file.close()
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is no complete safetensors file: {what}", "fetch or write the file again")
+    return UserError(f"{path} is not a complete safetensors file: {what}", "fetch or write the file again")

@@ -1,8 +1,9 @@
-"""How the numbers of one weight lie in memory in Hugging Face's and in Megatron's form, both ways.
+"""The order of the values of a weight in Hugging Face's and in Megatron's form, and the conversions between them.
 
-A layout turns the HF tensors of one table entry into the one Megatron tensor (``to_mcore``) and back (``to_hf``). It
-only moves numbers, so the way there and back gives the same bits in any dtype. Each takes the wanted shapes, because
-the same numbers are stored in more than one shape (a convolution or its flattened matrix, an expert or its transpose).
+A layout converts the HF tensors of a table entry into the Megatron tensor (``to_mcore``) and back (``to_hf``). It only
+moves values, so converting there and back gives the same bits in any dtype. Both methods take the target shapes,
+because the same values are stored in more than one shape (a convolution or its flattened matrix, an expert or its
+transpose).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,34 +16,34 @@ from torch import Tensor
 
 SHARDED_METADATA: Mapping = MappingProxyType(
     {
-        # A key per layer ("decoder.layers.7…"): layers may differ (dense beside MoE), any pipeline split loads.
+        # One key per layer ("decoder.layers.7…"): layers may differ (dense and MoE), and any pipeline split loads.
         "non_homogeneous_layers": True,
-        # One global tensor per weight: gate over up in `linear_fc1`, all experts of a layer stacked. The alternative
-        # has a key per expert and half, a hundred times the entries, and loads in no more layouts than this one.
+        # One global tensor per weight: gate above up in `linear_fc1`, all experts of a layer stacked. The alternative,
+        # one key per expert and half, has a hundred times as many entries and does not load in more layouts.
         "singleton_local_shards": False,
-        # Optimizer state under its parameter's name and shape: loads in any TP, PP, EP and DP.
+        # Optimizer state with its parameter's name and shape, so that it loads in any TP, PP, EP and DP.
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
     }
 )
-"""The ``metadata`` of every ``sharded_state_dict`` call. Hand over ``dict(SHARDED_METADATA)``: Megatron adds to it."""
+"""The ``metadata`` of all ``sharded_state_dict`` calls. Pass ``dict(SHARDED_METADATA)``: Megatron adds to it."""
 
 Shape = tuple[int, ...]
 
 
 class Layout(Protocol):
-    """Both directions of one arrangement. Tensors may be on any device, also "meta"."""
+    """Both directions of one conversion. Tensors may be on any device, including "meta"."""
 
     def to_mcore(self, parts: Sequence[Tensor], shape: Shape) -> Tensor:
-        """The Megatron tensor of ``shape`` out of the HF tensors, in the entry's order."""
+        """The Megatron tensor of ``shape``, made of the HF tensors in the entry's order."""
 
     def to_hf(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-        """The HF tensors of ``shapes`` out of the Megatron tensor."""
+        """The HF tensors of ``shapes``, made of the Megatron tensor."""
 
 
 @dataclass(frozen=True)
 class Same:
-    """One HF tensor, the same numbers in the same order; the shape may differ (Conv3d as a matrix)."""
+    """One HF tensor with the same values in the same order. The shape may differ (a Conv3d as a matrix)."""
 
     def to_mcore(self, parts: Sequence[Tensor], shape: Shape) -> Tensor:
         return parts[0].reshape(shape)
@@ -53,7 +54,7 @@ class Same:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Several HF tensors of equal size, one above the other: gate over up, as Megatron's gated MLP has them."""
+    """Several HF tensors of equal size, one above the other: gate above up, as in Megatron's gated MLP."""
 
     def to_mcore(self, parts: Sequence[Tensor], shape: Shape) -> Tensor:
         return torch.cat(list(parts)).reshape(shape)
@@ -64,7 +65,7 @@ class Stacked:
 
 @dataclass(frozen=True)
 class GroupedQkv:
-    """q, k and v apart in HF; in Megatron's ``linear_qkv``, for each kv group, its query heads, its key, its value.
+    """q, k and v are separate in HF. Megatron's ``linear_qkv`` has for each kv group its query heads, key and value.
 
     Source: the ``mixed_qkv`` split in ``megatron.core.transformer.attention.SelfAttention``.
     """
@@ -82,7 +83,7 @@ class GroupedQkv:
 
 @dataclass(frozen=True)
 class FusedQkv:
-    """One HF tensor with all q rows, then all k, then all v (the vision tower); in Megatron per head q, k, v."""
+    """One HF tensor with all q rows, then all k, then all v (the vision tower). Megatron has q, k, v for each head."""
 
     heads: int
 
@@ -95,9 +96,9 @@ class FusedQkv:
 
 @dataclass(frozen=True)
 class Experts:
-    """All experts of a layer, [experts, out, in] in Megatron. HF has that or, in the released folders, the transpose.
+    """All experts of a layer, [experts, out, in] in Megatron. HF has the same or, in the released folders, transposes.
 
-    Which one is told by the shape alone, and a square matrix is taken as not transposed: transformers' own rule
+    Only the shape tells which of them, and a square matrix counts as not transposed. This is transformers' own rule
     (``Transpose(check_dims=True)`` in its conversion mapping for qwen3_vl_moe).
     """
 

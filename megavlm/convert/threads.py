@@ -1,4 +1,4 @@
-"""A few threads for work that is mostly copying and waiting for the disk."""
+"""A few threads for work that consists mostly of copying and of waiting for the disk."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -6,19 +6,19 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 THREADS = 4
-"""Enough for one to wait for the disk and one to hold the interpreter's lock while others copy; each costs memory."""
+"""Enough that others copy while one waits for the disk and one holds the interpreter's lock. Each costs memory."""
 
 
 def in_threads[Item, Result](function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """``[function(item) for item in items]``, several at a time, begun in this order.
+    """``[function(item) for item in items]``, with several calls at a time, which start in this order.
 
-    Torch's own threads are off meanwhile: they would only wait for the same cores, spinning.
+    Torch's own threads are off meanwhile, because they would only spin while they wait for the same cores.
 
     Raises:
-        The first exception, in the order of ``items``; those not begun by then are left out.
+        The first exception, in the order of ``items``. Calls that have not started by then are cancelled.
     """
     torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # new threads take this over
+    torch.set_num_threads(1)  # new threads inherit this
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="convert")
     try:
         return list(pool.map(function, items))

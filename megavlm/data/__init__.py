@@ -1,1 +1,1 @@
-"""From files of samples to rows of tokens: reading, rendering, packing."""
+"""The data pipeline: reads samples from files, renders them to tokens and packs them into rows."""

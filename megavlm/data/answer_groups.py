@@ -1,4 +1,4 @@
-"""What takes one place in the packing buffer: a sample, or answers to one prompt that must share a row."""
+"""The units of the packing buffer: a single sample, or several answers to one prompt that must share a row."""
 
 from megavlm.base.errors import UserError
 from megavlm.data.preference import split_judgement, split_pair, with_answer_of
@@ -9,7 +9,7 @@ from megavlm.data.sources import SampleFile
 
 
 def likely_kind(file: SampleFile, otherwise: Kind) -> Kind:
-    """What the first sample of a file looks like: a pair, a judged answer, or what it is ``otherwise``."""
+    """The kind of a file judging by its first sample: "pair", "judged", or ``otherwise`` if it is neither."""
     try:
         record = file.read(0)[0]
     except UserError:
@@ -19,12 +19,12 @@ def likely_kind(file: SampleFile, otherwise: Kind) -> Kind:
 
 
 def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> Draft:
-    """The draft of sample `index`; with ``followers`` for the kinds "pair" and "judged".
+    """The draft of sample `index`, with ``followers`` for the kinds "pair" and "judged".
 
-    A pair is its chosen answer and, behind it, the rejected one. A judged sample is followed by the same prompt with
-    the answer of the next sample in the file, if there is one that differs.
+    For a pair, the draft has the chosen answer and its follower has the rejected one. The follower of a judged sample
+    has the same prompt with the answer of the next sample in the file, if that answer differs.
 
-    Raises UserError for what cannot be used.
+    Raises UserError if the sample cannot be used.
     """
     source = file.source(index)
     record, find = file.read(index)
@@ -41,18 +41,18 @@ def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> 
         draft = renderer.draft(first, find, source, kind="tune", index=index)
         try:
             other = file.read((index + 1) % len(file))[0]
-            if (second := with_answer_of(record, other, source)) is not None:
-                follower = renderer.draft(second, find, source, kind="tune", index=index)
+            if (mismatched := with_answer_of(record, other, source)) is not None:
+                follower = renderer.draft(mismatched, find, source, kind="tune", index=index)
                 _follow(renderer, draft, follower, Annotations(mismatched=True))
         except UserError:
-            draft.followers = []  # the neighbour, or the two together, are of no use; the sample itself is
+            draft.followers = []  # the next sample is invalid or does not fit, but the sample itself can be used
         draft.annotations = Annotations(desirable=desirable)
     return draft
 
 
 def _follow(renderer: Renderer, draft: Draft, follower: Draft, annotations: Annotations) -> None:
     if follower.frame_grids.tolist() != draft.frame_grids.tolist():
-        raise UserError(f"{draft.source}: an answer has pictures or videos of its own", "move them into the prompt")
+        raise UserError(f"{draft.source}: an answer contains pictures or videos", "move them into the prompt")
     follower.shares_media, follower.annotations = True, annotations
     draft.followers = [follower]
     renderer.check_size(draft)

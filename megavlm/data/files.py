@@ -1,9 +1,9 @@
-"""Files by path or URL, and pieces of them: one way to read a local picture, one on S3, and a member of a shard."""
+"""Files by path or URL, and byte ranges of them: one interface for local files, object storage and shard members."""
 
 import io
 import os
 import posixpath
-from collections.abc import Callable
+from collections.abc import Buffer, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,24 +11,25 @@ from typing import BinaryIO
 
 import fsspec
 
-_BUFFER_LOCAL, _BUFFER_REMOTE = 1 << 13, 1 << 16  # bytes read ahead; a picture's header fits in the first
+_BUFFER_LOCAL, _BUFFER_REMOTE = 1 << 13, 1 << 16  # read-ahead in bytes; a picture's header fits into the local one
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether fsspec reads it, by its protocol ("s3://…"); anything else is a local path."""
+    """Whether the path has a protocol ("s3://…") and is read by fsspec; any other path is local."""
     return "://" in str(path)
 
 
 @dataclass(frozen=True)
 class File:
-    """A file, or the bytes from ``start`` up to ``end`` of one.
+    """A file, or the bytes from ``start`` up to ``end`` of a file.
 
-    Nothing is open between reads, so that objects go to worker processes and back as they are.
+    No file handle stays open between reads, so the objects can be pickled to worker processes.
 
     Attributes:
-        url: path, or URL with a protocol that fsspec knows.
-        start, end: piece of the file; end None: up to its end.
-        name: how messages call it where that is not the url, as for a member of a shard.
+        url: path, or URL with a protocol that fsspec supports.
+        start: first byte.
+        end: the byte after the last one; None: the end of the file.
+        name: the name in messages if it differs from the url, as for a member of a shard.
     """
 
     url: str
@@ -41,11 +42,11 @@ class File:
 
     @property
     def local_path(self) -> str | None:
-        """The path, if this is the whole of a local file."""
+        """The path if this is a complete local file, otherwise None."""
         return None if is_url(self.url) or self.start or self.end is not None else self.url
 
     def size(self) -> int:
-        """Bytes. Raises OSError if there is no such file."""
+        """Size in bytes. Raises OSError if the file does not exist."""
         if self.end is not None:
             return self.end - self.start
         whole = fsspec.core.url_to_fs(self.url)
@@ -53,7 +54,7 @@ class File:
         return size - self.start
 
     def read(self, start: int = 0, end: int | None = None) -> bytes:
-        """The bytes, or some of them. Raises OSError, and where the file ends before the piece does."""
+        """All bytes or a range of them. Raises OSError, also if the file ends before ``self.end``."""
         first = self.start + start
         last = self.end if end is None else self.start + end
         if is_url(self.url):
@@ -64,29 +65,30 @@ class File:
                 file.seek(first)
                 data = file.readall() if last is None else _read_all(file, last - first)
         if last is not None and len(data) < last - first and end is None:
-            raise OSError(f"the file ends after {first + len(data)} bytes, but this lies at {first} to {last}")
+            raise OSError(f"the file ends after {first + len(data)} bytes, but bytes {first} to {last} were expected")
         return data
 
     def open(self) -> BinaryIO:
-        """A seekable stream of the bytes, which are fetched as they are read."""
+        """A seekable stream of the bytes, which fetches them as they are read."""
         if self.local_path:
             return open(self.url, "rb")
         return io.BufferedReader(_Bytes(self), _BUFFER_REMOTE if is_url(self.url) else _BUFFER_LOCAL)
 
 
 def beside(file: str | Path, named: str) -> File:
-    """The file that `named` means in a line of `file`: absolute, a URL, or relative to the folder of `file`."""
+    """The file that a line of `file` refers to as `named`: absolute, a URL, or relative to the folder of `file`."""
     if is_url(named) or posixpath.isabs(named):
         return File(named)
     return File(posixpath.join(posixpath.dirname(str(file)), named))
 
 
 def in_folder(folder: str | Path) -> Callable[[str], File]:
-    """Finds files by their names relative to a folder."""
+    """A function that locates files by their names relative to a folder."""
     return partial(beside, f"{folder}/")
 
 
 def is_folder(path: str | Path) -> bool:
+    """Whether a path or URL is a folder. Raises whatever fsspec raises."""
     if not is_url(path):
         return Path(path).is_dir()
     system, inside = fsspec.core.url_to_fs(str(path))
@@ -94,7 +96,7 @@ def is_folder(path: str | Path) -> bool:
 
 
 def _read_all(file: BinaryIO, count: int) -> bytes:
-    """`count` bytes, or fewer at the end of the file: one read gives at most 2 GiB."""
+    """`count` bytes, or fewer at the end of the file. It loops because one read returns at most 2 GiB."""
     data = file.read(count)
     while len(data) < count and (more := file.read(count - len(data))):
         data += more
@@ -102,7 +104,7 @@ def _read_all(file: BinaryIO, count: int) -> bytes:
 
 
 class _Bytes(io.RawIOBase):
-    """The stream under ``File.open``."""
+    """The raw stream behind ``File.open``."""
 
     def __init__(self, file: File):
         self._file, self._place, self._size = file, 0, file.size()
@@ -117,9 +119,10 @@ class _Bytes(io.RawIOBase):
         self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
         return self._place
 
-    def readinto(self, buffer) -> int:
-        last = min(self._place + len(buffer), self._size)
+    def readinto(self, buffer: Buffer, /) -> int:
+        view = memoryview(buffer)
+        last = min(self._place + len(view), self._size)
         data = self._file.read(self._place, last) if self._place < last else b""
-        buffer[: len(data)] = data
+        view[: len(data)] = data
         self._place += len(data)
         return len(data)

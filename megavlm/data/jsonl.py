@@ -1,4 +1,4 @@
-"""JSONL files: where their lines begin, and any of their samples by number."""
+"""Random access to the samples of JSONL files, through an index of line positions."""
 
 import hashlib
 import json
@@ -14,22 +14,22 @@ from megavlm.base.errors import UserError
 from megavlm.data.files import File, beside, is_folder
 from megavlm.data.media import Find
 
-_BLOCK = 1 << 24  # bytes read at a time while looking for line ends
-_KEPT_FROM = 1 << 26  # bytes of a file from which on its index is kept on disk
+_BLOCK = 1 << 24  # bytes read at a time while searching for line ends
+_KEPT_FROM = 1 << 26  # the index of a file of at least this many bytes is cached on disk
 
 
 class JsonlFile:
     """Random access to the lines of a file; blank lines do not count.
 
-    One pass over the bytes finds where the lines begin (no line is parsed). For a large file that is kept, once for
-    all runs, in ``$MEGAVLM_CACHE`` (default ``~/.cache/megavlm``) and read from there by the page, so that a worker's
-    memory does not grow with the data set.
+    One pass over the bytes finds the line positions without parsing the lines. For a large file, this index is cached
+    for all runs in ``$MEGAVLM_CACHE`` (default ``~/.cache/megavlm``) and memory-mapped, so that a worker's memory does
+    not grow with the data set.
 
     Args:
-        path: a path, or a URL that fsspec knows.
+        path: a path, or a URL that fsspec supports.
 
     Raises:
-        UserError: no such file, a folder, or no line in it.
+        UserError: the file does not exist, is a folder, or has no lines.
     """
 
     def __init__(self, path: str | Path):
@@ -37,10 +37,10 @@ class JsonlFile:
         self._file = File(self.path)
         try:
             self._spans = _line_spans(self._file)
-        except Exception as error:  # fsspec has as many exceptions as protocols
+        except Exception as error:  # each protocol of fsspec raises its own exceptions
             found = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
             if _is_folder(self.path):
-                found = "is a folder without JSONL"
+                found = "is a folder, not a JSONL file"
             raise UserError(f"data file {self.path} {found}", "give the path or URL of a JSONL file") from None
         if len(self) == 0:
             raise UserError(f"data file {self.path} is empty", "give a file with one JSON object per line")
@@ -53,14 +53,14 @@ class JsonlFile:
         return f"{self.path}:{int(self._spans[index, 2])}"
 
     def read(self, index: int) -> tuple[Any, Find]:
-        """The parsed line of sample `index` (from 0), and where its media are found.
+        """The parsed line of sample `index` (from 0), and the function that locates its media.
 
-        Raises UserError if it is not JSON, or cannot be read.
+        Raises UserError if the line cannot be read or is not valid JSON.
         """
         start, end = (int(bound) for bound in self._spans[index, :2])
         try:
             return json.loads(self._file.read(start, end)), partial(beside, self.path)
-        except ValueError as error:  # also of bytes that are not UTF-8
+        except ValueError as error:  # also raised for bytes that are not UTF-8
             raise UserError(
                 f"{self.source(index)}: not valid JSON: {error}", "write one JSON object per line"
             ) from None
@@ -76,7 +76,7 @@ def _is_folder(path: str) -> bool:
 
 
 def _line_spans(file: File) -> np.ndarray:
-    """int64 [samples, 3]: first byte, last byte, number from 1 of each line that is not blank."""
+    """int64 [samples, 3]: for each line that is not blank, its first byte, the byte after it, its number from 1."""
     size = file.size()
     if size < _KEPT_FROM:
         return _find_lines(file, size)
@@ -89,7 +89,7 @@ def _line_spans(file: File) -> np.ndarray:
         try:
             with atomic_open(kept, "wb") as out:
                 np.save(out, spans)
-        except OSError:  # a full disk or a home that may not be written to: this run does without
+        except OSError:  # the disk is full or the home folder is read-only: this run works without the cache
             return spans
     return np.load(kept, mmap_mode="r")
 
@@ -100,10 +100,10 @@ def _find_lines(file: File, size: int) -> np.ndarray:
         last = file.read(start, min(start + _BLOCK, size))
         ends.append(np.flatnonzero(np.frombuffer(last, dtype=np.uint8) == ord("\n")) + start + 1)
     found = np.concatenate([np.empty(0, dtype=np.int64), *ends])
-    if last and not last.endswith(b"\n"):  # the last line need not end in a line feed
+    if last and not last.endswith(b"\n"):  # the last line may end without a line feed
         found = np.append(found, size)
     starts = np.concatenate([[0], found])[:-1].astype(np.int64)
     is_blank = np.zeros(len(found), dtype=bool)
-    for line in np.flatnonzero(found - starts <= 16):  # a blank line is short; nothing else so short is a sample
+    for line in np.flatnonzero(found - starts <= 16):  # only short lines can be blank; longer ones need not be read
         is_blank[line] = not file.read(int(starts[line]), int(found[line])).strip()
     return np.stack([starts, found, np.arange(1, len(found) + 1)], axis=1)[~is_blank]

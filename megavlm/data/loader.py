@@ -1,10 +1,10 @@
-"""Rows for training: endless, shuffled, blended, packed in worker processes, and resumable to the sample."""
+"""The endless stream of training rows: blended, shuffled, packed in worker processes, and resumable exactly."""
 
 import gc
 import os
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,25 +20,27 @@ from megavlm.data.rows import RowDataset
 from megavlm.data.sample_order import reshard
 from megavlm.data.sources import Source, open_sources
 
-_MOST_AHEAD = 16  # rows that a worker makes before they are taken: pixels are large
+_MOST_AHEAD = 16  # maximum rows that a worker prepares in advance; rows are large because they contain pixels
 
 
 class RowLoader:
-    """Iterates over rows without end. Made by ``build_loader``.
+    """An endless iterator over rows. Built by ``build_loader``.
 
-    ``state_dict()`` holds the state of every worker of this rank after the rows taken so far, and what waits in their
-    packing buffers (as line numbers, not as data); a loader built from the same settings and given that state by
-    ``load_state_dict`` before its first row continues with the very row that would have come next.
+    ``state_dict()`` contains the state of each worker of this rank after the rows taken so far, including the samples
+    in its packing buffer (as sample numbers, not as data). If a loader is built from the same settings and receives
+    that state through ``load_state_dict`` before its first row, it continues with exactly the row that would have come
+    next.
 
-    Rank r takes rows from its workers in turn; worker w of it is number r + ranks × w of all. So row n of all ranks
-    together comes from worker n modulo their number, on whichever rank that worker lies: given the states of all
-    workers, another number of ranks with as many workers in all continues the same sequence of rows.
+    Rank r takes rows from its workers in turn; its worker w has the global number r + ranks × w. Row n over all ranks
+    therefore comes from worker n modulo the total number of workers, regardless of the rank that runs this worker. So
+    a different number of ranks with the same total number of workers continues the same sequence of rows from the
+    states of all workers.
     """
 
     def __init__(self, dataset: RowDataset, num_workers: int, rows_per_step: int, pin_memory: bool, identity: dict):
         ahead = min(max(2, -(-rows_per_step // max(num_workers, 1))), _MOST_AHEAD)
         self._dataset, self._identity = dataset, identity
-        self._loader = DataLoader(
+        self._loader: DataLoader[Row | UserError] | None = DataLoader(
             dataset,
             batch_size=None,
             num_workers=num_workers,
@@ -46,22 +48,26 @@ class RowLoader:
             pin_memory=pin_memory,
             worker_init_fn=_start_worker,
             multiprocessing_context="fork" if num_workers else None,
-            generator=torch.Generator(),  # not the one of dropout: leaders alone draw here, and once more when resuming
+            # Not the global generator: only ranks that load data draw here, and they draw once more after a resume,
+            # so the random numbers of dropout would differ between ranks.
+            generator=torch.Generator(),
         )
-        self._rows: Generator[Row | UserError] | None = None
-        self._taken = 0  # rows, by this rank
+        self._rows: Iterator[Row | UserError] | None = None
+        self._taken = 0  # number of rows that this rank has taken
 
     def __iter__(self) -> "RowLoader":
         return self
 
     def __next__(self) -> Row:
-        """The next row. Raises UserError where none can come: a source none of whose samples can be used."""
+        """The next row. Raises UserError if a source has no usable samples, so that no further row can be made."""
         if self._rows is None:
+            assert self._loader is not None, "the loader is closed"
             self._rows = iter(self._loader)
         row = next(self._rows)
         if isinstance(row, UserError):
             raise row
         self._taken += 1
+        assert row.loader_state is not None, "each row of a worker carries its state"
         self._dataset.loader_states[row.loader_state["worker"]] = row.loader_state
         return row
 
@@ -70,7 +76,7 @@ class RowLoader:
         return self._dataset.sources
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The state of each worker of this rank, for a checkpoint: strings, numbers, lists of them."""
+        """The state of each worker of this rank, for a checkpoint; it contains only strings, numbers and containers."""
         ranks, states = self._dataset.workers.step, self._dataset.loader_states
         return [
             {"identity": self._identity, "rows": self._taken * ranks, "place": states.get(worker)}
@@ -78,20 +84,20 @@ class RowLoader:
         ]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> str | None:
-        """Continue from the states of all workers of all ranks, in the order of their numbers.
+        """Continue from the states of all workers of all ranks, ordered by worker number.
 
         Returns:
-            None where the same rows come as without an interruption; otherwise, where there are now more or fewer
-            workers in all, what is different.
+            None if the rows are the same as without an interruption. If the total number of workers has changed, a
+            text that says what differs.
 
         Raises:
-            UserError: they are of other data.
+            UserError: the states belong to different data or settings.
         """
         for name, value in self._identity.items():
             if states[0]["identity"].get(name) != value:
                 raise UserError(
-                    f"the checkpoint was written with {name} {states[0]['identity'].get(name)}, now it is {value}: "
-                    "the data cannot be continued from where it was",
+                    f"the checkpoint was written with {name} {states[0]['identity'].get(name)}, but it is now {value}: "
+                    "the data cannot continue from its saved position",
                     "resume with the settings of the interrupted run, or start a new run from its weights (model.load)",
                 )
         dataset = self._dataset
@@ -110,14 +116,15 @@ class RowLoader:
             for w in dataset.workers
         }
         return (
-            f"{dataset.num_workers} data workers in all continue the work of {len(states)}: samples come in another "
-            f"order from here on; none is repeated or left out, the {len(waiting)} that waited to be packed included"
+            f"the total number of data workers changed from {len(states)} to {dataset.num_workers}: the order of "
+            f"samples differs from here on, but no sample is repeated or left out (the {len(waiting)} samples in the "
+            "packing buffers are kept)"
         )
 
     def close(self) -> None:
-        """End the worker processes; the loader cannot be used any more."""
+        """End the worker processes. The loader cannot be used afterwards."""
         self._rows = self._loader = None
-        gc.collect()  # torch's loader and its iterator hold each other; the workers end with them
+        gc.collect()  # torch's loader and its iterator reference each other; freeing them ends the workers
 
 
 def build_loader(
@@ -131,20 +138,20 @@ def build_loader(
     rows_per_step: int = 1,
     pin_memory: bool = False,
 ) -> RowLoader:
-    """The training rows of one data-parallel rank.
+    """The loader of the training rows of one data-parallel rank. Call it on one process of each model-parallel group.
 
     Args:
         settings: the ``data`` section.
-        renderer: of the model's folder, with the same settings.
-        kind: "tune" or "pretrain".
-        dp_rank: this data-parallel rank of `dp_size`; call it on one process of each model-parallel group.
-        dp_size: data-parallel ranks.
-        seed: of sample order and blending.
-        rows_per_step: that this rank takes at a time: so many are made ahead.
-        pin_memory: hand rows over in page-locked memory, for training on a GPU.
+        renderer: the renderer of the model's folder, built with the same settings.
+        kind: what is trained on, such as "tune" or "pretrain".
+        dp_rank: this data-parallel rank.
+        dp_size: the number of data-parallel ranks.
+        seed: the seed of sample order and blending.
+        rows_per_step: rows that this rank takes per training step; the workers prepare about as many in advance.
+        pin_memory: put rows into page-locked memory, for training on a GPU.
 
     Raises:
-        UserError: no sources, or a source that is missing or empty.
+        UserError: there are no sources, or a source is missing or empty.
     """
     sources = open_sources(settings)
     dataset = RowDataset(
@@ -171,13 +178,13 @@ def build_loader(
 
 
 def _start_worker(worker: int) -> None:
-    """In a new worker process.
+    """Set up a new worker process.
 
-    A signal to stop, sent to all processes of a job, is for the trainer to act on: it still needs rows until its step
-    is done. Only the trainer itself ends a worker.
+    When a job is stopped, all its processes receive a signal. The worker ignores it, because the trainer still needs
+    rows until its step is done. A worker ends only if the trainer itself sends the signal, or dies.
     """
     end_with_parent()
-    gc.freeze()  # what the trainer left behind, tensors on the GPU among it, is not this process's to collect
+    gc.freeze()  # this process must not collect objects inherited from the trainer, such as tensors on the GPU
     for stop in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(stop, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -1,4 +1,4 @@
-"""Which samples share a row: online, among a bounded number of samples that wait."""
+"""Online packing: chooses the samples of a row among a bounded number of waiting samples."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -9,30 +9,30 @@ def best_fit(
 ) -> list[int]:
     """Choose waiting samples for one row.
 
-    The sample that has waited longest is always taken, so none waits for ever; then, again and again, the longest
-    that still fits (of equally long ones, that which has waited longest).
+    The sample that has waited longest is always taken, so no sample waits for ever. Then the longest sample that still
+    fits is added until none fits; among samples of equal length, the one that has waited longest comes first.
 
     Args:
         lengths: tokens of each waiting sample, in order of arrival; the first is at most `capacity`.
         capacity: tokens of the row.
-        patches: of each waiting sample; the first has at most `max_patches`.
-        max_patches: of the row; None: no bound.
+        patches: patches of each waiting sample; the first has at most `max_patches`.
+        max_patches: maximum number of patches in the row; None: no limit.
 
     Returns:
-        Places of the chosen samples in `lengths`, ascending.
+        Indices of the chosen samples in `lengths`, in ascending order.
     """
     assert lengths[0] <= capacity
     free = capacity - lengths[0]
-    patches_left = max_patches - patches[0] if max_patches else None
-    # Ascending in length and, among equals, descending in arrival: the last that fits is the best.
+    patches = patches if patches is not None and max_patches else [0] * len(lengths)
+    patches_left = (max_patches or 0) - patches[0]
+    # Sorted by ascending length and, among equals, by descending arrival, so that the last one that fits is the best.
     waiting = sorted((length, -place) for place, length in enumerate(lengths) if place)
     chosen = [0]
     while (fit := bisect_right(waiting, (free, 0)) - 1) >= 0:
         length, place = waiting.pop(fit)
-        if patches_left is not None:
-            if patches[-place] > patches_left:
-                continue
-            patches_left -= patches[-place]
+        if patches[-place] > patches_left:
+            continue
+        patches_left -= patches[-place]
         chosen.append(-place)
         free -= length
     return sorted(chosen)

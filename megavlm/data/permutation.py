@@ -1,14 +1,15 @@
-"""A shuffled order of any number of samples that takes no memory."""
+"""A pseudo-random order of any number of samples, computed without storing it."""
 
 _ROUNDS = 8
 _MASK = (1 << 64) - 1
 
 
 def shuffled(place: int, count: int, key: int) -> int:
-    """Which of `count` samples stands at `place` in the order number `key`: a permutation of 0 … count - 1.
+    """The sample at position `place` in the shuffled order number `key`: a permutation of 0 … count - 1.
 
-    A Feistel network permutes the smallest range of 2^(2k) numbers that holds `count`; a number beyond `count` is
-    permuted again until it falls inside ("cycle walking"; Black and Rogaway, Ciphers with Arbitrary Finite Domains).
+    A Feistel network permutes the smallest range of 2^(2k) numbers that contains 0 … count - 1. If the result is not
+    below `count`, it is permuted again until it is ("cycle walking"; Black and Rogaway, Ciphers with Arbitrary Finite
+    Domains).
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1

@@ -1,9 +1,9 @@
-"""Positions of tokens and of patches, computed on the host from grid sizes alone.
+"""Positions of tokens and patches, computed on the host from grid sizes alone.
 
-What transformers' Qwen3-VL computes inside its forward (``Qwen3VLModel.get_rope_index`` and the two position helpers of
-``Qwen3VLVisionModel.forward``) is a function of the sample, so a data worker does it once, without a loop over tokens
-or patches. A *frame* is one temporal step of a picture or video: ``h`` x ``w`` patches, of which each block of
-``merge`` x ``merge`` becomes one visual token.
+The Qwen3-VL model of transformers computes them in its forward pass (``Qwen3VLModel.get_rope_index`` and the two
+position helpers of ``Qwen3VLVisionModel.forward``). They depend only on the sample, so here a data worker computes them
+once, without loops over tokens or patches. A *frame* is one temporal step of a picture or video: ``h`` x ``w`` patches,
+of which each block of ``merge`` x ``merge`` patches becomes one visual token.
 """
 
 import numpy as np
@@ -12,15 +12,15 @@ import numpy as np
 def mrope_positions(num_tokens: int, frame_grids: np.ndarray, visual_positions: np.ndarray, merge: int) -> np.ndarray:
     """Rotary positions (time, height, width) of each token of one sample.
 
-    A text token advances all three axes by one. The tokens of a frame share one time; their height and width count
-    rows and columns from it, and the text behind continues at the frame's longer side.
+    A text token advances all three axes by one. The tokens of a frame share one time position; their height and width
+    positions count rows and columns from it. The text after a frame continues at the frame's longer side.
 
     Args:
-        num_tokens: tokens t of the sample.
+        num_tokens: number of tokens t of the sample.
         frame_grids: [F, 2], (h, w) in patches of each frame, in text order.
-        visual_positions: [V], index of each visual token among the t, in text order; frame f owns the next
-            ``h * w / merge**2`` of them, which are neighbours in the text.
-        merge: patches per side that one token joins.
+        visual_positions: [V], index of each visual token among the t tokens, in text order. Each frame has the next
+            ``h * w / merge**2`` of them, which are contiguous in the text.
+        merge: patches per side that are merged into one token.
 
     Returns:
         int64 [3, t], equal to transformers' ``get_rope_index`` for the same sample.
@@ -33,7 +33,7 @@ def mrope_positions(num_tokens: int, frame_grids: np.ndarray, visual_positions: 
     within, frame = _enumerate_groups(counts)
     starts = visual_positions[np.cumsum(counts) - counts]
 
-    # Behind its last token, a frame of n tokens has advanced the position by its longer side instead of by n.
+    # After its last token, a frame of n tokens has advanced the position by its longer side instead of by n.
     shift = np.zeros(num_tokens + 1, dtype=np.int64)
     np.add.at(shift, starts + counts, np.maximum(rows, columns) - counts)
     positions += np.cumsum(shift[:-1])
@@ -45,14 +45,14 @@ def mrope_positions(num_tokens: int, frame_grids: np.ndarray, visual_positions: 
 
 
 def patch_coordinates(frame_grids: np.ndarray, merge: int) -> np.ndarray:
-    """Row and column of each patch within its frame, in the processor's order (merge blocks, then inside the block).
+    """Row and column of each patch in its frame, in the processor's order (by merge block, then within the block).
 
     Args:
         frame_grids: [F, 2], (h, w) in patches.
         merge: patches per side of a block.
 
     Returns:
-        int32 [P, 2], P the sum of h * w.
+        int32 [P, 2], where P is the sum of h * w.
     """
     heights, widths = frame_grids.astype(np.int64).T
     within, frame = _enumerate_groups(heights * widths)
@@ -66,21 +66,22 @@ def patch_coordinates(frame_grids: np.ndarray, merge: int) -> np.ndarray:
 
 
 def grid_interpolation(frame_grids: np.ndarray, coordinates: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each patch reads the learned square grid of position embeddings: four corners and their weights.
+    """The four corners of the learned square grid of position embeddings that each patch reads, and their weights.
 
-    The corner patches of a frame sit on the corners of the grid (``align_corners``), all others in between, bilinearly.
+    The corner patches of a frame lie on the corners of the grid (``align_corners``); all others are interpolated
+    bilinearly.
 
     Args:
         frame_grids: [F, 2], (h, w) in patches.
-        coordinates: [P, 2], of ``patch_coordinates``.
+        coordinates: [P, 2], from ``patch_coordinates``.
         side: side of the learned grid (48 in the released models).
 
     Returns:
-        index int32 [P, 4] into the flattened grid and weight float32 [P, 4], so that
+        index int32 [P, 4] into the flattened grid and weight float32 [P, 4], such that
         ``(table[index] * weight[..., None]).sum(1)`` is the embedding that transformers interpolates.
     """
     sizes = np.repeat(frame_grids, frame_grids.prod(axis=1), axis=0)
-    # float32 in this order of operations, so that the weights have transformers' very bits.
+    # float32 and this order of operations make the weights bitwise equal to those of transformers.
     place = coordinates.astype(np.float32) * np.float32(side - 1) / np.maximum(sizes - 1, 1).astype(np.float32)
     floor = np.floor(place)
     offset = place - floor
@@ -93,6 +94,6 @@ def grid_interpolation(frame_grids: np.ndarray, coordinates: np.ndarray, side: i
 
 
 def _enumerate_groups(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For groups of the given sizes laid end to end: each element's index within its group, and its group."""
+    """For consecutive groups of the given sizes: each element's index within its group, and its group."""
     group = np.repeat(np.arange(len(counts)), counts)
     return np.arange(len(group)) - (np.cumsum(counts) - counts)[group], group

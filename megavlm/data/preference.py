@@ -1,4 +1,4 @@
-"""Records of preferences, brought to records of conversations that differ in their last answer.
+"""Converts preference records to records of conversations that differ only in the last answer.
 
 Pairs: ``{"prompt" or "messages", "chosen", "rejected", "margin"?, "images"?, …}``. Single judgements (KTO):
 ``{"prompt" or "messages", "completion", "label": true or false, …}``. An answer is a string, a message, or a list of
@@ -17,23 +17,22 @@ KTO_FIELDS = ("prompt", "completion", "label")
 def split_pair(raw: Any, source: str) -> tuple[dict, dict, float]:
     """The conversation with the chosen answer, the one with the rejected answer, and the pair's margin.
 
-    Raises UserError for anything that is no pair.
+    Raises UserError if the record is not a valid pair.
     """
     prompt, rest = _prompt(raw, PAIR_FIELDS, source)
     chosen, rejected = (_answer(raw, name, source) for name in ("chosen", "rejected"))
     if chosen == rejected:
-        raise UserError(f"{source}: chosen and rejected are equal: there is nothing to prefer", "remove the sample")
+        raise UserError(f"{source}: chosen and rejected are equal, so neither is preferred", "remove the sample")
     margin = raw.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise UserError(f"{source}: margin must be a number, found {margin!r}", "give a number, or leave margin out")
-    sides = [{**rest, "messages": [*prompt, *answer]} for answer in (chosen, rejected)]
-    return *sides, float(margin)
+        raise UserError(f"{source}: margin must be a number, found {margin!r}", "give a number, or omit margin")
+    return {**rest, "messages": [*prompt, *chosen]}, {**rest, "messages": [*prompt, *rejected]}, float(margin)
 
 
 def split_judgement(raw: Any, source: str) -> tuple[dict, bool]:
     """The conversation with the judged answer, and whether that is desirable.
 
-    Raises UserError for anything that is no judgement.
+    Raises UserError if the record is not a valid judgement.
     """
     prompt, rest = _prompt(raw, KTO_FIELDS, source)
     answer = _answer(raw, "completion", source)
@@ -44,11 +43,12 @@ def split_judgement(raw: Any, source: str) -> tuple[dict, bool]:
 
 
 def with_answer_of(raw: Any, other: Any, source: str) -> dict | None:
-    """The prompt of a judged sample with the answer of another one; None where that is the same.
+    """The prompt of a judged sample with the answer of another sample; None if both answers are the same.
 
-    It is for the KL term of KTO: how much more likely the policy finds any answer to this prompt.
+    Such mismatched pairs estimate the KL term of KTO: how much more likely the policy makes an arbitrary answer to
+    this prompt.
 
-    Raises UserError where the other sample has no answer.
+    Raises UserError if the other sample has no answer.
     """
     prompt, rest = _prompt(raw, KTO_FIELDS, source)
     foreign = _answer(other if isinstance(other, dict) else {}, "completion", source)
@@ -59,19 +59,19 @@ def with_answer_of(raw: Any, other: Any, source: str) -> dict | None:
 
 
 def _prompt(raw: Any, fields: tuple[str, ...], source: str) -> tuple[list[dict], dict]:
-    """The messages of the prompt, none of which is learned, and what belongs to it beside them (media, tools)."""
+    """The prompt's messages, all excluded from the loss, and the record's other fields (media, tools)."""
     if not isinstance(raw, dict):
         raise UserError(f"{source}: a line must be a JSON object")
     if ("prompt" in raw) == ("messages" in raw):
         found = "both" if "prompt" in raw else f"neither (fields: {', '.join(raw) or 'none'})"
-        raise UserError(f"{source}: a sample has either prompt or messages; this one has {found}")
+        raise UserError(f"{source}: a sample must have either prompt or messages; this one has {found}")
     prompt = raw.get("messages", raw.get("prompt"))
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt or not all(isinstance(message, dict) for message in prompt):
         raise UserError(f"{source}: the prompt must be a string or a list of messages")
     if prompt[-1].get("role") == "assistant":
-        raise UserError(f"{source}: the prompt ends with an assistant message", "move it into the answers")
+        raise UserError(f"{source}: the prompt ends with an assistant message", "move that message into the answers")
     unlearned = [m | {"loss": False} if m.get("role") == "assistant" else m for m in prompt]
     return unlearned, {name: value for name, value in raw.items() if name not in (*fields, "messages")}
 

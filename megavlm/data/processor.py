@@ -1,4 +1,4 @@
-"""The Hugging Face folder's own processor: its limits, the sizes it will give, and its pixel rows."""
+"""The processor of the Hugging Face folder: pixel limits, the sizes of processed media, and pixel rows."""
 
 import json
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from megavlm.data.media import Picture, Video
 
 @dataclass
 class Still:
-    """A picture, its size (height, width) in pixels, and the grid (1, h, w) of patches it becomes."""
+    """A picture, its size (height, width) in pixels, and its grid (1, h, w) of patches after processing."""
 
     picture: Picture
     size: tuple[int, int]
@@ -28,7 +28,7 @@ class Still:
 
 @dataclass
 class Clip:
-    """A video, the frames sampled from it, and the grid (t, h, w) of patches they become."""
+    """A video, the frames that are sampled from it, and their grid (t, h, w) of patches after processing."""
 
     video: Video
     metadata: VideoMetadata
@@ -36,11 +36,11 @@ class Clip:
 
 
 class VisionProcessor:
-    """What the rest of the package needs of a ``Qwen3VLProcessor``.
+    """The operations of a ``Qwen3VLProcessor`` that the package uses.
 
     Args:
         hf_dir: folder with config.json, tokenizer and processor files.
-        settings: the ``data`` section: min_pixels, max_pixels, video_fps, video_max_frames (None: as in the folder).
+        settings: the ``data`` section: min_pixels, max_pixels, video_fps, video_max_frames (None: the folder's value).
 
     Raises:
         UserError: the folder has no Qwen3-VL processor, or the limits contradict each other.
@@ -56,7 +56,7 @@ class VisionProcessor:
         self.grid_side = _grid_side(hf_dir / "config.json")
 
     def place_picture(self, picture: Picture) -> Still:
-        """The picture's grid, from its header. Raises UserError if there is no such picture or it is too narrow."""
+        """Compute the picture's grid from its header. Raises UserError if the file is missing or too narrow."""
         height, width = size = picture.size()
         processor = self.hf.image_processor
         try:
@@ -67,18 +67,21 @@ class VisionProcessor:
                 min_pixels=processor.size["shortest_edge"],
                 max_pixels=processor.size["longest_edge"],
             )
-        except ValueError as error:  # more than 200 times as long as wide
+        except ValueError as error:  # the longer side is more than 200 times the shorter one
             raise UserError(f"{picture.source}: picture {picture.file}: {error}") from error
         return Still(picture, size, (1, height // processor.patch_size, width // processor.patch_size))
 
     def place_video(self, video: Video) -> Clip:
-        """The frames to sample and their grid, from the header. Raises UserError if it is no video or one frame."""
+        """Compute the frames to sample and their grid from the header.
+
+        Raises UserError if the file is not a video or has a single frame.
+        """
         metadata = video.probe()
         processor = self.hf.video_processor
         metadata.frames_indices = processor.sample_frames(metadata)
         count, factor = len(metadata.frames_indices), processor.patch_size * processor.merge_size
         most = processor.size["longest_edge"]
-        if processor.cap_pixels_per_frame:  # as in the video processor's resize
+        if processor.cap_pixels_per_frame:  # the same computation as in the video processor's resize
             cap = min(processor.max_video_tokens * factor**2, most // count)
             most = max(cap, int(processor.size["shortest_edge"] * 1.05)) * count
         try:
@@ -91,19 +94,19 @@ class VisionProcessor:
                 min_pixels=processor.size["shortest_edge"],
                 max_pixels=most,
             )
-        except ValueError as error:  # one frame, or more than 200 times as long as wide
+        except ValueError as error:  # a single frame, or the longer side is more than 200 times the shorter one
             raise UserError(f"{video.source}: video {video.name}: {error}") from error
         steps = -(-count // processor.temporal_patch_size)
         return Clip(video, metadata, (steps, height // processor.patch_size, width // processor.patch_size))
 
     def insert_media(self, text: str, stills: list[Still], clips: list[Clip]) -> tuple[str, list[dict]]:
-        """Replace the place of each picture and video by its text, with **one** placeholder token per frame.
+        """Replace the placeholder of each picture and video by its text, with **one** placeholder token per frame.
 
-        Returns the text and, in text order, what was replaced: "type" ("image" or "video"), "span" and "new_span" in
-        characters. The processor writes the texts itself (a video's has time stamps); it only believes that every
-        frame is a single token wide.
+        Returns the text and, in text order, the replacements: "type" ("image" or "video"), and "span" and "new_span"
+        in characters. The processor itself writes the texts (a video's text has time stamps); it is given grids in
+        which each frame is a single token.
         """
-        one = self.merge  # patches per side of one token
+        one = self.merge  # patches per side of one visual token
         images = [self.hf.replace_image_token({"image_grid_thw": np.array([[1, one, one]])}, 0) for _ in stills]
         videos = [
             self.hf.replace_video_token(
@@ -115,7 +118,7 @@ class VisionProcessor:
         return texts[0], replaced[0]
 
     def pixel_rows(self, item: Still | Clip) -> torch.Tensor:
-        """Decode and process: float32 [t * h * w, patch_dim]. Raises UserError for an unreadable file."""
+        """Decode and process the item: float32 [t * h * w, patch_dim]. Raises UserError for an unreadable file."""
         if isinstance(item, Still):
             done = self.hf.image_processor(images=[item.picture.pixels()], return_tensors="pt")
             rows, grid = done["pixel_values"], done["image_grid_thw"]
@@ -127,27 +130,29 @@ class VisionProcessor:
                 return_tensors="pt",
             )
             rows, grid = done["pixel_values_videos"], done["video_grid_thw"]
-        assert grid.tolist() == [list(item.grid)], "the processor's size was foreseen wrongly"
+        assert grid.tolist() == [list(item.grid)], "the grid computed from the header differs from the processor's"
         return rows
 
 
 def _load(folder: Path) -> Qwen3VLProcessor:
     if not folder.is_dir():
-        raise UserError(f"no such Hugging Face folder: {folder}", "set model.hf to a local folder with a processor")
+        raise UserError(
+            f"the Hugging Face folder {folder} does not exist", "set model.hf to a local folder with a processor"
+        )
     try:
         processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many types for missing or broken files
         raise UserError(f"{folder}: its processor cannot be loaded: {error}") from error
     if not isinstance(processor, Qwen3VLProcessor):
         raise UserError(
-            f"{folder}: has a {type(processor).__name__}, not a Qwen3-VL processor",
-            "copy the released folder's processor and tokenizer files (all *.json, *.txt and *.jinja) there",
+            f"{folder}: its processor is a {type(processor).__name__}, not a Qwen3-VL processor",
+            "copy the processor and tokenizer files of the released model (all *.json, *.txt and *.jinja) into it",
         )
     return processor
 
 
 def _grid_side(config: Path) -> int:
-    """Side of the square grid of position embeddings that the tower has learned."""
+    """Side of the vision tower's square grid of learned position embeddings."""
     try:
         vision = json.loads(config.read_text(encoding="utf-8"))["vision_config"]
         return round(vision["num_position_embeddings"] ** 0.5)
@@ -156,14 +161,14 @@ def _grid_side(config: Path) -> int:
 
 
 def _apply_limits(processor: Qwen3VLProcessor, settings: DataSettings) -> None:
-    """Write the settings' limits into the processor, so that it and our foresight of its sizes have one source."""
+    """Write the limits of the settings into the processor, so that it and our size computations use the same limits."""
     pictures, videos = processor.image_processor, processor.video_processor
     least = settings.min_pixels or pictures.size["shortest_edge"]
     most = settings.max_pixels or pictures.size["longest_edge"]
     if least > most:
         raise UserError(
-            f"pictures have at least {least} and at most {most} pixels (data.min_pixels, data.max_pixels, and the "
-            "processor's own limits where these are null)",
+            f"the minimum of {least} pixels per picture is larger than the maximum of {most} (from data.min_pixels and "
+            "data.max_pixels, or from the processor if these are null)",
             "lower data.min_pixels or raise data.max_pixels",
         )
     pictures.size = SizeDict(shortest_edge=least, longest_edge=most)
@@ -171,5 +176,5 @@ def _apply_limits(processor: Qwen3VLProcessor, settings: DataSettings) -> None:
     if settings.video_max_frames:
         videos.max_frames = settings.video_max_frames
         videos.min_frames = min(videos.min_frames, settings.video_max_frames)
-    # None means False to the processor, and a warning with each run.
+    # The processor treats None as False, but also logs a warning in each run.
     videos.cap_pixels_per_frame = bool(videos.cap_pixels_per_frame)

@@ -1,14 +1,15 @@
-"""The forms in which a line of data may come, checked and brought to one form.
+"""Checks one line of data in any of the accepted forms and converts it to a single form, ``Record``.
 
-Tuning: ``{"messages": [{"role", "content"}, …], "images": [path, …], "videos": [video, …]}``. In a content string,
-``<image>`` and ``<video>`` mark the places of the media; a content may also be the chat format's list of parts.
-Pretraining: the same, or ``{"text": "…<image>…", "images": […]}``. A video is a path, a list of paths of frames
-(taken as sampled already), or ``{"frames": [path, …], "fps": number}``.
+Fine-tuning: ``{"messages": [{"role", "content"}, …], "images": [path, …], "videos": [video, …]}``. In a content
+string, ``<image>`` and ``<video>`` mark the positions of the media; the content may also be a list of parts, as in the
+chat format. Pretraining: the same, or ``{"text": "…<image>…", "images": […]}``. A video is a path, a list of frame
+paths (these count as already sampled), or ``{"frames": [path, …], "fps": number}``.
 
-``"boxes": [[x1, y1, x2, y2], …]`` fills the places marked ``<box>`` with boxes (or points, ``[x, y]``), given in
-pixels of the picture before the mark and written as Qwen3-VL knows them, from 0 to 1000 (see ``boxes``).
+``"boxes": [[x1, y1, x2, y2], …]`` replaces each ``<box>`` mark by a box (or a point, ``[x, y]``). Boxes are given in
+pixels of the picture before the mark and written into the text in Qwen3-VL's coordinates, 0 to 1000 (see ``boxes``).
 
-An assistant message may say ``"loss": false`` (not learned) or ``"weight": number`` (of its tokens in the loss).
+An assistant message may have ``"loss": false`` (it is excluded from the loss) or ``"weight": number`` (the loss weight
+of its tokens).
 """
 
 import difflib
@@ -33,16 +34,16 @@ _MARK = re.compile("(" + "|".join(MARKS) + ")")
 
 @dataclass
 class Record:
-    """One checked sample: either ``text`` (a list of parts) or ``messages`` is set.
+    """One checked sample. Either ``text`` (a list of parts) or ``messages`` is set.
 
     Attributes:
-        text: parts of a document, ``{"type": "text", "text": …}``, ``{"type": "image"}`` or ``{"type": "video"}``.
-        messages: as a chat template takes them, media as parts without their files.
-        weights: loss weight of each message's tokens, 0 for what is not learned.
-        images: path of each picture as written, in the order of their places.
-        videos: each video as written, in the order of their places.
-        boxes: in the order of their places.
-        tools: tool descriptions handed to the chat template.
+        text: the parts of a document: ``{"type": "text", "text": …}``, ``{"type": "image"}`` or ``{"type": "video"}``.
+        messages: the conversation as the chat template expects it; media are parts without file names.
+        weights: the loss weight of each message's tokens, 0 if the message is excluded from the loss.
+        images: the path of each picture as written in the line, in order of appearance in the text.
+        videos: each video as written in the line, in order of appearance in the text.
+        boxes: the boxes, in order of appearance in the text.
+        tools: tool descriptions that are passed to the chat template.
     """
 
     text: list[dict] | None = None
@@ -54,33 +55,39 @@ class Record:
     tools: list[dict] | None = None
 
     def fill_boxes(self, sizes: list[tuple[int, int]], source: str) -> None:
-        """Write the boxes into their places; ``sizes``: (height, width) of each picture in pixels."""
+        """Write the boxes into the text in place of their marks.
+
+        Args:
+            sizes: (height, width) of each picture in pixels.
+            source: "file:line", for error messages.
+        """
         written = iter([box.written(*sizes[box.image], source) for box in self.boxes])
         if not self.boxes:
             return
 
-        def fill(content: str | list[dict]) -> str | list[dict]:
-            if isinstance(content, str):
-                return re.sub(BOX_MARK, lambda _: next(written), content)
-            return [part | {"text": fill(part["text"])} if part["type"] == "text" else part for part in content]
+        def fill(content: str) -> str:
+            return re.sub(BOX_MARK, lambda _: next(written), content)
+
+        def fill_parts(parts: list[dict]) -> list[dict]:
+            return [part | {"text": fill(part["text"])} if part["type"] == "text" else part for part in parts]
 
         if self.text is not None:
-            self.text = fill(self.text)
+            self.text = fill_parts(self.text)
         for message in self.messages or []:
-            if message.get("content"):
-                message["content"] = fill(message["content"])
+            if content := message.get("content"):
+                message["content"] = fill(content) if isinstance(content, str) else fill_parts(content)
 
 
 def check_record(raw: Any, kind: Kind, source: str) -> Record:
-    """Check one parsed line and bring it to one form.
+    """Check one parsed line and convert it to a ``Record``.
 
     Args:
         raw: the parsed JSON value.
-        kind: "tune" learns assistant messages, "pretrain" all text, "prompt" drops the answer at the end.
-        source: "file:line", for messages.
+        kind: "tune" trains on assistant messages, "pretrain" on all text, "prompt" drops the answer at the end.
+        source: "file:line", for error messages.
 
     Raises:
-        UserError: anything in the line that cannot be used, or would silently be ignored.
+        UserError: the line contains something that cannot be used or that would be silently ignored.
     """
     if not isinstance(raw, dict):
         raise UserError(f"{source}: a line must be a JSON object, found {_name(raw)}")
@@ -88,7 +95,7 @@ def check_record(raw: Any, kind: Kind, source: str) -> Record:
         _refuse_near_miss(name, FIELDS, source)
     if ("messages" in raw) == ("text" in raw):
         found = "both" if "text" in raw else f"neither (fields: {', '.join(raw) or 'none'})"
-        raise UserError(f"{source}: a sample has either messages or text; this one has {found}")
+        raise UserError(f"{source}: a sample must have either messages or text; this one has {found}")
     listed = {name: _list_of_media(raw, name, source) for name in ("images", "videos")}
     places = _Places(listed, _list_of_media(raw, "boxes", source) if "boxes" in raw else None, source)
     record = Record(images=places.images, videos=places.videos)
@@ -96,7 +103,7 @@ def check_record(raw: Any, kind: Kind, source: str) -> Record:
         if not isinstance(raw["text"], str):
             raise UserError(f"{source}: text must be a string, found {_name(raw['text'])}")
         if "tools" in raw:
-            raise UserError(f"{source}: tools belong to messages; a text sample would ignore them")
+            raise UserError(f"{source}: tools can only be used with messages; a text sample would ignore them")
         record.text = places.parts(raw["text"], "text")
     else:
         record.tools = raw.get("tools")
@@ -106,9 +113,9 @@ def check_record(raw: Any, kind: Kind, source: str) -> Record:
 
 
 def rename_media(record: Any, rename: Callable[[str], str]) -> Any:
-    """A copy of a record in which every path of a picture, video or frame is renamed; in its own order.
+    """A copy of a record in which every path of a picture, video or frame is renamed, in order of appearance.
 
-    What has none of the forms stays as it is: `check_record` will tell of it.
+    Parts of the record that have none of the accepted forms are left unchanged; `check_record` reports them later.
     """
 
     def media(named: Any) -> Any:
@@ -140,18 +147,18 @@ def rename_media(record: Any, rename: Callable[[str], str]) -> Any:
 
 
 class _Places:
-    """Takes the media named in a record to their places, in order, and counts them."""
+    """Assigns the media of a record to the marks in its text, in order, and counts both."""
 
     def __init__(self, listed: dict[str, list], boxes: list | None, source: str):
         self.source, self._boxes = source, boxes
-        self._nearest: list[int] = []  # to each mark of a box: the picture before it, or else the first
-        self.images: list[str] = []
+        self._nearest: list[int] = []  # for each <box> mark: the number of the picture before it, or of the first one
+        self.images: list[Any] = []
         self.videos: list[Any] = []
         self._listed = listed
-        self._places = {"images": 0, "videos": 0}  # that take the next file of the list
+        self._places = {"images": 0, "videos": 0}  # how many marks have taken a file from the list
 
     def parts(self, content: Any, where: str) -> list[dict]:
-        """A content string or list of parts as parts without files; `where` names it in messages."""
+        """Convert a content string or list of parts to parts without file names; `where` names it in error messages."""
         if isinstance(content, str):
             parts = [{"type": MARKS[piece]} if piece in MARKS else piece for piece in _MARK.split(content)]
             parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts if part]
@@ -169,8 +176,8 @@ class _Places:
             return part
         if kind not in ("image", "video"):
             raise UserError(
-                f"{self.source}: {where} has a part that is not understood: {str(part)[:200]}",
-                'parts are {"type": "text", "text": …}, {"type": "image", "image": path} or '
+                f"{self.source}: {where} has a part of an unknown form: {str(part)[:200]}",
+                'a part is {"type": "text", "text": …}, {"type": "image", "image": path} or '
                 '{"type": "video", "video": path}',
             )
         placed = next((part[name] for name in (kind, "path") if name in part), None)
@@ -185,7 +192,7 @@ class _Places:
         return {"type": kind}
 
     def finish(self, has_dropped: bool) -> list[Box]:
-        """The boxes; every listed file and box must have had its place, and every place its file or box."""
+        """The checked boxes. Raises UserError unless each listed file or box has a mark and each mark has an entry."""
         boxes = self._boxes or []
         counts = [
             ("images", "<image>", self._places["images"], len(self._listed["images"])),
@@ -195,8 +202,8 @@ class _Places:
         for name, mark, count, listed in counts:
             if count != listed and not (has_dropped and count < listed):
                 raise UserError(
-                    f"{self.source}: {count} {mark} in the text, but {listed} in {name}",
-                    f"give one entry of {name} for each {mark}, in the same order",
+                    f"{self.source}: the text contains {count} {mark}, but {name} has {listed} entries",
+                    f"list one entry in {name} for each {mark}, in the same order",
                 )
         return [
             check_box(box, nearest, len(self.images), self.source)
@@ -212,13 +219,13 @@ def _check_messages(messages: Any, kind: Kind, places: _Places, source: str) -> 
         while roles and roles[-1] == "assistant":
             roles.pop()
         if not roles:
-            raise UserError(f"{source}: nothing but assistant messages: there is nothing to answer")
+            raise UserError(f"{source}: messages has only assistant messages, so there is no prompt to answer")
     checked, weights = [], []
     for number, (message, role) in enumerate(zip(messages, roles, strict=False)):
         where = f"messages[{number}]"
         if role not in ROLES:
             found = f"role {role!r}" if role is not None else f"no role in {str(message)[:100]}"
-            raise UserError(f"{source}: {where} has {found}; allowed: {', '.join(ROLES)}")
+            raise UserError(f"{source}: {where} has {found}; allowed roles: {', '.join(ROLES)}")
         for name in message:
             _refuse_near_miss(name, MESSAGE_FIELDS, f"{source}: {where}")
         weights.append(_weight(message, kind, f"{source}: {where}"))
@@ -228,14 +235,14 @@ def _check_messages(messages: Any, kind: Kind, places: _Places, source: str) -> 
             raise UserError(f"{source}: {where} has no content")
         if content is not None:
             parts = places.parts(content, f"{where}.content")
-            # Text alone stays a string: the form for which every template is written.
+            # Content without media stays a string, because every chat template supports that form.
             if not isinstance(content, str) or any(part["type"] != "text" for part in parts):
                 message["content"] = parts
         checked.append(message)
     if kind == "tune" and not any(weights):
         raise UnfitSample(
             NO_TARGET,
-            f"{source}: nothing to learn: no assistant message with a loss",
+            f"{source}: the sample has no assistant message that contributes to the loss",
             "add the answer as an assistant message, or remove the sample",
         )
     return checked, weights
@@ -244,12 +251,12 @@ def _check_messages(messages: Any, kind: Kind, places: _Places, source: str) -> 
 def _weight(message: dict, kind: Kind, where: str) -> float:
     given = [name for name in ("loss", "weight") if name in message]
     if given and (message["role"] != "assistant" or kind == "pretrain"):
-        raise UserError(f"{where}: {given[0]} is for assistant messages in tuning; here it would be ignored")
+        raise UserError(f"{where}: {given[0]} applies only to assistant messages in fine-tuning; here it is ignored")
     if not isinstance(message.get("loss", True), bool):
         raise UserError(f"{where}: loss must be true or false, found {message['loss']!r}")
     weight = message.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
-        raise UserError(f"{where}: weight must be a number from 0 up, found {weight!r}")
+        raise UserError(f"{where}: weight must be a number of at least 0, found {weight!r}")
     return float(weight) if message["role"] == "assistant" and message.get("loss", True) else 0.0
 
 
@@ -263,13 +270,13 @@ def _list_of_media(raw: dict, name: str, source: str) -> list:
 
 
 def _refuse_near_miss(name: str, known: tuple[str, ...], where: str) -> None:
-    """A field we do not know is the user's own business, unless it looks like a slip of one that we do."""
+    """Unknown fields are allowed, because a data set may have its own, unless one looks like a misspelt known field."""
     near = [] if name in known else difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.8)
     if near:
         raise UserError(f"{where}: unknown field {name!r}", f"did you mean {near[0]!r}?")
 
 
 def _name(value: Any) -> str:
-    """What a JSON value is called."""
+    """The kind of a JSON value in words, for error messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return "an empty list" if value == [] else names.get(type(value), "a number")

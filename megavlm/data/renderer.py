@@ -1,12 +1,12 @@
-"""From a record to a sample, in two steps.
+"""Renders a record to a sample in two steps.
 
-A *draft* has all that is cheap: the text, its tokens and targets, and how large each picture will be. Packing needs no
-more than its length. The pixels are read when the draft has found its row, so that a packing buffer of a thousand
-drafts costs a few megabytes.
+A *draft* contains everything that is cheap: the tokens, the targets, and the processed size of each picture. Packing
+needs only its length. The pixels are read after the draft has been assigned to a row, so that a packing buffer of a
+thousand drafts takes only a few megabytes.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,20 +26,21 @@ from megavlm.data.template import ChatTemplate
 
 @dataclass(kw_only=True)
 class Draft:
-    """A sample without pixels, the visual tokens of each frame written as one.
+    """A sample without pixels, in which a single token represents all visual tokens of a frame.
 
     Attributes:
         token_ids: int32 [s].
-        repeats: int32 [s], 1 for text; for the one token that stands for a frame, the frame's visual tokens.
-        weights: float32 [s], loss weight of each token as a target, 0 where it is none.
+        repeats: int32 [s], 1 for text tokens; for the token of a frame, its number of visual tokens.
+        weights: float32 [s], loss weight of each token as a target, 0 if it is not a target.
         frame_grids: int32 [F, 2], patches (h, w) of each frame in text order.
         media: pictures and videos in text order.
-        length: tokens t of the sample.
+        length: number of tokens t of the sample.
         source: "file:line".
-        index: place of the sample in its file.
+        index: number of the sample in its file.
         source_id: number of its source in the blend.
-        shares_media, annotations: see ``Sample``.
-        followers: samples that stand behind it in its row and share its media: other answers to the same prompt.
+        shares_media: see ``Sample``.
+        annotations: see ``Sample``.
+        followers: samples that come after it in the same row and share its media: other answers to the same prompt.
     """
 
     token_ids: np.ndarray
@@ -57,16 +58,16 @@ class Draft:
 
     @property
     def num_patches(self) -> int:
-        """Pixel rows P that are to be read for the sample."""
+        """Number of pixel rows P that must be read for the sample."""
         return 0 if self.shares_media else int(self.frame_grids.prod(axis=1).sum())
 
     def padded_length(self, multiple: int) -> int:
-        """Tokens that it takes in a row, padding included, with the samples that follow it."""
+        """Number of tokens in the row, including padding, of this sample and its followers."""
         return sum(padded_length(draft.length, multiple) for draft in (self, *self.followers))
 
 
 class DraftError(Exception):
-    """The pixels of draft number ``place`` could not be read; ``__cause__`` says why."""
+    """The pixels of draft number ``place`` could not be read; ``__cause__`` is the reason."""
 
     def __init__(self, place: int):
         super().__init__(place)
@@ -76,20 +77,20 @@ class DraftError(Exception):
 class Renderer:
     """Renders records with the processor of a Hugging Face folder.
 
-    Token ids and pixel rows are those of the processor called with the same messages; picture and video limits are
-    the folder's unless the settings say otherwise.
+    Token ids and pixel rows are equal to those that the processor returns for the same messages. Picture and video
+    limits come from the settings or, where these are null, from the folder.
 
     Args:
         hf_dir: folder with config.json, tokenizer and processor files.
         settings: the ``data`` section: seq_length, min_pixels, max_pixels, video_fps, video_max_frames.
-        pad_multiple: samples are padded in their rows to a multiple of this many tokens (``Settings.pad_multiple``).
+        pad_multiple: each sample is padded to a multiple of this many tokens (``Settings.pad_multiple``).
 
     Raises:
         UserError: the folder has no Qwen3-VL processor, or the limits contradict each other.
     """
 
     def __init__(self, hf_dir: str | Path, settings: DataSettings, pad_multiple: int = 1):
-        # Workers are forked; the tokenizer's threads would not survive that, and one text at a time needs none.
+        # The tokenizer's threads do not survive the fork of workers, and one text at a time does not need them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.vision = VisionProcessor(Path(hf_dir), settings)
         self.processor = self.vision.hf
@@ -100,24 +101,25 @@ class Renderer:
         self._template = ChatTemplate(self.processor) if self.processor.chat_template else None
 
     def encode(self, record: dict, find: Find, source: str, *, kind: Kind, index: int = 0) -> Sample:
-        """Render one record at once; arguments and errors as of ``draft`` and ``complete``."""
+        """Render one record completely. Arguments and errors are those of ``draft`` and ``complete``."""
         return self.complete(self.draft(record, find, source, kind=kind, index=index))
 
     def draft(self, record: dict, find: Find, source: str, *, kind: Kind, index: int = 0) -> Draft:
-        """Everything but the pixels.
+        """Render everything except the pixels.
 
         Args:
             record: the parsed line.
-            find: where the media are found that the record names.
-            source: "file:line", for messages.
-            kind: "tune": assistant turns are targets, with their end token; "pretrain": every token after the first is,
-                except visual placeholders; "prompt": nothing is, assistant messages at the end are left out and the
-                beginning of an answer is added. A ``text`` record is a document for "tune" as for "pretrain".
-            index: place of the sample in its file.
+            find: locates the media that the record names.
+            source: "file:line", for error messages.
+            kind: "tune": assistant turns and their end tokens are targets. "pretrain": all tokens after the first are
+                targets, except visual placeholders. "prompt": no token is a target; assistant messages at the end are
+                dropped and the beginning of an answer is added. A ``text`` record is treated as a document for both
+                "tune" and "pretrain".
+            index: number of the sample in its file.
 
         Raises:
-            UserError: a record that cannot be used, a picture or video whose header cannot be read, or (except for
-                prompts) more tokens than a row has.
+            UserError: the record cannot be used, the header of a picture or video cannot be read, or (except for
+                prompts) the sample has more tokens than a row.
         """
         checked = check_record(record, kind, source)
         stills = [self.vision.place_picture(find_picture(named, find, source)) for named in checked.images]
@@ -127,7 +129,7 @@ class Renderer:
         fps = self.vision.video_fps
         clips = [self.vision.place_video(find_video(named, find, source, fps)) for named in checked.videos]
         text, replaced = self.vision.insert_media(text, stills, clips)
-        queues = {"image": iter(stills), "video": iter(clips)}
+        queues: dict[str, Iterator[Still | Clip]] = {"image": iter(stills), "video": iter(clips)}
         media = [next(queues[item["type"]]) for item in replaced]
         grids = [(h, w) for t, h, w in (item.grid for item in media) for _ in range(t)]
         frame_grids = np.array(grids, dtype=np.int32).reshape(-1, 2)
@@ -165,9 +167,16 @@ class Renderer:
         return draft
 
     def _first_kept(self, token_ids: np.ndarray, repeats: np.ndarray, spans: list[list[int]]) -> tuple[int, int]:
-        """Where to cut the beginning of a sample away so that the rest fits: the first token kept, and media dropped.
+        """Where to truncate the beginning of a sample so that the rest fits into a row.
 
-        ``spans``: first token of each picture or video, and the first behind it; they are kept or dropped as a whole.
+        Args:
+            token_ids: see ``Draft``.
+            repeats: see ``Draft``.
+            spans: for each picture or video, its first token and the first token after it. Media are kept or dropped
+                as a whole.
+
+        Returns:
+            The first token that is kept, and the number of pictures and videos that are dropped.
         """
         lengths = np.cumsum(repeats[::-1])[::-1]  # from each token to the end
         first = int(np.searchsorted(-lengths, -self.seq_length))
@@ -181,9 +190,9 @@ class Renderer:
         return first, len(spans)
 
     def complete(self, draft: Draft, patches: torch.Tensor | None = None) -> Sample:
-        """Read the pixels, into `patches` if given, and write out tokens, targets and positions.
+        """Read the pixels (into `patches` if given) and expand tokens, targets and positions.
 
-        Raises UserError for an unreadable file.
+        Raises UserError if a file cannot be read.
         """
         if draft.shares_media:
             patches = torch.empty(0, self.vision.patch_dim)
@@ -221,7 +230,7 @@ class Renderer:
     def pack(
         self, samples: Sequence[Sample], seq_length: int | None = None, patches: torch.Tensor | None = None
     ) -> Row:
-        """Lay samples end to end in one row of `seq_length` tokens (default: data.seq_length); see ``row.pack``."""
+        """Pack samples into one row of `seq_length` tokens (default: data.seq_length); see ``row.pack``."""
         vision = self.vision
         return pack(
             samples,
@@ -234,10 +243,10 @@ class Renderer:
         )
 
     def complete_row(self, drafts: Sequence[Draft]) -> Row:
-        """Complete drafts and pack them. Raises DraftError for the first one that has an unreadable file.
+        """Complete drafts and pack them. Raises DraftError for the first draft with an unreadable file.
 
-        A picture of a megapixel is 25 MB of pixel rows. They are written once, to the memory in which the row leaves a
-        worker process.
+        The pixel rows of a one-megapixel picture take 25 MB. They are therefore written only once, directly into the
+        shared memory in which a worker process passes the row to the trainer.
         """
         counts = [draft.num_patches for draft in drafts]
         patches = _empty_shared(sum(counts), self.vision.patch_dim)
@@ -253,7 +262,10 @@ class Renderer:
         return self.pack(samples, patches=patches)
 
     def _text(self, record: Record, kind: Kind, source: str) -> tuple[str, list[tuple[int, int, float]] | None]:
-        """The record as text with one placeholder per picture or video, and the learned turns (None: not by turns)."""
+        """The record as text with one placeholder per picture or video, and the turns that are targets.
+
+        The turns are None if the targets do not depend on turns.
+        """
         processor = self.processor
         if record.text is not None:
             placeholder = {"image": processor.image_token, "video": processor.video_token}
@@ -264,9 +276,10 @@ class Renderer:
                 for part in record.text
             ]
             return "".join(parts), None
+        assert record.messages is not None, "a checked record has either text or messages"
         if self._template is None:
             raise UserError(
-                f"{source}: messages need a chat template, and the processor in model.hf has none",
+                f"{source}: messages require a chat template, but the processor in model.hf has none",
                 "add the model's chat_template.jinja to the folder",
             )
         if kind == "tune":
@@ -274,18 +287,18 @@ class Renderer:
         return self._template.render(record.messages, record.tools, prompt=kind == "prompt", source=source), None
 
     def _check_places(self, text: str, record: Record, source: str) -> None:
-        """The rendered text must have one placeholder per file: a template may drop some, a text may contain more."""
+        """Raises UserError unless there is one placeholder per file; templates may drop some, texts may add some."""
         for token, media in ((self.processor.image_token, record.images), (self.processor.video_token, record.videos)):
             if text.count(token) != len(media):
                 raise UserError(
                     f"{source}: the rendered text has {text.count(token)} {token} for {len(media)} files",
-                    f"put pictures and videos into user messages only, and remove {token} from the text itself",
+                    f"put pictures and videos only into user messages, and remove {token} from the text itself",
                 )
 
     def check_size(self, draft: Draft) -> None:
-        """Raises UnfitSample for a draft without a target, or that with its followers is longer than a row."""
+        """Raises UnfitSample if a draft has no target token, or is longer than a row together with its followers."""
         if not draft.weights[1:].any():
-            message = f"{draft.source}: nothing to learn: the sample has no target token"
+            message = f"{draft.source}: the sample has no target token, so it does not contribute to the loss"
             raise UnfitSample(NO_TARGET, message, "remove the sample")
         if draft.padded_length(self.pad_multiple) > self.seq_length:
             drafts = (draft, *draft.followers)
@@ -293,8 +306,7 @@ class Renderer:
             raise UnfitSample(
                 TOO_LONG,
                 f"{draft.source}: the sample has {sum(d.length for d in drafts)} tokens ({visual} of them visual), but "
-                f"a row has "
-                f"data.seq_length = {self.seq_length}",
+                f"a row has data.seq_length = {self.seq_length}",
                 "raise data.seq_length, lower data.max_pixels or data.video_max_frames, or set data.too_long=truncate",
             )
 
@@ -303,7 +315,7 @@ class Renderer:
 
 
 def _empty_shared(rows: int, width: int) -> torch.Tensor:
-    """An uninitialised float32 matrix; in a worker process, in memory shared with the trainer (as torch's collate)."""
+    """An uninitialised float32 matrix. In a worker process it is in shared memory, as in torch's collate functions."""
     if torch.utils.data.get_worker_info() is None or not rows:
         return torch.empty(rows, width)
     storage = torch.UntypedStorage._new_shared(4 * rows * width)
@@ -311,7 +323,7 @@ def _empty_shared(rows: int, width: int) -> torch.Tensor:
 
 
 def _shifted(spans: list[tuple[int, int, float]], replaced: list[dict]) -> list[tuple[int, int, float]]:
-    """Spans of a text after the replacements (their ends in old and new characters say by how much it moved)."""
+    """The positions of spans after the replacements, from the old and new end of each replacement."""
     ends = np.array([0, *(item["span"][1] for item in replaced)])
     moved = np.array([0, *(item["new_span"][1] - item["span"][1] for item in replaced)])
 
@@ -322,7 +334,7 @@ def _shifted(spans: list[tuple[int, int, float]], replaced: list[dict]) -> list[
 
 
 def _weights_of(spans: list[tuple[int, int, float]], starts: np.ndarray) -> np.ndarray:
-    """The weight of each token, from the character at which it starts; 0 outside of all spans (which ascend)."""
+    """The weight of each token, given the character at which it starts; 0 outside of all spans, which are sorted."""
     bounds = np.array([bound for start, end, _ in spans for bound in (start, end)])
     values = np.array([0.0, *(value for _, _, weight in spans for value in (weight, 0.0))], dtype=np.float32)
     return values[np.searchsorted(bounds, starts, side="right")]

@@ -1,8 +1,8 @@
-"""A sample ready for the model, and the row of samples that is one micro-batch. Host tensors only."""
+"""A rendered sample, and the row of packed samples that is one micro-batch. All tensors are on the host."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,18 +11,18 @@ from torch import Tensor
 from megavlm.data.positions import grid_interpolation, patch_coordinates
 from megavlm.data.skipped_samples import SkippedSample
 
-IGNORE = -100  # label of a position at which nothing is learned (torch's own convention)
+IGNORE = -100  # label of a position without a target (torch's convention)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Annotations:
-    """What a loss must know of a sample beside its tokens; a field is None where it does not apply.
+    """Inputs of a loss other than tokens; a field is None if it does not apply to the sample.
 
     Attributes:
-        side: "chosen" or "rejected", of a preference pair.
-        margin: of a chosen answer, by how much it is to be preferred.
-        desirable: of a judged answer (KTO), whether it is a good one.
-        mismatched: whether the answer belongs to another prompt (KTO's point of comparison).
+        side: for an answer of a preference pair, "chosen" or "rejected".
+        margin: for a chosen answer, the margin by which it is preferred.
+        desirable: for a judged answer (KTO), whether it is desirable.
+        mismatched: whether the answer belongs to another prompt (for the KL term of KTO).
         ref_logprob: log-probability of the whole answer under the reference model.
     """
 
@@ -34,7 +34,7 @@ class Annotations:
 
     @property
     def is_further_answer(self) -> bool:
-        """Whether the sample is a further answer of the same record, not the one that its record is counted by."""
+        """Whether the sample is a further answer of its record; a record is counted by its first answer."""
         return self.mismatched or self.side == "rejected"
 
 
@@ -48,19 +48,19 @@ class Sample:
     Attributes:
         input_ids: int64 [t].
         labels: int64 [t], the token to be predicted **at** each position (already shifted by one); ``IGNORE`` where
-            there is none. The last is always ``IGNORE``.
+            there is none. The last label is always ``IGNORE``.
         loss_weights: float32 [t], weight of each position in the loss; 0 where the label is ``IGNORE``.
         position_ids: int64 [3, t], rotary positions in time, height, width.
         patches: float32 [P, channels * 2 * patch * patch], the processor's pixel rows in text order.
         frame_grids: int32 [F, 2], patches per column and per row (h, w) of each frame; the products sum to P.
-        visual_positions: int64 [P / merge**2], where in ``input_ids`` each visual token stands, in patch order.
-        num_images: pictures in the sample.
-        num_videos: videos in the sample.
-        source: "file:line", for messages.
-        index: place of the sample in its file, from 0.
+        visual_positions: int64 [P / merge**2], index in ``input_ids`` of each visual token, in patch order.
+        num_images: number of pictures in the sample.
+        num_videos: number of videos in the sample.
+        source: "file:line", for error messages.
+        index: number of the sample in its file, from 0.
         source_id: number of its source in the blend.
-        shares_media: its pictures and videos are those of the sample before it in the row; ``patches`` is empty.
-        annotations: what its loss must know beside tokens.
+        shares_media: the sample uses the pictures and videos of the sample before it in the row; ``patches`` is empty.
+        annotations: inputs of the loss other than tokens.
     """
 
     input_ids: Tensor
@@ -86,29 +86,29 @@ def padded_length(length: int, multiple: int) -> int:
 
 @dataclass(kw_only=True)
 class Row:
-    """One micro-batch: whole samples end to end, and padding up to exactly T tokens.
+    """One micro-batch: whole samples one after another, followed by padding up to exactly T tokens.
 
-    The tensors of ``Sample`` are concatenated ([T], [3, T], [P, …], …); ``visual_positions`` index the row. Padding
-    has token ``pad_id``, label ``IGNORE``, weight and positions 0. A sample that shares the pictures of the one before
-    has visual tokens of its own, but their frames are in the row once. Further:
+    The tensors of ``Sample`` are concatenated ([T], [3, T], [P, …], …); ``visual_positions`` are indices in the row.
+    Padding has token ``pad_id``, label ``IGNORE``, weight 0 and position 0. A sample that shares the pictures of the
+    sample before it has its own visual tokens, but the row contains their frames only once. Further attributes:
 
     Attributes:
         use_frames: int64 [U], the frame of each run of visual tokens, in the order of the row.
-        annotations: of each sample.
-        cu_seqlens: int32 [S + 1], where each segment starts, ending with T. The first ``num_samples`` segments are the
-            samples, each with its own padding; padding at the end of the row is one more.
+        annotations: inputs of the loss other than tokens, for each sample.
+        cu_seqlens: int32 [S + 1], the start of each segment, and T at the end. The first ``num_samples`` segments are
+            the samples, each with its own padding; padding at the end of the row is one more segment.
         sample_lengths: tokens of each sample, without padding.
-        num_samples: samples in the row.
-        num_tokens: tokens that are not padding.
-        num_targets: positions with a label.
+        num_samples: number of samples in the row.
+        num_tokens: number of tokens that are not padding.
+        num_targets: number of positions with a label.
         patch_coords: int32 [P, 2], row and column of each patch in its frame, for the tower's rotary angles.
-        pos_index: int32 [P, 4], pos_weight: float32 [P, 4]: the corners of the learned position grid between which
-            each patch lies, and their weights.
+        pos_index: int32 [P, 4], the four corners of the learned position grid around each patch.
+        pos_weight: float32 [P, 4], the interpolation weights of these corners.
         sources: "file:line" of each sample.
-        indices: place of each sample in its file.
+        indices: number of each sample in its file.
         source_ids: number of each sample's source in the blend.
         skipped_samples: samples that were skipped since the previous row.
-        loader_state: state of the worker that made the row, after it (see ``RowDataset``).
+        loader_state: state of the worker that made the row, after this row (see ``RowDataset``).
     """
 
     input_ids: Tensor
@@ -138,11 +138,11 @@ class Row:
 
     @property
     def segment_lengths(self) -> list[int]:
-        """Tokens of each segment (padded samples, then padding where there is any); sums to T."""
+        """Tokens of each segment (padded samples, then padding at the end if there is any); sums to T."""
         return self.cu_seqlens.diff().tolist()
 
     def is_padding(self) -> Tensor:
-        """bool [T], true where a token belongs to no sample."""
+        """bool [T], true for padding tokens."""
         padding = torch.ones(len(self.input_ids), dtype=torch.bool)
         for start, length in zip(self.cu_seqlens.tolist(), self.sample_lengths, strict=False):
             padding[start : start + length] = False
@@ -154,8 +154,8 @@ class Row:
         return self.frame_grids.prod(dim=1).tolist()
 
     def pin_memory(self) -> "Row":
-        """The same row in page-locked memory, from which copies to a GPU run beside its work."""
-        pinned = {
+        """The same row in page-locked memory, from which the GPU can copy while it computes."""
+        pinned: dict[str, Any] = {
             name: value.pin_memory()
             for name in (field.name for field in fields(self))
             if isinstance(value := getattr(self, name), Tensor)
@@ -173,16 +173,16 @@ def pack(
     pad_multiple: int = 1,
     patches: Tensor | None = None,
 ) -> Row:
-    """Lay samples end to end in one row of exactly `seq_length` tokens.
+    """Pack samples into one row of exactly `seq_length` tokens.
 
     Args:
-        samples: at least one; together, each padded, at most `seq_length` tokens.
-        seq_length: tokens T of the row.
-        pad_id: token that fills the rest.
+        samples: at least one sample; together, with the padding of each, they have at most `seq_length` tokens.
+        seq_length: number of tokens T of the row.
+        pad_id: token id of padding.
         grid_side: side of the tower's learned position grid.
-        merge: patches per side that one visual token joins.
-        pad_multiple: each sample is padded to a multiple of this many tokens, which divides `seq_length`.
-        patches: the patches of all samples, where they lie end to end already; None: they are copied together.
+        merge: patches per side that are merged into one visual token.
+        pad_multiple: each sample is padded to a multiple of this many tokens; it divides `seq_length`.
+        patches: the patches of all samples if they are already concatenated; None: they are copied into one tensor.
     """
     lengths = [len(sample.input_ids) for sample in samples]
     starts = np.cumsum([0, *(padded_length(length, pad_multiple) for length in lengths)])
@@ -233,7 +233,8 @@ def pack(
 
 
 def _use_frames(samples: Sequence[Sample]) -> Tensor:
-    uses, own, num_frames = [], range(0), 0
+    uses: list[int] = []
+    own, num_frames = range(0), 0
     for sample in samples:
         if not sample.shares_media:
             own = range(num_frames, num_frames + len(sample.frame_grids))

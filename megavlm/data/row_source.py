@@ -1,4 +1,4 @@
-"""Where the rows of a training run come from: the data loader, or whatever a method brings instead."""
+"""The interface of sources of training rows: the data loader, or a source that a method provides."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -8,38 +8,38 @@ from megavlm.data.sources import Source
 
 
 class RowSource(Protocol):
-    """Rows for training without end, on one data-parallel rank, that a checkpoint can continue.
+    """An endless source of training rows on one data-parallel rank, which can continue from a checkpoint.
 
-    ``RowLoader`` reads them from files; a method that samples its own answers brings a source of its own.
+    ``RowLoader`` reads rows from files. A method that samples its own answers provides its own source.
     """
 
     @property
     def sources(self) -> list[Source]:
-        """The sources of the rows, in the order of the numbers in ``Row.source_ids``."""
+        """The data sources, in the order of the numbers in ``Row.source_ids``."""
 
     def __iter__(self) -> Iterator[Row]:
-        """The rows, from the state that was loaded on."""
+        """The rows, starting from the loaded state."""
 
     def state_dict(self) -> list[dict[str, Any]]:
         """States of numbers, strings, and lists of them: as many on each data-parallel rank, one for each worker."""
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> str | None:
-        """Continue from the states of all data-parallel ranks, before the first row.
+        """Continue from the states of all data-parallel ranks. Call it before the first row.
 
         Returns:
-            None if the same rows come as without an interruption; otherwise what is different, for a message.
+            None if the rows are the same as without an interruption; otherwise a text that says what differs.
         """
 
     def close(self) -> None:
-        """Ends processes and connections; no row can be read afterwards."""
+        """End processes and connections. No row can be read afterwards."""
 
 
 class MappedRows:
-    """The rows of another source with something done to each.
+    """The rows of another source after a change.
 
     Args:
-        source: where rows and state come from.
-        change: called with the iterator over the source's rows; returns the one to be read instead.
+        source: the source of rows and state.
+        change: maps the iterator over the source's rows to the iterator over changed rows.
     """
 
     def __init__(self, source: RowSource, change: Callable[[Iterator[Row]], Iterator[Row]]):

@@ -1,4 +1,4 @@
-"""What a data worker does: draws samples, renders them, packs them, and hands out rows without end."""
+"""The work of a data worker: it draws samples, renders them, and packs them into an endless stream of rows."""
 
 import copy
 from collections.abc import Iterator
@@ -16,25 +16,33 @@ from megavlm.data.sample_order import SampleOrder
 from megavlm.data.skipped_samples import TOO_LONG, SkippedSample, UnfitSample
 from megavlm.data.sources import Source
 
-_FIRST_DRAFTS = 50  # that wait when the first row is filled
-_MOST_SKIPPED = 1000  # one after another: something is wrong with all of a source
+_FIRST_DRAFTS = 50  # drafts in the packing buffer when the first row is filled
+_MOST_SKIPPED = 1000  # after this many consecutive skipped samples, a source is considered unusable
 
 
-class RowDataset(IterableDataset[Row]):
-    """Rows of packed samples. Each worker process runs one copy of it.
+class RowDataset(IterableDataset[Row | UserError]):
+    """Rows of packed samples. Each worker process runs one copy of this data set.
 
-    A row is filled from a buffer of drafts, which is refilled after each. The buffer is small at first and grows with
-    each row, so that training need not wait for a thousand drafts. Samples that cannot be used are passed over; the
-    next row carries them (``Row.skipped_samples``), and the worker's state after it (``Row.loader_state``). A worker
-    that is given that state in ``loader_states`` continues with the very row that would have come next.
+    A row is filled from a buffer of drafts, which is refilled after each row. The buffer is small at first and grows
+    with each row, so that training does not start by waiting for a thousand drafts. Samples that cannot be used are
+    skipped and listed in the next row (``Row.skipped_samples``). Each row also carries the worker's state after it
+    (``Row.loader_state``). A worker that receives this state through ``loader_states`` continues with exactly the row
+    that would have come next.
 
     Args:
-        sources: of the blend. renderer: makes drafts, completes and packs them. kind: what is learned.
-        buffer_size: most drafts among which a row is filled; 1 makes a row of each sample.
-        max_patches: most patches in a row; None: as many as come.
-        seed: of the order; None: the files' own.
-        first_worker, stride: numbers of this rank's workers among all: first, first + stride, …
-        num_workers: all of them.
+        sources: the sources of the blend.
+        renderer: makes, completes and packs drafts.
+        kind: what is trained on.
+        buffer_size: maximum number of drafts among which those of a row are chosen; 1 makes a row of each sample.
+        max_patches: maximum number of patches in a row; None: no limit.
+        seed: seed of the sample order; None: the order of the files.
+        first_worker: global number of this rank's first worker.
+        stride: difference between the global numbers of this rank's workers: first, first + stride, …
+        num_workers: number of workers on all ranks.
+
+    Attributes:
+        turn: the number of this rank's worker that gives the first row.
+        loader_states: the states from which workers continue, by global worker number.
     """
 
     def __init__(
@@ -53,13 +61,13 @@ class RowDataset(IterableDataset[Row]):
         self.sources, self.renderer, self.kind, self.buffer_size = sources, renderer, kind, buffer_size
         self.max_patches, self.seed, self.num_workers = max_patches, seed, num_workers
         self.workers = range(first_worker, num_workers, stride)
-        self.turn = 0  # which of this rank's workers gives the first row
-        self.loader_states: dict[int, dict] = {}  # of workers that continue
+        self.turn = 0
+        self.loader_states: dict[int, dict] = {}
 
     def __iter__(self) -> Iterator[Row | UserError]:
-        """Rows, and where none can come any more, as the last item, why.
+        """Yields rows. If no further row can be made, the last item is the error that says why.
 
-        (An exception that leaves a worker process by itself arrives as the text of a traceback.)
+        The error is yielded because an exception raised in a worker process arrives only as the text of a traceback.
         """
         info = torch.utils.data.get_worker_info()
         process = info.id if info is not None else 0
@@ -70,7 +78,7 @@ class RowDataset(IterableDataset[Row]):
             yield error
 
     def initial_state(self, worker: int) -> dict:
-        """The state of a worker that has made no row yet."""
+        """The state of a worker that has not made a row yet."""
         wanted = min(_FIRST_DRAFTS, self.buffer_size)
         return {"worker": worker, "draws": self._sample_order(worker).state, "waiting": [], "wanted": wanted}
 
@@ -84,7 +92,8 @@ class RowDataset(IterableDataset[Row]):
         order = self._sample_order(worker)
         order.state = copy.deepcopy(state["draws"])
         wanted, waiting, skipped_samples = state["wanted"], [], []
-        seen: list[set[int]] = [set() for _ in self.sources]  # distinct bad samples of each since its last good one
+        # for each source, the distinct samples that were skipped since its last usable one
+        seen: list[set[int]] = [set() for _ in self.sources]
 
         def add(source: int, index: int) -> None:
             draft = self.draft(source, index)
@@ -94,7 +103,8 @@ class RowDataset(IterableDataset[Row]):
                 return
             skipped_samples.append(draft)
             seen[source].add(index)
-            # all that there are; or many; or the same few, as long as no row comes: a worker may not meet others
+            # Give up if all samples of the source were skipped, or many of them, or if the same few are skipped again
+            # and again without a row in between, because a worker may never draw the other samples of a source.
             if len(seen[source]) >= min(_MOST_SKIPPED, counts[source]) or len(skipped_samples) >= _MOST_SKIPPED:
                 raise _useless(self.sources[source], len(seen[source]), draft)
 
@@ -127,7 +137,7 @@ class RowDataset(IterableDataset[Row]):
             yield row
 
     def draft(self, source: int, index: int) -> Draft | SkippedSample:
-        """Sample `index` of source number `source` without its pixels, or what is wrong with it."""
+        """Sample `index` of source number `source` without its pixels, or the reason why it is skipped."""
         file = self.sources[source].file
         name = file.source(index)
         try:
@@ -140,14 +150,14 @@ class RowDataset(IterableDataset[Row]):
                 )
         except MemoryError:
             raise
-        except Exception as error:  # whatever a file may hold, it costs one sample
+        except Exception as error:  # whatever a file contains, an error in it must cost only this sample
             return SkippedSample.of(source, name, error)
         for sample in (draft, *draft.followers):
             sample.source_id = source
         return draft
 
     def _completed(self, chosen: list[Draft], skipped_samples: list[SkippedSample]) -> Row | None:
-        """The row of those that have all their pixels; None if none has."""
+        """The row of the drafts whose pixels can all be read; None if there are none."""
         while chosen:
             try:
                 return self.renderer.complete_row(chosen)
@@ -159,7 +169,7 @@ class RowDataset(IterableDataset[Row]):
 
 def _useless(source: Source, count: int, last: SkippedSample) -> UserError:
     return UserError(
-        f"data source {source.name} ({source.file.path}): {count} samples one after another cannot be used; "
-        f"the last one, {last.sample}: {last.cause}",
-        "look at all of them with: megavlm data inspect",
+        f"data source {source.name} ({source.file.path}): {count} consecutive samples cannot be used; "
+        f"the last of them is {last.sample}: {last.cause}",
+        "list all samples that cannot be used with: megavlm data inspect",
     )

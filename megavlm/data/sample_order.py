@@ -1,30 +1,46 @@
-"""Which sample a data worker takes next: blending, shuffling, epochs, and the place in all of them.
+"""The order in which a data worker takes samples: blending, shuffling, epochs, and the position in them.
 
-There is no random state: the n-th sample of a worker is a function of the settings and n.
+There is no random state: the n-th sample of a worker is a function of the settings and of n.
 """
 
 import hashlib
 from collections.abc import Sequence
+from typing import TypedDict
 
 from megavlm.data.permutation import shuffled
 
 
+class OrderState(TypedDict):
+    """The state of a ``SampleOrder``; each list has one entry for each source.
+
+    Attributes:
+        taken: number of positions that the worker has taken.
+        base: the position from which the workers started to count.
+        ahead: positions that were taken before a change of the number of workers, to be skipped.
+    """
+
+    taken: list[int]
+    base: list[int]
+    ahead: list[list[int]]
+
+
 class SampleOrder:
-    """The samples of one data worker, in order, without end.
+    """An endless iterator over the samples of one data worker.
 
-    A source's epochs, laid end to end, are one sequence of places. Worker w of all W workers takes the places base + w,
-    base + w + W, …; as rows come from the workers in turn, the rows that all ranks see at one time are neighbours in
-    it. An epoch is exact for any W.
+    The epochs of a source form one sequence of positions. Worker w of W workers takes the positions base + w,
+    base + w + W, …. Rows come from the workers in turn, so the rows that all ranks see at the same time are adjacent in
+    this sequence. For any W, each epoch contains each sample exactly once.
 
-    Sources take turns by stride: the one whose next turn comes earliest, its k-th turn at (k + phase) / share. So at
-    any moment each source has had its share to within a sample, and the phases, which differ between workers, spread
-    the turns of a small source over them.
+    Sources are blended by stride scheduling: turn k of a source is due at time (k + phase) / share, and the source
+    whose next turn is due first gives the next sample. At any time, each source has therefore given its share to within
+    one sample. The phases differ between workers, which spreads the turns of a small source over the workers.
 
     Args:
-        shares: share of the samples that each source gives.
-        counts: samples in each source.
-        seed: of order and phases; None keeps the order of the files.
-        worker: number of this worker among all of ``num_workers``.
+        shares: the share of samples that each source gives.
+        counts: the number of samples in each source.
+        seed: the seed of order and phases; None keeps the order of the files.
+        worker: the number of this worker among all ``num_workers``.
+        num_workers: the number of workers on all ranks.
     """
 
     def __init__(self, shares: Sequence[float], counts: Sequence[int], seed: int | None, worker: int, num_workers: int):
@@ -32,10 +48,10 @@ class SampleOrder:
         self._worker, self._num_workers = worker, num_workers
         self._phases = [_hash(seed or 0, number, worker) / 2**48 for number in range(len(shares))]
         self._keys = [None if seed is None else _hash(seed, number) for number in range(len(shares))]
-        self.state = {"taken": [0] * len(shares), "base": [0] * len(shares), "ahead": [[] for _ in shares]}
+        self.state: OrderState = {"taken": [0] * len(shares), "base": [0] * len(shares), "ahead": [[] for _ in shares]}
 
     def __next__(self) -> tuple[int, int]:
-        """(number of the source, number of the sample in it)."""
+        """The next sample: (number of the source, number of the sample in it)."""
         while True:
             taken = self.state["taken"]
             turns = [(k + phase) / share for k, phase, share in zip(taken, self._phases, self._shares, strict=True)]
@@ -51,18 +67,18 @@ class SampleOrder:
         return source, place if key is None else shuffled(place, self._counts[source], key + epoch)
 
 
-def reshard(states: Sequence[dict], num_workers: int) -> list[dict]:
-    """The states of ``SampleOrder`` of all workers made into those of another number of workers.
+def reshard(states: Sequence[OrderState], num_workers: int) -> list[OrderState]:
+    """Convert the ``SampleOrder`` states of all workers to the states of a different number of workers.
 
-    What some of the old workers had taken beyond the first place that is still free (``ahead``) is passed over by the
-    new ones: nothing is taken twice, and nothing is left out.
+    Some of the old workers may have taken positions beyond the first free position. These are kept in ``ahead`` and
+    skipped by the new workers, so that no sample is repeated or left out.
     """
     bases, aheads, old_workers = [], [], len(states)
     for source in range(len(states[0]["base"])):
         base, taken = states[0]["base"][source], {place for state in states for place in state["ahead"][source]}
         ends = [base + worker + old_workers * state["taken"][source] for worker, state in enumerate(states)]
-        first = min(ends)  # all places before it are taken
-        for end in ends:  # each worker's own places, down from the one before its end
+        first = min(ends)  # all positions before it are taken
+        for end in ends:  # the positions that each worker has taken, in descending order
             taken.update(range(end - old_workers, first - 1, -old_workers))
         while first in taken:
             first += 1
@@ -73,7 +89,7 @@ def reshard(states: Sequence[dict], num_workers: int) -> list[dict]:
             "taken": [0] * len(bases),
             "base": list(bases),
             "ahead": [
-                [place for place in ahead if (place - base) % num_workers == worker]  # each its own alone
+                [place for place in ahead if (place - base) % num_workers == worker]  # only this worker's positions
                 for base, ahead in zip(bases, aheads, strict=True)
             ],
         }

@@ -1,9 +1,9 @@
-"""WebDataset folders, as megatron-energon prepares them (``.nv-meta``, ``*.tar.idx``): any sample by number.
+"""Random access to the samples of WebDataset folders with megatron-energon's index (``.nv-meta``, ``*.tar.idx``).
 
-A sample is the neighbouring members of a tar file whose names agree up to the first dot: ``KEY.json`` has the fields of
-a JSONL line, its media are the other members, which the record names by what stands behind the key (``"images":
-["0.jpg"]`` for ``KEY.0.jpg``) or does not list at all, where they are taken in their order. ``KEY.txt`` instead is a
-caption of the pictures beside it.
+A sample consists of adjacent members of a tar file whose names agree up to the first dot. ``KEY.json`` has the fields
+of a JSONL line. The other members are the media. The record refers to them by the part of the name after the key
+(``"images": ["0.jpg"]`` for ``KEY.0.jpg``); if it does not list them, they are used in their order in the file. If
+there is ``KEY.txt`` instead of ``KEY.json``, it is a caption of the pictures.
 """
 
 import json
@@ -28,13 +28,13 @@ INFO, INDEX = ".nv-meta/.info.json", ".idx"
 class ShardFolder:
     """Random access to the samples of a folder of shards.
 
-    Memory holds the names and sample counts of the shards alone; a sample's place is read from its shard's index.
+    Only the names and sample counts of the shards are in memory; a sample's position is read from its shard's index.
 
     Args:
-        path: a path, or a URL that fsspec knows.
+        path: a path, or a URL that fsspec supports.
 
     Raises:
-        UserError: no such folder, or one that was not prepared.
+        UserError: the folder does not exist, or it has no index.
     """
 
     def __init__(self, path: str | Path):
@@ -44,7 +44,7 @@ class ShardFolder:
         except FileNotFoundError:
             raise UserError(
                 f"data folder {self.path} has no index of shards ({INFO})",
-                f"make it with: megavlm data prepare {self.path}",
+                f"build the index with: megavlm data prepare {self.path}",
             ) from None
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"data folder {self.path}: {INFO} cannot be read: {error!r}") from None
@@ -58,16 +58,16 @@ class ShardFolder:
 
     @property
     def index_files(self) -> list[str]:
-        """The files that say where which sample lies; other contents have others."""
+        """The files that store the positions of the samples. They change when the samples change."""
         return [f"{self.path}/{name}" for name in (INFO, *(shard + INDEX for shard in self._shards))]
 
     def source(self, index: int) -> str:
-        """ "shard:number" of sample `index`, the number from 1."""
+        """ "shard:number" of sample `index`, with numbers from 1."""
         shard, number = self._locate(index)
         return f"{shard}:{number + 1}"
 
     def read(self, index: int) -> tuple[Any, Find]:
-        """The record of sample `index`, and where its media are found. Raises UserError if it cannot be read."""
+        """The record of sample `index`, and the function that locates its media. Raises UserError if unreadable."""
         shard, number = self._locate(index)
         try:
             parts = _parts(shard, number)
@@ -75,18 +75,18 @@ class ShardFolder:
         except (OSError, ValueError, tarfile.TarError, struct.error) as error:
             found = "the shard does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
             raise UserError(
-                f"{self.source(index)}: {found}", "prepare the folder again: megavlm data prepare"
+                f"{self.source(index)}: {found}", f"build the index again with: megavlm data prepare {self.path}"
             ) from None
 
     def _locate(self, index: int) -> tuple[str, int]:
-        """Shard, and number of the sample in it from 0."""
+        """The shard of a sample, and the number of the sample in this shard, from 0."""
         number = bisect_right(self._ends, index)
         first = self._ends[number - 1] if number else 0
         return f"{self.path}/{self._shards[number]}", index - first
 
 
 def _parts(shard: str, number: int) -> dict[str, File]:
-    """The members of sample `number`, by what stands behind its key."""
+    """The members of sample `number`, by the part of their names after the key."""
     start, end = struct.unpack("<QQ", File(shard + INDEX).read(8 * number, 8 * number + 16))
     parts = {}
     with File(shard, start, end).open() as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -97,7 +97,7 @@ def _parts(shard: str, number: int) -> dict[str, File]:
                 first = start + member.offset_data
                 parts[part.lower()] = File(shard, first, first + member.size, f"{shard}:{member.name}")
     if not parts:
-        raise tarfile.ReadError("no members at the place that its index names")
+        raise tarfile.ReadError("the shard has no members at the position in its index")
     return parts
 
 
@@ -109,19 +109,24 @@ def _record(parts: dict[str, File]) -> Any:
     if "json" in parts:
         record = json.loads(parts["json"].read())
         if isinstance(record, dict):
-            named = set()  # frames of videos, and what parts of messages name, are not to be listed as well
-            rename_media(record, lambda name: named.add(_part(parts, name)))
+            named: set[str | None] = set()  # media that the record names already, as video frames or in message parts
+
+            def note(name: str) -> str:
+                named.add(_part(parts, name))
+                return name
+
+            rename_media(record, note)
             listed = {name: [part for part in found if part not in named] for name, found in media.items()}
             record = {name: found for name, found in listed.items() if found and name not in record} | record
         return record
     if "txt" in parts:
         marks = "<image>" * len(media["images"]) + "<video>" * len(media["videos"])
         return {"text": marks + parts["txt"].read().decode().strip(), **media}
-    raise ValueError(f"neither .json nor .txt among its members: {', '.join(parts)}")
+    raise ValueError(f"the sample has neither a .json nor a .txt member; its members are {', '.join(parts)}")
 
 
 def _find(shard: str, parts: dict[str, File], named: str) -> File:
-    """A member by what stands behind the sample's key or by its whole name; else a file beside the shard."""
+    """The member with this part or full name; if there is none, a file relative to the folder of the shard."""
     part = _part(parts, named)
     return beside(shard, named) if part is None else parts[part]
 

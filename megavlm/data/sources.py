@@ -1,4 +1,4 @@
-"""The sources of a run: any file or folder of samples, and the share that each has in the blend."""
+"""The data sources of a run: files and folders of samples, and the share of each in the blend."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,22 +17,22 @@ from megavlm.data.shards import ShardFolder
 
 
 class SampleFile(Protocol):
-    """Random access to samples, whatever form they lie in. Copies go to worker processes."""
+    """Random access to samples in any storage format. It is pickled to worker processes."""
 
     path: str
 
     def __len__(self) -> int: ...
 
     def source(self, index: int) -> str:
-        """Where sample `index` lies, for messages; raises nothing."""
+        """The location of sample `index`, for messages; never raises."""
 
     def read(self, index: int) -> tuple[Any, Find]:
-        """The parsed record of sample `index`, and where its media are found. Raises UserError."""
+        """The parsed record of sample `index`, and the function that locates its media. Raises UserError."""
 
 
 @dataclass
 class Source:
-    """A source of the blend: ``share`` of all samples, 0 to 1."""
+    """A source of the blend; ``share`` is its share of all samples, from 0 to 1."""
 
     name: str
     file: SampleFile
@@ -40,22 +40,22 @@ class Source:
 
 
 def open_file(path: str | Path) -> SampleFile:
-    """JSONL, or a folder of shards. Raises UserError if it is neither."""
+    """Open a JSONL file or a folder of shards. Raises UserError if `path` is neither."""
     try:
         folder = not str(path).endswith(".jsonl") and is_folder(path)
-    except Exception as error:  # fsspec has as many exceptions as protocols
+    except Exception as error:  # each protocol of fsspec raises its own exceptions
         raise UserError(f"{path} cannot be read: {error}") from None
     return ShardFolder(path) if folder else JsonlFile(path)
 
 
 def open_sources(settings: DataSettings) -> list[Source]:
-    """The training sources of the ``data`` section, opened, with nested blends and the replay source worked out.
+    """Open the training sources of the ``data`` section and compute their shares over nested blends and replay.
 
     Raises:
-        UserError: no sources, or one that is missing or empty.
+        UserError: there are no sources, or a source is missing or empty.
     """
     if not settings.train:
-        raise UserError("data.train names no data", "name a file: data.train: [{path: …}]")
+        raise UserError("data.train is empty", "list at least one file: data.train: [{path: …}]")
     sources = _opened(settings.train)[0]
     if settings.replay:
         share = settings.replay.share
@@ -64,14 +64,14 @@ def open_sources(settings: DataSettings) -> list[Source]:
     for source in sources:
         if sum(other.name == source.name for other in sources) > 1:
             raise UserError(
-                f"two sources of data.train are called {source.name!r}: their metrics could not be told apart",
-                "give one of them a name: {path: …, name: …}",
+                f"two sources of data.train have the name {source.name!r}, so their metrics could not be distinguished",
+                "give one of them another name: {path: …, name: …}",
             )
     return sources
 
 
 def _opened(blend: list) -> tuple[list[Source], float]:
-    """The leaves of a blend, their shares of it, and the sum of its weights (samples, where it is by epochs)."""
+    """The leaf sources of a blend with their shares of it, and the sum of its weights (samples if it uses epochs)."""
     parts = []
     for item in blend:
         if item.sources:
@@ -87,9 +87,9 @@ def _opened(blend: list) -> tuple[list[Source], float]:
 def read_samples(
     path: str | Path, renderer: Renderer, kind: Kind, *, rank: int = 0, num_ranks: int = 1
 ) -> Iterator[Sample]:
-    """The samples of a file in its order, rendered one by one; of each `num_ranks`, the `rank`-th.
+    """Render the samples of a file one by one, in file order: those with index `rank`, `rank + num_ranks`, ….
 
-    Raises UserError, naming file and line, at the first sample that cannot be used.
+    Raises UserError with file and line at the first sample that cannot be used.
     """
     file = open_file(path)
     for index in range(rank, len(file), num_ranks):

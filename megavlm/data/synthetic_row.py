@@ -1,4 +1,4 @@
-"""Samples that were never read from data: the longest row of the memory check, and the row of a dry run."""
+"""Synthetic samples that are not read from data, for the longest row of the memory check and the row of a dry run."""
 
 from dataclasses import replace
 
@@ -13,16 +13,16 @@ from megavlm.data.row import IGNORE, Annotations, Sample
 def synthetic_samples(
     tokens: Tensor, patches: Tensor, frame_grids: np.ndarray, visual_positions: np.ndarray, *, merge: int, answers: int
 ) -> list[Sample]:
-    """Samples that any method can train on: every token but the last has a target, every annotation has a value.
+    """Samples for any method: all positions except the last have a target, and all annotations have a value.
 
     Args:
         tokens: int64 [t], the token ids of each sample.
         patches: float32 [P, patch_dim], the pixels of its pictures, one frame each.
         frame_grids: int32 [F, 2], patches (h, w) of each frame; the products sum to P.
-        visual_positions: int64 [P / merge**2], where in ``tokens`` each visual token stands.
-        merge: patches per side that one visual token joins.
-        answers: 1 for a plain sample, or 2 answers to the same prompt, which share the pictures, as preference
-            methods need them.
+        visual_positions: int64 [P / merge**2], index in ``tokens`` of each visual token.
+        merge: patches per side that are merged into one visual token.
+        answers: 1 for a single sample; 2 for two answers to the same prompt that share its pictures, which preference
+            methods need.
     """
     is_target = torch.arange(len(tokens)) < len(tokens) - 1
     sample = Sample(

@@ -1,1 +1,1 @@
-"""The demo: real pictures, a tiny Qwen3-VL made on the spot, and the commands that train it."""
+"""The demo: real pictures, a tiny Qwen3-VL with random weights, and the commands that train it."""

@@ -4,5 +4,5 @@ import sys
 
 from megavlm.demo.run import main
 
-if __name__ == "__main__":  # helper processes started by spawn import this file again
+if __name__ == "__main__":  # processes started by spawn import this file again
     sys.exit(main())

@@ -1,7 +1,7 @@
-"""A chat template that renders what Qwen3-VL's own does, written with one macro per kind of content.
+"""A chat template with the same output as that of Qwen3-VL, written with one macro for each kind of content.
 
-`tests/demo/test_model_folder.py` states the rendered text of each case: system, user and assistant turns, picture and
-video parts (numbered when `add_vision_id` is set), tool lists, tool calls, tool responses, and the generation prompt.
+`tests/demo/test_model_folder.py` has the rendered text of each case: system, user and assistant turns, picture and
+video parts (numbered if `add_vision_id` is set), tool lists, tool calls, tool responses, and the generation prompt.
 """
 
 CHAT_TEMPLATE = r"""

@@ -1,4 +1,4 @@
-"""What the demos share: the folder they work in, and commands that are printed as a user would type them, then run."""
+"""Common parts of the demos: their folder, and commands that are printed as a user would type them and then run."""
 
 import os
 import shlex
@@ -15,25 +15,25 @@ from megavlm.base.errors import UserError
 from megavlm.cli import failures
 
 DEFAULT_OUT = "demo-output"
-OUT_VARIABLE = "MEGAVLM_DEMO"  # configs/demo/*.yaml take it for the folder
+OUT_VARIABLE = "MEGAVLM_DEMO"  # the environment variable from which configs/demo/*.yaml take the folder
 CONFIGS = Path("configs/demo")
 CLONE = Path(__file__).parents[2]
-NPROC = ("--nproc", "2")  # for which configs/demo are meant
+NPROC = ("--nproc", "2")  # the number of processes for which configs/demo are intended
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 class CommandFailed(Exception):
-    """A command of the demo ended with another status than 0; it has said why itself."""
+    """A command of the demo ended with a status other than 0; it has printed the reason itself."""
 
 
 def work_in(out: Path) -> Path:
-    """Goes to the top of the clone, where commands run and relative paths start; returns `out` as seen from there.
+    """Changes to the top folder of the clone, in which commands run, and returns `out` relative to it if possible.
 
-    Raises UserError without configs/demo (an installed package instead of a clone).
+    Raises UserError if configs/demo is missing, because the package was installed without a clone.
     """
     if not (CLONE / CONFIGS).is_dir():
-        raise UserError(f"{CLONE} holds no {CONFIGS}", "run the demo from a clone of the repository")
+        raise UserError(f"{CLONE} has no folder {CONFIGS}", "run the demo from a clone of the repository")
     out = out.absolute()
     out = out.relative_to(CLONE) if out.is_relative_to(CLONE) else out
     os.environ[OUT_VARIABLE] = str(out)
@@ -42,7 +42,7 @@ def work_in(out: Path) -> Path:
 
 
 def show_variable(out: Path) -> None:
-    """Prints what the commands below rest on, where it is not the default."""
+    """Prints the environment variable that the following commands need, unless it has its default value."""
     if str(out) != DEFAULT_OUT:
         console.print(Text(f"\n$ export {OUT_VARIABLE}={shlex.quote(str(out))}", "bold"))
 
@@ -60,12 +60,12 @@ def run(*command: str | Path) -> None:
 
 
 def minutes(seconds: float) -> str:
-    """A duration to be read."""
+    """A duration as text."""
     return f"{int(seconds // 60)} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def status_of(job: Callable[[], bool]) -> int:
-    """The exit status of a job that says whether it passed: 0 or 1; what went wrong on its way is told in a message."""
+    """Runs a job that returns whether it passed, prints the result or the error, and returns the exit status."""
     began = time.perf_counter()
     try:
         passed = job()

@@ -1,9 +1,9 @@
-"""The demo's pictures, questions and texts, all taken from installed packages.
+"""The pictures, questions and texts of the demo, which are all taken from installed packages.
 
-- 1,797 handwritten digits (scikit-learn), 8 x 8 grey levels enlarged to 32 x 32 pixels, which is one visual token:
-  questions with answers, captions, and series of pictures inside documents. 360 of them, and every view made of them,
-  are held out: they stand in `heldout.jsonl` alone.
-- 21 photographs with captions (scikit-image, scikit-learn), at most 128 pixels wide or high: up to 16 visual tokens.
+- 1,797 handwritten digits (scikit-learn) of 8 x 8 grey levels, enlarged to 32 x 32 pixels, which is one visual token.
+  They are used in questions with answers, captions, and series of pictures in documents. 360 of the digits are held
+  out: they appear only in `heldout.jsonl`.
+- 21 photographs with captions (scikit-image, scikit-learn) of at most 128 x 128 pixels: up to 16 visual tokens.
 - English prose: scikit-learn's descriptions of its data sets.
 """
 
@@ -24,34 +24,36 @@ from megavlm.demo.photographs import PHOTOGRAPHS, load_photograph
 
 NUM_HELDOUT = 360
 DIGIT_PIXELS = 32
-VIEWS_PER_DIGIT = 4  # the picture as it is, and slightly turned, scaled and moved ones
+VIEWS_PER_DIGIT = 4  # the original picture, and slightly rotated, scaled and shifted copies
 PHOTOGRAPH_PIXELS = 128
-# Lengths in characters. A document has to fit into one row of its stage
-# (tests/demo/test_data.py compares the token counts with configs/demo).
+# Lengths in characters. A document must fit into one row of its stage; tests/demo/test_data.py compares token counts
+# with configs/demo.
 PARAGRAPH_CHARS, DOCUMENT_PROSE_CHARS, LONG_DOCUMENT_PROSE_CHARS = 600, 800, 3000
 NUM_DOCUMENTS, NUM_LONG_DOCUMENTS = 300, 60
 
-# Left out are two that consist of code and tables.
+# All descriptions except two that consist of code and tables.
 DESCRIPTIONS = (
     "breast_cancer", "california_housing", "covtype", "diabetes", "digits", "iris", "lfw", "linnerud", "olivetti_faces",
     "rcv1", "species_distributions", "wine_data",
 )  # fmt: skip
 QUESTIONS = ("Which digit is this?", "What number do you see?", "Read the handwritten digit.")
 CAPTIONS = ("A handwritten {digit}.", "The digit {digit}.")
-# The files that `write_data` makes: training data first, and the questions that are never trained on.
+# The files that `write_data` writes: the training data, and the questions that are not used for training.
 TRAIN_FILES = ("digit_captions", "photograph_captions", "text", "documents", "long_documents", "questions")
 HELDOUT_FILE = "heldout"
 
 
 def write_data(out: str | os.PathLike, seed: int = 0) -> Path:
-    """Write the pictures (PNG) and the JSONL files of the demo into the new folder `out`, and return its path.
+    """Write the pictures (PNG) and the JSONL files of the demo to the new folder `out`, and return its path.
 
     digit_captions, photograph_captions   {"text": "<image>…", "images": [one]}
     text                                  {"text": …}
     documents, long_documents             {"text": "…<image>…<image>…", "images": [several]}
     questions, heldout                    {"messages": [user with <image>, assistant: one digit], "images": [one]}
 
-    Picture paths are relative to the files. The same seed gives the same bytes. Raises UserError if `out` exists.
+    Picture paths are relative to the files. The same seed gives the same bytes.
+
+    Raises UserError if `out` exists already.
     """
     out = Path(out)
     with new_folder(out, overwrite=False, mark=f"{HELDOUT_FILE}.jsonl") as unfinished:
@@ -84,7 +86,7 @@ def read_records(path: Path) -> list[dict]:
 
 
 def read_texts(folder: str | os.PathLike) -> list[str]:
-    """Every training text of a folder that `write_data` made, without the picture marks: a corpus for a tokenizer."""
+    """All training texts of a folder from `write_data` without the picture marks, as a corpus for a tokenizer."""
     texts = []
     for name in TRAIN_FILES:
         for record in read_records(Path(folder) / f"{name}.jsonl"):
@@ -100,7 +102,8 @@ def _write_digits(out: Path, rng: random.Random) -> tuple[list[tuple[str, int]],
     rng.shuffle(order)
     heldout = set(order[:NUM_HELDOUT])
     (out / "digits").mkdir(parents=True)
-    views, questions = [], []
+    views: list[tuple[str, int]] = []
+    questions: list[tuple[str, int]] = []
     for i, (levels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
         small = Image.fromarray(np.uint8(np.round(levels * (255 / 16))))
         picture = small.resize((DIGIT_PIXELS, DIGIT_PIXELS), Image.Resampling.BICUBIC)
@@ -112,12 +115,12 @@ def _write_digits(out: Path, rng: random.Random) -> tuple[list[tuple[str, int]],
 
 
 def _moved(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """The picture turned by up to 10 degrees, scaled by up to 10 % and moved by up to 2 pixels, on black."""
+    """The picture rotated by up to 10 degrees, scaled by up to 10 % and shifted by up to 2 pixels, on black."""
     scale, centre = rng.uniform(0.9, 1.1), DIGIT_PIXELS / 2
     angle = np.deg2rad(rng.uniform(-10, 10))
     a, b = np.cos(angle) / scale, np.sin(angle) / scale
     dx, dy = (rng.uniform(-2, 2) for _ in range(2))
-    x, y = centre + dx, centre + dy  # where the centre goes
+    x, y = centre + dx, centre + dy  # the new position of the centre
     coefficients = (a, b, centre - a * x - b * y, -b, a, centre + b * x - a * y)
     return picture.transform(picture.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
 
@@ -134,14 +137,14 @@ def _write_photographs(out: Path) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _prose() -> list[str]:
-    """The lines of scikit-learn's descriptions of its data sets, without those of markup."""
+    """The lines of scikit-learn's descriptions of its data sets, without lines of markup."""
     texts = [files("sklearn.datasets.descr").joinpath(f"{name}.rst").read_text("utf-8") for name in DESCRIPTIONS]
     lines = [line.rstrip() for text in texts for line in text.splitlines()]
     return [line for line in lines if not line.strip().startswith((".. ", "---", "===", "***"))]
 
 
 def _pieces(lines: list[str], num_chars: int) -> list[str]:
-    """Join whole lines to pieces of at most `num_chars` characters (or one line, should it be longer)."""
+    """Join whole lines to pieces of at most `num_chars` characters; a longer line is a piece of its own."""
     pieces = [""]
     for line in lines:
         if len(pieces[-1]) + len(line) + 1 > num_chars:
@@ -167,15 +170,16 @@ def _documents(
     num_documents: int,
     num_chars: int,
 ) -> list[dict]:
-    """Documents of several pictures: `num_chars` of prose in paragraphs, between them photographs and rows of digits.
+    """Documents with about `num_chars` characters, in which photographs and rows of digits follow each paragraph.
 
-    A row of digits is a series of pictures, each followed by what it shows. Per 200 characters of prose there are one
-    photograph and ten digits.
+    A row of digits is a series of pictures, each followed by its digit. There are one photograph and ten digits per 200
+    characters of prose.
     """
     paragraphs = _pieces(prose, 200)
     documents = []
     for number in range(num_documents):
-        parts, images = [f"Document {number + 1}"], []
+        parts = [f"Document {number + 1}"]
+        images: list[str] = []
         start = rng.randrange(len(paragraphs))
         for i in count():
             parts.append(paragraphs[(start + i) % len(paragraphs)])

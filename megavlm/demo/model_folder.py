@@ -1,7 +1,7 @@
-"""A tiny random Qwen3-VL in Hugging Face's format: weights, config, tokenizer, processor and chat template.
+"""Writes a tiny random Qwen3-VL in Hugging Face format: weights, config, tokenizer, processor and chat template.
 
-Nothing is fetched: the tokenizer is a byte-level BPE trained here on a few sentences, and the weights are drawn from a
-seed. The folder has the same files and the same behaviour as a released one, only smaller, so that everything which
+Nothing is downloaded: the tokenizer is a byte-level BPE trained here on a few sentences, and the weights are drawn with
+a seed. The folder is smaller than that of a released model, but it has the same files and behaviour, so all code that
 reads a released folder can be run on it.
 """
 
@@ -35,12 +35,12 @@ SPECIAL_TOKENS = (
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-# Added tokens that are text all the same: `skip_special_tokens` keeps them.
+# Added tokens that are not special: `skip_special_tokens` keeps them.
 MARKUP_TOKENS = (
     "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
     "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
 )  # fmt: skip
-VOCABULARY_MULTIPLE = 128  # as the released vocabularies: any tensor-parallel size up to 128 divides it
+VOCABULARY_MULTIPLE = 128  # as in released models, so that tensor-parallel sizes up to 128 divide it
 
 TEXT = {
     "hidden_size": 128,
@@ -51,7 +51,7 @@ TEXT = {
     "head_dim": 32,
     "max_position_embeddings": 262144,
     "rms_norm_eps": 1e-6,
-    # The released sections [24, 20, 20] of 64 frequencies, scaled to the 16 of this head dimension.
+    # The sections [24, 20, 20] of the 64 frequencies of released models, scaled to the 16 of this head dimension.
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 5_000_000,
@@ -101,17 +101,31 @@ def make_model_folder(
     max_pixels: int = 256 * 256,
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Write a random Qwen3-VL (`moe`: Qwen3-VL-MoE) folder that transformers' Auto classes load, and return its path.
+    """Write the folder of a random Qwen3-VL that the Auto classes of transformers can load, and return its path.
 
-    `text` and `vision` override single fields of `TEXT` and `VISION`, for example `text={"initializer_range": 0.2}`
-    (unless given, it is 1 / sqrt(hidden_size)); `tied` says whether the output layer shares the embedding's weights.
-    `corpus` teaches the tokenizer its merges, up to `vocab_size` tokens with the 26 added ones (fewer if the corpus has
-    no more); the model's vocabulary is that rounded up to a multiple of 128. `norm_noise` is the standard deviation of
-    what is added to every weight of one dimension: initialisation leaves norms at 1 and biases at 0, where a lost one
-    would not show. `min_pixels` and `max_pixels` bound a picture's size in the processor's configuration; the pixels of
-    all frames of a video are bounded by 2 and 16 times as many. The same arguments give the same bytes.
+    The same arguments give the same bytes.
 
-    Raises UserError if `out` exists already.
+    Args:
+        out: the new folder.
+        text: overrides single fields of `TEXT`, for example `{"initializer_range": 0.2}` (default: 1 / sqrt of the
+            hidden size).
+        vision: overrides single fields of `VISION`.
+        moe: write a Qwen3-VL-MoE.
+        tied: whether the output layer shares the weights of the embedding.
+        seed: seed of the weights.
+        corpus: texts from which the tokenizer learns its merges.
+        vocab_size: maximum number of tokens, including the 26 added ones. The model's vocabulary is the actual number,
+            rounded up to a multiple of 128.
+        norm_noise: standard deviation of noise that is added to all one-dimensional weights. Without it, norms are 1
+            and biases are 0, so that tests would not notice a missing one.
+        dtype: name of the dtype of the weights.
+        min_pixels: minimum size of a picture in the processor's configuration; for all frames of a video together, the
+            minimum is 2 times this number.
+        max_pixels: maximum size of a picture; for all frames of a video together, 16 times this number.
+        max_shard_size: maximum size of a file of weights.
+
+    Raises:
+        UserError: `out` exists already.
     """
     out = Path(out)
     with new_folder(out, overwrite=False, mark="config.json") as unfinished:
@@ -124,7 +138,7 @@ def make_model_folder(
 
 
 def _tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
-    """A byte-level BPE with Qwen's splitting rule and Qwen's added tokens behind the trained vocabulary."""
+    """A byte-level BPE with Qwen's splitting rule, and with Qwen's added tokens after the trained vocabulary."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(TokenizerRegex(PRETOKENIZE_REGEX), behavior="isolated")
@@ -139,7 +153,7 @@ def _tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
         show_progress=False,
     )
     bpe.train_from_iterator(corpus, trainer)
-    # Added before the model class is built on it, so that they get their ids in this order.
+    # Added before the tokenizer class is built, so that they get their ids in this order.
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKUP_TOKENS])
     return Qwen2Tokenizer(
@@ -156,7 +170,7 @@ def _tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
 def _config(tokenizer: Qwen2Tokenizer, text: dict, vision: dict, moe: bool, tied: bool) -> Qwen3VLConfig:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    # The released 0.02 suits widths around 2048; a narrow model with it starts with next to no signal in its layers.
+    # The value 0.02 of released models suits widths around 2048; in a narrow model, almost no signal would remain.
     text = {**TEXT, **text}
     text.setdefault("initializer_range", text["hidden_size"] ** -0.5)
     text.setdefault("vocab_size", -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
@@ -204,7 +218,7 @@ def _processor(tokenizer: Qwen2Tokenizer, config: Qwen3VLConfig, min_pixels: int
         "image_std": [0.5, 0.5, 0.5],
     }
     image_size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    # For a video the bounds are those of all its frames together.
+    # For a video, the limits apply to all frames together.
     video_size = {"shortest_edge": min_pixels * vision.temporal_patch_size, "longest_edge": max_pixels * 16}
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=image_size, **patches),

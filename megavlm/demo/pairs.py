@@ -1,4 +1,4 @@
-"""Pairs of answers to the demo's questions, a right one and a wrong one, and what a reward model makes of them."""
+"""Pairs of a right and a wrong answer to the demo's questions, and the evaluation of a reward model on them."""
 
 import os
 import random
@@ -11,13 +11,15 @@ DIGITS = tuple("0123456789")
 
 
 def write_drawn_pairs(questions: Path, out: Path, seed: int = 0) -> int:
-    """Pairs of the right digit and one drawn from the other nine, one for each question.
+    """Writes one pair for each question: the right digit, and one drawn from the other nine.
 
     Args:
-        questions: a tuning file that `write_data` made.
-        out: the file to write: {"prompt", "chosen", "rejected", "images"}, picture paths relative to it.
+        questions: a file of questions from `write_data`.
+        out: the file to write, with {"prompt", "chosen", "rejected", "images"}; picture paths are relative to it.
+        seed: seed of the draws.
 
-    Returns: the number of pairs.
+    Returns:
+        The number of pairs.
     """
     rng = random.Random(seed)
     wrong = [rng.choice([digit for digit in DIGITS if digit != right]) for right in expected_answers(questions)]
@@ -25,15 +27,15 @@ def write_drawn_pairs(questions: Path, out: Path, seed: int = 0) -> int:
 
 
 def write_some(questions: Path, out: Path, every: int) -> None:
-    """Every `every`-th of the questions, from the first on, picture paths relative to `out`."""
+    """Writes each `every`-th question, starting with the first, with picture paths relative to `out`."""
     some = read_records(questions)[::every]
     write_records(out, [record | {"images": _seen_from(out, questions, record["images"])} for record in some])
 
 
 def write_pairs(questions: Path, answers: list[str], out: Path) -> int:
-    """Pairs of the right answer and the given one where that is wrong; as `write_drawn_pairs`.
+    """Writes a pair of the right answer and the given answer for each wrong answer; see `write_drawn_pairs`.
 
-    Answers that are blank, or right apart from blanks around them, make no pair.
+    There is no pair for an answer that is blank, or right except for white space around it.
     """
     pairs = []
     for record, answer in zip(read_records(questions), answers, strict=True):
@@ -46,7 +48,7 @@ def write_pairs(questions: Path, answers: list[str], out: Path) -> int:
 
 
 def write_all_answers(questions: Path, out: Path) -> None:
-    """Tuning records of every question with every digit as its answer: line 10 i + d has question i and digit d."""
+    """Writes each question with each digit as its answer: line 10 i + d has question i and digit d."""
     records = []
     for record in read_records(questions):
         images = _seen_from(out, questions, record["images"])
@@ -58,16 +60,17 @@ def write_all_answers(questions: Path, out: Path) -> None:
 
 
 def count_won(scores: list[float], expected: list[str]) -> int:
-    """How many of the nine pairs of each question the right digit wins; a draw is no win.
+    """The number of pairs in which the right digit has a higher score than a wrong one; each question has nine pairs.
 
     Args:
-        scores: of the lines of `write_all_answers`.
+        scores: the scores of the lines of `write_all_answers`.
         expected: the right digit of each question.
 
-    Raises ValueError unless there are ten scores a question.
+    Raises:
+        ValueError: there are not ten scores per question.
     """
     if len(scores) != len(DIGITS) * len(expected):
-        raise ValueError(f"{len(scores)} scores for {len(expected)} questions of {len(DIGITS)} answers")
+        raise ValueError(f"{len(scores)} scores for {len(expected)} questions with {len(DIGITS)} answers each")
     won = 0
     for i, right in enumerate(expected):
         of_question = scores[len(DIGITS) * i : len(DIGITS) * (i + 1)]
@@ -76,5 +79,5 @@ def count_won(scores: list[float], expected: list[str]) -> int:
 
 
 def _seen_from(out: Path, questions: Path, images: list[str]) -> list[str]:
-    """Paths relative to the folder of `questions` as paths relative to that of `out`."""
+    """Converts paths relative to the folder of `questions` to paths relative to the folder of `out`."""
     return [os.path.relpath(questions.parent / image, out.parent) for image in images]

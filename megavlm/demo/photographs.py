@@ -1,7 +1,7 @@
-"""Pictures that lie inside the scikit-image and scikit-learn packages, and captions for them.
+"""Pictures that are part of the scikit-image and scikit-learn packages, with captions.
 
-They are read from the installed packages and never downloaded: scikit-image can also fetch larger ones, which are left
-out here.
+They are read from the installed packages and never downloaded. The larger pictures that scikit-image can download are
+not used.
 """
 
 from importlib.resources import files
@@ -100,10 +100,10 @@ PHOTOGRAPHS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 
 def load_photograph(name: str, longest_edge: int) -> Image.Image:
-    """The photograph `name`, RGB, its longer edge shrunk to `longest_edge` pixels. Transparent parts become white."""
+    """The RGB photograph `name`, with its longer edge reduced to `longest_edge` pixels and a white background."""
     package, file, _ = PHOTOGRAPHS[name]
     with files(package).joinpath(file).open("rb") as stream:
-        picture = Image.open(stream)
+        picture: Image.Image = Image.open(stream)
         picture.load()
     if picture.mode == "RGBA":
         ground = Image.new("RGBA", picture.size, "white")

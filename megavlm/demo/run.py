@@ -1,9 +1,9 @@
 """`python -m megavlm.demo`: from pictures and random weights to a Hugging Face folder that reads digits.
 
-Makes the data and a tiny random model, then runs the commands that a user would type, in two processes with TP 2 and
-sequence parallelism, and prints each before it runs. Exit status: 0 when at least 95 % of the held-out digits are read
-right and transformers gives the same answers from the exported folder; 1 when not, or when a command fails; 2 when the
-output folder exists.
+It writes the data and a tiny random model, then prints and runs the commands that a user would type, in two processes
+with TP 2 and sequence parallelism. Exit status: 0 if at least 95 % of the held-out digits are recognised and
+transformers gives the same answers from the exported folder; 1 if not, or if a command fails; 2 if the output folder
+exists.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from megavlm.demo.commands import (
 
 REQUIRED_ACCURACY = 0.95
 STAGES = ("stage0", "stage1", "stage2", "stage3", "sft")
-PARTS = ("data", "model", "start", *STAGES, "before", "after", "exported")  # of the output folder
+PARTS = ("data", "model", "start", *STAGES, "before", "after", "exported")  # subfolders of the output folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m megavlm.demo", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", default=DEFAULT_OUT, metavar="DIR", help=f"folder to make (default {DEFAULT_OUT})")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in the folder")
+    parser.add_argument("--out", default=DEFAULT_OUT, metavar="DIR", help=f"folder to create (default: {DEFAULT_OUT})")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier demo in the folder")
     options = parser.parse_args(arguments)
 
     def job() -> bool:
@@ -48,20 +48,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Demo:
-    """One run of the demo in the folder `out`; commands run, and relative paths start, at the top of the clone."""
+    """One run of the demo in the folder `out`. Commands run in the top folder of the clone.
+
+    Attributes:
+        sft: the settings of the supervised fine-tuning.
+        questions: the held-out questions.
+        start: the checkpoint from which it starts.
+    """
 
     def __init__(self, out: Path):
         self.out = work_in(out)
         self.sft = load_settings(CONFIGS / "sft.yaml")
+        questions, start = self.sft.data.eval, self.sft.model.load
+        assert isinstance(questions, Path), "configs/demo/sft.yaml sets data.eval to a file"
+        assert start is not None, "configs/demo/sft.yaml sets model.load"
+        self.questions, self.start = questions, start
 
     def prepare(self, overwrite: bool) -> None:
-        """Makes the data and the model folder."""
+        """Writes the data and the model folder."""
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             if not overwrite:
-                raise UserError(f"{self.out} exists already", "choose another --out, or give --overwrite to replace it")
-            for name in PARTS:  # these and nothing else that may lie there
+                raise UserError(f"{self.out} exists already", "choose another --out, or use --overwrite to replace it")
+            for name in PARTS:  # other files in the folder are kept
                 shutil.rmtree(self.out / name, ignore_errors=True)
-        console.print("imports torch and transformers …")  # some seconds, in which nothing else is said
+        console.print("importing torch and transformers …")  # this takes some seconds without other output
         from transformers.utils.logging import disable_progress_bar
 
         from megavlm.demo.data import read_texts, write_data
@@ -75,7 +85,7 @@ class Demo:
         show_variable(self.out)
 
     def train(self) -> None:
-        """hf2mcore, answers before, the four stages, tuning, export, answers after."""
+        """Conversion, answers before training, the four stages, fine-tuning, export, answers after training."""
         out, sft = self.out, CONFIGS / "sft.yaml"
         self.convert()
         run("megavlm", "infer", sft, f"model.load={out / 'start'}", f"output={out / 'before'}", *NPROC)
@@ -83,40 +93,40 @@ class Demo:
         run("megavlm", "sft", sft, *NPROC)
         run("megavlm", "export", sft, f"model.load={out / 'sft'}", "--out", out / "exported")
         run("megavlm", "infer", sft, f"model.load={out / 'sft'}", f"output={out / 'after'}", *NPROC)
-        run("python", "-m", "megavlm.report.run_report", out / "sft")  # once more: now there are answers to show
+        run("python", "-m", "megavlm.report.run_report", out / "sft")  # again, because now there are answers to show
 
     def convert(self) -> None:
-        """The random weights as a Megatron checkpoint."""
+        """Converts the random weights to a Megatron checkpoint."""
         run("python", "checkpoint_tools/hf2mcore.py", "--hf", self.out / "model", "--out", self.out / "start")
 
     def pretrain(self) -> None:
-        """The four stages."""
+        """Runs the four stages of pretraining."""
         for stage in STAGES[:-1]:
             run("megavlm", "pretrain", CONFIGS / f"{stage}.yaml", *NPROC)
 
     def is_pretrained(self) -> bool:
-        """Whether the folder has what `prepare` makes and the last checkpoint of the four stages."""
+        """Whether the folder has the results of `prepare` and the last checkpoint of the four stages."""
         last = load_settings(CONFIGS / f"{STAGES[-2]}.yaml")
+        assert last.output is not None, "the configuration of a stage sets output"
         checkpoint = last.output / "checkpoints" / f"step_{last.train.steps:08d}"
-        return all(path.exists() for path in (checkpoint, last.model.hf, self.sft.data.eval))
+        return all(path.exists() for path in (checkpoint, last.model.hf, self.questions))
 
     def check(self) -> bool:
-        """Counts right answers before and after, and compares with transformers on the exported folder."""
+        """Counts right answers before and after training, and compares with transformers on the exported folder."""
         from megavlm.demo.answers import count_right, expected_answers, read_answers, transformers_answers
 
-        questions = self.sft.data.eval
-        expected = expected_answers(questions)
+        expected = expected_answers(self.questions)
         total = len(expected)
         answers = {when: read_answers(self.out / when / "answers.jsonl", total) for when in ("before", "after")}
         right = {when: count_right(given, expected) for when, given in answers.items()}
-        console.print(f"\n{total} handwritten digits that were never trained on (chance: 10 %)")
+        console.print(f"\n{total} handwritten digits that were not used for training (chance: 10 %)")
         for when, count in right.items():
             console.print(f"  {when:6} {count:4} right, {count / total:6.1%}   for example {_examples(answers[when])}")
 
         console.print(
-            f"\nQwen3VLForConditionalGeneration.from_pretrained({str(self.out / 'exported')!r}) answers the same"
+            f"\ncomparison with Qwen3VLForConditionalGeneration.from_pretrained({str(self.out / 'exported')!r})"
         )
-        theirs = transformers_answers(self.out / "exported", questions, self.sft.generate.max_new_tokens)
+        theirs = transformers_answers(self.out / "exported", self.questions, self.sft.generate.max_new_tokens)
         same = sum(ours == other for ours, other in zip(answers["after"], theirs, strict=True))
         console.print(f"  {same} of {total} answers agree")
         for i, (ours, other) in enumerate(zip(answers["after"], theirs, strict=True)):
@@ -125,7 +135,7 @@ class Demo:
         return right["after"] >= REQUIRED_ACCURACY * total and same == total
 
     def show_paths(self) -> None:
-        """Where to look."""
+        """Prints the paths of the results."""
         console.print()
         for stage in STAGES:
             console.print(f"{stage} · {self.out / stage / 'report.html'} · {self.out / stage / 'loss.png'}")

@@ -1,10 +1,10 @@
-"""`python -m megavlm.demo.tune`: reward model, preference tuning and LoRA on the demo's digits, each held to a bound.
+"""`python -m megavlm.demo.tune`: reward model, preference tuning and LoRA on the demo's digits, with required results.
 
-Goes on from the pretrained model of `python -m megavlm.demo`, or makes that first. Then, as a user would type it: a
-reward model out of pairs of digits; supervised tuning that ends too early, the wrong answers that this model gives when
-sampled, and DPO on them; supervised tuning of all weights, and of LoRA adapters. All learn from training questions and
-are measured on held-out ones. Exit status: 0 when each bound is kept; 1 when not, or when a command fails; 2 when
-something is in the way.
+It continues from the pretrained model of `python -m megavlm.demo`, which it trains first if necessary. Then it runs the
+commands that a user would type: a reward model on pairs of digits; supervised fine-tuning that ends too early, and DPO
+on the wrong answers that this model gives when it is sampled; supervised fine-tuning of all weights, and of LoRA
+adapters. Training uses the training questions, and results are measured on held-out ones. Exit status: 0 if all results
+are within their bounds; 1 if not, or if a command fails; 2 if the output folder exists.
 """
 
 import argparse
@@ -26,20 +26,20 @@ from megavlm.demo.commands import (
 )
 from megavlm.demo.run import Demo
 
-TUNE = "tune"  # the folder of all this, in the demo's
-SAMPLE_EVERY = 3  # training questions that the mediocre model is asked
-TEMPERATURE = 0.5  # at 1.0 many answers are no digits, and teach nothing about digits
+TUNE = "tune"  # the folder of the results, inside the demo's folder
+SAMPLE_EVERY = 3  # each third training question is asked to the mediocre model
+TEMPERATURE = 0.5  # at 1.0, many answers are not digits and therefore useless for training
 REQUIRED_PAIR_ACCURACY = 0.95
 REQUIRED_DPO_GAIN = 0.10
-ALLOWED_LORA_LOSS = 0.02  # in accuracy, compared with all weights tuned
-ALLOWED_LORA_SHARE = 0.05  # of the weights
+ALLOWED_LORA_LOSS = 0.02  # maximum loss of accuracy compared with fine-tuning of all weights
+ALLOWED_LORA_SHARE = 0.05  # maximum share of trainable weights
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs it and returns the exit status."""
+    """Runs the demo and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m megavlm.demo.tune", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", default=DEFAULT_OUT, metavar="DIR", help=f"the demo's folder (default {DEFAULT_OUT})")
-    parser.add_argument("--overwrite", action="store_true", help=f"replace what an earlier run left in DIR/{TUNE}")
+    parser.add_argument("--out", default=DEFAULT_OUT, metavar="DIR", help=f"the demo's folder (default: {DEFAULT_OUT})")
+    parser.add_argument("--overwrite", action="store_true", help=f"replace the files of an earlier run in DIR/{TUNE}")
     options = parser.parse_args(arguments)
 
     def job() -> bool:
@@ -54,23 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Tune:
-    """One run, in the folder `tune` of the demo's folder `out`."""
+    """One run of this demo, in the folder `tune` of the demo's folder `out`."""
 
     def __init__(self, out: Path):
         self.demo = Demo(out)
         self.out = self.demo.out / TUNE
         self.train = self.demo.out / "data" / "questions.jsonl"
-        self.heldout = self.demo.sft.data.eval
-        self.full = self.demo.out / "after"  # answers after the demo's tuning of all weights
+        self.heldout = self.demo.questions
+        self.full = self.demo.out / "after"  # answers after the demo's fine-tuning of all weights
 
     def prepare(self, overwrite: bool) -> None:
-        """The pretrained model: as the demo left it, or made now."""
+        """Uses the pretrained model of the demo, or trains it."""
         if self.out.exists():
             if not overwrite:
-                raise UserError(f"{self.out} exists already", "give --overwrite to replace it, or choose another --out")
+                raise UserError(f"{self.out} exists already", "use --overwrite to replace it, or choose another --out")
             shutil.rmtree(self.out)
         if self.demo.is_pretrained():
-            console.print(f"goes on from {self.demo.sft.model.load}")
+            console.print(f"continuing from {self.demo.start}")
             show_variable(self.demo.out)
         else:
             self.demo.prepare(overwrite)
@@ -79,21 +79,21 @@ class Tune:
         self.out.mkdir()
 
     def reward_model(self) -> None:
-        """A reward model from pairs of digits, and its scores of each digit as the answer to each held-out question."""
+        """Trains a reward model on pairs of digits, and scores each digit as the answer to each held-out question."""
         from megavlm.demo.pairs import write_all_answers, write_drawn_pairs
 
         config = CONFIGS / "rm.yaml"
         pairs, answers = self.out / "pairs.jsonl", self.out / "all_answers.jsonl"
         num_pairs = write_drawn_pairs(self.train, pairs)
         write_all_answers(self.heldout, answers)
-        console.print(f"\n{pairs}: {num_pairs} pairs of the right digit and another one")
-        console.print(f"{answers}: every digit as the answer to each held-out question")
+        console.print(f"\n{pairs}: {num_pairs} pairs of the right digit and a wrong one")
+        console.print(f"{answers}: each digit as the answer to each held-out question")
         run("megavlm", "rm", config, *NPROC)
         load, output = f"model.load={self.out / 'rm'}", f"output={self.out / 'rm_scores'}"
         run("megavlm", "score", config, "--reward", load, output, *NPROC)
 
     def preference(self) -> None:
-        """Tuning that ends too early, what that model answers, and DPO on the errors in its sampled answers."""
+        """Fine-tunes a model that ends too early, and trains it with DPO on the errors in its sampled answers."""
         from megavlm.demo.answers import read_answers
         from megavlm.demo.data import read_records
         from megavlm.demo.pairs import write_pairs, write_some
@@ -108,12 +108,12 @@ class Tune:
         run("megavlm", "infer", mediocre, *sample, *NPROC)
         answers = read_answers(sampled / "answers.jsonl", len(read_records(asked)))
         num_pairs = write_pairs(asked, answers, pairs)
-        console.print(f"\n{pairs}: {num_pairs} of {len(answers)} sampled answers are wrong, each against the right one")
+        console.print(f"\n{pairs}: pairs of the right answer and a wrong one ({num_pairs} of {len(answers)} are wrong)")
         run("megavlm", "dpo", dpo, *NPROC)
         run("megavlm", "infer", dpo, f"model.load={self.out / 'dpo'}", f"output={self.out / 'dpo_answers'}", *NPROC)
 
     def lora(self) -> None:
-        """Tuning of all weights, unless the demo has done it, and of LoRA adapters; and what both answer."""
+        """Fine-tunes all weights, unless the demo has done it, and LoRA adapters, and generates answers of both."""
         sft, lora = CONFIGS / "sft.yaml", CONFIGS / "lora.yaml"
         if not (self.full / "answers.jsonl").is_file():
             self.full = self.out / "sft_answers"
@@ -124,7 +124,7 @@ class Tune:
         run("megavlm", "infer", lora, adapter, output, *NPROC)
 
     def check(self) -> bool:
-        """Prints what was measured beside its bound, and whether each is kept."""
+        """Prints each result and its bound. Returns whether all results are within their bounds."""
         from megavlm.demo.answers import count_right, expected_answers, read_answers
         from megavlm.demo.data import read_records
         from megavlm.demo.pairs import DIGITS, count_won
@@ -139,28 +139,30 @@ class Tune:
         won = count_won(scores, expected) / (total * (len(DIGITS) - 1))
         before, after = accuracy(self.out / "mediocre_answers"), accuracy(self.out / "dpo_answers")
         full, lora = accuracy(self.full), accuracy(self.out / "lora_answers")
-        share = count_weights(self.out / "lora") / count_weights(self.demo.sft.model.load)
-        console.print(f"\non {total} handwritten digits that were never trained on")
+        share = count_weights(self.out / "lora") / count_weights(self.demo.start)
+        console.print(f"\nresults on {total} handwritten digits that were not used for training")
         kept = [
             _at_least("reward model: pairs won by the right digit", won, REQUIRED_PAIR_ACCURACY),
             _at_least(f"DPO: right answers, {before:.1%} before", after, before + REQUIRED_DPO_GAIN),
-            _at_least(f"LoRA: right answers, {full:.1%} with all weights tuned", lora, full - ALLOWED_LORA_LOSS),
-            _row("LoRA: share of the weights that learns", share, "<", ALLOWED_LORA_SHARE, share < ALLOWED_LORA_SHARE),
+            _at_least(f"LoRA: right answers, {full:.1%} with all weights", lora, full - ALLOWED_LORA_LOSS),
+            _row("LoRA: share of trainable weights", share, "<", ALLOWED_LORA_SHARE, share < ALLOWED_LORA_SHARE),
         ]
         return all(kept)
 
 
 def count_weights(run_folder: Path) -> int:
-    """Numbers in the weights of a run's newest checkpoint, those of its optimizer left out."""
+    """The number of weights in the newest checkpoint of a run, without the state of its optimizer."""
     from megavlm.checkpoint.folders import latest
     from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 
-    tensors = McoreCheckpoint(latest(run_folder / "checkpoints")).tensors
+    checkpoint = latest(run_folder / "checkpoints")
+    assert checkpoint is not None, f"{run_folder} has no checkpoint"
+    tensors = McoreCheckpoint(checkpoint).tensors
     return sum(math.prod(shape) for name, (shape, _) in tensors.items() if not name.startswith("optimizer."))
 
 
 def _at_least(what: str, measured: float, bound: float) -> bool:
-    return _row(what, measured, "≥", bound, measured >= bound - 1e-9)  # of shares that are sums of others
+    return _row(what, measured, "≥", bound, measured >= bound - 1e-9)  # tolerates rounding errors in computed bounds
 
 
 def _row(what: str, measured: float, sign: str, bound: float, kept: bool) -> bool:
@@ -168,5 +170,5 @@ def _row(what: str, measured: float, sign: str, bound: float, kept: bool) -> boo
     return kept
 
 
-if __name__ == "__main__":  # helper processes started by spawn import this file again
+if __name__ == "__main__":  # processes started by spawn import this file again
     sys.exit(main())

@@ -1,1 +1,1 @@
-"""What a run shows while it trains: metrics.jsonl, the terminal, wandb, slow ranks, hangs, samples left out."""
+"""Monitoring of a run: metrics.jsonl, the terminal, wandb, slow ranks, hangs and skipped samples."""

@@ -1,12 +1,12 @@
-"""data_errors.jsonl: the samples that could not be used, each once, and the end of a run that has too many.
+"""data_errors.jsonl lists each skipped sample once; a run with too many broken samples ends.
 
-A line has ``step`` (in whose rows the sample is missing), ``source`` (its name in the metrics), ``sample``
-("file:line", or shard and number), ``kind`` ("broken", "too long", "no target") and ``cause``.
+A line has ``step`` (the step whose rows lack the sample), ``source`` (the source's name in the metrics), ``sample``
+("file:line" or "shard:number"), ``kind`` ("broken", "too long", "no target") and ``cause``.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,17 +18,20 @@ from megavlm.platform import Groups
 from megavlm.platform.collectives import all_gather_objects
 
 FILE_NAME = "data_errors.jsonl"
-_CHECKED_FROM = 100  # samples of a source: of fewer, a single one would be too large a share
-_TOLD = 3  # on the terminal, of each source
+_CHECKED_FROM = 100  # samples of a source before its broken share is checked; before, one could be too large a share
+_TOLD = 3  # skipped samples of each source that are shown on the terminal
 
 
 class DataErrors:
-    """Records the skipped samples of each step. Made on all ranks; the first one writes.
+    """Records the skipped samples of each step. Create it on all ranks; rank 0 writes the file.
 
     Args:
-        output: the run's folder. resume_step: lines of later steps are dropped: they will come again.
-        names: of the sources, in the order of their numbers.
+        output: the run's folder.
+        resume_step: the step from which the run continues. Lines of later steps are removed, because these steps will
+            be repeated.
+        names: the names of the sources, in the order of their numbers.
         max_fraction: ``data.max_bad_fraction``.
+        groups: the process groups of the run.
         say: shows a message on rank 0.
     """
 
@@ -42,21 +45,27 @@ class DataErrors:
         say: Callable[[str], None],
     ):
         self.path, self._names, self._max_fraction, self._say = output / FILE_NAME, names, max_fraction, say
-        self._groups, self._listed, self._first = groups, {}, {}
-        self._drawn, self._broken, self._told = Counter(), Counter(), Counter()  # of each source
+        self._groups = groups
+        self._listed: dict[str, str] = {}  # the kind of each sample in the file
+        self._first: dict[str, SkippedSample] = {}  # the first broken sample of each source
+        # numbers of samples of each source: all, broken ones, and skipped ones that were shown on the terminal
+        self._drawn: Counter[str] = Counter()
+        self._broken: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()
         if dist.get_rank() == 0:
             drop_after(self.path, resume_step)
             self._listed = {line["sample"]: line["kind"] for line in read_lines(self.path)}
 
-    def take(self, step: int, counts: dict[str, float], skipped_samples: list[SkippedSample]) -> dict[str, int]:
+    def take(self, step: int, counts: Mapping[str, float], skipped_samples: list[SkippedSample]) -> dict[str, int]:
         """Records the skipped samples of a step. Call it on all ranks.
 
         Args:
-            counts: of ``StepResult``, the same on all ranks.
-            skipped_samples: of this data rank's rows.
+            step: the step, from 1.
+            counts: the counts of ``StepResult``, equal on all ranks.
+            skipped_samples: those of the rows of this data-parallel rank.
 
         Returns:
-            on rank 0 the fields for metrics.jsonl: ``bad_samples`` and ``dropped_samples``, found so far in this run.
+            The fields for metrics.jsonl, valid on rank 0: ``bad_samples`` and ``dropped_samples`` of the run so far.
 
         Raises:
             UserError: the disk is full.
@@ -75,7 +84,7 @@ class DataErrors:
         return {"bad_samples": kinds[BROKEN], "dropped_samples": kinds.total() - kinds[BROKEN]}
 
     def failure(self) -> UserError | None:
-        """What to raise where a source has more broken samples than ``data.max_bad_fraction``; on all ranks or none."""
+        """The error to raise if the broken share of a source exceeds ``data.max_bad_fraction``; equal on all ranks."""
         for name, drawn in self._drawn.items():
             broken = self._broken[name]
             enough = drawn >= _CHECKED_FROM or self._max_fraction == 0
@@ -83,20 +92,20 @@ class DataErrors:
                 first = self._first[name]
                 return UserError(
                     f"data source {name}: {broken} of {drawn} samples are broken, more than data.max_bad_fraction = "
-                    f"{self._max_fraction:g}; each is named in {self.path}, the first is {first.sample}: {first.cause}",
-                    "mend or remove them, or raise data.max_bad_fraction; the same command continues",
+                    f"{self._max_fraction:g}; {self.path} lists them, the first is {first.sample}: {first.cause}",
+                    "repair or remove them, or raise data.max_bad_fraction; the same command then continues the run",
                 )
         return None
 
     def _gathered(self, skipped_samples: list[SkippedSample]) -> list[SkippedSample]:
-        """All data ranks' skipped samples, on all ranks."""
+        """The skipped samples of all data-parallel ranks, on all ranks."""
         mine = skipped_samples if self._groups.is_leader else []
         return [skipped for of_rank in all_gather_objects(mine, self._groups.world_host) for skipped in of_rank]
 
     def _write(self, step: int, skipped_samples: list[SkippedSample]) -> None:
         lines = []
         for skipped in skipped_samples:
-            if skipped.sample in self._listed:  # it came in an earlier epoch
+            if skipped.sample in self._listed:  # it was already skipped in an earlier epoch
                 continue
             self._listed[skipped.sample] = skipped.kind
             name = self._names[skipped.source_id]
@@ -110,8 +119,8 @@ class DataErrors:
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             self._told[name] += 1
             if self._told[name] <= _TOLD:
-                self._say(f"{skipped.kind} sample left out: {skipped.sample}: {skipped.cause}")
+                self._say(f"{skipped.kind} sample skipped: {skipped.sample}: {skipped.cause}")
             if self._told[name] == _TOLD:
-                self._say(f"more such samples of {name} are named in {self.path} alone")
+                self._say(f"further skipped samples of {name} are listed only in {self.path}")
         if lines:
             append_lines(self.path, lines)

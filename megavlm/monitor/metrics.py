@@ -1,41 +1,43 @@
-"""metrics.jsonl: one JSON line per reported training step, and one for each step that was skipped.
+"""metrics.jsonl: one JSON line for each reported training step and for each skipped step.
 
-Fields that every line has (`REQUIRED`); a trainer may add its own, such as `moe_aux_loss`:
+All lines have these fields (`REQUIRED`); a trainer may add its own, such as `moe_aux_loss`:
 
-    step                optimizer steps done, from 1
-    loss                the step's loss, averaged over the global count of targets
-    lr                  learning rate that the step used
+    step                number of the optimizer step, from 1
+    loss                loss of the step, averaged over the targets of the global batch
+    lr                  learning rate of the step
     grad_norm           norm of the whole gradient before clipping
-    grad_norm/PART      the same of one part: vision, projector, language; 0.0 where the part is frozen
-    tokens              useful tokens of the step over all ranks: padding is left out
-    target_tokens       those of them that are predicted
-    images              pictures in them
-    packing             useful share of the rows, 0 to 1
+    grad_norm/PART      gradient norm of one part: vision, projector, language; 0.0 if the part is frozen
+    tokens              tokens of the step over all ranks, without padding
+    target_tokens       number of these tokens that are targets
+    images              pictures in the step
+    packing             share of the rows that is not padding, 0 to 1
     seconds             wall-clock time of the step
     tokens_per_second   tokens / seconds, over all ranks
-    model_tflops        model TFLOP/s of one device: what the mathematics needs, without recomputation and padding
-    mfu                 model_tflops over the device's bf16 peak, 0 to 1; null where the peak is not known (CPU)
-    memory_gib          peak memory of rank 0's process: allocated on a GPU, resident on a CPU
+    model_tflops        model TFLOP/s per device: the operations that the model needs, without recomputation and padding
+    mfu                 model_tflops over the device's bf16 peak, 0 to 1; null if the peak is not known (CPU)
+    memory_gib          peak memory of rank 0's process: allocated memory on a GPU, resident memory on a CPU
 
-Those that the training loop adds:
+The training loop adds these fields:
 
-    skipped             1: the loss or a gradient was not finite and the step changed nothing; otherwise 0
-    videos, samples     in the rows, over all ranks
-    frames              of pictures and videos in the rows, and frames_encoded: how often the tower encoded one
-    seconds_data        longest wait of a data rank for its rows
-    seconds_tower       time in which a rank encodes its frames and walks back through them, mean over ranks;
-                        waiting for other ranks is left out
-    seconds_tower_max   the same of the slowest rank
-    tower_imbalance     seconds_tower_max / seconds_tower, from 1; null where no rank took any time
-    slowest_rank        rank with the most of both together: its own waiting for rows and its own time in the tower
-    loss/NAME           with several sources of data: the loss of one of them over its own targets; null without any
-    lr/PART             with train.lr_scale or train.unfreeze_after: the learning rate of a part, 0.0 while it is frozen
-    samples/NAME        and target_tokens/NAME: how many of the step's came from it
-    bad_samples         samples that could not be read, found so far in this run (each once), and dropped_samples: sound
-                        ones that fit no row; data_errors.jsonl names them
-    seconds_checkpoint  time that rank 0 has waited for checkpoints since the line before; not part of seconds
+    skipped             1 if the loss or a gradient was NaN or infinite, so that the step was skipped; otherwise 0
+    videos, samples     videos and samples in the rows, over all ranks
+    frames              frames of pictures and videos in the rows
+    frames_encoded      how many frames the tower encoded
+    seconds_data        longest time that a data-parallel rank waited for its rows
+    seconds_tower       time that a rank needed for the forward and backward pass of its frames, without waiting for
+                        other ranks; mean over ranks
+    seconds_tower_max   the same time on the slowest rank
+    tower_imbalance     seconds_tower_max / seconds_tower, at least 1; null if no rank needed any time
+    slowest_rank        rank with the largest sum of its waiting time for rows and its time in the tower
+    loss/NAME           with several data sources: loss of one of them over its own targets; null if it has none
+    lr/PART             with train.lr_scale or train.unfreeze_after: learning rate of a part, 0.0 while it is frozen
+    samples/NAME        samples of the step from this source
+    target_tokens/NAME  targets of the step from this source
+    bad_samples         distinct samples of the run so far that could not be read; data_errors.jsonl lists them
+    dropped_samples     distinct valid samples of the run so far that do not fit into a row; also in data_errors.jsonl
+    seconds_checkpoint  time that rank 0 has waited for checkpoints since the previous line; not part of seconds
 
-A number that is not finite is written as null: NaN is not JSON.
+NaN and infinite numbers are written as null, because JSON does not have them.
 """
 
 import contextlib
@@ -72,15 +74,15 @@ REQUIRED = (
 def throughput(
     tokens: int, row_tokens: int, seconds: float, model_flops: float, num_devices: int, peak_flops: float | None
 ) -> dict[str, float | None]:
-    """The derived fields of a line.
+    """Computes the derived fields of a line.
 
     Args:
-        tokens: useful tokens of the step over all ranks.
-        row_tokens: places in its rows: global_batch_size × seq_length.
+        tokens: tokens of the step over all ranks, without padding.
+        row_tokens: tokens of the step including padding: global_batch_size × seq_length.
         seconds: wall-clock time of the step.
         model_flops: floating-point operations of the step over all ranks (`megavlm.model.flops.step_flops`).
-        num_devices: ranks of the run.
-        peak_flops: bf16 peak of one device in FLOP/s, None where unknown (`megavlm.model.flops.peak_flops`).
+        num_devices: number of ranks of the run.
+        peak_flops: bf16 peak of one device in FLOP/s, None if unknown (`megavlm.model.flops.peak_flops`).
 
     Returns:
         packing, seconds, tokens_per_second, model_tflops and mfu.
@@ -96,13 +98,13 @@ def throughput(
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl of an output folder; each line is flushed, so that a killed run loses none.
+    """Appends to metrics.jsonl of an output folder. Each line is flushed, so that a killed run loses no lines.
 
     Args:
-        output_dir: the run's folder; it exists.
-        resume_step: step that the run continues from. Lines of later steps are dropped (they will be written again),
-            and so is a last line that a kill cut short. 0 starts the file anew.
-        enabled: False on all ranks but 0, where every call does nothing.
+        output_dir: the run's folder; it must exist.
+        resume_step: the step from which the run continues. Lines of later steps are removed, because they will be
+            written again; an incomplete last line is removed, too. 0 starts with an empty file.
+        enabled: False on all ranks except rank 0; then all calls do nothing.
     """
 
     def __init__(self, output_dir: str | Path, resume_step: int = 0, enabled: bool = True):
@@ -114,9 +116,9 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends one line. Values are plain numbers, None, or scalars with `.item()` (tensors, numpy).
+        """Appends one line. Values are plain numbers, None, or scalars with `.item()` (torch, numpy).
 
-        Raises UserError where the disk is full.
+        Raises UserError if the disk is full.
         """
         if self._file is None:
             return
@@ -129,7 +131,7 @@ class MetricsWriter:
         except OSError as error:
             file, self._file = self._file, None
             with contextlib.suppress(OSError):
-                file.close()  # it tries to write again
+                file.close()  # close() tries to write the buffer again and fails, too
             raise _disk_failure(self.path, error) from None
 
     def close(self) -> None:
@@ -146,24 +148,23 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl (or of the one in a folder), oldest first.
+    """The lines of a metrics.jsonl (or of that in a folder), oldest first; none if the file is missing.
 
-    A line that is not a JSON object with a step is left out: a kill can cut the last one short. A missing file has no
-    lines.
+    Lines that are not a JSON object with a step are ignored, because the last line may be incomplete after a kill.
     """
     path = Path(path)
     return read_lines(path / FILE_NAME if path.is_dir() else path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file in which each has a step; none where there is no such file."""
+    """The complete lines of a file in which each line has a step; none if the file is missing."""
     if not path.exists():
         return []
     return [line for _, line in _parse(path.read_text(encoding="utf-8", errors="replace"))]
 
 
 def append_lines(path: Path, lines: list[str]) -> None:
-    """Appends to a file of lines. Raises UserError where the disk is full."""
+    """Appends lines to a file. Raises UserError if the disk is full."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(lines)
@@ -174,13 +175,13 @@ def append_lines(path: Path, lines: list[str]) -> None:
 def _disk_failure(path: Path, error: OSError) -> UserError:
     free = shutil.disk_usage(path.parent).free / 1e9
     return UserError(
-        f"cannot write {path}: {error.strerror}; {free:.3g} GB are free there",
-        "make room, then start the same command again: it continues from the newest checkpoint",
+        f"cannot write {path}: {error.strerror}; {free:.3g} GB are free on this disk",
+        "free some space and start the same command again; it continues from the newest checkpoint",
     )
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Leaves in `path` only whole lines of steps up to `step`, in one atomic replacement, if there is such a file."""
+    """If the file exists, atomically removes all incomplete lines and the lines of steps after `step`."""
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -190,7 +191,7 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def _parse(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """(raw line, parsed line) of each whole line."""
+    """(raw line, parsed line) for each complete line."""
     lines = []
     for raw in text.split("\n"):
         try:

@@ -1,4 +1,4 @@
-"""What a training run shows on the terminal: a header, then a live bar, or plain lines where there is no terminal."""
+"""The terminal output of a training run: a header, then a live progress bar, or plain lines without a terminal."""
 
 import sys
 import time
@@ -15,24 +15,25 @@ from rich.text import Text
 
 from megavlm.base.number_format import duration, number, percent, short
 
-RECENT_STEPS = 50  # steps that the remaining time is estimated from
+RECENT_STEPS = 50  # number of recent steps from which the remaining time is estimated
 
 
 class Progress:
-    """Shows the steps of a run; use it as a context manager.
+    """Shows the steps of a run. Use it as a context manager.
 
-    On a terminal: a bar with the newest numbers under it, redrawn four times a second, and above it whatever is
-    printed meanwhile. Elsewhere (a SLURM log, a pipe): one line for the first step, each `every` steps and the last.
+    On a terminal, it shows a progress bar with the latest numbers below it, redrawn four times a second, and messages
+    above it. Without a terminal (a SLURM log, a pipe), it prints a line for the first step, for the last step, and for
+    each step that is a multiple of `every`.
 
     Args:
-        total_steps: steps of the whole run, those before a resume included.
-        start_step: step that the run continues from, 0 for a new one.
+        total_steps: number of steps of the whole run, including those before a resume.
+        start_step: the step from which the run continues, 0 for a new run.
         title: heading of the header, such as "pretrain · stage 0".
         header: name → text, the rows of the header (model, layout, data, output …).
-        every: steps between two lines where there is no terminal.
-        enabled: False on all ranks but 0, where every call does nothing.
-        stream: where to write; standard output unless given.
-        width: columns of the display; the terminal's own unless given.
+        every: number of steps between two lines if there is no terminal.
+        enabled: False on all ranks except rank 0; then all calls do nothing.
+        stream: the output stream; default: standard output.
+        width: width of the display in columns; default: that of the terminal.
     """
 
     def __init__(
@@ -85,13 +86,13 @@ class Progress:
         self._step, self._line = line["step"], dict(line)
         self._seconds.append(line["seconds"])
         if self._step - self._start == 2 and len(self._seconds) == 2:
-            self._seconds.popleft()  # the first step also warms up: kernels, caches, data workers
+            self._seconds.popleft()  # the first step includes warm-up: kernels, caches, data workers
         first, last = self._step == self._start + 1, self._step == self.total_steps
         if not self.is_terminal and (first or last or self._step % self.every == 0):
             print(plain_line(line, self.total_steps, self.remaining_seconds()), file=self._stream, flush=True)
 
     def say(self, message: str) -> None:
-        """Prints a message, above the bar if there is one: a checkpoint written, a warning, the end."""
+        """Prints a message, such as a warning or a written checkpoint; above the bar if there is one."""
         if not self.enabled:
             return
         if self.is_terminal:
@@ -100,13 +101,13 @@ class Progress:
             print(message, file=self._stream, flush=True)
 
     def remaining_seconds(self) -> float | None:
-        """Estimate from the mean of the latest steps; None before the first one."""
+        """The estimated remaining time, from the mean of the latest steps; None before the first step."""
         if not self._seconds:
             return None
         return (self.total_steps - self._step) * sum(self._seconds) / len(self._seconds)
 
     def _show_header(self) -> None:
-        title = self.title + (f" · continues after step {self._start}" if self._start else "")
+        title = self.title + (f" · continued after step {self._start}" if self._start else "")
         if self.is_terminal:
             grid = Table.grid(padding=(0, 2))
             grid.add_column(style="dim", no_wrap=True)
@@ -137,7 +138,7 @@ class Progress:
 
 
 def _fill_lines(details: list[Text], width: int) -> list[Text]:
-    """The details side by side on as many lines as they need; none is cut in two."""
+    """Arranges the details on as many lines as they need, without a line break inside a detail."""
     lines = [details[0]]
     for fact in details[1:]:
         joined = Text.assemble(lines[-1], "  ", fact)
@@ -149,13 +150,13 @@ def _fill_lines(details: list[Text], width: int) -> list[Text]:
 
 
 def plain_line(line: Mapping[str, Any], total_steps: int, remaining_seconds: float | None) -> str:
-    """One step as one line of text, its columns aligned with those of the other steps."""
+    """One step as one line of text, with columns aligned to those of the other steps."""
     details = "  ".join(f"{name} {value:<{width}}" for name, value, _, width in _facts(line))
     return f"step {line['step']:>{len(str(total_steps))}}/{total_steps}  {details}  left {duration(remaining_seconds)}"
 
 
 def _facts(line: Mapping[str, Any]) -> list[tuple[str, str, str, int]]:
-    """(name, value, style, width in a plain line) of the numbers shown."""
+    """(name, value, style, width in a plain line) for each number that is shown."""
     details = [
         ("loss", number(line["loss"]), "bold green", 6),
         ("lr", f"{line['lr']:.2e}", "", 8),

@@ -1,4 +1,4 @@
-"""Everything that a run shows and records while it trains: terminal, metrics.jsonl, wandb, data_errors.jsonl."""
+"""All outputs of a run during training: the terminal, metrics.jsonl, wandb and data_errors.jsonl."""
 
 import contextlib
 from collections.abc import Mapping
@@ -14,12 +14,15 @@ from megavlm.platform import Groups
 
 
 class RunMonitor:
-    """Made on all ranks and used as a context manager; the first rank writes.
+    """Shows and records the steps of a run. Create it on all ranks and use it as a context manager; rank 0 writes.
 
     Args:
-        title, header: see ``Progress``.
-        first_step: step that the run continues from; lines of later steps in its files are dropped.
-        is_first: whether this is the first rank.
+        settings: the settings of the run.
+        title: see ``Progress``.
+        header: see ``Progress``.
+        first_step: the step from which the run continues; lines of later steps in its files are removed.
+        groups: the process groups of the run.
+        is_first: whether this is rank 0.
     """
 
     def __init__(
@@ -33,8 +36,11 @@ class RunMonitor:
         is_first: bool,
     ):
         self._settings, self._first_step, self._groups, self._is_first = settings, first_step, groups, is_first
+        assert settings.output is not None, "a run requires output"
+        assert settings.train.steps is not None, "a run requires train.steps"
+        self._output = settings.output
         self._progress = Progress(settings.train.steps, first_step, title, header, enabled=is_first)
-        self._metrics = MetricsWriter(settings.output, first_step, enabled=is_first)
+        self._metrics = MetricsWriter(self._output, first_step, enabled=is_first)
 
     def __enter__(self) -> "RunMonitor":
         settings, data = self._settings, self._settings.data
@@ -42,7 +48,7 @@ class RunMonitor:
             stack.enter_context(self._progress)
             stack.enter_context(self._metrics)
             self._errors = DataErrors(
-                settings.output, self._first_step, data.source_names, data.max_bad_fraction, self._groups, self.say
+                self._output, self._first_step, data.source_names, data.max_bad_fraction, self._groups, self.say
             )
             self._wandb = WandbLog(settings, enabled=self._is_first, warn=self.say)
             self._stack = stack.pop_all()
@@ -52,7 +58,7 @@ class RunMonitor:
         self._stack.close()
 
     def say(self, message: str) -> None:
-        """Shows a message on the terminal, above the bar if there is one."""
+        """Shows a message on the terminal, above the progress bar if there is one."""
         self._progress.say(message)
 
     def count_samples(
@@ -62,16 +68,16 @@ class RunMonitor:
         return self._errors.take(step, counts, skipped_samples)
 
     def data_failure(self) -> UserError | None:
-        """What to raise if too large a share of a data source is broken (see ``DataErrors.failure``)."""
+        """The error to raise if the broken share of a data source is too large (see ``DataErrors.failure``)."""
         return self._errors.failure()
 
     def record(self, line: Mapping[str, float | int | None], *, logged: bool) -> None:
-        """Shows a step's line on the terminal and, if it is ``logged``, writes it to metrics.jsonl and wandb."""
+        """Shows the line of a step on the terminal and, if ``logged``, writes it to metrics.jsonl and wandb."""
         if logged:
             self._metrics.write(line)
             self._wandb.log(line)
         self._progress.update(line)
 
     def finish(self, *, failed: bool = False) -> None:
-        """Ends the wandb run, as a failed one if it has failed."""
+        """Ends the wandb run; ``failed`` marks it as failed."""
         self._wandb.finish(exit_code=int(failed))

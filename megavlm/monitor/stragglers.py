@@ -1,7 +1,8 @@
-"""Who holds a step up: each rank's own time in the phases whose work differs from rank to rank.
+"""Finds slow ranks: measures the time of each rank in the phases whose duration differs between ranks.
 
-Every other phase ends in a collective and takes as long as on the slowest rank, whoever that is. Reading rows, on a
-group's leader, and encoding frames, before their features are exchanged, do not wait for another rank.
+All other phases end in a collective and take as long as on the slowest rank, so their time does not show which rank is
+slow. Reading rows (on the leader of a model-parallel group) and encoding frames (before their features are exchanged)
+do not wait for other ranks.
 """
 
 import time
@@ -16,10 +17,10 @@ from megavlm.platform import mark, seconds_between
 
 
 class Stragglers:
-    """Times this rank's own work in a step, and compares it with the other ranks'.
+    """Measures the time of this rank's own work in a step, and compares it with that of the other ranks.
 
     Args:
-        group: all ranks, on the host network.
+        group: all ranks, in a group for host tensors.
     """
 
     def __init__(self, group: dist.ProcessGroup):
@@ -27,11 +28,12 @@ class Stragglers:
         self.start()
 
     def start(self) -> None:
-        """A step begins."""
-        self._data, self._marks = 0.0, []
+        """Starts the measurement of a step."""
+        self._data = 0.0
+        self._marks: list[tuple[torch.cuda.Event | float, torch.cuda.Event | float]] = []
 
     def rows(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """The same rows; the wait for each is counted."""
+        """Yields the same rows and measures the time to wait for each."""
         while True:
             began = time.perf_counter()
             try:
@@ -44,15 +46,16 @@ class Stragglers:
 
     @contextmanager
     def tower(self) -> Iterator[None]:
-        """Around what the tower computes on this rank alone."""
+        """A context for the tower's own work on this rank; measures its time."""
         start = mark()
         yield
         self._marks.append((start, mark()))
 
     def fields(self) -> dict[str, float | int | None]:
-        """For metrics.jsonl (``megavlm.monitor.metrics``), on rank 0; {} on the others. Call it on all ranks.
+        """The fields for metrics.jsonl (``megavlm.monitor.metrics``) on rank 0, {} elsewhere. Call it on all ranks.
 
-        It waits for nothing: the step's norms have been read since, which the device computed after the tower's work.
+        It does not have to wait for the device: the gradient norms, which the device computes after the tower's work,
+        have already been read.
         """
         own = torch.tensor([self._data, sum(seconds_between(*pair) for pair in self._marks)], dtype=torch.float64)
         all_ranks = [torch.empty_like(own) for _ in range(self._group.size())] if self._group.rank() == 0 else None

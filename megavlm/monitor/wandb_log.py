@@ -1,28 +1,31 @@
-"""Weights & Biases: the lines of metrics.jsonl as curves there, without ever standing in the way of training."""
+"""Logs the lines of metrics.jsonl to Weights & Biases. Errors of W&B never interrupt training."""
 
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from megavlm.config.settings import Settings
 
-FOLDER = "wandb"  # within the output folder: W&B's own files, and the run's id
+if TYPE_CHECKING:
+    import wandb
+
+FOLDER = "wandb"  # within the output folder: W&B's files and the run's id
 ID_FILE = "run_id"
 
 
 class WandbLog:
-    """One run at Weights & Biases, continued under the same id when training continues.
+    """One run at Weights & Biases. It continues under the same id when training continues.
 
-    Whatever goes wrong there (no network, a wrong key, a full disk) is said once and then training goes on without:
-    from online to offline when the run cannot start, from either to nothing when a line cannot be logged.
+    An error of W&B (no network, a wrong key, a full disk) is reported once, and training continues. If the run cannot
+    start online, it is logged offline; if it cannot start offline or a line cannot be logged, logging ends.
 
     Args:
-        settings: of the run; `log.wandb.mode` is "auto": online where WANDB_API_KEY is set, otherwise offline; "off":
-            wandb is not even imported; "offline": files that `wandb sync` uploads later; or "online". W&B's files go
-            to the output folder's `wandb/`, and nowhere else.
-        enabled: False on all ranks but 0, where every call does nothing.
-        warn: called with a message where something goes wrong (`Progress.say`).
+        settings: the settings of the run. `log.wandb.mode` is "online"; "offline": files that `wandb sync` can upload
+            later; "auto": online if WANDB_API_KEY is set, otherwise offline; or "off": wandb is not even imported. All
+            files of W&B are written to `wandb/` in the output folder.
+        enabled: False on all ranks except rank 0; then all calls do nothing.
+        warn: called with a message if an error occurs (`Progress.say`).
     """
 
     def __init__(
@@ -31,8 +34,9 @@ class WandbLog:
         enabled: bool = True,
         warn: Callable[[str], None] = print,
     ):
+        assert settings.output is not None, "a run requires output"
         self._warn = warn
-        self._run = None
+        self._run: wandb.Run | None = None
         self._folder = settings.output / FOLDER
         self.mode = _resolve(settings.log.wandb.mode) if enabled else "off"
         if self.mode == "online" and not self._start("online", settings):
@@ -50,37 +54,37 @@ class WandbLog:
             self._give_up("cannot log", error)
 
     def finish(self, exit_code: int = 0) -> None:
-        """Ends the run, online after its last lines are uploaded. `exit_code` other than 0 marks it as failed."""
+        """Ends the run; an online run first uploads its last lines. An `exit_code` other than 0 marks it as failed."""
         if self._run is None:
             return
         try:
             import wandb
 
             self._run.finish(exit_code=exit_code)
-            wandb.teardown()  # ends W&B's helper process; before that the file may not be whole
+            wandb.teardown()  # ends W&B's helper process; until then its file may be incomplete
         except Exception as error:
             self._give_up("cannot end the run", error)
         self._run = None
 
     @property
     def description(self) -> str:
-        """For the header of a run: where its curves are."""
+        """Where the logs of the run are, for the run's header."""
         if self._run is None:
             return "off"
         if self.mode == "offline":
             return f"offline, files in {self._folder}"
         return self._run.url or "online"
 
-    def _start(self, mode: str, settings: Settings) -> bool:
+    def _start(self, mode: Literal["online", "offline"], settings: Settings) -> bool:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for kind in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):  # the home folder may be full, or not there
+            for kind in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):  # not in the home folder, which may be full or missing
                 os.environ.setdefault(f"WANDB_{kind}_DIR", str(self._folder / kind.lower()))
-            os.environ.setdefault("WANDB_SILENT", "true")  # the setting alone lets the log-in speak
+            os.environ.setdefault("WANDB_SILENT", "true")  # wandb.Settings(silent=True) does not silence the log-in
             import wandb
 
-            wandb.teardown()  # forgets an attempt to start online that has failed
-            self._run = wandb.init(
+            wandb.teardown()  # discards the state of a failed attempt to start online
+            self._run = run = wandb.init(
                 project=settings.log.wandb.project,
                 name="/".join(self._folder.parent.absolute().parts[-2:]),
                 id=self._run_id(),
@@ -90,24 +94,24 @@ class WandbLog:
                 config=settings.model_dump(mode="json", by_alias=True),
                 settings=wandb.Settings(silent=True, console="off", init_timeout=30, disable_code=True),
             )
-            # The step is an axis of its own: after a resume, steps come again that W&B's counter has passed
-            self._run.define_metric("step")
-            self._run.define_metric("*", step_metric="step")
+            # W&B's own step counter cannot go back, but steps are repeated after a resume, so use our step as the axis.
+            run.define_metric("step")
+            run.define_metric("*", step_metric="step")
         except Exception as error:
-            remedy = "continuing offline" if mode == "online" else "continuing without"
-            self._warn(f"warning: wandb does not start {mode} ({_first_line(error)}); {remedy}")
+            remedy = "continuing offline" if mode == "online" else "continuing without wandb"
+            self._warn(f"warning: wandb cannot start {mode} ({_first_line(error)}); {remedy}")
             return False
         return True
 
     def _run_id(self) -> str:
-        """The id of an earlier part of this run, or a new one."""
+        """The id of an earlier part of this run, or a new id."""
         file = self._folder / ID_FILE
         if not file.exists():
             file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
         return file.read_text(encoding="utf-8").strip()
 
     def _give_up(self, what: str, error: Exception) -> None:
-        self._warn(f"warning: wandb {what} ({_first_line(error)}); continuing without")
+        self._warn(f"warning: wandb {what} ({_first_line(error)}); continuing without wandb")
         self._run, self.mode = None, "off"
 
 

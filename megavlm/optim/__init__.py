@@ -1,1 +1,1 @@
-"""Gradient buffers, optimizers, schedules and gradient statistics, one set for each part of the model that learns."""
+"""Gradient buffers, optimizers, schedules and gradient statistics, one set for each trainable part of the model."""

@@ -1,13 +1,13 @@
-"""GaLore: Adam whose moments live in a low-rank projection of each gradient (arXiv:2403.03507).
+"""GaLore: Adam with moments of a low-rank projection of each gradient (arXiv:2403.03507).
 
-Of a weight W [m, n], m ≤ n, with gradient G, P [m, r] is the r first left singular vectors of G, renewed every
-N steps, and
+For a weight W [m, n] with m ≤ n and gradient G, the projector P [m, r] consists of the first r left singular vectors
+of G. It is computed again every N steps. Then
 
-    R = Pᵀ G                       [r, n]: what Adam sees, with its usual moments and bias correction
+    R = Pᵀ G                       [r, n]: the input of Adam, with its usual moments and bias correction
     W ← W − lr · (α · P · Adam(R) + weight_decay · W)
 
-and mirrored with right singular vectors where m > n. All weights learn; the state is (m + 2 n) r numbers instead of
-2 m n. Moments stay as they are when P is renewed, as in the authors' code.
+If m > n, the right singular vectors are used in the same way. All weights are trained. The state has (m + 2 n) r
+numbers instead of 2 m n. The moments are kept when P changes, as in the authors' code.
 """
 
 from collections.abc import Iterable
@@ -15,25 +15,35 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 
 class GaLore(torch.optim.Optimizer):
-    """AdamW with decoupled weight decay as ``torch.optim.AdamW`` has it, and projected moments of matrices.
+    """AdamW with decoupled weight decay as in ``torch.optim.AdamW``, and projected moments for matrices.
 
-    A tensor that is no matrix, has a side of at most ``rank``, or is in ``whole``, is updated by plain AdamW.
+    A tensor that is not a matrix, has a side of at most ``rank``, or is in ``whole``, is updated by plain AdamW.
 
     Args:
-        params: as torch's optimizers take them; keys ``lr`` and ``weight_decay`` of a group count for it.
-        lr, betas, eps, weight_decay: AdamW's.
-        rank: r. update_every: N, steps between two projectors. scale: α.
+        params: as for torch's optimizers; a group may have its own ``lr`` and ``weight_decay``.
+        lr: AdamW's learning rate.
+        betas: AdamW's decay rates of the moments.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's weight decay.
+        rank: r, the rank of the projection.
+        update_every: N, the number of steps between two computations of the projectors.
+        scale: α, the scale of the update.
         whole: tensors that are not projected.
-        group: ranks that hold the same weights and gradients; a matrix's projector comes from one of them, so that no
-            difference between two devices' eigenvectors can part the replicas. None: this process alone.
+        group: ranks with the same weights and gradients. One of them computes the projector of a matrix and broadcasts
+            it, so that differences between the eigenvectors of two devices cannot make the replicas diverge. None:
+            only this process.
+
+    Attributes:
+        steps: the number of updates so far, the same for all tensors.
     """
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         *,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -48,7 +58,7 @@ class GaLore(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.betas, self.eps = betas, eps
         self.rank, self.update_every, self.scale = rank, update_every, scale
-        self.steps = 0  # all tensors are updated together
+        self.steps = 0
         self._whole, self._group = set(whole), group
 
     def is_projected(self, weight: Tensor) -> bool:
@@ -56,7 +66,7 @@ class GaLore(torch.optim.Optimizer):
         return weight.ndim == 2 and min(weight.shape) > self.rank and weight not in self._whole
 
     def state_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
-        """Shapes of this tensor's state; all of it has the tensor's own dtype."""
+        """Shapes of this tensor's state; all state tensors have the dtype of the tensor."""
         if not self.is_projected(weight):
             return dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(weight.shape))
         m, n = weight.shape
@@ -64,13 +74,13 @@ class GaLore(torch.optim.Optimizer):
         return {"exp_avg": moments, "exp_avg_sq": moments, "projector": (min(m, n), self.rank)}
 
     def fill(self) -> None:
-        """Gives every tensor the state of one that has seen nothing; one that has a state keeps it."""
+        """Creates the initial state of all tensors that have none yet."""
         for weight in (w for group in self.param_groups for w in group["params"] if not self.state[w]):
             self.state[weight] = {name: weight.new_zeros(shape) for name, shape in self.state_shapes(weight).items()}
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """One update of every tensor from its ``grad``; those without one stay."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
+        """Updates each tensor that has a ``grad``."""
         assert closure is None
         self.fill()
         if self.steps % self.update_every == 0:
@@ -81,7 +91,7 @@ class GaLore(torch.optim.Optimizer):
                 self._update(weight, group["lr"], group["weight_decay"])
 
     def _renew(self) -> None:
-        """New projectors for all matrices: each rank of ``group`` works out its share of them, and all get all."""
+        """Computes new projectors of all matrices: each rank of ``group`` computes its share and broadcasts it."""
         weights = [w for group in self.param_groups for w in group["params"] if w.grad is not None]
         weights = [w for w in weights if self.is_projected(w)]
         ranks, rank = (self._group.size(), self._group.rank()) if self._group is not None else (1, 0)
@@ -107,11 +117,12 @@ class GaLore(torch.optim.Optimizer):
 
 
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
-    """The first ``rank`` left singular vectors of a floating [m, n], m ≤ n, as [m, rank] of its dtype, largest first.
+    """The first ``rank`` left singular vectors of a floating [m, n] matrix, m ≤ n, as [m, rank] of the same dtype.
 
-    They are eigenvectors of the [m, m] product with its transpose, at a fraction of a decomposition's cost; in float64,
-    since its eigenvalues are the singular values squared. The largest entry of each is positive: moments live through a
-    renewal, so that signs matter.
+    They are the eigenvectors of the matrix times its transpose, [m, m], which costs a fraction of a singular value
+    decomposition. It is computed in float64, because the eigenvalues are the squares of the singular values. The signs
+    are chosen such that the largest entry of each vector is positive: moments are kept when the projector changes, so
+    the signs must be reproducible.
     """
     matrix64 = matrix.double()
     _, vectors = torch.linalg.eigh(matrix64 @ matrix64.T)  # ascending

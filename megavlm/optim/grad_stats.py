@@ -1,4 +1,4 @@
-"""Loss and gradient norms of a step, the same on every rank, and whether any of them is NaN or infinite."""
+"""Loss and gradient norms of a step, equal on all ranks, and whether any of them is NaN or infinite."""
 
 import math
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from megavlm.model.vlm import PARTS
 
 @dataclass(frozen=True)
 class GradStats:
-    """The numbers of a step, the same on every rank.
+    """The statistics of a step, equal on all ranks.
 
     Attributes:
-        loss: averaged over the global count of targets.
-        norms: ``grad_norm`` before clipping and ``grad_norm/PART`` for each part, 0.0 where it is frozen.
-        non_finite: what is NaN or infinite on some rank: "loss" and the parts whose gradient is; [] in a good step.
-        sums: of the objective, over the global batch.
+        loss: the loss, averaged over the targets of the global batch.
+        norms: ``grad_norm`` before clipping and ``grad_norm/PART`` for each part, 0.0 if the part is frozen.
+        non_finite: "loss" if the loss is NaN or infinite on some rank, and the parts for whose gradient this holds.
+        sums: the sums of the objective over the global batch.
     """
 
     loss: float
@@ -28,13 +28,13 @@ class GradStats:
 
 
 def read_grad_stats(totals: Tensor, weight: float, squares: Tensor) -> GradStats:
-    """Brings the loss, the gradient norms and the objective's sums to the host, in one read.
+    """Copies the loss, the gradient norms and the objective's sums to the host in one transfer.
 
-    If only the rank that saw a NaN skipped its update, its weights would differ from the other ranks' from then on.
-    So the flags are summed over all ranks; they stay on the device until everything is read at once.
+    If only a rank with a NaN skipped its update, its weights would differ from those of the other ranks from then on.
+    The flags are therefore summed over all ranks. They stay on the device until everything is copied at once.
 
     Args:
-        totals: float32 [sums] on the device, the objective's sums over the global batch; the first is the loss's.
+        totals: float32 [sums] on the device, the objective's sums over the global batch; the first is that of the loss.
         weight: sum of the loss weights over the global batch.
         squares: float32 [parts] on the device, squared gradient norm of each part.
     """
@@ -44,7 +44,7 @@ def read_grad_stats(totals: Tensor, weight: float, squares: Tensor) -> GradStats
     bad = (~values.isfinite()).float()
     dist.all_reduce(bad)
     read = torch.cat([values, bad, totals]).tolist()
-    (loss, *squares), flags, sums = read[: len(values)], read[len(values) : 2 * len(values)], read[2 * len(values) :]
-    norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares, strict=True)}
+    (mean, *of_parts), flags, sums = read[: len(values)], read[len(values) : 2 * len(values)], read[2 * len(values) :]
+    norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, of_parts, strict=True)}
     names = [name for name, flag in zip(("loss", *PARTS), flags, strict=True) if flag]
-    return GradStats(loss, {"grad_norm": math.sqrt(sum(squares)), **norms}, names, sums)
+    return GradStats(mean, {"grad_norm": math.sqrt(sum(of_parts)), **norms}, names, sums)

@@ -1,39 +1,63 @@
-"""GaLore in the training loop: put under Megatron's optimizers, and its state in a checkpoint.
+"""GaLore inside Megatron's optimizers, and its state in checkpoints.
 
-Megatron's FP32Optimizer and Float16OptimizerWithFloat16Params own the float32 weights, the gradients and their norms;
-of the optimizer inside they want parameter groups and ``step``. So they are made around plain SGD, which has no state,
-and GaLore takes its place. Tensor ranks project their own pieces of a matrix; every data rank holds all of the state.
+Megatron's FP32Optimizer and Float16OptimizerWithFloat16Params own the float32 weights, the gradients and their norms.
+From the optimizer that they wrap, they need only parameter groups and ``step``. They are therefore created around plain
+SGD, which has no state, and GaLore replaces it afterwards. Tensor-parallel ranks project their own shards of a matrix.
+Each data-parallel rank has the complete state.
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import Router
 from torch import Tensor, nn
 
 from megavlm.base.errors import UserError
+from megavlm.config.train_section import TrainSettings
 from megavlm.optim.galore import GaLore
 
-# Settings of the layout that decide which piece of a matrix a rank holds, and under which number.
+# Settings of the layout that determine which shard of a matrix a rank has, and the number of that shard.
 _CUTS = (
     *("tensor", "pipeline", "virtual_pipeline", "first_stage_layers", "last_stage_layers"),
     *("expert", "expert_tensor"),
 )
 
 
-def put_inside(optimizer: MegatronOptimizer, modules: list[nn.Module], train, groups) -> None:
-    """Replaces what is inside one of Megatron's optimizers by GaLore over the same float32 weights.
+class PartOptimizers(Protocol):
+    """The part of ``optim.optimizers.Optimizers`` that this module uses."""
+
+    train: TrainSettings
+    parts: dict[str, list[MegatronOptimizer]]
+
+    def groups_of(self, part: str) -> ProcessGroupCollection:
+        """The process groups of a part."""
+
+    def updates(self, part: str) -> int:
+        """The number of updates of the weights of a part."""
+
+
+def put_inside(
+    optimizer: MegatronOptimizer, modules: list[nn.Module], train: TrainSettings, groups: ProcessGroupCollection
+) -> None:
+    """Replaces the optimizer that a Megatron optimizer wraps by GaLore over the same float32 weights.
 
     Embeddings, the output layer and routers are not projected.
 
     Args:
-        modules: of the part, which the optimizer updates. train: TrainSettings. groups: the part's process groups.
+        optimizer: the Megatron optimizer.
+        modules: the modules of the part that the optimizer updates.
+        train: the ``train`` section.
+        groups: the process groups of the part.
     """
     inner = optimizer.optimizer
     if inner is None:
         return
+    assert train.lr is not None, "training requires train.lr"
     whole = [
         getattr(weight, "main_param", weight)
         for module in (m for part in modules for m in part.modules())
@@ -54,31 +78,32 @@ def put_inside(optimizer: MegatronOptimizer, modules: list[nn.Module], train, gr
     )
 
 
-def has_galore(optimization) -> bool:
-    """Whether these optimizers are GaLore's."""
+def has_galore(optimization: PartOptimizers) -> bool:
+    """Whether these optimizers use GaLore."""
     return optimization.train.optimizer == "galore"
 
 
 def check_layout(saved: dict, now: dict) -> None:
-    """Raises UserError unless a rank holds the same pieces of all weights in both layouts (settings of parallel).
+    """Raises UserError unless each rank has the same shards of all weights in both layouts (``parallel`` sections).
 
-    The number of data and context ranks may differ: they hold copies.
+    The number of data-parallel and context-parallel ranks may differ, because these ranks have copies.
     """
     changed = [name for name in _CUTS if saved[name] != now[name]]
     if changed:
         was = ", ".join(f"parallel.{name} {saved[name]}" for name in changed)
         raise UserError(
-            f"the checkpoint was written with {was}, now it is {', '.join(str(now[name]) for name in changed)}; "
-            "train.optimizer galore projects the pieces of matrices that a rank holds, and cannot go on with others",
+            f"the checkpoint was written with {was}, but now the values are "
+            f"{', '.join(str(now[name]) for name in changed)}; train.optimizer=galore projects the shards of matrices "
+            "on each rank, so its state cannot be used with other shards",
             f"resume with {was}, or start a new run from it (model.load)",
         )
 
 
-def state(optimization) -> dict[str, ShardedTensor]:
-    """All tensors of the optimizers on this rank, float32 weights among them, to be saved or loaded into.
+def state(optimization: PartOptimizers) -> dict[str, ShardedTensor]:
+    """All tensors of the optimizers on this rank, including float32 weights, for saving or as the target of loading.
 
-    Ranks that hold the same pieces save them once. Optimizers that have no state yet get that of one that has seen
-    nothing. The numbers of steps are not in it (``Optimizers.updates``).
+    Shards that several ranks have are saved once. Optimizers that have no state yet get their initial state. The
+    numbers of steps are not included (``Optimizers.updates``).
     """
     return {
         key: ShardedTensor.from_rank_offsets(key, tensor, replica_id=replica)
@@ -86,8 +111,11 @@ def state(optimization) -> dict[str, ShardedTensor]:
     }
 
 
-def load(optimization, loaded: dict[str, Tensor]) -> None:
-    """Takes over what ``dist_checkpointing.load`` returned for ``state``; the schedule stands where it stood."""
+def load(optimization: PartOptimizers, loaded: dict[str, Tensor]) -> None:
+    """Copies the tensors that ``dist_checkpointing.load`` returned for ``state`` into the optimizers.
+
+    Call it after the position of the schedule has been restored, because the numbers of steps follow from it.
+    """
     for key, tensor, _ in _tensors(optimization):
         tensor.copy_(loaded[key])
     for part, optimizers in optimization.parts.items():
@@ -97,11 +125,11 @@ def load(optimization, loaded: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _tensors(optimization) -> Iterator[tuple[str, Tensor, int]]:
-    """(key, tensor, number of the copy) of all that the optimizers hold on this rank."""
+def _tensors(optimization: PartOptimizers) -> Iterator[tuple[str, Tensor, int]]:
+    """(key, tensor, number of the copy) of all tensors of the optimizers on this rank."""
     for part, optimizers in optimization.parts.items():
         for number, optimizer in enumerate(o for o in optimizers if o.optimizer is not None):
-            cut = optimizer.get_grad_stats_parallel_group().rank()  # ranks in it hold different pieces
+            cut = optimizer.get_grad_stats_parallel_group().rank()  # the ranks of this group have different shards
             replica = _replicas(optimizer, optimization.groups_of(part)).rank()
             optimizer.optimizer.fill()
             for place, weight in enumerate(optimizer.get_parameters()):
@@ -109,7 +137,7 @@ def _tensors(optimization) -> Iterator[tuple[str, Tensor, int]]:
                     yield f"optimizer.galore.{part}.{number}.{cut}.{place}.{name}", tensor, replica
 
 
-def _replicas(optimizer: MegatronOptimizer, groups):
-    """Ranks that hold copies of what this optimizer updates."""
+def _replicas(optimizer: MegatronOptimizer, groups: ProcessGroupCollection) -> dist.ProcessGroup:
+    """The ranks that have copies of the weights that this optimizer updates."""
     experts = any(group.get("is_expert_parallel") for group in optimizer.param_groups)
     return groups.expt_dp if experts else groups.dp_cp

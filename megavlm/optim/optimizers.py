@@ -1,19 +1,22 @@
-"""Gradient buffers, optimizers and the learning-rate schedule, one set for each part of the model that learns.
+"""Gradient buffers, optimizers and the learning-rate schedule, one set for each trainable part of the model.
 
-Megatron's DistributedDataParallel and optimizers are built per part: the tower's and the projector's over the whole
-world (their frames are dealt over all ranks), the decoder's over its data ranks. So each part's gradient norm is at
-hand, a frozen part costs nothing until it is unfrozen, and all of them are clipped and stepped as one.
+Megatron's DistributedDataParallel and optimizers are built for each part separately: for the tower and the projector
+over the whole world (frames are distributed over all ranks), for the decoder over its data-parallel ranks. This gives
+the gradient norm of each part, and a frozen part takes no memory until it is unfrozen. All parts are clipped together
+and stepped together.
 """
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megavlm.base.errors import UserError
+from megavlm.config.train_section import TrainSettings
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim import megatron_galore
 from megavlm.optim.grad_stats import GradStats, read_grad_stats
@@ -21,19 +24,27 @@ from megavlm.platform import device
 
 
 class Optimizers:
-    """Everything that turns gradients into weights.
+    """The gradient buffers, optimizers and schedule of all parts.
+
+    Create it after the weights have been loaded, because the optimizers keep a float32 copy of them.
+
+    Args:
+        vlm: the model.
+        train: the ``train`` section.
 
     Attributes:
-        ddp: per learning part, one DistributedDataParallel per module (several under virtual pipelining).
-        parts: per learning part, Megatron's optimizers (two where it has experts).
-        optimizer: Megatron's ChainedOptimizer over all parts. scheduler: its OptimizerParamScheduler.
-        unfrozen_at: for each part that was unfrozen during the run, the number of updates done before that.
+        ddp: for each trainable part, one DistributedDataParallel per module (several with virtual pipelining).
+        parts: for each trainable part, Megatron's optimizers (two if the part has experts).
+        optimizer: Megatron's ChainedOptimizer over all parts.
+        scheduler: the OptimizerParamScheduler of this optimizer.
+        unfrozen_at: for each part that was unfrozen during the run, the number of updates before that.
     """
 
-    def __init__(self, vlm: VLM, train):
-        """``train``: TrainSettings. Build after the weights are loaded: optimizers keep a float32 copy of them."""
+    def __init__(self, vlm: VLM, train: TrainSettings):
+        assert train.steps is not None, "training requires train.steps"
         self.train, self._vlm = train, vlm
-        sharded = train.optimizer == "adam"  # Megatron's DistributedOptimizer cuts no matrix into rows, and no SGD
+        # GaLore needs whole matrices, but Megatron's DistributedOptimizer splits them, and it does not support SGD.
+        sharded = train.optimizer == "adam"
         self._config = OptimizerConfig(
             optimizer="adam" if sharded else "sgd",
             lr=train.lr,
@@ -50,7 +61,7 @@ class Optimizers:
         )
         self._ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
         self.ddp: dict[str, list[DistributedDataParallel]] = {}
-        self.parts: dict[str, list] = {}
+        self.parts: dict[str, list[MegatronOptimizer]] = {}
         self.unfrozen_at: dict[str, int] = {}
         for part in PARTS:
             self._build(part)
@@ -70,10 +81,11 @@ class Optimizers:
         )
 
     def _build(self, part: str) -> None:
-        """Gradient buffers and optimizers of a part, if it learns.
+        """Creates the gradient buffers and optimizers of a part, if it has trainable parameters.
 
         Raises:
-            UserError: on all ranks, it learns in some pipeline chunks alone: gradients and norms are summed over all.
+            UserError: on all ranks, if only some pipeline chunks have trainable parameters; gradients and norms are
+                summed over all of them.
         """
         modules = self._vlm.modules_of(part)
         learning = [any(p.requires_grad for p in m.parameters()) for m in modules]
@@ -84,8 +96,8 @@ class Optimizers:
             return
         if lacking:
             raise UserError(
-                f"of {part}, something learns in some pipeline stages (or their chunks) and nothing in others",
-                "put adapters on layers of all stages, let the part learn, or use parallel.pipeline=1",
+                f"{part} has trainable parameters in some pipeline stages (or their chunks) and none in others",
+                "put adapters on layers of all stages, train the whole part, or set parallel.pipeline=1",
             )
         groups = self.groups_of(part)
         self.ddp[part] = [
@@ -96,29 +108,31 @@ class Optimizers:
             self._config, self.ddp[part], use_gloo_process_groups=False, pg_collection=groups
         )
         optimizers = built.chained_optimizers if isinstance(built, ChainedOptimizer) else [built]
-        # beside experts alone, as adapters may be, Megatron builds one of nothing for all other weights
+        # If only experts are trainable, as may be with adapters, Megatron adds an optimizer without parameters.
         self.parts[part] = [opt for opt in optimizers if not getattr(opt, "is_stub_optimizer", False)]
         if self.train.optimizer == "galore":
             for optimizer in self.parts[part]:
                 megatron_galore.put_inside(optimizer, modules, self.train, groups)
+        lr = self.train.lr
+        assert lr is not None, "training requires train.lr"
         for group in (g for opt in self.parts[part] for g in opt.param_groups):
-            scale = self.train.lr_scale.get(part, 1.0)
-            group["max_lr"], group["min_lr"] = self.train.lr * scale, self.train.min_lr * scale  # read by the scheduler
+            scale = next((scale for name, scale in self.train.lr_scale.items() if name == part), 1.0)
+            group["max_lr"], group["min_lr"] = lr * scale, self.train.min_lr * scale  # read by the scheduler
 
     def _chained(self) -> ChainedOptimizer:
         return ChainedOptimizer([opt for part in PARTS for opt in self.parts.get(part, [])])
 
-    def groups_of(self, part: str):
-        """Megatron's ProcessGroupCollection of a part."""
+    def groups_of(self, part: str) -> ProcessGroupCollection:
+        """The process groups of a part."""
         return self._vlm.groups.language if part == "language" else self._vlm.groups.tower
 
     def unfreeze(self, step: int) -> list[str]:
-        """Before ``step`` (from 1): starts training the frozen parts that are due and returns them. Call on all ranks.
+        """Unfreezes the parts that are due before ``step`` (from 1) and returns them. Call it on all ranks.
 
-        Each gets its gradient buffers and an optimizer that has seen nothing, and takes the schedule where it stands.
-        Their weights are to be final: optimizers keep a float32 copy of them.
+        Each of these parts gets gradient buffers and an optimizer in its initial state, and follows the schedule from
+        its current position. Load weights before this call, because the optimizers keep a float32 copy of them.
         """
-        due = [
+        due: list[str] = [
             part for part, after in self.train.unfreeze_after.items() if after < step and part not in self.unfrozen_at
         ]
         for part in due:
@@ -128,36 +142,38 @@ class Optimizers:
             self.unfrozen_at[part] = self.scheduler.num_steps
         if due:
             self.optimizer = self.scheduler.optimizer = self._chained()
-            self.scheduler.step(increment=0)  # tells the new ones their learning rate
+            self.scheduler.step(increment=0)  # sets the learning rate of the new optimizers
         return due
 
     def updates(self, part: str) -> int:
-        """How often the weights of a part have been updated."""
+        """The number of updates of the weights of a part."""
         return self.scheduler.num_steps - self.unfrozen_at.get(part, 0)
 
     @property
     def lr(self) -> float:
-        """Learning rate of the step to come, of a part that has no scale of its own."""
+        """Learning rate of the next step, for parts without an entry in train.lr_scale."""
         return self.scheduler.get_lr({})
 
     @property
     def part_lrs(self) -> dict[str, float]:
-        """Learning rate of the step to come of each part, 0.0 where it is frozen."""
+        """Learning rate of each part in the next step, 0.0 if the part is frozen."""
         return {part: self.parts[part][0].param_groups[0]["lr"] if part in self.parts else 0.0 for part in PARTS}
 
     def zero_grad(self) -> None:
+        """Sets all gradients to zero."""
         for ddp in (d for ddps in self.ddp.values() for d in ddps):
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def step(self, totals: Tensor, weight: float) -> GradStats:
-        """Clips and applies the gradients that stand in the buffers and moves the schedule on.
+        """Clips the gradients in the buffers, applies them, and advances the schedule.
 
-        Where the loss or a gradient is not finite on any rank, no rank does: weights, optimizer state and schedule stay
-        as they are, and the result's ``non_finite`` says what it was.
+        If the loss or a gradient is NaN or infinite on any rank, all ranks skip this: weights, optimizer state and
+        schedule do not change, and ``non_finite`` of the result lists the affected values.
 
         Args:
-            totals: [sums] on the device, the objective's sums over the global batch. weight: the loss's divisor.
+            totals: [sums] on the device, the objective's sums over the global batch.
+            weight: the divisor of the loss.
         """
         self.optimizer.prepare_grads()
         stats = read_grad_stats(totals, weight, self._squares())
@@ -180,15 +196,15 @@ class Optimizers:
                 if grads:
                     square = torch.stack(torch._foreach_norm(grads)).square().sum()
                     sums[group] = sums[group] + square if group in sums else square
-            for group in self._norm_groups(part):  # also where this rank has nothing to add, for others may
+            for group in self._norm_groups(part):  # even if this rank has nothing to add, because other ranks may
                 square = sums.pop(group, squares.new_zeros(()))
                 dist.all_reduce(square, group=group)
                 squares[PARTS.index(part)] += square
-            assert not sums, "an optimizer that adds up its norm over another group"
+            assert not sums, "an optimizer sums its norm over a group that is not in _norm_groups"
         return squares
 
     def _norm_groups(self, part: str) -> list[dist.ProcessGroup]:
-        """Ranks that hold pieces of a part's gradients, as Megatron tells its optimizers: for all, or with experts'."""
+        """The groups over which Megatron's optimizers of a part sum squared norms, for dense and for expert weights."""
         groups = self.groups_of(part)
         if self._config.use_distributed_optimizer:
             return [groups.intra_dist_opt]

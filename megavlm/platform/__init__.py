@@ -1,4 +1,4 @@
-"""What Megatron-core stands on: CUDA + NCCL, or CPU + gloo. Nothing else in the package asks "is this a GPU?"."""
+"""The device and backend under Megatron-core: CUDA + NCCL, or CPU + gloo. Only this folder asks if there is a GPU."""
 
 from megavlm.platform.absent import absent_world
 from megavlm.platform.device import (

@@ -1,4 +1,4 @@
-"""One rank of a world that does not exist: a process group without other ranks, and tensors without memory."""
+"""Pretends to be one rank of a larger world: process groups whose other ranks do not exist, tensors without memory."""
 
 import functools
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ from megavlm.platform.groups import shutdown
 
 @contextmanager
 def absent_world(rank: int, world_size: int) -> Iterator[None]:
-    """This process is a rank of a world of any size, for as long as the block lasts; ``init`` goes on from there.
+    """Within the block this process acts as rank ``rank`` of a world of any size; call ``init`` inside it.
 
-    Collectives are torch's backend "fake", which returns at once and moves nothing. ``device()`` is the meta device:
-    tensors have shapes and types and no numbers. What a module makes without naming a device is there, too.
+    Collectives use torch's backend "fake", which returns at once and moves no data. ``device()`` is the meta device:
+    tensors have a shape and a dtype but no values. Modules that do not name a device are created there, too.
 
-    The CPU's adaptations of Megatron stay in the process afterwards, also on a machine with a GPU: for a process that
-    does nothing else there.
+    The CPU adaptations of Megatron stay installed in the process afterwards, even on a machine with a GPU, so the
+    process should do nothing else that needs Megatron.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
     _add_missing_kernels()
 
-    assert not dist.is_initialized(), "this process has a world already"
+    assert not dist.is_initialized(), "this process already belongs to a process group"
     set_absent(True)
     cpu.install()
     try:
@@ -42,8 +42,8 @@ def absent_world(rank: int, world_size: int) -> Iterator[None]:
 
 @functools.cache
 def _add_missing_kernels() -> torch.library.Library:
-    """torch has all collectives on the meta device but the two by which Megatron's DDP reduces gradients."""
-    library = torch.library.Library("c10d", "IMPL")  # its kernels go when it does: the cache keeps it
+    """Adds the two collectives that torch lacks on the meta device; Megatron's DDP reduces gradients with them."""
+    library = torch.library.Library("c10d", "IMPL")  # kernels vanish with their library, so the cache keeps it alive
     for name in ("reduce_scatter_tensor_coalesced_", "allreduce_coalesced_"):
         library.impl(name, lambda *args: FakeWork().boxed(), "Meta")
     return library

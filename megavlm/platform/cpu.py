@@ -1,13 +1,16 @@
-"""Lets Megatron-core, unmodified, run on CPU + gloo.
+"""Lets Megatron-core run unmodified on CPU + gloo.
 
-Megatron names "cuda" where it means "the device". Each adaptation below stands beside the Megatron call that needs it.
-All of them are installed once, by ``install()``, on a machine without a GPU, and never on one with, unless the process
-is a rank of a world that does not exist (``megavlm.platform.absent``): its tensors are on the meta device.
+Megatron writes "cuda" where it means "the device". Each adaptation below names the Megatron call that needs it.
+``install()`` installs all of them once. It is called on a machine without a GPU. On a machine with a GPU it is called
+only if the process pretends to be a rank of a larger world (``megavlm.platform.absent``), with tensors on the meta
+device.
 """
 
 import contextlib
 import logging
 import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed
@@ -23,14 +26,20 @@ def _is_cuda(value: object) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Answers every request for a CUDA tensor with one on ``device()``.
+    """Answers every request for a CUDA tensor with a tensor on ``device()``.
 
     - ``torch.empty(…, device="cuda")``: optimizer flags, schedules' token count, gradient norm, MoE dispatcher
     - ``tensor.to("cuda")``, ``tensor.cuda()``: ``tensor_parallel.data``, optimizer state reloading
     - ``param.type()``: DistributedOptimizer and Float16Optimizer compare it with ``"torch.cuda.FloatTensor"``
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
@@ -47,41 +56,51 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """No-op stand-in for a CUDA stream or event (DDP's communication stream, the MoE dispatcher's copy stream)."""
+    """A CUDA stream or event that does nothing, for DDP's communication stream and the MoE dispatcher's copy stream."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def __enter__(self):
+    def __enter__(self) -> "_Stream":
         return self
 
-    def __exit__(self, *exc):
-        return False
+    def __exit__(self, *exc: object) -> None:
+        pass
 
-    def _nothing(self, *args, **kwargs):
+    def _nothing(self, *args: object, **kwargs: object) -> None:
         return None
 
     wait_stream = wait_event = record = wait = synchronize = _nothing
 
-    def record_event(self, event=None):
+    def record_event(self, event: "_Stream | None" = None) -> "_Stream":
         return event or _Stream()
 
-    def query(self):
+    def query(self) -> bool:
         return True
 
 
-def _cpu_rng_state(device=None):
+def _cpu_rng_state(device: object = None) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _set_cpu_rng_state(state, device=None):
+def _set_cpu_rng_state(state: torch.Tensor, device: object = None) -> None:
     torch.set_rng_state(state)
 
 
-def _all_to_all_with_lists(all_to_all_single):
-    """``_AllToAll`` of the MoE dispatcher may hand split sizes over as tensors; gloo takes lists."""
+_Splits = list[int] | torch.Tensor | None
 
-    def all_to_all(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
+
+def _all_to_all_with_lists(all_to_all_single: Callable[..., Any]) -> Callable[..., Any]:
+    """The MoE dispatcher's ``_AllToAll`` may pass split sizes as tensors, but gloo accepts only lists."""
+
+    def all_to_all(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: _Splits = None,
+        input_split_sizes: _Splits = None,
+        group: torch.distributed.ProcessGroup | None = None,
+        async_op: bool = False,
+    ) -> Any:
         as_list = lambda sizes: sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
         return all_to_all_single(
             output, input, as_list(output_split_sizes), as_list(input_split_sizes), group=group, async_op=async_op
@@ -94,7 +113,7 @@ _mode: _CudaMeansCpu | None = None
 
 
 def install() -> None:
-    """Installs the adaptations in this process; a second call does nothing."""
+    """Installs the adaptations in this process. A second call does nothing."""
     global _mode
     if _mode is not None:
         return
@@ -120,10 +139,10 @@ def install() -> None:
     ]
     for owner, name, replacement in table:
         setattr(owner, name, replacement)
-    # CudaRNGStatesTracker.fork warns when the CPU generator moves inside it; here that is the generator it forks
+    # CudaRNGStatesTracker.fork warns if the CPU generator advances inside it; here that is the generator it forks
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
-    # DistributedOptimizer clears `.grad` of views; torch warns at the caller, which here is the mode above
+    # DistributedOptimizer clears `.grad` of views; torch attributes its warning to the caller, here the mode above
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    torch.compiler.set_stance("force_eager")  # `jit_fuser` of the fusions is torch.compile: a C++ build per worker
+    torch.compiler.set_stance("force_eager")  # `jit_fuser` is torch.compile, which would run a C++ build per process
     _mode = _CudaMeansCpu()
-    _mode.__enter__()  # for the life of the process
+    _mode.__enter__()  # stays active until the process ends

@@ -12,7 +12,7 @@ _absent = False  # see ``megavlm.platform.absent``
 
 
 def set_absent(absent: bool) -> None:
-    """Whether this process stands for a rank of a world that does not exist."""
+    """Sets whether this process pretends to be a rank of a larger world."""
     global _absent
     _absent = absent
 
@@ -23,60 +23,60 @@ def on_gpu() -> bool:
 
 
 def device() -> torch.device:
-    """The device every tensor of the model lives on."""
+    """The device of all tensors of the model."""
     if _absent:
         return torch.device("meta")
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
 
 
 def backend() -> str:
-    """Name of the torch.distributed backend for tensors on ``device()``."""
+    """The name of the torch.distributed backend for tensors on ``device()``."""
     return "nccl" if on_gpu() else host_backend()
 
 
 def host_backend() -> str:
-    """Name of the torch.distributed backend for tensors in host memory."""
+    """The name of the torch.distributed backend for tensors in host memory."""
     return "fake" if _absent else "gloo"
 
 
 def host_buffer(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised matrix in host memory; with a GPU page-locked, so that copies to it run beside its work."""
+    """An uninitialised matrix in host memory. It is page-locked on a GPU, so that copies overlap the GPU's work."""
     return torch.empty(rows, width, dtype=dtype, pin_memory=on_gpu())
 
 
 def to_device(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
-    """A host tensor on ``where``, without waiting for it: by way of page-locked memory where that is a GPU."""
+    """Copies a host tensor to ``where``. If that is a GPU, through page-locked memory and without waiting."""
     if where.type != "cuda":
         return tensor.to(where)
     return tensor.pin_memory().to(where, non_blocking=True)
 
 
 def device_name() -> str | None:
-    """The GPU's name as its driver gives it; None on a CPU."""
+    """The GPU's name as its driver reports it; None on a CPU."""
     return torch.cuda.get_device_name() if on_gpu() else None
 
 
 def synchronize() -> None:
-    """Waits for the device; nothing to wait for on a CPU."""
+    """Waits until the device has finished its work. On a CPU it returns at once."""
     if on_gpu():
         torch.cuda.synchronize()
 
 
 def memory_gib() -> float:
-    """Peak memory of this process in GiB: allocated by torch on a GPU, resident on a CPU."""
+    """Peak memory of this process in GiB: on a GPU what torch allocated, on a CPU the resident memory."""
     if on_gpu():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def reset_memory() -> None:
-    """``memory_gib`` counts from here on. (On a CPU it cannot: the kernel keeps one peak per process.)"""
+    """Restarts the peak of ``memory_gib``. On a CPU this has no effect: the kernel keeps one peak per process."""
     if on_gpu():
         torch.cuda.reset_peak_memory_stats()
 
 
 def mark() -> "torch.cuda.Event | float":
-    """A point in the device's work, set without waiting for it: on a CPU, which works at once, the time in seconds."""
+    """Marks a point in the device's work without waiting for it: a CUDA event, or on a CPU the time in seconds."""
     if not on_gpu():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -85,15 +85,19 @@ def mark() -> "torch.cuda.Event | float":
 
 
 def seconds_between(start: "torch.cuda.Event | float", end: "torch.cuda.Event | float") -> float:
-    """Seconds from one ``mark`` to another. The device must have passed both."""
-    return start.elapsed_time(end) / 1000 if on_gpu() else end - start
+    """Seconds between two ``mark``s. The device must already have reached both."""
+    if isinstance(start, float) and isinstance(end, float):
+        return end - start
+    assert isinstance(start, torch.cuda.Event)
+    assert isinstance(end, torch.cuda.Event)
+    return start.elapsed_time(end) / 1000
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, numpy, torch and Megatron's tracker; tensor ranks and pipeline stages draw differently."""
+    """Seeds Python, numpy, torch and Megatron's tracker. Tensor ranks and pipeline stages get different numbers."""
     from megatron.core import parallel_state, tensor_parallel
 
-    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # as far apart as Megatron's own offsets
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # the spacing that Megatron's own offsets have
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

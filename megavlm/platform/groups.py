@@ -1,8 +1,9 @@
-"""Process groups: Megatron's own for the decoder, and the two that the tower phase adds."""
+"""Process groups: Megatron's own for the decoder, and those that encoding the frames needs in addition."""
 
 import datetime
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -10,21 +11,45 @@ import torch.distributed as dist
 from megavlm.platform import cpu
 from megavlm.platform.device import backend, host_backend, on_gpu, seed_everything
 
+if TYPE_CHECKING:  # Megatron takes seconds to import, and not every program that imports this module needs it
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+class ParallelSizes(Protocol):
+    """The sizes of a parallel layout; ``ParallelSettings`` has them."""
+
+    @property
+    def tensor(self) -> int: ...
+    @property
+    def pipeline(self) -> int: ...
+    @property
+    def virtual_pipeline(self) -> int | None: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def expert(self) -> int: ...
+    @property
+    def expert_tensor(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Groups:
     """The process groups of a run.
 
-    ``language`` is Megatron's collection for the decoder. ``tower`` is the collection for the replicated vision tower:
-    no model parallelism inside, the whole world as its data ranks. ``model_parallel`` spans TP × CP × PP, the ranks
-    that share one stream of rows and deal its frames among themselves; ``model_parallel_host`` are the same ranks on
-    gloo, for metadata that must stay on the host. ``members``: the ranks of each such group, first data rank first.
-    ``data_peers_host``: on gloo, the ranks with the same index in those groups, one for each data rank; None
-    where nobody asked for it.
+    Attributes:
+        language: Megatron's collection for the decoder.
+        tower: the collection for the replicated vision tower: no model parallelism, all ranks are data-parallel ranks.
+        model_parallel: the TP × CP × PP ranks that share one stream of rows and divide its frames among themselves.
+        model_parallel_host: the same ranks on gloo, for metadata that stays on the host.
+        world_host: all ranks, on gloo.
+        data_peers_host: on gloo, the ranks that have the same index in their model-parallel groups, one for each
+            data-parallel rank; None unless ``init`` was asked for it.
+        members: the ranks of each model-parallel group, in the order of the data-parallel ranks.
+        dp_rank, dp_size: data-parallel rank of this process; number of data-parallel ranks.
     """
 
-    language: "ProcessGroupCollection"  # noqa: F821 (megatron.core.process_groups_config)
-    tower: "ProcessGroupCollection"  # noqa: F821
+    language: "ProcessGroupCollection"
+    tower: "ProcessGroupCollection"
     model_parallel: dist.ProcessGroup
     model_parallel_host: dist.ProcessGroup
     world_host: dist.ProcessGroup
@@ -35,17 +60,23 @@ class Groups:
 
     @property
     def is_leader(self) -> bool:
-        """The rank of its model-parallel group that reads the data."""
+        """Whether this is the rank of its model-parallel group that reads the data."""
         return self.model_parallel.rank() == 0
 
 
-def init(parallel, seed: int = 1234, timeout_minutes: float = 30.0, *, data_peers: bool = False) -> Groups:
-    """Starts torch.distributed (unless it runs) and Megatron's parallel state for the layout ``parallel``.
+def init(
+    parallel: ParallelSizes, seed: int = 1234, timeout_minutes: float = 30.0, *, data_peers: bool = False
+) -> Groups:
+    """Initialises torch.distributed (unless it already is) and Megatron's parallel state for the layout ``parallel``.
 
-    ``parallel`` has the fields of ``ParallelSettings``: tensor, pipeline, virtual_pipeline, context, expert,
-    expert_tensor. Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them; without them
-    the process is a world of one. ``timeout_minutes``: longest wait of a collective in any group. ``data_peers``:
-    make that group, too.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. Without them the process is
+    a world of one rank.
+
+    Args:
+        parallel: the layout.
+        seed: seed of all random numbers.
+        timeout_minutes: longest time that a collective of any group may wait.
+        data_peers: whether to create ``Groups.data_peers_host``.
     """
     if not on_gpu():
         cpu.install()
@@ -84,7 +115,7 @@ def init(parallel, seed: int = 1234, timeout_minutes: float = 30.0, *, data_peer
         model_parallel_host=host,
         data_peers_host=peers,
         members=ranks,
-        world_host=dist.new_group(timeout=timeout, backend=host_backend()) if on_gpu() else dist.group.WORLD,
+        world_host=dist.new_group(timeout=timeout, backend=host_backend()) if on_gpu() else _world(),
         dp_rank=ranks.index(mine),
         dp_size=len(ranks),
     )
@@ -102,8 +133,14 @@ def _start(timeout_minutes: float) -> None:
         dist.init_process_group(backend(), timeout=timeout)
 
 
-def _model_parallel_ranks(parallel) -> list[list[int]]:
-    """Ranks of each TP × CP × PP group, first data rank first. Megatron's rank order is tp-cp-ep-dp-pp."""
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None  # init has created it
+    return world
+
+
+def _model_parallel_ranks(parallel: ParallelSizes) -> list[list[int]]:
+    """Ranks of each TP × CP × PP group, in the order of the data-parallel ranks. Megatron orders tp-cp-ep-dp-pp."""
     from megatron.core.parallel_state import RankGenerator
 
     world = dist.get_world_size()
@@ -114,12 +151,12 @@ def _model_parallel_ranks(parallel) -> list[list[int]]:
     return generator.get_ranks("tp-cp-pp")
 
 
-def _tower_collection():
-    """Groups of one rank for every kind of model parallelism, the world for data parallelism."""
+def _tower_collection() -> "ProcessGroupCollection":
+    """Groups of one rank for every kind of model parallelism, and all ranks for data parallelism."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     alone, _ = dist.new_subgroups(group_size=1, backend=backend())
-    world = dist.group.WORLD
+    world = _world()
     return ProcessGroupCollection(
         tp=alone, pp=alone, cp=alone, ep=alone, expt_tp=alone, tp_ep=alone, tp_ep_pp=alone, tp_cp=alone,
         mp=alone, embd=alone, pos_embd=alone, dp=world, dp_cp=world, expt_dp=alone, intra_dist_opt=world,
@@ -127,7 +164,7 @@ def _tower_collection():
 
 
 def shutdown() -> None:
-    """Forgets Megatron's parallel state; the torch.distributed world stays (tests reuse it)."""
+    """Destroys Megatron's parallel state. torch.distributed stays initialised, because tests reuse it."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

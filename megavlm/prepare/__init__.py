@@ -1,1 +1,1 @@
-"""WebDataset shards made ready for training: written from JSONL and its media, and indexed by megatron-energon."""
+"""Prepares WebDataset shards: writes them from JSONL files and their media, and indexes them with megatron-energon."""

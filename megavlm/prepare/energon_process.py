@@ -1,7 +1,7 @@
-"""A process in which megatron-energon indexes shards.
+"""The process in which megatron-energon indexes shards.
 
-What it prints, its ``sys.exit``, the processes that it forks and leaves behind when it fails: all of that ends here.
-The module imports little, so that the process starts quickly.
+The process isolates megavlm from energon's output, its ``sys.exit``, and the processes that it forks and does not end
+when it fails. This module has few imports, so that the process starts quickly.
 """
 
 import contextlib
@@ -14,24 +14,28 @@ import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from megavlm.base import processes
 
 _MAX_WORKERS = 32
-_NO_SAMPLES = re.compile(r"Shard (.+) has no samples")  # how energon tells of a shard that it could not read, too
+_NO_SAMPLES = re.compile(r"Shard (.+) has no samples")  # energon's message, also for a shard that it cannot read
 
 
 def index(folder: str, shards: list[str], sender: Connection, parent: int) -> None:
-    """Indexes `shards` of `folder`. Ends the process.
+    """Indexes `shards` of `folder` and ends the process.
 
-    Sends "shard" after each, and at the end None, or what went wrong: ``{"shard": name}`` of one that has no samples or
-    cannot be read, ``{"key": key}`` that two samples have, ``{"trace": text}`` of anything else.
+    It sends "shard" after each shard. At the end it sends None, or an error: ``{"shard": name}`` if a shard has no
+    samples or cannot be read, ``{"key": key}`` if two samples have this key, or ``{"trace": text}`` for other errors.
 
     Args:
-        parent: process id of the process that started this one; when it dies, so does this one with its workers.
+        folder: the folder of the shards.
+        shards: paths relative to `folder`.
+        sender: the connection to the parent process.
+        parent: id of the parent process; if it dies, this process and its workers end, too.
     """
     processes.end_with_parent(parent)
-    multiprocessing.set_start_method("fork", force=True)  # that of energon's workers, for their queues
+    multiprocessing.set_start_method("fork", force=True)  # energon's workers and queues require it
     os.register_at_fork(after_in_child=processes.end_with_parent)
     try:
         from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
@@ -53,10 +57,11 @@ def index(folder: str, shards: list[str], sender: Connection, parent: int) -> No
                 workers=min(len(os.sched_getaffinity(0)), len(shards), _MAX_WORKERS),
             )
         sender.send(None)
-    except SystemExit as error:  # told as readably as energon can
-        sender.send({"key": error.__context__.sample_key})
+    except SystemExit as error:  # energon exits after it has printed an error about duplicate keys
+        duplicate: Any = error.__context__  # energon's exception, which has no importable type
+        sender.send({"key": duplicate.sample_key})
     except Exception as error:
         unread = _NO_SAMPLES.match(str(error)) if isinstance(error, AssertionError) else None
         sender.send({"shard": unread[1]} if unread else {"trace": traceback.format_exc()})
-    # Not by the way of an orderly exit: it waits until a queue is empty that nobody reads after a failure.
+    # A normal exit would wait until a queue is empty, but nothing reads this queue after a failure.
     os._exit(0)

@@ -1,6 +1,6 @@
-"""The index of WebDataset shards, made by megatron-energon: ``.nv-meta`` in their folder, ``*.tar.idx`` beside each.
+"""Builds megatron-energon's index of WebDataset shards: ``.nv-meta`` in their folder, and ``*.tar.idx`` next to each.
 
-Energon works in a process of its own (`megavlm.prepare.energon_process`).
+Energon runs in a separate process (`megavlm.prepare.energon_process`).
 """
 
 import contextlib
@@ -18,32 +18,32 @@ from megavlm.base.errors import UserError
 from megavlm.data.shards import INDEX, INFO
 from megavlm.prepare import energon_process
 
-_BLOCK = 512  # bytes of a tar file's header, and of the zeros that end it
+_BLOCK = 512  # block size of a tar file in bytes; a block of zeros marks the end of the archive
 
 
 def find_shards(folder: Path) -> list[str]:
-    """The ``*.tar`` of a folder and those below it, relative to it, by name. Raises UserError if there are none."""
+    """The sorted ``*.tar`` files in and below a folder, relative to it. Raises UserError if there are none."""
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {found}", "name a folder of WebDataset shards, or give --jsonl FILE --out DIR")
+        raise UserError(f"{folder} {found}", "give a folder of WebDataset shards, or use --jsonl FILE --out DIR")
     shards = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tar") if path.is_file())
     if not shards:
         packed = next((path.name for end in ("gz", "zst", "xz", "bz2") for path in folder.rglob(f"*.tar.{end}")), None)
         raise UserError(
             f"{folder} has no *.tar files"
-            + (f", but {packed}: a compressed tar cannot be read by sample" * bool(packed)),
-            "unpack it" if packed else "name a folder of WebDataset shards, or give --jsonl FILE --out DIR",
+            + (f", only {packed}: single samples cannot be read from a compressed tar file" * bool(packed)),
+            "decompress it" if packed else "give a folder of WebDataset shards, or use --jsonl FILE --out DIR",
         )
     return shards
 
 
 def is_up_to_date(folder: Path, shards: Sequence[str]) -> bool:
-    """Whether the index is of these shards, in this order, and none has changed since."""
+    """Whether the index covers these shards in this order, and no shard has changed since it was built."""
     try:
         counts = json.loads((folder / INFO).read_text())["shard_counts"]
         return list(counts) == list(shards) and all(
             (index := os.stat(f"{folder / shard}{INDEX}")).st_mtime_ns >= os.stat(folder / shard).st_mtime_ns
-            # an interrupted indexing may have renewed the one without the other
+            # an interrupted run may have updated only one of the two index files
             and index.st_size == 8 * (counts[shard] + 1)
             for shard in shards
         )
@@ -52,15 +52,16 @@ def is_up_to_date(folder: Path, shards: Sequence[str]) -> bool:
 
 
 def index_shards(folder: Path, shards: Sequence[str], done: Callable[[], None]) -> None:
-    """Has energon index `shards` (paths relative to `folder`) and calls `done` after each.
+    """Indexes `shards` (paths relative to `folder`) with energon and calls `done` after each shard.
 
     Raises:
-        UserError: names the shard that is damaged or empty, or the key that two samples have. The folder then counts
-            as not prepared.
+        UserError: a shard is damaged or empty, or two samples have the same key; the message names it. The folder then
+            has no index.
     """
     if not os.access(folder, os.W_OK):
         raise UserError(
-            f"{folder} cannot be written to: the index lies beside the shards", "copy them, or get the right"
+            f"{folder} is not writable, but the index is stored next to the shards",
+            "copy the shards to another folder, or get write permission",
         )
     (folder / INFO).unlink(missing_ok=True)
     receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -86,35 +87,37 @@ def index_shards(folder: Path, shards: Sequence[str], done: Callable[[], None]) 
     if damaged:
         (folder / INFO).unlink()
         raise UserError(
-            f"no end of the archive behind the last sample that was found in {', '.join(damaged[:5])}"
+            f"in {folder}, {', '.join(damaged[:5])}"
             + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
-            + f", in {folder}: the file was cut off, is damaged or compressed",
-            "fetch or write it again",
+            + ": the archive does not end after the last sample found: the file is truncated, damaged or compressed",
+            "download or write it again",
         )
 
 
 def _explained(folder: Path, *, key: str = "", shard: str = "", trace: str = "") -> Exception:
     if key:
         return UserError(
-            f"two samples of {folder} have the key {key!r}, in one shard with others between them or in two shards",
-            "keys must be unique in the folder; `energon prepare --fix-duplicates` puts the shard's name before them",
+            f"two samples in {folder} have the same key {key!r} (not adjacent in a shard, or in different shards)",
+            "make keys unique in the folder; `energon prepare --fix-duplicates` prefixes them with the shard's name",
         )
     if trace:
         return RuntimeError(f"{folder} could not be indexed:\n{trace}")
-    cause = "it holds no sample: members are called KEY.json or KEY.txt, and KEY.jpg, KEY.0.jpg, KEY.mp4, …"
+    cause = "it contains no samples: members must be named KEY.json or KEY.txt, and KEY.jpg, KEY.0.jpg, KEY.mp4, …"
     try:
         with tarfile.open(folder / shard, "r:") as tar:
             for _ in tar:
                 pass
     except (OSError, EOFError, tarfile.TarError) as error:
-        cause = f"it is damaged or no tar file: {error}"
-    return UserError(f"shard {folder / shard} cannot be used: {cause}", "fetch or write it again, or move it away")
+        cause = f"it is damaged or not a tar file: {error}"
+    return UserError(
+        f"shard {folder / shard} cannot be used: {cause}", "download or write it again, or move it out of the folder"
+    )
 
 
 def _is_ended(shard: str) -> bool:
-    """Whether the place where the index ends is the end of the archive.
+    """Whether the last position in the index is the end of the archive.
 
-    tarfile stops at a header that makes no sense as it does at the end; all samples behind it would be lost unseen.
+    tarfile treats an invalid header like the end of the archive, so all samples after it would be lost silently.
     """
     with open(shard + INDEX, "rb") as index, open(shard, "rb") as tar:
         index.seek(-8, os.SEEK_END)
@@ -124,7 +127,7 @@ def _is_ended(shard: str) -> bool:
 
 @contextlib.contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Processes started inside do not hear Ctrl-C: who started them ends them."""
+    """Processes that are started within this context ignore Ctrl-C, because the process that starts them ends them."""
     before: Any = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Shards written from records and their media, which are copied byte for byte."""
+"""Writes records and their media into WebDataset shards; media are copied byte for byte."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import posixpath
 import re
 import tarfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +18,20 @@ from megavlm.data.media import Find
 from megavlm.data.records import rename_media
 from megavlm.data.sources import SampleFile
 
-_THREADS = 16  # that read ahead: on a network, one after the other would wait most of the time
-_READ_AHEAD = 1 << 24  # bytes of one sample's media that are read ahead; larger ones while they are written
-_COPIED = 1 << 24  # bytes of these at a time
-_BLOCK = 512  # of a tar file
+_THREADS = 16  # number of threads that read ahead, to hide the latency of network storage
+_READ_AHEAD = 1 << 24  # bytes of one sample's media that are read ahead; the rest is read while it is written
+_COPIED = 1 << 24  # bytes that are copied at a time for media that were not read ahead
+_BLOCK = 512  # block size of a tar file in bytes
 _EXTENSION = re.compile(r"\.[a-z0-9]{1,5}")
 
 
 @dataclass
 class StoredSample:
-    """A sample as it goes into a shard.
+    """A sample in the form in which it is written to a shard.
 
     Attributes:
-        record: UTF-8 JSON that names the media by their parts ("0.jpg").
-        media: part, file, bytes in it, and its content where that was read ahead.
+        record: UTF-8 JSON in which the media are named by their parts ("0.jpg").
+        media: for each media file, its part, the file, its size in bytes, and its content if it was read ahead.
     """
 
     record: bytes
@@ -39,12 +39,12 @@ class StoredSample:
 
     @property
     def size(self) -> int:
-        """Bytes of record and media."""
+        """Size of record and media in bytes."""
         return len(self.record) + sum(size for _, _, size, _ in self.media)
 
 
 def load_sample(file: SampleFile, index: int) -> StoredSample:
-    """Reads a record and, as far as they are small, its media. Raises UserError if one cannot be read."""
+    """Reads a record and, if they are small, its media. Raises UserError if any of them cannot be read."""
     record, find = file.read(index)
     source, parts, read = file.source(index), _Parts(find), 0
     record = rename_media(record, parts.name)
@@ -54,21 +54,22 @@ def load_sample(file: SampleFile, index: int) -> StoredSample:
             size = media_file.size()
             read += size
             content = media_file.read() if read <= _READ_AHEAD else None
-        except Exception as error:  # fsspec has as many exceptions as protocols
+        except Exception as error:  # each protocol of fsspec raises its own exceptions
             missing = isinstance(error, FileNotFoundError)
             found = "does not exist" if missing else f"cannot be read: {error or type(error).__name__}"
             raise UserError(
                 f"{source}: {media_file} {found}",
-                "paths are absolute or relative to the folder of the data file; --skip-broken leaves such samples out",
+                "paths are absolute or relative to the folder of the data file; use --skip-broken to leave out samples "
+                "that cannot be read",
             ) from None
         media.append((part, media_file, size if content is None else len(content), content))
-    # Half a surrogate pair, which JSON may contain, is written as it will be read.
+    # JSON may contain half a surrogate pair; it is written such that reading gives it back.
     text = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return StoredSample(text, media)
 
 
-def load_ahead(files: Iterable[SampleFile]) -> Iterator[tuple[str, Future[StoredSample]]]:
-    """The source and the loading of each sample, in the order of the files; some of them at work at a time."""
+def load_ahead(files: Iterable[SampleFile]) -> Generator[tuple[str, Future[StoredSample]]]:
+    """For each sample, in file order: its source and the future of its loading. Several samples load in parallel."""
     places = ((file, index) for file in files for index in range(len(file)))
     pending: deque[tuple[str, Future[StoredSample]]] = deque()
     pool = ThreadPoolExecutor(_THREADS)
@@ -86,11 +87,11 @@ def load_ahead(files: Iterable[SampleFile]) -> Iterator[tuple[str, Future[Stored
 class ShardWriter:
     """Writes samples into ``shard-000000.tar``, ``shard-000001.tar``, …; the same samples always give the same bytes.
 
-    A context manager: its end completes the last shard.
+    Use it as a context manager; leaving the context completes the last shard.
 
     Args:
         folder: an empty folder.
-        shard_bytes: size of a shard; a sample that is larger has one to itself.
+        shard_bytes: maximum size of a shard; a larger sample gets a shard of its own.
     """
 
     def __init__(self, folder: Path, shard_bytes: int):
@@ -106,29 +107,30 @@ class ShardWriter:
         self._close()
 
     def add(self, sample: StoredSample) -> None:
-        """Raises OSError, also where a file has become shorter."""
+        """Append a sample. Raises OSError, also if a file has become shorter since its size was read."""
         key = f"{self.num_samples:09}"
-        members = [(f"{key}.json", len(sample.record), sample.record)]
+        members: list[tuple[str, int, bytes | File]] = [(f"{key}.json", len(sample.record), sample.record)]
         members += [(f"{key}.{part}", size, file if data is None else data) for part, file, size, data in sample.media]
         needed = sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for _, size, _ in members)
         if self._tar is None or (self._tar.offset and self._tar.offset + needed > self._shard_bytes):
             self._close()
-            self._open()
+            self._tar = self._open()
         for name, size, content in members:
-            member = tarfile.TarInfo(name)  # of no time, no user and mode 644
+            member = tarfile.TarInfo(name)  # its defaults (time 0, no user, mode 644) make the bytes reproducible
             member.size = size
             try:
                 with content.open() if isinstance(content, File) else io.BytesIO(content) as stream:
                     self._tar.addfile(member, stream)
             except OSError as error:
                 raise OSError(f"{content if isinstance(content, File) else name}: {error}") from error
-        self._tar.members.clear()  # kept for looking up, and nobody does
+        # tarfile keeps all members for look-ups, which are not used here
+        self._tar.members.clear()  # type: ignore[attr-defined]  # missing in the stubs
         self.num_samples += 1
 
-    def _open(self) -> None:
+    def _open(self) -> tarfile.TarFile:
         self.names.append(f"shard-{len(self.names):06}.tar")
         path = self._folder / self.names[-1]
-        self._tar = tarfile.TarFile(path, "w", format=tarfile.GNU_FORMAT, copybufsize=_COPIED)
+        return tarfile.TarFile(path, "w", format=tarfile.GNU_FORMAT, copybufsize=_COPIED)
 
     def _close(self) -> None:
         if self._tar is not None:
@@ -139,7 +141,7 @@ class ShardWriter:
 
 
 class _Parts:
-    """Names the media of one sample by number and ending; the same file gets the same name."""
+    """Names the media of one sample by number and file extension; the same file always gets the same name."""
 
     def __init__(self, find: Find):
         self._find = find

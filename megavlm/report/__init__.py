@@ -1,1 +1,1 @@
-"""Pages and plots that people look at: report.html, loss.png, the page of `megavlm data inspect`."""
+"""Pages and plots for people: report.html, loss.png, and the page of `megavlm data inspect`."""

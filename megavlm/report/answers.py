@@ -1,4 +1,4 @@
-"""AnsweredQuestion answers of a report: what was asked, what the reference says, what each checkpoint answered."""
+"""The answers in a report: the questions, the reference answers, and the answers of each checkpoint."""
 
 import base64
 import io
@@ -19,10 +19,10 @@ from megavlm.data.records import check_record
 
 FILE_NAME = "answers.jsonl"
 ACCURACY_FILE = "accuracy.json"
-MAX_SAMPLES = 24  # shown of one data file
-MAX_WRONG = 8  # of those, at most so many that the newest checkpoint got wrong
-MAX_PICTURES = 4  # of one sample
-THUMBNAIL_PIXELS = 320  # of the longer side; shown at half of it, for sharp displays
+MAX_SAMPLES = 24  # number of samples of one data file that are shown
+MAX_WRONG = 8  # how many of these may be ones that the newest checkpoint answered wrongly
+MAX_PICTURES = 4  # number of pictures of one sample
+THUMBNAIL_PIXELS = 320  # longer side of a thumbnail; it is displayed at half this size, for high-resolution displays
 
 
 @dataclass
@@ -30,12 +30,14 @@ class AnswerSource:
     """The answers of one checkpoint to one data file.
 
     Attributes:
-        name: heading, the name of the folder.
-        folder: holds answers.jsonl, and accuracy.json where somebody has counted better than "equal to the reference".
-        eval_file: the questions; None where the folder does not say, or the file is gone.
+        name: the heading, which is the name of the folder.
+        folder: the folder of answers.jsonl. It may also contain accuracy.json, with an accuracy from a better criterion
+            than "equal to the reference".
+        eval_file: the file of the questions; None if the folder does not name it or the file does not exist.
         answers: index in the data file → answer.
-        right, total: answers equal to the reference, and answers that have one.
-        accuracy: share that is right, from accuracy.json, else right / total; None without any reference.
+        right: number of answers that are equal to the reference.
+        total: number of answers for which there is a reference.
+        accuracy: the share of right answers, from accuracy.json, otherwise right / total; None without references.
     """
 
     name: str
@@ -49,19 +51,28 @@ class AnswerSource:
 
 @dataclass
 class AnsweredQuestion:
-    """One question with its answers, ready for the page. `answers`: (text, is it right or None) per source."""
+    """One question with its answers for the page.
+
+    Attributes:
+        index: index in the data file.
+        question: the question; "" if unknown.
+        reference: the reference answer, if any.
+        answers: for each source, (text, whether it is right); None if unknown.
+        pictures: data URLs of the pictures.
+        note: a remark shown below the sample.
+    """
 
     index: int
     question: str = ""
     reference: str | None = None
     answers: list[tuple[str | None, bool | None]] = field(default_factory=list)
-    pictures: list[str] = field(default_factory=list)  # data URLs
+    pictures: list[str] = field(default_factory=list)
     note: str = ""
 
 
 @dataclass
 class AnswerGroup:
-    """All sources that answered the same data file, oldest checkpoint first, and the samples chosen to be shown."""
+    """All sources with answers to the same data file, oldest checkpoint first, and the samples that are shown."""
 
     eval_file: Path | None
     sources: list[AnswerSource]
@@ -69,7 +80,7 @@ class AnswerGroup:
 
 
 def read_source(folder: Path, eval_file: Path | None) -> AnswerSource | None:
-    """The answers in `folder`; None where there are none (a file of that name may be of another make)."""
+    """The answers in `folder`; None if there are none or answers.jsonl has another format."""
     file = folder / FILE_NAME
     if not file.is_file():
         return None
@@ -84,7 +95,7 @@ def read_source(folder: Path, eval_file: Path | None) -> AnswerSource | None:
 
 
 def group_answers(sources: Sequence[AnswerSource]) -> list[AnswerGroup]:
-    """Counts what is right, and chooses and renders the samples to show, for each data file."""
+    """For each data file, counts the right answers, and chooses and renders the samples to show."""
     groups = []
     for eval_file in dict.fromkeys(source.eval_file for source in sources):
         members = [source for source in sources if source.eval_file == eval_file]
@@ -102,7 +113,7 @@ def group_answers(sources: Sequence[AnswerSource]) -> list[AnswerGroup]:
 
 
 def reference_of(record: Any) -> str | None:
-    """The expected answer: the assistant messages at the end, else a field `answer`; None where there is none."""
+    """The reference answer: the assistant messages at the end, otherwise a field `answer`; None if there is neither."""
     if not isinstance(record, dict):
         return None
     texts: list[str] = []
@@ -117,12 +128,12 @@ def reference_of(record: Any) -> str | None:
 
 
 def is_right(answer: str, reference: str) -> bool:
-    """Whether an answer equals the reference, apart from case, white space and a full stop at the end."""
+    """Whether an answer equals the reference, ignoring case, white space and a full stop at the end."""
     return _normal(answer) == _normal(reference)
 
 
 def thumbnail(picture: Image.Image) -> str:
-    """A picture as a data URL of at most THUMBNAIL_PIXELS: PNG where it is tiny, JPEG otherwise."""
+    """A picture as a data URL, with at most THUMBNAIL_PIXELS per side: PNG if it is tiny, otherwise JPEG."""
     picture = ImageOps.exif_transpose(picture).convert("RGB")
     is_tiny = max(picture.size) <= 96
     picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
@@ -133,7 +144,7 @@ def thumbnail(picture: Image.Image) -> str:
 
 
 def _records(file: Path | None) -> Iterator[tuple[int, Any]]:
-    """(index, parsed line) of each line that is not blank; None for one that does not parse."""
+    """(index, parsed line) for each line that is not blank; None instead of the parsed line if it is not valid JSON."""
     if file is None:
         return
     index = 0
@@ -159,7 +170,7 @@ def _count(source: AnswerSource, references: dict[int, str]) -> None:
 
 
 def _choose(answers: dict[int, str], references: dict[int, str]) -> list[int]:
-    """Indices to show, in order: some wrong ones, and the rest spread evenly over the others."""
+    """The sorted indices to show: some wrong answers, and evenly spaced other answers."""
     is_wrong = {i: i in references and not is_right(answer, references[i]) for i, answer in answers.items()}
     wrong = _spread([i for i in answers if is_wrong[i]], MAX_WRONG)
     others = [i for i in answers if not is_wrong[i]]
@@ -179,31 +190,31 @@ def _sample(
     sample = AnsweredQuestion(index, reference=reference)
     for source in sources:
         answer = source.answers.get(index)
-        judged = answer is not None and reference is not None
-        sample.answers.append((answer, is_right(answer, reference) if judged else None))
-    if record is None:
+        right = None if answer is None or reference is None else is_right(answer, reference)
+        sample.answers.append((answer, right))
+    if record is None or file is None:
         return sample
-    source = f"{file}, sample {index}"
+    name = f"{file}, sample {index}"
     try:
-        checked = check_record(record, "prompt" if "messages" in record else "pretrain", source)
-        asked = checked.text or next(m["content"] for m in reversed(checked.messages) if m["role"] != "assistant")
-        sample.question = _text(asked)
+        checked = check_record(record, "prompt" if "messages" in record else "pretrain", name)
+        messages = reversed(checked.messages or [])
+        sample.question = _text(checked.text or next(m["content"] for m in messages if m["role"] != "assistant"))
     except UserError as error:
         sample.note = str(error)
         return sample
     media = [(name, False) for name in checked.images] + [(name, True) for name in checked.videos]
     if len(media) > MAX_PICTURES:
-        sample.note = f"{MAX_PICTURES} of {len(media)} pictures and videos"
+        sample.note = f"{MAX_PICTURES} of {len(media)} pictures and videos are shown"
     for named, is_video in media[:MAX_PICTURES]:
         try:
-            sample.pictures.append(thumbnail(_picture(named, is_video, partial(beside, file), source)))
+            sample.pictures.append(thumbnail(_picture(named, is_video, partial(beside, file), name)))
         except UserError as error:
             sample.note = str(error)
     return sample
 
 
 def _picture(named: Any, is_video: bool, find: Find, source: str) -> Image.Image:
-    """The picture, or the middle frame of the video."""
+    """The picture, or the middle frame of a video."""
     if is_video:
         video = find_video(named, find, source, sampled_fps=1.0)
         middle = video.probe().total_num_frames // 2
@@ -214,7 +225,7 @@ def _picture(named: Any, is_video: bool, find: Find, source: str) -> Image.Image
 
 
 def _text(content: Any) -> str:
-    """The text of a message's content; marks of pictures are left out."""
+    """The text of a message's content, without the marks of pictures and videos."""
     if isinstance(content, list):
         content = " ".join(part.get("text", "") for part in content if isinstance(part, dict))
     text = content if isinstance(content, str) else ""

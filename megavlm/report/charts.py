@@ -1,34 +1,35 @@
-"""Line charts and histograms for HTML pages: SVG and HTML that scale to any width, and follow the page's colours.
+"""Line charts and histograms for HTML pages, as SVG and HTML that scale to any width and use the page's colours.
 
-Lines are drawn in an SVG that is stretched to its box; labels are HTML above it, so that text keeps its size on a
-phone. Colours are CSS variables `--NAME` of the page. The page's script reads `data-chart` for the values under the
-pointer; without it the charts are still complete.
+Lines are drawn in an SVG that is stretched to its box. Labels are HTML elements above it, so that text keeps its size
+on a phone. Colours are the CSS variables `--NAME` of the page. The page's script reads `data-chart` to show the values
+under the pointer; the charts are complete without the script.
 """
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 
 from markupsafe import Markup, escape
 
 from megavlm.base.number_format import number, short
 from megavlm.report.loss_plot import smooth
 
-MAX_POINTS = 400  # of a curve; a longer one is thinned
-WIDTH, HEIGHT = 1000, 1000  # of the stretched drawing, in its own units
+MAX_POINTS = 400  # maximum number of points of a curve; a longer curve is thinned
+WIDTH, HEIGHT = 1000, 1000  # size of the drawing in its own units, before it is stretched
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over the chart's steps; None where there is none.
+    """Values over the steps of a chart.
 
     Attributes:
-        name: in the legend.
-        values: one per step.
-        color: name of the page's CSS variable.
-        average: drawn over the values, which are then drawn lightly: their moving average.
+        name: the name in the legend.
+        values: one value per step, None if there is no value.
+        color: the name of the page's CSS variable.
+        average: the moving average of the values. It is drawn as a line over the values, which are then drawn lightly.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Band:
-    """A stretch of the x axis with a name: `start` < x <= `end`."""
+    """An interval of the x axis with a name: `start` < x <= `end`."""
 
     name: str
     start: float
@@ -62,20 +63,22 @@ def chart(
     label: Callable[[float], str] = number,
     kind: str = "",
 ) -> Markup:
-    """One chart as HTML.
+    """One chart as HTML; empty if no curve has values.
 
     Args:
-        steps: x of each value, ascending.
-        log: logarithmic y axis; values that are not above 0 are left out.
-        from_zero: the y axis starts at 0.
-        bands: named stretches of the x axis.
-        label: text of a y value under the pointer.
-        kind: further CSS class, for its height.
+        title: the title.
+        steps: the x value of each step, in ascending order.
+        curves: the curves.
+        log: use a logarithmic y axis; values that are not positive are not drawn.
+        from_zero: start the y axis at 0.
+        bands: named intervals of the x axis.
+        label: formats the y value under the pointer.
+        kind: further CSS class, which sets the height.
     """
     curves = [curve for curve in curves if any(_usable(value, log) for value in curve.values)]
     if not curves:
         return Markup("")
-    values = [value for curve in curves for value in curve.values if _usable(value, log)]
+    values = [value for curve in curves for value in curve.values if value is not None and _usable(value, log)]
     y = _Axis(min(0, *values) if from_zero and not log else min(values), max(values), log)
     left, right = (bands[0].start, bands[-1].end) if bands else (steps[0], steps[-1])
     x = _Axis(left, right if right > left else left + 1, rounded=False)
@@ -110,13 +113,14 @@ def chart(
 
 
 def histogram(title: str, values: Sequence[int], unit: str, *, color: str = "loss", kind: str = "") -> Markup:
-    """How often whole numbers occur: about 20 to 50 bars of equal width, whose bounds are round.
+    """A histogram of whole numbers with about 20 to 50 bars of equal width, which have round bounds.
 
     Args:
-        values: from 0 up; without any the chart is empty.
-        unit: what they count, for the text of a bar under the pointer.
-        color: name of the page's CSS variable.
-        kind: further CSS class, for its height.
+        title: the title.
+        values: numbers of at least 0; if there are none, the chart is empty.
+        unit: the unit of the values, for the text of a bar under the pointer.
+        color: the name of the page's CSS variable.
+        kind: further CSS class, which sets the height.
     """
     if not len(values):
         return Markup("")
@@ -142,7 +146,7 @@ def histogram(title: str, values: Sequence[int], unit: str, *, color: str = "los
                     f"{bounds} {unit}: {count:,}",
                 )
             )
-    y.ticks = [tick for tick in y.ticks if abs(tick - round(tick)) < 1e-9]  # counts are whole
+    y.ticks = [tick for tick in y.ticks if abs(tick - round(tick)) < 1e-9]  # counts are whole numbers
     grid = [_rule(0, y.at(tick), WIDTH, y.at(tick)) for tick in y.ticks]
     return Markup(
         '<figure class="chart {kind}"><figcaption><b>{title}</b></figcaption><div class="plot">'
@@ -160,11 +164,11 @@ def histogram(title: str, values: Sequence[int], unit: str, *, color: str = "los
 
 
 class _Axis:
-    """Maps values to the drawing: y downwards where it is a value axis (`rounded`), x to the right."""
+    """Maps values to positions in the drawing: downwards for the y axis (`rounded`), to the right for the x axis."""
 
     def __init__(self, low: float, high: float, log: bool = False, rounded: bool = True):
         self.log, self.rounded = log, rounded
-        if rounded and low == high:  # a flat line lies in the middle
+        if rounded and low == high:  # a constant curve is drawn in the middle
             low, high = (low / 2, high * 2) if log else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
         self.low, self.high = low, high
         self.ticks = self._log_ticks() if log else self._linear_ticks()
@@ -175,6 +179,7 @@ class _Axis:
             self.low, self.high = self.low / 1.15, self.high * 1.15
 
     def at(self, value: float) -> float:
+        """The position of a value in the drawing."""
         low, high = self.low, self.high
         if self.log:
             low, high, value = math.log(low), math.log(high), math.log(value)
@@ -186,7 +191,7 @@ class _Axis:
         unit = 10 ** math.floor(math.log10(rough))
         step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * 0.999)
         if not self.rounded:
-            step = max(step, 1)  # steps of training are whole
+            step = max(step, 1)  # training steps are whole numbers
         first = math.ceil(self.low / step - 1e-9)
         return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -201,50 +206,52 @@ class _Axis:
 
 
 def _usable(value: float | None, log: bool) -> bool:
+    """Whether a value can be drawn."""
     return value is not None and (value > 0 or not log)
 
 
-def _buckets(steps: Sequence[float], values: Sequence[float | None], count: int):
+def _buckets(
+    steps: Sequence[float], values: Sequence[float | None], count: int
+) -> Iterator[list[tuple[float, float | None]]]:
+    """The points (step, value) in up to `count` groups of consecutive points."""
     size = max(math.ceil(len(steps) / count), 1)
     for start in range(0, len(steps), size):
         yield list(zip(steps[start : start + size], values[start : start + size], strict=True))
 
 
-def _value(point: tuple[float, float]) -> float:
-    return point[1]
-
-
 def _means(steps: Sequence[float], values: Sequence[float | None]) -> list[tuple[float, float | None]]:
-    """About MAX_POINTS points, each the mean of neighbours at the last of their steps. A gap stays one."""
+    """About MAX_POINTS points. Each is the mean of consecutive points, at their last step. Gaps are kept."""
     points: list[tuple[float, float | None]] = []
     for bucket in _buckets(steps, values, MAX_POINTS):
-        for is_gap, part in groupby(bucket, key=lambda point: point[1] is None):
-            part = list(part)
-            points.append((part[-1][0], None if is_gap else sum(value for _, value in part) / len(part)))
+        for _, group in groupby(bucket, key=lambda point: point[1] is None):
+            part = list(group)
+            known = [value for _, value in part if value is not None]
+            points.append((part[-1][0], sum(known) / len(part) if known else None))
     return points
 
 
 def _extremes(steps: Sequence[float], values: Sequence[float | None]) -> list[tuple[float, float | None]]:
-    """The curve itself, or of a long one the lowest and the highest of each stretch, so that no spike is lost."""
+    """All points or, for a long curve, the lowest and the highest of consecutive points, so that no spike is lost."""
     if len(steps) <= MAX_POINTS:
         return list(zip(steps, values, strict=True))
     points: list[tuple[float, float | None]] = []
     for bucket in _buckets(steps, values, MAX_POINTS // 2):
-        for is_gap, part in groupby(bucket, key=lambda point: point[1] is None):
-            part = list(part)
-            points += part[:1] if is_gap else sorted({min(part, key=_value), max(part, key=_value)})
+        for _, group in groupby(bucket, key=lambda point: point[1] is None):
+            part = list(group)
+            known = [(step, value) for step, value in part if value is not None]
+            points += sorted({min(known, key=itemgetter(1)), max(known, key=itemgetter(1))}) if known else part[:1]
     return points
 
 
 def _path(points: list[tuple[float, float | None]], x: _Axis, y: _Axis, color: str, kind: str) -> Markup:
     pieces, pen_up = [], True
     for index, (step, value) in enumerate(points):
-        if not _usable(value, y.log):
+        if value is None or not _usable(value, y.log):
             pen_up = True
             continue
         pieces.append(f"{'M' if pen_up else 'L'}{x.at(step):.1f} {y.at(value):.1f}")
         if pen_up and (index + 1 == len(points) or not _usable(points[index + 1][1], y.log)):
-            pieces.append("h0")  # a single point: round line ends make it a dot
+            pieces.append("h0")  # a single point, which round line ends draw as a dot
         pen_up = False
     return Markup('<path class="{}" style="stroke:{}" d="{}"/>').format(kind, color, "".join(pieces))
 
@@ -277,7 +284,7 @@ def _x_labels(x: _Axis) -> list[Markup]:
 
 
 def _tick(value: float) -> str:
-    """The shortest text: 0.05, 2, 10k, 1e-4."""
+    """The shortest text of a value: 0.05, 2, 10k, 1e-4."""
     if abs(value) >= 10000:
         return short(value).replace(".00", "").replace(".0", "")
     text = f"{value:.6g}"

@@ -1,4 +1,4 @@
-"""A sample as a reader sees it: its pictures, and its text token by token with what is learned of it."""
+"""A sample for the page of `megavlm data inspect`: its pictures, and its text with the loss weight of each token."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,21 +12,21 @@ from megavlm.data.processor import Clip, Still
 from megavlm.data.renderer import Draft, Renderer
 from megavlm.report.answers import thumbnail
 
-MAX_PIECES = 2400  # shown of one sample: a page must open on a phone
-MAX_FRAMES = 4  # shown of one video
-MAX_MEDIA = 12  # pictures and videos shown of one sample
-LEVELS = {1: "¼ or less", 2: "½", 3: "1", 4: "2", 5: "4 or more"}  # shades of a target's colour, by its weight
+MAX_PIECES = 2400  # number of pieces of text of one sample on the page, such that a phone can display it
+MAX_FRAMES = 4  # number of frames of one video on the page
+MAX_MEDIA = 12  # number of pictures and videos of one sample on the page
+LEVELS = {1: "¼ or less", 2: "½", 3: "1", 4: "2", 5: "4 or more"}  # shade of a target's colour → its loss weight
 
 
 @dataclass
 class Piece:
-    """Tokens that are shown as one.
+    """Tokens that are shown together.
 
     Attributes:
-        text: what stands there: a whole number of characters, which may be several tokens or none of one.
-        kind: "text", "special" (an added token), "visual" (a frame's tokens) or "gap" (left out for length).
-        level: key of ``LEVELS`` for a target; 0 where it is none.
-        title: index, token id and weight of each.
+        text: the text, which consists of complete characters; one character may need several tokens.
+        kind: "text", "special" (an added token), "visual" (the tokens of a frame) or "gap" (omitted pieces).
+        level: key of ``LEVELS`` for a target; 0 if it is not a target.
+        title: index, id and loss weight of each token.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Piece:
 
 @dataclass
 class Shot:
-    """A picture on the page: a data URL, and what it is."""
+    """A picture on the page, as a data URL with a caption and the name of its file."""
 
     url: str
     caption: str
@@ -46,7 +46,15 @@ class Shot:
 
 @dataclass
 class Card:
-    """One sample: ``name`` is its file and line, ``details`` a line about it, ``note`` what is not shown."""
+    """One sample on the page.
+
+    Attributes:
+        name: its file and line.
+        details: a line about its tokens.
+        shots: its pictures.
+        pieces: its text.
+        note: what is not shown.
+    """
 
     name: str
     details: str
@@ -60,12 +68,12 @@ def make_card(draft: Draft, shots: list[Shot], renderer: Renderer) -> Card:
     targets = int(np.count_nonzero(draft.weights[1:]))
     details = f"{draft.length:,} tokens, {targets:,} of them targets"
     left_out = len(draft.media) - MAX_MEDIA
-    note = f"{left_out} more pictures and videos" if left_out > 0 else ""
+    note = f"{left_out} more pictures and videos are not shown" if left_out > 0 else ""
     return Card(draft.source, details, shots, _shortened(list(pieces(draft, renderer))), note)
 
 
 def shots_of(draft: Draft, renderer: Renderer) -> list[Shot]:
-    """The pictures of a sample, and some frames of its videos. Raises UserError for a file that cannot be decoded."""
+    """The pictures of a sample and some frames of its videos. Raises UserError if a file cannot be decoded."""
     patch, shots, numbers = renderer.processor.image_processor.patch_size, [], {Still: 0, Clip: 0}
     for item in draft.media[:MAX_MEDIA]:
         numbers[type(item)] += 1
@@ -78,7 +86,7 @@ def shots_of(draft: Draft, renderer: Renderer) -> list[Shot]:
             continue
         sampled = np.asarray(item.metadata.frames_indices)
         places = np.unique(np.linspace(0, len(sampled) - 1, min(MAX_FRAMES, len(sampled))).round().astype(int))
-        indices = np.unique(sampled[places])  # a short video may have one frame sampled twice
+        indices = np.unique(sampled[places])  # the same frame of a short video may be sampled twice
         for index, pixels in zip(indices.tolist(), item.video.pixels(indices), strict=True):
             picture = _image(pixels)
             size = f"{picture.width} × {picture.height} px"
@@ -88,15 +96,15 @@ def shots_of(draft: Draft, renderer: Renderer) -> list[Shot]:
 
 
 def pieces(draft: Draft, renderer: Renderer) -> Iterator[Piece]:
-    """The tokens of a sample in order, grouped so that each group is whole characters."""
+    """The tokens of a sample in order, grouped such that each group consists of complete characters."""
     tokenizer = renderer.tokenizer
     weights = draft.weights.copy()
-    weights[:1] = 0  # nothing predicts the first token
+    weights[:1] = 0  # the first token is never a target
     ids, starts = draft.token_ids.tolist(), (np.cumsum(draft.repeats) - draft.repeats).tolist()
     placeholders = {renderer.processor.image_token_id, renderer.processor.video_token_id}
     added, frames, decode = tokenizer.added_tokens_decoder, _frame_texts(draft, renderer), _decoder(tokenizer)
 
-    group: list[int] = []  # places of tokens that are no whole character yet
+    group: list[int] = []  # indices of tokens that do not form a complete character yet
 
     def piece(places: list[int], text: str, kind: str) -> Piece:
         titles = [f"#{starts[p]} · id {ids[p]} · {_weight_text(weights[p])}" for p in places]
@@ -116,7 +124,7 @@ def pieces(draft: Draft, renderer: Renderer) -> Iterator[Piece]:
         else:
             group.append(place)
             text = decode([ids[p] for p in group])
-            if not text.endswith("\ufffd"):  # the bytes so far end with a character
+            if not text.endswith("\ufffd"):  # the bytes so far end with a complete character
                 yield piece(group, text, "text")
                 group = []
     if group:
@@ -124,7 +132,7 @@ def pieces(draft: Draft, renderer: Renderer) -> Iterator[Piece]:
 
 
 def level_of(weight: float) -> int:
-    """The shade of a token with this weight in the loss; 0 where it is no target."""
+    """The shade of a token with this loss weight; 0 if it is not a target."""
     return min(max(round(3 + math.log2(weight)), 1), 5) if weight > 0 else 0
 
 
@@ -133,7 +141,7 @@ def _weight_text(weight: float) -> str:
 
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """Decodes token ids, remembering what single ones are."""
+    """A function that decodes token ids and caches the texts of single tokens."""
     known: dict[int, str] = {}
 
     def decode(ids: list[int]) -> str:
@@ -147,7 +155,7 @@ def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
 
 
 def _frame_texts(draft: Draft, renderer: Renderer) -> Iterator[str]:
-    """What stands for the visual tokens of each frame, in text order; sizes in tokens, width × height."""
+    """The text shown for the visual tokens of each frame, in text order, with its size in tokens (width × height)."""
     merge, numbers = renderer.vision.merge, {Still: 0, Clip: 0}
     for item in draft.media:
         numbers[type(item)] += 1
@@ -162,11 +170,11 @@ def _frame_texts(draft: Draft, renderer: Renderer) -> Iterator[str]:
 
 
 def _shortened(shown: list[Piece]) -> list[Piece]:
-    """The beginning and the end of a sample that is too long for a page."""
+    """The pieces, or the beginning and the end of a sample that is too long for the page."""
     if len(shown) <= MAX_PIECES:
         return shown
     head, tail = MAX_PIECES * 2 // 3, MAX_PIECES // 3
-    gap = Piece(f"… {len(shown) - head - tail:,} pieces of text left out here …", "gap")
+    gap = Piece(f"… {len(shown) - head - tail:,} pieces of text are omitted here …", "gap")
     return [*shown[:head], gap, *shown[-tail:]]
 
 

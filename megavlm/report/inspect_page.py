@@ -1,4 +1,4 @@
-"""The page of `megavlm data inspect`: the blend, and each source's numbers, skipped and shown samples. One file."""
+"""The page of `megavlm data inspect`, a single file: the blend, and statistics and samples of each source."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,8 @@ from megavlm.report.inspect_stats import PERCENTILES, Look, RowStats, SourceStat
 from megavlm.report.page import render_page
 
 TEMPLATE = "inspect.html.jinja"
-MAX_FAULTS = 100  # listed of one kind in one source
-COLORS = ("loss", "lr", "speed", "projector", "language", "vision", "bad", "soft")  # of the page, for sources in turn
+MAX_FAULTS = 100  # number of skipped samples of one kind that are listed for a source
+COLORS = ("loss", "lr", "speed", "projector", "language", "vision", "bad", "soft")  # the page's colours of the sources
 
 
 def write_page(
@@ -30,8 +30,13 @@ def write_page(
     """Writes the page.
 
     Args:
-        kind: of the samples.
-        looks, stats, cards: of each source, in the same order.
+        file: the file to write.
+        settings: the settings of the configuration.
+        kind: the kind of the samples.
+        looks: the inspected samples of each source.
+        stats: the statistics of each source, in the same order.
+        rows: the statistics of packed rows, None if no sample can be used.
+        cards: the samples to show of each source, in the same order.
     """
     lengths = [[draft.length for draft in look.drafts] for look in looks]
     charts = [histogram("Tokens per sample", of_source, "tokens") for of_source in lengths]
@@ -53,7 +58,7 @@ def write_page(
 
 
 def text_of(pieces: Sequence[Piece]) -> Markup:
-    """A sample's text, one ``span`` for each piece. Line ends stay, and are marked by the style."""
+    """The text of a sample, with one ``span`` for each piece. Line ends are kept, and the style marks them."""
     spans = []
     for piece in pieces:
         text = escape(piece.text).replace("\n", Markup("<i></i>\n"))

@@ -1,4 +1,4 @@
-"""What a look at the samples of a source says in numbers, and how full rows of the blend would be."""
+"""Statistics of the inspected samples of each source, and an estimate of how full packed rows of the blend are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,33 +20,33 @@ _PACKED_ROWS = 200
 
 @dataclass
 class Look:
-    """The samples of a source that were looked at, each a draft or what is wrong with it, in the file's order."""
+    """The inspected samples of a source in file order; each is a draft, or a skipped sample with its cause."""
 
     source: Source
     samples: list[Draft | SkippedSample]
 
     @property
     def drafts(self) -> list[Draft]:
+        """The samples that can be used."""
         return [sample for sample in self.samples if isinstance(sample, Draft)]
 
     @property
     def skipped_samples(self) -> list[SkippedSample]:
+        """The samples that are skipped."""
         return [sample for sample in self.samples if isinstance(sample, SkippedSample)]
 
 
 @dataclass
 class Spread:
-    """Of one number per sample: its mean, percentiles (interpolated between samples) and largest value."""
+    """Mean, percentiles (interpolated between samples) and maximum of a number that each sample has."""
 
     mean: float
     percentiles: dict[int, float]
     max: float
 
     @classmethod
-    def of(cls, values: Sequence[int]) -> "Spread | None":
-        """None where there are no values."""
-        if not len(values):
-            return None
+    def of(cls, values: Sequence[int]) -> "Spread":
+        """The spread of at least one value."""
         return cls(
             mean=float(np.mean(values)),
             percentiles={p: float(np.percentile(values, p)) for p in PERCENTILES},
@@ -55,27 +55,34 @@ class Spread:
 
     @property
     def texts(self) -> list[str]:
-        """Mean, percentiles and maximum as a reader wants them."""
+        """Mean, percentiles and maximum as text."""
         return [decimal(value) for value in (self.mean, *self.percentiles.values(), self.max)]
 
 
 @dataclass
 class SourceStats:
-    """Numbers of one source. All but ``count`` and ``share`` are of the samples looked at.
+    """Statistics of one source. All except ``count`` and ``share`` are computed from the inspected samples.
 
     Attributes:
-        name, path: of the source.
-        share: of all samples drawn, 0 to 1, as the settings say.
-        token_share, target_share: of all tokens and targets of the blend, estimated; None where nothing can be used.
-        count: samples in the source.
-        looked_at: of these.
-        usable: of those, as many as would be trained on. What follows is of them, None where there are none.
-        tokens, targets, visual: tokens of a sample; those that are predicted; those that are pixels.
-        targets_of_tokens, visual_of_tokens: share of all tokens.
-        pictures, videos: in a sample.
-        picture_size: median width and median height in pixels, as the model sees pictures; None without any.
-        video_frames: median of the frames sampled from a video; None without any.
-        dropped: what would not be trained on, by kind: (sample, cause) of each.
+        name: the name of the source.
+        path: the path of its file or folder.
+        share: its share of the samples of the blend, 0 to 1, from the settings.
+        token_share: its estimated share of the tokens of the blend; None if no sample can be used.
+        target_share: its estimated share of the targets of the blend; None if no sample can be used.
+        count: number of samples in the source.
+        looked_at: number of inspected samples.
+        usable: number of inspected samples that can be used. The following statistics are of these samples; they are
+            None if there are none.
+        tokens: tokens of a sample.
+        targets: targets of a sample.
+        visual: visual tokens of a sample.
+        targets_of_tokens: share of targets among all tokens.
+        visual_of_tokens: share of visual tokens among all tokens.
+        pictures: pictures of a sample.
+        picture_size: median width and median height of processed pictures in pixels; None if there are no pictures.
+        videos: videos of a sample.
+        video_frames: median number of frames sampled from a video; None if there are no videos.
+        dropped: the skipped samples by kind: (sample, cause) of each.
     """
 
     name: str
@@ -99,23 +106,24 @@ class SourceStats:
 
     @property
     def size_text(self) -> str:
-        """The picture size as "width × height"; "" without any."""
+        """The picture size as "width × height"; "" if there are no pictures."""
         return " × ".join(f"{side:,.0f}" for side in self.picture_size or ())
 
     @property
     def num_dropped(self) -> int:
+        """Number of skipped samples."""
         return self.looked_at - self.usable
 
 
 @dataclass
 class RowStats:
-    """Rows packed of the samples looked at.
+    """Statistics of rows that were packed from the inspected samples.
 
     Attributes:
-        fill: mean share of a row's tokens that belong to samples.
+        fill: mean share of the tokens of a row that are not padding.
         samples: mean number of samples in a row.
-        patches: Spread of the patches in a row.
-        rows: number of rows packed.
+        patches: number of patches in a row.
+        rows: number of packed rows.
     """
 
     fill: float
@@ -125,20 +133,20 @@ class RowStats:
 
 
 def num_targets(draft: Draft) -> int:
-    """Tokens of the sample that are predicted: the first never is."""
+    """Number of target tokens of the sample; its first token is never a target."""
     return int(np.count_nonzero(draft.weights[1:]))
 
 
 def num_visual(draft: Draft, renderer: Renderer) -> int:
-    """Tokens of the sample that stand for pixels."""
+    """Number of visual tokens of the sample."""
     return draft.num_patches // renderer.vision.merge**2
 
 
 def blend_stats(looks: Sequence[Look], renderer: Renderer) -> list[SourceStats]:
-    """The numbers of every source.
+    """The statistics of each source.
 
-    A source's share of the tokens is its share of the samples times their mean length, with what is dropped as long as
-    nothing: a source that is half broken gives half as many tokens.
+    The share of tokens of a source is its share of samples times their mean length, where skipped samples count with
+    length 0: a source of which half is broken gives half as many tokens.
     """
     tokens = [look.source.share * sum(d.length for d in look.drafts) / len(look.samples) for look in looks]
     targets = [look.source.share * sum(map(num_targets, look.drafts)) / len(look.samples) for look in looks]
@@ -167,29 +175,30 @@ def _source_stats(look: Look, renderer: Renderer, token_share: float | None, tar
         count=len(look.source.file),
         looked_at=len(look.samples),
         usable=len(drafts),
-        tokens=Spread.of(lengths),
-        targets=Spread.of(targets),
-        visual=Spread.of(visual),
+        tokens=spread(lengths),
+        targets=spread(targets),
+        visual=spread(visual),
         targets_of_tokens=_share(sum(targets), sum(lengths)),
         visual_of_tokens=_share(sum(visual), sum(lengths)),
-        pictures=Spread.of([len(of_sample) for of_sample in stills]),
+        pictures=spread([len(of_sample) for of_sample in stills]),
         picture_size=tuple(np.median(sizes, axis=0).tolist()) if sizes else None,
-        videos=Spread.of([len(of_sample) for of_sample in clips]),
+        videos=spread([len(of_sample) for of_sample in clips]),
         video_frames=float(np.median(frames)) if frames else None,
         dropped={kind: found for kind, found in dropped.items() if found},
     )
 
 
 def pack_rows(looks: Sequence[Look], settings: DataSettings, pad_multiple: int, seed: int) -> RowStats | None:
-    """Packs the samples looked at as a data worker would, again and again in the proportions of the blend.
+    """Packs the inspected samples as a data worker does, repeatedly and in the proportions of the blend.
 
     Args:
+        looks: the inspected samples of each source.
         settings: the ``data`` section: seq_length, packing, packing_buffer, max_patches_per_row, shuffle.
         pad_multiple: samples are padded to a multiple of this many tokens.
-        seed: of the order.
+        seed: the seed of the order.
 
     Returns:
-        None where no sample can be used.
+        The statistics of the rows; None if no sample can be used.
     """
     usable = [look for look in looks if look.drafts]
     if not usable:
@@ -223,6 +232,11 @@ def pack_rows(looks: Sequence[Look], settings: DataSettings, pad_multiple: int, 
 def decimal(value: float) -> str:
     """A count or a mean of counts: 1,234 or 56 or 3.4."""
     return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
+
+
+def spread(values: Sequence[int]) -> Spread | None:
+    """``Spread.of`` the values; None if there are none."""
+    return Spread.of(values) if values else None
 
 
 def _share(part: float, whole: float) -> float | None:

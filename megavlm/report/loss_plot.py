@@ -1,23 +1,26 @@
-"""loss.png: the curves of one run at a glance."""
+"""loss.png: the loss, learning rate and gradient norms of one run."""
 
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megavlm.base.atomic_files import atomic_open
 from megavlm.monitor.metrics import PARTS, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FILE_NAME = "loss.png"
 COLORS = {"loss": "#2563eb", "lr": "#f59e0b", "vision": "#0d9488", "projector": "#db2777", "language": "#7c3aed"}
 
 
 def smooth(values: Sequence[float | None], reach: int | None = None) -> list[float | None]:
-    """Mean of each value and its neighbours up to `reach` places to both sides; None stays None.
+    """The mean of each value and up to `reach` values before and after it; None stays None.
 
-    To both sides, so that it does not lag behind a falling loss; therefore it reaches no further back than forward
-    near the start. At the end it is the mean of the latest values. `reach` is a thirtieth of the run, at most 100,
-    unless given.
+    The window is symmetric, so that the average does not lag behind a falling loss; near the start it is shortened on
+    both sides. At the end, the average uses the last values. The default of `reach` is a thirtieth of the run, at most
+    100.
     """
     reach = min(len(values) // 30, 100) if reach is None else reach
     sums = [0.0, *accumulate(value or 0.0 for value in values)]
@@ -30,10 +33,10 @@ def smooth(values: Sequence[float | None], reach: int | None = None) -> list[flo
 
 
 def write_loss_plot(output_dir: str | Path, title: str | None = None) -> Path | None:
-    """SampleOrder loss and learning rate over gradient norms, from metrics.jsonl of an output folder.
+    """Draws loss and learning rate above gradient norms, from metrics.jsonl of an output folder.
 
     Returns:
-        The file, replaced atomically; None where there is nothing to draw.
+        The file, which is replaced atomically; None if there are no metrics.
     """
     lines = read_metrics(output_dir)
     if not lines:
@@ -45,13 +48,13 @@ def write_loss_plot(output_dir: str | Path, title: str | None = None) -> Path | 
     return path
 
 
-def _draw(lines: list[dict[str, Any]], title: str):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second to import: only where it is needed
+def _draw(lines: list[dict[str, Any]], title: str) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported only here, because it takes half a second
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 6.2), layout="constrained")
-    FigureCanvasAgg(figure)  # no display, and none of pyplot's global state
+    FigureCanvasAgg(figure)  # uses neither a display nor pyplot's global state
     loss_axes, norm_axes = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     steps = [line["step"] for line in lines]
 
@@ -60,7 +63,7 @@ def _draw(lines: list[dict[str, Any]], title: str):
         return [float("nan") if value is None else value for value in values]
 
     losses = [line.get("loss") for line in lines]
-    marker = "o" if len(lines) == 1 else None  # one point makes no line
+    marker = "o" if len(lines) == 1 else None  # a single point is not visible as a line
     smoothed = [float("nan") if value is None else value for value in smooth(losses)]
     loss_axes.plot(steps, column("loss"), color=COLORS["loss"], alpha=0.3, linewidth=1, marker=marker)
     loss_axes.plot(steps, smoothed, color=COLORS["loss"], linewidth=2, label="loss (smoothed)")
@@ -80,7 +83,7 @@ def _draw(lines: list[dict[str, Any]], title: str):
     norm_axes.plot(steps, column("grad_norm"), color="#374151", linewidth=1.4, label="whole")
     for part in PARTS:
         norms = column(f"grad_norm/{part}")
-        if any(norm > 0 for norm in norms):  # a frozen part has none
+        if any(norm > 0 for norm in norms):  # a frozen part has no gradient
             norm_axes.plot(steps, norms, color=COLORS[part], linewidth=1, alpha=0.8, label=part)
     if any(norm > 0 for norm in column("grad_norm")):
         norm_axes.set_yscale("log")
@@ -98,6 +101,6 @@ def _draw(lines: list[dict[str, Any]], title: str):
         axes.grid(color="#e5e7eb", linewidth=0.7)
         axes.set_axisbelow(True)
     lr_axes.spines[["right", "left", "bottom"]].set_visible(False)
-    loss_axes.set_zorder(lr_axes.get_zorder() + 1)  # the loss lies over the learning rate
+    loss_axes.set_zorder(lr_axes.get_zorder() + 1)  # draw the loss above the learning rate
     loss_axes.patch.set_visible(False)
     return figure

@@ -1,4 +1,4 @@
-"""HTML pages of the house: one file each, which needs no other; the style is in page.css.jinja."""
+"""Renders HTML pages that consist of a single file each; page.css.jinja is their common style."""
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -10,12 +10,12 @@ from megavlm.base import number_format
 
 
 def render_page(template: str, filters: Mapping[str, Callable] | None = None, **values: Any) -> str:
-    """The page that a template of this folder makes of `values`, which are escaped unless they are Markup.
+    """Renders a template of this folder with `values`, which are escaped unless they are Markup.
 
-    Templates find the functions of ``number_format`` as filters beside `filters`, and what a footer says in ``written``
-    and ``version``.
+    Templates can use the filters `filters` and the functions of ``number_format``, and for the footer the values
+    ``written`` (time) and ``version``.
     """
-    import jinja2  # comes with transformers
+    import jinja2  # a dependency of transformers
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -1,10 +1,10 @@
-"""report.html: a run and those before it, on one page that needs no other file.
+"""report.html: a run and its predecessors on one page, which consists of a single file.
 
     python -m megavlm.report.run_report DIR
 
-A run's config.yaml names the checkpoint that it started from; where that lies in another output folder, the report
-goes on there, so that the report of a tuning run shows all stages of pretraining. Answers that `megavlm infer` has
-written into one of these folders, or into a folder beside them, are shown with their pictures.
+The config.yaml of a run names the checkpoint from which it started. If that checkpoint is in another output folder, the
+report also includes the run of that folder, so the report of a fine-tuning run shows all stages of pretraining. Answers
+that `megavlm infer` has written to one of these folders, or to a folder next to them, are shown with their pictures.
 """
 
 import argparse
@@ -31,12 +31,12 @@ TEMPLATE = "report.html.jinja"
 
 @dataclass
 class Run:
-    """What an output folder tells of its run.
+    """The configuration and the metrics of a run, read from its output folder.
 
     Attributes:
         folder: the output folder.
-        config: its config.yaml; {} where there is none.
-        lines: its metrics, oldest first; [] where nothing was trained.
+        config: its config.yaml; {} if there is none.
+        lines: its metrics, oldest first; [] if nothing was trained.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
-        """Raises UserError if config.yaml does not parse."""
+        """Reads an output folder. Raises UserError if config.yaml is not valid YAML."""
         file = folder / "config.yaml"
         config = None
         if file.is_file():
@@ -56,7 +56,7 @@ class Run:
         return cls(folder, config if isinstance(config, dict) else {}, read_metrics(folder))
 
     def setting(self, key: str) -> Any:
-        """The value of a dotted key; None where it is not set."""
+        """The value of a dotted key; None if it is not set."""
         value: Any = self.config
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
@@ -64,41 +64,42 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The name in the report: the stage of pretraining, or the name of the folder."""
         stage = self.setting("stage")
         return self.folder.absolute().name if stage is None else f"stage {stage}"
 
     @property
     def learns(self) -> list[str]:
-        """Parts that are trained: not frozen, or unfrozen during the run."""
+        """The parts that are trained: those that are not frozen, or are unfrozen during the run."""
         frozen = set(self.setting("model.freeze") or []) - set(self.setting("train.unfreeze_after") or {})
         return [part for part in PARTS if part not in frozen]
 
     def column(self, name: str) -> list[float | None]:
-        """One field of every line; None where a line lacks it."""
+        """One field of all lines; None for lines without it."""
         return [line.get(name) for line in self.lines]
 
     def total(self, name: str) -> float:
-        """Sum of a field over all steps. Where only every k-th step has a line, it stands for k steps."""
+        """Sum of a field over all steps. If only each k-th step has a line, this line counts for k steps."""
         known = [value for value in self.column(name) if value is not None]
         return sum(known) * self.lines[-1]["step"] / len(self.lines) if self.lines else 0.0
 
     def typical(self, name: str) -> float | None:
-        """Median of a field; the first line, in which everything is started up, is left out where there are more."""
+        """Median of a field. If there are several lines, the first is ignored, because it includes the start-up."""
         known = [value for value in self.column(name)[min(1, len(self.lines) - 1) :] if value is not None]
         return median(known) if known else None
 
     @property
     def first_and_last_loss(self) -> tuple[float | None, float | None]:
-        """The first loss, and the moving average at the end."""
+        """The first loss, and the moving average of the loss at the end."""
         known = [value for value in self.column("loss") if value is not None]
         return (known[0], smooth(known)[-1]) if known else (None, None)
 
 
 def write_report(output_dir: str | Path) -> Path:
-    """Writes report.html into an output folder, atomically; an earlier one is replaced.
+    """Writes report.html into an output folder; an existing one is replaced atomically.
 
-    Reads config.yaml, metrics.jsonl, answers.jsonl and accuracy.json of this folder, of its predecessors and of
-    folders beside them, and the questions that answers belong to.
+    It reads config.yaml, metrics.jsonl, answers.jsonl and accuracy.json of this folder, of its predecessors and of the
+    folders next to them, and the files of the questions.
 
     Returns:
         The file.
@@ -112,28 +113,30 @@ def write_report(output_dir: str | Path) -> Path:
     answers = group_answers(find_answers(chain))
     if not trained and not answers:
         raise UserError(
-            f"{folder} has neither metrics.jsonl nor answers.jsonl: there is nothing to report",
-            "name the output folder of a run",
+            f"{folder} has neither metrics.jsonl nor answers.jsonl, so there is nothing to report",
+            "give the output folder of a run",
         )
     write_text(folder / FILE_NAME, _render(chain, trained, answers))
     return folder / FILE_NAME
 
 
 def follow(folder: Path) -> list[Run]:
-    """The run of `folder` and those it goes back to, the oldest first."""
-    chain, seen = [], set()
-    while folder is not None and folder.resolve() not in seen:
-        seen.add(folder.resolve())
-        chain.insert(0, Run.read(folder))
-        folder = _run_folder(chain[0].setting("model.load"), folder)
+    """The run of `folder` and its predecessors, oldest first."""
+    chain: list[Run] = []
+    seen: set[Path] = set()
+    before: Path | None = folder
+    while before is not None and before.resolve() not in seen:
+        seen.add(before.resolve())
+        chain.insert(0, Run.read(before))
+        before = _run_folder(chain[0].setting("model.load"), before)
     return chain
 
 
 def find_answers(chain: list[Run]) -> list[AnswerSource]:
-    """Answers in the folders of the chain, and in folders beside them that answer from one of its checkpoints.
+    """The answers in the folders of the chain, and those in folders next to them that used one of its checkpoints.
 
-    Ordered by the checkpoint that answered, the earliest first; the one that the whole chain started from is earlier
-    than any of the runs.
+    They are ordered by the checkpoint that gave the answers, earliest first. The checkpoint from which the whole chain
+    started is earlier than all runs.
     """
     places = {run.folder.resolve(): place for place, run in enumerate(chain)}
     start = _loaded(chain[0])
@@ -143,7 +146,7 @@ def find_answers(chain: list[Run]) -> list[AnswerSource]:
         own_place = places.get(folder.resolve())
         run = Run.read(folder) if own_place is None else chain[own_place]
         place = own_place
-        if not run.lines:  # it has trained nothing: the answers are those of what it loaded
+        if not run.lines:  # nothing was trained in this folder, so the answers are those of the loaded checkpoint
             loaded = _run_folder(run.setting("model.load"), folder)
             place = places.get(loaded.resolve(), own_place) if loaded else own_place
             if place is None and start is not None and _loaded(run) == start:
@@ -156,16 +159,16 @@ def find_answers(chain: list[Run]) -> list[AnswerSource]:
 
 
 def _loaded(run: Run) -> Path | None:
-    """The checkpoint that a run started from, whatever it is; None where there is none."""
+    """The checkpoint from which a run started; None if there is none."""
     load = run.setting("model.load")
     path = _existing(Path(load), run.folder) if load else None
     return path.resolve() if path else None
 
 
 def _run_folder(load: str | None, folder: Path) -> Path | None:
-    """The output folder that a checkpoint lies in; None where it is no run's, or is gone.
+    """The output folder that contains a checkpoint; None if it does not belong to a run or does not exist.
 
-    A tree of folders that was moved is found by names: the predecessor is looked for beside `folder`.
+    The folders of several runs may have been moved together, so the output folder is also searched next to `folder`.
     """
     if not load:
         return None
@@ -180,7 +183,10 @@ def _run_folder(load: str | None, folder: Path) -> Path | None:
 
 
 def _existing(path: Path, folder: Path) -> Path | None:
-    """A path as a run of `folder` meant it: relative to where it was started, which is here or above its folder."""
+    """A path from the settings of a run, if it exists. It is relative to the folder in which the run was started.
+
+    That folder is assumed to be the current folder, or a parent of the output folder.
+    """
     starts = [Path.cwd(), *folder.absolute().parents]
     return next((start / path for start in starts if (start / path).exists()), None)
 
@@ -199,13 +205,13 @@ def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup]) ->
 
 
 def _overview(runs: list[Run]) -> str:
-    """The loss of all runs, one after the other."""
+    """The loss of all runs in one chart, one run after another."""
     if len(runs) < 2:
         return ""
     steps, losses, average, bands, start = [], [], [], [], 0
     for run in runs:
         steps += [start, *(start + line["step"] for line in run.lines)]
-        losses += [None, *run.column("loss")]  # None: no line from one run to the next
+        losses += [None, *run.column("loss")]  # None interrupts the line between two runs
         average += [None, *smooth(run.column("loss"))]
         bands.append(Band(run.name, start, steps[-1]))
         start = steps[-1]
@@ -213,7 +219,8 @@ def _overview(runs: list[Run]) -> str:
 
 
 def _charts(run: Run) -> list[str]:
-    steps = run.column("step")
+    """The charts of one run that have values."""
+    steps = [line["step"] for line in run.lines]
     norms = [Curve.smoothed(part, run.column(f"grad_norm/{part}"), part) for part in run.learns]
     if len(norms) > 1:
         norms.insert(0, Curve.smoothed("whole", run.column("grad_norm"), "text"))
@@ -230,7 +237,7 @@ def _charts(run: Run) -> list[str]:
 
 
 def _settings(chain: list[Run]) -> list[tuple[Run, list[tuple[str, str, bool]]]]:
-    """Per run (key, value, differs from the run before), in the form of an override on the command line."""
+    """For each run, (key, value, whether it differs from the run before), in the notation of the command line."""
     tables, before = [], None
     for run in chain:
         flat = _flat(run.config)
@@ -256,8 +263,10 @@ def _yaml(value: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: writes the report of each folder."""
-    parser = argparse.ArgumentParser(prog="python -m megavlm.report.run_report", description="write report.html again")
+    """Runs the command: writes the report of each folder. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megavlm.report.run_report", description="Write report.html of output folders again."
+    )
     parser.add_argument("output_dir", nargs="+", type=Path, metavar="DIR", help="output folder of a run")
     try:
         for folder in parser.parse_args(arguments).output_dir:

@@ -53,7 +53,7 @@ def test_damaged_ones_are_named(root, file, damage, caplog):
 def test_an_empty_folder_is_named(root, caplog):
     (root / "step_00000400").mkdir()
     assert latest(root) == root / "step_00000300"
-    assert "step_00000400 is no Megatron checkpoint" in caplog.text
+    assert "step_00000400 is not a Megatron checkpoint" in caplog.text
 
 
 def test_keeps_the_newest_and_every_nth(root):

@@ -107,7 +107,7 @@ def refused(capsys, *arguments: str) -> str:
         (["data", "run.yaml"], "unknown verb 'data run.yaml'\n  → verbs: data prepare, data inspect\n"),
         (["sft"], "megavlm sft: the following arguments are required: CONFIG.yaml"),
         (["sft", "run.yaml", "--npro", "2"], "unrecognized arguments: --npro 2"),
-        (["sft", "run.yaml", "--nproc", "0"], "argument --nproc: 0 is not 1 or more"),
+        (["sft", "run.yaml", "--nproc", "0"], "argument --nproc: 0 is less than 1"),
         (["sft", "run.yaml", "--nproc", "two"], "argument --nproc: invalid"),
         (["validate", "run.yaml", "--nproc", "2"], "unrecognized arguments: --nproc"),
         (["sft", "none.yaml"], "cannot read configuration file none.yaml"),
@@ -117,13 +117,13 @@ def refused(capsys, *arguments: str) -> str:
         (["sft", "run.yaml", "stage=1"], "stage is 1, but sft has no stages: it would be ignored"),
         (["score", "run.yaml", "model.load=null"], "score needs model.load"),
         (["infer", "run.yaml", "data.eval=null"], "infer needs data.eval"),
-        (["infer", "run.yaml", "--image", "x.png"], "--image and --video need --prompt"),
-        (["infer", "run.yaml", "--prompt", "?", "--image", "x.png"], "no such file: x.png"),
+        (["infer", "run.yaml", "--image", "x.png"], "--image and --video can only be used with --prompt"),
+        (["infer", "run.yaml", "--prompt", "?", "--image", "x.png"], "file x.png does not exist"),
         (["export", "run.yaml"], "the following arguments are required: --out"),
         (["export", "run.yaml", "--out", "hf"], "hf exists already"),
         (["data", "inspect"], "megavlm data inspect: the following arguments are required: CONFIG.yaml"),
         (["data", "inspect", "run.yaml", "data.train=[]"], "data inspect needs data.train ("),
-        (["data", "inspect", "run.yaml", "--samples", "0"], "argument --samples: 0 is not 1 or more"),
+        (["data", "inspect", "run.yaml", "--samples", "0"], "argument --samples: 0 is less than 1"),
         (["data", "inspect", "run.yaml", "--out", "hf"], "hf exists already"),
         (["data", "prepare", "shards", "train.steps=3"], "unrecognized arguments: train.steps=3"),
         (["sft", "run.yaml", "model.hf=nowhere"], "model.hf is nowhere, which does not exist"),
@@ -347,7 +347,7 @@ def test_a_second_ctrl_c_ends_at_once(start):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 1
-    assert "Ctrl-C again: at once" in err
+    assert "press Ctrl-C again to stop at once" in err
 
 
 def test_no_worker_outlives_a_killed_parent(start):
@@ -410,7 +410,7 @@ def test_half_a_place_and_nproc_in_a_group_are_refused(run):
     assert "the environment has RANK=0 but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in err
     status, _, err = run(PLACE, "sft", "run.yaml", "--nproc", "2", **SRUN)
     assert status == 2
-    assert "--nproc 2 in a process that torchrun or srun started, as one of 4" in err
+    assert "--nproc 2 cannot be used in a process that torchrun or srun started (one of 4)" in err
 
 
 def test_processes_of_one_launcher_tell_a_user_error_once(run, place):

@@ -122,7 +122,7 @@ def test_numbers(tmp_path, inspect, capsys):
     assert second["target_share"] == pytest.approx(0.75 * 3.5 / (0.75 * 3.5 + 0.25 * 39))
 
     printed = " ".join(capsys.readouterr().out.split())
-    assert "5 looked at, of 5" in printed
+    assert "5 of 5 samples inspected" in printed
     assert "tokens 40 10 20 30 40 98 100" in printed
     assert "pictures of 64 × 32 px" in printed
 
@@ -183,10 +183,10 @@ def test_what_would_be_dropped(tmp_path, inspect, capsys):
     assert len(page.articles) == 2
 
     printed = " ".join(capsys.readouterr().out.split())
-    assert "dropped: 5 of 7 looked at, of 7 3 broken" in printed
+    assert "skipped: 5 of the 7 inspected samples 3 broken" in printed
     assert "[red]gone[/red].png does not exist" in printed
-    assert "1 more, all on the page" in printed
-    assert "more broken than data.max_bad_fraction = 20.0 %" in printed
+    assert "1 more, listed on the page" in printed
+    assert "larger than data.max_bad_fraction = 20.0 %" in printed
     for cause in ("not valid JSON", "[red]gone[/red].png does not exist", "cut.bmp cannot be read"):
         assert cause in (tmp_path / "out/index.html").read_text()
 
@@ -198,7 +198,7 @@ def test_a_source_without_any_good_sample(tmp_path, inspect, capsys):
     assert summary["sources"][0]["tokens"] is None
     assert summary["sources"][0]["token_share"] is None
     assert page.articles == []
-    assert "no sample looked at can be used" in capsys.readouterr().out
+    assert "none of the inspected samples can be used" in capsys.readouterr().out
 
 
 def test_samples_are_spread_over_the_source(tmp_path, inspect):
@@ -297,7 +297,7 @@ def test_long_samples_are_shortened(tmp_path, inspect):
     file = write_records(tmp_path / "long.jsonl", [digits(3000)])
     _, page = inspect({"train": [{"path": file}], "seq_length": 3000})
     (spans,) = page.articles
-    assert [text for classes, _, text in spans if classes == "gap"] == ["… 600 pieces of text left out here …"]
+    assert [text for classes, _, text in spans if classes == "gap"] == ["… 600 pieces of text are omitted here …"]
     assert len(spans) == 2401
     assert spans[-1][1].startswith("#2999 ")
 

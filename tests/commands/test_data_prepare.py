@@ -23,11 +23,12 @@ from PIL import Image
 
 from megavlm.base.errors import UserError
 from megavlm.cli.main import main
-from megavlm.commands.data_prepare import convert, parse_size
+from megavlm.commands.data_prepare import parse_size
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.shards import ShardFolder
 from megavlm.prepare import energon_process, index_shards
 from megavlm.prepare.index_shards import find_shards, is_up_to_date
+from megavlm.prepare.shard_folder import convert
 
 ROOT = Path(__file__).parents[2]
 
@@ -236,7 +237,7 @@ def test_a_broken_sample_is_named_and_nothing_is_left(broken, tmp_path, capsys):
 def test_broken_samples_are_left_out_and_listed(broken, tmp_path, capsys):
     out = tmp_path / "shards"
     assert prepare("--jsonl", broken, "--out", out, "--skip-broken") == 0
-    assert "left out: 2 broken samples, listed in" in capsys.readouterr().out
+    assert "skipped: 2 broken samples, listed in" in capsys.readouterr().out
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert [line["sample"] for line in skipped] == [f"{broken}:2", f"{broken}:3"]
     assert skipped[0]["cause"] == f"{broken.parent / 'none.png'} does not exist"
@@ -378,7 +379,7 @@ def test_a_damaged_shard_is_named(copied, capfd, damage):
 
 def test_a_shard_without_samples_and_samples_without_text(tmp_path, capfd):
     foreign(tmp_path / "a/empty.tar", [])
-    assert "a/empty.tar cannot be used: it holds no sample" in refused(capfd, tmp_path / "a")
+    assert "a/empty.tar cannot be used: it contains no samples" in refused(capfd, tmp_path / "a")
     foreign(tmp_path / "b/b.tar", ["k.jpg"])
     assert "first sample cannot be used" in (message := refused(capfd, tmp_path / "b"))
     assert "KEY.json" in message
@@ -386,7 +387,7 @@ def test_a_shard_without_samples_and_samples_without_text(tmp_path, capfd):
 
 def test_a_key_that_comes_twice_is_named(copied, capfd):
     shutil.copy(copied / "shard-000000.tar", copied / "copy.tar")
-    assert "have the key '000000000'" in refused(capfd, copied)
+    assert "have the same key '000000000'" in refused(capfd, copied)
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
@@ -400,7 +401,7 @@ def test_a_key_that_comes_twice_is_named(copied, capfd):
         (["."], "has no *.tar files"),
         (["s3://bucket/shards"], "s3://bucket/shards is a URL"),
         (["x", "--out", "y", "--skip-broken"], "--out and --skip-broken without --jsonl would be ignored"),
-        (["--jsonl", "x.jsonl"], "--jsonl needs --out DIR"),
+        (["--jsonl", "x.jsonl"], "--jsonl requires --out DIR"),
         (["--jsonl", "x.jsonl", "--out", "y"], "data file x.jsonl does not exist"),
         (["d", "--jsonl", "x.jsonl", "--out", "y"], "the folder d together with --jsonl would be ignored"),
         (["--force", "--jsonl", "x.jsonl", "--out", "y"], "--force together with --jsonl would be ignored"),

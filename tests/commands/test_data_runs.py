@@ -62,9 +62,13 @@ def break_samples(toys, records, tmp_path):
         ({"messages": [blank, answer], "images": ["missing.png"]}, "broken", "missing.png does not exist"),
         ({"messages": [blank, answer], "images": ["cut.png"]}, "broken", "cut.png cannot be read"),
         ({"messages": [blank, answer], "images": ["text.png"]}, "broken", "text.png cannot be read"),
-        ({"messages": [blank, answer], "images": []}, "broken", "1 <image> in the text, but 0 in images"),
-        ({"messages": [{"role": "human", "content": "?"}]}, "broken", "role 'human'; allowed"),
-        ({"messages": [{"role": "user", "content": "?"}]}, "no target", "nothing to learn"),
+        (
+            {"messages": [blank, answer], "images": []},
+            "broken",
+            "the text contains 1 <image>, but images has 0 entries",
+        ),
+        ({"messages": [{"role": "human", "content": "?"}]}, "broken", "role 'human'; allowed roles"),
+        ({"messages": [{"role": "user", "content": "?"}]}, "no target", "contributes to the loss"),
         ({"messages": [{"role": "user", "content": "why? " * 200}, answer]}, "too long", "data.seq_length = 128"),
     ]
     expected = {}

@@ -54,11 +54,11 @@ def test_fitting_layouts(arguments, data_parallel):
         ({"expert": 8, "experts": 12}, "does not divide the model's 12 experts", "1, 2, 3, 4, 6, 12"),
         ({"tensor": 2, "sequence": False, "experts": 8}, "only with sequence parallelism", "parallel.sequence to true"),
         ({"batch": 12}, "train.global_batch_size is 12, which is not divisible by the 8", "8 or 16"),
-        ({"batch": 4}, "train.global_batch_size is 4, which is not divisible by the 8", "that are: 8"),
+        ({"batch": 4}, "train.global_batch_size is 4, which is not divisible by the 8", "batch sizes: 8"),
         (
             {"batch": 4, "pipeline": 4, "virtual_pipeline": 3},
-            "gives 2 micro-batches each",
-            "nearest batches that fit: 8",
+            "gives each of the 2 data-parallel ranks 2 micro-batches",
+            "the nearest valid batch sizes: 8",
         ),
         ({"seq_length": 100, "context": 8}, "data.seq_length is 100", "96 and 112"),
         (
@@ -68,13 +68,13 @@ def test_fitting_layouts(arguments, data_parallel):
         ),
         (
             {"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 16, "last_stage_layers": 20},
-            "name every stage of an interleaved pipeline",
-            "give one of the two",
+            "determine all stages of an interleaved pipeline",
+            "set only one of the two",
         ),
         ({"pipeline": 2, "first_stage_layers": 36}, "leave 0 for 1 other stage", "at least one"),
         (
             {"pipeline": 4, "virtual_pipeline": 2, "first_stage_layers": 7, "last_stage_layers": 7, "num_layers": 38},
-            "first_stage_layers is 7, which parallel.virtual_pipeline 2 does not divide",
+            "first_stage_layers is 7, which is not divisible by parallel.virtual_pipeline = 2",
             "multiples of 2",
         ),
     ],

@@ -119,10 +119,10 @@ def test_resolved_yaml_gives_the_same_settings_back_with_every_default(write):
     [
         ("train.warmup_step", "did you mean train.warmup_steps?"),
         ("train.sequence_length", "did you mean data.seq_length?"),
-        ("train.learning_rate", "did you mean train.lr (highest learning rate)?"),
+        ("train.learning_rate", "did you mean train.lr (maximum learning rate)?"),
         ("modle", "did you mean model?"),
         ("log.wandb.projcet", "did you mean log.wandb.project?"),
-        ("vision.xyz", "known in vision: recompute, chunk_patches, window, offload, balance"),
+        ("vision.xyz", "known keys in vision: recompute, chunk_patches, window, offload, balance"),
     ],
 )
 def test_unknown_key_names_the_nearest(refused, key, remedy):
@@ -166,7 +166,7 @@ def test_unknown_key_in_a_list_of_sources(refused):
             "vision=7",
             "vision is 7 (override vision=7); allowed: section with recompute, chunk_patches, window, offload, balance",
         ),
-        ("output=''", "output is '' (override output=''): an empty path"),
+        ("output=''", "output is '' (override output=''): the path is empty"),
     ],
 )
 def test_wrong_type_or_range(refused, override, message):

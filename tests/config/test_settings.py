@@ -11,16 +11,16 @@ HF = "model: {hf: folder}\n"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.lr=1e-5", "train.min_lr=1e-4"], "train.min_lr is 0.0001, more than train.lr, 1e-05"),
-        (["train.steps=5", "train.warmup_steps=6"], "train.warmup_steps is 6, more than train.steps, 5"),
-        (["train.schedule=constant", "train.min_lr=1e-6"], "schedule constant stays at lr: it would be ignored"),
+        (["train.lr=1e-5", "train.min_lr=1e-4"], "train.min_lr is 0.0001, which is greater than train.lr = 1e-05"),
+        (["train.steps=5", "train.warmup_steps=6"], "train.warmup_steps is 6, which is greater than train.steps = 5"),
+        (["train.schedule=constant", "train.min_lr=1e-6"], "but train.schedule is constant: it would be ignored"),
         (["train.optimizer=sgd", "train.adam_beta2=0.9"], "train.adam_beta2 is 0.9, but train.optimizer is sgd"),
         (["train.precision=fp8"], "train.precision is fp8, but model.kernels is auto"),
         (["model.freeze=[vision, projector, language]"], "nothing would be trained"),
         (["model.freeze=[vision, vision]"], "a part is named twice"),
         (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline is 2, but parallel.pipeline is 1"),
-        (["data.min_pixels=100", "data.max_pixels=50"], "data.min_pixels is 100, more than data.max_pixels, 50"),
-        (["data.packing=none", "data.packing_buffer=5"], "data.packing none keeps no buffer"),
+        (["data.min_pixels=100", "data.max_pixels=50"], "is 100, which is greater than data.max_pixels = 50"),
+        (["data.packing=none", "data.packing_buffer=5"], "but data.packing is none: it would be ignored"),
         (["checkpoint.keep_every=5"], "checkpoint.keep_every is 5, but checkpoint.every is null"),
         (["checkpoint.every=2", "checkpoint.keep_every=5"], "checkpoint.keep_every is 5, but checkpoint.every is 2"),
         (["generate.top_p=0.5"], "generate.top_p is 0.5, but generate.temperature is 0"),
@@ -33,18 +33,37 @@ HF = "model: {hf: folder}\n"
         ),
         (
             ["train.lr_scale={vision: 0.1}", "model.freeze=[vision]"],
-            "but model.freeze has vision: it would be ignored",
+            "but model.freeze has vision: the entry would be ignored",
         ),
         (["train.galore_rank=64"], "train.galore_rank is 64, but train.optimizer is adam: it would be ignored"),
         (["train.optimizer=sgd", "train.galore_scale=1.0"], "train.galore_scale is 1, but train.optimizer is sgd"),
         (["train.optimizer=galore", "train.galore_update_every=0"], "train.galore_update_every is 0"),
-        (["train.unfreeze_after={vision: 5}"], "but model.freeze is []: that of vision would be ignored"),
+        (["train.unfreeze_after={vision: 5}"], "but model.freeze is []: the entry for vision would be ignored"),
         (
             ["train.unfreeze_after={vision: 5}", "model.freeze=[vision]", "train.steps=5"],
-            "that of vision would be ignored",
+            "the entry for vision would be ignored",
         ),
-        (["train.unfreeze_after={vision: 0}", "model.freeze=[vision]"], "train.unfreeze_after.vision is 0"),
-        (["train.lr_scale={vision: 0.0}"], "train.lr_scale.vision is 0"),
+        (
+            ["train.unfreeze_after={vision: 0}", "model.freeze=[vision]"],
+            (
+                "train.unfreeze_after.vision is 0 (override train.unfreeze_after={vision: 0}); "
+                "allowed: {vision | projector | language: whole number ≥ 1}"
+            ),
+        ),
+        (
+            ["train.lr_scale={vision: 0.0}"],
+            (
+                "train.lr_scale.vision is 0 (override train.lr_scale={vision: 0.0}); allowed: "
+                "{vision | projector | language: number > 0}"
+            ),
+        ),
+        (
+            ["train.lr_scale={tower: 0.1}"],
+            (
+                "train.lr_scale.tower is 'tower' (override train.lr_scale={tower: 0.1}); allowed: "
+                "{vision | projector | language: number > 0}"
+            ),
+        ),
         (["data.pad_multiple=3"], "data.seq_length is 8192, which is not divisible by data.pad_multiple = 3"),
     ],
 )
@@ -83,7 +102,7 @@ def test_what_is_frozen_in_which_step():
 def test_context_parallelism_needs_two_pieces_for_each_rank(refused):
     error = refused(HF, "data.seq_length=40", "parallel.context=4", "parallel.tensor=2")
     assert "not divisible by 2 × parallel.context × parallel.tensor = 16" in error.message
-    assert error.remedy == "nearest lengths that are: 32 and 48"
+    assert error.remedy == "the nearest valid lengths are 32 and 48"
 
 
 def test_samples_are_padded_to_what_context_parallelism_needs():
@@ -115,4 +134,6 @@ def test_every_setting_has_default_range_and_meaning():
     by_key = {entry.key: entry for entry in entries}
     assert by_key["checkpoint.async"].allowed == "true | false"
     assert by_key["generate.top_p"].allowed == "number > 0 and ≤ 1"
+    assert by_key["train.lr_scale"].allowed == "{vision | projector | language: number > 0}"
+    assert by_key["adapter.rank_pattern"].allowed == "{text: whole number ≥ 1}"
     assert by_key["log.wandb.mode"].section == "log"

@@ -61,7 +61,7 @@ def test_truncated_file(hf, tmp_path):
         file.write_bytes(content[:length])
         message = refused(hf, tmp_path)
         assert str(file) in message
-        assert "no complete safetensors file" in message
+        assert "not a complete safetensors file" in message
 
 
 def test_missing_tensor(hf, tmp_path):

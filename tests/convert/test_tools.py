@@ -34,7 +34,7 @@ def test_there_back_and_compared(dense, tmp_path, capsys):
     assert start("mcore2hf.py", "--mcore", mcore, "--hf", dense, "--out", back, "--dtype", "fp32", "--quiet") == 0
     assert capsys.readouterr() == ("", "")
     assert start("compare.py", "--a", mcore, "--b", back) == 0
-    assert "tensors have the same bits" in capsys.readouterr().out
+    assert "tensors are bitwise identical" in capsys.readouterr().out
     half = ("--out", tmp_path / "half", "--dtype", "bf16")
     assert start("mcore2hf.py", "--mcore", mcore, "--hf", dense, *half) == 0
     assert start("compare.py", "--a", dense, "--b", tmp_path / "half", "--quiet") == 1

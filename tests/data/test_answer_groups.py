@@ -87,7 +87,7 @@ def test_judged_answers_are_followed_by_the_next_ones(unit, renderer):
         ("pair", {"messages": []}, "either prompt or messages; this one has both"),
         ("pair", {"prompt": []}, "the prompt must be a string or a list"),
         ("pair", {"prompt": [{"role": "assistant", "content": "!"}]}, "ends with an assistant message"),
-        ("pair", {"images": []}, "1 <image> in the text, but 0 in images"),
+        ("pair", {"images": []}, "contains 1 <image>, but images has 0 entries"),
         ("pair", {"chosen": "<image>", "images": ["large.jpg"] * 2}, r"1 <\|image_pad\|> for 2 files"),
         ("judged", {"label": "yes"}, "label must be true .* found 'yes'"),
         ("judged", {"label": None}, "label must be true"),

@@ -174,7 +174,7 @@ def test_continues_with_other_workers_and_loses_nothing(load, before, after):
     layouts = [before, after, before]  # dealt anew twice: the second time over what the first had passed over
     for layout in layouts:
         loaders, told = ranks_of(layout, states)
-        assert all("none is repeated or left out" in text for text in told)
+        assert all("no sample is repeated or left out" in text for text in told)
         for _ in range(2):
             for loader in loaders:
                 seen.update(source.rpartition("/")[2] for source in next(loader).sources)
@@ -194,7 +194,7 @@ def test_continues_with_other_workers_and_loses_nothing(load, before, after):
 def test_state_fits_only_the_same_run(load):
     state = load().state_dict()
     for settings, named in (
-        ({"seq_length": 256}, r"data\.seq_length 512, now it is 256"),
+        ({"seq_length": 256}, r"data\.seq_length 512, but it is now 256"),
         ({"seed": 5}, "train.seed"),
         ({"train": "documents.jsonl"}, "data.train"),
         ({"packing": "none"}, "data.packing"),
@@ -272,7 +272,9 @@ def test_a_source_without_a_good_sample_ends_the_run(load, data):
     bad = json.dumps({"text": "<image>", "images": ["missing.png"]})
     (data / "all-bad.jsonl").write_text("\n".join([bad] * 7))
     loader = load(("talks.jsonl", "all-bad.jsonl"), workers=1)
-    with pytest.raises(UserError, match=r"all-bad .*: 7 samples one after another.*missing\.png does not exist"):
+    with pytest.raises(
+        UserError, match=r"all-bad .*: 7 consecutive samples cannot be used.*missing\.png does not exist"
+    ):
         list(islice(loader, 40))
 
 
@@ -298,7 +300,7 @@ def test_picture_budget_of_a_row(load, data):
 
 def test_source_errors(load, data):
     (data / "empty.jsonl").write_text("")
-    for train, message in (("none.jsonl", "does not exist"), ("empty.jsonl", "is empty"), ([], "names no data")):
+    for train, message in (("none.jsonl", "does not exist"), ("empty.jsonl", "is empty"), ([], "data.train is empty")):
         with pytest.raises(UserError, match=message):
             load(train)
 

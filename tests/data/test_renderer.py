@@ -215,10 +215,10 @@ def test_beginnings_are_cut_away_but_never_through_a_picture(make_renderer, medi
 
 
 BROKEN = {
-    "too many pictures": ({"messages": talk("<image>", "!"), "images": ["wide.png", "wide.png"]}, "1 <image> in the"),
-    "too few pictures": ({"messages": talk("<image><image>", "!"), "images": ["wide.png"]}, "2 <image> in the text"),
-    "no pictures": ({"messages": talk("<image>", "!")}, "1 <image> in the text, but 0 in images"),
-    "picture in an answer": ({"messages": talk("?", "<image>"), "images": ["wide.png"]}, "user messages only"),
+    "too many pictures": ({"messages": talk("<image>", "!"), "images": ["wide.png", "wide.png"]}, "contains 1 <image>"),
+    "too few pictures": ({"messages": talk("<image><image>", "!"), "images": ["wide.png"]}, "contains 2 <image>"),
+    "no pictures": ({"messages": talk("<image>", "!")}, "contains 1 <image>, but images has 0 entries"),
+    "picture in an answer": ({"messages": talk("?", "<image>"), "images": ["wide.png"]}, "only into user messages"),
     "placeholder in the text": ({"messages": talk("<|image_pad|>", "!")}, "remove <|image_pad|>"),
     "missing picture": ({"messages": talk("<image>", "!"), "images": ["no.png"]}, r"no\.png does not exist"),
     "not a picture": ({"messages": talk("<image>", "!"), "images": ["clip.mp4"]}, r"clip\.mp4 cannot be read"),
@@ -231,24 +231,27 @@ BROKEN = {
     "frames of two sizes": ({"messages": talk("<video>", "!"), "videos": [["frame0.png", "wide.png"]]}, "differ in"),
     "rate of a file": ({"messages": talk("<video>", "!"), "videos": [{"frames": "clip.mp4", "fps": 2}]}, "own rate"),
     "too long": ({"messages": talk("?", "word " * 5000)}, r"has \d+ tokens .* data.seq_length = 4096"),
-    "empty text": ({"text": ""}, "nothing to learn"),
-    "no answer": ({"messages": talk("?")}, "nothing to learn"),
+    "empty text": ({"text": ""}, "no target token"),
+    "no answer": ({"messages": talk("?")}, "no assistant message that contributes"),
     "slip in a field": ({"messages": talk("<image>", "!"), "image": ["wide.png"]}, "did you mean 'images'"),
     "text and messages": ({"messages": talk("?", "!"), "text": "x"}, "both"),
     "neither": ({"conversation": []}, "neither"),
     "no role": ({"messages": [{"from": "human", "value": "?"}]}, "no role"),
-    "unknown role": ({"messages": [{"role": "human", "content": "?"}]}, "role 'human'; allowed: system"),
+    "unknown role": ({"messages": [{"role": "human", "content": "?"}]}, "role 'human'; allowed roles: system"),
     "images as a string": ({"messages": talk("<image>", "!"), "images": "wide.png"}, "images must be a list"),
     "content as a number": ({"messages": talk(3, "!")}, r"messages\[0\].content must be"),
-    "loss of a question": ({"messages": [{"role": "user", "content": "?", "loss": True}]}, "would be ignored"),
+    "loss of a question": ({"messages": [{"role": "user", "content": "?", "loss": True}]}, "is ignored"),
     "a list": ([1, 2], "must be a JSON object"),
-    "box outside": ({"text": "<image><box>", "images": ["wide.png"], "boxes": [[0, 0, 301, 40]]}, "lies outside of"),
-    "box of no picture": ({"text": "<box>", "boxes": [[0, 0]]}, "belongs to picture 0, but there are 0"),
-    "box backwards": ({"text": "<image><box>", "images": ["wide.png"], "boxes": [[9, 0, 3, 4]]}, "ends before it"),
+    "box outside": ({"text": "<image><box>", "images": ["wide.png"], "boxes": [[0, 0, 301, 40]]}, "is outside of"),
+    "box of no picture": ({"text": "<box>", "boxes": [[0, 0]]}, "belongs to picture 0, but the sample has 0"),
+    "box backwards": (
+        {"text": "<image><box>", "images": ["wide.png"], "boxes": [[9, 0, 3, 4]]},
+        "right or bottom side before",
+    ),
     "box of three": ({"text": "<image><box>", "images": ["wide.png"], "boxes": [[9, 0, 3]]}, "2 or 4 numbers"),
     "boxes without places": (
         {"text": "<image>", "images": ["wide.png"], "boxes": [[9, 0]]},
-        "0 <box> in the text, but",
+        "contains 0 <box>, but",
     ),
 }
 
@@ -266,7 +269,7 @@ def test_errors_name_sample_and_cause(renderer, media, name):
 
 
 def test_folder_without_processor(tmp_path, make_renderer, model_folder):
-    with pytest.raises(UserError, match="no such Hugging Face folder"):
+    with pytest.raises(UserError, match="none does not exist"):
         Renderer(tmp_path / "none", DataSettings())
     with pytest.raises(UserError, match="processor cannot be loaded"):
         Renderer(tmp_path, DataSettings())

@@ -58,7 +58,7 @@ def test_what_stands_before_the_first_turn(learned):
 
 
 def test_template_that_rewrites_earlier_turns(learned):
-    with pytest.raises(UserError, match=r"here:1: messages\[1\] is not found"):
+    with pytest.raises(UserError, match=r"here:1: messages\[1\] cannot be found"):
         learned(talk("a", "b", "c", "d"), REWRITING)
 
 

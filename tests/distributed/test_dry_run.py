@@ -220,11 +220,11 @@ def test_the_command_tells_what_a_rank_holds(world1) -> None:
     ((status, shown),) = world1.run(command, wanted)
     shown = " ".join(shown.split())  # lines are wrapped
     assert status == 0
-    assert "rank 0 parameters learn vision" in shown
+    assert "rank 0 parameters trainable vision" in shown
     decoder = of_the_decoder("30b-a3b", load_settings(CONFIGS / "models/30b-a3b.yaml").parallel, first=True, last=True)
     assert re.search(rf"language \S+ {decoder['shared adapters'] + decoder['expert adapters']:,} GiB", shown)
     assert re.search(r"GiB: weights \S+ \+ gradients \S+ \+ optimizer \S+ = \S+, without activations", shown)
-    assert "no row went through" in shown
+    assert "no forward pass" in shown
 
 
 @pytest.mark.parametrize(

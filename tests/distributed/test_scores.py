@@ -30,12 +30,12 @@ def run_score(settings: dict):
 
 def score_without(settings: dict, part: str | None) -> list[dict]:
     """Scores with one part of the model switched off."""
-    from megavlm.commands import score
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
     from megavlm.data.sources import read_samples
     from megavlm.runtime.eval_rows import EvalRows
     from megavlm.runtime.forward import encode_window, logprobs_of
+    from megavlm.runtime.scoring import fill_rows, sample_scores
     from megavlm.runtime.session import start
 
     settings = Settings(**settings)
@@ -53,7 +53,7 @@ def score_without(settings: dict, part: str | None) -> list[dict]:
             layer.self_attention.q_layernorm = layer.self_attention.k_layernorm = torch.nn.Identity()
     renderer = Renderer(settings.model.hf, settings.data)
     samples = read_samples(settings.data.eval, renderer, "tune")
-    rows = EvalRows(session, score.fill_rows(samples, renderer, settings.data), "scoring")
+    rows = EvalRows(session, fill_rows(samples, renderer, settings.data), "scoring")
     scores = []
     for window, _ in rows:
         if part == "position interpolation":  # the nearest corner alone
@@ -61,9 +61,7 @@ def score_without(settings: dict, part: str | None) -> list[dict]:
             window.frames.pos_weight = torch.nn.functional.one_hot(nearest, 4).float()
         with torch.no_grad():
             encode_window(session.vlm, window)
-        scores += score.sample_scores(
-            window.micro_batches[0].host, logprobs_of(session.vlm, window.micro_batches[0], 64)
-        )
+        scores += sample_scores(window.micro_batches[0].host, logprobs_of(session.vlm, window.micro_batches[0], 64))
     return scores
 
 

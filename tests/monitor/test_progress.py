@@ -46,7 +46,7 @@ def test_log_has_first_each_tenth_and_last_step():
 def test_log_after_resume_starts_with_the_next_step():
     text = run(io.StringIO(), steps=range(18, 26), start_step=17)
     assert [int(step) for step in re.findall(r"^step +(\d+)/25", text, re.M)] == [18, 20, 25]
-    assert "continues after step 17" in text
+    assert "continued after step 17" in text
 
 
 @pytest.mark.parametrize("width", range(48, 100, 3))

@@ -112,7 +112,7 @@ def test_online_falls_back_to_offline_under_the_same_id(monkeypatch, tmp_path):
     run = WandbLog(settings("online", tmp_path), warn=warnings.append)
     assert run.mode == "offline"
     assert wandb.started == [("offline", (tmp_path / "wandb/run_id").read_text().strip())]
-    assert warnings == ["warning: wandb does not start online (no route to host); continuing offline"]
+    assert warnings == ["warning: wandb cannot start online (no route to host); continuing offline"]
 
 
 def test_no_start_is_a_warning(monkeypatch, tmp_path):
@@ -131,4 +131,4 @@ def test_failing_log_is_said_once(monkeypatch, tmp_path):
     run = WandbLog(settings("offline", tmp_path), warn=warnings.append)
     run.log(LINE)
     run.log(LINE)
-    assert warnings == ["warning: wandb cannot log (disk full); continuing without"]
+    assert warnings == ["warning: wandb cannot log (disk full); continuing without wandb"]

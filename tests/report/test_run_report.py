@@ -179,7 +179,7 @@ def test_run_without_settings(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.write({**dict.fromkeys(REQUIRED, None), "step": 1, "loss": float("nan"), "seconds": 1.0})
     page = write_report(tmp_path).read_text()
-    assert "no config.yaml" in page
+    assert "has no config.yaml" in page
 
 
 def test_changed_settings_are_marked(runs):

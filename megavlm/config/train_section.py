@@ -1,0 +1,137 @@
+"""The train section: the optimizer, its schedule, and how the training steps run."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megavlm.base.errors import UserError
+from megavlm.config.section import Bool, Count, Float, Int, Part, Positive, Section
+
+
+class TrainSettings(Section):
+    """The optimizer, its schedule, and how the training steps run."""
+
+    steps: Int | None = Field(None, ge=1, description="number of optimizer steps of the whole run")
+    global_batch_size: Int | None = Field(
+        None, ge=1, description="number of rows in a step, summed over all data-parallel ranks"
+    )
+    lr: Float | None = Field(None, gt=0, description="maximum learning rate")
+    lr_scale: dict[Part, Positive] = Field(
+        {},
+        description="factor by which the learning rate of a part is multiplied, for example {vision: 0.1}; parts that "
+        "are not named have 1",
+    )
+    unfreeze_after: dict[Part, Count] = Field(
+        {},
+        description="number of steps after which a frozen part is unfrozen, for example {language: 1000}; its learning "
+        "rate then follows the schedule of the run",
+    )
+    min_lr: Float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
+    warmup_steps: Int = Field(
+        0, ge=0, description="number of steps over which the learning rate rises linearly from 0 to lr"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine",
+        description="how the learning rate falls from lr to min_lr after the warm-up; constant: it stays at lr",
+    )
+    optimizer: Literal["adam", "sgd", "galore"] = Field(
+        "adam",
+        description="adam: AdamW, with its state distributed over the data-parallel ranks; sgd: stochastic gradient "
+        "descent; galore: AdamW that keeps its moments of a matrix in a low-rank projection, which needs less memory",
+    )
+    galore_rank: Int = Field(128, ge=1, description="only for galore: rank of the projection")
+    galore_update_every: Int = Field(
+        200, ge=1, description="only for galore: number of steps after which the projection is computed again"
+    )
+    galore_scale: Float = Field(
+        0.25, gt=0, description="only for galore: factor by which the update of a projected matrix is multiplied"
+    )
+    adam_beta1: Float = Field(0.9, ge=0, lt=1, description="decay rate of Adam's running mean of the gradients")
+    adam_beta2: Float = Field(0.95, ge=0, lt=1, description="decay rate of Adam's running mean of squared gradients")
+    adam_eps: Float = Field(1e-8, gt=0, description="constant added to the denominator of Adam's update")
+    weight_decay: Float = Field(0.1, ge=0, description="coefficient of the weight decay")
+    clip_grad: Float = Field(
+        1.0, ge=0, description="maximum norm of the gradient of all parts together; 0: gradients are not clipped"
+    )
+    moe_aux_loss_coeff: Float = Field(
+        0.001, ge=0, description="weight of the load-balancing loss of the experts (MoE models only)"
+    )
+    precision: Literal["bf16", "fp32", "fp8"] = Field(
+        "bf16", description="number format of the computation; fp8 needs model.kernels te"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="which activations of the decoder are recomputed in the backward pass to save memory. selective: "
+        "those of attention; full: those of whole layers",
+    )
+    logprob_chunk_tokens: Int = Field(
+        1024, ge=1, description="maximum number of tokens whose logits are in memory at the same time"
+    )
+    kl_to_start: Float = Field(
+        0.0,
+        ge=0,
+        description="only for sft: weight in the loss of the KL divergence from the model that training starts from, "
+        "which helps to keep its abilities; 0: no such term. Otherwise each step has a second forward pass, "
+        "and memory holds a copy of the trained weights",
+    )
+    max_skipped_steps: Int = Field(
+        3,
+        ge=0,
+        description="maximum number of consecutive steps that may be skipped because the loss or a gradient is NaN or "
+        "infinite; one more ends the run",
+    )
+    memory_check: Bool = Field(
+        True,
+        description="whether to run the longest row that may occur before the first step, to check that it fits into "
+        "memory",
+    )
+    hang_minutes: Float | None = Field(
+        30.0,
+        gt=0,
+        description="number of minutes without progress after which every rank writes its stacks and the run ends; "
+        "null: no limit",
+    )
+    seed: Int = Field(
+        1234, ge=0, le=2**31 - 1, description="seed of the initial weights, the order of the data and dropout"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainSettings":
+        if self.lr is not None and self.min_lr > self.lr:
+            raise UserError(
+                f"train.min_lr is {self.min_lr:g}, which is greater than train.lr = {self.lr:g}",
+                "lower min_lr or raise lr",
+            )
+        if self.steps is not None and self.warmup_steps > self.steps:
+            raise UserError(
+                f"train.warmup_steps is {self.warmup_steps}, which is greater than train.steps = {self.steps}",
+                "lower warmup_steps or raise steps",
+            )
+        late = ", ".join(
+            part for part, after in self.unfreeze_after.items() if self.steps is not None and after >= self.steps
+        )
+        if late:
+            raise UserError(
+                f"train.unfreeze_after is {self.unfreeze_after}, but train.steps is {self.steps}: "
+                f"the entry for {late} would be ignored",
+                f"unfreeze {late} after fewer than {self.steps} steps, or raise train.steps",
+            )
+        if self.schedule == "constant" and self.min_lr:
+            raise UserError(
+                f"train.min_lr is {self.min_lr:g}, but train.schedule is constant: it would be ignored",
+                "set min_lr to 0, or choose schedule cosine or linear",
+            )
+        for name in ("adam_beta1", "adam_beta2", "adam_eps"):
+            if self.optimizer == "sgd" and self.is_changed(name):
+                raise UserError(
+                    f"train.{name} is {getattr(self, name):g}, but train.optimizer is sgd: it would be ignored",
+                    f"remove {name} or choose optimizer adam",
+                )
+        for name in ("galore_rank", "galore_update_every", "galore_scale"):
+            if self.optimizer != "galore" and self.is_changed(name):
+                raise UserError(
+                    f"train.{name} is {getattr(self, name):g}, but train.optimizer is {self.optimizer}: it would be "
+                    "ignored",
+                    f"remove {name} or choose optimizer galore",
+                )
+        return self

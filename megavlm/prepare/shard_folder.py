@@ -1,0 +1,125 @@
+"""Makes folders of WebDataset shards ready for training: indexes existing shards, or converts JSONL files to shards."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol
+
+from megavlm.base.atomic_files import new_folder
+from megavlm.base.errors import UserError
+from megavlm.data.jsonl import JsonlFile
+from megavlm.data.shards import ShardFolder
+from megavlm.data.skipped_samples import SkippedSample
+from megavlm.prepare.index_shards import find_shards, index_shards, is_up_to_date
+from megavlm.prepare.write_shards import ShardWriter, load_ahead
+
+SKIPPED = "skipped.jsonl"
+
+
+class ProgressBar(Protocol):
+    """Shows the progress of one task; a context manager."""
+
+    def __enter__(self) -> "ProgressBar": ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def advance(self, num_bytes: int = 0) -> None:
+        """Counts one more item with this number of bytes."""
+
+
+Progress = Callable[[str, int, str], ProgressBar]
+"""Makes the progress bar of a task from its name, the number of its items and their unit."""
+
+
+class NoProgress:
+    """A progress bar that shows nothing."""
+
+    def __init__(self, what: str, total: int, unit: str):
+        pass
+
+    def __enter__(self) -> "NoProgress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def advance(self, num_bytes: int = 0) -> None:
+        """Does nothing."""
+
+
+def prepare(folder: Path, *, force: bool = False, progress: Progress = NoProgress) -> bool:
+    """Indexes the shards of a folder, unless its index is up to date. Returns whether it built an index.
+
+    Raises:
+        UserError: there are no shards, a shard is damaged, or the first sample is invalid.
+    """
+    shards = find_shards(folder)
+    if not force and is_up_to_date(folder, shards):
+        return False
+    with progress("indexing", len(shards), "shards") as bar:
+        index_shards(folder, shards, bar.advance)
+    try:
+        ShardFolder(folder).read(0)
+    except UserError as error:
+        raise UserError(
+            f"the shards are indexed, but the first sample cannot be used: {error.message}",
+            "a sample must have KEY.json (a line of JSONL) or KEY.txt (a caption), and media: KEY.jpg, KEY.0.jpg, …",
+        ) from None
+    return True
+
+
+def convert(
+    jsonl: Sequence[str], out: Path, shard_bytes: int, *, skip_broken: bool = False, progress: Progress = NoProgress
+) -> Path:
+    """Writes the samples of JSONL files in their order, with their media, into a new folder of shards with an index.
+
+    Training from this folder gives bitwise the same rows as training from the JSONL files.
+
+    Args:
+        jsonl: paths or URLs.
+        out: the new folder; it must not exist, and it appears when it is complete.
+        shard_bytes: maximum size of a shard.
+        skip_broken: skip samples that cannot be read and list them in ``skipped.jsonl``, instead of raising.
+        progress: shows the progress of writing and of indexing.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: `out` exists, a sample cannot be read (with `skip_broken`: none can), or a shard cannot be written.
+    """
+    if ":/" in str(out):
+        raise UserError(
+            f"--out {out} is a URL, but shards are written to a local folder",
+            "give a local folder, and copy it afterwards",
+        )
+    if out.exists():
+        raise UserError(f"{out} exists already", "choose another --out, or move it away")
+    files = [JsonlFile(path) for path in jsonl]
+    try:
+        with new_folder(out) as partial:
+            with (
+                progress("writing", sum(map(len, files)), "samples") as bar,
+                ShardWriter(partial, shard_bytes) as writer,
+                closing(load_ahead(files)) as loading,
+            ):
+                for source, future in loading:
+                    try:
+                        sample = future.result()
+                    except UserError as error:
+                        if not skip_broken:
+                            raise
+                        with (partial / SKIPPED).open("a", encoding="utf-8") as file:
+                            line = {"sample": source, "cause": SkippedSample.of(0, source, error).cause}
+                            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                        bar.advance()
+                        continue
+                    writer.add(sample)
+                    bar.advance(sample.size)
+            if not writer.num_samples:
+                raise UserError(f"no sample of {', '.join(jsonl)} can be read", "run without --skip-broken to see why")
+            prepare(partial, progress=progress)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}", "free some space, or choose another --out") from None
+    return out
