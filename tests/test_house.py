@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "base": [],
     "config": ["base"],
     "platform": [],
-    "model": ["platform", "base"],
+    "model": ["platform", "config", "base"],
     "data": ["config", "base"],
     "prepare": ["data", "base"],
     "convert": ["model.shapes", "model.score_head", "config", "base"],

@@ -76,7 +76,7 @@ class McoreCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
-            raise UserError(f"no such checkpoint folder: {path}")
+            raise UserError(f"no such checkpoint folder: {path}", "check the path")
         if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
             steps = sorted(child.name for child in path.glob("**/step_*") if child.is_dir())
             remedy = (

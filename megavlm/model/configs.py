@@ -1,53 +1,64 @@
-"""From a model's shapes and the run's settings to Megatron's TransformerConfig, for the decoder and for the tower."""
+"""Makes Megatron's TransformerConfig for the decoder and the vision tower, from a model's shapes and the settings."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megavlm.base.errors import UserError
+from megavlm.config.settings import ParallelSettings, TrainSettings
 from megavlm.model.shapes import Shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
 
 
-def _activation(name: str, key: str):
+def _activation(name: str, key: str) -> Callable[[Tensor], Tensor]:
     if name not in ACTIVATIONS:
-        raise UserError(f"config.json: {key} is {name!r}; megavlm knows {', '.join(ACTIVATIONS)}")
+        raise UserError(f"config.json: {key} is {name!r}; allowed: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
-def _common(precision: str, kernels: str) -> dict:
+def _common(precision: str, kernels: str) -> dict[str, Any]:
     fused = kernels == "te"
     return dict(
         params_dtype=DTYPES[precision],
         bf16=precision != "fp32",
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        apply_rope_fusion=fused,  # a row is sbhd with b = 1, so TE's fused rotary embedding serves MRoPE as it is
+        apply_rope_fusion=fused,  # a row is sbhd with b = 1, so TE's fused rotary embedding works for MRoPE unchanged
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,  # Megatron wants apex for it
+        gradient_accumulation_fusion=False,  # Megatron needs apex for it
         persist_layer_norm=False,
     )
 
 
-def decoder_config(shapes: Shapes, parallel, train, kernels: str, *, grouped_experts: bool) -> TransformerConfig:
-    """The Qwen3 decoder.
+def decoder_config(
+    shapes: Shapes, parallel: ParallelSettings, train: TrainSettings, kernels: str, *, grouped_experts: bool
+) -> TransformerConfig:
+    """The configuration of the Qwen3 decoder.
 
     Args:
-        parallel, train: settings sections. kernels: ``te`` or ``portable``. grouped_experts: of the kernels' provider.
+        shapes: the model's shapes.
+        parallel, train: sections of the settings.
+        kernels: ``te`` or ``portable``.
+        grouped_experts: whether the kernels multiply the experts of a rank together (``Kernels.grouped_experts``).
     """
     text = shapes.text
     if text.attention_bias:
         raise UserError(
-            "config.json: text_config.attention_bias is true; no Qwen3-VL has it and megavlm does not either"
+            "config.json: text_config.attention_bias is true; no released Qwen3-VL has it, and megavlm does not "
+            "support it",
+            "give the folder of a Qwen3-VL",
         )
     options = _common(train.precision, kernels) | dict(bias_activation_fusion=kernels == "te")
     if text.moe is not None:
@@ -56,7 +67,7 @@ def decoder_config(shapes: Shapes, parallel, train, kernels: str, *, grouped_exp
             moe_router_topk=text.moe.top_k,
             moe_ffn_hidden_size=text.moe.ffn,
             moe_layer_freq=[int(text.is_moe_layer(i)) for i in range(text.layers)],
-            # softmax over the chosen logits alone = softmax over all, then normalised over the chosen
+            # a softmax over the chosen logits equals a softmax over all that is normalised over the chosen
             moe_router_pre_softmax=not text.moe.normalize_top_k,
             moe_router_load_balancing_type="aux_loss",
             moe_aux_loss_coeff=train.moe_aux_loss_coeff,
@@ -72,7 +83,7 @@ def decoder_config(shapes: Shapes, parallel, train, kernels: str, *, grouped_exp
     elif train.recompute == "selective":
         options |= dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     if parallel.virtual_pipeline:
-        # With two stages both neighbours are the same rank, and Megatron's batched sends would cross
+        # With two stages both neighbours are the same rank, and Megatron's batched sends would get mixed up
         options |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
     return TransformerConfig(
         num_layers=text.layers,
@@ -102,8 +113,8 @@ def decoder_config(shapes: Shapes, parallel, train, kernels: str, *, grouped_exp
     )
 
 
-def tower_config(shapes: Shapes, train, kernels: str) -> TransformerConfig:
-    """The vision tower and the projector: replicated on every rank, so no model parallelism inside."""
+def tower_config(shapes: Shapes, train: TrainSettings, kernels: str) -> TransformerConfig:
+    """The configuration of vision tower and projector, which every rank holds whole: there is no model parallelism."""
     vision = shapes.vision
     return TransformerConfig(
         num_layers=vision.layers,
@@ -111,11 +122,11 @@ def tower_config(shapes: Shapes, train, kernels: str) -> TransformerConfig:
         num_attention_heads=vision.heads,
         ffn_hidden_size=vision.ffn,
         normalization="LayerNorm",
-        layernorm_epsilon=1e-6,  # transformers' qwen3_vl states it in the code, not in config.json
+        layernorm_epsilon=1e-6,  # transformers' qwen3_vl has it in the code, not in config.json
         add_bias_linear=True,
         gated_linear_unit=False,
         activation_func=_activation(vision.hidden_act, "vision_config.hidden_act"),
         init_method_std=vision.init_std,
-        bias_activation_fusion=False,  # Megatron fuses no tanh GELU
+        bias_activation_fusion=False,  # Megatron has no fused tanh GELU
         **_common(train.precision, kernels),
     )

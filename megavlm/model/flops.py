@@ -1,10 +1,10 @@
-"""Model FLOPs of a training step: what the mathematics needs, whatever the layout.
+"""Model FLOPs of a training step: the operations that the model needs in any layout.
 
-Padding, recomputation and communication are not counted. A product of an [m, k] with a [k, n] matrix is 2·m·k·n
-operations. Causal attention counts half of its square, norms, activations and rotations count nothing. A matrix's
-backward pass costs its forward cost once for the gradient of its input and once for that of its weight; of the two,
-only what the frozen parts leave to do is counted. The word embedding is a look-up; the output layer is counted for
-the target tokens alone, the only ones whose logits are needed.
+Padding, recomputation and communication are not counted. The product of an [m, k] and a [k, n] matrix is 2·m·k·n
+operations. Causal attention counts as half of its square. Norms, activations and rotations are not counted. The
+backward pass of a matrix product costs as much as the forward pass for the gradient of its input, and again for the
+gradient of its weight; with frozen parts, only the gradients that are needed are counted. The word embedding is a
+look-up and not counted. The output layer is counted only for the target tokens, because only their logits are needed.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 from megavlm.model.shapes import Shapes, TextShape, VisionShape
 
-# Dense bf16 peak in TFLOP/s by a part of the device's name, from NVIDIA's data sheets. The first match counts.
+# Peak of dense bf16 products in TFLOP/s, by a part of the device's name, from NVIDIA's data sheets. First match wins.
 PEAK_BF16_TFLOPS = (
     ("GB300", 2500.0),
     ("B300", 2250.0),
@@ -34,14 +34,14 @@ PEAK_BF16_TFLOPS = (
 
 @dataclass(frozen=True)
 class Work:
-    """What a step has computed, summed over the rows of all ranks. Counts; whole numbers, floats where they are large.
+    """The work of a step, summed over the rows of all ranks. All are counts, as floats because they may be large.
 
     Attributes:
-        tokens: useful tokens, padding left out.
-        segment_squares: sum of squares of the samples' lengths in tokens.
-        target_tokens: tokens that are predicted.
-        patches: vision patches.
-        frame_squares: sum of squares of the frames' numbers of patches.
+        tokens: number of tokens without padding.
+        segment_squares: sum of the squares of the samples' lengths in tokens.
+        target_tokens: number of tokens that are predicted.
+        patches: number of vision patches.
+        frame_squares: sum of the squares of the frames' numbers of patches.
     """
 
     tokens: float
@@ -52,20 +52,20 @@ class Work:
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, float]) -> "Work":
-        """From a mapping that has these names, among others."""
+        """Takes these counts from a mapping, which may have others."""
         return cls(**{field.name: counts[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)
 class PartFlops:
-    """Forward operations of one part: in products with weights, and in attention (products of activations)."""
+    """Forward operations of one part: products with weights, and attention (products of activations)."""
 
     weights: float
     attention: float = 0.0
 
 
 def forward_flops(shapes: Shapes, work: Work) -> dict[str, PartFlops]:
-    """Forward operations of the parts "vision", "projector" and "language"."""
+    """The forward operations of the parts "vision", "projector" and "language"."""
     text, vision = shapes.text, shapes.vision
     visual_tokens = work.patches / vision.spatial_merge_size**2
     head = 2 * work.target_tokens * text.hidden * text.vocab
@@ -83,42 +83,42 @@ def forward_flops(shapes: Shapes, work: Work) -> dict[str, PartFlops]:
 
 
 def step_flops(shapes: Shapes, work: Work, frozen: Collection[str] = (), adapted: Collection[str] = ()) -> float:
-    """Operations of forward and backward.
+    """The operations of the forward and the backward pass.
 
     Args:
-        shapes: the model's numbers.
-        work: what the step has computed, over all ranks.
-        frozen: parts that do not learn, of "vision", "projector", "language"; all three: forward alone.
-        adapted: parts of which adapters alone learn, whose own few operations are not counted.
+        shapes: the model's shapes.
+        work: the work of the step, over all ranks.
+        frozen: frozen parts, of "vision", "projector" and "language"; if all three are, only the forward pass counts.
+        adapted: parts in which only adapters are trained, whose own few operations are not counted.
 
-    Gradients flow from the loss back to the first part that learns. On that way every product's input gradient is
-    counted, and weight gradients where the part learns; nothing beyond it. (The patch embedding's input gradient is
-    the exception: nobody needs it.)
+    Gradients flow from the loss back to the first part that is trained. Up to there, the input gradients of all
+    products are counted, and the weight gradients of the parts that are trained. (The patch embedding is the exception:
+    its input gradient is never needed.)
     """
     parts = forward_flops(shapes, work)
     total = 0.0
-    somebody_before_learns = False
-    for name in ("vision", "projector", "language"):  # the way of the data
+    trained_before = False
+    for name in ("vision", "projector", "language"):  # in the order of the forward pass
         forward = parts[name]
-        learns, reached = name not in (*frozen, *adapted), name not in frozen
+        trained, reached = name not in (*frozen, *adapted), name not in frozen
         total += forward.weights + forward.attention
-        if learns:
+        if trained:
             total += forward.weights
-        if reached or somebody_before_learns:
+        if reached or trained_before:
             total += forward.weights + 2 * forward.attention
-        if name == "vision" and learns:
+        if name == "vision" and trained:
             total -= 2 * work.patches * shapes.vision.patch_dim * shapes.vision.hidden
-        somebody_before_learns |= reached
+        trained_before |= reached
     return total
 
 
 def active_decoder_weights(text: TextShape) -> int:
-    """Weights of the decoder's layers that one token meets: attention, and the dense MLP or its chosen experts."""
+    """The number of weights in the decoder's layers that a token uses: attention, and the MLP or its chosen experts."""
     attention = text.hidden * text.head_dim * (2 * text.heads + 2 * text.kv_heads)
     total = 0
     for layer in range(text.layers):
         total += attention
-        if text.is_moe_layer(layer):
+        if text.moe is not None and text.is_moe_layer(layer):
             total += text.moe.top_k * 3 * text.hidden * text.moe.ffn + text.hidden * text.moe.num_experts
         else:
             total += 3 * text.hidden * text.ffn
@@ -126,9 +126,9 @@ def active_decoder_weights(text: TextShape) -> int:
 
 
 def peak_flops(device_name: str | None) -> float | None:
-    """bf16 peak in FLOP/s of a device by the name CUDA gives it ("NVIDIA H100 80GB HBM3"); None where not known.
+    """The bf16 peak in FLOP/s of a device with the given CUDA name ("NVIDIA H100 80GB HBM3"); None if unknown.
 
-    MFU is measured against it at every precision, so that runs can be compared.
+    MFU is relative to it at every precision, so that runs can be compared.
     """
     for part, tflops in PEAK_BF16_TFLOPS:
         if device_name and part.lower() in device_name.lower():

@@ -1,7 +1,8 @@
-"""Who encodes which frame, and which rank needs which visual token: host arithmetic, the same on every rank.
+"""Which rank encodes which frame, and which rank needs which visual token.
 
-A frame is one temporal step of a picture or video; attention in the tower never crosses one, so frames can be dealt
-freely. Everything here is computed from the frames' sizes and positions alone, so no rank has to ask another.
+A frame is one temporal step of a picture or video. Attention in the tower never crosses frames, so they can be
+distributed freely. Every rank computes the same results on the host, from the sizes and positions of the frames, so
+the ranks need not communicate.
 """
 
 import heapq
@@ -17,19 +18,19 @@ from megavlm.platform import to_device
 
 
 def frame_cost(num_patches: np.ndarray, linear_cost: float) -> np.ndarray:
-    """``linear_cost * n + n²`` for frames of n patches, float64 [F]: in units of one query-key pair of attention.
+    """The cost of frames of n patches, ``linear_cost * n + n²``, float64 [F], in units of one query-key pair.
 
-    ``linear_cost``: that of a patch's matrix products.
+    ``linear_cost``: the cost of the matrix products of one patch.
     """
     return linear_cost * num_patches + num_patches.astype(np.float64) ** 2
 
 
 def balance_frames(num_patches: np.ndarray, ranks: int, linear_cost: float) -> np.ndarray:
-    """Owner of each frame, int64 [F]: the costliest first, each to the least loaded rank.
+    """The rank that encodes each frame, int64 [F]. Frames go in order of falling cost to the least loaded rank.
 
     Args:
-        num_patches: int [F].
-        ranks: size of the group that shares the frames.
+        num_patches: int [F], number of patches of each frame.
+        ranks: number of ranks over which the frames are distributed.
         linear_cost: see ``frame_cost``.
     """
     cost = frame_cost(num_patches, linear_cost)
@@ -44,14 +45,14 @@ def balance_frames(num_patches: np.ndarray, ranks: int, linear_cost: float) -> n
 
 @dataclass(frozen=True)
 class RankShare:
-    """What one rank of the group that shares the frames needs of their features.
+    """Which features one rank of the group that shares the frames needs.
 
     Attributes:
-        dp_rank: whose rows it works on, counted within the group.
-        context, context_index: parts in which context parallelism cuts a row; which this rank holds.
-        slices, slice_index: equal slices of that part (sequence parallelism); which this rank holds.
-        planes: feature planes used on this rank: 0 embeds (first stage), 1 + k is deepstack level k.
-        gives_gradient: false where another rank holds the same gradient (tensor ranks without sequence parallelism).
+        context, context_index: number of parts into which context parallelism cuts a row; index of this rank's part.
+        slices, slice_index: number of slices into which sequence parallelism cuts that part; index of this rank's.
+        planes: feature planes that this rank uses: 0 is the embeddings (first stage), 1 + k is deepstack level k.
+        gives_gradient: false if another rank has the same gradient (tensor ranks without sequence parallelism).
+        dp_rank: data-parallel rank whose rows it works on, counted within the group.
     """
 
     context: int = 1
@@ -64,20 +65,20 @@ class RankShare:
 
     @property
     def cell(self) -> int:
-        """Number of the slice of a row, over all data ranks, context parts and slices."""
+        """The index of this rank's slice of a row, counted over all data-parallel ranks, context parts and slices."""
         return (self.dp_rank * self.context + self.context_index) * self.slices + self.slice_index
 
 
 @dataclass(frozen=True)
 class VisualRow:
-    """What all ranks that share frames must know of one row.
+    """What all ranks that share the frames must know about a row.
 
-    A frame is used once or, by samples that share their pictures, several times; its tokens are neighbours in the row.
+    A frame is used once or, by samples that share their pictures, several times. Its tokens are contiguous in the row.
 
     Attributes:
-        segment_lengths: tokens of each segment.
-        frame_tokens: int64 [F], visual tokens of each frame.
-        use_frames, use_starts: int64 [U], in the order of the row: which frame, and where its tokens begin.
+        segment_lengths: number of tokens of each segment.
+        frame_tokens: int64 [F], number of visual tokens of each frame.
+        use_frames, use_starts: int64 [U], in the order of the row: the frame, and the position of its first token.
     """
 
     segment_lengths: list[int]
@@ -88,13 +89,14 @@ class VisualRow:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """The visual tokens of a window of micro-batches and where they go; frames in the order in which they were dealt.
+    """The visual tokens of a window of micro-batches and their destinations.
 
     Attributes:
-        frame: int64 [N], the frame that each token belongs to. within: int64 [N], its number among the frame's.
+        frame: int64 [N], the frame of each token, numbered in the order in which the frames were distributed.
+        within: int64 [N], the token's index within the frame.
         cell: int64 [N], the ``RankShare.cell`` that needs it.
         position: int64 [N], its position in that slice.
-        micro_batch: int64 [N], which micro-batch of its data rank's window.
+        micro_batch: int64 [N], the index of its micro-batch in the window of its data-parallel rank.
     """
 
     frame: np.ndarray
@@ -105,7 +107,7 @@ class VisualTokens:
 
     @classmethod
     def of(cls, rows: Sequence["VisualRow"], share: RankShare, dp_rank: int) -> "VisualTokens":
-        """The tokens of one data rank's window. ``share``: any of the group, for how rows are cut."""
+        """The tokens of the window of one data-parallel rank. ``share``: that of any rank, since all cut rows alike."""
         nothing = np.empty(0, np.int64)
         frames, withins, cells, positions, sizes, num_frames = [], [], [], [], [], 0
         for row in rows:
@@ -130,7 +132,7 @@ class VisualTokens:
 
     @classmethod
     def join(cls, parts: Sequence["VisualTokens"], num_frames: Sequence[int]) -> "VisualTokens":
-        """The tokens of several data ranks as one; ``num_frames`` counts the frames of each."""
+        """Joins the tokens of several data-parallel ranks. ``num_frames``: the number of frames of each."""
         starts = np.cumsum([0, *num_frames[:-1]])
         return cls(
             frame=np.concatenate([part.frame + start for part, start in zip(parts, starts, strict=True)]),
@@ -143,14 +145,15 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class Exchange:
-    """The all-to-all of one window of micro-batches, as seen by one rank. Its unit is one plane of one visual token.
+    """The all-to-all of one window of micro-batches on one rank. Its unit is one plane of one visual token.
 
     Attributes:
-        num_own: tokens N_own of the frames that this rank encodes.
-        send: int64 [S], what goes out, destination after destination: indices into [planes of the model * N_own].
-        send_counts: length of each destination's part. receive_counts: likewise of what comes, source after source.
-        take: per micro-batch, int64 [planes of this rank, n], indices into what has come.
-        positions: per micro-batch, int64 [n], positions of those tokens in this rank's slice of the row.
+        num_own: number of tokens N_own of the frames that this rank encodes.
+        send: int64 [S], indices into [planes of the model * N_own] of the units to send, ordered by destination.
+        send_counts: number of units for each destination.
+        receive_counts: number of units from each source; received units are ordered by source.
+        take: for each micro-batch, int64 [planes of this rank, n], indices into the received units.
+        positions: for each micro-batch, int64 [n], positions of those tokens in this rank's slice of the row.
     """
 
     num_own: int
@@ -161,7 +164,7 @@ class Exchange:
     positions: list[Tensor]
 
     def to(self, device: torch.device) -> "Exchange":
-        """The same with its indices on ``device``, without waiting for it."""
+        """A copy with the indices on ``device``. The copy does not wait for the device."""
         send, *others = (to_device(x, device) for x in (self.send, *self.take, *self.positions))
         return replace(self, send=send, take=others[: len(self.take)], positions=others[len(self.take) :])
 
@@ -174,17 +177,19 @@ def plan_exchange(
     rank: int,
     num_rows: int,
 ) -> Exchange:
-    """Plans the exchange for ``rank``; work and memory go with the tokens, whatever the size of the group.
+    """Plans the exchange for ``rank``. Time and memory are proportional to the tokens, not to the size of the group.
 
     Args:
-        frame_tokens, owner: int64 [F], visual tokens of each frame, and who encodes it.
+        tokens: the visual tokens of all ranks of the group.
+        frame_tokens, owner: int64 [F], number of visual tokens of each frame, and the rank that encodes it.
         shares: what each rank of the group needs.
-        num_rows: micro-batches of this rank's window.
+        rank: this rank's index in the group.
+        num_rows: number of micro-batches in this rank's window.
     """
     token_owner = owner[tokens.frame]
     own_tokens = np.where(owner == rank, frame_tokens, 0)
     num_own = int(own_tokens.sum())
-    first_own = np.cumsum(own_tokens) - own_tokens  # this rank encodes its frames in their order
+    first_own = np.cumsum(own_tokens) - own_tokens  # this rank encodes its frames in ascending order
     own = np.flatnonzero(token_owner == rank)
     own = own[np.argsort(tokens.cell[own], kind="stable")]
     encoded = first_own[tokens.frame[own]] + tokens.within[own]
@@ -203,7 +208,7 @@ def plan_exchange(
     counts = np.bincount(source, minlength=len(shares))
     starts = np.cumsum(counts) - counts
     plane = np.arange(len(here.planes))[:, None]
-    # a source's part is [planes, its tokens]
+    # what comes from one source is [planes, its tokens]
     place_of = len(here.planes) * starts[source] + plane * counts[source] + (np.arange(len(needed)) - starts[source])
     row_of = tokens.micro_batch[needed]
     rows = [np.flatnonzero(row_of == row) for row in range(num_rows)]

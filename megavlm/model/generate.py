@@ -1,10 +1,10 @@
-"""Answers from the training model itself: a packed prefill, then one token per sequence and step through a cache.
+"""Generates answers with the training model: a packed prefill, then one token per sequence and step with a cache.
 
-The layout is the packed row again: while decoding, a row holds one token of each sequence. So tensor and expert
-parallelism, kernels and weights are those of training, and nothing is converted.
+The layout is the packed row: while decoding, a row contains one token of each sequence. Tensor and expert parallelism,
+kernels and weights are therefore those of training, and nothing is converted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,23 +17,24 @@ from megavlm.model.packed import PackedRow
 
 
 class KeyValueCache:
-    """Keys and values of a batch of sequences, all layers of this rank.
+    """The keys and values of a batch of sequences, for all layers of this rank.
 
     Args:
         lengths: prompt lengths in tokens.
-        room: tokens to be generated at most.
+        room: maximum number of tokens to generate.
+        device: device of the cache.
     """
 
-    def __init__(self, lengths: list[int], room: int, device: torch.device):
+    def __init__(self, lengths: list[int], room: int, device: torch.device) -> None:
         self.batch, self.longest = len(lengths), max(lengths) + room
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._lengths = torch.tensor(lengths, device=device)
         self._sequence = torch.repeat_interleave(torch.arange(self.batch, device=device), self._lengths)
         self._place = torch.cat([torch.arange(n, device=device) for n in lengths])
-        self.filled, self.filling = max(lengths), True  # filled: longest sequence so far, on the host
+        self.filled, self.filling = max(lengths), True  # filled: length of the longest sequence so far, on the host
 
     def next_token(self) -> None:
-        """To be called before each forward of one token per sequence."""
+        """Must be called before each forward pass of one token per sequence."""
         if self.filling:
             self._sequence, self._place = torch.arange(self.batch, device=self._lengths.device), self._lengths
         else:
@@ -42,9 +43,9 @@ class KeyValueCache:
         self.filled += 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float) -> Tensor:
-        """Stores this forward's keys and values [T, kv_heads, dim] and attends: [T, heads, dim] -> the same shape.
+        """Stores the new keys and values [T, kv_heads, dim] and computes attention: [T, heads, dim] -> same shape.
 
-        Tokens of the row beyond the sequences' own are padding; what comes out for them is of no use.
+        Tokens of the row after those of the sequences are padding, and their outputs are meaningless.
         """
         if layer not in self._layers:
             empty = key.new_zeros(self.batch, self.longest, *key.shape[1:])
@@ -69,7 +70,7 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; ``temperature`` 0 takes the likeliest. ``banned`` tokens are never chosen."""
+    """How the next token is chosen. ``temperature`` 0 takes the most likely one; ``banned`` tokens are never chosen."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -80,7 +81,7 @@ class Sampling:
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """int64 [batch] next tokens from float32 logits [batch, vocabulary]."""
+    """Chooses the next tokens, int64 [batch], from logits, float32 [batch, vocabulary]."""
     if sampling.banned:
         logits = logits.index_fill(1, torch.tensor(list(sampling.banned), device=logits.device), float("-inf"))
     if sampling.temperature == 0:
@@ -89,7 +90,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     probabilities = ordered.softmax(-1)
     if sampling.top_k:
         probabilities[:, sampling.top_k :] = 0
-    # a token stays if those before it do not yet reach top_p; the first always does
+    # a token is kept if the sum of those before it is less than top_p; the first is always kept
     probabilities[probabilities.cumsum(-1) - probabilities >= sampling.top_p] = 0
     return order.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
 
@@ -105,22 +106,23 @@ def generate(
     *,
     tensor_slices: int,
     generator: torch.Generator | None = None,
-    all_finished=lambda finished: bool(finished.all()),
+    all_finished: Callable[[Tensor], bool] = lambda finished: bool(finished.all()),
 ) -> list[list[int]]:
     """Generates an answer to each prompt of a packed row.
 
     Args:
         model: the whole decoder (one pipeline stage), in eval mode.
-        input_ids: int64 [T], prompts end to end, then padding to a multiple of ``tensor_slices``.
+        input_ids: int64 [T], the prompts end to end, followed by padding to a multiple of ``tensor_slices``.
         position_ids: int64 [3, T].
-        lengths: tokens of each prompt, host integers.
+        lengths: number of tokens of each prompt, as host integers.
         visual: (positions [N] in this rank's slice, embeddings [N, hidden], deepstack [levels, N, hidden] or None).
         sampling: how tokens are chosen and when to stop.
-        tensor_slices: ranks over which sequence parallelism cuts a row (1: none).
-        generator: of the tensor ranks in step, when sampling.
-        all_finished: whether to stop, given bool [batch]; expert parallelism stops all ranks together.
+        tensor_slices: number of slices into which sequence parallelism cuts a row; 1 without it.
+        generator: random generator for sampling, with the same state on all tensor ranks.
+        all_finished: whether to stop, given bool [batch]; with expert parallelism all ranks must stop together.
+
     Returns:
-        token ids of each answer, without the stop token.
+        The token ids of each answer, without the stop token.
     """
     device = input_ids.device
     cache = KeyValueCache(lengths, sampling.max_new_tokens, device)
@@ -129,7 +131,7 @@ def generate(
     row = PackedRow.of([*lengths, padding] if padding else lengths, device, visual_positions=positions, cache=cache)
     hidden = model(input_ids, position_ids, row, visual=embeddings, deepstack=deepstack)
     ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-    # a new token's three positions are one more than the largest of its prompt
+    # the three positions of a new token are one more than the largest position before it
     top = torch.stack([part.max() for part in position_ids[:, : sum(lengths)].split(lengths, dim=1)])
     stop = torch.tensor(list(sampling.stop), device=device)
     finished = torch.zeros(len(lengths), dtype=torch.bool, device=device)

@@ -1,8 +1,9 @@
-"""The Qwen3 decoder: Megatron's embedding, TransformerBlock and output weight, with MRoPE and deepstack."""
+"""The Qwen3 decoder: Megatron's embedding, TransformerBlock and output layer, with MRoPE and deepstack."""
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -11,9 +12,11 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from megavlm.model.kernels import Kernels
 from megavlm.model.layers import DeepstackLayer, layer_submodules
 from megavlm.model.packed import PackedRow
 from megavlm.model.rope import InterleavedMRoPE
@@ -23,36 +26,37 @@ from megavlm.model.token_logprobs import Targets, token_kl, token_logprobs, voca
 
 
 class LanguageModel(LanguageModule):
-    """One pipeline chunk of the decoder (all of it where ``parallel.pipeline`` is 1).
+    """One pipeline chunk of the decoder; the whole decoder if ``parallel.pipeline`` is 1.
 
     Args:
-        shapes: the model's numbers.
-        config: from ``decoder_config``.
-        kernels: Megatron BackendSpecProvider.
-        groups: Megatron ProcessGroupCollection of the decoder.
-        pre_process, post_process: this chunk has the embedding; has the final norm and the output weight.
-        vp_stage: index of the chunk on its rank under virtual pipelining, else None.
-        score_head: the last chunk has the head of a reward model, too.
+        shapes: the model's shapes.
+        config: configuration from ``decoder_config``.
+        kernels: provider of the layers.
+        groups: process groups of the decoder.
+        pre_process: whether this chunk has the word embedding.
+        post_process: whether this chunk has the final norm and the output layer.
+        vp_stage: index of the chunk on its rank with virtual pipeline stages; otherwise None.
+        score_head: whether the last chunk also has the head of a reward model.
     """
 
     inputs_need_grad = False
-    """Set where all but adapters is frozen: recomputed layers have gradients only if what goes into them has."""
+    """True if only adapters are trained: a recomputed layer has gradients only if its input requires them."""
 
     embedded_tokens = 32768
-    """Tokens whose embeddings exist whole on a rank at one time, before sequence parallelism shares them out."""
+    """Maximum number of tokens whose full embeddings are on a rank at a time, before sequence parallelism cuts them."""
 
     def __init__(
         self,
         shapes: Shapes,
-        config,
-        kernels,
-        groups,
+        config: TransformerConfig,
+        kernels: Kernels,
+        groups: ProcessGroupCollection,
         *,
-        pre_process=True,
-        post_process=True,
-        vp_stage=None,
-        score_head=False,
-    ):
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        score_head: bool = False,
+    ) -> None:
         super().__init__(config=config, pg_collection=groups)
         text = shapes.text
         self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
@@ -90,7 +94,7 @@ class LanguageModel(LanguageModule):
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Hidden states from the stage before; called by Megatron's schedules."""
+        """Takes the hidden states of the previous stage. Megatron's schedules call this."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(
@@ -102,22 +106,25 @@ class LanguageModel(LanguageModule):
         deepstack: Tensor | None = None,
         padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of one row.
+        """Computes the hidden states of one row.
 
         Args:
-            input_ids: int64 [T], with context parallelism this rank's tokens of it (see ``RowCut``).
-            position_ids: int64 [3, T], likewise.
-            row: segments, and ``visual_positions`` [N] of this rank's slice.
-            visual: [N, hidden], embeddings that take the place of the visual placeholders of this slice.
+            input_ids: int64 [T]; with context parallelism only the tokens of this rank (see ``RowCut``).
+            position_ids: int64 [3, T], for the same tokens.
+            row: the segments of the row, and ``visual_positions`` [N] in this rank's slice.
+            visual: [N, hidden], embeddings that replace the visual placeholders in this slice.
             deepstack: [levels of this chunk, N, hidden], or None.
-            padding_mask: bool [1, t], true where this rank's slice holds padding (MoE's balancing loss leaves it out).
+            padding_mask: bool [1, t], true for padding in this rank's slice, which the MoE balancing loss ignores.
+
         Returns:
-            [t, 1, hidden]; t is T / context, and / tensor with sequence parallelism. After the final norm on the last.
+            [t, 1, hidden], on the last stage after the final norm. t is the length of this rank's slice: T, divided by
+            the number of tensor ranks with sequence parallelism.
         """
         hidden = None
         if self.pre_process:
             hidden = self._embed(input_ids)
             if visual is not None:
+                assert row.visual_positions is not None
                 hidden = hidden.index_copy(0, row.visual_positions, visual.unsqueeze(1).to(hidden.dtype))
             if self.inputs_need_grad and torch.is_grad_enabled() and not hidden.requires_grad:
                 hidden = hidden.detach().requires_grad_(True)
@@ -131,7 +138,7 @@ class LanguageModel(LanguageModule):
         )
 
     def _embed(self, input_ids: Tensor) -> Tensor:
-        """[T] -> [t, 1, hidden]. With sequence parallelism part by part, each made of pieces of all slices."""
+        """[T] -> [t, 1, hidden]. With sequence parallelism in several parts, each with a piece of every slice."""
         slices = self.tp_group.size() if self.config.sequence_parallel else 1
         parts = input_ids.view(slices, -1).split(max(1, self.embedded_tokens // slices), dim=1)
         if slices == 1 or len(parts) == 1:
@@ -140,51 +147,62 @@ class LanguageModel(LanguageModule):
 
     @property
     def output_weight(self) -> Tensor:
-        """[vocabulary / tensor, hidden]: the word embedding where tied."""
+        """The output weight [vocabulary / tensor, hidden]; in tied models the word embedding."""
         return (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
 
-    def token_logprobs(self, hidden: Tensor, targets: Targets, chunk_tokens: int, entropy: bool = False):
-        """Log-probabilities of a row's targets; see ``megavlm.model.token_logprobs``."""
+    def token_logprobs(
+        self, hidden: Tensor, targets: Targets, chunk_tokens: int, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The log-probabilities of a row's targets; see ``megavlm.model.token_logprobs``."""
         return token_logprobs(
             hidden.squeeze(1), self.output_weight, targets, self.tp_group,
             sequence_parallel=self.config.sequence_parallel, chunk_tokens=chunk_tokens, entropy=entropy,
         )  # fmt: skip
 
-    def token_kl(self, hidden: Tensor, start_states: Tensor, start_weight: Tensor, targets: Targets, chunk_tokens: int):
-        """Divergence from another model at a row's targets; see ``megavlm.model.token_logprobs``."""
+    def token_kl(
+        self, hidden: Tensor, start_states: Tensor, start_weight: Tensor, targets: Targets, chunk_tokens: int
+    ) -> Tensor:
+        """The KL divergence from another model at a row's targets; see ``megavlm.model.token_logprobs``."""
         return token_kl(
             hidden.squeeze(1), self.output_weight, start_states, start_weight, targets, self.tp_group,
             sequence_parallel=self.config.sequence_parallel, chunk_tokens=chunk_tokens,
         )  # fmt: skip
 
     def scores(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Scores of tokens that may lie on other ranks: float32 [n], 0 for those.
+        """The scores of tokens, float32 [n]; 0 for tokens that are on other ranks.
 
         Args:
             hidden: [t, 1, hidden], this rank's slice of the row.
-            positions: int64 [n], where in the slice each token stands, -1 where it is another rank's.
+            positions: int64 [n], position of each token in the slice; -1 if it is on another rank.
         """
         return self.score_head(hidden.squeeze(1)[positions.clamp(min=0)]) * (positions >= 0)
 
     def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """float32 [n, vocabulary] at positions [n] of the whole row, on every tensor rank; for generation only."""
+        """Logits float32 [n, vocabulary] at positions [n] of the whole row, on every tensor rank. Only to generate."""
         return vocabulary_logits(
             hidden.squeeze(1), self.output_weight, positions, self.tp_group, self.config.sequence_parallel
         )
 
 
-def _block_submodules(shapes: Shapes, config, kernels, groups, vp_stage) -> TransformerBlockSubmodules:
-    """Specs of the layers of this chunk: each dense or MoE, as config.json says for its index."""
+def _block_submodules(
+    shapes: Shapes,
+    config: TransformerConfig,
+    kernels: Kernels,
+    groups: ProcessGroupCollection,
+    vp_stage: int | None,
+) -> TransformerBlockSubmodules:
+    """The specs of the layers of this chunk. config.json says for each index whether the layer is dense or MoE."""
+    moe = shapes.text.moe
     make = {
         is_moe: ModuleSpec(
             module=DeepstackLayer,
             submodules=layer_submodules(
                 kernels, rms_norm=True, qk_norm=True, causal=True,
-                num_experts=shapes.text.moe.num_experts if is_moe else None,
+                num_experts=moe.num_experts if moe is not None and is_moe else None,
             ),
         )
         for is_moe in {shapes.text.is_moe_layer(i) for i in range(shapes.text.layers)}

@@ -1,6 +1,7 @@
-"""Layer specs for Megatron's TransformerLayer, the same for both kernel sets, and the layer that takes deepstack."""
+"""Specs of Megatron's TransformerLayer for both sets of kernels, and the decoder layer that adds deepstack features."""
 
 from functools import partial
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
@@ -9,22 +10,28 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megavlm.model.kernels import Kernels
 
 
 class DeepstackLayer(TransformerLayer):
-    """A decoder layer that adds its level of visual features to the hidden states it puts out.
+    """A decoder layer that adds its level of visual features to its output.
 
-    The features come as Megatron's ``context`` argument, float [levels, N, hidden]: TransformerBlock hands it from
-    layer to layer untouched (there is no cross-attention) and through activation checkpointing as an argument, so
+    The features are Megatron's ``context`` argument, float [levels, N, hidden]. TransformerBlock passes it unchanged
+    from layer to layer, since there is no cross-attention, and through activation checkpointing as an argument, so
     recomputing keeps its gradient. Level i of the tensor belongs to the i-th layer of this pipeline chunk.
     """
 
-    def __init__(self, config, submodules, layer_number: int = 1, **kwargs):
+    def __init__(
+        self, config: TransformerConfig, submodules: TransformerLayerSubmodules, layer_number: int = 1, **kwargs: Any
+    ) -> None:
         super().__init__(config, submodules, layer_number, **kwargs)
-        self.level = layer_number - 1  # within the chunk: Megatron adds the chunk's offset to self.layer_number only
+        self.level = layer_number - 1  # within the chunk: Megatron adds the chunk's offset only to self.layer_number
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         hidden_states, context = super().forward(*args, **kwargs)
         if context is not None and self.level < context.shape[0]:
             positions = kwargs["packed_seq_params"].visual_positions  # [N] in this rank's slice of the row
@@ -32,7 +39,7 @@ class DeepstackLayer(TransformerLayer):
         return hidden_states, context
 
 
-def _attention(kernels, *, rms_norm: bool, qk_norm: bool, mask: AttnMaskType) -> ModuleSpec:
+def _attention(kernels: Kernels, *, rms_norm: bool, qk_norm: bool, mask: AttnMaskType) -> ModuleSpec:
     fused = kernels.fuse_layernorm_and_linear()
     norm = kernels.layer_norm(rms_norm=rms_norm, for_qk=True) if qk_norm else IdentityOp
     return ModuleSpec(
@@ -48,11 +55,13 @@ def _attention(kernels, *, rms_norm: bool, qk_norm: bool, mask: AttnMaskType) ->
     )
 
 
-def layer_submodules(kernels, *, rms_norm: bool, qk_norm: bool, causal: bool, num_experts: int | None = None):
-    """TransformerLayerSubmodules of one layer.
+def layer_submodules(
+    kernels: Kernels, *, rms_norm: bool, qk_norm: bool, causal: bool, num_experts: int | None = None
+) -> TransformerLayerSubmodules:
+    """The submodules of one layer.
 
-    Norms that Transformer Engine fuses into the linear after them are kept in checkpoints under the fused names with
-    either kernel set, so a checkpoint of one loads into the other.
+    Transformer Engine fuses some norms into the linear layer that follows. With both sets of kernels these norms have
+    the fused names in checkpoints, so a checkpoint of one set loads with the other.
     """
     fused = kernels.fuse_layernorm_and_linear()
     norm = kernels.layer_norm(rms_norm=rms_norm, for_qk=False)

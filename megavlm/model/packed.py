@@ -1,18 +1,21 @@
-"""The one layout of a micro-batch: samples laid end to end in a row, seen by Megatron as a batch of one."""
+"""The layout of a micro-batch: samples end to end in a row, which Megatron sees as a batch of one."""
 
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from numpy import ndarray
+from torch import Tensor
 
 from megavlm.model.row_cut import RowCut
 from megavlm.platform import to_device
 
 
 def runs_of(lengths: list[int]) -> list[tuple[int, int, int]]:
-    """Joins neighbouring segments of equal length: ``[(start, length, count), …]``.
+    """Groups adjacent segments of equal length: ``[(start, length, count), …]``.
 
-    Attention over a run is one batched call on a view, so forty equally long samples cost one call, not forty.
+    Attention over a run is one batched call on a view, so forty samples of equal length need one call, not forty.
     """
     runs: list[tuple[int, int, int]] = []
     start = 0
@@ -26,34 +29,52 @@ def runs_of(lengths: list[int]) -> list[tuple[int, int, int]]:
     return runs
 
 
+class Cache(Protocol):
+    """A key/value cache (``megavlm.model.generate.KeyValueCache``)."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, row: "PackedRow", scale: float) -> Tensor:
+        """Stores keys and values and computes attention to all that are stored."""
+
+
 @dataclass
 class PackedRow(PackedSeqParams):
-    """What attention and deepstack must know of a row; travels through Megatron as its ``packed_seq_params``.
+    """What attention and deepstack need to know about a row. Megatron passes it on as its ``packed_seq_params``.
 
-    The format is ``sbhd`` with b = 1, not ``thd``: Megatron's rotary embedding then takes one frequency per token as it
-    is, where its packed version would read ``cu_seqlens`` back to the host in every layer.
+    The format is ``sbhd`` with b = 1, not ``thd``. Megatron's rotary embedding then uses one frequency per token
+    directly, while its packed version would copy ``cu_seqlens`` to the host in every layer.
 
     Attributes:
-        lengths: segment lengths as host integers; they sum to the row's length T, also where context parallelism cuts
-            the row and this rank holds t = T / context tokens of it (see ``RowCut``).
+        lengths: segment lengths as host integers. They sum to the row's length T, even if context parallelism cuts the
+            row and this rank has only t = T / context of its tokens (see ``RowCut``).
         cu_seqlens_q, cu_seqlens_kv: int32 [segments + 1] on the device.
-        visual_positions: int64 [N], this rank's indices into its slice of the row where deepstack features are added.
-        from_parts, to_parts: with context parallelism, int64 [T] on the device: index of each token of the row among
-            the tokens of all context ranks laid end to end, and the other way round.
-        cache: key/value cache while generating (see ``megavlm.model.generate``), else None.
+        visual_positions: int64 [N], positions in this rank's slice of the row where deepstack features are added.
+        from_parts: with context parallelism, int64 [T] on the device: for each token of the row its index among the
+            tokens of all context ranks, end to end.
+        to_parts: the inverse of ``from_parts``.
+        cache: key/value cache while generating; otherwise None.
     """
 
     lengths: list[int] = field(default_factory=list)
-    visual_positions: torch.Tensor | None = None
-    from_parts: torch.Tensor | None = None
-    to_parts: torch.Tensor | None = None
-    cache: object | None = None
+    visual_positions: Tensor | None = None
+    from_parts: Tensor | None = None
+    to_parts: Tensor | None = None
+    cache: Cache | None = None
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device, cut: RowCut | None = None, **kwargs) -> "PackedRow":
-        """``cut``: how context parallelism cuts the row; None: not at all."""
+    def of(cls, lengths: list[int], device: torch.device, cut: RowCut | None = None, **kwargs: Any) -> "PackedRow":
+        """Makes a row with segments of ``lengths`` tokens.
+
+        Args:
+            lengths: segment lengths.
+            device: device of the tensors.
+            cut: how context parallelism cuts the row; None if it does not.
+            kwargs: other attributes.
+        """
         if cut is not None and len(cut.order) > 1:
-            move = lambda index: to_device(torch.from_numpy(index), device)
+
+            def move(index: ndarray) -> Tensor:
+                return to_device(torch.from_numpy(index), device)
+
             kwargs["from_parts"] = move(cut.owner * cut.order.shape[1] + cut.local)
             kwargs["to_parts"] = move(cut.order.reshape(-1))
         cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -69,12 +90,12 @@ class PackedRow(PackedSeqParams):
             **kwargs,
         )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.runs = runs_of(self.lengths)
 
     def as_thd(self) -> PackedSeqParams:
-        """The same row in the format that Transformer Engine's packed attention takes; made once."""
+        """The same row in the format of Transformer Engine's packed attention. It is made only once."""
         if not hasattr(self, "_thd"):
             self._thd = PackedSeqParams(
                 qkv_format="thd",

@@ -1,7 +1,7 @@
 """Rotary angles: interleaved MRoPE for the decoder, 2-D angles for the vision tower.
 
-Both give Megatron's form, [T, 1, 1, head_dim]: the angles of the first half of a head, repeated for the second
-(``rotary_interleaved=False``). Source: Qwen3-VL technical report, and transformers' ``qwen3_vl``.
+Both return Megatron's form, [T, 1, 1, head_dim]: the angles of the first half of a head, repeated for the second half
+(``rotary_interleaved=False``). Source: the Qwen3-VL technical report and transformers' ``qwen3_vl``.
 """
 
 import torch
@@ -9,18 +9,21 @@ from torch import Tensor, nn
 
 
 def _inverse_frequencies(dim: int, theta: float) -> Tensor:
-    """[dim / 2] float32. Computed on the host like the reference, so that the last bit agrees on every device."""
+    """[dim / 2] float32. Computed on the host, like the reference, so that all bits agree on every device."""
     return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
 
 
 class InterleavedMRoPE(nn.Module):
-    """Frequencies 0, 1, 2, 3, 4, 5 … turn with time, height, width, time, height, width …
+    """Frequencies 0, 1, 2, 3, 4, 5 … belong to time, height, width, time, height, width …
 
-    ``section`` counts the frequencies of each axis, time first; height and width take every third frequency until
-    theirs are used up, time has all the rest (so the slowest frequencies belong to time).
+    ``section`` has the number of frequencies for time, height and width. Height and width have every third frequency
+    until they have enough, and time has all others, including the slowest.
     """
 
-    def __init__(self, head_dim: int, theta: float, section: tuple[int, int, int]):
+    inv_freq: Tensor
+    axis: Tensor
+
+    def __init__(self, head_dim: int, theta: float, section: tuple[int, int, int]) -> None:
         super().__init__()
         axis = torch.zeros(head_dim // 2, dtype=torch.long)
         for which in (1, 2):
@@ -35,9 +38,11 @@ class InterleavedMRoPE(nn.Module):
 
 
 class VisionRope(nn.Module):
-    """The first half of the frequencies turns with the patch's row, the second with its column."""
+    """The first half of the frequencies belongs to the patch's row, the second half to its column."""
 
-    def __init__(self, head_dim: int, theta: float = 10000.0):
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
         super().__init__()
         self.register_buffer("inv_freq", _inverse_frequencies(head_dim // 2, theta), persistent=False)
 

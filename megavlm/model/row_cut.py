@@ -1,8 +1,8 @@
-"""How a row of tokens is cut over the ranks of a model-parallel group: by context, then by sequence parallelism.
+"""How a row of tokens is cut over the ranks of a model-parallel group: by context parallelism, then into slices.
 
-Context parallelism cuts every segment of the row in 2 × context equal pieces; rank r takes piece r and, counted from
-the end, piece r again, so that causal attention costs every rank the same. A rank holds its pieces in the order of the
-row. Sequence parallelism cuts what a context rank holds in equal slices. (Transformer Engine cuts the same way.)
+Context parallelism cuts every segment of the row into 2 × context equal pieces. Rank r has piece r and piece r counted
+from the end, so that causal attention costs all ranks the same. A rank has its pieces in the order of the row. Sequence
+parallelism cuts the tokens of a context rank into equal slices. (Transformer Engine cuts rows in the same way.)
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RowCut:
-    """The positions of one row's tokens.
+    """The context rank of each token in a row.
 
     Attributes:
-        order: int64 [context, T / context], positions in the row of the tokens that each context rank holds.
-        owner: int64 [T], context rank of each token. local: int64 [T], index of each token among its owner's.
+        order: int64 [context, T / context], positions in the row of the tokens of each context rank.
+        owner: int64 [T], context rank of each token.
+        local: int64 [T], index of each token among the tokens of its rank.
     """
 
     order: np.ndarray
@@ -26,16 +27,16 @@ class RowCut:
 
     @classmethod
     def of(cls, lengths: Sequence[int], context: int) -> "RowCut":
-        """``lengths``: tokens of the row's segments, each divisible by 2 × context where context is more than 1."""
+        """Cuts a row with segments of ``lengths`` tokens, which 2 × context must divide unless context is 1."""
         total = sum(lengths)
         if context == 1:
             everything = np.arange(total)
             return cls(everything[None], np.zeros(total, dtype=np.int64), everything)
-        lengths = np.asarray([length for length in lengths if length], dtype=np.int64)
+        segments = np.asarray([length for length in lengths if length], dtype=np.int64)
         pieces = 2 * context
-        assert not (lengths % pieces).any(), f"segments {lengths.tolist()} cannot be cut in {pieces}"
-        # piece of each token within its segment
-        piece = np.repeat(np.tile(np.arange(pieces), len(lengths)), np.repeat(lengths // pieces, pieces))
+        assert not (segments % pieces).any(), f"segments {segments.tolist()} cannot be cut in {pieces}"
+        # for each token the index of its piece within the segment
+        piece = np.repeat(np.tile(np.arange(pieces), len(segments)), np.repeat(segments // pieces, pieces))
         owner = np.minimum(piece, pieces - 1 - piece)
         order = np.argsort(owner, kind="stable").reshape(context, -1)
         local = np.empty(total, dtype=np.int64)

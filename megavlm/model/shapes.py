@@ -1,7 +1,7 @@
-"""The numbers of a Qwen3-VL model, read from the config.json of a Hugging Face folder.
+"""The shapes of a Qwen3-VL model, read from the config.json of a Hugging Face folder.
 
-Everything the package needs to know about a model's size is here, under one name each; nothing else reads config.json
-for shapes. Source of the meaning of each field: transformers' ``qwen3_vl`` and ``qwen3_vl_moe`` configurations.
+All sizes of a model that the package needs are here, and no other module reads them from config.json. The fields mean
+what they mean in transformers' ``qwen3_vl`` and ``qwen3_vl_moe`` configurations.
 """
 
 import json
@@ -16,16 +16,16 @@ MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 
 @dataclass(frozen=True)
 class MoeShape:
-    """The mixture of experts of one language model.
+    """The mixture of experts (MoE) of a language model.
 
     Attributes:
-        num_experts: experts in each MoE layer.
-        top_k: experts a token is sent to.
-        ffn: inner width of one expert.
-        normalize_top_k: whether the chosen experts' probabilities are rescaled to sum to one.
-        sparse_step: layer i is MoE when (i + 1) is a multiple of it, unless listed in ``dense_layers``.
-        dense_layers: layers that keep a dense MLP of width ``TextShape.ffn``.
-        aux_loss_coeff: weight of the load-balancing loss that the folder suggests.
+        num_experts: number of experts in each MoE layer.
+        top_k: number of experts that process a token.
+        ffn: inner width of an expert.
+        normalize_top_k: whether the probabilities of the chosen experts are rescaled to sum to one.
+        sparse_step: layer i is an MoE layer if (i + 1) is a multiple of it and i is not in ``dense_layers``.
+        dense_layers: layers with a dense MLP of width ``TextShape.ffn``.
+        aux_loss_coeff: weight of the load-balancing loss in config.json.
     """
 
     num_experts: int
@@ -41,7 +41,7 @@ class MoeShape:
 class TextShape:
     """The Qwen3 decoder.
 
-    ``mrope_section`` counts the rotary frequencies given to time, height and width; it sums to ``head_dim / 2``.
+    ``mrope_section`` has the numbers of rotary frequencies for time, height and width, which sum to ``head_dim / 2``.
     ``moe`` is None for a dense model.
     """
 
@@ -62,7 +62,7 @@ class TextShape:
     moe: MoeShape | None
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether decoder layer ``layer`` (from 0) is a mixture of experts; same rule as transformers."""
+        """Whether decoder layer ``layer`` (counted from 0) is an MoE layer, by the same rule as in transformers."""
         if self.moe is None or layer in self.moe.dense_layers:
             return False
         return self.moe.num_experts > 0 and (layer + 1) % self.moe.sparse_step == 0
@@ -72,8 +72,10 @@ class TextShape:
 class VisionShape:
     """The vision tower.
 
-    ``num_positions`` is the size of the learned grid (a square), ``deepstack_layers`` the blocks whose outputs go to
-    the decoder's first layers, ``out_hidden`` the width after merging ``spatial_merge_size`` squared patches.
+    Attributes:
+        num_positions: number of learned positions, which form a square grid.
+        deepstack_layers: blocks whose outputs are added to the outputs of the decoder's first layers.
+        out_hidden: width of a visual token, which is made of ``spatial_merge_size`` squared patches.
     """
 
     hidden: int
@@ -93,27 +95,28 @@ class VisionShape:
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.hidden // self.heads
 
     @property
     def patch_dim(self) -> int:
-        """Length of one flattened patch row: channels × frames × rows × columns."""
+        """Number of values in a flattened patch: channels × frames × rows × columns."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
     def grid_side(self) -> int:
-        """Side of the learned square grid of positions."""
+        """Side length of the square grid of learned positions."""
         return round(self.num_positions**0.5)
 
     @property
     def merged_hidden(self) -> int:
-        """Width of the patches that one visual token joins, laid end to end."""
+        """Width of the concatenated patches of one visual token."""
         return self.hidden * self.spatial_merge_size**2
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """All numbers of one model. ``tied``: the output layer is the word embedding, transposed."""
+    """All shapes of a model. ``tied``: the output layer uses the weight of the word embedding."""
 
     model_type: str
     text: TextShape
@@ -126,11 +129,11 @@ class Shapes:
 
     @classmethod
     def from_hf(cls, folder: str | Path) -> "Shapes":
-        """Read a folder's config.json (transformers 4 or 5 spelling).
+        """Reads a folder's config.json, as transformers 4 or 5 writes it.
 
         Raises:
-            UserError: no such folder, no config.json in it, not JSON, not a Qwen3-VL, or numbers that contradict
-                each other.
+            UserError: there is no such folder or no config.json in it, or it is not JSON, is not of a Qwen3-VL, or
+                has values that contradict each other.
         """
         config = _read_config(Path(folder))
         text, vision = config.text_config, config.vision_config
@@ -196,12 +199,12 @@ class Shapes:
             ),
             (
                 len(vision.deepstack_layers) <= text.layers,
-                "vision_config.deepstack_visual_indexes must not be more than the decoder's layers",
+                "vision_config.deepstack_visual_indexes must not have more entries than the decoder has layers",
             ),
         ]
         for holds, rule in rules:
             if not holds:
-                raise UserError(f"{file}: {rule}", "correct the file or take the released config.json of this model")
+                raise UserError(f"{file}: {rule}", "correct the file, or use the released config.json of this model")
 
 
 def _moe(text: Any) -> MoeShape:
@@ -209,7 +212,7 @@ def _moe(text: Any) -> MoeShape:
         num_experts=text.num_experts,
         top_k=text.num_experts_per_tok,
         ffn=text.moe_intermediate_size,
-        # transformers 5 always normalises and has dropped the field; the released folders say true
+        # transformers 5 always normalises and has removed the field; the released folders have true
         normalize_top_k=bool(getattr(text, "norm_topk_prob", True)),
         sparse_step=text.decoder_sparse_step,
         dense_layers=tuple(text.mlp_only_layers),
@@ -218,9 +221,9 @@ def _moe(text: Any) -> MoeShape:
 
 
 def _read_config(folder: Path) -> Any:
-    """transformers' configuration object of a local folder, after the checks it words poorly itself."""
+    """transformers' configuration object of a local folder. Checks first what transformers reports unclearly."""
     if not folder.is_dir():
-        raise UserError(f"no such Hugging Face folder: {folder}", "give a local folder that holds config.json")
+        raise UserError(f"no such Hugging Face folder: {folder}", "give a local folder with config.json")
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(
@@ -229,14 +232,17 @@ def _read_config(folder: Path) -> Any:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from None
+        raise UserError(f"{file} is not valid JSON: {error}", "correct the file or download it again") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in MODEL_TYPES:
         raise UserError(f"{file}: model_type is {kind!r}; allowed: {', '.join(MODEL_TYPES)}", "give a Qwen3-VL folder")
 
-    from transformers import AutoConfig  # seconds to import: only where it is needed
+    from transformers import AutoConfig  # takes seconds to import, so only where it is needed
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises its own types for a field of a wrong type
-        raise UserError(f"{file} cannot be read as a {kind} configuration: {error}") from error
+    except Exception as error:  # transformers raises exceptions of its own for a field with a wrong type
+        raise UserError(
+            f"{file} cannot be read as a {kind} configuration: {error}",
+            "correct the file, or use the released config.json of this model",
+        ) from error

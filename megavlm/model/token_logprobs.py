@@ -1,7 +1,7 @@
-"""Token log-probabilities from the last hidden states: vocabulary-parallel, in chunks, recomputed in backward.
+"""Token log-probabilities from the last hidden states: vocabulary-parallel, in chunks, recomputed in the backward pass.
 
-A [T, vocabulary] matrix never exists: logits live for ``chunk_tokens`` targets at a time, and positions without a
-target cost nothing. Cross-entropy, preference and policy losses all start from here.
+The full logits matrix [T, vocabulary] is never materialised: logits exist for ``chunk_tokens`` targets at a time.
+Positions without a target cost nothing. All losses start from these functions.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,14 @@ from megavlm.platform import to_device
 
 @dataclass
 class Targets:
-    """Where a row has targets, split as its hidden states are.
+    """The targets of a row, split into the same slices as its hidden states.
 
     Attributes:
-        local: int64 [m] on the device: positions in this rank's slice of the row, padded with 0 to the longest's m.
-        tokens: int64 [slices, m]: the token to be predicted at each position of every slice, 0 where padded.
-        weights: float32 [slices, m]: loss weights, 0 where padded.
-        row_index: int64 [slices, m] on the host: position in the row, -1 where padded.
+        local: int64 [m] on the device, positions in this rank's slice of the row, padded with 0 to m, the largest
+            number of targets in a slice.
+        tokens: int64 [slices, m], the token to predict at each position of every slice; 0 for padding.
+        weights: float32 [slices, m], loss weights; 0 for padding.
+        row_index: int64 [slices, m] on the host, positions in the row; -1 for padding.
     """
 
     local: Tensor
@@ -31,9 +32,14 @@ class Targets:
 
     @classmethod
     def of(cls, labels: Tensor, loss_weights: Tensor, slices: int, rank: int, device: torch.device) -> "Targets":
-        """From host tensors labels int64 [T] (-100: no target) and loss_weights float32 [T].
+        """Makes the targets of a row.
 
-        ``slices``: equal parts into which sequence parallelism cuts the row (1: none); ``rank``: which is ours.
+        Args:
+            labels: int64 [T] on the host; -100 where there is no target.
+            loss_weights: float32 [T] on the host.
+            slices: number of slices into which sequence parallelism cuts the row; 1 without it.
+            rank: index of this rank's slice.
+            device: device of the result.
         """
         length = labels.shape[0] // slices
         found = [(labels[s * length : (s + 1) * length] != -100).nonzero().flatten() for s in range(slices)]
@@ -62,17 +68,19 @@ def token_logprobs(
     chunk_tokens: int,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """log p(target) for every target of a row, the same on every rank of ``group``.
+    """Computes log p(target) for every target of a row. The result is the same on every rank of ``group``.
 
     Args:
         hidden: [t, hidden], this rank's slice of the row (the whole row without sequence parallelism).
         weight: [vocabulary / ranks, hidden], this rank's rows of the output weight.
-        targets: see ``Targets``.
+        targets: the targets of the row.
         group: tensor-parallel ranks.
-        chunk_tokens: targets whose logits exist at one time.
-        entropy: also return the entropy of each distribution in nats (without gradient).
+        sequence_parallel: whether the ranks have different slices of the row.
+        chunk_tokens: number of targets whose logits exist at a time.
+        entropy: whether to return the entropy of each distribution in nats, too (without gradient).
+
     Returns:
-        float32 [slices, m] log-probabilities, and entropies of the same shape or None.
+        The log-probabilities, float32 [slices, m], and the entropies in the same shape or None.
     """
     return _TokenLogprobs.apply(
         hidden, weight, targets.local, targets.tokens, group, sequence_parallel, chunk_tokens, entropy
@@ -90,13 +98,16 @@ def token_kl(
     sequence_parallel: bool,
     chunk_tokens: int,
 ) -> Tensor:
-    """KL(p ‖ q) in nats, over the whole vocabulary, at every target of a row; the same on every rank of ``group``.
+    """Computes KL(p ‖ q) in nats at every target of a row. The result is the same on every rank of ``group``.
 
     Args:
-        hidden, weight: of p, as in ``token_logprobs``; they get gradients.
-        start_states, start_weight: of q: [m, hidden], the last hidden states at ``targets.local``, and as ``weight``.
+        hidden, weight: hidden states and output weight of p, as in ``token_logprobs``; they get gradients.
+        start_states: hidden states of q at ``targets.local``, [m, hidden].
+        start_weight: output weight of q, as ``weight``.
+        targets, group, sequence_parallel, chunk_tokens: as in ``token_logprobs``.
+
     Returns:
-        float32 [slices, m].
+        The divergences over the whole vocabulary, float32 [slices, m].
     """
     return _TokenKl.apply(
         hidden,
@@ -114,7 +125,7 @@ def token_kl(
 def vocabulary_logits(
     hidden: Tensor, weight: Tensor, positions: Tensor, group: dist.ProcessGroup, sequence_parallel: bool
 ) -> Tensor:
-    """float32 [n, vocabulary] at ``positions`` [n] of the whole row, on every rank. For generation: no gradient."""
+    """Logits float32 [n, vocabulary] at ``positions`` [n] of the whole row, on every rank. They have no gradient."""
     if sequence_parallel:
         hidden = _gather(hidden, group)
     local = (hidden[positions] @ weight.t()).float()  # [n, vocabulary / ranks]
@@ -124,15 +135,36 @@ def vocabulary_logits(
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[n, …] of every rank, one after the other: [ranks * n, …]."""
+    """[n, …] of every rank -> [ranks * n, …], in the order of the ranks."""
     out = part.new_empty(group.size() * part.shape[0], *part.shape[1:])
     dist.all_gather_into_tensor(out, part.contiguous(), group=group)
     return out
 
 
+class _Context(torch.autograd.function.FunctionCtx):
+    """What autograd passes from forward to backward, with the attributes that the functions below set."""
+
+    group: dist.ProcessGroup
+    gather: bool
+    chunk: int
+    first: int
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, local, tokens, group, sequence_parallel, chunk_tokens, entropy):
+    def forward(
+        ctx: _Context,
+        hidden: Tensor,
+        weight: Tensor,
+        local: Tensor,
+        tokens: Tensor,
+        group: dist.ProcessGroup,
+        sequence_parallel: bool,
+        chunk_tokens: int,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.group, ctx.gather = group, sequence_parallel and group.size() > 1
         ctx.chunk = max(1, chunk_tokens // tokens.shape[0])
         ctx.first = group.rank() * weight.shape[0]  # first vocabulary entry of this rank
@@ -149,28 +181,28 @@ class _TokenLogprobs(torch.autograd.Function):
             exp = (logits - top[:, None]).exp_()
             index, inside = _in_shard(ctx, tokens[:, part], weight.shape[0])
             chosen = torch.where(inside, logits.gather(1, index[:, None]).squeeze(1), 0.0)
-            sums = [exp.sum(-1), chosen]
+            parts = [exp.sum(-1), chosen]
             if entropy:
-                sums.append((exp * logits).sum(-1))
-            sums = torch.stack(sums)
+                parts.append((exp * logits).sum(-1))
+            sums = torch.stack(parts)
             if group.size() > 1:
                 dist.all_reduce(sums, group=group)
             z = top + sums[0].log()
             shape = tokens[:, part].shape
             logprobs[:, part] = (sums[1] - z).view(shape)
             log_z[:, part] = z.view(shape)
-            if entropy:
+            if entropies is not None:
                 entropies[:, part] = (z - sums[2] / sums[0]).view(shape)
         ctx.save_for_backward(hidden, weight, local, tokens, log_z)
-        if entropy:
+        if entropies is not None:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx, grad_logprobs, _):
+    def backward(ctx: _Context, grad_logprobs: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, local, tokens, log_z = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        # summed over many chunks, so in float32 whatever the weight's type
+        # a sum over many chunks, so float32 whatever the weight's dtype is
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, tokens.shape[1], ctx.chunk):
             part = slice(start, start + ctx.chunk)
@@ -188,7 +220,18 @@ class _TokenLogprobs(torch.autograd.Function):
 
 class _TokenKl(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, start, start_weight, local, tokens, group, sequence_parallel, chunk_tokens):
+    def forward(
+        ctx: _Context,
+        hidden: Tensor,
+        weight: Tensor,
+        start: Tensor,
+        start_weight: Tensor,
+        local: Tensor,
+        tokens: Tensor,
+        group: dist.ProcessGroup,
+        sequence_parallel: bool,
+        chunk_tokens: int,
+    ) -> Tensor:
         ctx.group, ctx.gather = group, sequence_parallel and group.size() > 1
         ctx.chunk = max(1, chunk_tokens // tokens.shape[0])
         kl, log_z, start_log_z = (
@@ -209,7 +252,7 @@ class _TokenKl(torch.autograd.Function):
         return kl
 
     @staticmethod
-    def backward(ctx, grad_kl):
+    def backward(ctx: _Context, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         """∂KL/∂logit = p (log p - log q - KL)."""
         hidden, weight, start, start_weight, local, kl, log_z, start_log_z = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
@@ -227,13 +270,21 @@ class _TokenKl(torch.autograd.Function):
         return grad_hidden, grad_weight, *[None] * 7
 
 
-def _add_gradients(ctx, grad_logits, states, weight, local, grad_hidden, grad_weight) -> None:
-    """Adds a chunk's share to the gradients that are wanted. grad_logits: float32 [n, vocabulary / ranks]."""
+def _add_gradients(
+    ctx: _Context,
+    grad_logits: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    local: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    """Adds the contribution of a chunk to the gradients that are not None. grad_logits: float32 [n, vocab / ranks]."""
     grad_logits, group = grad_logits.to(weight.dtype), ctx.group
     if grad_weight is not None:
         grad_weight += grad_logits.t() @ states
     if grad_hidden is not None:
-        grad_states = grad_logits @ weight  # a partial sum: this rank's vocabulary only
+        grad_states = grad_logits @ weight  # a partial sum over this rank's part of the vocabulary
         if ctx.gather:
             mine = grad_states.new_empty(grad_states.shape[0] // group.size(), grad_states.shape[1])
             dist.reduce_scatter_tensor(mine, grad_states, group=group)
@@ -243,8 +294,8 @@ def _add_gradients(ctx, grad_logits, states, weight, local, grad_hidden, grad_we
         grad_hidden.index_add_(0, local, grad_states)
 
 
-def _log_sums(ctx, logits: Tensor) -> Tensor:
-    """float32 [n]: log Σ exp over the whole vocabulary."""
+def _log_sums(ctx: _Context, logits: Tensor) -> Tensor:
+    """log Σ exp over the whole vocabulary, float32 [n]."""
     if ctx.group.size() == 1:
         return logits.logsumexp(-1)
     top = logits.max(-1).values
@@ -254,17 +305,17 @@ def _log_sums(ctx, logits: Tensor) -> Tensor:
     return top + sums.log()
 
 
-def _gathered(ctx, states: Tensor) -> Tensor:
+def _gathered(ctx: _Context, states: Tensor) -> Tensor:
     return _gather(states, ctx.group) if ctx.gather else states
 
 
-def _chunk_states(ctx, hidden: Tensor, local: Tensor) -> Tensor:
-    """[slices * c, hidden]: the states of this chunk's targets, of every slice."""
+def _chunk_states(ctx: _Context, hidden: Tensor, local: Tensor) -> Tensor:
+    """The hidden states of this chunk's targets in every slice, [slices * c, hidden]."""
     return _gathered(ctx, hidden.index_select(0, local))
 
 
-def _in_shard(ctx, tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Index of each target in this rank's vocabulary rows, and whether it lies there: int64 [n], bool [n]."""
+def _in_shard(ctx: _Context, tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The index of each target in this rank's vocabulary rows, int64 [n], and whether it is there, bool [n]."""
     index = tokens.reshape(-1) - ctx.first
     inside = (index >= 0) & (index < size)
     return torch.where(inside, index, 0), inside

@@ -1,8 +1,8 @@
-"""The tower's phase of a step: encode dealt frames before the decoder's schedule, walk back through them after it.
+"""The tower's phase of a step: encode frames before the decoder's schedule, and run the tower's backward pass after it.
 
-Every frame of a window of micro-batches is encoded exactly once in the group of ranks that share it. The features go by
-all-to-all straight to the rank, stage and slice of the row that uses them, and their gradients come back the same way,
-so no pipeline stage contains the tower and any split of the decoder's layers works with deepstack.
+Every frame of a window of micro-batches is encoded exactly once in the group of ranks that share the frames. An
+all-to-all sends the features directly to the ranks, stages and slices of the row that use them, and returns their
+gradients. No pipeline stage contains the tower, so deepstack works with any split of the decoder's layers.
 """
 
 from collections.abc import Callable
@@ -17,21 +17,22 @@ from megavlm.model.projector import Projector
 from megavlm.model.vision import Frames, VisionTower
 from megavlm.platform import device
 
-Timer = Callable[[], AbstractContextManager]
+Timer = Callable[[], AbstractContextManager[object]]
 
 
 class TowerPhase:
-    """Runs tower and projector over the frames dealt to this rank.
+    """Runs tower and projector on the frames of this rank.
 
     Args:
-        vision, projector: the modules; parameters that do not require grad are frozen, as long as that is so.
-        group: ranks that share the window's frames.
-        shares: what each of them needs.
-        recompute: encode without keeping activations, and again in ``backward``.
-        chunk_patches: most patches encoded at a time; a larger frame is a chunk of its own.
-        offload: features that wait for the decoder, and pixels that wait to be encoded again, are in host memory.
+        vision, projector: the modules. Parameters that do not require gradients are frozen; this may change later.
+        group: ranks that share the frames of a window.
+        shares: what each of these ranks needs.
+        recompute: whether to encode without keeping activations, and again in ``backward``.
+        chunk_patches: maximum number of patches encoded at a time; a larger frame is a chunk of its own.
+        offload: whether features that wait for the decoder, and pixels that wait for recomputation, are in host memory.
+
     Attributes:
-        frames_encoded: frames that this rank has run through the tower (recomputing not counted); reset it at will.
+        frames_encoded: number of frames that this rank has encoded, without recomputation. It may be reset at any time.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class TowerPhase:
         recompute: bool,
         chunk_patches: int,
         offload: bool = False,
-    ):
+    ) -> None:
         self.vision, self.projector = vision, projector
         self.group, self.shares = group, shares
         self.share = shares[group.rank()]
@@ -55,48 +56,55 @@ class TowerPhase:
         self.hidden = projector.merger.linear_fc2.out_features
         self._dtype = projector.merger.linear_fc2.weight.dtype
         self.merge = projector.merger.joined // vision.patch_embed.out_features
+        self._chunks: list[Frames] = []
+        self._outputs: list[Tensor | None] = []
+        self._features: list[Tensor] = []
 
     @property
-    def _vision_learns(self) -> bool:
+    def _vision_is_trained(self) -> bool:
         return any(p.requires_grad for p in self.vision.parameters())
 
     @property
-    def _learns(self) -> bool:
-        return self._vision_learns or any(p.requires_grad for p in self.projector.parameters())
+    def _is_trained(self) -> bool:
+        return self._vision_is_trained or any(p.requires_grad for p in self.projector.parameters())
 
     def encode(self, frames: Frames, exchange: Exchange, timer: Timer = nullcontext) -> list[tuple[Tensor, Tensor]]:
-        """Features of each micro-batch of the window, for this rank.
+        """Encodes this rank's frames and returns the features of each micro-batch that this rank needs.
 
         Args:
-            frames: the frames dealt to this rank, on the device.
-            timer: a context manager around what this rank computes without waiting for others.
+            frames: the frames that this rank encodes, on the device.
+            exchange: the exchange of features between the ranks.
+            timer: a context manager around what this rank computes without waiting for other ranks.
+
         Returns:
-            per micro-batch (positions int64 [n], features [planes, n, hidden]); the features are leaves whose ``grad``
-            the decoder's backward fills, if anything in the tower learns; with ``offload`` they are in host memory, and
-            so their gradients return to it. ``planes`` are those of this rank's share of the features.
+            For each micro-batch (positions int64 [n], features [planes, n, hidden]), where ``planes`` are those of
+            this rank's share. If tower or projector is trained, the features are leaves whose ``grad`` the decoder's
+            backward pass fills. With ``offload``, the features and their gradients are in host memory.
         """
         self._exchange, self._chunks, self._outputs = exchange, _chunks(frames, self.chunk_patches), []
         self.frames_encoded += len(frames.lengths)
-        learning = self._learns and torch.is_grad_enabled()
-        with timer(), torch.set_grad_enabled(learning and not self.recompute):
-            self._outputs = [self._encode(chunk) for chunk in self._chunks]
+        training = self._is_trained and torch.is_grad_enabled()
+        with timer(), torch.set_grad_enabled(training and not self.recompute):
+            outputs = [self._encode(chunk) for chunk in self._chunks]
         empty = torch.empty(self.num_planes, 0, self.hidden, device=device(), dtype=self._dtype)
-        own = torch.cat([empty, *(output.detach() for output in self._outputs)], dim=1)
+        own = torch.cat([empty, *(output.detach() for output in outputs)], dim=1)
+        self._outputs = [*outputs]
+        del outputs  # or it would keep them alive when they are dropped below and in ``backward``
         received = self._all_to_all(own.view(-1, self.hidden)[exchange.send])
-        if not learning:
+        if not training:
             self._chunks, self._outputs = [], []
         elif self.recompute:
             self._outputs = []
             self._chunks = [chunk.to(self.waiting_device) for chunk in self._chunks]
-        self._features = [received[index].to(self.waiting_device).requires_grad_(learning) for index in exchange.take]
+        self._features = [received[index].to(self.waiting_device).requires_grad_(training) for index in exchange.take]
         return list(zip(exchange.positions, self._features, strict=True))
 
     def backward(self, scale: float, timer: Timer = nullcontext) -> None:
-        """Sends the features' gradients, times ``scale``, to the frames' owners and walks back through the tower.
+        """Returns the features' gradients, times ``scale``, to the ranks that encoded the frames, and runs backward.
 
-        Parameter gradients go where autograd puts them: into the main gradients of the modules' DDP wrappers.
+        Autograd puts the parameters' gradients into the main gradients of the modules' DDP wrappers.
         """
-        if not self._learns:
+        if not self._is_trained:
             self._features = []
             return
         grad = self._return_gradients().mul_(scale)  # [num_planes, N_own, hidden]
@@ -104,23 +112,24 @@ class TowerPhase:
             start = 0
             for index, chunk in enumerate(self._chunks):
                 output = self._encode(chunk.to(grad.device)) if self.recompute else self._outputs[index]
+                assert output is not None
                 end = start + output.shape[1]
                 torch.autograd.backward(output, grad[:, start:end])
                 if not self.recompute:
-                    self._outputs[index] = None  # its graph is spent; the caching allocator can have the memory now
+                    self._outputs[index] = None  # the graph is used up, so its memory can be freed
                 start = end
         self._chunks, self._outputs, self._features = [], [], []
 
     def _encode(self, chunk: Frames) -> Tensor:
-        """[num_planes, N, hidden] of a chunk."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_learns):
+        """The features of a chunk, [num_planes, N, hidden]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_is_trained):
             hidden = self.vision(chunk)
-        if not self._vision_learns:
-            hidden = [h.detach() for h in hidden]  # Megatron's bias-dropout-add enables grad for its biases
+        if not self._vision_is_trained:
+            hidden = [h.detach() for h in hidden]  # Megatron's bias-dropout-add enables gradients for its biases
         return self.projector(hidden)
 
     def _return_gradients(self) -> Tensor:
-        """Gradient of this rank's own features, summed over the ranks that used them: [num_planes, N_own, hidden]."""
+        """The gradient of this rank's features, summed over the ranks that used them: [num_planes, N_own, hidden]."""
         exchange = self._exchange
         used = torch.zeros(sum(exchange.receive_counts), self.hidden, device=device(), dtype=self._dtype)
         if self.share.gives_gradient:
@@ -133,7 +142,7 @@ class TowerPhase:
         return own.view(self.num_planes, exchange.num_own, self.hidden)
 
     def _all_to_all(self, sent: Tensor, *, back: bool = False) -> Tensor:
-        """What the exchange sends, [S, hidden], delivered; or, ``back``, what came, returned to where it was from."""
+        """Sends features [S, hidden] to the ranks that need them, or with ``back`` gradients to the features' ranks."""
         if self.group.size() == 1:
             return sent
         going, coming = self._exchange.send_counts, self._exchange.receive_counts
@@ -145,10 +154,12 @@ class TowerPhase:
 
 
 def _chunks(frames: Frames, chunk_patches: int) -> list[Frames]:
-    """Cuts frames into groups of at most ``chunk_patches`` patches; no frame is cut."""
-    chunks, lengths, start, size = [], [], 0, 0
+    """Splits frames into chunks of at most ``chunk_patches`` patches. Frames are never cut."""
+    chunks: list[Frames] = []
+    lengths: list[int] = []
+    start, size = 0, 0
 
-    def close():
+    def close() -> None:
         nonlocal lengths, start, size
         if lengths:
             part = slice(start, start + size)

@@ -1,13 +1,17 @@
-"""The vision tower: Conv3d patches, interpolated positions, 2-D rotary angles, attention within a frame."""
+"""The vision tower: patch embedding, interpolated positions, 2-D rotary angles, attention within a frame."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
+from megavlm.model.kernels import Kernels
 from megavlm.model.layers import layer_submodules
 from megavlm.model.packed import PackedRow
 from megavlm.model.rope import VisionRope
@@ -16,13 +20,14 @@ from megavlm.model.shapes import VisionShape
 
 @dataclass
 class Frames:
-    """Patches of some frames, laid end to end, on the device.
+    """The patches of several frames, end to end.
 
     Attributes:
-        patches: float [P, patch_dim], the processor's pixel rows.
+        patches: float [P, patch_dim], pixels as the processor arranges them.
         coords: int32 [P, 2], row and column of each patch in its frame.
-        pos_index: int32 [P, 4], pos_weight: float32 [P, 4]: corners of the learned grid and their bilinear weights.
-        lengths: patches of each frame, host integers that sum to P.
+        pos_index: int32 [P, 4], the four learned positions around each patch.
+        pos_weight: float32 [P, 4], their bilinear weights.
+        lengths: number of patches of each frame, as host integers that sum to P.
     """
 
     patches: Tensor
@@ -32,25 +37,33 @@ class Frames:
     lengths: list[int]
 
     def slice(self, patches: slice, lengths: list[int]) -> "Frames":
-        """The frames, of ``lengths``, that these patches make up."""
+        """The frames that consist of these patches; ``lengths``: number of patches of each."""
         return Frames(
             self.patches[patches], self.coords[patches], self.pos_index[patches], self.pos_weight[patches], lengths
         )
 
     def to(self, device: torch.device) -> "Frames":
-        moved = (x.to(device) for x in (self.patches, self.coords, self.pos_index, self.pos_weight))
-        return Frames(*moved, self.lengths)
+        """The same frames on ``device``."""
+        return Frames(
+            self.patches.to(device),
+            self.coords.to(device),
+            self.pos_index.to(device),
+            self.pos_weight.to(device),
+            self.lengths,
+        )
 
 
 class VisionTower(MegatronModule):
-    """Everything before the mergers, replicated on every rank.
+    """All layers before the mergers. Every rank has the whole tower.
 
-    Patches are a matrix product here: a Conv3d whose stride is its kernel is one, over the flattened patch.
+    The patch embedding is a matrix product over flattened patches, which equals a Conv3d whose stride is its kernel.
     """
 
-    def __init__(self, shape: VisionShape, config, kernels, groups):
+    def __init__(
+        self, shape: VisionShape, config: TransformerConfig, kernels: Kernels, groups: ProcessGroupCollection
+    ) -> None:
         super().__init__(config=config)
-        device = dict(device=torch.cuda.current_device(), dtype=config.params_dtype)
+        device: dict[str, Any] = dict(device=torch.cuda.current_device(), dtype=config.params_dtype)
         self.tp_group = groups.tp  # read by MegatronModule.sharded_state_dict
         self.taps = shape.deepstack_layers
         self.patch_embed = nn.Linear(shape.patch_dim, shape.hidden, **device)
@@ -84,8 +97,8 @@ class VisionTower(MegatronModule):
         return [*taken, hidden.squeeze(1)]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Megatron's default, but layer by layer: a plain ModuleList would lose the layers' own key mapping."""
-        shards = {}
+        """Megatron's default, applied layer by layer, because a ModuleList loses the key mapping of its layers."""
+        shards: dict = {}
         for name, module in self.named_children():
             children = module.named_children() if module is self.layers else [("", module)]
             for child_name, child in children:

@@ -1,6 +1,7 @@
-"""A whole Qwen3-VL on this rank: tower, projector, the decoder's chunks, and the tower's phase of a step."""
+"""The model on one rank: vision tower, projector, the decoder's chunks, and the tower's phase of a step."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megavlm.config.settings import Settings
 from megavlm.model.configs import decoder_config, tower_config
 from megavlm.model.frame_balance import RankShare
 from megavlm.model.kernels import provider, resolve
@@ -22,22 +24,31 @@ PARTS = ("vision", "projector", "language")
 
 
 class VLM:
-    """The model of one rank.
+    """The model on one rank.
 
     Args:
-        shapes: the model's numbers.
-        settings: the run's settings (sections model, parallel, vision, train are read).
-        groups: from ``megavlm.platform.init``.
-        share_frames: whether ``vision.balance`` may be obeyed: data ranks that share frames must take the same steps.
-        score_head: with the head of a reward model, which learns even where the decoder is frozen.
+        shapes: the model's shapes.
+        settings: the settings of the run (sections model, adapter, parallel, vision and train).
+        groups: process groups from ``megavlm.platform.init``.
+        share_frames: whether ``vision.balance`` may have an effect. Data-parallel ranks that share frames must run the
+            same number of steps.
+        score_head: whether to add the head of a reward model, which is trained even if the decoder is frozen.
+
     Attributes:
-        vision, projector: replicated modules. language: one LanguageModel per virtual pipeline chunk.
-        tower: runs vision and projector over dealt frames.
+        vision, projector: modules that every rank has whole.
+        language: one LanguageModel for each virtual pipeline chunk.
+        tower: runs vision and projector on the frames of this rank.
     """
 
     def __init__(
-        self, shapes: Shapes, settings, groups: Groups, *, share_frames: bool = True, score_head: bool = False
-    ):
+        self,
+        shapes: Shapes,
+        settings: Settings,
+        groups: Groups,
+        *,
+        share_frames: bool = True,
+        score_head: bool = False,
+    ) -> None:
         parallel = settings.parallel
         self.shapes, self.groups, self.parallel = shapes, groups, parallel
         self.kernels = resolve(settings.model.kernels)
@@ -49,12 +60,11 @@ class VLM:
 
         self.vision = VisionTower(shapes.vision, vision_config, kernels, groups.tower).to(device())
         self.projector = Projector(shapes.vision, vision_config).to(device())
-        # Megatron draws linears from a generator that differs over tensor ranks: make the replicas equal
+        # Megatron initialises linear layers with a generator that differs between tensor ranks: make the replicas equal
         for module in (self.vision, self.projector):
             for parameter in module.parameters():
                 dist.broadcast(parameter.data, src=0)
         pipeline = groups.language.pp
-        chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
         last_chunk = (parallel.virtual_pipeline or 1) - 1
         self.language = [
             LanguageModel(
@@ -67,7 +77,7 @@ class VLM:
                 vp_stage=vp_stage,
                 score_head=score_head,
             ).to(device())
-            for vp_stage in chunks
+            for vp_stage in self._chunks()
         ]
         for part in settings.model.freeze:
             for module in self.modules_of(part):
@@ -75,24 +85,27 @@ class VLM:
         for chunk in self.language:
             if hasattr(chunk, "score_head"):
                 chunk.score_head.requires_grad_(True)
-                if not shapes.tied:  # scores do not use it: without gradients, weight decay alone would change it
+                if not shapes.tied:  # scores do not use it, so without gradients only weight decay would change it
                     chunk.output_layer.requires_grad_(False)
         self.balanced_over_world = share_frames and settings.vision.balance == "world"
+        sharing = dist.group.WORLD if self.balanced_over_world else groups.model_parallel
+        assert sharing is not None
         self.tower = TowerPhase(
             self.vision,
             self.projector,
-            dist.group.WORLD if self.balanced_over_world else groups.model_parallel,
+            sharing,
             self._shares(),
             recompute=settings.vision.recompute,
             chunk_patches=settings.vision.chunk_patches,
             offload=settings.vision.offload,
         )
 
-    def modules_of(self, part: str) -> list[torch.nn.Module]:
-        """Modules of ``vision``, ``projector`` or ``language``."""
+    def modules_of(self, part: str) -> Sequence[torch.nn.Module]:
+        """The modules of a part: ``vision``, ``projector`` or ``language``."""
         return self.language if part == "language" else [getattr(self, part)]
 
     def train(self, mode: bool = True) -> "VLM":
+        """Puts all modules into training mode, or into evaluation mode."""
         for part in PARTS:
             for module in self.modules_of(part):
                 module.train(mode)
@@ -100,10 +113,10 @@ class VLM:
 
     @property
     def linear_cost(self) -> float:
-        """Matrix products of a patch in a tower layer, in units of one query-key pair; see ``balance_frames``.
+        """The cost of a patch's matrix products per tower layer, in units of one query-key pair (``balance_frames``).
 
-        A pair costs 2 × hidden multiplications in a layer, a patch 4 × hidden² + 2 × hidden × ffn, and in each merger a
-        quarter of joined² + joined × out.
+        In a layer, a pair costs 2 × hidden multiplications and a patch 4 × hidden² + 2 × hidden × ffn. In each merger a
+        patch costs a quarter of joined² + joined × out.
         """
         vision = self.shapes.vision
         mergers = (1 + len(vision.deepstack_layers)) * vision.merged_hidden * (vision.merged_hidden + vision.out_hidden)
@@ -111,11 +124,16 @@ class VLM:
         return 2.0 * vision.hidden + vision.ffn + per_patch / (2.0 * vision.hidden * vision.layers)
 
     def chunk_levels(self, pipeline_rank: int, vp_stage: int | None) -> list[int]:
-        """Deepstack levels whose decoder layers lie in this pipeline chunk."""
+        """The deepstack levels whose decoder layers are in this pipeline chunk."""
         config = self.decoder_config
         first = get_transformer_layer_offset(config, vp_stage, pipeline_rank)
         end = first + get_num_layers_to_build(config, vp_stage, pipeline_rank)
         return [k for k in range(len(self.shapes.vision.deepstack_layers)) if first <= k < end]
+
+    def _chunks(self) -> Sequence[int | None]:
+        """Indices of the virtual pipeline chunks on a rank; [None] without virtual pipeline stages."""
+        count = self.parallel.virtual_pipeline
+        return range(count) if count else [None]
 
     def _shares(self) -> list[RankShare]:
         """What each rank of the group that shares the frames needs."""
@@ -130,12 +148,11 @@ class VLM:
         return [by_rank[rank] for rank in range(len(by_rank))]
 
     def _shares_of_a_row(self) -> list[RankShare]:
-        """For the ranks of a model-parallel group, which run over tensor fastest, then context, then pipeline."""
+        """The shares in a model-parallel group, whose ranks count tensor fastest, then context, then pipeline."""
         parallel = self.parallel
-        chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
         shares = []
         for pipeline_rank in range(parallel.pipeline):
-            levels = [k for chunk in chunks for k in self.chunk_levels(pipeline_rank, chunk)]
+            levels = [k for chunk in self._chunks() for k in self.chunk_levels(pipeline_rank, chunk)]
             planes = ((0,) if pipeline_rank == 0 else ()) + tuple(1 + k for k in levels)
             for context_rank, tensor_rank in itertools.product(range(parallel.context), range(parallel.tensor)):
                 if parallel.sequence_parallel:
@@ -146,7 +163,7 @@ class VLM:
         return shares
 
     def sharded_state_dict(self, metadata: dict) -> dict:
-        """Megatron ShardedTensors of all weights, by checkpoint key."""
+        """Megatron's ShardedTensors of all weights."""
         metadata = {**metadata, "alone": self.groups.tower.tp}
         replicated = {**metadata, "dp_cp_group": self.groups.tower.dp_cp}
         shards = {
@@ -157,14 +174,14 @@ class VLM:
             part = chunk.sharded_state_dict(
                 "language.", metadata={**metadata, "dp_cp_group": self.groups.language.dp_cp}
             )
-            # chunks number their layers from 0 each: told apart here, while the shards' own keys are global
+            # each chunk counts its layers from 0, so the names need the chunk; the shards' own keys are global
             shards |= {f"{index}/{name}": value for name, value in part.items()}
-        # None without delayed FP8 scaling; a checkpoint converted from Hugging Face has no such entries
+        # these entries are None without delayed FP8 scaling, and checkpoints converted from Hugging Face lack them
         return {name: value for name, value in shards.items() if not name.endswith("_extra_state")}
 
     def load_sharded(self, loaded: dict) -> None:
-        """Takes over what ``dist_checkpointing.load`` returned for ``sharded_state_dict``, or for some of it."""
-        modules = {"vision.": self.vision, "projector.": self.projector}
+        """Loads what ``dist_checkpointing.load`` returned for all or some entries of ``sharded_state_dict``."""
+        modules: dict[str, torch.nn.Module] = {"vision.": self.vision, "projector.": self.projector}
         modules |= {f"{index}/language.": chunk for index, chunk in enumerate(self.language)}
         for prefix, module in modules.items():
             part = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}

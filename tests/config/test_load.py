@@ -1,4 +1,4 @@
-"""Files, bases, overrides, environment variables, and what is said when one of them is wrong."""
+"""Files, bases, overrides, environment variables, and the messages when one of them is wrong."""
 
 import math
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_resolved_yaml_gives_the_same_settings_back_with_every_default(write):
     assert plain["data"]["seq_length"] == 8192
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------
+# -- what is an error ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

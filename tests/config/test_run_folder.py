@@ -1,4 +1,4 @@
-"""Output folders are never written over by accident, and files appear whole."""
+"""Output folders are never overwritten by accident, and files appear complete."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Checks between settings, and that every setting explains itself."""
+"""Checks between settings, and that every setting has a description."""
 
 import pytest
 

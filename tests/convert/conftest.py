@@ -1,4 +1,4 @@
-"""Folders that several tests here read and none changes."""
+"""Folders that several tests read and that no test changes."""
 
 import pytest
 from tiny_models import make_folder

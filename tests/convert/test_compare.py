@@ -1,4 +1,4 @@
-"""Differences are found, named and measured, whatever the two sides are."""
+"""Differences are found, named and measured for all kinds of the two sides."""
 
 import shutil
 
@@ -15,7 +15,7 @@ KEY = "language.decoder.layers.2.self_attention.linear_qkv.weight"
 
 @pytest.fixture(scope="module")
 def changed(dense, tmp_path_factory):
-    """dense with one number of one tensor moved by 0.5."""
+    """The dense folder with one value of one tensor changed by 0.5."""
     folder = tmp_path_factory.mktemp("changed") / "hf"
     shutil.copytree(dense, folder)
     for file in folder.glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""Every way a conversion can be refused: one message that names the file, the tensor and the remedy, and no output."""
+"""Errors of conversions: one message that names the file, the tensor and the remedy, and no output."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def file_of(hf, name):
 
 
 def change(hf, name, tensor):
-    """Put ``tensor`` in the place of tensor ``name``; None removes it."""
+    """Replaces the tensor ``name`` by ``tensor``; None removes it."""
     file = file_of(hf, name)
     tensors = {**load_file(file), name: tensor}
     save_file({n: x for n, x in tensors.items() if x is not None}, file, metadata={"format": "pt"})
@@ -79,7 +79,7 @@ def test_unknown_tensor_shape_and_dtype(hf, tmp_path):
     norm, key = "model.visual.merger.norm.bias", "model.language_model.layers.0.self_attn.k_proj.weight"
     weights = load_file(file_of(hf, norm))[norm]
     change(hf, norm, torch.zeros(33))
-    assert f"{norm} has shape [33]; config.json makes it [32]" in refused(hf, tmp_path)
+    assert f"{norm} has shape [33], but config.json implies [32]" in refused(hf, tmp_path)
     change(hf, norm, weights)
     change(hf, key, load_file(file_of(hf, key))[key].bfloat16())
     message = refused(hf, tmp_path)
@@ -137,7 +137,7 @@ def test_damaged_checkpoint(hf, mcore, tmp_path):
 def test_checkpoint_of_another_model(hf, mcore, tmp_path):
     for change, words in (
         ({"num_hidden_layers": 4}, r"missing tensor language\.decoder\.layers\.3"),
-        ({"intermediate_size": 96}, r"linear_fc1\.weight has shape \[160, 48\]; config\.json makes it \[192, 48\]"),
+        ({"intermediate_size": 96}, r"linear_fc1\.weight has shape \[160, 48\], but config\.json implies \[192, 48\]"),
     ):
         other = make_folder(tmp_path / f"other-{next(iter(change))}", tied=True, **change)
         with pytest.raises(UserError, match=words):

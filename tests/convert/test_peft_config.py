@@ -13,7 +13,7 @@ from megavlm.model.shapes import Shapes
 
 
 def test_patterns_keep_their_order(dense, tmp_path):
-    """The first that matches counts, for peft, too."""
+    """The first pattern that matches is used, as in peft."""
     shapes, name = Shapes.from_hf(dense), "model.language_model.layers.0.self_attn.v_proj"
     patterns = {"rank_pattern": {"v_proj": 4, ".*_proj": 2}, "alpha_pattern": {"v_proj": 3.0, ".*_proj": 5.0}}
     adapter = AdapterSettings(type="lora", targets=["q_proj", "v_proj"], **patterns)
@@ -47,7 +47,7 @@ def test_what_cannot_be_used_is_said(dense, tmp_path, changes, told):
 
 
 def test_targets_are_written_as_peft_matches_them(dense, moe):
-    """Not the convolution whose name ends in "proj"; experts, and the dense layer among theirs."""
+    """Without the convolution whose name ends in "proj"; with experts and the dense layer among them."""
     of = lambda folder, *targets: config_of(AdapterSettings(type="lora", targets=list(targets)), Shapes.from_hf(folder))
     assert of(dense, "proj", "q_proj")["target_modules"] == ["attn.proj", "q_proj"]
     config = of(moe, "down_proj", "mlp.experts.gate_up_proj")

@@ -31,7 +31,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def rewrite(hf: Path, out: Path, change) -> Path:
-    """A copy of a folder with its weights, changed, in a single file."""
+    """A copy of a folder with changed weights in a single file."""
     out.mkdir()
     shutil.copyfile(hf / "config.json", out / "config.json")
     save_file(change(weights(hf)), out / "model.safetensors", metadata={"format": "pt"})
@@ -124,7 +124,7 @@ def test_another_dtype(dense, tmp_path):
 
 
 def test_padded_vocabulary_and_other_tensors(dense, tmp_path):
-    """As training may save it: rows added to divide over ranks, another dtype, optimizer state."""
+    """A checkpoint as training may save it: with padding rows, another dtype and optimizer state."""
     hf_to_mcore(dense, tmp_path / "mcore", progress=False)
     stored = McoreCheckpoint(tmp_path / "mcore")
 

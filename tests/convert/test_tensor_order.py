@@ -1,4 +1,4 @@
-"""Each layout against its definition written out element by element, and against its inverse."""
+"""Each layout against its definition, element by element, and against its inverse."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The pool of the converters: order, several at once, an error ends it, torch's own threads come back."""
+"""The thread pool of the conversions: order, parallel calls, the end after an error, torch's own threads."""
 
 import threading
 

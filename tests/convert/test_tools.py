@@ -1,4 +1,4 @@
-"""The three commands as a user starts them: output, exit status."""
+"""The three commands as a user starts them: output and exit status."""
 
 import runpy
 import subprocess

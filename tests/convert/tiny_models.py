@@ -33,7 +33,7 @@ TEXT = {
         "mrope_interleaved": True,
     },
 }
-# layer 1 stays dense, as `mlp_only_layers` allows; 2 × 20 rows and 48 columns, so a transpose shows
+# layer 1 stays dense, as `mlp_only_layers` allows; 2 × 20 rows and 48 columns, so a transpose is noticed
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "mlp_only_layers": [1]}
 
 
@@ -43,7 +43,7 @@ def make_config(moe=False, tied=False, **text):
 
 
 def make_folder(path, moe=False, tied=False, dtype=torch.float32, shards=True, **text):
-    """A model with every weight random, norms and biases too; ``shards``: several files and an index."""
+    """A model whose weights are all random, including norms and biases. ``shards``: in several files with an index."""
     torch.manual_seed(0)
     kind = Qwen3VLMoeForConditionalGeneration if moe else Qwen3VLForConditionalGeneration
     model = kind(make_config(moe, tied, **text)).to(dtype)

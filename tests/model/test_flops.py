@@ -43,7 +43,7 @@ def build(moe):
 
 
 def counted(model, frozen):
-    """Operations of forward and backward as torch counts them."""
+    """The operations of the forward and the backward pass as torch counts them."""
     prefixes = {"vision": ("patch_embed", "pos_embed", "blocks"), "projector": ("merger", "deepstack_merger_list")}
     for name, weight in model.named_parameters():
         below = name.split("model.visual.")[-1]

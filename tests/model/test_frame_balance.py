@@ -1,4 +1,4 @@
-"""Dealing frames, and the plan of who sends which visual token where."""
+"""The distribution of frames, and the plan of which rank sends which visual token where."""
 
 import itertools
 
@@ -14,7 +14,7 @@ LINEAR_8B = 2.0 * 1152 + 4304
 
 
 def window_of_photographs(tokens: int, seed: int) -> np.ndarray:
-    """Patches of real photographs that fill so many visual tokens; longer sides from 64 to 2,000 px, evenly in log."""
+    """Patches of real photographs for a number of visual tokens; longer sides from 64 to 2,000 px, evenly in log."""
     random = np.random.default_rng(seed)
     shapes = [getattr(photographs, name)().shape[:2] for name in ("astronaut", "chelsea", "coffee", "rocket", "page")]
     patches = []
@@ -53,7 +53,7 @@ def shares_of(context: int, slices: int, stages: list[tuple[int, ...]], data: in
 
 @pytest.mark.parametrize(("context", "slices", "data"), [(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 2)])
 def test_every_token_arrives_where_it_belongs(context, slices, data):
-    """Carried out in numpy: a token's value is (data rank, micro-batch, frame, number in it), and arrives where used.
+    """Carried out in numpy: a token's value is (data rank, micro-batch, frame, index), and must arrive there.
 
     Frames 1 and 4 of each row are used twice, as by the two answers of a pair.
     """

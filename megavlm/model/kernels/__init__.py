@@ -1,32 +1,56 @@
-"""The two sets of kernels behind ``model.kernels``: Transformer Engine's, and plain PyTorch's (``portable``)."""
+"""The two sets of kernels of ``model.kernels``: Transformer Engine (``te``) and plain PyTorch (``portable``)."""
 
 import importlib.util
+from typing import Any, Protocol
 
 from megavlm.base.errors import UserError
+from megavlm.config.settings import AdapterSettings
 from megavlm.platform import on_gpu
 
 
+class Kernels(Protocol):
+    """Megatron's BackendSpecProvider, which names the module for each layer, with two attributes of our own.
+
+    Attributes:
+        name: ``te`` or ``portable``.
+        grouped_experts: whether the experts of a rank are multiplied together.
+    """
+
+    name: str
+    grouped_experts: bool
+
+    def column_parallel_linear(self) -> type: ...
+    def row_parallel_linear(self) -> type: ...
+    def fuse_layernorm_and_linear(self) -> bool: ...
+    def column_parallel_layer_norm_linear(self) -> type | None: ...
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type: ...
+    def core_attention(self) -> type: ...
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any: ...
+    def activation_func(self) -> Any: ...
+
+
 def transformer_engine_found() -> bool:
+    """Whether Transformer Engine is installed."""
     return importlib.util.find_spec("transformer_engine") is not None
 
 
 def resolve(kernels: str) -> str:
-    """``auto`` becomes ``te`` on a GPU with Transformer Engine installed, else ``portable``.
+    """Resolves ``auto`` to ``te`` on a GPU if Transformer Engine is installed, otherwise to ``portable``.
 
     Raises:
-        UserError: ``te`` was asked for where it cannot run.
+        UserError: ``te`` was chosen but cannot run.
     """
     can_te = on_gpu() and transformer_engine_found()
     if kernels == "auto":
         return "te" if can_te else "portable"
     if kernels == "te" and not can_te:
         why = "transformer_engine is not installed" if on_gpu() else "there is no GPU"
-        raise UserError(f"model.kernels=te, but {why}; use model.kernels=portable, or auto, which takes what is there")
+        raise UserError(f"model.kernels is te, but {why}", "set model.kernels to portable, or to auto")
     return kernels
 
 
-def provider(kernels: str, adapter):
-    """Megatron ``BackendSpecProvider`` for a resolved name, ``te`` or ``portable``, and the adapter section."""
+def provider(kernels: str, adapter: AdapterSettings) -> Kernels:
+    """The provider for a resolved name, ``te`` or ``portable``, and the adapter section of the settings."""
     if kernels == "te":
         from megavlm.model.kernels import te
 

@@ -1,11 +1,13 @@
-"""Attention inside the segments of a packed row, in plain PyTorch."""
+"""Attention within the segments of a packed row, in plain PyTorch."""
 
 import math
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavlm.model.kernels.context import context_attention
@@ -15,23 +17,30 @@ from megavlm.model.packed import PackedRow
 def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, row: PackedRow, *, causal: bool, scale: float
 ) -> Tensor:
-    """Attention that never crosses a segment.
+    """Attention in which tokens attend only to tokens of their own segment.
 
     Args:
-        query: [T, heads, head_dim]; key, value: [T, kv_heads, head_dim].
+        query: [T, heads, head_dim].
+        key, value: [T, kv_heads, head_dim].
+        row: the segments.
+        causal: whether tokens attend only to earlier tokens and to themselves.
+        scale: factor on the products of queries and keys.
+
     Returns:
         [T, heads, head_dim].
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(
+        packed = varlen_attn(
             query, key, value, row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_q, row.max_seqlen_kv,
             scale=scale, window_size=(-1, 0) if causal else (-1, -1),
         )  # fmt: skip
+        assert isinstance(packed, Tensor)  # a tuple only if the log-sum-exp is asked for
+        return packed
     out = []
     for start, length, count in row.runs:
-        # [count * length, heads, dim] -> [count, heads, length, dim], views only
+        # [count * length, heads, dim] -> [count, heads, length, dim], without copies
         q, k, v = (
             x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value)
         )
@@ -41,7 +50,8 @@ def segment_attention(
 
 
 def cached_attention(row: PackedRow, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention while generating: [T, 1, heads, head_dim] -> [T, 1, hidden], through the row's key/value cache."""
+    """Attention while generating, with the row's key/value cache: [T, 1, heads, head_dim] -> [T, 1, hidden]."""
+    assert row.cache is not None
     query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
     scale = 1.0 / math.sqrt(query.shape[-1])
     out = row.cache.attend(layer_number, query, key, value, row, scale)
@@ -53,20 +63,21 @@ class PackedAttention(MegatronModule):
 
     def __init__(
         self,
-        config,
+        config: TransformerConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        pg_collection=None,
-    ):
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
         super().__init__(config=config)
         assert attention_type == "self"
         assert not config.attention_dropout
+        assert pg_collection is not None
         self.layer_number = layer_number
-        self.causal = attn_mask_type == AttnMaskType.padding_causal  # no segment is padded inside
+        self.causal = attn_mask_type == AttnMaskType.padding_causal  # there is no padding within segments
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.context_group = pg_collection.cp
         assert self.causal or self.context_group.size() == 1
@@ -82,6 +93,7 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedRow | None = None,
     ) -> Tensor:
         row = packed_seq_params
+        assert row is not None
         if row.cache is not None:
             return cached_attention(row, self.layer_number, query, key, value)
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)

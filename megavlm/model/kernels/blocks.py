@@ -1,6 +1,6 @@
-"""One block of attention with its log-sum-exp, forward and backward: what blockwise attention is put together from.
+"""One block of blockwise attention with its log-sum-exp, forward and backward.
 
-These are the kernels behind ``scaled_dot_product_attention``, called directly because that does not hand out the
+These are the kernels of ``scaled_dot_product_attention``, called directly because that function does not return the
 log-sum-exp. Query [B, heads, n, dim], key and value [B, kv_heads, m, dim], log-sum-exp float32 [B, heads, n].
 """
 
@@ -11,7 +11,7 @@ _aten = torch.ops.aten
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [B, heads, n, dim] and log-sum-exp; ``causal`` needs n = m."""
+    """The output [B, heads, n, dim] and the log-sum-exp. ``causal`` needs n = m."""
     if not query.is_cuda:
         return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
     key, value = _one_per_head(key, query), _one_per_head(value, query)
@@ -26,7 +26,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: f
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value. ``out``, ``log_sum`` may be those of attention over more than this block."""
+    """The gradients of query, key and value. ``out`` and ``log_sum`` may be from attention over several blocks."""
     log_sum = log_sum.contiguous()
     if not query.is_cuda:
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -34,7 +34,7 @@ def backward(
         )
     heads = key.shape[1]
     key, value = _one_per_head(key, query), _one_per_head(value, query)
-    unused = torch.zeros((), dtype=torch.int64, device=query.device)  # state of the dropout that there is not
+    unused = torch.zeros((), dtype=torch.int64, device=query.device)  # random state for dropout, which is off
     if query.dtype == torch.float32:
         grads = _aten._scaled_dot_product_efficient_attention_backward(
             grad, query, key, value, None, out, _padded(log_sum), unused, unused, 0.0,
@@ -51,10 +51,10 @@ def backward(
 
 
 def _one_per_head(x: Tensor, query: Tensor) -> Tensor:
-    """Grouped keys or values repeated, one for each query head."""
+    """Repeats grouped keys or values, so that there is one for each query head."""
     return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
 
 
 def _padded(log_sum: Tensor) -> Tensor:
-    """With n rounded up to a multiple of 32, as the memory-efficient kernel keeps it."""
+    """Pads n to a multiple of 32, as the memory-efficient kernel does."""
     return torch.nn.functional.pad(log_sum, (0, -log_sum.shape[-1] % 32), value=float("inf"))

@@ -1,10 +1,10 @@
-"""Causal attention inside the segments of a row that is cut over context-parallel ranks, in plain PyTorch.
+"""Causal attention within the segments of a row that is cut over context-parallel ranks, in plain PyTorch.
 
-Queries stay where they are; keys and values of the whole row are gathered (with grouped heads they are small), and
-again in backward, so that they are not kept. A rank's piece of a segment attends to itself causally and to all pieces
-before it fully. The two results are joined by their log-sum-exp, and each kernel's backward is given the joined output
-and log-sum-exp, which makes its gradients exact (the blockwise form of FlashAttention, arXiv:2205.14135, as in ring
-attention, arXiv:2310.01889).
+Queries stay on their rank. The keys and values of the whole row are gathered, which is cheap with grouped heads, and
+gathered again in the backward pass, so that they need not be kept. A rank's piece of a segment attends causally to
+itself and fully to all earlier pieces. The two results are combined by their log-sum-exp. The backward pass of each
+kernel gets the combined output and log-sum-exp, which makes its gradients exact (the blockwise form of FlashAttention,
+arXiv:2205.14135, as in ring attention, arXiv:2310.01889).
 """
 
 from collections.abc import Iterator
@@ -21,20 +21,41 @@ from megavlm.model.packed import PackedRow
 def context_attention(
     query: Tensor, key: Tensor, value: Tensor, row: PackedRow, group: dist.ProcessGroup, scale: float
 ) -> Tensor:
-    """Attention of this rank's tokens to all tokens before them in their segments, on whatever rank those are.
+    """Attention of this rank's tokens to themselves and all earlier tokens of their segments, on all ranks.
 
     Args:
-        query: [t, heads, head_dim] in the order of ``RowCut``; key, value: [t, kv_heads, head_dim].
+        query: [t, heads, head_dim], in the order of ``RowCut``.
+        key, value: [t, kv_heads, head_dim].
+        row: the segments.
         group: context-parallel ranks.
+        scale: factor on the products of queries and keys.
+
     Returns:
         [t, heads, head_dim].
     """
     return _ContextAttention.apply(query, key, value, row, group, scale)
 
 
+class _Context(torch.autograd.function.FunctionCtx):
+    """What autograd passes from forward to backward, with the attributes that forward sets."""
+
+    row: PackedRow
+    group: dist.ProcessGroup
+    scale: float
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, row, group, scale):
+    def forward(
+        ctx: _Context,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        row: PackedRow,
+        group: dist.ProcessGroup,
+        scale: float,
+    ) -> Tensor:
         ctx.row, ctx.group, ctx.scale = row, group, scale
         keys, values = _gather(key, row, group), _gather(value, row, group)
         out = torch.empty_like(query)
@@ -42,7 +63,7 @@ class _ContextAttention(torch.autograd.Function):
         for here, past, causal in _blocks(row, group):
             part, log_sum = blocks.forward(here(query), past(keys), past(values), causal=causal, scale=scale)
             o, sums = here(out), here(log_sums)
-            if causal:  # comes first
+            if causal:  # the causal block is the first of a piece
                 o.copy_(part)
                 sums.copy_(log_sum)
             else:
@@ -53,11 +74,11 @@ class _ContextAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, log_sums = ctx.saved_tensors
         row, group, scale = ctx.row, ctx.group, ctx.scale
         keys, values = _gather(key, row, group), _gather(value, row, group)
-        # sums of several parts, so in float32 whatever the type
+        # sums of several blocks, so float32 whatever the dtype is
         grad_query = torch.zeros_like(query, dtype=torch.float32)
         grad_keys, grad_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
         for here, past, causal in _blocks(row, group):
@@ -76,11 +97,12 @@ class _ContextAttention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Span:
-    """The same place in each of several neighbouring segments of equal length.
+    """The same range of tokens in each of several adjacent segments of equal length.
 
     Attributes:
-        start: first token of the first segment; count, length: segments, and tokens of each.
-        first, last: the place, within each segment.
+        start: first token of the first segment.
+        count, length: number of segments, and number of tokens of each.
+        first, last: the range within each segment.
     """
 
     start: int
@@ -90,13 +112,13 @@ class _Span:
     last: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [tokens, heads, …] -> a view [segments, heads, last - first, …]."""
+        """Selects the range: x [tokens, heads, …] -> a view [segments, heads, last - first, …]."""
         segments = x[self.start : self.start + self.count * self.length].unflatten(0, (self.count, self.length))
         return segments[:, self.first : self.last].transpose(1, 2)
 
 
 def _blocks(row: PackedRow, group: dist.ProcessGroup) -> Iterator[tuple[_Span, _Span, bool]]:
-    """(queries, in this rank's part of the row; keys, in the whole row; causal)."""
+    """The blocks of attention: (queries, in this rank's part of the row; keys, in the whole row; whether causal)."""
     context, rank = group.size(), group.rank()
     for start, length, count in row.runs:
         piece = length // (2 * context)
@@ -109,13 +131,15 @@ def _blocks(row: PackedRow, group: dist.ProcessGroup) -> Iterator[tuple[_Span, _
 
 def _gather(part: Tensor, row: PackedRow, group: dist.ProcessGroup) -> Tensor:
     """[t, …] of every rank -> [T, …] in the order of the row."""
+    assert row.from_parts is not None
     whole = part.new_empty(group.size() * part.shape[0], *part.shape[1:])
     dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
     return whole.index_select(0, row.from_parts)
 
 
 def _scatter_sums(whole: Tensor, row: PackedRow, group: dist.ProcessGroup) -> Tensor:
-    """[T, …] in the order of the row, summed over the ranks -> this rank's [t, …]."""
+    """[T, …] in the order of the row -> this rank's [t, …] of the sum over all ranks."""
+    assert row.to_parts is not None
     part = whole.new_empty(whole.shape[0] // group.size(), *whole.shape[1:])
     dist.reduce_scatter_tensor(part, whole.index_select(0, row.to_parts), group=group)
     return part

@@ -1,21 +1,34 @@
-"""Transformer Engine's kernels. Needs a GPU; the portable set says what each must compute."""
+"""Transformer Engine's kernels, which need a GPU. They compute the same as the portable kernels."""
+
+from typing import Any
 
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
 
 from megavlm.model.kernels.attention import cached_attention
+from megavlm.model.packed import PackedRow
 
 
 class PackedTEAttention(TEDotProductAttention):
-    """TE's fused attention over the segments of a row. Query, key, value: [T, 1, heads, head_dim] -> [T, 1, hidden]."""
+    """TE's fused attention within the segments of a row: [T, 1, heads, head_dim] -> [T, 1, hidden]."""
 
     def forward(
-        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
-    ):
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedRow | None = None,
+    ) -> Tensor:
         row = packed_seq_params
-        if row.cache is not None:  # one token per sequence: too small for the fused kernel to matter
+        assert row is not None
+        if row.cache is not None:  # with one token per sequence a fused kernel is not faster
             return cached_attention(row, self.layer_number, query, key, value)
         out = super().forward(
             query.squeeze(1),
@@ -30,7 +43,7 @@ class PackedTEAttention(TEDotProductAttention):
 
 
 class TransformerEngineKernels(TESpecProvider):
-    """Megatron's TE set, with attention that knows our rows."""
+    """Megatron's TE layers, with attention for packed rows."""
 
     name = "te"
     grouped_experts = True
@@ -40,14 +53,14 @@ class TransformerEngineKernels(TESpecProvider):
 
 
 class ApartTEKernels(TransformerEngineKernels):
-    """The same with norms that are modules of their own: an adapter needs what goes into the linear."""
+    """The same with norms as separate modules, because an adapter needs the input of the linear layer."""
 
     def fuse_layernorm_and_linear(self) -> bool:
         return False
 
 
 class LocalLinearTEKernels(ApartTEKernels):
-    """Megatron's own linears and sequential experts beside TE's attention and norms: their weights can be in 4 bits."""
+    """TE's attention and norms with Megatron's own linear layers and sequential experts, whose weights may be 4-bit."""
 
     grouped_experts = False
 
@@ -57,5 +70,5 @@ class LocalLinearTEKernels(ApartTEKernels):
     def row_parallel_linear(self) -> type:
         return RowParallelLinear
 
-    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool):
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
         return LocalSpecProvider().grouped_mlp_modules(moe_use_grouped_gemm)
