@@ -1,6 +1,7 @@
 """What dpo, kto and rm minimise: the pure losses of ``megavlm.align.losses`` over the answers of packed rows."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ class _AnswerObjective:
     def num_sums(self) -> int:
         return 1 + len(self.names)
 
-    def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
+    def look_ahead(self, look_through: LookThrough) -> Sequence[Any]:
         """With a reference that is run in each step: its answers' log-probabilities of each row, float32 [samples]."""
         if self.start is None:
             return []
@@ -89,11 +90,13 @@ class PairObjective(_AnswerObjective):
         row = micro_batch.host
         answers = self.answers(outputs, micro_batch).view(-1, 2)
         lengths = to_device(answer_lengths(row), device()).view(-1, 2)
-        references = None, None
+        ref_chosen = ref_rejected = None
         if self.has_reference:
-            references = self.references(row, micro_batch.found).view(-1, 2).unbind(1)
+            found = cast(Tensor | None, micro_batch.found)  # from look_ahead
+            ref_chosen, ref_rejected = self.references(row, found).view(-1, 2).unbind(1)
+        (chosen, rejected), (chosen_lengths, rejected_lengths) = answers.unbind(1), lengths.unbind(1)
         losses, metrics = preference_loss(
-            self.name, *answers.unbind(1), *references, *lengths.unbind(1), **self.options
+            self.name, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, **self.options
         )
         if self.name == "orpo":
             losses = losses - answers[:, 0] / lengths[:, 0]
@@ -137,8 +140,8 @@ class JudgedObjective(_AnswerObjective):
     def weight(self, rows: list[Row]) -> float:
         return sum(answer.desirable is not None for row in rows for answer in row.annotations)
 
-    def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
-        """z0, and what ``_AnswerObjective`` finds (or None), of each row."""
+    def look_ahead(self, look_through: LookThrough) -> list[tuple[Tensor, Tensor | None]]:
+        """Finds z0 and, for each row, the log-probabilities of ``_AnswerObjective.look_ahead``, or None."""
         references = super().look_ahead(look_through)
 
         def gaps(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
@@ -157,7 +160,7 @@ class JudgedObjective(_AnswerObjective):
         return [(z0, references[number] if references else None) for number in range(len(of_rows))]
 
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        row, (z0, reference) = micro_batch.host, micro_batch.found
+        row, (z0, reference) = micro_batch.host, cast(tuple[Tensor, Tensor | None], micro_batch.found)  # look_ahead
         judged = _indices([answer.desirable is not None for answer in row.annotations])
         desirable = torch.tensor([a.desirable for a in row.annotations if a.desirable is not None])
         answers, references = self.answers(outputs, micro_batch)[judged], self.references(row, reference)[judged]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megavlm.align.reference import reference_of
+from megavlm.align.reference import AnswerData, reference_of
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.records import Kind
@@ -42,8 +42,10 @@ class PreferenceMethod:
         if self._has_reference and session.settings.align.reference_at == "step":
             start = StartWeights(session)
         elif self._has_reference:
-            sources = rows.sources if rows is not None else None
-            reference = reference_of(session, files.renderer, sources, self.kind, heartbeat)
+            data = None
+            if files.loader is not None and files.renderer is not None:
+                data = AnswerData(files.loader.sources, files.renderer)
+            reference = reference_of(session, data, self.kind, heartbeat)
             rows = MappedRows(rows, reference.attach) if rows is not None else None
         objective = self._make(session.settings, session.groups.language, start)
         return Prepared(objective, rows, files.longest_row)

@@ -51,8 +51,9 @@ def publish(partial: Path, keep: int, keep_every: int | None) -> None:
         _delete(final)
     partial.rename(final)
     _sync(root)
-    step = int(_NAME.fullmatch(final.name)[1])
-    others = _published(root)
+    match = _NAME.fullmatch(final.name)
+    assert match is not None, f"{partial} is not from partial_folder"
+    step, others = int(match[1]), _published(root)
     older = [path for number, path in others if number <= step]
     for number, path in others:
         forever = keep_every is not None and number % keep_every == 0

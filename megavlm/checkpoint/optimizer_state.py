@@ -160,7 +160,7 @@ def _named(
     Its owner counts as the first of the data ranks, or as the first of all where it is the owner for the whole world.
     """
     assert len(entry.replica_id) == 3, entry  # Megatron's (pipeline copy, tensor rank, data rank)
-    changes = {
+    changes: dict[str, object] = {
         "key": f"optimizer.state.{key}.{entry.key}",
         "data": tensor.view(entry.data.shape),
         "replica_id": (0, 0, 0) if alone else (*entry.replica_id[:2], 0),

@@ -16,8 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,14 +36,18 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megavlm.base.errors import UserError
 from megavlm.base.processes import end_with_parent
 from megavlm.platform.collectives import gather_objects, on_first_rank
 
+Results = list[WriteResult] | Exception
+"""Torch's write results of one rank, or the error that prevented them."""
+
 
 class WriteError(UserError):
-    """A checkpoint could not be written. The run's older ones are as they were."""
+    """A checkpoint could not be written. Older checkpoints of the run are unchanged."""
 
 
 @dataclass
@@ -53,11 +57,18 @@ class _Pending:
     folder: Path
     files: "_Files"
     metadata: Metadata | None  # on the first rank
-    process: multiprocessing.Process | None
-    connection: Any  # where the results come from; None: they are in ``results``
-    results: Any
-    everyone: list | None = None  # on the first rank, when all have written: (bytes, results) of each rank
-    sealing: Future | None = None  # on the first rank, after that
+    child: "_Child | None"  # the process that writes; None if this process has written
+    results: Results | None  # of this rank, if this process has written
+    everyone: list[tuple[int, Results]] | None = None  # when all ranks have written: (bytes, results) of each rank
+    sealing: Future[None] | None = None  # on the first rank, after that
+
+
+@dataclass
+class _Child:
+    """A process that writes, and the connection that its results arrive on."""
+
+    process: ForkProcess
+    connection: Connection
 
 
 class CheckpointWriter:
@@ -96,7 +107,7 @@ class CheckpointWriter:
             self._forget_plan()
         self._on_first_rank(folder, partial(folder.mkdir, parents=True))
         files, metadata = self._plan(state, folder)
-        process = connection = results = None
+        child = results = None
         if self._background:
             connection, theirs = multiprocessing.Pipe(duplex=False)
             process = multiprocessing.get_context("fork").Process(
@@ -104,9 +115,10 @@ class CheckpointWriter:
             )
             process.start()
             theirs.close()
+            child = _Child(process, connection)
         else:
             results = files.write()
-        self._pending = _Pending(folder, files, metadata, process, connection, results)
+        self._pending = _Pending(folder, files, metadata, child, results)
 
     def finish(self, seal: Callable[[Path], None], *, wait: bool) -> None:
         """If a folder is being written, and that has ended on all ranks, make it whole. Call it on all ranks.
@@ -122,16 +134,17 @@ class CheckpointWriter:
         if pending is None:
             return
         if pending.everyone is None:
-            if not wait and self._is_true_anywhere(pending.connection is not None and not pending.connection.poll()):
+            if not wait and self._is_true_anywhere(pending.child is not None and not pending.child.connection.poll()):
                 return
             mine = (pending.files.num_bytes, _results_of(pending))
             pending.everyone = gather_objects(mine, self._host)
             if first:
-                pending.sealing = self._thread.submit(_complete, pending, seal)
-        if not wait and self._is_true_anywhere(pending.sealing is not None and not pending.sealing.done()):
+                pending.sealing = self._thread.submit(_complete, pending, pending.everyone, seal)
+        sealing = pending.sealing
+        if not wait and self._is_true_anywhere(sealing is not None and not sealing.done()):
             return
         self._pending = None
-        self._on_first_rank(pending.folder, lambda: pending.sealing.result(), pending.everyone)
+        self._on_first_rank(pending.folder, lambda: sealing and sealing.result(), pending.everyone)
 
     def _is_true_anywhere(self, flag: bool) -> bool:
         flags = torch.tensor([int(flag)])
@@ -160,7 +173,9 @@ class CheckpointWriter:
         self._metadata = metadata or self._metadata
         return files, self._metadata
 
-    def _on_first_rank(self, folder: Path, call: Callable[[], object], everyone: list | None = None) -> None:
+    def _on_first_rank(
+        self, folder: Path, call: Callable[[], object], everyone: list[tuple[int, Results]] | None = None
+    ) -> None:
         """``call`` on rank 0; an OSError there is a WriteError everywhere. After any error the folder is removed."""
 
         def guarded() -> None:
@@ -197,7 +212,7 @@ class _Files(FileSystemWriterAsync):
         else:
             self.write_buckets = []
 
-    def write(self) -> list | Exception:
+    def write(self) -> Results:
         """Torch's write results, or what went wrong."""
         if not self.write_buckets:
             return []
@@ -207,7 +222,7 @@ class _Files(FileSystemWriterAsync):
             [self.transforms], 0, (file, name, (others, own)), None, None, use_fsync=True
         )
         if isinstance(results, Exception):
-            cause = results
+            cause: BaseException = results
             while not isinstance(cause, OSError) and cause.__context__ is not None:
                 cause = cause.__context__  # torch tells of a full disk as "unexpected pos"
             results = cause if isinstance(cause, OSError) else RuntimeError(f"{type(results).__name__}: {results}")
@@ -228,24 +243,28 @@ def _write_in_child(files: _Files, connection: Connection, parent: int) -> None:
     os._exit(0)  # what the trainer registered for its exit is not this process's to do
 
 
-def _results_of(pending: _Pending) -> list | Exception:
-    if pending.connection is None:
+def _results_of(pending: _Pending) -> Results:
+    """Waits for this rank's results."""
+    if pending.child is None:
+        assert pending.results is not None, "without a child, this process has written"
         return pending.results
+    process, connection = pending.child.process, pending.child.connection
+    results: Results
     try:
-        results = pending.connection.recv()
+        results = connection.recv()
     except EOFError:
-        pending.process.join()
-        results = OSError(f"the writing process ended with {pending.process.exitcode}")
-    pending.connection.close()
-    return results  # the child is not waited for: giving back its memory takes it longer than all of this
+        process.join()
+        results = OSError(f"the writing process ended with exit status {process.exitcode}")
+    connection.close()
+    return results  # without waiting for the child: releasing its memory takes longer than everything here
 
 
-def _complete(pending: _Pending, seal: Callable[[Path], None]) -> None:
-    """On the first rank: what makes the written files a checkpoint."""
-    failed = [results for _, results in pending.everyone if isinstance(results, Exception)]
+def _complete(pending: _Pending, everyone: list[tuple[int, Results]], seal: Callable[[Path], None]) -> None:
+    """Makes the written files a checkpoint; for the first rank."""
+    failed = [results for _, results in everyone if isinstance(results, Exception)]
     if failed:
         raise failed[0]
-    pending.files.finish(pending.metadata, [results for _, results in pending.everyone])
+    pending.files.finish(pending.metadata, [results for _, results in everyone])
     save_config(CheckpointingConfig(TorchDistSaveShardedStrategy().backend, 1), str(pending.folder))
     seal(pending.folder)
 

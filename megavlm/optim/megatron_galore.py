@@ -6,7 +6,7 @@ SGD, which has no state, and GaLore replaces it afterwards. Tensor-parallel rank
 Each data-parallel rank has the complete state.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -42,7 +42,7 @@ class PartOptimizers(Protocol):
 
 
 def put_inside(
-    optimizer: MegatronOptimizer, modules: list[nn.Module], train: TrainSettings, groups: ProcessGroupCollection
+    optimizer: MegatronOptimizer, modules: Sequence[nn.Module], train: TrainSettings, groups: ProcessGroupCollection
 ) -> None:
     """Replaces the optimizer that a Megatron optimizer wraps by GaLore over the same float32 weights.
 

@@ -8,6 +8,7 @@ A mixture of experts is built alone: how many tokens an expert gets depends on n
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def _held(
     weights = sum(p.nbytes for ps in parts.values() for p in ps)
     if adapters is not None and adapters.settings.quantize:
         double = adapters.settings.quantize == "nf4_double"
-        frozen = [linear.weight for linear in adapters.linears]
+        frozen = [cast(nn.Parameter, linear.weight) for linear in adapters.linears]
         weights += sum(nf4.nbytes_of(weight.numel(), double=double) - weight.nbytes for weight in frozen)
     copy = 4 if optimizers.train.precision != "fp32" else 0
     return Held(
@@ -131,7 +132,7 @@ def _pass(session: Session, method: Method, optimizers: Optimizers) -> dict[str,
         session.vlm, optimizers, feed, num_rows, method.bare_objective(session), None, settings.data.source_names
     )
     session.vlm.decoder_config.batch_p2p_comm = False  # torch joins no sends of meta tensors
-    reached = set()
+    reached: set[torch.Tensor] = set()
     for parameter in (p for ps in _parameters(session.vlm).values() for p in ps if p.requires_grad):
         parameter.register_post_accumulate_grad_hook(reached.add)
     step.gradients(feed, num_rows)

@@ -30,16 +30,17 @@ def on_first_rank[T](work: Callable[[], T], group: dist.ProcessGroup) -> T:
     Raises:
         Exception: whatever ``work`` raised, on every rank of the group, so that none of them waits for the others.
     """
-    result, error = None, None
+    results: list[T] = []  # one result; none on the other ranks, and none after an error
+    error: Exception | None = None
     if group.rank() == 0:
         try:
-            result = work()
+            results = [work()]
         except Exception as raised:
             error = raised
-    everywhere, problem = broadcast_object((result, error and _picklable(error)), group)
+    everywhere, problem = broadcast_object((results, error and _picklable(error)), group)
     if problem is not None:
         raise error or problem  # on the first rank the original one, with its traceback
-    return everywhere
+    return everywhere[0]
 
 
 def _picklable(error: Exception) -> Exception:

@@ -12,6 +12,7 @@ from megavlm.checkpoint.fingerprint import digest_of_folders
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import load_some, load_weights
 from megavlm.config.adapter_section import AdapterSettings
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import ADAPTER_MODEL, Adapter
 from megavlm.convert.peft_config import config_of
@@ -94,7 +95,7 @@ def load_start(settings: Settings, vlm: VLM, adapters: Adapters | None) -> None:
     if model.adapter is not None:
         folder = find_checkpoint(model.adapter)
         if dist.get_rank() == 0:
-            warn_of_other_base(folder, find_checkpoint(model.load))
+            warn_of_other_base(folder, find_checkpoint(required(model.load, "model.load")))
         source = Adapter(folder, vlm.shapes)
         if others := source.other_weights - {score_head.KEY}:  # of parts that learned beside the adapters
             load_some(folder, vlm, lambda key: key in others)

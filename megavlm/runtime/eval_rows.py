@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.config.load import resolved_yaml
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.platform.collectives import gather_objects
@@ -66,6 +67,6 @@ class EvalRows:
 
 def note_settings(settings: Settings) -> None:
     """Leaves config.yaml in an output folder that has none: the report of a run finds its answers by it."""
-    path = settings.output / "config.yaml"
+    path = required(settings.output, "output") / "config.yaml"
     if not path.exists():
         write_text(path, resolved_yaml(settings))

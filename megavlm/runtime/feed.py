@@ -80,8 +80,10 @@ class Feed:
 
         Raises whatever reading raised, on every rank of the group.
         """
-        full, problem = [], None
+        full: list[Row | None] = []
+        problem: Exception | None = None
         if self.groups.is_leader:
+            assert self._source is not None, "a leader has rows"
             try:
                 for row in self._source:
                     full.append(row)
@@ -89,7 +91,7 @@ class Feed:
                         break
             except Exception as error:  # the others wait for this rank: tell them before leaving
                 problem = error
-        message = ([_without_pixels(row) for row in full], problem)
+        message = ([_without_pixels(row) for row in full if row is not None], problem)
         hosts, problem = broadcast_object(message, self.groups.model_parallel_host)
         if problem is not None:
             raise problem
@@ -102,10 +104,11 @@ class Feed:
         """
         for start in range(0, len(rows.hosts), size):
             part = slice(start, start + size)
-            full, rows.full[part] = rows.full[part], [None] * len(rows.full[part])  # their pixels may go
+            full = [row for row in rows.full[part] if row is not None]
+            rows.full[part] = [None] * len(rows.full[part])  # so that the memory of their pixels can be freed
             yield self._window(rows.hosts[part], full, start)
 
-    def _window(self, hosts: list[Row], full: list[Row | None], first: int) -> Window:
+    def _window(self, hosts: list[Row], full: list[Row], first: int) -> Window:
         """``first``: number of the first row among those of the step."""
         tower = self.vlm.tower
         all_rows = self._of_all_data_ranks([_visual_row(host, tower.merge) for host in hosts])
@@ -129,7 +132,11 @@ class Feed:
 
     def _of_all_data_ranks[T](self, value: T) -> list[T]:
         """``value`` of each data rank whose frames are dealt together with this one's."""
-        return all_gather_objects(value, self.groups.data_peers_host) if self.vlm.balanced_over_world else [value]
+        if not self.vlm.balanced_over_world:
+            return [value]
+        peers = self.groups.data_peers_host
+        assert peers is not None, "a session that shares frames has this group"
+        return all_gather_objects(value, peers)
 
     def _pixels(self, full: list[Row], dealt: list[tuple[np.ndarray, np.ndarray]]) -> Frames:
         """Pixels and position tables of the frames dealt to this rank, on the device.
@@ -144,11 +151,12 @@ class Feed:
         for dp_rank, (patches, owner) in enumerate(dealt):
             leader = self.groups.members[dp_rank][0] if self.vlm.balanced_over_world else 0
             received[leader] = int(patches[owner == here].sum())
-        sent, mine = [0] * group.size(), []
+        sent = [0] * group.size()
+        mine: list[int] = []
         if self.groups.is_leader:
             patches, owner = dealt[self.vlm.tower.share.dp_rank]
             sent = np.bincount(owner, weights=patches, minlength=group.size()).astype(int).tolist()
-            mine = np.argsort(owner, kind="stable")
+            mine = np.argsort(owner, kind="stable").tolist()
         # the tower works in its own precision: what it would round there is rounded before it travels
         dtype, vision = self.vlm.tower.projector.config.params_dtype, self.vlm.shapes.vision
         floats = _in_order(full, "patches", mine, vision.patch_dim, dtype)

@@ -19,6 +19,7 @@ from megavlm.runtime.feed import MicroBatch, Window
 def encode_window(vlm: VLM, window: Window, timer: Timer = nullcontext) -> None:
     """Runs the tower over a window's frames and gives each micro-batch its features (``timer``: see ``TowerPhase``)."""
     frames, window.frames = window.frames, None  # the tower keeps what it needs of them
+    assert frames is not None, "a window is encoded once"
     encoded = vlm.tower.encode(frames, window.exchange, timer)
     for micro_batch, (positions, features) in zip(window.micro_batches, encoded, strict=True):
         micro_batch.row.visual_positions = positions

@@ -77,12 +77,14 @@ def _generate(session: Session, window: Window, sampling: Sampling, source: torc
         encode_window(vlm, window)
     host, parallel = micro_batch.host, session.settings.parallel
     visual, deepstack = feature_planes(vlm, vlm.language[0], micro_batch)
+    positions = micro_batch.row.visual_positions
+    assert visual is not None and positions is not None, "the only chunk of an encoded micro-batch has embeddings"
     return generate(
         vlm.language[0],
         micro_batch.input_ids,
         micro_batch.position_ids,
         host.segment_lengths[: host.num_samples],
-        (micro_batch.row.visual_positions, visual, deepstack),
+        (positions, visual, deepstack),
         sampling,
         tensor_slices=parallel.tensor if parallel.sequence_parallel else 1,
         generator=source,

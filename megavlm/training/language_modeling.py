@@ -6,7 +6,7 @@ schedule. The code of all four stages is the same.
 
 from collections.abc import Callable
 
-from megavlm.config.requirements import check_stage
+from megavlm.config.requirements import check_stage, required
 from megavlm.config.settings import Settings
 from megavlm.data.records import Kind
 from megavlm.runtime.session import Session
@@ -46,7 +46,8 @@ class LanguageModeling:
 def pretrain(settings: Settings) -> LanguageModeling:
     """The method of ``megavlm pretrain``, of ``settings.stage``. Raises UserError where settings contradict it."""
     check_stage(settings)
-    return LanguageModeling("pretrain", f"pretrain · stage {settings.stage}, {STAGES[settings.stage]}")
+    stage = required(settings.stage, "stage")
+    return LanguageModeling("pretrain", f"pretrain · stage {stage}, {STAGES[stage]}")
 
 
 def sft(settings: Settings) -> LanguageModeling:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.monitor.hang_watch import HangWatch
 from megavlm.monitor.run_monitor import RunMonitor
@@ -48,7 +49,8 @@ def _run_steps(
     run: Run, settings: Settings, hooks: Sequence[Hook], monitor: RunMonitor, heartbeat: Callable[[str], None]
 ) -> tuple[int, bool]:
     """All steps that are left. Returns the number of the last one, and whether a signal ended the run early."""
-    steps, number, stop = settings.train.steps, run.first_step, StopSignal(run.session.groups.world_host)
+    steps, number = required(settings.train.steps, "train.steps"), run.first_step
+    stop = StopSignal(run.session.groups.world_host)
     if run.restarted:
         monitor.say("no checkpoint yet: starts at step 0")
     if settings.train.memory_check and number < steps:

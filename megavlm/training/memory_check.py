@@ -81,15 +81,15 @@ def longest_row(renderer: Renderer, kind: Kind = "tune") -> Row:
     answers = 2 if kind in ("pair", "judged") else 1
     length = renderer.seq_length // answers // renderer.pad_multiple * renderer.pad_multiple
     tokens = draw.integers(0, min(renderer.tokenizer.vocab_size, renderer.processor.image_token_id), length)
-    grids, visual, used = [], [np.empty(0, np.int64)], 0
+    grids, positions, used = [], [np.empty(0, np.int64)], 0
     while (room := min(length - used - 2, most)) >= max(least, 1):  # a token before the picture and one behind
         height = math.isqrt(room)
         width = room // height
         grids.append((height * vision.merge, width * vision.merge))
-        visual.append(np.arange(used + 1, used + 1 + height * width))
+        positions.append(np.arange(used + 1, used + 1 + height * width))
         used += height * width + 2
     frame_grids = np.array(grids, dtype=np.int32).reshape(-1, 2)
-    visual = np.concatenate(visual)
+    visual = np.concatenate(positions)
     tokens[visual] = renderer.processor.image_token_id
     num_patches = int(frame_grids.prod(axis=1).sum())
     block = torch.from_numpy(draw.uniform(-1, 1, (min(_BLOCK, num_patches), vision.patch_dim)).astype(np.float32))
@@ -147,7 +147,7 @@ def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:
     float32 copy of half-precision weights; of what is shared over data ranks this rank's part (experts, which are
     shared over fewer, are counted like others).
     """
-    optimizers, groups, numbers = step.optimizers, step.groups, 0
+    optimizers, groups, numbers = step.optimizers, step.groups, 0.0
     adam = optimizers.train.optimizer == "adam"
     if adam and not any(o.optimizer.state for o in optimizers.optimizer.chained_optimizers):
         numbers = 2 * sum(p.numel() for group in optimizers.optimizer.param_groups for p in group["params"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from megavlm.config.requirements import required
 from megavlm.data.loader import RowLoader, build_loader
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
@@ -32,15 +33,15 @@ class Prepared:
 
 
 class Method(Protocol):
-    """A way of training. ``megavlm.align.registry`` lists all of them.
+    """A training method. ``megavlm.align.registry`` lists all of them."""
 
-    Attributes:
-        title: heading on the terminal.
-        scores: whether the model has a reward head.
-    """
+    @property
+    def title(self) -> str:
+        """Heading on the terminal."""
 
-    title: str
-    scores: bool
+    @property
+    def scores(self) -> bool:
+        """Whether the model has a reward head."""
 
     def bare_objective(self, session: Session) -> Objective:
         """What is minimised, without anything that is computed from weights or data beforehand, for a dry run."""
@@ -77,7 +78,7 @@ class FileRows:
             dp_rank=groups.dp_rank,
             dp_size=groups.dp_size,
             seed=settings.train.seed,
-            rows_per_step=settings.train.global_batch_size // groups.dp_size,
+            rows_per_step=required(settings.train.global_batch_size, "train.global_batch_size") // groups.dp_size,
             pin_memory=on_gpu(),
         )
         return cls(kind, renderer, loader)

@@ -1,7 +1,7 @@
 """What a step minimises: from the last hidden states of a row to its share of the loss, and sums for the metrics."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ class Objective(Protocol):
         num_sums: length of the vector of sums; the first of them is the loss's own.
     """
 
-    num_sums: int
+    @property
+    def num_sums(self) -> int:
+        """Length of the vector of sums; the first of them is that of the loss itself."""
 
     def weight(self, rows: list[Row]) -> float:
         """What these rows add to the number by which the loss is divided."""
@@ -64,7 +66,10 @@ class CrossEntropy:
 
     def __init__(self, source_names: Sequence[str], chunk_tokens: int):
         self.source_names, self.chunk_tokens = list(source_names), chunk_tokens
-        self.num_sums = 1 + len(self.source_names)
+
+    @property
+    def num_sums(self) -> int:
+        return 1 + len(self.source_names)
 
     def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
         return []
@@ -102,7 +107,10 @@ class CrossEntropyWithKL(CrossEntropy):
     def __init__(self, source_names: Sequence[str], chunk_tokens: int, coefficient: float, start: StartWeights):
         super().__init__(source_names, chunk_tokens)
         self.coefficient, self.start = coefficient, start
-        self.num_sums += 2
+
+    @property
+    def num_sums(self) -> int:
+        return 2 + super().num_sums
 
     def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
         """The start model's hidden states [m, hidden] at the targets of each row."""
@@ -112,7 +120,7 @@ class CrossEntropyWithKL(CrossEntropy):
 
     def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         """[2, slices, m]: log-probabilities and divergences."""
-        weight, states = self.start.of(chunk.output_weight), micro_batch.found
+        weight, states = self.start.of(chunk.output_weight), cast(Tensor, micro_batch.found)  # from look_ahead
         kl = chunk.token_kl(hidden, states, weight, micro_batch.targets, self.chunk_tokens)
         return torch.stack([super().outputs(chunk, hidden, micro_batch), kl])
 
@@ -137,13 +145,14 @@ def count_sources(rows: list[Row], source_names: Sequence[str], broken: Sequence
     sums = np.zeros((5, len(source_names)))
     for row in rows:
         starts = row.cu_seqlens[: row.num_samples].numpy()
-        values = [
+        values = (
             np.ones(row.num_samples),
             np.add.reduceat((row.labels != IGNORE).numpy(), starts, dtype=np.int64),
             np.add.reduceat(row.loss_weights.numpy(), starts, dtype=np.float64),
-            [not annotations.is_further_answer for annotations in row.annotations],
-        ]
-        np.add.at(sums[:4], (slice(None), row.source_ids), values)
+            np.array([not annotations.is_further_answer for annotations in row.annotations], dtype=np.float64),
+        )
+        for of_sources, of_samples in zip(sums, values, strict=False):  # the last of sums is filled below
+            np.add.at(of_sources, row.source_ids, of_samples)
     np.add.at(sums[4], list(broken), 1)
     kinds = ("samples", "target_tokens", "loss_weight", "records", "broken")
     return {

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
+from megavlm.config.requirements import required
 from megavlm.config.run_folder import prepare_output
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
@@ -57,7 +58,7 @@ def build_run(settings: Settings, method: Method, heartbeat: Callable[[str], Non
     session = start(settings, training=True, load=False, score_head=method.scores)
     given, settings = settings, session.settings  # the latter with the section that ``model.adapter`` is of
     heartbeat("building the model")
-    groups, output = session.groups, settings.output
+    groups, output = session.groups, required(settings.output, "output")
     resuming = on_first_rank(lambda: prepare_output(given), groups.world_host)
     checkpoint = on_first_rank(lambda: latest(output / "checkpoints"), groups.world_host) if resuming else None
     origin = None
@@ -77,7 +78,7 @@ def build_run(settings: Settings, method: Method, heartbeat: Callable[[str], Non
         session.vlm,
         optimizers,
         Feed(session.vlm, stragglers.rows(iter(prepared.rows)) if prepared.rows is not None else None),
-        settings.train.global_batch_size // groups.dp_size,
+        required(settings.train.global_batch_size, "train.global_batch_size") // groups.dp_size,
         prepared.objective,
         settings.vision.window,
         settings.data.source_names,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import load_weights
+from megavlm.config.requirements import required
 from megavlm.model.vlm import PARTS
 from megavlm.runtime.session import Session
 
@@ -21,9 +22,9 @@ class StartWeights:
     def __init__(self, session: Session):
         vlm, settings = session.vlm, session.settings
         if session.adapters is None:  # with adapters the model has them at this point, whether it will continue or not
-            load_weights(find_checkpoint(settings.model.load), vlm)
+            load_weights(find_checkpoint(required(settings.model.load, "model.load")), vlm)
         self._vlm = vlm
-        self._copies = {
+        self._copies: dict[Tensor, Tensor] = {
             parameter: parameter.detach().clone()
             for part in PARTS
             for module in vlm.modules_of(part)

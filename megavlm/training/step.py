@@ -108,6 +108,7 @@ class Step:
     def gradients(self, feed: Feed, num_rows: int) -> Gradients:
         """Forward and backward of the next rows of ``feed``; the reduced gradients stand in the optimizers' buffers."""
         rows = feed.rows(num_rows)
+        assert rows is not None, "the rows of training do not end"
         counts = self._count(rows.hosts)
         row_losses: list[tuple[Row, Tensor]] = []
         self.optimizers.zero_grad()

@@ -60,7 +60,8 @@ def header(session: Session) -> dict[str, str]:
 def _trained(session: Session, part: str) -> str:
     """How many weights of a part are trained on this rank, and from when on."""
     weights = [p for module in session.vlm.modules_of(part) for p in module.parameters()]
-    trained, after = sum(p.numel() for p in weights if p.requires_grad), session.settings.train.unfreeze_after.get(part)
+    trained = sum(p.numel() for p in weights if p.requires_grad)
+    after = next((after for name, after in session.settings.train.unfreeze_after.items() if name == part), None)
     if trained or after is None:
         return short(trained) if trained else "frozen"
     return f"{short(sum(p.numel() for p in weights))} from step {after + 1} on"

@@ -27,24 +27,25 @@ def check_numbers(**options: float) -> None:
             raise ValueError(f"{name} is {value!r}: it must be a finite number, {words}")
 
 
-def vectors(**tensors: Tensor) -> list[Tensor]:
+def vectors(**tensors: Tensor | float | None) -> list[Tensor]:
     """The tensors, all of them [B] with the same B, in one dtype.
 
     Whole numbers and bfloat16 are widened: the dtype is float64 if the first tensor's is, else float32.
     """
-    first = next(iter(tensors))
+    first, found = next(iter(tensors)), list[Tensor]()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is {tensor!r}: it must be a tensor of shape [B]")
-        if tensor.ndim != 1 or tensor.shape != tensors[first].shape:
+        found.append(tensor)
+        if tensor.ndim != 1 or tensor.shape != found[0].shape:
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)}: it must be [B], one number per pair or example, with the B "
-                f"of {first}, whose shape is {list(tensors[first].shape)}"
+                f"{name} has shape {list(tensor.shape)}: it must be [B], one number per pair or example, with the "
+                f"same B as {first}, whose shape is {list(found[0].shape)}"
             )
-    if not tensors[first].is_floating_point():
-        raise ValueError(f"{first} has dtype {tensors[first].dtype}: it must be a floating one")
-    dtype = torch.float64 if tensors[first].dtype == torch.float64 else torch.float32
-    return [tensor.to(dtype) for tensor in tensors.values()]
+    if not found[0].is_floating_point():
+        raise ValueError(f"{first} has dtype {found[0].dtype}: it must be a floating-point dtype")
+    dtype = torch.float64 if found[0].dtype == torch.float64 else torch.float32
+    return [tensor.to(dtype) for tensor in found]
 
 
 def mean(x: Tensor) -> Tensor:
