@@ -1,8 +1,8 @@
 """The reference model's log-probabilities of all answers, computed once with the weights that training starts from.
 
-They are stored in a safetensors file: float32 [samples, 2] for each source, with the columns chosen and rejected answer,
-or own and mismatched answer; NaN for a sample that cannot be used. The file has a note that identifies the model and
-the data. A later start uses the file again if the note matches.
+They are stored in a safetensors file: float32 [samples, 2] for each source, with the columns chosen and rejected
+answer, or own and mismatched answer; NaN for a sample that cannot be used. The file has a note that identifies the
+model and the data. A later start uses the file again if the note matches.
 """
 
 import json
