@@ -1,9 +1,9 @@
-"""Writes sharded state into a torch_dist folder, in the background if wished, while training goes on.
+"""Writes sharded state into a torch_dist folder, optionally in the background while training continues.
 
-Megatron plans who writes what, once for all saves of the same shape. Its own background writer is not used: it copies
-everything first, starts a helper by spawn (seconds) that outlives a killed trainer, and loses the reason of a failure.
-Here a forked child writes: it sees the memory as it was at the fork, so that nothing on the CPU is copied; it ends with
-its parent; and its results, or the exception, come back through a pipe.
+Megatron plans which rank writes what, once for all saves of the same shape. Its own background writer is not used: it
+first copies everything, it starts a helper by spawn, which takes seconds and outlives a killed trainer, and it loses
+the reason of a failure. Here, a forked child writes. It sees the memory as it was at the fork, so tensors in host
+memory are not copied. It ends with its parent, and it sends its results, or the exception, through a pipe.
 """
 
 import gc
@@ -52,7 +52,7 @@ class WriteError(UserError):
 
 @dataclass
 class _Pending:
-    """A checkpoint in the making."""
+    """A checkpoint that is being written."""
 
     folder: Path
     files: "_Files"
@@ -72,12 +72,12 @@ class _Child:
 
 
 class CheckpointWriter:
-    """Writes checkpoints, one at a time; planning is done again only where they take another shape.
+    """Writes checkpoints, one at a time. Planning is repeated only if the shape of the state changes.
 
     Args:
-        replicas: ranks that hold copies of the same state and share the writing of it.
-        host: the whole world, on the host network.
-        background: write in a forked child.
+        replicas: ranks that have copies of the same state and divide the writing among themselves.
+        host: a group of all ranks on the host network.
+        background: whether to write in a forked child.
     """
 
     def __init__(self, replicas: dist.ProcessGroup, host: dist.ProcessGroup, *, background: bool):
@@ -86,20 +86,27 @@ class CheckpointWriter:
         self._forget_plan()
         self._metadata: Metadata | None = None
         self._pending: _Pending | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint")  # what waits for the disk on the first rank
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # on rank 0, it waits for the disk
 
     def _forget_plan(self) -> None:
         self._sharing = None
         if self._replicas.size() > 1:
             self._sharing = FullyParallelSaveStrategyWrapper(None, self._replicas, do_cache_distribution=True)
-        self._plans = (None, None, False)  # of Megatron: central plan, local plan, whether they are valid for all ranks
+        self._plans = (None, None, False)  # Megatron's central plan and local plan, and whether all ranks may use them
 
     def start(self, state: dict, folder: Path, shape: object = None) -> None:
-        """Begin to write ``state`` into ``folder``. Call it on all ranks, after the one before is finished.
+        """Starts to write ``state`` into ``folder``, and returns as soon as the tensors may change.
 
-        ``shape``: equal for states of the same keys and shapes, on all ranks alike: what the plan hangs on.
+        Call it on all ranks, after the previous checkpoint is finished.
 
-        Returns once the tensors may change. Raises WriteError where the folder cannot be made.
+        Args:
+            state: the sharded state.
+            folder: the folder, which is created.
+            shape: a value that is equal for states with the same keys and shapes, and the same on all ranks. The plan
+                is made again if it changes.
+
+        Raises:
+            WriteError: on all ranks, if the folder cannot be created.
         """
         assert self._pending is None
         if shape != self._shape:
@@ -121,14 +128,14 @@ class CheckpointWriter:
         self._pending = _Pending(folder, files, metadata, child, results)
 
     def finish(self, seal: Callable[[Path], None], *, wait: bool) -> None:
-        """If a folder is being written, and that has ended on all ranks, make it whole. Call it on all ranks.
+        """Completes the checkpoint that is being written, if all ranks have written. Call it on all ranks.
 
         Args:
-            seal: called on the first rank, in a thread, with the folder when all of it is on disk.
-            wait: until it has ended.
+            seal: called on rank 0, in a thread, with the folder, when everything is on disk.
+            wait: whether to wait until all ranks have written and the checkpoint is complete.
 
         Raises:
-            WriteError: on all ranks, if one could not write; the folder is removed.
+            WriteError: on all ranks, if any rank could not write; the folder is removed.
         """
         pending, first = self._pending, dist.get_rank() == 0
         if pending is None:
@@ -176,7 +183,7 @@ class CheckpointWriter:
     def _on_first_rank(
         self, folder: Path, call: Callable[[], object], everyone: list[tuple[int, Results]] | None = None
     ) -> None:
-        """``call`` on rank 0; an OSError there is a WriteError everywhere. After any error the folder is removed."""
+        """Runs ``call`` on rank 0; its OSError becomes a WriteError on all ranks. Any error removes the folder."""
 
         def guarded() -> None:
             try:
@@ -193,7 +200,7 @@ class CheckpointWriter:
 
 
 class _Files(FileSystemWriterAsync):
-    """What this rank writes: one file. Tensors in host memory are not copied."""
+    """Writes one file for this rank. Tensors in host memory are not copied."""
 
     num_bytes = 0
 
@@ -213,7 +220,7 @@ class _Files(FileSystemWriterAsync):
             self.write_buckets = []
 
     def write(self) -> Results:
-        """Torch's write results, or what went wrong."""
+        """Writes the file. Returns torch's write results, or the error."""
         if not self.write_buckets:
             return []
         ((file, name, (others, tensors)),) = self.write_buckets
@@ -224,23 +231,23 @@ class _Files(FileSystemWriterAsync):
         if isinstance(results, Exception):
             cause: BaseException = results
             while not isinstance(cause, OSError) and cause.__context__ is not None:
-                cause = cause.__context__  # torch tells of a full disk as "unexpected pos"
+                cause = cause.__context__  # torch reports a full disk as "unexpected pos"
             results = cause if isinstance(cause, OSError) else RuntimeError(f"{type(results).__name__}: {results}")
         return results
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """``torch.save`` of a part of a buffer would write all of the buffer."""
+    """Returns a tensor with a storage of its own, because ``torch.save`` writes the whole storage of a tensor."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _write_in_child(files: _Files, connection: Connection, parent: int) -> None:
     end_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the trainer to act on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C
     gc.disable()
-    torch.set_num_threads(1)  # the pool of threads did not come along: a parallel copy would wait for it forever
+    torch.set_num_threads(1)  # the thread pool does not exist after the fork, and a parallel copy would wait forever
     connection.send(files.write())
-    os._exit(0)  # what the trainer registered for its exit is not this process's to do
+    os._exit(0)  # without the exit handlers that the trainer has registered
 
 
 def _results_of(pending: _Pending) -> Results:
@@ -275,7 +282,10 @@ def _explain(folder: Path, error: OSError, needed: int | None) -> tuple[str, str
         where = where.parent
     room = f"{shutil.disk_usage(where).free / 1e9:.3g} GB are free there"
     if needed is not None:
-        room = f"it takes {needed / 1e9:.3g} GB, {room}"
+        room = f"it needs {needed / 1e9:.3g} GB, {room}"
     message = f"cannot write the checkpoint {folder}: {error.strerror or error}; {room}"
-    remedy = "make room, or lower checkpoint.keep, and start the same command again: it continues from the newest one"
+    remedy = (
+        "free some space, or lower checkpoint.keep, and start the same command again: it continues from the newest "
+        "checkpoint"
+    )
     return message, remedy
