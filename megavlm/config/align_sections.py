@@ -12,8 +12,8 @@ class AlignSettings(Section):
 
     loss: Str = Field(
         "sigmoid",
-        description="only for dpo: the loss function, one of sigmoid (the loss of the DPO paper), hinge, ipo, robust, "
-        "simpo and orpo; simpo and orpo need no reference model",
+        description="only for dpo: the loss function, sigmoid (that of the DPO paper), hinge, ipo, robust, simpo or "
+        "orpo; simpo and orpo need no reference model",
     )
     beta: Float | None = Field(
         None,

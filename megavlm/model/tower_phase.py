@@ -17,7 +17,7 @@ from megavlm.model.projector import Projector
 from megavlm.model.vision import Frames, VisionTower
 from megavlm.platform import device
 
-Timer = Callable[[], AbstractContextManager[object]]
+Timer = Callable[[], AbstractContextManager[None]]
 
 
 class TowerPhase:
@@ -74,7 +74,7 @@ class TowerPhase:
         Args:
             frames: the frames that this rank encodes, on the device.
             exchange: the exchange of features between the ranks.
-            timer: a context manager around what this rank computes without waiting for other ranks.
+            timer: a context manager around the work of this rank that does not wait for other ranks.
 
         Returns:
             For each micro-batch (positions int64 [n], features [planes, n, hidden]), where ``planes`` are those of

@@ -1,17 +1,18 @@
-"""Python objects between ranks, over the host network: broadcast, gather, and work that one rank does for all."""
+"""Sends Python objects between ranks over the host network, and runs work on one rank for all of them."""
 
 import pickle
 from collections.abc import Callable
+from typing import cast
 
 import torch.distributed as dist
 
 
 def broadcast_object[T](value: T, group: dist.ProcessGroup) -> T:
-    """The object of the group's first rank, on every rank of the group; what the others pass is ignored.
+    """Returns the object of the group's first rank on every rank of the group. Other ranks' values are ignored.
 
     Args:
-        value: anything that can be pickled.
-        group: a group whose backend takes tensors in host memory. Call this on all of its ranks.
+        value: any object that can be pickled.
+        group: a group whose backend accepts tensors in host memory. Call this on all of its ranks.
     """
     if group.size() == 1:
         return value
@@ -24,27 +25,27 @@ def on_first_rank[T](work: Callable[[], T], group: dist.ProcessGroup) -> T:
     """Calls ``work`` on the group's first rank and returns its result on every rank of the group.
 
     Args:
-        work: called once, on the first rank; its result must be picklable.
+        work: a function that is called once, on the first rank. Its result must be picklable.
         group: as for ``broadcast_object``. Call this on all of its ranks.
 
     Raises:
-        Exception: whatever ``work`` raised, on every rank of the group, so that none of them waits for the others.
+        Exception: the exception that ``work`` raised, on every rank of the group, so that no rank waits for the others.
     """
-    results: list[T] = []  # one result; none on the other ranks, and none after an error
+    result: T | None = None
     error: Exception | None = None
     if group.rank() == 0:
         try:
-            results = [work()]
+            result = work()
         except Exception as raised:
             error = raised
-    everywhere, problem = broadcast_object((results, error and _picklable(error)), group)
+    everywhere, problem = broadcast_object((result, error and _picklable(error)), group)
     if problem is not None:
         raise error or problem  # on the first rank the original one, with its traceback
-    return everywhere[0]
+    return cast(T, everywhere)  # without an error the first rank has sent a result
 
 
 def _picklable(error: Exception) -> Exception:
-    """The exception, or one with the same text where it cannot be sent: the other ranks must not wait for ever."""
+    """The exception, or one with the same text if it cannot be pickled, so that other ranks do not wait forever."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:

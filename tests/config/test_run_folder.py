@@ -1,7 +1,5 @@
 """Output folders are never overwritten by accident, and files appear complete."""
 
-import os
-
 import pytest
 
 from megavlm.base import atomic_files
@@ -97,28 +95,3 @@ def test_result_files_are_not_written_over(settings, tmp_path):
     check_new(target, settings(overwrite=True))
     (tmp_path / "empty").mkdir()
     check_new(tmp_path / "empty", settings())
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    atomic_files.write_text(path, "old")
-
-    def write_half():
-        with atomic_files.atomic_open(path) as file:
-            file.write("half of the ne")
-            file.flush()
-            raise RuntimeError("interrupted")
-
-    with pytest.raises(RuntimeError, match="interrupted"):
-        write_half()
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_written_files_have_ordinary_permissions(tmp_path):
-    mask = os.umask(0o022)
-    try:
-        atomic_files.write_text(tmp_path / "file", "x")
-    finally:
-        os.umask(mask)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644

@@ -164,8 +164,8 @@ def layouts(folder: Path) -> dict:
     """Runs on every rank: each does its share of the layouts."""
     import torch.distributed as dist
 
+    from megavlm.align.registry import METHODS, dry_run
     from megavlm.config.settings import Settings
-    from megavlm.plan.dry_run import METHODS, dry_run
 
     here, size, found = dist.get_rank(), dist.get_world_size(), {}
     with alone():
@@ -243,6 +243,6 @@ def test_a_dry_run_needs_what_its_verb_needs(verb: str, override: str, told: str
 
 
 def test_help_offers_what_can_be_run() -> None:
-    from megavlm.plan.dry_run import METHODS
+    from megavlm.align.registry import METHODS
 
     assert set(VERBS["validate"].flags["dry_run"]["choices"]) == set(METHODS)

@@ -27,14 +27,17 @@ def go(request, toys, tmp_path):  # noqa: F811
 def test_with_a_rank_of_all_it_is_adam(name, precision, go):
     """The way of gradients, clipping, schedule and weight decay: the same numbers as Megatron's Adam, weights alike.
 
-    One rounding apart: sums in another order. In bf16 that moves a few weights by the last of their 8 bits.
+    One rounding apart: sums in another order. In bf16 that moves a few weights by the last of their 8 bits, after which
+    a gradient norm differs by up to two such bits (2 ** -7), depending on the CPU's kernels; the first step, whose
+    weights are still the same, agrees to 1e-5.
     """
     layout = LAYOUTS[name]
     theirs = go(layout, precision=precision, clip_grad=0.5, weight_decay=0.1)
     ours = go(layout, precision=precision, clip_grad=0.5, weight_decay=0.1, optimizer="galore", galore_rank=10**6)
     for (metrics, weights, *_), (expected, expected_weights, *_) in zip(ours, theirs, strict=True):
-        for line, other in zip(metrics, expected, strict=True):
-            assert line == pytest.approx(other, rel=1e-5 if precision == "fp32" else 2e-3)
+        for number, (line, other) in enumerate(zip(metrics, expected, strict=True)):
+            exact = precision == "fp32" or number == 0
+            assert line == pytest.approx(other, rel=1e-5 if exact else 2**-7)
         for x, y in zip(weights, expected_weights, strict=True):
             assert (x - y).norm() <= (1e-5 if precision == "fp32" else 1e-3) * y.norm()
 
