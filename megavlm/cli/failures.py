@@ -82,10 +82,9 @@ def _hand_over(failure: Failure, folder: Path) -> None:
 
 
 def _start_of_process() -> float:
-    """Returns the time at which this process started, in seconds since the epoch.
+    """The start time of this process in seconds since the epoch, from the kernel.
 
-    A time taken while this module is imported would be too late: imports take long, and another process may report in
-    the meantime.
+    It includes the time of imports, during which another process may already have reported a failure.
     """
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     uptime = float(Path("/proc/uptime").read_text().split()[0])
@@ -103,9 +102,9 @@ def _first_on_this_machine() -> bool:
         with path.open("a") as marker:
             fcntl.flock(marker, fcntl.LOCK_EX)
             state = os.fstat(marker.fileno())  # read it under the lock, because another process may have just reported
-            reported = state.st_size > 0 and state.st_mtime > _start_of_process()
-            if not reported:
+            was_shown = state.st_size > 0 and state.st_mtime > _start_of_process()
+            if not was_shown:
                 marker.write(".")
-        return not reported
+        return not was_shown
     except OSError:
         return True  # a repeated message is better than none

@@ -124,7 +124,7 @@ def test_numbers(tmp_path, inspect, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "5 of 5 samples inspected" in printed
     assert "tokens 40 10 20 30 40 98 100" in printed
-    assert "pictures of 64 × 32 px" in printed
+    assert "picture size: 64 × 32 px" in printed
 
 
 @pytest.mark.parametrize(
@@ -312,6 +312,6 @@ def test_refuses(tmp_path, model_folder):
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="there exists already"):
         main(settings, tmp_path / "there")
-    with pytest.raises(UserError, match="0 samples"):
+    with pytest.raises(UserError, match="--samples is 0"):
         main(settings, tmp_path / "new", samples=0)
     assert not (tmp_path / "new").exists()
