@@ -1,1 +1,1 @@
-"""Alignment: losses on preferences, and the trainers that minimise them."""
+"""Alignment: the losses of preference methods, and the training methods that use them."""

@@ -1,4 +1,4 @@
-"""`megavlm dpo`: tuning on pairs of answers, by DPO and its relatives (``align.loss``)."""
+"""`megavlm dpo`: preference tuning on pairs of answers, with the loss of DPO or a related one (``align.loss``)."""
 
 from megavlm.align.losses import PREFERENCE_LOSSES, check_preference
 from megavlm.align.objectives import PairObjective
@@ -8,7 +8,7 @@ from megavlm.config.settings import Settings
 
 
 def options_of(settings: Settings) -> dict[str, float]:
-    """The loss's options that are set. Raises UserError for one that the loss does not have."""
+    """Returns the options of the loss that are set. Raises UserError if an option or setting is not for this loss."""
     align = settings.align
     known = {name for loss in PREFERENCE_LOSSES.values() for name in loss.options}
     options = {name: value for name in sorted(known) if (value := getattr(align, name)) is not None}
@@ -18,21 +18,24 @@ def options_of(settings: Settings) -> dict[str, float]:
         raise UserError(f"align: {error}") from None
     if align.reference is not None and not loss.reference:
         raise UserError(
-            f"align.reference is {align.reference}, but align.loss {align.loss} has no reference: it would be ignored",
+            f"align.reference is {align.reference}, but align.loss is {align.loss}, which has no reference model: the "
+            "setting would be ignored",
             "remove align.reference",
         )
     if align.is_changed("reference_at") and not loss.reference:
         raise UserError(
-            f"align.reference_at is set, but align.loss {align.loss} has no reference: it would be ignored", "remove it"
+            f"align.reference_at is set, but align.loss is {align.loss}, which has no reference model: the setting "
+            "would be ignored",
+            "remove align.reference_at",
         )
     for name in type(align).model_fields:
         if name not in {"loss", "reference", "reference_at", *known} and align.is_changed(name):
-            raise UserError(f"align.{name} is not for dpo, which would ignore it", "remove it")
+            raise UserError(f"align.{name} is not used by dpo, so it would be ignored", f"remove align.{name}")
     return options
 
 
 def method(settings: Settings) -> PreferenceMethod:
-    """Raises UserError for settings that are not for it."""
+    """Makes the method. Raises UserError for settings that dpo does not use."""
     check(settings, "dpo")
     options = options_of(settings)
     loss, has_reference = settings.align.loss, PREFERENCE_LOSSES[settings.align.loss].reference

@@ -1,4 +1,4 @@
-"""`megavlm kto`: tuning on answers that are each good or bad (2402.01306)."""
+"""`megavlm kto`: preference tuning on single answers that are labelled desirable or undesirable (2402.01306)."""
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -12,12 +12,12 @@ BETA = 0.1
 
 
 def method(settings: Settings) -> PreferenceMethod:
-    """Raises UserError for settings that are not for it."""
+    """Makes the method. Raises UserError for settings that kto does not use."""
     check(settings, "kto")
     align = settings.align
     for name in ("loss", "gamma", "label_smoothing", "lam", "centering"):
         if align.is_changed(name):
-            raise UserError(f"align.{name} is not for kto, which would ignore it", "remove it")
+            raise UserError(f"align.{name} is not used by kto, so it would be ignored", f"remove align.{name}")
 
     def make(s: Settings, groups: ProcessGroupCollection, start: StartWeights | None) -> JudgedObjective:
         beta = BETA if align.beta is None else align.beta

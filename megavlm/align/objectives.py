@@ -1,6 +1,7 @@
-"""What dpo, kto and rm minimise: the pure losses of ``megavlm.align.losses`` over the answers of packed rows."""
+"""The objectives of dpo, kto and rm, which apply the losses of ``align.losses`` to the answers of packed rows."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from megavlm.training.start_weights import StartWeights
 
 
 class _AnswerObjective:
-    """What losses of whole answers share. ``names``: of the metrics, which are means over ``weight``."""
+    """Base class of objectives over whole answers. ``names`` are the names of its sums after that of the loss."""
 
     names: tuple[str, ...]
 
@@ -29,15 +30,23 @@ class _AnswerObjective:
     def num_sums(self) -> int:
         return 1 + len(self.names)
 
-    def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
-        """With a reference that is run in each step: its answers' log-probabilities of each row, float32 [samples]."""
+    def look_ahead(self, look_through: LookThrough) -> Sequence[Any]:
+        """If a reference model is run in each step, returns its log-probabilities of each row's answers.
+
+        They are float32 [samples] for each row.
+        """
         if self.start is None:
             return []
         with self.start():
             return look_through(self._answers_of)
 
     def references(self, row: Row, found: Tensor | None) -> Tensor:
-        """float32 [samples] on the device: the reference's log-probability of each answer, ``found`` in this step."""
+        """Returns the reference model's log-probability of each answer, float32 [samples] on the device.
+
+        Args:
+            row: the row, whose annotations have log-probabilities from the reference file.
+            found: the result of ``look_ahead``, if the reference model is run in each step; otherwise None.
+        """
         if found is not None:
             return found
         stored = [answer.ref_logprob for answer in row.annotations]
@@ -50,23 +59,25 @@ class _AnswerObjective:
         return chunk.token_logprobs(hidden, micro_batch.targets, self.chunk_tokens)[0]
 
     def answers(self, outputs: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """float32 [samples], summed log-probabilities."""
+        """Returns the summed log-probability of each answer, float32 [samples]."""
         return answer_logprobs(outputs, micro_batch, self.context)
 
     def sums(self, loss: Tensor, values: list[Tensor]) -> Tensor:
-        """The vector that is added up over ranks; context ranks have each worked out all of it."""
+        """Returns the vector that is summed over ranks, divided by the context-parallel ranks, which all compute it."""
         return torch.stack([loss, *values]).detach() / self.context.size()
 
 
 class PairObjective(_AnswerObjective):
-    """A loss of pairs, averaged over the pairs of the global batch; with orpo the chosen answer's NLL is added.
+    """A preference loss, averaged over the pairs of the global batch; for orpo, the chosen answer's NLL is added.
 
-    The samples of a row are chosen and rejected answers in turn.
+    The samples of a row are a chosen and a rejected answer alternately.
 
     Args:
-        loss: a key of ``PREFERENCE_LOSSES``. options: of that loss.
-        chunk_tokens: targets whose logits exist at one time. groups: the decoder's process groups.
-        start: the reference model, if its log-probabilities are computed in each step.
+        loss: a key of ``PREFERENCE_LOSSES``.
+        options: options of that loss.
+        chunk_tokens: number of targets whose logits are computed at a time.
+        groups: the decoder's process groups.
+        start: the reference model, if it is run in each step.
     """
 
     names = ("rewards/chosen", "rewards/rejected", "accuracy", "margin", "logprobs/chosen", "logprobs/rejected")
@@ -89,11 +100,13 @@ class PairObjective(_AnswerObjective):
         row = micro_batch.host
         answers = self.answers(outputs, micro_batch).view(-1, 2)
         lengths = to_device(answer_lengths(row), device()).view(-1, 2)
-        references = None, None
+        ref_chosen = ref_rejected = None
         if self.has_reference:
-            references = self.references(row, micro_batch.found).view(-1, 2).unbind(1)
+            found = cast(Tensor | None, micro_batch.found)  # from look_ahead
+            ref_chosen, ref_rejected = self.references(row, found).view(-1, 2).unbind(1)
+        (chosen, rejected), (chosen_lengths, rejected_lengths) = answers.unbind(1), lengths.unbind(1)
         losses, metrics = preference_loss(
-            self.name, *answers.unbind(1), *references, *lengths.unbind(1), **self.options
+            self.name, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, **self.options
         )
         if self.name == "orpo":
             losses = losses - answers[:, 0] / lengths[:, 0]
@@ -109,15 +122,16 @@ class PairObjective(_AnswerObjective):
 
 
 class JudgedObjective(_AnswerObjective):
-    """KTO, averaged over the judged answers of the global batch.
+    """The KTO loss, averaged over the judged answers of the global batch.
 
-    Its point of comparison z0, the policy's divergence from the reference on answers to other prompts, is a mean over
-    the global batch: a pass without gradient over the step's rows finds it first.
+    Its reference point z0, the model's divergence from the reference model on answers to other prompts, is a mean over
+    the global batch. It is computed first, in a forward pass without gradients over the rows of the step.
 
     Args:
-        beta, desirable_weight, undesirable_weight: of ``kto_loss``.
-        chunk_tokens: targets whose logits exist at one time. groups: the decoder's process groups.
-        start: the reference model, if its log-probabilities are computed in each step.
+        beta, desirable_weight, undesirable_weight: options of ``kto_loss``.
+        chunk_tokens: number of targets whose logits are computed at a time.
+        groups: the decoder's process groups.
+        start: the reference model, if it is run in each step.
     """
 
     names = ("sum/desirable", "sum/undesirable", "count/desirable", "count/undesirable", "accuracy", "z0")
@@ -137,8 +151,8 @@ class JudgedObjective(_AnswerObjective):
     def weight(self, rows: list[Row]) -> float:
         return sum(answer.desirable is not None for row in rows for answer in row.annotations)
 
-    def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
-        """z0, and what ``_AnswerObjective`` finds (or None), of each row."""
+    def look_ahead(self, look_through: LookThrough) -> list[tuple[Tensor, Tensor | None]]:
+        """Finds z0 and, for each row, the log-probabilities of ``_AnswerObjective.look_ahead``, or None."""
         references = super().look_ahead(look_through)
 
         def gaps(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
@@ -152,12 +166,12 @@ class JudgedObjective(_AnswerObjective):
         of_rows = look_through(gaps)
         if of_rows and self.groups.tp.rank() == 0:
             totals = torch.stack(of_rows).sum(dim=0)
-        dist.all_reduce(totals)  # context ranks add the same to both numbers
+        dist.all_reduce(totals)  # context-parallel ranks multiply both numbers by the same factor
         z0 = (totals[0] / totals[1].clamp(min=1)).clamp(min=0)
         return [(z0, references[number] if references else None) for number in range(len(of_rows))]
 
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        row, (z0, reference) = micro_batch.host, micro_batch.found
+        row, (z0, reference) = micro_batch.host, cast(tuple[Tensor, Tensor | None], micro_batch.found)  # look_ahead
         judged = _indices([answer.desirable is not None for answer in row.annotations])
         desirable = torch.tensor([a.desirable for a in row.annotations if a.desirable is not None])
         answers, references = self.answers(outputs, micro_batch)[judged], self.references(row, reference)[judged]
@@ -187,11 +201,12 @@ class JudgedObjective(_AnswerObjective):
 
 
 class RewardObjective(_AnswerObjective):
-    """Bradley–Terry on the scores of pairs, averaged over the pairs of the global batch.
+    """The Bradley–Terry loss of a reward model, averaged over the pairs of the global batch.
 
     Args:
-        centering: weight of the pull of scores to 0.
-        groups: the decoder's process groups. sequence_parallel: whether tensor ranks hold different tokens.
+        centering: weight of the term that keeps the scores near 0.
+        groups: the decoder's process groups.
+        sequence_parallel: whether tensor-parallel ranks have different tokens.
     """
 
     names = ("accuracy", "margin", "scores/mean", "scores/squares")
@@ -204,7 +219,7 @@ class RewardObjective(_AnswerObjective):
         return sum(row.num_samples // 2 for row in rows)
 
     def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """float32 [samples], the same on all ranks."""
+        """Computes the scores of the answers, float32 [samples], the same on all ranks."""
         scores = chunk.scores(hidden, micro_batch.last_targets)
         if self.tensor is not None:
             scores = sum_of_ranks(scores, self.tensor)
@@ -232,5 +247,5 @@ class RewardObjective(_AnswerObjective):
 
 
 def _indices(flags: list[bool]) -> Tensor:
-    """int64 [n] on the device: the positions of the n flags that are true."""
+    """Returns the indices of the n true flags, int64 [n] on the device."""
     return to_device(torch.tensor(flags, dtype=torch.bool).nonzero()[:, 0], device())

@@ -1,10 +1,10 @@
-"""A preference method on the training loop: its samples, its objective, its reference."""
+"""The training method of dpo, kto and rm: its rows, its objective and its reference model."""
 
 from collections.abc import Callable
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megavlm.align.reference import reference_of
+from megavlm.align.reference import AnswerData, reference_of
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.records import Kind
@@ -18,14 +18,14 @@ MakeObjective = Callable[[Settings, ProcessGroupCollection, StartWeights | None]
 
 
 class PreferenceMethod:
-    """What the loop asks of a method that learns from answers (see ``training.method.Method``).
+    """A training method (see ``training.method.Method``) whose objective compares or judges whole answers.
 
     Args:
         kind: how records are rendered, "pair" or "judged".
         title: heading on the terminal.
-        make: makes the objective, given settings, the decoder's process groups and the reference model, if that is
-            run in each step.
-        has_reference: whether the objective compares with a reference model.
+        make: makes the objective from the settings, the decoder's process groups, and the reference model if it is run
+            in each step (otherwise None).
+        has_reference: whether the objective compares the model with a reference model.
         scores: whether the model has a reward head.
     """
 
@@ -42,30 +42,32 @@ class PreferenceMethod:
         if self._has_reference and session.settings.align.reference_at == "step":
             start = StartWeights(session)
         elif self._has_reference:
-            sources = rows.sources if rows is not None else None
-            reference = reference_of(session, files.renderer, sources, self.kind, heartbeat)
+            data = None
+            if files.loader is not None and files.renderer is not None:
+                data = AnswerData(files.loader.sources, files.renderer)
+            reference = reference_of(session, data, self.kind, heartbeat)
             rows = MappedRows(rows, reference.attach) if rows is not None else None
         objective = self._make(session.settings, session.groups.language, start)
         return Prepared(objective, rows, files.longest_row)
 
 
 def check(settings: Settings, verb: str) -> None:
-    """Raises UserError for settings that would be ignored, or would cut a prompt away from one of its answers."""
+    """Raises UserError for settings that would be ignored, or that would cut off answers."""
     if settings.data.too_long == "truncate":
         raise UserError(
-            f"data.too_long is truncate, but {verb} compares answers to the same prompt: they are never cut",
+            f"data.too_long is truncate, but {verb} compares whole answers, which must not be truncated",
             "set data.too_long to drop",
         )
     align = settings.align
     if align.reference_at == "step" and align.reference is not None:
         raise UserError(
-            f"align.reference is {align.reference}, but align.reference_at is step: it would be ignored",
-            "remove one of them",
+            f"align.reference is {align.reference}, but align.reference_at is step: the file would be ignored",
+            "remove one of these settings",
         )
     if settings.train.kl_to_start:
         raise UserError(
-            f"train.kl_to_start is {settings.train.kl_to_start:g}, but {verb} has none: it would be ignored",
-            "remove it; align.beta says how far the policy may go from the reference",
+            f"train.kl_to_start is {settings.train.kl_to_start:g}, but {verb} does not use it, so it would be ignored",
+            "remove train.kl_to_start; align.beta controls how far the model may move from the reference model",
         )
     if settings.data.replay is not None:
-        raise UserError(f"data.replay is set, but {verb} has no replay: it would be ignored", "remove data.replay")
+        raise UserError(f"data.replay is set, but {verb} does not use it, so it would be ignored", "remove data.replay")

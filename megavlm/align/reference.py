@@ -1,12 +1,13 @@
-"""The reference's log-probabilities of all answers: worked out once with the weights that training starts from.
+"""The reference model's log-probabilities of all answers, computed once with the weights that training starts from.
 
-They stand in a safetensors file, float32 [samples, 2] for each source (chosen and rejected, or own and foreign answer;
-NaN for a sample that cannot be used), with a note on model and data, and are used again where the note agrees.
+They are stored in a safetensors file: float32 [samples, 2] for each source, with the columns chosen and rejected
+answer, or own and mismatched answer; NaN for a sample that cannot be used. The file has a note that identifies the
+model and the data. A later start uses the file again if the note matches.
 """
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from megavlm.base.errors import UserError
 from megavlm.checkpoint.fingerprint import digest_of, digest_of_folders
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.checkpoint.load_weights import load_weights
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.answer_groups import draft_unit
 from megavlm.data.files import File
@@ -38,18 +40,18 @@ from megavlm.runtime.forward import forward_only
 from megavlm.runtime.session import Session
 
 FILE_NAME = "reference.safetensors"
-# Settings on which log-probabilities depend, beside the model.
+# Settings of the section data that the log-probabilities depend on.
 _SETTINGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "seq_length")
 
 
 class Reference:
-    """Looks up a row's reference log-probabilities. Made by ``reference_of``."""
+    """Looks up the reference log-probabilities of the answers of rows. ``reference_of`` makes it."""
 
     def __init__(self, tables: list[np.ndarray]):
         self.tables = tables
 
     def attach(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """The same rows, their annotations with ``ref_logprob``. Raises UserError for a sample without one."""
+        """Yields the same rows with ``ref_logprob`` in their annotations. Raises UserError for a sample without one."""
         for row in rows:
             annotated = []
             samples = zip(row.sources, row.source_ids, row.indices, row.annotations, strict=True)
@@ -57,68 +59,75 @@ class Reference:
                 value = float(self.tables[source][index, _column(annotations)])
                 if np.isnan(value):
                     raise UserError(
-                        f"{name}: the reference file has no log-probability for it: when the file was "
-                        "made it could not be read, or (with another data.pad_multiple) was longer than a row",
-                        "remove the file: it is made again",
+                        f"{name}: the reference file has no log-probability for this sample. When the file was "
+                        "written, the sample could not be read, or (with another data.pad_multiple) it was longer "
+                        "than a row",
+                        "remove the reference file; the next start writes it again",
                     )
                 annotated.append(replace(annotations, ref_logprob=value))
             yield replace(row, annotations=annotated)
 
 
-def reference_of(
-    session: Session,
-    renderer: Renderer | None,
-    sources: list[Source] | None,
-    kind: Kind,
-    heartbeat: Callable[[str], None],
-) -> Reference:
-    """Reads the reference file, or makes it. Call it on all ranks; afterwards the model's weights may be others.
+@dataclass(frozen=True)
+class AnswerData:
+    """The training data of a leader: its sources, and the renderer of their samples."""
+
+    sources: list[Source]
+    renderer: Renderer
+
+
+def reference_of(session: Session, data: AnswerData | None, kind: Kind, heartbeat: Callable[[str], None]) -> Reference:
+    """Reads the reference file, or computes and writes it. Call it on all ranks; it may change the model's weights.
 
     Args:
-        renderer, sources: of the training data, on leaders.
-        heartbeat: called with what is being done whenever there is progress.
+        session: the session of the run.
+        data: the training data, on leaders; None on the other ranks.
+        kind: how the records are rendered.
+        heartbeat: called with a short description of what was done, after each sign of progress.
 
     Raises:
-        UserError: on all ranks, the file is of another model, other data or other settings.
+        UserError: on all ranks, if the file belongs to another model, other data or other settings.
     """
     settings = session.settings
-    path = settings.align.reference or settings.output / FILE_NAME
+    output = required(settings.output, "output")
+    path = settings.align.reference or output / FILE_NAME
 
     def stored() -> list[np.ndarray] | None:
         if not path.exists():
             return None
+        sources = _on_leader(data).sources
         try:
             return _read(path, _note(settings, sources, kind), len(sources))
         except UserError:
-            # the file of this output folder may be of other data, if no step was done since it was written
-            if settings.align.reference is not None or latest(settings.output / "checkpoints") is not None:
+            # A run that has no checkpoint yet may have been started again with other data: compute the file again.
+            if settings.align.reference is not None or latest(output / "checkpoints") is not None:
                 raise
             return None
 
     tables = on_first_rank(stored, session.groups.world_host)
     if tables is None:
-        tables = _make(session, renderer, sources, kind, heartbeat)
+        tables = _make(session, data, kind, heartbeat)
         if session.is_first:
-            note = json.dumps(_note(settings, sources, kind))
+            note = json.dumps(_note(settings, _on_leader(data).sources, kind))
             with atomic_open(path, "wb") as file:
                 file.write(save({str(n): t for n, t in enumerate(tables)}, metadata={"note": note}))
     return Reference(tables)
 
 
-def _make(
-    session: Session,
-    renderer: Renderer | None,
-    sources: list[Source] | None,
-    kind: Kind,
-    heartbeat: Callable[[str], None],
-) -> list[np.ndarray]:
+def _on_leader(data: AnswerData | None) -> AnswerData:
+    assert data is not None, "rank 0 is a leader"
+    return data
+
+
+def _make(session: Session, data: AnswerData | None, kind: Kind, heartbeat: Callable[[str], None]) -> list[np.ndarray]:
+    """Computes the tables with the weights of ``model.load`` and ``model.adapter``."""
     settings, vlm, groups = session.settings, session.vlm, session.groups
-    if session.adapters is None:  # adapters are where they start from
-        load_weights(find_checkpoint(settings.model.load), vlm)
+    if session.adapters is None:  # adapters already have their first values
+        load_weights(find_checkpoint(required(settings.model.load, "model.load")), vlm)
     vlm.train(False)
     rows = None
-    if groups.is_leader:
-        dataset = _AllAnswers(sources, renderer, kind, groups.dp_rank, groups.dp_size)
+    if data is not None:
+        dataset = _AllAnswers(data, kind, groups.dp_rank, groups.dp_size)
         workers = settings.data.workers
         rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers, generator=torch.Generator()))
     chunk_tokens = settings.train.logprob_chunk_tokens
@@ -127,10 +136,10 @@ def _make(
         logprobs, _ = chunk.token_logprobs(hidden, micro_batch.targets, chunk_tokens)
         return answer_logprobs(logprobs, micro_batch, groups.language.cp)
 
-    evaluated, found = EvalRows(session, rows, "reference", size=settings.parallel.pipeline), []
-    is_reporting_rank = (
-        groups.language.tp.rank() == 0 and groups.language.cp.rank() == 0
-    )  # for its row, if on the last stage
+    evaluated = EvalRows(session, rows, "reference", size=settings.parallel.pipeline)
+    found: list[tuple[int, int, int, float]] = []  # source, index, column, log-probability
+    # One rank of the last pipeline stage reports each row; on the other stages, forward_only returns [].
+    is_reporting_rank = groups.language.tp.rank() == 0 and groups.language.cp.rank() == 0
     for window, real in evaluated:
         results = forward_only(vlm, window, answers)
         heartbeat("the reference's log-probabilities")
@@ -144,6 +153,7 @@ def _make(
     vlm.train()
 
     def tables() -> list[np.ndarray]:
+        sources = _on_leader(data).sources
         made = [np.full((len(source.file), 2), np.nan, dtype=np.float32) for source in sources]
         for source, index, column, value in found:
             made[source][index, column] = value
@@ -153,10 +163,10 @@ def _make(
 
 
 class _AllAnswers(IterableDataset[Row]):
-    """Every sample of every source once, in rows filled as they come, dealt to data ranks and their workers."""
+    """Every sample of every source once, packed in order; data-parallel ranks and their workers divide the samples."""
 
-    def __init__(self, sources: list[Source], renderer: Renderer, kind: Kind, dp_rank: int, dp_size: int):
-        self.sources, self.renderer, self.kind = sources, renderer, kind
+    def __init__(self, data: AnswerData, kind: Kind, dp_rank: int, dp_size: int):
+        self.sources, self.renderer, self.kind = data.sources, data.renderer, kind
         self.dp_rank, self.dp_size = dp_rank, dp_size
 
     def __iter__(self) -> Iterator[Row]:
@@ -164,11 +174,11 @@ class _AllAnswers(IterableDataset[Row]):
         number, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         first, stride = self.dp_rank + self.dp_size * number, self.dp_size * workers
         waiting: list[Draft] = []
-        places = [(source, index) for source, s in enumerate(self.sources) for index in range(len(s.file))]
-        for source, index in places[first::stride]:
+        numbers = [(source, index) for source, s in enumerate(self.sources) for index in range(len(s.file))]
+        for source, index in numbers[first::stride]:
             try:
                 draft = draft_unit(self.renderer, self.sources[source].file, index, self.kind)
-            except Exception:  # training tells of it
+            except Exception:  # training reports broken samples
                 continue
             for sample in (draft, *draft.followers):
                 sample.source_id = source
@@ -189,12 +199,12 @@ class _AllAnswers(IterableDataset[Row]):
 
 
 def _column(annotations: Annotations) -> int:
-    """The column of the table that holds an answer: 0 of its record's own answer, 1 of the further one."""
+    """Returns the column of the table for an answer: 0 for the first answer of its record, 1 for the further one."""
     return int(annotations.is_further_answer)
 
 
 def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:
-    """What the log-probabilities depend on, as far as names, sizes, and the beginnings and ends of files tell it."""
+    """Identifies what the log-probabilities depend on; for files, see ``digest_of``."""
     folders = [find_checkpoint(path) for path in (settings.model.load, settings.model.adapter) if path is not None]
     files = [s.file.index_files if isinstance(s.file, ShardFolder) else [s.file.path] for s in sources]
     return {
@@ -217,14 +227,15 @@ def _read(path: Path, note: dict, num_sources: int) -> list[np.ndarray]:
         tables = load(path.read_bytes())
     except Exception as error:
         raise UserError(
-            f"{path} is no file of reference log-probabilities: {error}", "remove it, or name another"
+            f"{path} is not a file of reference log-probabilities: {error}",
+            "remove it, or set align.reference to another file",
         ) from None
     names = {"model": "another model (model.load)", "data": "other data", "kind": "another method", "settings":
              "other settings of data or precision", "processor": "another processor (model.hf)"}  # fmt: skip
     different = [words for name, words in names.items() if found.get(name) != note[name]]
     if different:
         raise UserError(
-            f"the reference file {path} was made with {', '.join(different)}",
-            "name another one in align.reference, or leave it out: it is made anew",
+            f"the reference file {path} was written with {', '.join(different)}",
+            "set align.reference to another file, or remove the setting; then the file is computed again",
         )
     return [tables[str(number)] for number in range(num_sources)]

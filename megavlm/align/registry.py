@@ -1,6 +1,6 @@
-"""The training methods: each is stated here once; the command line, the dry run and the launch scripts follow.
+"""The list of training methods, which the command line, the dry run and the launch scripts use.
 
-It imports none of them: help and checks are to come before the seconds that torch takes to load.
+This module does not import the methods, so that help texts and checks need not wait until torch is loaded.
 """
 
 import importlib
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """A row of the registry.
+    """An entry of the registry.
 
     Attributes:
         make: "module:function"; the function gets the settings and returns the Method, or raises UserError.
-        summary: one line for the list of commands. example: a command line for its help.
-        aligns: whether it reads the section ``align`` and compares answers.
-        requires: settings without a usable default that must be set, beside those of every training run.
-        reads: settings that name files which must exist, beside those of every training run.
-        has_stages: whether ``stage`` chooses among recipes of it.
+        summary: one line for the list of commands.
+        example: a command line for the help of the method.
+        aligns: whether the method reads the section ``align`` and compares answers.
+        requires: settings that must be set for this method, in addition to those of every training run.
+        reads: settings with paths of files that must exist, in addition to those of every training run.
+        has_stages: whether the setting ``stage`` is for this method.
     """
 
     make: str
@@ -76,7 +77,7 @@ METHODS = {
 
 
 def make_method(name: str, settings: Settings) -> "Method":
-    """The method of that name. Raises UserError for settings that are not for it, which it would ignore."""
+    """Makes the method with this name. Raises UserError for settings that the method would ignore."""
     check_method(name, settings)
     module, _, function = METHODS[name].make.partition(":")
     make: Any = getattr(importlib.import_module(module), function)
@@ -84,8 +85,8 @@ def make_method(name: str, settings: Settings) -> "Method":
 
 
 def check_method(name: str, settings: Settings) -> None:
-    """What can be checked of a method's settings without loading it. Raises UserError."""
+    """Checks the settings of a method as far as possible without importing it. Raises UserError."""
     if settings.stage is not None and not METHODS[name].has_stages:
         raise UserError(
-            f"stage is {settings.stage}, but {name} has no stages: it would be ignored", "set stage to null"
+            f"stage is {settings.stage}, but {name} has no stages: the setting would be ignored", "set stage to null"
         )

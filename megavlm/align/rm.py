@@ -1,4 +1,4 @@
-"""`megavlm rm`: a reward model out of pairs of answers (Bradley–Terry)."""
+"""`megavlm rm`: trains a reward model on pairs of answers (Bradley–Terry)."""
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -10,16 +10,16 @@ from megavlm.training.start_weights import StartWeights
 
 
 def method(settings: Settings) -> PreferenceMethod:
-    """Raises UserError for settings that are not for it."""
+    """Makes the method. Raises UserError for settings that rm does not use."""
     check(settings, "rm")
     for name in type(settings.align).model_fields:
         if name != "centering" and settings.align.is_changed(name):
-            raise UserError(f"align.{name} is not for rm, which would ignore it", "remove it")
+            raise UserError(f"align.{name} is not used by rm, so it would be ignored", f"remove align.{name}")
     if "language" in settings.train.unfreeze_after:
         raise UserError(
             f"train.unfreeze_after is {settings.train.unfreeze_after}, but the reward head, which "
             "belongs to the part language, is trained from the first step on",
-            "remove language from train.unfreeze_after; train with it frozen first, then start from that run",
+            "remove language from train.unfreeze_after; run once with language frozen, then start from that run",
         )
 
     def make(s: Settings, groups: ProcessGroupCollection, start: StartWeights | None) -> RewardObjective:

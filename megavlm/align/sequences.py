@@ -1,4 +1,4 @@
-"""Log-probabilities of whole answers: sums over the targets of each sample of a row."""
+"""Log-probabilities of whole answers, that is, sums over the targets of each sample of a row."""
 
 import numpy as np
 import torch
@@ -11,28 +11,29 @@ from megavlm.runtime.feed import MicroBatch
 
 
 def answer_logprobs(logprobs: Tensor, micro_batch: MicroBatch, context: dist.ProcessGroup) -> Tensor:
-    """float32 [samples of the row]: summed log-probability of each sample's targets, the same on all ranks.
+    """Sums the log-probabilities of each sample's targets: float32 [samples of the row], the same on all ranks.
 
     Args:
-        logprobs: [slices, m], of the targets in this context rank's part of the row.
-        context: context-parallel ranks, which hold the other targets of the same samples.
+        logprobs: [slices, m], log-probabilities of the targets in this context-parallel rank's part of the row.
+        micro_batch: the micro-batch of the row.
+        context: the context-parallel ranks, which have the other targets of the same samples.
     """
-    known = torch.where(micro_batch.targets.weights > 0, logprobs, 0.0)  # the rest is filled up
+    known = torch.where(micro_batch.targets.weights > 0, logprobs, 0.0)  # entries without a weight are filling
     sums = logprobs.new_zeros(micro_batch.host.num_samples)
     sums = sums.index_add(0, micro_batch.target_samples.flatten(), known.flatten())
     return sum_of_ranks(sums, context)
 
 
 def sum_of_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over ranks that each hold a part, on all of them.
+    """Sums ``value`` over the ranks of ``group``, each of which has a part of it. All ranks get the sum.
 
-    Every rank then works out the same loss, whose gradient is each one's for its own part.
+    Then each rank computes the same loss, and the backward pass gives each rank the gradient of its own part.
     """
     return _SumOfRanks.apply(value, group) if group.size() > 1 else value
 
 
 def answer_lengths(row: Row) -> Tensor:
-    """float32 [samples] on the host: targets of each sample."""
+    """Counts the targets of each sample: float32 [samples] on the host."""
     starts = row.cu_seqlens[: row.num_samples].numpy()
     return torch.from_numpy(np.add.reduceat((row.labels != IGNORE).numpy(), starts, dtype=np.float32))
 

@@ -1,1 +1,1 @@
-"""Checkpoints: written in the background, restored in any layout, kept and published."""
+"""Checkpoints: writing in the background, restoring in any layout, and the folder that contains them."""

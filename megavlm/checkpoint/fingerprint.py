@@ -1,4 +1,4 @@
-"""What tells files from others of the same name: size, beginning and end."""
+"""Digests that identify files by name, size, beginning and end, without reading them whole."""
 
 import hashlib
 from collections.abc import Iterable
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from megavlm.data.files import File
 
-_ENDS = 1 << 20  # bytes at either end of a file
+_ENDS = 1 << 20  # bytes that are read at either end of a file
 
 
 def digest_of(files: Iterable[File]) -> str:
-    """32 hexadecimal digits from names, sizes, first and last megabyte."""
+    """Returns 32 hexadecimal digits computed from the names, sizes, and first and last MiB of the files."""
     found = hashlib.sha256()
     for file in files:
         size = file.size()
@@ -20,6 +20,6 @@ def digest_of(files: Iterable[File]) -> str:
 
 
 def digest_of_folders(*folders: Path) -> str:
-    """The same of all files in some folders."""
+    """Returns ``digest_of`` all files in the folders."""
     paths = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     return digest_of(File(str(path)) for path in paths)

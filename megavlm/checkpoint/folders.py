@@ -1,9 +1,9 @@
-"""The folder of a run's checkpoints: their names, which of them is whole, and which are kept.
+"""The folder of a run's checkpoints: names, completeness, and which checkpoints are kept.
 
-``step_00000100`` is complete: it got that name when everything in it was on disk. It is written as
-``step_00000100.XXXXXXXX.partial``, named after the start of the run that writes it, so that what a killed start left
-behind (even a writer of it that still runs, on another machine) is never written into. One that is to go is renamed to
-``….deleted`` first, so that it is never met half deleted.
+A folder named step_N, such as ``step_00000100``, is always complete: a checkpoint gets this name when everything in it
+is on disk. Until then its name is ``step_00000100.XXXXXXXX.partial``, where XXXXXXXX identifies the start of the run
+that writes it. So a later start never writes into a folder that a killed start has left behind, even if a writer of
+that start still runs on another machine. A checkpoint is renamed to ``….deleted`` before it is deleted.
 """
 
 import logging
@@ -20,30 +20,35 @@ _NAME = re.compile(r"step_(\d+)")
 
 
 def latest(root: Path) -> Path | None:
-    """The newest readable checkpoint in ``root``; None if there is none. Names those it passes over in warnings."""
+    """Returns the newest readable checkpoint in ``root``, or None. Logs a warning for each newer, unreadable one."""
     for _, folder in reversed(_published(root)):
         try:
             McoreCheckpoint(folder).check_files()
             return folder
         except UserError as error:
-            _log.warning("passed over: %s", error.message)
+            _log.warning("this checkpoint is skipped: %s", error.message)
     return None
 
 
 def partial_folder(root: Path, step: int, start: str) -> Path:
-    """Where the checkpoint of ``step`` is written by the ``start`` of a run."""
+    """Returns the folder in which the start of a run with this identifier writes the checkpoint of ``step``."""
     return root / f"step_{step:08}.{start}.partial"
 
 
 def final_folder(partial: Path) -> Path:
-    """The name that ``partial`` gets once it is whole."""
+    """Returns the name that the folder ``partial`` gets when the checkpoint is complete."""
     return partial.with_name(partial.name.partition(".")[0])
 
 
 def publish(partial: Path, keep: int, keep_every: int | None) -> None:
-    """Give a whole checkpoint its name, and delete what is no longer kept.
+    """Renames a complete checkpoint to its final name, and deletes checkpoints that are no longer kept.
 
-    Later steps than its own are unreadable ones, that the run passed over when it resumed: they go too.
+    Checkpoints of later steps are deleted, too: they are unreadable, and the run skipped them when it resumed.
+
+    Args:
+        partial: the folder of the checkpoint, from ``partial_folder``.
+        keep: the number of newest checkpoints to keep.
+        keep_every: if set, checkpoints whose step is divisible by it are always kept.
     """
     final, root = final_folder(partial), partial.parent
     _sync(partial)
@@ -51,8 +56,9 @@ def publish(partial: Path, keep: int, keep_every: int | None) -> None:
         _delete(final)
     partial.rename(final)
     _sync(root)
-    step = int(_NAME.fullmatch(final.name)[1])
-    others = _published(root)
+    match = _NAME.fullmatch(final.name)
+    assert match is not None, f"{partial} is not from partial_folder"
+    step, others = int(match[1]), _published(root)
     older = [path for number, path in others if number <= step]
     for number, path in others:
         forever = keep_every is not None and number % keep_every == 0
@@ -62,9 +68,9 @@ def publish(partial: Path, keep: int, keep_every: int | None) -> None:
 
 
 def clean(root: Path) -> None:
-    """Delete what earlier starts of the run left half written or half deleted."""
+    """Deletes folders that earlier starts of the run left incomplete."""
     for path in [*root.glob("step_*.partial"), *root.glob("step_*.deleted")]:
-        shutil.rmtree(path, ignore_errors=True)  # a writer elsewhere may still add to it: next time, then
+        shutil.rmtree(path, ignore_errors=True)  # if a writer elsewhere still adds files, the next call deletes them
 
 
 def _delete(folder: Path) -> None:
@@ -75,13 +81,13 @@ def _delete(folder: Path) -> None:
 
 
 def _published(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of everything in ``root`` that bears a final name, by step."""
+    """Returns (step, folder) of all complete checkpoints in ``root``, sorted by step."""
     folders = root.iterdir() if root.is_dir() else ()
     return sorted((int(match[1]), path) for path in folders if (match := _NAME.fullmatch(path.name)) and path.is_dir())
 
 
 def _sync(folder: Path) -> None:
-    """The names in ``folder`` are on disk."""
+    """Waits until the names of the files in ``folder`` are on disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -90,10 +96,18 @@ def _sync(folder: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """``path`` (``model.load``, ``model.adapter``) as a checkpoint: itself, or the newest one of the run it names."""
+    """Returns the checkpoint that ``path`` (``model.load``, ``model.adapter``) refers to.
+
+    It is the newest checkpoint if ``path`` is the output folder of a run, otherwise ``path`` itself.
+
+    Raises:
+        UserError: the run has no complete checkpoint.
+    """
     if (path / "checkpoints").is_dir():
         newest = latest(path / "checkpoints")
         if newest is None:
-            raise UserError(f"{path} is a run that has no complete checkpoint yet", "name another one")
+            raise UserError(
+                f"{path} is a run that has no complete checkpoint yet", "choose another run or a checkpoint"
+            )
         return newest
     return path

@@ -1,4 +1,4 @@
-"""The state of a run as Megatron shards it: weights, optimizer, schedule, random numbers, place in the data."""
+"""Loads the weights of checkpoints into a model, in any layout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +16,18 @@ from megavlm.model.vlm import VLM
 
 
 def has_score_head(path: Path) -> bool:
-    """Whether a checkpoint is of a reward model."""
+    """Whether a checkpoint contains the head of a reward model."""
     return score_head.KEY in McoreCheckpoint(path).tensors
 
 
 def load_weights(path: Path, vlm: VLM) -> None:
-    """Loads the weights of a checkpoint, saved by any layout or converted from Hugging Face, into ``vlm``.
+    """Loads the weights of a checkpoint, saved in any layout or converted from Hugging Face, into ``vlm``.
 
-    Optimizer state in it is left alone. A reward head stays as it is where the checkpoint has none, and so do adapters.
+    Optimizer state in the checkpoint is ignored. Adapters are unchanged, and so is a reward head if the checkpoint has
+    none.
 
     Raises:
-        UserError: it is the checkpoint of an adapter, without the weights below it.
+        UserError: the checkpoint contains an adapter without its base weights.
     """
     check_base(path)
     without = () if has_score_head(path) else (score_head.KEY,)
@@ -34,16 +35,16 @@ def load_weights(path: Path, vlm: VLM) -> None:
 
 
 def check_base(path: Path) -> None:
-    """Raises UserError for the checkpoint of an adapter, which cannot be loaded by itself."""
+    """Raises a UserError for the checkpoint of an adapter, which cannot be loaded without its base weights."""
     if (path / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"model.load is {path}, which holds an adapter without the weights that it sits on",
-            f"name those in model.load, and model.adapter={path}",
+            f"model.load is {path}, which contains an adapter without its base weights",
+            f"set model.load to the base weights, and model.adapter={path}",
         )
 
 
 def load_some(path: Path, vlm: VLM, wanted: Callable[[str], bool]) -> None:
-    """Loads those weights of a checkpoint whose keys there are ``wanted``."""
+    """Loads the weights of a checkpoint for whose keys ``wanted`` returns true."""
     shards = vlm.sharded_state_dict(dict(SHARDED_METADATA))
     shards = {name: entry for name, entry in shards.items() if wanted(entry.key)}
     vlm.load_sharded(dist_checkpointing.load(shards, str(path)))

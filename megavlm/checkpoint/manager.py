@@ -1,8 +1,8 @@
-"""Checkpoints of a run: everything that continuing on the same bits needs, in Megatron's torch_dist format.
+"""Checkpoints of a run: all state that is needed to resume it bit for bit, in Megatron's torch_dist format.
 
-A checkpoint is a folder ``step_00000100`` with weights and optimizer state by global name and shape (any parallel
-layout loads them), the random state of every rank and the place in the data of every data worker. How folders come and
-go is ``checkpoint_folders``' job, how they are written ``checkpoint_writer``'s.
+A checkpoint is a folder ``step_00000100`` with the trained weights and the optimizer state by global name and shape
+(which any layout can load), the random state of every rank, and the position in the data of every data worker. The
+module ``folders`` manages the folders, and the module ``writer`` writes them.
 """
 
 import logging
@@ -40,12 +40,12 @@ _log = logging.getLogger(__name__)
 
 
 MAIN = "model"
-"""Name of the model that a run is about; its weights lie in a checkpoint under their own keys, without a prefix."""
+"""Name of the main model of a run. The keys of its weights in a checkpoint have no prefix."""
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model, its optimizers and, where it has any, its adapters: what a checkpoint holds of it."""
+    """A model, its optimizers, and its adapters if it has any: everything whose state a checkpoint contains."""
 
     vlm: VLM
     optimizers: Optimizers
@@ -53,15 +53,16 @@ class TrainedModel:
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run and continues from one. Made on all ranks.
+    """Writes the checkpoints of a run, and restores a run from a checkpoint. Create it on all ranks.
 
     Args:
         root: folder of the checkpoints.
-        models: the models that are trained, by name. ``MAIN`` is one of them; the keys of every other one (a critic,
-            for example) begin with its name in the checkpoint.
-        rows: the run's rows, None where this rank reads none.
-        settings: of the run; its checkpoint, train, data and parallel sections.
-        origin: checkpoint that the main model's weights came from, whose note on the Hugging Face files is passed on.
+        models: the trained models by name. ``MAIN`` is one of them. In the checkpoint, the keys of every other model (a
+            critic, for example) begin with the model's name.
+        rows: the source of the run's rows; None if this rank reads no rows.
+        settings: the settings of the run (sections checkpoint, train, data, parallel and model).
+        origin: the checkpoint from which the main model's weights were loaded. Its description of the Hugging Face
+            files is copied into the new checkpoints.
     """
 
     def __init__(
@@ -101,12 +102,12 @@ class Checkpoints:
         self._seconds = 0.0
 
     def save(self, step: int) -> None:
-        """Write the state after ``step``. With ``async_save`` it returns once the state may change.
+        """Writes the state after ``step``. With ``async_save``, it returns as soon as the state may change.
 
-        One checkpoint is in the making at a time: this waits for the one before. Call it on all ranks.
+        It waits for the previous checkpoint, because only one checkpoint is written at a time. Call it on all ranks.
 
         Raises:
-            WriteError: this one or the one before could not be written, on all ranks.
+            WriteError: on all ranks, if this checkpoint or the previous one could not be written.
         """
         self.finish()
         began = time.perf_counter()
@@ -126,48 +127,51 @@ class Checkpoints:
             self.finish()
 
     def poll(self) -> None:
-        """Publish a checkpoint whose background writing has ended; costs nothing if none is being written.
+        """Publishes the checkpoint that is being written in the background, if it is complete.
 
-        Call it on all ranks, after each step. Raises WriteError as ``save`` does.
+        Call it on all ranks after each step. It costs nothing if no checkpoint is being written. Raises WriteError as
+        ``save`` does.
         """
         self._finish(wait=False)
 
     def finish(self) -> None:
-        """Wait until everything is on disk and published. Call it on all ranks. Raises WriteError as ``save`` does."""
+        """Waits until everything is on disk and published. Call it on all ranks. Raises WriteError as ``save`` does."""
         self._finish(wait=True)
 
     def take_seconds(self) -> float:
-        """Seconds that this rank's training loop has waited here since the last call."""
+        """Returns the seconds that this rank's training loop has spent on checkpoints since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def restore(self, folder: Path) -> int:
-        """Take over the state in ``folder``; returns the number of steps done.
+        """Restores the state in ``folder``. Returns the number of completed steps.
 
-        Weights, optimizer state and the place in the data load in any layout; random states are taken over in the same
-        layout.
+        Weights, optimizer state and the position in the data are restored in any layout; random states only in the
+        layout that saved them.
 
         Raises:
-            UserError: the run was of another optimizer, precision or set of learning parts, or read other data; with
-                GaLore also where its weights were cut in other pieces.
+            UserError: the checkpoint was written with another optimizer, precision, adapter or set of trained parts, or
+                with other data; with GaLore, also if the weights were divided into other pieces.
         """
         common = dist_checkpointing.load_common_state_dict(str(folder))
         if "workers" not in common:
             raise UserError(
-                f"{folder} holds weights, but no run of this version", "start a new run from it (model.load)"
+                f"{folder} contains weights, but not the state of a run of this version of megavlm",
+                "start a new run from it (model.load)",
             )
         for name, value in self._identity(common["step"]).items():
             if common["identity"].get(name) != value:
                 raise UserError(
-                    f"{folder} was written with {name} {common['identity'].get(name)}, now it is {value}",
+                    f"{folder} was written with {name} = {common['identity'].get(name)}, but now it is {value}",
                     "resume with the settings of the interrupted run, or start a new run from it (model.load)",
                 )
         if has_galore(self.optimizers):
             check_layout(common["layout"], self._layout)
         if common["align"] != self._pad_multiple:
             _log.warning(
-                "samples were padded in their rows to a multiple of %d tokens, now of %d: rows are packed differently "
-                "from here on, and no sample is lost; data.pad_multiple=%d keeps them where the layout allows it",
+                "samples were padded to a multiple of %d tokens in their rows, and are now padded to a multiple of %d. "
+                "Rows are packed differently from now on; no sample is lost. data.pad_multiple=%d keeps the rows "
+                "unchanged if the layout allows it",
                 common["align"], self._pad_multiple, common["align"],
             )  # fmt: skip
         self.optimizers.unfreeze(common["step"])
@@ -188,7 +192,7 @@ class Checkpoints:
             scheduler, done = model.optimizers.scheduler, state["schedule"]
             if name != MAIN:
                 done = state["schedules"][name]
-            scheduler.step(increment=done - scheduler.num_steps)  # the curve itself follows the settings
+            scheduler.step(increment=done - scheduler.num_steps)  # the schedule itself follows from the settings
             load_state(model.optimizers, found["optimizer"])
         if self.rows is not None:
             different = self.rows.load_state_dict(state["data"])
@@ -210,9 +214,9 @@ class Checkpoints:
             add_prefix_for_sharding(state[name], f"{name}.")
         if not loading:
             states = self.rows.state_dict() if self.rows is not None else []
-            # worker w of data rank r is number r + ranks × w of all: rows come from them in that order
+            # Worker w of data-parallel rank r has the number r + dp_size × w, which is the order of their rows.
             count = groups.dp_size * len(states)
-            state["workers"] = count  # the first rank's counts, which reads rows
+            state["workers"] = count  # the value of rank 0 is stored, which reads rows
             state["data"] = [
                 ShardedObject("data", one, (count,), (groups.dp_rank + groups.dp_size * worker,))
                 for worker, one in enumerate(states)
@@ -233,7 +237,7 @@ class Checkpoints:
 
 
 def _sharded_model(model: TrainedModel, *, loading: bool) -> dict:
-    """The sharded state of a model and its optimizers: to be saved, or to be loaded into."""
+    """Returns the sharded state of a model and its optimizers, to be saved or to be loaded into."""
     metadata = dict(SHARDED_METADATA)
     weights = model.vlm.sharded_state_dict(metadata)
     if model.adapters is not None:
@@ -247,17 +251,18 @@ def _read_text(file: Path) -> str | None:
 
 
 def random_state() -> dict:
-    """State of every generator of this rank."""
+    """Returns the state of all random number generators of this rank."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),  # the platform answers with torch's own where there is no GPU
+        "device": torch.cuda.get_rng_state(),  # without a GPU, the platform returns the state of torch's CPU generator
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
 
 
 def set_random_state(state: dict) -> None:
+    """Sets the state of all random number generators of this rank to a result of ``random_state``."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.cuda.set_rng_state(state["device"])

@@ -1,9 +1,9 @@
-"""The optimizers' state in a checkpoint: under each parameter's global name and shape, whatever layout wrote it.
+"""The optimizer state in a checkpoint, stored by each parameter's global name and shape, in any layout.
 
-Megatron's DistributedOptimizer cuts the parameters of a buffer, laid end to end, into one equal piece for each data
-rank. Its own way to store that ("fully_reshardable") copies everything five times and hands every data rank the state
-of all of them. Here the rank that holds most of a parameter stores it, and only what its neighbours hold of it travels.
-What is stored, and how it is loaded, is Megatron's.
+Megatron's DistributedOptimizer concatenates the parameters of a buffer and divides them into one equal piece for each
+data-parallel rank. Its own way to save this ("fully_reshardable") copies everything five times and sends the state of
+all data-parallel ranks to each of them. Here, the rank that has most of a parameter stores it, and only the pieces of
+its neighbours are sent to it. The stored format and the loading are Megatron's.
 """
 
 from collections.abc import Iterator
@@ -21,10 +21,16 @@ from megavlm.optim.optimizers import Optimizers
 
 
 def saved_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
-    """What this rank stores of the optimizers; ``model`` is the sharded state of the weights. Call it on all ranks.
+    """Returns the optimizer state that this rank stores. Call it on all ranks.
 
-    Tensors are the optimizers' own where this rank holds a parameter alone: use them before the next step. Their
-    settings are not stored: they follow from the run's, and their numbers of steps from ``Optimizers.updates``.
+    If this rank has a whole parameter, the tensors are the optimizer's own, so use them before the next step. The
+    optimizers' settings are not stored, because they follow from the settings of the run, and their numbers of steps
+    from ``Optimizers.updates``.
+
+    Args:
+        optimizers: the optimizers.
+        model: the sharded state of the weights.
+        metadata: Megatron's metadata for sharded states.
     """
     if megatron_galore.has_galore(optimizers):
         return megatron_galore.state(optimizers)
@@ -33,20 +39,20 @@ def saved_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
     if not _are_sharded(inner):
         return chained.sharded_state_dict(model, metadata=metadata)
     for optimizer in inner:
-        if not optimizer.optimizer.state:  # of a part whose first step was skipped
+        if not optimizer.optimizer.state:  # the optimizer of a part whose first step was skipped
             _fill(optimizer)
     entries = {entry.data: entry for entry in model.values() if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
     return {"tensors": [list(_stored_here(optimizer, entries)) for optimizer in inner]}
 
 
 def wanted_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
-    """What this rank loads of the optimizers, to be given to ``load_state``."""
+    """Returns the state that this rank must load for the optimizers; the loaded state is passed to ``load_state``."""
     if megatron_galore.has_galore(optimizers):
         return megatron_galore.state(optimizers)
     chained = optimizers.optimizer
     inner = chained.chained_optimizers
     if not _are_sharded(inner):
-        return chained.sharded_state_dict(model, metadata=metadata)  # SGD: it has no state to be made beforehand
+        return chained.sharded_state_dict(model, metadata=metadata)  # SGD, which has no state to be created first
     return {
         "tensors": [
             optimizer.sharded_param_state_fully_reshardable(model, is_loading=True, metadata=metadata)
@@ -56,11 +62,12 @@ def wanted_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
 
 
 def load_state(optimizers: Optimizers, state: dict) -> None:
-    """Take over what ``dist_checkpointing.load`` returned for ``wanted_state``; the schedule stands where it stood.
+    """Loads what ``dist_checkpointing.load`` returned for ``wanted_state``. The schedule must be restored already.
 
-    Over torch's Adam, Megatron's DistributedOptimizer looks for a stored tensor for each tensor of Adam's state,
-    "step" too, which is stored as a number; and it gives all parameters one step tensor, which each of them would count
-    up. So tensors are loaded while the steps are plain numbers, and each parameter gets its own afterwards.
+    With torch's Adam, Megatron's DistributedOptimizer expects a stored tensor for each tensor of Adam's state, also for
+    "step", which is stored as a number; and it gives all parameters the same step tensor, which each of them would
+    increment. Therefore the tensors are loaded while the steps are plain numbers, and each parameter gets a step tensor
+    of its own afterwards.
     """
     if megatron_galore.has_galore(optimizers):
         megatron_galore.load(optimizers, state)
@@ -73,7 +80,7 @@ def load_state(optimizers: Optimizers, state: dict) -> None:
     for optimizer, tensors, step in zip(chained.chained_optimizers, state["tensors"], updates, strict=True):
         adam = optimizer.optimizer
         if isinstance(adam, torch.optim.Adam):
-            _fill(optimizer)  # DistributedOptimizer relies on it
+            _fill(optimizer)  # DistributedOptimizer requires existing state
         settings = optimizer.state_dict()
         for group in settings["optimizer"]["param_groups"]:
             group["step"] = step
@@ -92,7 +99,7 @@ def _are_sharded(optimizers: list) -> bool:
 
 
 def _fill(optimizer: DistributedOptimizer) -> None:
-    """Gives Adam the state of one that has seen nothing; by itself it has none before its first step."""
+    """Creates Adam's initial state, which torch does not create before the first step."""
     adam = optimizer.optimizer
     if not isinstance(adam, torch.optim.Adam):
         optimizer.init_state_fn(adam, optimizer.config)
@@ -103,7 +110,7 @@ def _fill(optimizer: DistributedOptimizer) -> None:
 
 
 def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dict]:
-    """For each parameter that this rank stores: {kind of state: ShardedTensor or its factory}."""
+    """Yields {kind of state: ShardedTensor or its factory} for each parameter that this rank stores."""
     group, keys = optimizer.data_parallel_group, ("param", *optimizer.optimizer_state_keys)
     stored, transfers = [], []
     for parameter, pieces in _pieces(optimizer):
@@ -120,11 +127,11 @@ def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dic
             whole = {key: own[key].new_empty(parameter.numel()) for key in keys}
             for rank, (first, last) in pieces.items():
                 for key in keys:
-                    place = whole[key][first:last]
+                    piece = whole[key][first:last]
                     if rank == owner:
-                        place.copy_(own[key])
+                        piece.copy_(own[key])
                     else:
-                        transfers.append(dist.P2POp(dist.irecv, place, group=group, group_peer=rank))
+                        transfers.append(dist.P2POp(dist.irecv, piece, group=group, group_peer=rank))
             own = whole
         stored.append((entries[parameter], own))
     if transfers:
@@ -136,7 +143,10 @@ def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dic
 
 
 def _pieces(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, dict[int, tuple[int, int]]]]:
-    """For each parameter, which elements of it each data rank holds: {rank: (first, last)}; all ranks agree on it."""
+    """Yields each parameter with the elements that each data-parallel rank has: {rank: (first, last)}.
+
+    The result is the same on all ranks.
+    """
     size = optimizer.data_parallel_group.size()
     for buffer in optimizer.buffers:
         for parameter, (begin, end, bucket_index) in buffer.param_index_map.items():
@@ -155,12 +165,13 @@ def _pieces(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, dict[int,
 def _named(
     entry: ShardedTensor | ShardedTensorFactory, key: str, tensor: Tensor, alone: bool
 ) -> ShardedTensor | ShardedTensorFactory:
-    """The entry of a weight made into that of its state.
+    """Returns the entry of an optimizer state, made from the entry of its weight.
 
-    Its owner counts as the first of the data ranks, or as the first of all where it is the owner for the whole world.
+    The rank that stores the state is marked as the first data-parallel rank; if ``alone``, that is, if the
+    data-parallel group has all ranks, it is marked as the first of all ranks.
     """
     assert len(entry.replica_id) == 3, entry  # Megatron's (pipeline copy, tensor rank, data rank)
-    changes = {
+    changes: dict[str, object] = {
         "key": f"optimizer.state.{key}.{entry.key}",
         "data": tensor.view(entry.data.shape),
         "replica_id": (0, 0, 0) if alone else (*entry.replica_id[:2], 0),

@@ -1,9 +1,9 @@
-"""Writes sharded state into a torch_dist folder, in the background if wished, while training goes on.
+"""Writes sharded state into a torch_dist folder, optionally in the background while training continues.
 
-Megatron plans who writes what, once for all saves of the same shape. Its own background writer is not used: it copies
-everything first, starts a helper by spawn (seconds) that outlives a killed trainer, and loses the reason of a failure.
-Here a forked child writes: it sees the memory as it was at the fork, so that nothing on the CPU is copied; it ends with
-its parent; and its results, or the exception, come back through a pipe.
+Megatron plans which rank writes what, once for all saves of the same shape. Its own background writer is not used: it
+first copies everything, it starts a helper by spawn, which takes seconds and outlives a killed trainer, and it loses
+the reason of a failure. Here, a forked child writes. It sees the memory as it was at the fork, so tensors in host
+memory are not copied. It ends with its parent, and it sends its results, or the exception, through a pipe.
 """
 
 import gc
@@ -16,8 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,37 +36,48 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megavlm.base.errors import UserError
 from megavlm.base.processes import end_with_parent
 from megavlm.platform.collectives import gather_objects, on_first_rank
 
+Results = list[WriteResult] | Exception
+"""Torch's write results of one rank, or the error that prevented them."""
+
 
 class WriteError(UserError):
-    """A checkpoint could not be written. The run's older ones are as they were."""
+    """A checkpoint could not be written. Older checkpoints of the run are unchanged."""
 
 
 @dataclass
 class _Pending:
-    """A checkpoint in the making."""
+    """A checkpoint that is being written."""
 
     folder: Path
     files: "_Files"
     metadata: Metadata | None  # on the first rank
-    process: multiprocessing.Process | None
-    connection: Any  # where the results come from; None: they are in ``results``
-    results: Any
-    everyone: list | None = None  # on the first rank, when all have written: (bytes, results) of each rank
-    sealing: Future | None = None  # on the first rank, after that
+    child: "_Child | None"  # the process that writes; None if this process has written
+    results: Results | None  # of this rank, if this process has written
+    everyone: list[tuple[int, Results]] | None = None  # when all ranks have written: (bytes, results) of each rank
+    sealing: Future[None] | None = None  # on the first rank, after that
+
+
+@dataclass
+class _Child:
+    """A process that writes, and the connection that its results arrive on."""
+
+    process: ForkProcess
+    connection: Connection
 
 
 class CheckpointWriter:
-    """Writes checkpoints, one at a time; planning is done again only where they take another shape.
+    """Writes checkpoints, one at a time. Planning is repeated only if the shape of the state changes.
 
     Args:
-        replicas: ranks that hold copies of the same state and share the writing of it.
-        host: the whole world, on the host network.
-        background: write in a forked child.
+        replicas: ranks that have copies of the same state and divide the writing among themselves.
+        host: a group of all ranks on the host network.
+        background: whether to write in a forked child.
     """
 
     def __init__(self, replicas: dist.ProcessGroup, host: dist.ProcessGroup, *, background: bool):
@@ -75,20 +86,27 @@ class CheckpointWriter:
         self._forget_plan()
         self._metadata: Metadata | None = None
         self._pending: _Pending | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint")  # what waits for the disk on the first rank
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # on rank 0, it waits for the disk
 
     def _forget_plan(self) -> None:
         self._sharing = None
         if self._replicas.size() > 1:
             self._sharing = FullyParallelSaveStrategyWrapper(None, self._replicas, do_cache_distribution=True)
-        self._plans = (None, None, False)  # of Megatron: central plan, local plan, whether they are valid for all ranks
+        self._plans = (None, None, False)  # Megatron's central plan and local plan, and whether all ranks may use them
 
     def start(self, state: dict, folder: Path, shape: object = None) -> None:
-        """Begin to write ``state`` into ``folder``. Call it on all ranks, after the one before is finished.
+        """Starts to write ``state`` into ``folder``, and returns as soon as the tensors may change.
 
-        ``shape``: equal for states of the same keys and shapes, on all ranks alike: what the plan hangs on.
+        Call it on all ranks, after the previous checkpoint is finished.
 
-        Returns once the tensors may change. Raises WriteError where the folder cannot be made.
+        Args:
+            state: the sharded state.
+            folder: the folder, which is created.
+            shape: a value that is equal for states with the same keys and shapes, and the same on all ranks. The plan
+                is made again if it changes.
+
+        Raises:
+            WriteError: on all ranks, if the folder cannot be created.
         """
         assert self._pending is None
         if shape != self._shape:
@@ -96,7 +114,7 @@ class CheckpointWriter:
             self._forget_plan()
         self._on_first_rank(folder, partial(folder.mkdir, parents=True))
         files, metadata = self._plan(state, folder)
-        process = connection = results = None
+        child = results = None
         if self._background:
             connection, theirs = multiprocessing.Pipe(duplex=False)
             process = multiprocessing.get_context("fork").Process(
@@ -104,34 +122,36 @@ class CheckpointWriter:
             )
             process.start()
             theirs.close()
+            child = _Child(process, connection)
         else:
             results = files.write()
-        self._pending = _Pending(folder, files, metadata, process, connection, results)
+        self._pending = _Pending(folder, files, metadata, child, results)
 
     def finish(self, seal: Callable[[Path], None], *, wait: bool) -> None:
-        """If a folder is being written, and that has ended on all ranks, make it whole. Call it on all ranks.
+        """Completes the checkpoint that is being written, if all ranks have written. Call it on all ranks.
 
         Args:
-            seal: called on the first rank, in a thread, with the folder when all of it is on disk.
-            wait: until it has ended.
+            seal: called on rank 0, in a thread, with the folder, when everything is on disk.
+            wait: whether to wait until all ranks have written and the checkpoint is complete.
 
         Raises:
-            WriteError: on all ranks, if one could not write; the folder is removed.
+            WriteError: on all ranks, if any rank could not write; the folder is removed.
         """
         pending, first = self._pending, dist.get_rank() == 0
         if pending is None:
             return
         if pending.everyone is None:
-            if not wait and self._is_true_anywhere(pending.connection is not None and not pending.connection.poll()):
+            if not wait and self._is_true_anywhere(pending.child is not None and not pending.child.connection.poll()):
                 return
             mine = (pending.files.num_bytes, _results_of(pending))
             pending.everyone = gather_objects(mine, self._host)
             if first:
-                pending.sealing = self._thread.submit(_complete, pending, seal)
-        if not wait and self._is_true_anywhere(pending.sealing is not None and not pending.sealing.done()):
+                pending.sealing = self._thread.submit(_complete, pending, pending.everyone, seal)
+        sealing = pending.sealing
+        if not wait and self._is_true_anywhere(sealing is not None and not sealing.done()):
             return
         self._pending = None
-        self._on_first_rank(pending.folder, lambda: pending.sealing.result(), pending.everyone)
+        self._on_first_rank(pending.folder, lambda: sealing and sealing.result(), pending.everyone)
 
     def _is_true_anywhere(self, flag: bool) -> bool:
         flags = torch.tensor([int(flag)])
@@ -160,8 +180,10 @@ class CheckpointWriter:
         self._metadata = metadata or self._metadata
         return files, self._metadata
 
-    def _on_first_rank(self, folder: Path, call: Callable[[], object], everyone: list | None = None) -> None:
-        """``call`` on rank 0; an OSError there is a WriteError everywhere. After any error the folder is removed."""
+    def _on_first_rank(
+        self, folder: Path, call: Callable[[], object], everyone: list[tuple[int, Results]] | None = None
+    ) -> None:
+        """Runs ``call`` on rank 0; its OSError becomes a WriteError on all ranks. Any error removes the folder."""
 
         def guarded() -> None:
             try:
@@ -178,7 +200,7 @@ class CheckpointWriter:
 
 
 class _Files(FileSystemWriterAsync):
-    """What this rank writes: one file. Tensors in host memory are not copied."""
+    """Writes one file for this rank. Tensors in host memory are not copied."""
 
     num_bytes = 0
 
@@ -197,8 +219,8 @@ class _Files(FileSystemWriterAsync):
         else:
             self.write_buckets = []
 
-    def write(self) -> list | Exception:
-        """Torch's write results, or what went wrong."""
+    def write(self) -> Results:
+        """Writes the file. Returns torch's write results, or the error."""
         if not self.write_buckets:
             return []
         ((file, name, (others, tensors)),) = self.write_buckets
@@ -207,45 +229,49 @@ class _Files(FileSystemWriterAsync):
             [self.transforms], 0, (file, name, (others, own)), None, None, use_fsync=True
         )
         if isinstance(results, Exception):
-            cause = results
+            cause: BaseException = results
             while not isinstance(cause, OSError) and cause.__context__ is not None:
-                cause = cause.__context__  # torch tells of a full disk as "unexpected pos"
+                cause = cause.__context__  # torch reports a full disk as "unexpected pos"
             results = cause if isinstance(cause, OSError) else RuntimeError(f"{type(results).__name__}: {results}")
         return results
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """``torch.save`` of a part of a buffer would write all of the buffer."""
+    """Returns a tensor with a storage of its own, because ``torch.save`` writes the whole storage of a tensor."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _write_in_child(files: _Files, connection: Connection, parent: int) -> None:
     end_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the trainer to act on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C
     gc.disable()
-    torch.set_num_threads(1)  # the pool of threads did not come along: a parallel copy would wait for it forever
+    torch.set_num_threads(1)  # the thread pool does not exist after the fork, and a parallel copy would wait forever
     connection.send(files.write())
-    os._exit(0)  # what the trainer registered for its exit is not this process's to do
+    os._exit(0)  # without the exit handlers that the trainer has registered
 
 
-def _results_of(pending: _Pending) -> list | Exception:
-    if pending.connection is None:
+def _results_of(pending: _Pending) -> Results:
+    """Waits for this rank's results."""
+    if pending.child is None:
+        assert pending.results is not None, "without a child, this process has written"
         return pending.results
+    process, connection = pending.child.process, pending.child.connection
+    results: Results
     try:
-        results = pending.connection.recv()
+        results = connection.recv()
     except EOFError:
-        pending.process.join()
-        results = OSError(f"the writing process ended with {pending.process.exitcode}")
-    pending.connection.close()
-    return results  # the child is not waited for: giving back its memory takes it longer than all of this
+        process.join()
+        results = OSError(f"the writing process ended with exit status {process.exitcode}")
+    connection.close()
+    return results  # without waiting for the child: releasing its memory takes longer than everything here
 
 
-def _complete(pending: _Pending, seal: Callable[[Path], None]) -> None:
-    """On the first rank: what makes the written files a checkpoint."""
-    failed = [results for _, results in pending.everyone if isinstance(results, Exception)]
+def _complete(pending: _Pending, everyone: list[tuple[int, Results]], seal: Callable[[Path], None]) -> None:
+    """Makes the written files a checkpoint; for the first rank."""
+    failed = [results for _, results in everyone if isinstance(results, Exception)]
     if failed:
         raise failed[0]
-    pending.files.finish(pending.metadata, [results for _, results in pending.everyone])
+    pending.files.finish(pending.metadata, [results for _, results in everyone])
     save_config(CheckpointingConfig(TorchDistSaveShardedStrategy().backend, 1), str(pending.folder))
     seal(pending.folder)
 
@@ -256,7 +282,10 @@ def _explain(folder: Path, error: OSError, needed: int | None) -> tuple[str, str
         where = where.parent
     room = f"{shutil.disk_usage(where).free / 1e9:.3g} GB are free there"
     if needed is not None:
-        room = f"it takes {needed / 1e9:.3g} GB, {room}"
+        room = f"it needs {needed / 1e9:.3g} GB, {room}"
     message = f"cannot write the checkpoint {folder}: {error.strerror or error}; {room}"
-    remedy = "make room, or lower checkpoint.keep, and start the same command again: it continues from the newest one"
+    remedy = (
+        "free some space, or lower checkpoint.keep, and start the same command again: it continues from the newest "
+        "checkpoint"
+    )
     return message, remedy

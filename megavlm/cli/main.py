@@ -131,8 +131,7 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
     if verb.writes == "":
         run_folder.check_output(settings)
     elif verb.writes and not one_prompt:
-        assert settings.output is not None, "checked above"
-        run_folder.check_new(settings.output / verb.writes, settings)
+        run_folder.check_new(requirements.required(settings.output, "output") / verb.writes, settings)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,6 +5,7 @@ from pathlib import Path
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import check_base
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.convert import mcore_to_hf
 from megavlm.convert.adapter import Adapter
@@ -24,7 +25,6 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
         UserError: the adapter or the checkpoint is missing or does not fit.
     """
     model, found = settings.model, None
-    assert model.load is not None, "export requires model.load"
     if model.adapter is None and settings.adapter.type is not None:
         raise UserError(
             f"adapter.type is {settings.adapter.type}, but model.adapter is not set, so the base model would be "
@@ -34,7 +34,7 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
     if model.adapter is not None:
         found = Adapter(find_checkpoint(model.adapter), Shapes.from_hf(model.hf))
     if not adapter:
-        load = find_checkpoint(model.load)
+        load = find_checkpoint(required(model.load, "model.load"))
         check_base(load)
         if found is not None:
             warn_of_other_base(found.folder, load)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.files import File
 from megavlm.data.renderer import Renderer
@@ -28,10 +29,8 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
     if session.groups.is_leader:
         if prompt is None:
             groups = session.groups
-            assert settings.data.eval is not None, "infer requires data.eval or a prompt"
-            samples = read_samples(
-                settings.data.eval, renderer, "prompt", rank=groups.dp_rank, num_ranks=groups.dp_size
-            )
+            data = required(settings.data.eval, "data.eval")
+            samples = read_samples(data, renderer, "prompt", rank=groups.dp_rank, num_ranks=groups.dp_size)
         else:
             samples = iter([renderer.encode(_record(prompt, image, video), File, "--prompt", kind="prompt")])
     answers = answer_all(session, renderer, samples)
@@ -41,8 +40,7 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
         print(answers[0]["answer"])
         return 0
     note_settings(settings)
-    assert settings.output is not None, "infer requires output unless there is a prompt"
-    path = settings.output / "answers.jsonl"
+    path = required(settings.output, "output") / "answers.jsonl"
     write_text(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     print(f"{len(answers)} answers · {path}")
     return 0

@@ -8,6 +8,7 @@ from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import has_score_head
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import Adapter
 from megavlm.data.renderer import Renderer
@@ -29,17 +30,15 @@ def main(settings: Settings, reward: bool = False) -> int:
     Raises:
         UserError: with ``reward``, the checkpoint has no reward head.
     """
-    model, output, data = settings.model, settings.output, settings.data.eval
-    assert model.load is not None, "score requires model.load"
-    assert output is not None, "score requires output"
-    assert data is not None, "score requires data.eval"
+    model, load = settings.model, required(settings.model.load, "model.load")
+    output, data = required(settings.output, "output"), required(settings.data.eval, "data.eval")
     if reward and model.adapter is not None:
         scored = Adapter(find_checkpoint(model.adapter), Shapes.from_hf(model.hf)).reward_head is not None
     else:
-        scored = not reward or has_score_head(find_checkpoint(model.load))
+        scored = not reward or has_score_head(find_checkpoint(load))
     if not scored:
         raise UserError(
-            f"{model.adapter or model.load} has no reward head",
+            f"{model.adapter or load} has no reward head",
             "use a checkpoint of megavlm rm, or leave out --reward",
         )
     session = start(settings, training=False, score_head=reward)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from megavlm.align.registry import make_method
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.report.loss_plot import write_loss_plot
 from megavlm.report.run_report import write_report
@@ -19,10 +20,9 @@ def main(settings: Settings, method: str) -> int:
 def _report(run: Run, step: int, say: Callable[[str], None]) -> None:
     if not run.session.is_first:
         return
-    output = run.session.settings.output
-    assert output is not None, "a run requires output"
+    output = required(run.session.settings.output, "output")
     try:
         write_loss_plot(output)
         say(f"report · {write_report(output)}")
-    except Exception as error:  # the run itself is complete
-        say(f"no report: {error}")
+    except Exception as error:  # the run itself is complete, so a failed report is no error
+        say(f"the report could not be written: {error}")

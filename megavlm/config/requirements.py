@@ -9,6 +9,15 @@ from megavlm.config import describe
 from megavlm.config.settings import Settings
 
 
+def required[T](value: T | None, key: str) -> T:
+    """Returns the value of a setting that may be null in a file, but that this verb requires.
+
+    ``check_required`` has refused a null with a message for the user before the run started.
+    """
+    assert value is not None, f"{key} must be set"
+    return value
+
+
 def check_required(settings: Settings, keys: Iterable[str], verb: str) -> None:
     """Raises a UserError that names those of the dotted `keys` that `verb` needs but that are null or empty."""
     meanings = {entry.key: entry.meaning for entry in describe.entries()}
@@ -50,8 +59,7 @@ def check_stage(settings: Settings) -> None:
 
     Stage 0 trains only the projector; later stages start from a checkpoint.
     """
-    stage, frozen = settings.stage, set(settings.model.freeze)
-    assert stage is not None
+    stage, frozen = required(settings.stage, "stage"), set(settings.model.freeze)
     if stage == 0 and frozen != {"vision", "language"}:
         raise UserError(
             f"stage is 0, which trains only the projector, but model.freeze is {sorted(frozen)}",

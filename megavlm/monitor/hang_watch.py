@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 
 FOLDER = "stacks"  # within the output folder
@@ -56,9 +57,9 @@ class HangWatch:
     @classmethod
     def of_run(cls, settings: Settings) -> "HangWatch":
         """The watch of this process, with its rank from the environment; the process group need not exist yet."""
-        assert settings.output is not None, "a run requires output"
+        output = required(settings.output, "output")
         rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-        return cls(settings.train.hang_minutes, settings.output, rank, world_size)
+        return cls(settings.train.hang_minutes, output, rank, world_size)
 
     def heartbeat(self, done: str) -> None:
         """Reports progress. ``done`` names what has just been completed, for the message."""

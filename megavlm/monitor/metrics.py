@@ -72,7 +72,7 @@ REQUIRED = (
 
 
 def throughput(
-    tokens: int, row_tokens: int, seconds: float, model_flops: float, num_devices: int, peak_flops: float | None
+    tokens: float, row_tokens: float, seconds: float, model_flops: float, num_devices: int, peak_flops: float | None
 ) -> dict[str, float | None]:
     """Computes the derived fields of a line.
 

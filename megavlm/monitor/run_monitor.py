@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Mapping
 
 from megavlm.base.errors import UserError
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.skipped_samples import SkippedSample
 from megavlm.monitor.data_errors import DataErrors
@@ -36,10 +37,9 @@ class RunMonitor:
         is_first: bool,
     ):
         self._settings, self._first_step, self._groups, self._is_first = settings, first_step, groups, is_first
-        assert settings.output is not None, "a run requires output"
-        assert settings.train.steps is not None, "a run requires train.steps"
-        self._output = settings.output
-        self._progress = Progress(settings.train.steps, first_step, title, header, enabled=is_first)
+        self._output = required(settings.output, "output")
+        steps = required(settings.train.steps, "train.steps")
+        self._progress = Progress(steps, first_step, title, header, enabled=is_first)
         self._metrics = MetricsWriter(self._output, first_step, enabled=is_first)
 
     def __enter__(self) -> "RunMonitor":

@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,10 +35,9 @@ class WandbLog:
         enabled: bool = True,
         warn: Callable[[str], None] = print,
     ):
-        assert settings.output is not None, "a run requires output"
         self._warn = warn
         self._run: wandb.Run | None = None
-        self._folder = settings.output / FOLDER
+        self._folder = required(settings.output, "output") / FOLDER
         self.mode = _resolve(settings.log.wandb.mode) if enabled else "off"
         if self.mode == "online" and not self._start("online", settings):
             self.mode = "offline"

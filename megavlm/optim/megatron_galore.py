@@ -6,7 +6,7 @@ SGD, which has no state, and GaLore replaces it afterwards. Tensor-parallel rank
 Each data-parallel rank has the complete state.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.router import Router
 from torch import Tensor, nn
 
 from megavlm.base.errors import UserError
+from megavlm.config.requirements import required
 from megavlm.config.train_section import TrainSettings
 from megavlm.optim.galore import GaLore
 
@@ -42,7 +43,7 @@ class PartOptimizers(Protocol):
 
 
 def put_inside(
-    optimizer: MegatronOptimizer, modules: list[nn.Module], train: TrainSettings, groups: ProcessGroupCollection
+    optimizer: MegatronOptimizer, modules: Sequence[nn.Module], train: TrainSettings, groups: ProcessGroupCollection
 ) -> None:
     """Replaces the optimizer that a Megatron optimizer wraps by GaLore over the same float32 weights.
 
@@ -57,7 +58,6 @@ def put_inside(
     inner = optimizer.optimizer
     if inner is None:
         return
-    assert train.lr is not None, "training requires train.lr"
     whole = [
         getattr(weight, "main_param", weight)
         for module in (m for part in modules for m in part.modules())
@@ -66,7 +66,7 @@ def put_inside(
     ]
     optimizer.optimizer = GaLore(
         inner.param_groups,
-        lr=train.lr,
+        lr=required(train.lr, "train.lr"),
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_eps,
         weight_decay=train.weight_decay,

@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megavlm.base.errors import UserError
+from megavlm.config.requirements import required
 from megavlm.config.train_section import TrainSettings
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim import megatron_galore
@@ -41,7 +42,7 @@ class Optimizers:
     """
 
     def __init__(self, vlm: VLM, train: TrainSettings):
-        assert train.steps is not None, "training requires train.steps"
+        steps = required(train.steps, "train.steps")
         self.train, self._vlm = train, vlm
         # GaLore needs whole matrices, but Megatron's DistributedOptimizer splits them, and it does not support SGD.
         sharded = train.optimizer == "adam"
@@ -72,11 +73,11 @@ class Optimizers:
             max_lr=train.lr,
             min_lr=train.min_lr,
             lr_warmup_steps=train.warmup_steps,
-            lr_decay_steps=max(train.steps, train.warmup_steps + 1),
+            lr_decay_steps=max(steps, train.warmup_steps + 1),
             lr_decay_style=train.schedule,
             start_wd=train.weight_decay,
             end_wd=train.weight_decay,
-            wd_incr_steps=train.steps,
+            wd_incr_steps=steps,
             wd_incr_style="constant",
         )
 
@@ -113,8 +114,7 @@ class Optimizers:
         if self.train.optimizer == "galore":
             for optimizer in self.parts[part]:
                 megatron_galore.put_inside(optimizer, modules, self.train, groups)
-        lr = self.train.lr
-        assert lr is not None, "training requires train.lr"
+        lr = required(self.train.lr, "train.lr")
         for group in (g for opt in self.parts[part] for g in opt.param_groups):
             scale = next((scale for name, scale in self.train.lr_scale.items() if name == part), 1.0)
             group["max_lr"], group["min_lr"] = lr * scale, self.train.min_lr * scale  # read by the scheduler

@@ -1,13 +1,14 @@
-"""A dry run: what ranks of a cluster would hold, found by building them in this one process.
+"""A dry run: computes what ranks of a cluster would have in memory, by building them in this one process.
 
-The model is the real one, with its adapters, gradient buffers and optimizer; its tensors are on the meta device (shapes
-and types without numbers), its process groups have no other ranks behind them (``megavlm.platform.absent_world``).
-Of a dense model a row then goes forward and backward, too: feed, tower, decoder, loss and the reduction of gradients.
-A mixture of experts is built alone: how many tokens an expert gets depends on numbers, and there are none.
+The model is the real one, with its adapters, gradient buffers and optimizer. Its tensors are on the meta device (shapes
+and dtypes without values), and the other ranks of its process groups do not exist (``megavlm.platform.absent_world``).
+A dense model also runs a row forward and backward, through feed, tower, decoder, loss and the reduction of gradients. A
+mixture of experts is only built, because the number of tokens of an expert depends on values.
 """
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -28,20 +29,21 @@ from megavlm.runtime.session import Session, start
 from megavlm.training.method import Method
 from megavlm.training.step import Step
 
-_FRAME = (4, 4)  # patches of a picture; the smallest that has several visual tokens
+_FRAME = (4, 4)  # patches of a picture, the smallest with several visual tokens
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a rank holds.
+    """What a rank has in memory.
 
     Attributes:
-        parameters, learning: of each part (``PARTS``), how many numbers, and how many of them learn.
-        weights, gradients, optimizer: bytes, without activations. Weights as ``adapter.quantize`` stores them; gradient
-            buffers as Megatron pads them; of the optimizer a float32 copy of weights in half precision and its state
-            (Adam's two means), as far as they are this rank's.
-        reached: of each part, how many numbers a gradient came to when a row went forward and backward; None where
-            none did.
+        rank: the rank.
+        parameters, learning: for each part (``PARTS``), the number of parameters and of trainable parameters.
+        weights, gradients, optimizer: bytes, without activations. Weights are counted as ``adapter.quantize`` stores
+            them, gradient buffers as Megatron pads them. The optimizer has this rank's part of the float32 copy of
+            half-precision weights, and of its state (Adam's two moments).
+        reached: for each part, the number of trainable parameters that got a gradient when a row ran forward and
+            backward; None if no row was run.
     """
 
     rank: int
@@ -54,20 +56,22 @@ class Held:
 
 
 def dry_run(settings: Settings, verb: str, world_size: int) -> list[Held]:
-    """Builds rank 0 and, of several pipeline stages, the first rank of the last one, one after the other.
+    """Builds rank 0 and then, if there are several pipeline stages, the first rank of the last stage.
 
     Args:
-        settings: kernels are the portable ones whatever they say, weights in bf16 where products are in fp8, frames of
-            other data ranks left to them, and no features in host memory. An adapter to start from may be missing where
-            the section tells what it is.
-        verb: a key of ``align.registry.METHODS``. world_size: of the cluster.
+        settings: the settings of the run. Some are replaced: kernels are the portable ones, precision fp8 becomes bf16,
+            data-parallel ranks do not share frames, and features are not in host memory. ``model.adapter`` need not
+            exist if the section ``adapter`` describes it.
+        verb: a key of ``align.registry.METHODS``.
+        world_size: number of ranks of the cluster.
+
     Raises:
-        UserError: settings that do not fit the model, the verb or the number of processes.
+        UserError: the settings do not fit the model, the verb or the number of processes.
     """
     method, pipeline = make_method(verb, settings), settings.parallel.pipeline
     model = settings.model.model_copy(update={"kernels": "portable"})
     if settings.adapter.type is not None and model.adapter is not None and not model.adapter.exists():
-        model = model.model_copy(update={"adapter": None})  # a fresh one is of the same size
+        model = model.model_copy(update={"adapter": None})  # a new adapter has the same size
     precision = "bf16" if settings.train.precision == "fp8" else settings.train.precision
     train = settings.train.model_copy(update={"precision": precision})
     vision = settings.vision.model_copy(update={"balance": "model_parallel", "offload": False})
@@ -98,7 +102,7 @@ def _held(
     weights = sum(p.nbytes for ps in parts.values() for p in ps)
     if adapters is not None and adapters.settings.quantize:
         double = adapters.settings.quantize == "nf4_double"
-        frozen = [linear.weight for linear in adapters.linears]
+        frozen = [cast(nn.Parameter, linear.weight) for linear in adapters.linears]
         weights += sum(nf4.nbytes_of(weight.numel(), double=double) - weight.nbytes for weight in frozen)
     copy = 4 if optimizers.train.precision != "fp32" else 0
     return Held(
@@ -113,7 +117,7 @@ def _held(
 
 
 def _state(optimizers: Optimizers, parameter: torch.Tensor) -> int:
-    """Numbers that the optimizer keeps of a parameter beside a copy of it."""
+    """Counts the numbers in the optimizer's state of a parameter, without the float32 copy of the parameter."""
     if optimizers.train.optimizer == "galore":
         inside = (opt.optimizer for opts in optimizers.parts.values() for opt in opts)
         owner = next(
@@ -124,18 +128,18 @@ def _state(optimizers: Optimizers, parameter: torch.Tensor) -> int:
 
 
 def _pass(session: Session, method: Method, optimizers: Optimizers) -> dict[str, int]:
-    """Rows that fill the pipeline, forward and backward. Returns ``Held.reached``."""
+    """Runs as many rows as fill the pipeline forward and backward. Returns ``Held.reached``."""
     settings, num_rows = session.settings, session.settings.parallel.pipeline
     feed = _Rows(session.vlm, [_row(settings, session.shapes)] * num_rows)
     step = Step(
         session.vlm, optimizers, feed, num_rows, method.bare_objective(session), None, settings.data.source_names
     )
-    session.vlm.decoder_config.batch_p2p_comm = False  # torch joins no sends of meta tensors
-    reached = set()
+    session.vlm.decoder_config.batch_p2p_comm = False  # torch cannot batch sends of meta tensors
+    reached: set[torch.Tensor] = set()
     for parameter in (p for ps in _parameters(session.vlm).values() for p in ps if p.requires_grad):
         parameter.register_post_accumulate_grad_hook(reached.add)
     step.gradients(feed, num_rows)
-    # a word embedding that two stages have gets the sum of both their gradients
+    # a word embedding that two stages share gets the sum of the gradients of both
     reached |= {p for ps in _parameters(session.vlm).values() for p in ps if getattr(p, "shared_embedding", False)}
     return {
         part: sum(p.numel() for p in ps if p.requires_grad and p in reached)
@@ -144,7 +148,7 @@ def _pass(session: Session, method: Method, optimizers: Optimizers) -> dict[str,
 
 
 class _Rows(Feed):
-    """Rows that this rank has by itself, since no leader sends any."""
+    """A feed with rows of its own, because no leader sends any."""
 
     def __init__(self, vlm: VLM, rows: list[Row]):
         super().__init__(vlm, None)
@@ -155,7 +159,10 @@ class _Rows(Feed):
 
 
 def _row(settings: Settings, shapes: Shapes) -> Row:
-    """Two answers of half a row, which share a small picture for each rank of a model-parallel group (if they fit)."""
+    """Makes a row of two answers of half its length, which share small pictures.
+
+    There is one picture for each rank of a model-parallel group, as far as they fit.
+    """
     parallel, vision, pad_multiple = settings.parallel, shapes.vision, settings.pad_multiple
     merge = vision.spatial_merge_size
     length = settings.data.seq_length // 2 // pad_multiple * pad_multiple

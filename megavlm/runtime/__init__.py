@@ -1,1 +1,1 @@
-"""The model at work on this rank, whatever the command: session, rows, forward passes, generation."""
+"""What all commands that run the model share: the session, rows, forward passes and generation."""

@@ -1,4 +1,4 @@
-"""Rows of a finite data file over all data ranks, in step, with a progress bar."""
+"""Rows of a finite data file on all data-parallel ranks, with the same number of windows on each and a progress bar."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.config.load import resolved_yaml
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.platform.collectives import gather_objects
@@ -18,16 +19,17 @@ from megavlm.runtime.session import Session
 
 
 class EvalRows:
-    """Iterates over (window, how many of its rows count).
+    """Iterates over (window, number of its rows that count).
 
-    Ranks of an expert-parallel group, or that share frames, belong to different data ranks and must forward together:
-    a data rank that has no row left repeats its last, and a window that is not full is filled up with it. Those rows,
-    at the window's end, do not count.
+    The ranks of an expert-parallel group, and ranks that share frames, belong to different data-parallel ranks and must
+    run forward passes together. Therefore a data-parallel rank whose rows are used up repeats its last row, and an
+    incomplete window is filled with that row. The repeated rows are at the end of the window and do not count.
 
     Args:
-        rows: this data rank's rows on the leader of each model-parallel group, else None.
-        what: word beside the progress bar.
-        size: rows of a window; as many as pipeline stages fill the pipeline.
+        session: the session of the command.
+        rows: the rows of this data-parallel rank on the leader of each model-parallel group; None elsewhere.
+        what: label of the progress bar.
+        size: number of rows of a window; as many rows as pipeline stages fill the pipeline.
     """
 
     def __init__(self, session: Session, rows: Iterator[Row] | None, what: str, size: int = 1):
@@ -50,7 +52,7 @@ class EvalRows:
                 last = StepRows(rows.hosts[-1:], rows.full[-1:]) if real else last
                 if not last.hosts:
                     raise UserError(
-                        f"{self._what}: there are fewer samples than data ranks, {session.groups.dp_size}",
+                        f"{self._what}: there are fewer samples than data-parallel ranks ({session.groups.dp_size})",
                         "start fewer processes",
                     )
                 missing = size - real
@@ -60,12 +62,12 @@ class EvalRows:
             bar.update(task, total=done - 1)
 
     def gather(self, results: list) -> list:
-        """All ranks' results on rank 0, in no particular order; an empty list elsewhere."""
+        """Returns the results of all ranks on rank 0, in no particular order; an empty list on the other ranks."""
         return list(itertools.chain.from_iterable(gather_objects(results, self._session.groups.world_host)))
 
 
 def note_settings(settings: Settings) -> None:
-    """Leaves config.yaml in an output folder that has none: the report of a run finds its answers by it."""
-    path = settings.output / "config.yaml"
+    """Writes config.yaml into the output folder unless it has one; the report of a run uses it to find answers."""
+    path = required(settings.output, "output") / "config.yaml"
     if not path.exists():
         write_text(path, resolved_yaml(settings))

@@ -1,7 +1,7 @@
-"""Brings the rows of a step from the rank that reads them to all ranks of its model-parallel group.
+"""Sends the rows of a step from the rank that reads them to all ranks of its model-parallel group.
 
-One rank of the group, the leader, reads and renders. Text and sizes go to all of them over the host network; pixels go
-only to the rank that encodes the frame.
+One rank of the group, the leader, reads and renders the samples. It sends text and sizes to all ranks of the group over
+the host network, and the pixels of a frame only to the rank that encodes the frame.
 """
 
 import itertools
@@ -27,37 +27,39 @@ _PIXEL_FIELDS = ("patches", "patch_coords", "pos_index", "pos_weight")
 
 @dataclass
 class MicroBatch:
-    """This rank's part of one row on the device, as its forward takes it (shapes as in ``LanguageModel.forward``)."""
+    """This rank's part of one row, on the device, for the forward pass (shapes: see ``LanguageModel.forward``)."""
 
-    host: Row  # the whole row, without its pixels
+    host: Row  # the whole row in host memory, without its pixels
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     row: PackedRow
     targets: Targets
-    target_samples: torch.Tensor  # int64 [slices, m] as ``targets``: the sample of the row that each belongs to
-    sample_sources: torch.Tensor  # int64 [samples of the row]: numbers of their sources
-    # int64 [samples]: where in this rank's hidden states the last target token of each sample is, or -1
+    target_samples: torch.Tensor  # int64 [slices, m] like ``targets``: the sample of the row that a target belongs to
+    sample_sources: torch.Tensor  # int64 [samples of the row]: the number of each sample's source
+    # int64 [samples]: index in this rank's hidden states of the last target token of each sample, or -1
     last_targets: torch.Tensor
     padding_mask: torch.Tensor | None
-    number: int = 0  # of the row among those of the step on this data-parallel rank
-    found: object = None  # what the objective found out about the row before the step's forward
-    features: torch.Tensor | None = None  # [planes, n, hidden], filled by the tower phase
+    number: int = 0  # index of the row among the rows of the step on this data-parallel rank
+    found: object = None  # the row's result of ``Objective.look_ahead``; its type depends on the objective
+    features: torch.Tensor | None = None  # [planes, n, hidden], set by ``encode_window``
 
 
 @dataclass
 class Window:
-    """Micro-batches that share one tower phase, the frames of them dealt to this rank, and the exchange's plan."""
+    """Micro-batches whose frames are encoded together, the frames that this rank encodes, and the exchange plan."""
 
     micro_batches: list[MicroBatch]
-    frames: Frames | None  # None once they are encoded
+    frames: Frames | None  # None after they have been encoded
     exchange: Exchange
 
 
 @dataclass
 class StepRows:
-    """The rows of a step: ``hosts`` without their pixels, on every rank of the group; ``full`` on the leader alone.
+    """The rows of a step.
 
-    A full row is None once its window has been made.
+    Attributes:
+        hosts: the rows without their pixels, on every rank of the model-parallel group.
+        full: the rows with their pixels, only on the leader. An entry becomes None when its window is made.
     """
 
     hosts: list[Row]
@@ -65,48 +67,51 @@ class StepRows:
 
 
 class Feed:
-    """Hands out rows, and windows of micro-batches made of them.
+    """Provides rows, and makes windows of micro-batches from them.
 
     Args:
-        vlm: the model; its groups and layout say what this rank needs.
-        rows: endless (training) or finite iterator of Row; only the leader's is read, others may give None.
+        vlm: the model; its groups and layout determine what this rank needs.
+        rows: endless (training) or finite iterator over rows. Only the leader reads it; other ranks may pass None.
     """
 
     def __init__(self, vlm: VLM, rows: Iterator[Row] | None):
         self.vlm, self.groups, self._source = vlm, vlm.groups, rows
 
     def rows(self, num_rows: int) -> StepRows | None:
-        """The next ``num_rows`` rows (fewer at the end of a finite iterator); None when there are none left.
+        """Returns the next ``num_rows`` rows (fewer at the end of a finite iterator), or None if none are left.
 
-        Raises whatever reading raised, on every rank of the group.
+        Raises on every rank of the group whatever reading raised on the leader.
         """
-        full, problem = [], None
+        full: list[Row | None] = []
+        problem: Exception | None = None
         if self.groups.is_leader:
+            assert self._source is not None, "a leader has rows"
             try:
                 for row in self._source:
                     full.append(row)
                     if len(full) == num_rows:
                         break
-            except Exception as error:  # the others wait for this rank: tell them before leaving
+            except Exception as error:  # it is raised after the broadcast, because the other ranks wait for the leader
                 problem = error
-        message = ([_without_pixels(row) for row in full], problem)
+        message = ([_without_pixels(row) for row in full if row is not None], problem)
         hosts, problem = broadcast_object(message, self.groups.model_parallel_host)
         if problem is not None:
             raise problem
         return StepRows(hosts, full) if hosts else None
 
     def windows(self, rows: StepRows, size: int) -> Iterator[Window]:
-        """Windows of ``size`` micro-batches (the last may be shorter), each brought to the device when it is asked for.
+        """Yields windows of ``size`` micro-batches (the last may be shorter); each is copied to the device on demand.
 
-        Where frames are dealt over the world, every data rank must have as many rows.
+        If ``vision.balance`` is world, all data-parallel ranks must have the same number of rows.
         """
         for start in range(0, len(rows.hosts), size):
             part = slice(start, start + size)
-            full, rows.full[part] = rows.full[part], [None] * len(rows.full[part])  # their pixels may go
+            full = [row for row in rows.full[part] if row is not None]
+            rows.full[part] = [None] * len(rows.full[part])  # so that the memory of their pixels can be freed
             yield self._window(rows.hosts[part], full, start)
 
-    def _window(self, hosts: list[Row], full: list[Row | None], first: int) -> Window:
-        """``first``: number of the first row among those of the step."""
+    def _window(self, hosts: list[Row], full: list[Row], first: int) -> Window:
+        """Makes a window; ``first`` is the index of its first row among the rows of the step."""
         tower = self.vlm.tower
         all_rows = self._of_all_data_ranks([_visual_row(host, tower.merge) for host in hosts])
         tokens = [VisualTokens.of(rows, tower.share, dp_rank) for dp_rank, rows in enumerate(all_rows)]
@@ -128,28 +133,33 @@ class Feed:
         return Window(micro_batches, frames, exchange)
 
     def _of_all_data_ranks[T](self, value: T) -> list[T]:
-        """``value`` of each data rank whose frames are dealt together with this one's."""
-        return all_gather_objects(value, self.groups.data_peers_host) if self.vlm.balanced_over_world else [value]
+        """Returns the ``value`` of each data-parallel rank that shares its frames with this rank."""
+        if not self.vlm.balanced_over_world:
+            return [value]
+        peers = self.groups.data_peers_host
+        assert peers is not None, "a session that shares frames has this group"
+        return all_gather_objects(value, peers)
 
-    def _pixels(self, full: list[Row], dealt: list[tuple[np.ndarray, np.ndarray]]) -> Frames:
-        """Pixels and position tables of the frames dealt to this rank, on the device.
+    def _pixels(self, full: list[Row], assigned: list[tuple[np.ndarray, np.ndarray]]) -> Frames:
+        """Returns the pixels and position tables of the frames that this rank encodes, on the device.
 
         Args:
-            full: this data rank's rows, on the leader.
-            dealt: (patches, owner) of the frames of each data rank.
+            full: on the leader, the rows of this data-parallel rank.
+            assigned: for each data-parallel rank, the number of patches and the encoding rank of each of its frames.
         """
         group, here = self.vlm.tower.group, self.vlm.tower.group.rank()
-        lengths = [n for patches, owner in dealt for n in patches[owner == here].tolist()]
-        received = [0] * group.size()  # patches from each rank: from the leaders alone
-        for dp_rank, (patches, owner) in enumerate(dealt):
+        lengths = [n for patches, owner in assigned for n in patches[owner == here].tolist()]
+        received = [0] * group.size()  # number of patches from each rank; only leaders send any
+        for dp_rank, (patches, owner) in enumerate(assigned):
             leader = self.groups.members[dp_rank][0] if self.vlm.balanced_over_world else 0
             received[leader] = int(patches[owner == here].sum())
-        sent, mine = [0] * group.size(), []
+        sent = [0] * group.size()
+        mine: list[int] = []
         if self.groups.is_leader:
-            patches, owner = dealt[self.vlm.tower.share.dp_rank]
+            patches, owner = assigned[self.vlm.tower.share.dp_rank]
             sent = np.bincount(owner, weights=patches, minlength=group.size()).astype(int).tolist()
-            mine = np.argsort(owner, kind="stable")
-        # the tower works in its own precision: what it would round there is rounded before it travels
+            mine = np.argsort(owner, kind="stable").tolist()
+        # pixels are rounded to the precision of the tower before they are sent, which halves the traffic in bf16
         dtype, vision = self.vlm.tower.projector.config.params_dtype, self.vlm.shapes.vision
         floats = _in_order(full, "patches", mine, vision.patch_dim, dtype)
         widths = {"patch_coords": 2, "pos_index": 4, "pos_weight": 4}
@@ -161,7 +171,7 @@ class Feed:
         return Frames(floats, coords, index, weight.view(torch.float32), lengths)
 
     def _deliver(self, whole: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-        """All-to-all of rows of a matrix, ``sent`` to and ``received`` from each rank of the tower's group."""
+        """Exchanges rows of a matrix: ``sent`` rows to, and ``received`` rows from, each rank of the tower's group."""
         out = whole.new_empty(sum(received), whole.shape[1])
         dist.all_to_all_single(out, whole, received, sent, group=self.vlm.tower.group)
         return out
@@ -170,7 +180,7 @@ class Feed:
         parallel, groups, where = self.vlm.parallel, self.groups.language, device()
         slices, index = (parallel.tensor, groups.tp.rank()) if parallel.sequence_parallel else (1, 0)
         cut = RowCut.of(host.segment_lengths, parallel.context)
-        part = torch.from_numpy(cut.order[groups.cp.rank()])  # this context rank's tokens
+        part = torch.from_numpy(cut.order[groups.cp.rank()])  # the tokens of this context-parallel rank
         padding = None
         if self.vlm.shapes.text.moe is not None:
             padding = to_device(host.is_padding()[part].chunk(slices)[index][None], where)
@@ -191,21 +201,25 @@ class Feed:
 
 
 def _samples_at(host: Row, positions: torch.Tensor) -> torch.Tensor:
-    """The sample at each position of the row; 0 for -1, which is none and has no weight."""
+    """Returns the sample at each position of the row; 0 for -1, which marks an entry without a target and weight."""
     samples = torch.searchsorted(host.cu_seqlens.long(), positions, right=True) - 1
     return samples.clamp(0, host.num_samples - 1)
 
 
 def _last_targets(host: Row, cut: RowCut, context_index: int, slices: int, slice_index: int) -> torch.Tensor:
-    """Where each sample's last target token stands in one slice of one context rank's part, -1 where it does not."""
+    """Returns the index of each sample's last target token in one slice of one context-parallel rank's part.
+
+    It is -1 for samples whose last target token is on another rank.
+    """
     labelled = np.where(host.labels.numpy() != IGNORE, np.arange(len(host.labels)), -1)
-    at = np.maximum.reduceat(labelled, host.cu_seqlens[: host.num_samples].numpy()) + 1  # predicted one before it
+    # a label is the next token, so the last target token is one position after the last label
+    at = np.maximum.reduceat(labelled, host.cu_seqlens[: host.num_samples].numpy()) + 1
     part, position = np.divmod(cut.local[at], cut.order.shape[1] // slices)
     return torch.from_numpy(np.where((cut.owner[at] == context_index) & (part == slice_index), position, -1))
 
 
 def _visual_row(host: Row, merge: int) -> VisualRow:
-    """``merge``: patches of a visual token."""
+    """Describes the visual tokens of a row; ``merge`` is the number of patches of a visual token."""
     counts = np.asarray(host.frame_lengths, dtype=np.int64) // merge
     uses = host.use_frames.numpy()
     used = counts[uses]
@@ -213,9 +227,10 @@ def _visual_row(host: Row, merge: int) -> VisualRow:
 
 
 def _in_order(rows: list[Row], name: str, order: Sequence[int], width: int, dtype: torch.dtype) -> torch.Tensor:
-    """A per-patch field of the rows' frames, on the device, the frames in ``order``; copied once on the host.
+    """Returns a per-patch field of the rows' frames on the device, with the frames in ``order``.
 
-    Floats become ``dtype``; for an integer ``dtype`` of their size, their bits are taken.
+    It is copied only once on the host. Values are converted to a floating-point ``dtype``; for an integer ``dtype``,
+    which must have the same size, their bits are kept.
     """
     frames = [part for row in rows for part in getattr(row, name).split(row.frame_lengths)]
     if not dtype.is_floating_point:

@@ -1,4 +1,4 @@
-"""Micro-batches through this rank's part of the decoder, without a step around them."""
+"""Runs micro-batches through the tower and this rank's part of the decoder, outside a training step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,8 +17,9 @@ from megavlm.runtime.feed import MicroBatch, Window
 
 
 def encode_window(vlm: VLM, window: Window, timer: Timer = nullcontext) -> None:
-    """Runs the tower over a window's frames and gives each micro-batch its features (``timer``: see ``TowerPhase``)."""
+    """Encodes the frames of a window and sets the features of its micro-batches (``timer``: see ``TowerPhase``)."""
     frames, window.frames = window.frames, None  # the tower keeps what it needs of them
+    assert frames is not None, "a window is encoded once"
     encoded = vlm.tower.encode(frames, window.exchange, timer)
     for micro_batch, (positions, features) in zip(window.micro_batches, encoded, strict=True):
         micro_batch.row.visual_positions = positions
@@ -26,11 +27,14 @@ def encode_window(vlm: VLM, window: Window, timer: Timer = nullcontext) -> None:
 
 
 def feature_planes(vlm: VLM, chunk: LanguageModel, micro_batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
-    """What a decoder chunk uses of a micro-batch's features: embeddings [n, hidden], deepstack [levels, n, hidden]."""
+    """Returns the features of a micro-batch that a chunk uses: embeddings [n, hidden], deepstack [levels, n, hidden].
+
+    Either is None if the chunk does not use it.
+    """
     if micro_batch.features is None:
         return None, None
     planes, visual, deepstack = vlm.tower.share.planes, None, None
-    move = lambda planes: planes.to(device(), non_blocking=True)  # from host memory with vision.offload
+    move = lambda planes: planes.to(device(), non_blocking=True)  # with vision.offload, they are in host memory
     if chunk.pre_process:
         visual = move(micro_batch.features[planes.index(0)])
     levels = vlm.chunk_levels(vlm.groups.language.pp.rank(), chunk.vp_stage)
@@ -41,7 +45,10 @@ def feature_planes(vlm: VLM, chunk: LanguageModel, micro_batch: MicroBatch) -> t
 
 
 def forward_chunk(vlm: VLM, chunk: LanguageModel, micro_batch: MicroBatch) -> Tensor:
-    """Hidden states [t, 1, hidden] of one decoder chunk (the stage before hands over its own through Megatron)."""
+    """Returns the hidden states [t, 1, hidden] of one decoder chunk.
+
+    The hidden states of the previous pipeline stage arrive through Megatron (``set_input_tensor``).
+    """
     visual, deepstack = feature_planes(vlm, chunk, micro_batch)
     return chunk(
         micro_batch.input_ids,
@@ -54,19 +61,24 @@ def forward_chunk(vlm: VLM, chunk: LanguageModel, micro_batch: MicroBatch) -> Te
 
 
 def prepare_schedule(config: TransformerConfig) -> None:
-    """Settings of the decoder's TransformerConfig that Megatron's schedules read."""
-    config.finalize_model_grads_func = lambda *args, **kwargs: None  # the tower's backward is still to come
+    """Sets the entries of the decoder's TransformerConfig that Megatron's schedules read."""
+    config.finalize_model_grads_func = lambda *args, **kwargs: None  # the tower's backward pass comes later
     config.deallocate_pipeline_outputs = False
     config.variable_seq_lengths = False
-    config.moe_grad_scale_func = lambda: torch.ones((), device=device())  # a step sets its own
+    config.moe_grad_scale_func = lambda: torch.ones((), device=device())  # a training step sets another one
 
 
 @torch.no_grad()
 def forward_only(vlm: VLM, window: Window, read: Callable[[LanguageModel, Tensor, MicroBatch], Tensor]) -> list[Tensor]:
-    """What ``read`` makes of each micro-batch of a window, on the ranks of the last stage; elsewhere [].
+    """Runs the model on a window without gradients.
 
     Args:
-        read: called with the last chunk, the hidden states [t, 1, hidden] and the micro-batch; gives a tensor.
+        vlm: the model.
+        window: the window; its frames are encoded first.
+        read: computes a tensor from the last chunk, the hidden states [t, 1, hidden] and the micro-batch.
+
+    Returns:
+        On the ranks of the last pipeline stage, the result of ``read`` for each micro-batch; [] on the other ranks.
     """
     encode_window(vlm, window)
     prepare_schedule(vlm.decoder_config)
@@ -91,13 +103,16 @@ def forward_only(vlm: VLM, window: Window, read: Callable[[LanguageModel, Tensor
 
 @torch.no_grad()
 def logprobs_of(vlm: VLM, micro_batch: MicroBatch, chunk_tokens: int) -> Tensor:
-    """float32 [T] on the host: log-probability of each target of a row, 0 elsewhere. For one pipeline stage."""
+    """Returns the log-probability of each target of a row, and 0 at other positions: float32 [T] on the host.
+
+    It requires a layout with one pipeline stage.
+    """
     hidden = forward_chunk(vlm, vlm.language[0], micro_batch)
     logprobs, _ = vlm.language[0].token_logprobs(hidden, micro_batch.targets, chunk_tokens)
     row_index = micro_batch.targets.row_index
     row = torch.zeros(len(micro_batch.host.labels))
     row[row_index[row_index >= 0]] = logprobs.cpu()[row_index >= 0]
-    if vlm.parallel.context > 1:  # each context rank has the targets of its own part
+    if vlm.parallel.context > 1:  # each context-parallel rank has only the targets of its part of the row
         row = row.to(device())
         dist.all_reduce(row, group=vlm.groups.language.cp)
     return row.cpu()
@@ -105,7 +120,10 @@ def logprobs_of(vlm: VLM, micro_batch: MicroBatch, chunk_tokens: int) -> Tensor:
 
 @torch.no_grad()
 def scores_of(vlm: VLM, micro_batch: MicroBatch) -> Tensor:
-    """float32 [samples] on the host: what the reward head gives to each one's last target. For one pipeline stage."""
+    """Returns the reward head's score at the last target of each sample: float32 [samples] on the host.
+
+    It requires a layout with one pipeline stage.
+    """
     hidden = forward_chunk(vlm, vlm.language[0], micro_batch)
     scores = vlm.language[0].scores(hidden, micro_batch.last_targets)
     groups = vlm.groups.language

@@ -1,4 +1,4 @@
-"""Answers to prompts on all data ranks: the prompts packed in rows, the tower's features, the decoder's own cache."""
+"""Generates answers to prompts on all data-parallel ranks: packs the prompts, encodes the frames, runs the decoder."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +18,12 @@ from megavlm.runtime.session import Session
 
 
 def answer_all(session: Session, renderer: Renderer, samples: Iterator[Sample] | None) -> list[dict]:
-    """``{"index", "answer"}`` of every prompt in order, on rank 0 (elsewhere empty).
+    """Answers all prompts. Returns ``{"index", "answer"}`` of every prompt in order on rank 0, [] on the other ranks.
 
     Args:
-        samples: this data rank's prompts, on the leader of each model-parallel group.
+        session: the session of the command.
+        renderer: renders the prompts and decodes the answers.
+        samples: the prompts of this data-parallel rank, on the leader of each model-parallel group; None elsewhere.
     """
     settings, groups = session.settings.generate, session.groups
     sampling = Sampling(
@@ -45,7 +47,7 @@ def answer_all(session: Session, renderer: Renderer, samples: Iterator[Sample] |
 
 
 def stop_tokens(hf: Path, renderer: Renderer) -> list[int]:
-    """Tokens that end an answer: generation_config.json's, else the tokenizer's end token."""
+    """Returns the tokens that end an answer: those of generation_config.json, or the tokenizer's end token."""
     if (hf / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(hf).eos_token_id
         if ends is not None:
@@ -54,7 +56,7 @@ def stop_tokens(hf: Path, renderer: Renderer) -> list[int]:
 
 
 def _rows(samples: Iterator[Sample], renderer: Renderer, session: Session) -> Iterator[Row]:
-    """``generate.batch_size`` prompts make a row of their own length."""
+    """Packs ``generate.batch_size`` prompts into each row; the row is as long as its prompts."""
     slices = session.settings.parallel.tensor
     waiting: list[Sample] = []
 
@@ -77,12 +79,15 @@ def _generate(session: Session, window: Window, sampling: Sampling, source: torc
         encode_window(vlm, window)
     host, parallel = micro_batch.host, session.settings.parallel
     visual, deepstack = feature_planes(vlm, vlm.language[0], micro_batch)
+    positions = micro_batch.row.visual_positions
+    assert visual is not None, "the first pipeline stage has the embeddings"
+    assert positions is not None, "the window is encoded"
     return generate(
         vlm.language[0],
         micro_batch.input_ids,
         micro_batch.position_ids,
         host.segment_lengths[: host.num_samples],
-        (micro_batch.row.visual_positions, visual, deepstack),
+        (positions, visual, deepstack),
         sampling,
         tensor_slices=parallel.tensor if parallel.sequence_parallel else 1,
         generator=source,
@@ -91,7 +96,7 @@ def _generate(session: Session, window: Window, sampling: Sampling, source: torc
 
 
 def _everywhere(finished: torch.Tensor) -> bool:
-    """Whether every sequence of every rank is finished: experts of one rank serve the tokens of others."""
+    """Whether every sequence of every rank is finished; the experts of one rank process the tokens of other ranks."""
     open_ones = (~finished).any().int()
     dist.all_reduce(open_ones, op=dist.ReduceOp.MAX)
     return not open_ones.item()

@@ -1,4 +1,4 @@
-"""What every verb that runs the model does first: process groups, shapes, checks, the model and its weights."""
+"""The start of every command that runs the model: process groups, shapes, checks, the model and its weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from megavlm.runtime.adapter_start import check_adapter, load_start, with_stored
 
 @dataclass
 class Model:
-    """A model on this rank and, where it has any, its adapters."""
+    """A model on this rank, and its adapters if it has any."""
 
     vlm: VLM
     adapters: Adapters | None = None
@@ -29,11 +29,14 @@ class Model:
 
 @dataclass
 class Session:
-    """The models of a command on their ranks, with their weights.
+    """The models of a command on this rank, and their layout.
 
     Attributes:
-        models: by name. ``MAIN`` is the one that the command is about; a method may add others, such as a critic, a
-            frozen reference or a reward model.
+        settings: the settings of the command.
+        shapes: the shapes of all models.
+        groups: the process groups of all models.
+        models: the models by name. ``MAIN`` is the model that the command is about; a method may add others, such as a
+            critic, a frozen reference or a reward model.
     """
 
     settings: Settings
@@ -52,16 +55,16 @@ class Session:
         return self.models[MAIN].adapters
 
     def add_model(self, name: str, load: Path, *, trained: bool, score_head: bool = False) -> Model:
-        """Builds another model of the same shapes in the same layout, with the weights of ``load``.
+        """Adds another model with the same shapes and layout, and the weights of ``load``.
 
         Args:
-            name: under which it is found in ``models`` and, if it is trained, in checkpoints.
+            name: name of the model in ``models`` and, if it is trained, in checkpoints.
             load: checkpoint or run folder.
-            trained: whether its weights will change; otherwise all of it is frozen and in eval mode.
-            score_head: with the head of a reward or value model.
+            trained: whether its weights will change; otherwise the whole model is frozen and in eval mode.
+            score_head: whether to add the head of a reward or value model.
 
         Raises:
-            UserError: ``load`` holds an adapter alone, or no complete checkpoint.
+            UserError: ``load`` contains only an adapter, or no complete checkpoint.
         """
         assert name not in self.models, name
         vlm = VLM(self.shapes, self.settings, self.groups, score_head=score_head)
@@ -74,15 +77,15 @@ class Session:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes and shows what the run has to say."""
+        """Whether this is rank 0, which writes the files of the run and prints its messages."""
         return dist.get_rank() == 0
 
 
 def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, training: bool = True) -> int:
-    """Whether this model fits this layout on so many processes; returns the data-parallel size.
+    """Checks that the model fits the layout on ``world_size`` processes. Returns the data-parallel size.
 
     Raises:
-        UserError: it does not; the message says which values would.
+        UserError: it does not; the message says which values are allowed.
     """
     text = shapes.text
     check_dense_settings(settings.train, text.moe.num_experts if text.moe else None)
@@ -103,7 +106,7 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, trainin
     )
     if training and settings.vision.balance == "world" and dp_size == 1:
         raise UserError(
-            "vision.balance is world, but there is one data-parallel rank: it would be ignored",
+            "vision.balance is world, but there is only one data-parallel rank, so that the setting has no effect",
             "set vision.balance to model_parallel, or start more processes",
         )
     return dp_size
@@ -113,16 +116,21 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
     """Builds the model on this rank and loads ``model.load`` into it, if it is set.
 
     Args:
+        settings: the settings of the command.
         training: whether weights will change; otherwise the model is in eval mode.
-        load: False for a run that may have a checkpoint of its own.
-        score_head: with the head of a reward model.
+        load: whether to load ``model.load`` and the first values of the adapters; False for a run that may continue
+            from a checkpoint of its own.
+        score_head: whether to add the head of a reward model.
+
+    Raises:
+        UserError: the settings do not fit the model, the number of processes or each other.
     """
     shapes = Shapes.from_hf(settings.model.hf)
     settings = with_stored_adapter(settings, shapes)
     if not training and settings.adapter.type is not None and settings.model.adapter is None:
         raise UserError(
-            f"adapter.type is {settings.adapter.type}, but model.adapter is not set: the base would answer by itself",
-            "set model.adapter to the run that trained it, or adapter.type to null",
+            f"adapter.type is {settings.adapter.type}, but model.adapter is not set: the adapter would have no effect",
+            "set model.adapter to the run that trained the adapter, or adapter.type to null",
         )
     share_frames = training and settings.vision.balance == "world"
     groups = init(
@@ -134,8 +142,8 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
     check_shapes(settings, shapes, dist.get_world_size(), training=training)
     if settings.parallel.pipeline > 1 and not training:
         raise UserError(
-            f"parallel.pipeline is {settings.parallel.pipeline}, but scoring and answering run in one stage",
-            "set parallel.pipeline=1 on the command line; any checkpoint loads in any layout",
+            f"parallel.pipeline is {settings.parallel.pipeline}, but scoring and generation require one pipeline stage",
+            "set parallel.pipeline=1 on the command line; a checkpoint can be loaded in any layout",
         )
     vlm = VLM(shapes, settings, groups, share_frames=share_frames, score_head=score_head)
     adapters = Adapters(vlm, settings.adapter) if settings.adapter.type is not None else None

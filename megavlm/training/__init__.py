@@ -1,1 +1,1 @@
-"""The training step and loop, and what a run shows and writes."""
+"""The training step, the training loop, and the methods and objectives of training."""

@@ -1,4 +1,4 @@
-"""Work beside the steps of a run: evaluation, a profiler, the report, or whatever a caller of ``train`` wants done."""
+"""Hooks: work in addition to the training steps, such as evaluation, a profiler, or the report at the end."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ class Hook:
     """A function that the training loop calls on all ranks.
 
     Attributes:
-        call: gets the run, the number of the last step and a function that shows a message on the terminal. What it
-            returns after a step is added to that step's line of metrics.jsonl.
-        every: call it after each step whose number is divisible by this; None: after none.
-        at_end: call it once after the last step, when every checkpoint is complete. A run that fails has no end.
+        call: the function. Its arguments are the run, the number of the last step and a function that prints a message
+            on the terminal. The fields that it returns after a step are added to that step's line of metrics.jsonl.
+        every: it is called after each step whose number is divisible by this; None: after no step.
+        at_end: whether it is called once after the last step, when all checkpoints are complete. It is not called if
+            the run fails.
     """
 
     call: Callable[[Run, int, Callable[[str], None]], Fields | None]
@@ -24,5 +25,5 @@ class Hook:
     at_end: bool = False
 
     def is_due(self, step: int) -> bool:
-        """Whether it is called after this step."""
+        """Whether the hook is called after this step."""
         return self.every is not None and step % self.every == 0

@@ -1,12 +1,12 @@
-"""Pretraining and supervised tuning: the model learns to predict its targets; the two differ in their data alone.
+"""Pretraining and supervised fine-tuning: the model is trained to predict its targets. They differ only in their data.
 
-A pretraining stage is a recipe (configs/pretrain): what is frozen, how long a row is, the learning rate and its
-schedule. The code of all four stages is the same.
+A pretraining stage is a recipe in configs/pretrain, which sets the frozen parts, the length of rows, the learning rate
+and its schedule. The code of all four stages is the same.
 """
 
 from collections.abc import Callable
 
-from megavlm.config.requirements import check_stage
+from megavlm.config.requirements import check_stage, required
 from megavlm.config.settings import Settings
 from megavlm.data.records import Kind
 from megavlm.runtime.session import Session
@@ -18,10 +18,10 @@ STAGES = ("alignment", "all weights", "long context", "ultra-long context")
 
 
 class LanguageModeling:
-    """Cross-entropy of the targets, and with ``train.kl_to_start`` the divergence from the start model.
+    """Training with the cross-entropy of the targets and, with ``train.kl_to_start``, a KL term to the start model.
 
     Args:
-        kind: "pretrain": every text token is a target; "tune": what the assistant says.
+        kind: which tokens are targets; "pretrain": all text tokens, "tune": only the assistant's answers.
         title: heading on the terminal.
     """
 
@@ -44,11 +44,12 @@ class LanguageModeling:
 
 
 def pretrain(settings: Settings) -> LanguageModeling:
-    """The method of ``megavlm pretrain``, of ``settings.stage``. Raises UserError where settings contradict it."""
+    """Makes the method of ``megavlm pretrain``. Raises UserError if the settings contradict ``settings.stage``."""
     check_stage(settings)
-    return LanguageModeling("pretrain", f"pretrain · stage {settings.stage}, {STAGES[settings.stage]}")
+    stage = required(settings.stage, "stage")
+    return LanguageModeling("pretrain", f"pretrain · stage {stage}, {STAGES[stage]}")
 
 
 def sft(settings: Settings) -> LanguageModeling:
-    """The method of ``megavlm sft``."""
-    return LanguageModeling("tune", "supervised tuning")
+    """Makes the method of ``megavlm sft``."""
+    return LanguageModeling("tune", "supervised fine-tuning")

@@ -1,10 +1,11 @@
-"""The training loop: steps, checkpoints, what is shown of them, and the ways in which a run ends."""
+"""The training loop: it runs the steps, writes checkpoints and metrics, and ends the run."""
 
 import time
 from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.monitor.hang_watch import HangWatch
 from megavlm.monitor.run_monitor import RunMonitor
@@ -19,12 +20,19 @@ from megavlm.training.summary import header, metrics_line
 
 
 def train(settings: Settings, method: Method, hooks: Sequence[Hook] = ()) -> int:
-    """Trains to ``train.steps``, or continues the run that lies in the output folder.
+    """Trains until ``train.steps``. If the output folder contains the run already, it is resumed.
+
+    Args:
+        settings: the settings of the run.
+        method: the training method.
+        hooks: additional work after steps and at the end.
 
     Returns:
-        exit status 0, also when a signal stopped the run after a checkpoint.
+        Exit status 0, also if a signal stopped the run after a checkpoint.
+
     Raises:
-        UserError: the longest row does not fit in memory. RunFailure: too many skipped steps in a row.
+        UserError: the longest row does not fit in memory, or the settings, data or checkpoints do not fit.
+        RunFailure: too many consecutive steps were skipped, weights are not finite, or too many samples are broken.
     """
     with HangWatch.of_run(settings) as watch:
         run = build_run(settings, method, watch.heartbeat)
@@ -47,17 +55,18 @@ def train(settings: Settings, method: Method, hooks: Sequence[Hook] = ()) -> int
 def _run_steps(
     run: Run, settings: Settings, hooks: Sequence[Hook], monitor: RunMonitor, heartbeat: Callable[[str], None]
 ) -> tuple[int, bool]:
-    """All steps that are left. Returns the number of the last one, and whether a signal ended the run early."""
-    steps, number, stop = settings.train.steps, run.first_step, StopSignal(run.session.groups.world_host)
+    """Runs the remaining steps. Returns the number of the last step, and whether a signal ended the run early."""
+    steps, number = required(settings.train.steps, "train.steps"), run.first_step
+    stop = StopSignal(run.session.groups.world_host)
     if run.restarted:
-        monitor.say("no checkpoint yet: starts at step 0")
+        monitor.say("there is no checkpoint yet, so the run starts again at step 0")
     if settings.train.memory_check and number < steps:
         monitor.say(check_memory(run.step, run.longest_row, settings))
         heartbeat("the memory check")
     skipped = SkippedSteps(settings.train.max_skipped_steps, monitor.say)
     for number in range(run.first_step + 1, steps + 1):
         for part in run.optimizers.unfreeze(number):
-            monitor.say(f"step {number}: {part} is unfrozen and trained from here on")
+            monitor.say(f"step {number}: {part} is unfrozen and trained from now on")
         result = _one_step(run, number, hooks, monitor)
         run.checkpoints.poll()
         heartbeat(f"step {number}")
@@ -65,9 +74,9 @@ def _run_steps(
         saving = number == steps or stopping or bool(every and number % every == 0)
         failure = skipped.failure(number, result.trouble) or monitor.data_failure()
         if result.trouble and saving and not failure:
-            failure = weights_failure(run.session.vlm)  # it would take the place of an older, good checkpoint
+            failure = weights_failure(run.session.vlm)  # a bad checkpoint would replace an older, good one
         if failure:
-            run.checkpoints.finish()  # an earlier one may still be being written
+            run.checkpoints.finish()  # the previous checkpoint may still be in progress
             monitor.finish(failed=True)
             raise failure
         if saving:
@@ -79,7 +88,7 @@ def _run_steps(
 
 
 def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -> StepResult:
-    """Step ``number``, the hooks that are due after it, and its line of metrics."""
+    """Runs step ``number`` and the hooks that are due after it, and records its line of metrics."""
     settings = run.session.settings
     began = time.perf_counter()
     run.stragglers.start()

@@ -1,7 +1,8 @@
-"""The memory check before the first step: does the longest row that the settings allow fit in memory?
+"""The memory check before the first step: it tests whether the longest row that the settings allow fits in memory.
 
-Otherwise a run ends at the first long row, hours in. The row goes the way of every other, through the feed, the tower,
-the decoder and the reduction of gradients, on all ranks; nothing is updated, and no number of the training changes.
+Without it, a run might fail at its first long row, after hours. All ranks run the row like any other row through the
+feed, the tower, the decoder and the reduction of gradients. Nothing is updated, and the results of the training do not
+change.
 """
 
 import contextlib
@@ -27,22 +28,25 @@ from megavlm.runtime.feed import Feed
 from megavlm.training.step import Step
 
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
-_BLOCK = 4096  # patches drawn at random; more of them repeat these
+_BLOCK = 4096  # number of random patches; further patches repeat them
 
 
 def check_memory(step: Step, longest_row: Callable[[], Row] | None, settings: Settings) -> str:
-    """Runs the longest row forward and backward on all ranks; afterwards everything is as it was before.
+    """Runs the longest row forward and backward on all ranks, and restores the previous state.
 
     Args:
-        step: the run's; its feed is not read.
-        longest_row: makes that row, on ranks that read rows; None on the others.
+        step: the step of the run; its feed is not read.
+        longest_row: makes the longest row, on leaders; None on the other ranks.
+        settings: the settings of the run.
+
     Returns:
-        seconds and peak memory, for the terminal.
+        A message with the time and the peak memory, for the terminal; "" on ranks that are not leaders.
+
     Raises:
-        UserError: a rank ran out of memory; names the settings that help. The other ranks are then left waiting.
+        UserError: this rank ran out of memory. The message names settings that help. The other ranks keep waiting.
     """
     began = time.perf_counter()
-    num_rows = min(step.num_micro_batches, step.window)  # as many as have features at one time
+    num_rows = min(step.num_micro_batches, step.window)  # the number of rows whose features exist at the same time
     with _same_random_numbers():
         try:
             rows = [longest_row()] * num_rows if longest_row is not None else None
@@ -58,7 +62,7 @@ def check_memory(step: Step, longest_row: Callable[[], Row] | None, settings: Se
     step.optimizers.zero_grad()
     reset_memory()
     if rows is None:
-        return ""  # rank 0, which shows it, is a leader
+        return ""  # only rank 0 prints the message, and it is a leader
     visual = len(rows[0].visual_positions)
     return (
         f"memory check: {num_rows} × {settings.data.seq_length} tokens, {visual} of them visual, "
@@ -67,12 +71,11 @@ def check_memory(step: Step, longest_row: Callable[[], Row] | None, settings: Se
 
 
 def longest_row(renderer: Renderer, kind: Kind = "tune") -> Row:
-    """A row of exactly ``data.seq_length`` tokens, one sample: pictures as large as the settings allow, as many as fit.
+    """Makes a row of one sample with exactly ``data.seq_length`` tokens and as many pictures as fit.
 
-    Of the kinds "pair" and "judged" it is two answers of half the length, which share the pictures.
-
-    Every token but the last has a target. Pixels and text are random numbers of a generator of its own: equal tokens
-    would all go to the same experts.
+    The pictures are as large as the settings allow. For the kinds "pair" and "judged", the row has two answers of half
+    the length, which share the pictures. Every token except the last has a target. Pixels and text are random numbers
+    from a separate generator, because equal tokens would all be routed to the same experts.
     """
     vision, draw = renderer.vision, np.random.default_rng(0)
     pixels_of_token = vision.hf.image_processor.patch_size**2 * vision.merge**2
@@ -81,15 +84,15 @@ def longest_row(renderer: Renderer, kind: Kind = "tune") -> Row:
     answers = 2 if kind in ("pair", "judged") else 1
     length = renderer.seq_length // answers // renderer.pad_multiple * renderer.pad_multiple
     tokens = draw.integers(0, min(renderer.tokenizer.vocab_size, renderer.processor.image_token_id), length)
-    grids, visual, used = [], [np.empty(0, np.int64)], 0
-    while (room := min(length - used - 2, most)) >= max(least, 1):  # a token before the picture and one behind
+    grids, positions, used = [], [np.empty(0, np.int64)], 0
+    while (room := min(length - used - 2, most)) >= max(least, 1):  # one text token before and after a picture
         height = math.isqrt(room)
         width = room // height
         grids.append((height * vision.merge, width * vision.merge))
-        visual.append(np.arange(used + 1, used + 1 + height * width))
+        positions.append(np.arange(used + 1, used + 1 + height * width))
         used += height * width + 2
     frame_grids = np.array(grids, dtype=np.int32).reshape(-1, 2)
-    visual = np.concatenate(visual)
+    visual = np.concatenate(positions)
     tokens[visual] = renderer.processor.image_token_id
     num_patches = int(frame_grids.prod(axis=1).sum())
     block = torch.from_numpy(draw.uniform(-1, 1, (min(_BLOCK, num_patches), vision.patch_dim)).astype(np.float32))
@@ -105,14 +108,14 @@ def longest_row(renderer: Renderer, kind: Kind = "tune") -> Row:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch, numpy or a library under them could not get memory, of the device or of the host."""
+    """Whether torch, numpy or one of their libraries could not allocate memory on the device or the host."""
     words = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in words for word in _MEMORY_WORDS)
 
 
 @contextlib.contextmanager
 def _same_random_numbers() -> Iterator[None]:
-    """Whatever is drawn inside, the numbers drawn after it are those that would have come without it."""
+    """Restores the state of all random number generators at the end of the block."""
     state = random_state()
     try:
         yield
@@ -121,14 +124,14 @@ def _same_random_numbers() -> Iterator[None]:
 
 
 def _to_unfreeze(step: Step) -> list[torch.nn.Parameter]:
-    """Weights on this rank that are frozen now and will not stay so."""
+    """Returns the weights on this rank that are frozen now and will be unfrozen later."""
     parts = [part for part in step.optimizers.train.unfreeze_after if part not in step.optimizers.unfrozen_at]
     return [p for part in parts for module in step.vlm.modules_of(part) for p in module.parameters()]
 
 
 @contextlib.contextmanager
 def _unfrozen(step: Step) -> Iterator[None]:
-    """Inside, parts that are unfrozen later are trainable, so that the peak has their activations and gradients."""
+    """Unfreezes all parts within the block that are unfrozen later, so that the peak includes their training."""
     weights = _to_unfreeze(step)
     for weight in weights:
         weight.requires_grad_(True)
@@ -140,14 +143,14 @@ def _unfrozen(step: Step) -> Iterator[None]:
 
 
 def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:
-    """As much memory as optimizers will take later.
+    """Allocates as much memory as the optimizers will allocate later.
 
-    At its first step Adam takes two float32 per number that this rank updates; GaLore takes its state here and now. A
-    part that is unfrozen later takes a gradient buffer, less the gradients that the memory check itself makes, and a
-    float32 copy of half-precision weights; of what is shared over data ranks this rank's part (experts, which are
-    shared over fewer, are counted like others).
+    In its first step, Adam allocates two float32 numbers for each number that this rank updates. GaLore allocates its
+    state in this function. A part that is unfrozen later needs a gradient buffer, less the gradients that exist during
+    the memory check, and a float32 copy of half-precision weights. Of memory that is divided among data-parallel ranks,
+    only this rank's part is counted (experts, which are divided among fewer ranks, are counted like other weights).
     """
-    optimizers, groups, numbers = step.optimizers, step.groups, 0
+    optimizers, groups, numbers = step.optimizers, step.groups, 0.0
     adam = optimizers.train.optimizer == "adam"
     if adam and not any(o.optimizer.state for o in optimizers.optimizer.chained_optimizers):
         numbers = 2 * sum(p.numel() for group in optimizers.optimizer.param_groups for p in group["params"])
@@ -161,12 +164,12 @@ def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:
         numbers += weight.numel() * (half / 2 + (2 * adam + half) / share)
         if inner:
             numbers += sum(math.prod(shape) for shape in inner[0].state_shapes(weight).values())
-    # written to, or a CPU would not count it
+    # the memory is written to, because a CPU would not allocate it otherwise
     return torch.ones(round(numbers), dtype=torch.float32, device=device()) if numbers else None
 
 
 def _largest(memory: float, step: Step) -> tuple[float, int]:
-    """The largest peak of all ranks in GiB, and the rank."""
+    """Returns the largest peak of all ranks in GiB, and the rank that has it."""
     group = step.groups.world_host
     peaks = [torch.empty(1, dtype=torch.float64) for _ in range(group.size())]
     dist.all_gather(peaks, torch.tensor([memory], dtype=torch.float64), group=group)
@@ -175,11 +178,11 @@ def _largest(memory: float, step: Step) -> tuple[float, int]:
 
 def _too_large(error: Exception, settings: Settings) -> UserError:
     train, vision = settings.train, settings.vision
-    smallest = settings.parallel.pipeline  # rows that fill the pipeline
-    tower_learns = not {"vision", "projector"} <= set(settings.model.freeze)
+    smallest = settings.parallel.pipeline  # number of rows that fill the pipeline
+    tower_is_trained = not {"vision", "projector"} <= set(settings.model.freeze)
     advice = [
         *(["train.recompute=full"] if train.recompute != "full" else []),
-        *(["vision.recompute=true"] if tower_learns and not vision.recompute else []),
+        *(["vision.recompute=true"] if tower_is_trained and not vision.recompute else []),
         *([f"vision.window={smallest}"] if vision.window != smallest else []),
         *(["vision.offload=true"] if not vision.offload else []),
         "a larger parallel.tensor or parallel.context, on more processes",
@@ -192,8 +195,8 @@ def _too_large(error: Exception, settings: Settings) -> UserError:
     ]
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(
-        f"the longest row that may come, of data.seq_length = {settings.data.seq_length} tokens, does not fit: "
+        f"the longest possible row, of data.seq_length = {settings.data.seq_length} tokens, does not fit in memory: "
         f"rank {dist.get_rank()} on {socket.gethostname()} ran out of memory after a peak of {memory_gib():.3g} GiB "
         f"({reason})",
-        f"in this order: {'; '.join(advice)}. train.memory_check=false starts all the same",
+        f"try in this order: {'; '.join(advice)}. train.memory_check=false skips this check",
     )

@@ -1,10 +1,11 @@
-"""What the training loop asks of a method: its objective and its rows."""
+"""The interface of training methods: a method provides an objective and rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from megavlm.config.requirements import required
 from megavlm.data.loader import RowLoader, build_loader
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
@@ -18,12 +19,12 @@ from megavlm.training.objective import Objective
 
 @dataclass(frozen=True)
 class Prepared:
-    """A method ready for its first step.
+    """A method that is ready for its first step.
 
     Attributes:
-        objective: what is minimised.
-        rows: the rows to train on, on the first rank of each model-parallel group; None on the others.
-        longest_row: makes the longest row that may come, for the memory check, on the same ranks as ``rows``.
+        objective: the objective that is minimised.
+        rows: the rows to train on, on the leader of each model-parallel group; None on the other ranks.
+        longest_row: makes the longest row that the settings allow, for the memory check; on the same ranks as ``rows``.
     """
 
     objective: Objective
@@ -32,32 +33,38 @@ class Prepared:
 
 
 class Method(Protocol):
-    """A way of training. ``megavlm.align.registry`` lists all of them.
+    """A training method. ``megavlm.align.registry`` lists all of them."""
 
-    Attributes:
-        title: heading on the terminal.
-        scores: whether the model has a reward head.
-    """
+    @property
+    def title(self) -> str:
+        """Heading on the terminal."""
 
-    title: str
-    scores: bool
+    @property
+    def scores(self) -> bool:
+        """Whether the model has a reward head."""
 
     def bare_objective(self, session: Session) -> Objective:
-        """What is minimised, without anything that is computed from weights or data beforehand, for a dry run."""
+        """Returns the objective without anything that is computed from weights or data beforehand, for a dry run."""
 
     def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
-        """Called on all ranks, before the optimizers are built and a checkpoint is restored.
+        """Prepares the method. It is called on all ranks before the optimizers are built and a checkpoint is restored.
 
-        It may add models to the session, and it may change the main model's weights to those of ``model.load``.
+        It may add models to the session, and it may set the main model's weights to those of ``model.load``.
 
         Args:
-            heartbeat: to be called at every sign of progress, with what has just been done.
+            session: the session of the run.
+            heartbeat: the method calls it after each sign of progress with a short description of what was done.
         """
 
 
 @dataclass(frozen=True)
 class FileRows:
-    """Rows that are read from files: on the first rank of a model-parallel group its loader and renderer."""
+    """Rows that are read from files.
+
+    Attributes:
+        kind: how the records are rendered.
+        renderer, loader: on the leader of a model-parallel group; None on the other ranks.
+    """
 
     kind: Kind
     renderer: Renderer | None = None
@@ -65,7 +72,7 @@ class FileRows:
 
     @classmethod
     def of(cls, session: Session, kind: Kind) -> "FileRows":
-        """The rows of ``data.train``, with samples of the given kind. Raises UserError as ``build_loader`` does."""
+        """Opens the rows of ``data.train`` with samples of this kind. Raises UserError as ``build_loader`` does."""
         settings, groups = session.settings, session.groups
         if not groups.is_leader:
             return cls(kind)
@@ -77,7 +84,7 @@ class FileRows:
             dp_rank=groups.dp_rank,
             dp_size=groups.dp_size,
             seed=settings.train.seed,
-            rows_per_step=settings.train.global_batch_size // groups.dp_size,
+            rows_per_step=required(settings.train.global_batch_size, "train.global_batch_size") // groups.dp_size,
             pin_memory=on_gpu(),
         )
         return cls(kind, renderer, loader)

@@ -1,7 +1,7 @@
-"""What a step minimises: from the last hidden states of a row to its share of the loss, and sums for the metrics."""
+"""Objectives: they compute a row's part of the loss, and sums for the metrics, from its last hidden states."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -13,58 +13,62 @@ from megavlm.runtime.feed import MicroBatch
 from megavlm.training.start_weights import StartWeights
 
 Read = Callable[[LanguageModel, Tensor, MicroBatch], Tensor]
-"""What is read off a row: called with the last chunk of the decoder, the hidden states [t, 1, hidden] and the row."""
+"""Computes a tensor from the last chunk of the decoder, hidden states [t, 1, hidden] and the micro-batch of a row."""
 LookThrough = Callable[[Read], list[Tensor]]
-"""Reads something off all rows of a step (see ``Objective.look_ahead``)."""
+"""Computes something for all rows of a step (see ``Objective.look_ahead``)."""
 
 
 class Objective(Protocol):
-    """A loss that is a sum over rows, divided once by a weight over the global batch.
+    """A loss that is a sum over the rows of the global batch, divided once by the sum of the rows' weights."""
 
-    Attributes:
-        num_sums: length of the vector of sums; the first of them is the loss's own.
-    """
-
-    num_sums: int
+    @property
+    def num_sums(self) -> int:
+        """Length of the vector of sums; the first of them is the sum of the loss itself."""
 
     def weight(self, rows: list[Row]) -> float:
-        """What these rows add to the number by which the loss is divided."""
+        """Returns what these rows add to the number by which the loss is divided."""
 
     def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
-        """Finds what must be known of all rows of the step before any has a loss. Called on all ranks.
+        """Computes what must be known about all rows of the step before the forward pass. It is called on all ranks.
 
         Args:
-            look_through: runs the model over all rows of the step without gradient; returns what its argument reads
-                off each, in order, on the ranks of the last pipeline stage, and [] on the others.
+            look_through: runs the model on all rows of the step without gradients. It returns the results of its
+                argument for each row, in order, on the ranks of the last pipeline stage, and [] on the other ranks.
+
         Returns:
-            one thing for each row, which ``outputs`` and ``loss`` find in ``MicroBatch.found``; [] for nothing.
+            One value for each row, which ``outputs`` and ``loss`` find in ``MicroBatch.found``; [] if there is none.
         """
 
     def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """What the loss is made of, from the last stage's hidden states [t, 1, hidden]."""
+        """Computes the inputs of the loss from the hidden states [t, 1, hidden] of the last pipeline stage."""
 
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """The row's loss (scalar), and float32 [num_sums] without gradient that add up over rows and ranks.
+        """Computes the loss of a row (a scalar) and its sums, float32 [num_sums] without gradient.
 
-        Context-parallel ranks have the same row and their own part of its targets: what they return is added up. The
-        same goes for the gradients, so a loss of whole sequences is worked out on each of them.
+        The sums are added over rows and ranks. Context-parallel ranks have the same row and different parts of its
+        targets, and what they return is added as well. Their gradients are also added, so a loss of whole sequences is
+        computed on each of them.
         """
 
     def fields(self, sums: list[float], counts: dict[str, float]) -> dict[str, float | None]:
-        """Fields for metrics.jsonl, from the sums over the global batch and the step's counts."""
+        """Returns fields for metrics.jsonl, computed from the sums over the global batch and the step's counts."""
 
 
 class CrossEntropy:
-    """Negative log-probability of the targets, weighted: pretraining and supervised tuning.
+    """Weighted negative log-probability of the targets, for pretraining and supervised fine-tuning.
 
     Args:
-        source_names: of the sources of the rows, in the order of their numbers; several have their own losses.
-        chunk_tokens: targets whose logits exist at one time.
+        source_names: names of the data sources, in the order of their numbers. If there are several, each has a loss of
+            its own in the metrics.
+        chunk_tokens: number of targets whose logits are computed at a time.
     """
 
     def __init__(self, source_names: Sequence[str], chunk_tokens: int):
         self.source_names, self.chunk_tokens = list(source_names), chunk_tokens
-        self.num_sums = 1 + len(self.source_names)
+
+    @property
+    def num_sums(self) -> int:
+        return 1 + len(self.source_names)
 
     def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
         return []
@@ -73,7 +77,7 @@ class CrossEntropy:
         return sum(row.loss_weights.sum().item() for row in rows)
 
     def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """[slices, m], as ``Targets``."""
+        """Computes the log-probabilities of the targets, [slices, m] like ``Targets``."""
         return chunk.token_logprobs(hidden, micro_batch.targets, self.chunk_tokens)[0]
 
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -94,25 +98,29 @@ class CrossEntropy:
 
 
 class CrossEntropyWithKL(CrossEntropy):
-    """The same plus ``coefficient`` times KL(model ‖ start) at the targets, weighted alike: what was learned is kept.
+    """Cross-entropy plus ``coefficient`` times KL(model ‖ start model) at the targets, against forgetting.
 
-    The divergence is over the whole vocabulary. A pass without gradient finds the start's hidden states first.
+    The divergence is over the whole vocabulary and has the same weights as the cross-entropy. A forward pass without
+    gradients computes the start model's hidden states first.
     """
 
     def __init__(self, source_names: Sequence[str], chunk_tokens: int, coefficient: float, start: StartWeights):
         super().__init__(source_names, chunk_tokens)
         self.coefficient, self.start = coefficient, start
-        self.num_sums += 2
+
+    @property
+    def num_sums(self) -> int:
+        return 2 + super().num_sums
 
     def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
-        """The start model's hidden states [m, hidden] at the targets of each row."""
+        """Computes the start model's hidden states [m, hidden] at the targets of each row."""
         at_targets = lambda chunk, hidden, micro_batch: hidden.squeeze(1).index_select(0, micro_batch.targets.local)
         with self.start():
             return look_through(at_targets)
 
     def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """[2, slices, m]: log-probabilities and divergences."""
-        weight, states = self.start.of(chunk.output_weight), micro_batch.found
+        """Computes log-probabilities and divergences, [2, slices, m]."""
+        weight, states = self.start.of(chunk.output_weight), cast(Tensor, micro_batch.found)  # from look_ahead
         kl = chunk.token_kl(hidden, states, weight, micro_batch.targets, self.chunk_tokens)
         return torch.stack([super().outputs(chunk, hidden, micro_batch), kl])
 
@@ -129,21 +137,24 @@ class CrossEntropyWithKL(CrossEntropy):
 
 
 def count_sources(rows: list[Row], source_names: Sequence[str], broken: Sequence[int]) -> dict[str, float]:
-    """Samples (answers), targets, loss weights, records and broken records of each source in some rows.
+    """Counts samples (answers), targets, loss weights, records and broken records of each source.
 
     Args:
-        broken: number of the source of each broken sample.
+        rows: the rows to count in.
+        source_names: names of the sources, in the order of their numbers.
+        broken: the number of the source of each broken sample.
     """
     sums = np.zeros((5, len(source_names)))
     for row in rows:
         starts = row.cu_seqlens[: row.num_samples].numpy()
-        values = [
+        values = (
             np.ones(row.num_samples),
             np.add.reduceat((row.labels != IGNORE).numpy(), starts, dtype=np.int64),
             np.add.reduceat(row.loss_weights.numpy(), starts, dtype=np.float64),
-            [not annotations.is_further_answer for annotations in row.annotations],
-        ]
-        np.add.at(sums[:4], (slice(None), row.source_ids), values)
+            np.array([not annotations.is_further_answer for annotations in row.annotations], dtype=np.float64),
+        )
+        for of_sources, of_samples in zip(sums, values, strict=False):  # the last of sums is filled below
+            np.add.at(of_sources, row.source_ids, of_samples)
     np.add.at(sums[4], list(broken), 1)
     kinds = ("samples", "target_tokens", "loss_weight", "records", "broken")
     return {

@@ -1,10 +1,11 @@
-"""A training run is built here: the model, its rows, optimizers, checkpoints and the step, resumed where it stopped."""
+"""Builds a training run: the model, its rows, optimizers, checkpoints and the step. An interrupted run is resumed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
+from megavlm.config.requirements import required
 from megavlm.config.run_folder import prepare_output
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
@@ -26,11 +27,14 @@ class Run:
     Attributes:
         session: the models and their layout.
         title: heading on the terminal.
-        optimizers: of the main model.
-        rows: where rows come from, on ranks that read them.
+        step: runs a training step.
+        optimizers: the optimizers of the main model.
+        checkpoints: writes the checkpoints of the run.
+        rows: the source of the rows, on leaders; None on the other ranks.
         longest_row: see ``Prepared``.
-        first_step: steps that an earlier start of the run has done.
-        restarted: an earlier start of the run left no checkpoint, so that it begins again.
+        stragglers: measures which ranks are slow.
+        first_step: number of steps that earlier starts of the run have done.
+        restarted: whether an earlier start of the run left no checkpoint, so that the run begins again.
     """
 
     session: Session
@@ -46,22 +50,24 @@ class Run:
 
 
 def build_run(settings: Settings, method: Method, heartbeat: Callable[[str], None]) -> Run:
-    """Builds the run, or continues the one in the output folder. Call it on all ranks.
+    """Builds the run, or resumes the run in the output folder. Call it on all ranks.
 
     Args:
-        heartbeat: called with what has just been done.
+        settings: the settings of the run.
+        method: the training method.
+        heartbeat: called after each sign of progress with a short description of what was done.
 
     Raises:
-        UserError: settings, data or checkpoints that do not fit, on all ranks.
+        UserError: on all ranks, if settings, data or checkpoints do not fit.
     """
     session = start(settings, training=True, load=False, score_head=method.scores)
-    given, settings = settings, session.settings  # the latter with the section that ``model.adapter`` is of
+    given, settings = settings, session.settings  # the latter have the adapter section of ``model.adapter``
     heartbeat("building the model")
-    groups, output = session.groups, settings.output
+    groups, output = session.groups, required(settings.output, "output")
     resuming = on_first_rank(lambda: prepare_output(given), groups.world_host)
     checkpoint = on_first_rank(lambda: latest(output / "checkpoints"), groups.world_host) if resuming else None
     origin = None
-    if checkpoint is None or session.adapters is not None:  # a checkpoint with adapters lacks the frozen weights
+    if checkpoint is None or session.adapters is not None:  # checkpoints of adapters do not contain frozen weights
         load_start(settings, session.vlm, session.adapters)
         origin = find_checkpoint(settings.model.load) if settings.model.load is not None else None
         heartbeat("loading the weights")
@@ -77,7 +83,7 @@ def build_run(settings: Settings, method: Method, heartbeat: Callable[[str], Non
         session.vlm,
         optimizers,
         Feed(session.vlm, stragglers.rows(iter(prepared.rows)) if prepared.rows is not None else None),
-        settings.train.global_batch_size // groups.dp_size,
+        required(settings.train.global_batch_size, "train.global_batch_size") // groups.dp_size,
         prepared.objective,
         settings.vision.window,
         settings.data.source_names,

@@ -1,4 +1,4 @@
-"""Steps whose loss or a gradient is NaN or infinite: all ranks skip them, and the message names the samples."""
+"""Skipped steps: if the loss or a gradient is NaN or infinite, all ranks skip the step and log its samples."""
 
 import math
 from collections.abc import Callable
@@ -13,66 +13,71 @@ from megavlm.model.vlm import PARTS, VLM
 from megavlm.platform import Groups, device
 from megavlm.platform.collectives import all_gather_objects
 
-MOST_SAMPLES = 10  # named in a message
+MOST_SAMPLES = 10  # maximum number of samples in a message
 
 
 def describe(non_finite: list[str], row_losses: list[tuple[Row, Tensor]], groups: Groups) -> str:
-    """What is not finite and which samples took part, rows first whose own loss is not finite. Call it on all ranks.
+    """Describes what is not finite and lists the samples of the step. Call it on all ranks.
+
+    Samples of rows whose own loss is not finite are listed first.
 
     Args:
-        non_finite: of the ``GradStats``.
-        row_losses: this rank's rows of the step and the weighted sum of losses of each; [] on ranks without a loss.
+        non_finite: what is not finite, from ``GradStats``.
+        row_losses: this rank's rows of the step, and the weighted sum of losses of each; [] on ranks without a loss.
+        groups: the process groups of the run.
     """
     mine = []
-    if groups.language.tp.rank() == 0:  # its peers hold the same rows and the same losses
+    if groups.language.tp.rank() == 0:  # the other tensor-parallel ranks have the same rows and the same losses
         mine = [(row.sources, math.isfinite(nll.item() + row.loss_weights.sum().item())) for row, nll in row_losses]
     rows = [row for of_rank in all_gather_objects(mine, groups.world_host) for row in of_rank]
     suspects = dict.fromkeys(source for sources, finite in rows if not finite for source in sources)
     others = dict.fromkeys(source for sources, _ in rows for source in sources if source not in suspects)
     parts = [name for name in non_finite if name != "loss"]
     what = ["the loss"] * ("loss" in non_finite) + [f"the gradient of {', '.join(parts)}"] * bool(parts)
-    text = f"{' and '.join(what)} {'is' if len(what) == 1 else 'are'} not finite"
+    text = f"{' and '.join(what)} {'is' if len(what) == 1 else 'are'} NaN or infinite"
     if suspects:
-        text += f"; rows whose own loss is not finite: {_listed(suspects, MOST_SAMPLES)}"
+        text += f"; samples of rows whose own loss is NaN or infinite: {_listed(suspects, MOST_SAMPLES)}"
     if others and len(suspects) < MOST_SAMPLES:
         text += f"; {'other ' if suspects else ''}samples of the step: {_listed(others, MOST_SAMPLES - len(suspects))}"
     return text
 
 
 class SkippedSteps:
-    """Counts skipped steps in a row.
+    """Counts consecutive skipped steps.
 
     Args:
-        most: as many may follow one another; one more ends the run.
-        say: shows a message (`Progress.say`).
+        most: maximum number of consecutive skipped steps; one more ends the run.
+        say: prints a message (`Progress.say`).
     """
 
     def __init__(self, most: int, say: Callable[[str], None]):
         self.most, self._say, self._count = most, say, 0
 
     def failure(self, step: int, trouble: str | None) -> RunFailure | None:
-        """Takes note of a step; what to raise where it was one skip too many.
+        """Counts a step. Returns the error to be raised if too many consecutive steps were skipped.
 
         Args:
-            trouble: what ``describe`` said of the step, None if it was a good one.
+            step: number of the step.
+            trouble: the result of ``describe`` for a skipped step; None if the step was not skipped.
         """
         self._count = self._count + 1 if trouble else 0
         if self._count > self.most:
             return RunFailure(
-                f"step {step}: {trouble}. The weights were left as they are; "
-                f"train.max_skipped_steps is {self.most}, and this would be skip {self._count} in a row",
-                "look at these samples; lower train.lr or train.clip_grad if the loss had risen before; "
+                f"step {step}: {trouble}. The weights are unchanged. "
+                f"train.max_skipped_steps is {self.most}, and this is skipped step {self._count} in a row",
+                "check these samples; lower train.lr or train.clip_grad if the loss rose before; "
                 "the same command continues from the newest checkpoint",
             )
         if trouble:
-            self._say(f"step {step} skipped, weights left as they are: {trouble}")
+            self._say(f"step {step} was skipped, the weights are unchanged: {trouble}")
         return None
 
 
 def weights_failure(vlm: VLM) -> RunFailure | None:
-    """What to raise where a weight is not finite on some rank, so that no further step can be good. Call on all ranks.
+    """Returns the error to be raised if a weight is NaN or infinite on any rank. Call it on all ranks.
 
-    For the rare checkpoint that follows a skipped step: it waits for the device.
+    With such a weight, all further steps would be skipped. The function waits for the device, so it is only called for
+    a checkpoint that follows a skipped step.
     """
     bad = torch.zeros(len(PARTS), device=device())
     for index, part in enumerate(PARTS):
@@ -83,8 +88,8 @@ def weights_failure(vlm: VLM) -> RunFailure | None:
     if not parts:
         return None
     return RunFailure(
-        f"weights of {', '.join(parts)} are not finite; no checkpoint was written",
-        "continue from an older checkpoint, or check the one that model.load names",
+        f"weights of {', '.join(parts)} are NaN or infinite; no checkpoint was written",
+        "continue from an older checkpoint, or check the checkpoint in model.load",
     )
 
 

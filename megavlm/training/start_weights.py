@@ -1,4 +1,4 @@
-"""The weights that training started from, for losses that compare with them in every step."""
+"""The weights at the start of training, for losses that compare the model with them in every step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,23 +7,24 @@ from torch import Tensor
 
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import load_weights
+from megavlm.config.requirements import required
 from megavlm.model.vlm import PARTS
 from megavlm.runtime.session import Session
 
 
 class StartWeights:
-    """A copy of all that learns, or will, as ``model.load`` (and ``model.adapter``) have it. Call it on all ranks.
+    """A copy of the weights that are trained now or later, with the values of ``model.load`` and ``model.adapter``.
 
-    What is frozen, the base below adapters for one, is not copied. Made before a checkpoint is restored, it leaves the
-    model with these weights.
+    Weights that stay frozen, such as the base model of adapters, are not copied. Create it on all ranks, before a
+    checkpoint is restored, because the model has the start weights afterwards.
     """
 
     def __init__(self, session: Session):
         vlm, settings = session.vlm, session.settings
-        if session.adapters is None:  # with adapters the model has them at this point, whether it will continue or not
-            load_weights(find_checkpoint(settings.model.load), vlm)
+        if session.adapters is None:  # with adapters, ``build_run`` has loaded them even if the run will be resumed
+            load_weights(find_checkpoint(required(settings.model.load, "model.load")), vlm)
         self._vlm = vlm
-        self._copies = {
+        self._copies: dict[Tensor, Tensor] = {
             parameter: parameter.detach().clone()
             for part in PARTS
             for module in vlm.modules_of(part)
@@ -32,12 +33,12 @@ class StartWeights:
         }
 
     def of(self, parameter: Tensor) -> Tensor:
-        """What a parameter was."""
+        """Returns the value of a parameter at the start of training."""
         return self._copies.get(parameter, parameter).detach()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """The model is the start's, in eval mode, for as long as the block lasts; nothing is copied."""
+        """Within the block, the model has the start weights and is in eval mode. Nothing is copied."""
         now = {parameter: parameter.data for parameter in self._copies}
         for parameter, copy in self._copies.items():
             parameter.data = copy

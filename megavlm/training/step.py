@@ -1,7 +1,7 @@
-"""One optimizer step: encode, forward and backward through Megatron's schedule, tower backward, update."""
+"""A training step: encode the frames, run Megatron's schedule, run the tower's backward pass, update the weights."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megavlm.data.row import Row
 from megavlm.data.skipped_samples import BROKEN, SkippedSample
+from megavlm.model.tower_phase import Timer
 from megavlm.model.vlm import VLM
 from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import device
@@ -23,19 +24,23 @@ from megavlm.runtime.forward import encode_window, forward_chunk, forward_only, 
 from megavlm.training.objective import Objective, Read, count_sources
 from megavlm.training.skipped_steps import describe
 
-_WINDOW = 4  # rows: enough frames to deal evenly, few enough for their features to fit
+_WINDOW = 4  # rows: enough frames for an even distribution over ranks, few enough for their features to fit
 
 
 @dataclass
 class StepResult:
-    """What a step did, over the whole world.
+    """The results of a step, over all ranks unless stated otherwise.
 
-    ``norms`` as ``Optimizers.step`` gives them; ``counts``: tokens, target_tokens, images, videos, samples, frames,
-    frames_encoded (over all ranks, in the pass with gradients: equal to frames), row_tokens, the sums of squares that
-    FLOPs are counted from, skipped_samples, and for each source samples/NAME, target_tokens/NAME, loss_weight/NAME,
-    records/NAME and broken/NAME. ``fields``: of the objective, for metrics.jsonl. ``skipped_samples``: those of this
-    data rank's rows.
-    ``trouble``: why the step was skipped and left everything as it was, None where it was not.
+    Attributes:
+        loss: the loss of the global batch.
+        lr: the learning rate of the step.
+        norms: gradient norms, from ``Optimizers.step``.
+        counts: tokens, target_tokens, images, videos, samples, frames, frames_encoded (in the pass with gradients, so
+            it is equal to frames), row_tokens, the sums of squares for counting FLOPs, skipped_samples, and for each
+            source samples/NAME, target_tokens/NAME, loss_weight/NAME, records/NAME and broken/NAME.
+        fields: fields of the objective for metrics.jsonl.
+        skipped_samples: the skipped samples of this data-parallel rank's rows.
+        trouble: if the step was skipped, so that all state is unchanged, the reason; otherwise None.
     """
 
     loss: float
@@ -49,13 +54,13 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What is known once the gradients of a step stand, reduced, in the optimizers' buffers.
+    """What is known when the reduced gradients of a step are in the optimizers' buffers.
 
     Attributes:
         sums: float32 [num_sums] on the device, the objective's sums over the global batch.
         counts: as in ``StepResult``.
-        skipped_samples: those of this data rank's rows.
-        row_losses: each row of this rank and its loss, on the ranks of the last pipeline stage; elsewhere [].
+        skipped_samples: as in ``StepResult``.
+        row_losses: each row of this rank and its loss, on the ranks of the last pipeline stage; [] on the other ranks.
     """
 
     sums: Tensor
@@ -65,15 +70,19 @@ class Gradients:
 
 
 class Step:
-    """Runs steps.
+    """Runs training steps.
 
     Args:
-        num_micro_batches: rows of a step per data rank.
-        objective: what is minimised.
-        window: micro-batches that are encoded, decoded and walked back together, so that features do not pile up; None:
-            ``_WINDOW``, with several pipeline stages all of the step (a window fills and drains the pipeline).
-        source_names: of the sources of the rows, in the order of their numbers.
-        tower_timer: a context manager around what the tower computes on this rank, without waiting for others.
+        vlm: the model.
+        optimizers: the optimizers of the model.
+        feed: the source of rows.
+        num_micro_batches: number of rows of a step for each data-parallel rank.
+        objective: the objective that is minimised.
+        window: number of micro-batches whose frames are encoded together, before the decoder runs on them; their
+            features are then released. None: ``_WINDOW``, or with several pipeline stages all micro-batches of the step
+            (because each window fills and drains the pipeline).
+        source_names: names of the data sources, in the order of their numbers.
+        tower_timer: a context manager around what the tower computes on this rank without waiting for other ranks.
     """
 
     def __init__(
@@ -85,7 +94,7 @@ class Step:
         objective: Objective,
         window: int | None = None,
         source_names: Sequence[str] = ("data",),
-        tower_timer: Callable[[], AbstractContextManager] = nullcontext,
+        tower_timer: Timer = nullcontext,
     ):
         self.vlm, self.optimizers, self.feed = vlm, optimizers, feed
         self.num_micro_batches, self.objective = num_micro_batches, objective
@@ -106,14 +115,16 @@ class Step:
         return StepResult(stats.loss, lr, stats.norms, found.counts, fields, found.skipped_samples, trouble)
 
     def gradients(self, feed: Feed, num_rows: int) -> Gradients:
-        """Forward and backward of the next rows of ``feed``; the reduced gradients stand in the optimizers' buffers."""
+        """Runs the next rows of ``feed`` forward and backward. The optimizers' buffers get the reduced gradients."""
         rows = feed.rows(num_rows)
+        assert rows is not None, "the rows of training do not end"
         counts = self._count(rows.hosts)
         row_losses: list[tuple[Row, Tensor]] = []
         self.optimizers.zero_grad()
         found = self.objective.look_ahead(partial(self._look_through, rows))
         self.vlm.tower.frames_encoded = 0
-        # the features' gradients are as if averaged over data and context ranks; the tower's DDP averages over all
+        # The features' gradients are scaled for an average over data- and context-parallel ranks, but the tower's DDP
+        # averages over all ranks.
         tower_scale = dist.get_world_size() / (self.groups.dp_size * self.vlm.parallel.context)
         totals = torch.zeros(self.objective.num_sums, dtype=torch.float32, device=device())
         for window in feed.windows(rows, self.window):
@@ -121,15 +132,15 @@ class Step:
                 micro_batch.found = found[micro_batch.number] if found else None
             encode_window(self.vlm, window, self._tower_timer)
             losses = self._forward_backward(window, counts["weight"], num_rows)
-            if losses:  # this is the last stage
+            if losses:  # this is a rank of the last pipeline stage
                 row_losses += zip((m.host for m in window.micro_batches), (sums[0] for sums in losses), strict=True)
             if losses and self.groups.language.tp.rank() == 0:
                 totals += torch.stack(losses).sum(dim=0)
             self.vlm.tower.backward(tower_scale, self._tower_timer)
-            del window  # or its memory would be held while the next one is made
+            del window  # so that its memory is free while the next window is made
         dist.all_reduce(totals)
         self._finalize()
-        get_moe_metrics_tracker().clear()  # it would add up the balancing losses of all steps
+        get_moe_metrics_tracker().clear()  # otherwise it would accumulate the balancing losses of all steps
         encoded = torch.tensor(self.vlm.tower.frames_encoded)
         dist.all_reduce(encoded, group=self.groups.world_host)
         counts["frames_encoded"] = encoded.item()
@@ -137,22 +148,25 @@ class Step:
         return Gradients(totals, counts, skipped_samples, row_losses)
 
     def _look_through(self, rows: StepRows, read: Read) -> list[Tensor]:
-        """What ``read`` makes of each row, without gradient (see ``forward_only``); [] but on the last stage."""
+        """Returns the result of ``read`` for each row on the last pipeline stage, else [] (see ``forward_only``)."""
         results: list[Tensor] = []
         for window in self.feed.windows(StepRows(rows.hosts, list(rows.full)), self.window):
             results += forward_only(self.vlm, window, read)
         return results
 
     def _forward_backward(self, window: Window, weight: float, num_rows: int) -> list[Tensor]:
-        """Gradients of the decoder and of the features; returns the sums of each row on the last stage, elsewhere [].
+        """Computes the gradients of the decoder and of the features.
 
-        They stay on the device: reading them here would hold up the tower's backward.
+        Returns:
+            The sums of each row on the last pipeline stage, [] on the other stages. They stay on the device, because
+            reading them here would delay the tower's backward pass.
         """
         micro_batches = window.micro_batches
-        chunks = self.optimizers.ddp.get("language", self.vlm.language)  # wrapped as soon as the decoder learns
-        # Megatron divides by micro-batches and data ranks; the loss is a sum over the global batch divided once
+        chunks = self.optimizers.ddp.get("language", self.vlm.language)  # in DDP wrappers as soon as they are trained
+        # Megatron divides by the number of micro-batches and data-parallel ranks, but the loss is a sum over the global
+        # batch that is divided once.
         scale = len(micro_batches) * self.groups.dp_size / max(weight, 1e-12)
-        # the balancing loss of experts is a mean over all micro-batches of the step, not over those of a window
+        # the balancing loss of experts is a mean over all micro-batches of the step, not over those of the window
         balancing = len(micro_batches) / num_rows
         self.vlm.decoder_config.moe_grad_scale_func = lambda: torch.full((), balancing, device=device())
         return self._schedule(
@@ -168,7 +182,7 @@ class Step:
     def _forward_step(
         self, micro_batches: Iterator[MicroBatch], model: nn.Module, scale: float
     ) -> tuple[Tensor, Callable | None]:
-        """Megatron's ``forward_step_func``: hidden states, or on the last stage outputs and their loss."""
+        """Megatron's ``forward_step_func``: returns hidden states, or on the last stage the outputs and their loss."""
         micro_batch: MicroBatch = next(micro_batches)
         chunk = unwrap_model(model)
         hidden = forward_chunk(self.vlm, chunk, micro_batch)
@@ -181,7 +195,7 @@ class Step:
         return loss * scale, sums
 
     def _finalize(self) -> None:
-        """Reduces all gradients over the ranks that hold parts of them."""
+        """Reduces all gradients over the ranks that have parts of them."""
         for part, ddps in self.optimizers.ddp.items():
             if part == "language":
                 finalize_model_grads(ddps)
@@ -190,7 +204,7 @@ class Step:
                     ddp.finish_grad_sync()
 
     def _count(self, rows: list[Row]) -> dict[str, float]:
-        """Sums over the global batch; host arithmetic and host network only."""
+        """Computes sums over the global batch, without waiting for the device."""
         skipped_samples = [skipped for row in rows for skipped in row.skipped_samples]
         here = {
             "weight": self.objective.weight(rows),
@@ -207,7 +221,7 @@ class Step:
             "skipped_samples": len(skipped_samples),
             **count_sources(rows, self.source_names, [f.source_id for f in skipped_samples if f.kind == BROKEN]),
         }
-        if not self.groups.is_leader:  # the group's ranks hold the same rows: count them once
+        if not self.groups.is_leader:  # the ranks of a model-parallel group have the same rows, which count once
             here = dict.fromkeys(here, 0.0)
         sums = torch.tensor(list(here.values()), dtype=torch.float64)
         dist.all_reduce(sums, group=self.groups.world_host)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, which ask a run to save and leave."""
+"""Handles SIGTERM and SIGUSR1, which make a run save a checkpoint and exit."""
 
 import signal
 
@@ -7,10 +7,13 @@ import torch.distributed as dist
 
 
 class StopSignal:
-    """SIGTERM or SIGUSR1 (SLURM's warning before the time limit) asks all ranks to save and leave after this step.
+    """Notes whether SIGTERM or SIGUSR1 has arrived on any rank.
+
+    After such a signal, all ranks save a checkpoint after the current step and exit. SLURM can send SIGUSR1 as a
+    warning before the time limit.
 
     Args:
-        group: all ranks, on the host network.
+        group: a group of all ranks on the host network.
     """
 
     def __init__(self, group: dist.ProcessGroup):
@@ -22,7 +25,7 @@ class StopSignal:
         self._asked = True
 
     def asked(self) -> bool:
-        """Whether any rank was asked; the same answer on all of them. Call it on all ranks."""
+        """Whether a signal has arrived on any rank. The result is the same on all ranks. Call it on all ranks."""
         flag = torch.tensor([int(self._asked)])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())

@@ -1,4 +1,4 @@
-"""A run in words and numbers: the header on the terminal, and a step's line of metrics.jsonl."""
+"""Makes the header of a run on the terminal, and the line of a step in metrics.jsonl."""
 
 import torch.distributed as dist
 
@@ -12,7 +12,7 @@ from megavlm.training.step import StepResult
 
 
 def metrics_line(session: Session, number: int, result: StepResult, seconds: float) -> dict[str, float | int | None]:
-    """The line of metrics.jsonl of step ``number``, which took so many seconds (see ``monitor.metrics``)."""
+    """Makes the line of metrics.jsonl for step ``number``, which took ``seconds`` (see ``monitor.metrics``)."""
     counts, settings = result.counts, session.settings
     adapted = session.adapters.parts if session.adapters is not None else ()
     flops = step_flops(session.shapes, Work.from_counts(counts), settings.frozen(number), adapted)
@@ -35,7 +35,7 @@ def metrics_line(session: Session, number: int, result: StepResult, seconds: flo
 
 
 def header(session: Session) -> dict[str, str]:
-    """The rows of the header: what is trained, on what, in which layout, and where the results go."""
+    """Makes the rows of the header: what is trained, with which data and layout, and the output folder."""
     settings, vlm = session.settings, session.vlm
     parallel = settings.parallel
     layout = {
@@ -46,21 +46,22 @@ def header(session: Session) -> dict[str, str]:
         "data": session.groups.dp_size,
     }
     is_cut = parallel.tensor * parallel.pipeline * parallel.expert > 1
-    share = " (on the first process)" if is_cut else ""
+    share = " (on rank 0)" if is_cut else ""
     return {
         "model": f"{settings.model.hf} · {vlm.kernels} kernels · {settings.train.precision}",
-        "learns": " · ".join(f"{part} {_trained(session, part)}" for part in PARTS) + share,
+        "trainable": " · ".join(f"{part} {_trained(session, part)}" for part in PARTS) + share,
         "layout": " × ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process",
         "data": ", ".join(str(source.path) for source in settings.data.leaves.values()),
-        "rows": f"{settings.train.global_batch_size} a step, {settings.data.seq_length} tokens each",
+        "rows": f"{settings.train.global_batch_size} per step, {settings.data.seq_length} tokens each",
         "output": str(settings.output),
     }
 
 
 def _trained(session: Session, part: str) -> str:
-    """How many weights of a part are trained on this rank, and from when on."""
+    """Describes how many weights of a part are trained on this rank, and from which step on."""
     weights = [p for module in session.vlm.modules_of(part) for p in module.parameters()]
-    trained, after = sum(p.numel() for p in weights if p.requires_grad), session.settings.train.unfreeze_after.get(part)
+    trained = sum(p.numel() for p in weights if p.requires_grad)
+    after = next((after for name, after in session.settings.train.unfreeze_after.items() if name == part), None)
     if trained or after is None:
         return short(trained) if trained else "frozen"
     return f"{short(sum(p.numel() for p in weights))} from step {after + 1} on"

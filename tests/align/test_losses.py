@@ -292,13 +292,13 @@ def test_half_precision_is_computed_in_float32(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("dpo", {}, "'dpo' is no preference loss: choose one of " + ", ".join(PREFERENCE_LOSSES)),
+        ("dpo", {}, "'dpo' is not a preference loss: choose one of " + ", ".join(PREFERENCE_LOSSES)),
         ("hinge", {"label_smoothing": 0.1}, r"hinge has no option label_smoothing, only beta.*\(sigmoid, robust\)"),
         ("sigmoid", {"gamma": 0.1}, r"sigmoid has no option gamma, only beta, label_smoothing.*\(simpo\)"),
         ("ipo", {"lam": 0.1}, r"ipo has no option lam, only beta.*\(orpo\)"),
         ("orpo", {"beta": 0.1}, "orpo has no option beta, only lam"),
         ("simpo", {"label_smoothing": 0.0}, "simpo has no option label_smoothing"),
-        ("robust", {"betta": 0.1}, "robust has no option betta, only beta, label_smoothing: leave it out$"),
+        ("robust", {"betta": 0.1}, "robust has no option betta, only beta, label_smoothing: remove the option$"),
         ("sigmoid", {"beta": 0.0}, "beta is 0.0: .* above 0"),
         ("ipo", {"beta": -1.0}, "beta is -1.0"),
         ("ipo", {"beta": "1e-1"}, "beta is '1e-1': it must be a finite number"),
@@ -337,8 +337,8 @@ def test_preference_refuses_a_reference_too_many_or_missing(name):
         (2, torch.zeros(1), r"ref_chosen has shape \[1\]"),  # would broadcast
         (3, torch.zeros(4, 4), r"ref_rejected has shape \[4, 4\]"),
         (4, torch.tensor(3), r"chosen_lengths has shape \[\]"),
-        (4, torch.tensor([3, 0, 1, 1]), "chosen_lengths has 0: ipo divides by it"),
-        (5, torch.tensor([3, 1, -2, 1]), "rejected_lengths has -2"),
+        (4, torch.tensor([3, 0, 1, 1]), "chosen_lengths contains 0: .* ipo divides by it"),
+        (5, torch.tensor([3, 1, -2, 1]), "rejected_lengths contains -2"),
         (5, None, "rejected_lengths is None"),
     ],
 )
@@ -458,7 +458,7 @@ def test_kto_answers_do_not_depend_on_their_neighbours():
         ({"desirable": torch.tensor([True])}, r"desirable has shape \[1\]"),
         ({"ref_logps": torch.zeros(4)}, r"ref_logps has shape \[4\]"),
         ({"logps": torch.zeros(5, 1)}, r"logps has shape \[5, 1\]"),
-        ({"z0": torch.zeros(5)}, r"z0 has shape \[5\]: it is one number"),
+        ({"z0": torch.zeros(5)}, r"z0 has shape \[5\]: it must be one number"),
     ],
 )
 def test_kto_refuses(change, message):

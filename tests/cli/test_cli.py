@@ -114,7 +114,7 @@ def refused(capsys, *arguments: str) -> str:
         (["sft", "run.yaml", "train.sptes=3"], "did you mean train.steps?"),
         (["pretrain", "run.yaml"], "pretrain needs stage (pretraining stage; for the verb pretrain only)"),
         (["sft", "run.yaml", "train.lr=null", "data.train=[]"], "sft needs data.train ("),
-        (["sft", "run.yaml", "stage=1"], "stage is 1, but sft has no stages: it would be ignored"),
+        (["sft", "run.yaml", "stage=1"], "stage is 1, but sft has no stages: the setting would be ignored"),
         (["score", "run.yaml", "model.load=null"], "score needs model.load"),
         (["infer", "run.yaml", "data.eval=null"], "infer needs data.eval"),
         (["infer", "run.yaml", "--image", "x.png"], "--image and --video can only be used with --prompt"),

@@ -123,19 +123,22 @@ def test_training_goes_on_from_a_peft_adapter(toys, trained, tmp_path):
     ("changes", "told"),
     [
         (["adapter.type=lora", "adapter.targets=[q_prj]"], "'q_prj', which ends the name of no linear"),
-        (["adapter.type=lora", "model.freeze=[language]"], "model.freeze has language"),
+        (["adapter.type=lora", "model.freeze=[language]"], "model.freeze contains language"),
         (["adapter.rank=4"], "adapter.rank is 4, but adapter.type is null"),
         (["adapter.type=fourierft", "adapter.alpha=4.0"], "adapter.alpha is 4.0, but adapter.type is fourierft"),
         (["adapter.type=lora", "model.load=null"], "model.load is not set"),
         (["adapter.type=lora", "train.optimizer=galore"], "adapters have no large matrices"),
-        (["adapter.type=lora", "adapter.targets=[qkv]", "adapter.quantize=nf4"], "the decoder, whose linears"),
+        (
+            ["adapter.type=lora", "adapter.targets=[qkv]", "adapter.quantize=nf4"],
+            "the decoder's linear layers in 4 bits",
+        ),
         (["adapter.type=fourierft", "adapter.frequencies=100000"], "has 128 × 128 weights"),
         (["adapter.type=lora", "adapter.rank_pattern={{'[': 4}}"], "write a regular expression"),
         (
             ["adapter.type=lora", "adapter.targets=[qkv]", "adapter.dropout=0.1", "vision.recompute=true"],
-            "the tower would hide other features",
+            "recomputation would drop other features",
         ),
-        (["model.adapter={run}", "adapter.type=lora", "adapter.rank=8"], "r 8, there 4"),
+        (["model.adapter={run}", "adapter.type=lora", "adapter.rank=8"], "r is 8, in model.adapter 4"),
         (["model.adapter={load}"], "holds no adapter"),
     ],
 )
@@ -156,7 +159,7 @@ def test_answers_of_a_base_are_not_taken_for_those_of_an_adapter(toys, trained, 
         assert "model.adapter is not set" in capsys.readouterr().err
     run = folder / "whole" / "checkpoints" / "step_00000004"
     assert main(["export", str(config), f"model.load={run}", "--out", str(tmp_path / "hf")]) == 2
-    assert "holds an adapter without the weights" in capsys.readouterr().err
+    assert "contains an adapter without its base weights" in capsys.readouterr().err
 
 
 def test_another_base_is_noticed(toys, trained, tmp_path):
@@ -175,12 +178,12 @@ def test_another_base_is_noticed(toys, trained, tmp_path):
         "overwrite=true",
         f"output={tmp_path / 'out'}",
     )
-    assert "trained on other weights" not in megavlm("score", *reading).stderr
+    assert "trained with a base model other than" not in megavlm("score", *reading).stderr
     file = next(base.glob("*.distcp"))
     content = bytearray(file.read_bytes())
     content[-5000] ^= 1  # somewhere in the weights
     file.write_bytes(content)
-    assert "trained on other weights" in megavlm("score", *reading).stderr
+    assert "trained with a base model other than" in megavlm("score", *reading).stderr
     assert "base below the adapters" in megavlm("sft", *training, "train.steps=2", status=2).stderr
 
 

@@ -73,7 +73,7 @@ def test_dpo_starts_at_its_reference_and_prefers_what_is_chosen(toys, pairs, con
 
     other = f"data.train={write_records(toys.root / 'other.jsonl', pairs[1:])}"
     done = megavlm("dpo", config, other, f"output={tmp_path / 'other'}", reused[1], status=2)
-    assert "was made with other data" in done.stderr
+    assert "was written with other data" in done.stderr
     done = megavlm("dpo", config, data, f"output={tmp_path / 'long'}", reused[1], "data.seq_length=256", status=2)
     assert "other settings of data" in done.stderr
 
@@ -141,13 +141,13 @@ def test_bad_input_is_said_plainly(toys, pairs, config):
     ("verb", "changed", "message"),
     [
         ("dpo", {"align": {"loss": "hinge", "gamma": 1.0}}, "hinge has no option gamma"),
-        ("dpo", {"align": {"desirable_weight": 2.0}}, "is not for dpo"),
-        ("dpo", {"align": {"loss": "orpo", "reference": "x"}}, "has no reference: it would be ignored"),
-        ("dpo", {"data": {"too_long": "truncate"}}, "they are never cut"),
+        ("dpo", {"align": {"desirable_weight": 2.0}}, "is not used by dpo"),
+        ("dpo", {"align": {"loss": "orpo", "reference": "x"}}, "has no reference model: the setting would be ignored"),
+        ("dpo", {"data": {"too_long": "truncate"}}, "must not be truncated"),
         ("dpo", {"align": {"reference_at": "step", "reference": "x"}}, "align.reference_at is step"),
-        ("dpo", {"align": {"loss": "simpo", "reference_at": "step"}}, "has no reference"),
-        ("dpo", {"model": {"hf": "x", "load": "y"}, "train": {"kl_to_start": 0.1}}, "dpo has none"),
-        ("kto", {"align": {"loss": "ipo"}}, "is not for kto"),
+        ("dpo", {"align": {"loss": "simpo", "reference_at": "step"}}, "has no reference model"),
+        ("dpo", {"model": {"hf": "x", "load": "y"}, "train": {"kl_to_start": 0.1}}, "dpo does not use it"),
+        ("kto", {"align": {"loss": "ipo"}}, "is not used by kto"),
         ("kto", {"stage": 1}, "has no stages"),
         (
             "rm",

@@ -31,7 +31,7 @@ def test_bad_samples_end_the_run_by_name_or_are_skipped(toys, tmp_path):
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error:") == 1
     assert "step 3: the loss" in done.stderr
-    assert "rows whose own loss is not finite: " in done.stderr
+    assert "samples of rows whose own loss is NaN or infinite: " in done.stderr
     assert done.stderr.index("bad.jsonl:5") < done.stderr.index("bad.jsonl:6")
     assert "bad.jsonl:1" not in done.stderr
     lines = metrics_of(run)  # strict JSON
@@ -41,7 +41,7 @@ def test_bad_samples_end_the_run_by_name_or_are_skipped(toys, tmp_path):
 
     # The same run goes on from step 2 where a skip is allowed; the step that asks for a checkpoint still gets one.
     done = megavlm(*wanted, "train.max_skipped_steps=1")
-    assert "step 3 skipped, weights left as they are" in done.stdout
+    assert "step 3 was skipped, the weights are unchanged" in done.stdout
     assert [line["skipped"] for line in metrics_of(run)] == [0, 0, 1, 0]
     assert len(list((run / "checkpoints").iterdir())) == 3
     last = metrics_of(run)[-1]
@@ -62,8 +62,8 @@ def test_weights_that_are_not_finite_make_no_checkpoint(toys, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     hf_to_mcore(folder, tmp_path / "mcore", progress=False)
     done = megavlm("sft", sft_config(toys, tmp_path), f"model.load={tmp_path / 'mcore'}", status=1)
-    assert "step 1 skipped" in done.stdout
-    assert "weights of language are not finite; no checkpoint was written" in done.stderr
+    assert "step 1 was skipped" in done.stdout
+    assert "weights of language are NaN or infinite; no checkpoint was written" in done.stderr
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 

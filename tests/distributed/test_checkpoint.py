@@ -275,7 +275,7 @@ def test_another_run_is_refused(toys, tmp_path, world1):
     toy = toys["dense"]
     world1.run(run, *toy, adam(toy, ONE, workers=2), tmp_path, steps=1, save_at=[1])
     cases = [
-        (world1, adam(toy, ONE, workers=2, optimizer="sgd"), "train.optimizer adam, now it is sgd"),
+        (world1, adam(toy, ONE, workers=2, optimizer="sgd"), "train.optimizer = adam, but now it is sgd"),
         (world1, adam(toy, ONE, workers=2, freeze=("vision",)), "learning parts"),
     ]
     for world, settings, words in cases:

@@ -64,7 +64,7 @@ def test_on_more_data_ranks_and_in_another_layout(go):
     resumed = go(TP2_DP2, steps=4, restore=2, **train)[0]
     for before, after in zip(straight[0][2:], resumed[0], strict=True):
         assert after == pytest.approx(before, rel=1e-4)  # a projector turns with the last digits of a gradient
-    with pytest.raises(RankError, match=r"parallel\.tensor 2, parallel\.pipeline 1, now it is 1, 2"):
+    with pytest.raises(RankError, match=r"parallel\.tensor 2, parallel\.pipeline 1, but now the values are 1, 2"):
         go(PP2, steps=4, restore=2, **train)
 
 

@@ -94,4 +94,4 @@ def test_another_set_of_models_is_refused(toys, tmp_path, world1):
     settings = settings_of(toys.folder("dense"), {})
     settings["model"]["load"] = str(toys.checkpoint("dense"))
     (message,) = world1.run(refuse, settings, toys.checkpoint("dense"), tmp_path)
-    assert "other models None, now it is ['critic']" in message
+    assert "other models = None, but now it is ['critic']" in message

@@ -91,8 +91,8 @@ def test_a_step_that_is_not_finite_leaves_no_trace(case, toys, request):
         trouble = results[1].trouble
         parts = "vision, projector" if freeze else "vision, projector, language"
         if wrong == "pixel":
-            assert f"the loss and the gradient of {parts} are not finite" in trouble
-        suspects = "rows whose own loss is not finite: record 4, record 6"
+            assert f"the loss and the gradient of {parts} are NaN or infinite" in trouble
+        suspects = "samples of rows whose own loss is NaN or infinite: record 4, record 6"
         assert f"{suspects}; other samples of the step: record 3, record 7" in trouble
 
 

@@ -1,11 +1,12 @@
-"""The losses of alignment: pure functions over plain tensors, importing torch alone.
+"""The alignment losses: pure functions of tensors, which import only torch.
 
-They know no model, layout or setting. Each gives one loss per pair or example and leaves the sum, and its division by
-the global count, to the caller: so no loss depends on how a batch was split. Metrics are 0-d tensors without gradient;
-all but ``scores/std`` and what ``kto_loss`` says of its own are means over the pairs given, so means of them weighted
-by the number of pairs are those of the whole batch. Without any pair they are 0.
+They are independent of models, layouts and settings. Each function returns one loss for each pair or answer. The caller
+sums the losses and divides by the global count, so that the result does not depend on how a batch is divided. Metrics
+are 0-d tensors without gradient. Except for ``scores/std`` and the metrics of ``kto_loss``, which documents its own,
+they are means over the given pairs, so their means weighted by the number of pairs are the metrics of the whole batch.
+Without any pair, they are 0.
 
-Bad arguments raise ``ValueError``, which names the argument and what is allowed.
+Bad arguments raise a ``ValueError`` that names the argument and what is allowed.
 """
 
 from megavlm.align.losses.kto import kto_loss

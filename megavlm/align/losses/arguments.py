@@ -1,4 +1,4 @@
-"""What every loss asks of its arguments, and the mean that its metrics use."""
+"""Checks of the arguments of all losses, and the mean for their metrics."""
 
 import math
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-# Ranges of the options, by name: (test, in words). An option that is not here may be any finite number.
+# Ranges of the options by name: (test, description). Other options may be any finite number.
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "beta": (lambda x: x > 0, "above 0"),
-    "label_smoothing": (lambda x: 0 <= x < 0.5, "at least 0 and below 0.5 (at 0.5 a label would say nothing)"),
+    "label_smoothing": (lambda x: 0 <= x < 0.5, "at least 0 and below 0.5 (at 0.5, labels would have no effect)"),
     **dict.fromkeys(
         ["gamma", "lam", "desirable_weight", "undesirable_weight", "centering"], (lambda x: x >= 0, "at least 0")
     ),
@@ -18,35 +18,39 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 def check_numbers(**options: float) -> None:
-    """Every option is a finite number in its range."""
+    """Raises ValueError unless all options are finite numbers in their ranges."""
     for name, value in options.items():
-        # bool is a Real for Python, and a text such as "1e-1" is what YAML makes of a number written without a dot
+        # bool is a subclass of Real, and YAML reads a number without a dot, such as 1e-1, as text
         number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
         fits, words = _RANGES.get(name, (lambda x: True, "of any size"))
         if not number or not fits(value):
             raise ValueError(f"{name} is {value!r}: it must be a finite number, {words}")
 
 
-def vectors(**tensors: Tensor) -> list[Tensor]:
-    """The tensors, all of them [B] with the same B, in one dtype.
+def vectors(**tensors: Tensor | float | None) -> list[Tensor]:
+    """Checks that all arguments are tensors [B] with the same B, and returns them in one dtype.
 
-    Whole numbers and bfloat16 are widened: the dtype is float64 if the first tensor's is, else float32.
+    The dtype is float64 if that is the first tensor's dtype, otherwise float32.
+
+    Raises:
+        ValueError: an argument is not such a tensor, or the first one does not have a floating-point dtype.
     """
-    first = next(iter(tensors))
+    first, found = next(iter(tensors)), list[Tensor]()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is {tensor!r}: it must be a tensor of shape [B]")
-        if tensor.ndim != 1 or tensor.shape != tensors[first].shape:
+        found.append(tensor)
+        if tensor.ndim != 1 or tensor.shape != found[0].shape:
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)}: it must be [B], one number per pair or example, with the B "
-                f"of {first}, whose shape is {list(tensors[first].shape)}"
+                f"{name} has shape {list(tensor.shape)}: it must be [B], one number per pair or example, with the "
+                f"same B as {first}, whose shape is {list(found[0].shape)}"
             )
-    if not tensors[first].is_floating_point():
-        raise ValueError(f"{first} has dtype {tensors[first].dtype}: it must be a floating one")
-    dtype = torch.float64 if tensors[first].dtype == torch.float64 else torch.float32
-    return [tensor.to(dtype) for tensor in tensors.values()]
+    if not found[0].is_floating_point():
+        raise ValueError(f"{first} has dtype {found[0].dtype}: it must be a floating-point dtype")
+    dtype = torch.float64 if found[0].dtype == torch.float64 else torch.float32
+    return [tensor.to(dtype) for tensor in found]
 
 
 def mean(x: Tensor) -> Tensor:
-    """Mean without gradient; 0 of nothing, so that a rank without pairs adds nothing to a weighted mean."""
+    """Mean without gradient; 0 for an empty tensor, so that a rank without pairs adds nothing to a weighted mean."""
     return x.detach().sum() / max(x.numel(), 1)

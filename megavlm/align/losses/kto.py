@@ -1,4 +1,4 @@
-"""KTO: answers that are each good or bad, without pairs."""
+"""The loss of KTO, for single answers that are labelled desirable or undesirable."""
 
 import torch
 from torch import Tensor
@@ -15,27 +15,27 @@ def kto_loss(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses [B] of B answers (2402.01306), and metrics.
+    """Computes the losses [B] of B answers (2402.01306), and metrics.
 
     With r = logps − ref_logps: λ_D (1 − σ(β(r − z0))) if the answer is desirable, λ_U (1 − σ(β(z0 − r))) if not.
 
     Args:
         logps, ref_logps: floating [B], log-probabilities summed over an answer's target tokens, under the policy and
-            under the reference. The reference is a constant for the gradient.
+            under the reference model. No gradient flows to the reference.
         desirable: bool [B].
-        z0: one number, the point where an answer counts as neither good nor bad: max(0, mean of r over prompts with
-            answers that are not theirs), the mean a global one. It is used as it is, and without gradient.
-        beta: above 0.
+        z0: one number, the reference point between desirable and undesirable answers: max(0, mean of r over prompts
+            with answers to other prompts), where the mean is over the global batch. No gradient flows to it.
+        beta: β, above 0.
         desirable_weight, undesirable_weight: λ_D and λ_U, at least 0.
 
     Returns:
-        Losses [B], float64 if ``logps`` is, else float32, and without gradient: ``rewards/desirable`` and
+        Losses [B], float64 if ``logps`` is, otherwise float32; and metrics without gradient: ``rewards/desirable`` and
         ``rewards/undesirable``, means of βr over the answers of that kind (0 without any); ``count/desirable`` and
-        ``count/undesirable``, the numbers of those answers, which weight them; ``accuracy``, the share of answers on
-        their side of z0; ``z0``.
+        ``count/undesirable``, the numbers of those answers, which are the weights for averaging the means;
+        ``accuracy``, the fraction of answers on the correct side of z0; ``z0``.
 
     Raises:
-        ValueError: shapes that differ, a dtype other than bool for ``desirable``, an option out of range.
+        ValueError: shapes differ, ``desirable`` is not bool, or an option is out of range.
     """
     check_numbers(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     if not isinstance(desirable, Tensor) or desirable.dtype != torch.bool:
@@ -43,13 +43,13 @@ def kto_loss(
     logps, ref_logps, _ = vectors(logps=logps, ref_logps=ref_logps, desirable=desirable)
     z0 = torch.as_tensor(z0, dtype=logps.dtype, device=logps.device).detach()
     if z0.ndim:
-        raise ValueError(f"z0 has shape {list(z0.shape)}: it is one number for all answers, not one for each")
+        raise ValueError(f"z0 has shape {list(z0.shape)}: it must be one number for all answers")
 
     ratio = logps - ref_logps.detach()
-    surplus = torch.where(desirable, ratio - z0, z0 - ratio)  # above 0 on the right side of z0
-    loss = torch.sigmoid(-beta * surplus)  # 1 − σ(x) = σ(−x), without the difference of near equals
+    surplus = torch.where(desirable, ratio - z0, z0 - ratio)  # above 0 on the correct side of z0
+    loss = torch.sigmoid(-beta * surplus)  # 1 − σ(x) = σ(−x), which avoids cancellation
     losses = torch.where(desirable, desirable_weight * loss, undesirable_weight * loss)
-    # sums over masks: picking the answers out (ratio[desirable]) would make the host wait for the GPU
+    # sums over masks, because boolean indexing (ratio[desirable]) would make the host wait for the GPU
     rewards, good, bad = beta * ratio.detach(), desirable.sum(), (~desirable).sum()
     return losses, {
         "rewards/desirable": (rewards * desirable).sum() / good.clamp(min=1),

@@ -1,4 +1,4 @@
-"""The reward model's loss."""
+"""The loss of reward models."""
 
 from numbers import Real
 
@@ -11,22 +11,23 @@ from megavlm.align.losses.arguments import check_numbers, mean, vectors
 def reward_loss(
     chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | float, centering: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses [B] of B pairs, and metrics: −log σ(s_c − s_j − margin) + λ (s_c + s_j)².
+    """Computes the losses [B] of B pairs, and metrics: −log σ(s_c − s_j − margin) + λ (s_c + s_j)².
 
-    Bradley–Terry, and a pull of the scores' middle to 0 (2312.09244), which the first term leaves free.
+    The first term is the Bradley–Terry loss. The second (2312.09244) keeps the mean of the two scores near 0, which the
+    first term does not determine.
 
     Args:
-        chosen_scores, rejected_scores: floating [B], the scores at the answers' last target token.
-        margin: by how much a chosen answer ought to win, one number or [B]; 0 for plain Bradley–Terry.
+        chosen_scores, rejected_scores: floating [B], the scores at the answers' last target tokens.
+        margin: the margin by which a chosen answer should win, one number or [B]; 0 for plain Bradley–Terry.
         centering: λ, at least 0.
 
     Returns:
-        Losses [B], float64 if ``chosen_scores`` is, else float32, and without gradient: ``accuracy``, the share of
-        pairs where the chosen answer has the higher score; ``margin``, the mean difference of scores; ``scores/mean``
-        and ``scores/std`` (divided by their number) over all 2 B scores.
+        Losses [B], float64 if ``chosen_scores`` is, otherwise float32; and metrics without gradient: ``accuracy``, the
+        fraction of pairs in which the chosen answer has the higher score; ``margin``, the mean difference of scores;
+        ``scores/mean`` and ``scores/std`` (population standard deviation) over all 2 B scores.
 
     Raises:
-        ValueError: shapes that differ, an option out of range.
+        ValueError: shapes differ, or an option is out of range.
     """
     check_numbers(centering=centering)
     chosen, rejected = vectors(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
