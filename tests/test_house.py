@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "model": ["platform", "config", "base"],
     "data": ["config", "base"],
     "prepare": ["data", "base"],
-    "convert": ["model.score_head", "model.shapes", "config", "base"],
+    "convert": ["model.shapes", "model.score_head", "config", "base"],
     "adapters": ["convert", "model", "platform", "config", "base"],
     "optim": ["model", "platform", "config", "base"],
     "checkpoint": ["optim", "adapters", "convert", "data", "model", "platform", "config", "base"],
