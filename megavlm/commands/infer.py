@@ -29,7 +29,8 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
     if session.groups.is_leader:
         if prompt is None:
             groups = session.groups
-            data = str(required(settings.data.eval, "data.eval"))
+            data = settings.data.eval
+            assert data is not None, "data.eval must be set"
             samples = read_samples(data, renderer, "prompt", rank=groups.dp_rank, num_ranks=groups.dp_size)
         else:
             samples = iter([renderer.encode(_record(prompt, image, video), File, "--prompt", kind="prompt")])

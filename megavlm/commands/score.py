@@ -31,8 +31,8 @@ def main(settings: Settings, reward: bool = False) -> int:
         UserError: with ``reward``, the checkpoint has no reward head.
     """
     model, load = settings.model, required(settings.model.load, "model.load")
-    output = required(settings.output, "output")
-    data = str(required(settings.data.eval, "data.eval"))
+    output, data = required(settings.output, "output"), settings.data.eval
+    assert data is not None, "data.eval must be set"
     if reward and model.adapter is not None:
         scored = Adapter(find_checkpoint(model.adapter), Shapes.from_hf(model.hf)).reward_head is not None
     else:

@@ -13,6 +13,7 @@ def required[T](value: T | None, key: str) -> T:
     """Returns the value of a setting that may be null in a file, but that this verb requires.
 
     ``check_required`` has refused a null with a message for the user before the run started.
+    (For a union such as ``Path | str``, mypy cannot infer the type: write an assert.)
     """
     assert value is not None, f"{key} must be set"
     return value

@@ -1,6 +1,5 @@
 """`megavlm dpo` and `kto` as a user runs them."""
 
-import importlib
 import json
 import math
 import shutil
@@ -10,6 +9,7 @@ from parity import VARYING, Toys
 from test_train_verbs import megavlm, metrics_of, sft_config
 from toy import write_records
 
+from megavlm.align.registry import make_method
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.convert import hf_to_mcore
@@ -157,9 +157,8 @@ def test_bad_input_is_said_plainly(toys, pairs, config):
     ],
 )
 def test_settings_that_would_be_ignored(verb, changed, message):
-    module = importlib.import_module(f"megavlm.align.{verb}")
     with pytest.raises(UserError, match=message):
-        module.main(Settings(**{"model": {"hf": "x"}, **changed}))
+        make_method(verb, Settings(**{"model": {"hf": "x"}, **changed}))
 
 
 def test_a_reward_model_scores_what_is_chosen_higher(toys, pairs, config, tmp_path):
