@@ -43,7 +43,7 @@ class ModelSettings(Section):
 
     @field_validator("freeze")
     @classmethod
-    def _something_learns(cls, freeze: list[str]) -> list[str]:
+    def _something_is_trained(cls, freeze: list[str]) -> list[str]:
         if len(set(freeze)) < len(freeze):
             raise UserError("a part is named twice")
         if len(freeze) == 3:

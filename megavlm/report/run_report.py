@@ -69,7 +69,7 @@ class Run:
         return self.folder.absolute().name if stage is None else f"stage {stage}"
 
     @property
-    def learns(self) -> list[str]:
+    def trained_parts(self) -> list[str]:
         """The parts that are trained: those that are not frozen, or are unfrozen during the run."""
         frozen = set(self.setting("model.freeze") or []) - set(self.setting("train.unfreeze_after") or {})
         return [part for part in PARTS if part not in frozen]
@@ -221,7 +221,7 @@ def _overview(runs: list[Run]) -> str:
 def _charts(run: Run) -> list[str]:
     """The charts of one run that have values."""
     steps = [line["step"] for line in run.lines]
-    norms = [Curve.smoothed(part, run.column(f"grad_norm/{part}"), part) for part in run.learns]
+    norms = [Curve.smoothed(part, run.column(f"grad_norm/{part}"), part) for part in run.trained_parts]
     if len(norms) > 1:
         norms.insert(0, Curve.smoothed("whole", run.column("grad_norm"), "text"))
     speed, mfu = run.column("tokens_per_second"), run.column("mfu")
