@@ -9,8 +9,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Two workers side by side, each with whole files; the long ones come first (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two workers side by side; tests/conftest.py says which tests stay together.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 PYTHON ?=
 

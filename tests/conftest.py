@@ -14,19 +14,24 @@ from PIL import Image
 # compute, the more so while other processes want the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# These take minutes and come first, so that neither of two workers side by side ends with one of them alone.
-LONGEST = ("distributed/test_layouts.py", "distributed/test_checkpoint.py", "distributed/", "commands/")
+# Tests of several ranks stay on one of the two workers: each such test keeps both cores busy by itself, and two of them
+# side by side wait for each other's turns in every collective. The other worker takes all other files meanwhile.
+RANKS = "distributed/"
+FIRST = ("distributed/", "commands/")  # what takes minutes, so that neither worker ends with it alone
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files in the order of LONGEST, the others as they come."""
+    """Files in the order of FIRST, the others as they come; a group of tests runs on one worker."""
     folder = Path(__file__).parent
 
-    def place(item: pytest.Item) -> int:
+    def order(item: pytest.Item) -> int:
         name = item.path.relative_to(folder).as_posix()
-        return next((place for place, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
+        return next((number for number, start in enumerate(FIRST) if name.startswith(start)), len(FIRST))
 
-    items.sort(key=place)
+    for item in items:
+        name = item.path.relative_to(folder).as_posix()
+        item.add_marker(pytest.mark.xdist_group(RANKS if name.startswith(RANKS) else name))
+    items.sort(key=order)
 
 
 @pytest.fixture(scope="session")

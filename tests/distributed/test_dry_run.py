@@ -164,7 +164,8 @@ def layouts(folder: Path) -> dict:
     """Runs on every rank: each does its share of the layouts."""
     import torch.distributed as dist
 
-    from megavlm.align.registry import METHODS, dry_run
+    from megavlm.align.registry import METHODS
+    from megavlm.plan.dry_run import dry_run
     from megavlm.config.settings import Settings
 
     here, size, found = dist.get_rank(), dist.get_world_size(), {}
