@@ -165,8 +165,8 @@ def layouts(folder: Path) -> dict:
     import torch.distributed as dist
 
     from megavlm.align.registry import METHODS
-    from megavlm.plan.dry_run import dry_run
     from megavlm.config.settings import Settings
+    from megavlm.plan.dry_run import dry_run
 
     here, size, found = dist.get_rank(), dist.get_world_size(), {}
     with alone():
