@@ -20,6 +20,7 @@ RANKS = "distributed/"
 FIRST = ("distributed/", "commands/")  # what takes minutes, so that neither worker ends with it alone
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files in the order of FIRST, the others as they come; a group of tests runs on one worker."""
     folder = Path(__file__).parent
