@@ -10,7 +10,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 # Two workers side by side; tests/conftest.py says which tests stay together.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 PYTHON ?=
 

@@ -14,25 +14,35 @@ from PIL import Image
 # compute, the more so while other processes want the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Tests of several ranks stay on one of the two workers: each such test keeps both cores busy by itself, and two of them
-# side by side wait for each other's turns in every collective. The other worker takes all other files meanwhile.
-RANKS = "distributed/"
-FIRST = ("distributed/", "commands/")  # what takes minutes, so that neither worker ends with it alone
+# Tests of several ranks stay on one of two workers: each such test keeps both cores busy by itself, and two of them
+# side by side wait for each other's turns in every collective. The other worker takes all other files meanwhile; those
+# APART too, which use the pools of ranks little or not at all.
+RANKS = "tests/distributed/"
+APART = ("test_dry_run.py", "test_kill.py", "test_full_disk.py", "test_pool.py")
+FIRST = (RANKS, "tests/commands/")  # what takes minutes, so that neither worker ends with it alone
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files in the order of FIRST, the others as they come; a group of tests runs on one worker."""
-    folder = Path(__file__).parent
+    """Files in the order of FIRST, the others as they come."""
+    items.sort(key=lambda item: next((n for n, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST)))
 
-    def order(item: pytest.Item) -> int:
-        name = item.path.relative_to(folder).as_posix()
-        return next((number for number, start in enumerate(FIRST) if name.startswith(start)), len(FIRST))
 
-    for item in items:
-        name = item.path.relative_to(folder).as_posix()
-        item.add_marker(pytest.mark.xdist_group(RANKS if name.startswith(RANKS) else name))
-    items.sort(key=order)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Which tests run on one worker, one after the other.
+
+    pytest-xdist's own way, `--dist loadgroup` and a mark, does not work with this pytest: it writes the group into
+    `Item._nodeid`, which pytest 9.2 no longer reads.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return RANKS if file.startswith(RANKS) and not file.endswith(APART) else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
