@@ -208,7 +208,7 @@ def test_validate_counts_the_adapter(toys, trained, capsys):
     config, _ = trained
     assert main(["validate", str(config), *LORA]) == 0
     # rank 4 on q, v, down and qkv of four layers: 4 × 4 × (128 + 128 + 128 + 64 + 384 + 128 + 64 + 192)
-    assert "lora on 16 linears: 19.5k weights" in " ".join(capsys.readouterr().out.split())
+    assert "lora on 16 linear layers: 19.5k weights" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_base_in_4_bits_is_the_same_in_two_tensor_parallel_processes(toys, trained, tmp_path):
