@@ -36,7 +36,14 @@ def index(folder: str, shards: list[str], sender: Connection, parent: int) -> No
     """
     processes.end_with_parent(parent)
     multiprocessing.set_start_method("fork", force=True)  # energon's workers and queues require it
-    os.register_at_fork(after_in_child=processes.end_with_parent)
+    forking = os.getpid()
+
+    def before_fork() -> None:
+        nonlocal forking
+        forking = os.getpid()
+
+    # a worker that is forked while its parent dies would miss the signal: it compares the parent's id
+    os.register_at_fork(before=before_fork, after_in_child=lambda: processes.end_with_parent(forking))
     try:
         from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 
