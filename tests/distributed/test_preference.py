@@ -41,7 +41,7 @@ LOSSES = {
     "kto": {},
     "rm": {},
 }
-LR = {"kto": 2.0}  # KTO's gradients are small: the update should stand above the rounding of the weights
+LR = {"kto": 2.0, "robust": 1.0}  # small gradients: the update should stand above the rounding of the weights
 CENTERING = 0.05
 KTO = (0.2, 1.0, 1.3)  # beta, weights of good and bad answers
 
