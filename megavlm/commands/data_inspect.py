@@ -62,7 +62,7 @@ def main(settings: Settings, out: Path | None = None, samples: int = 200) -> int
     sources = open_sources(settings.data)
     kind: Kind = likely_kind(sources[0].file, "tune" if settings.stage is None else "pretrain")
     renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)  # the terminal breaks long lines, so that paths can be copied
 
     looks = _look(sources, renderer, settings, kind, samples, console)
     cards = _cards(looks, renderer, console)
@@ -155,7 +155,7 @@ def _bar(console: Console) -> Progress:
 
 def _table(stats: SourceStats, max_bad_fraction: float) -> Group:
     """The statistics of a source for the terminal."""
-    title = Text.assemble((stats.name, "bold"), "  ", (stats.path, "dim"), overflow="fold")
+    title = Text.assemble((stats.name, "bold"), "  ", (stats.path, "dim"))
     shares = Text(f"{percent(stats.share)} of the samples of the blend")
     if stats.token_share is not None:
         shares.append(
@@ -186,7 +186,7 @@ def _table(stats: SourceStats, max_bad_fraction: float) -> Group:
     lines.append(Text(skipped if stats.num_dropped else "skipped: none of the inspected samples"))
     for fault_kind, found in stats.dropped.items():
         lines.append(Text(f"  {len(found):,} {fault_kind}", style="yellow"))
-        lines += [Text(f"    {sample}: {cause}", overflow="fold") for sample, cause in found[:EXAMPLES]]
+        lines += [Text(f"    {sample}: {cause}") for sample, cause in found[:EXAMPLES]]
         if len(found) > EXAMPLES:
             lines.append(Text(f"    … {len(found) - EXAMPLES:,} more, listed on the page", style="dim"))
     if len(stats.dropped.get(BROKEN, ())) > max_bad_fraction * stats.looked_at:
