@@ -55,8 +55,8 @@ def train(folder: Path, checkpoint: Path, records: list[dict], groups, optimizer
     """Trains a model and returns the bytes of optimizer state, the losses and the times in seconds."""
     from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
-    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
+    from megavlm.media.files import in_folder
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimizers

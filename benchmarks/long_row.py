@@ -46,8 +46,8 @@ def measure(folder: Path, root: Path, length: int) -> dict:
     """Runs the forward and backward pass of one row. Runs on all ranks."""
     from megavlm import platform
     from megavlm.config.settings import Settings
-    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
+    from megavlm.media.files import in_folder
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimizers

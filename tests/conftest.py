@@ -69,7 +69,7 @@ def renderer(make_renderer):
 @pytest.fixture(scope="session")
 def media(tmp_path_factory) -> SimpleNamespace:
     """Files of many kinds in one folder: `media.base`, their names, and `media.find`."""
-    from megavlm.data.files import in_folder
+    from megavlm.media.files import in_folder
 
     base = tmp_path_factory.mktemp("media")
     pictures = ["large.jpg", "wide.png", "grey.png", "alpha.png", "tall.gif", "tiny.webp", "cmyk.jpg", "turned.jpg"]

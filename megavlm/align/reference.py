@@ -26,12 +26,12 @@ from megavlm.checkpoint.load_weights import load_weights
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.answer_groups import draft_unit
-from megavlm.data.files import File
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Draft, DraftError, Renderer
 from megavlm.data.row import Annotations, Row
 from megavlm.data.shards import ShardFolder
 from megavlm.data.sources import Source
+from megavlm.media.files import File
 from megavlm.model.language import LanguageModel
 from megavlm.platform.collectives import on_first_rank
 from megavlm.runtime.eval_rows import EvalRows

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from megavlm.data.files import File
+from megavlm.media.files import File
 
 _ENDS = 1 << 20  # bytes that are read at either end of a file
 

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megavlm.base.errors import UserError
-from megavlm.data.files import is_url
 from megavlm.data.shards import ShardFolder
+from megavlm.media.files import is_url
 from megavlm.prepare.index_shards import find_shards
 from megavlm.prepare.shard_folder import SKIPPED, convert, prepare
 

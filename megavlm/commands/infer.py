@@ -8,9 +8,9 @@ from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
-from megavlm.data.files import File
 from megavlm.data.renderer import Renderer
 from megavlm.data.sources import read_samples
+from megavlm.media.files import File
 from megavlm.runtime.eval_rows import note_settings
 from megavlm.runtime.generation import answer_all
 from megavlm.runtime.session import start

@@ -11,8 +11,7 @@ import numpy as np
 
 from megavlm.base.atomic_files import atomic_open
 from megavlm.base.errors import UserError
-from megavlm.data.files import File, beside, is_folder
-from megavlm.data.media import Find
+from megavlm.media.files import File, Find, beside, is_folder
 
 _BLOCK = 1 << 24  # bytes read at a time while searching for line ends
 _KEPT_FROM = 1 << 26  # the index of a file of at least this many bytes is cached on disk

@@ -14,7 +14,8 @@ from transformers.video_utils import VideoMetadata
 
 from megavlm.base.errors import UserError
 from megavlm.config.data_sections import DataSettings
-from megavlm.data.media import Picture, Video
+from megavlm.media.pictures import Picture
+from megavlm.media.videos import Video
 
 
 @dataclass

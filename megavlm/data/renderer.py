@@ -15,13 +15,15 @@ import torch
 
 from megavlm.base.errors import UserError
 from megavlm.config.data_sections import DataSettings
-from megavlm.data.media import Find, find_picture, find_video
 from megavlm.data.positions import mrope_positions
 from megavlm.data.processor import Clip, Still, VisionProcessor
 from megavlm.data.records import Kind, Record, check_record
 from megavlm.data.row import IGNORE, NO_ANNOTATIONS, Annotations, Row, Sample, pack, padded_length
 from megavlm.data.skipped_samples import NO_TARGET, TOO_LONG, UnfitSample
 from megavlm.data.template import ChatTemplate
+from megavlm.media.files import Find
+from megavlm.media.pictures import find_picture
+from megavlm.media.videos import find_video
 
 
 @dataclass(kw_only=True)

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.base.errors import UserError
-from megavlm.data.files import File, beside
-from megavlm.data.media import Find
 from megavlm.data.records import rename_media
+from megavlm.media.files import File, Find, beside
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 VIDEOS = ("mp4", "webm", "mkv", "mov", "avi", "m4v")

@@ -7,13 +7,12 @@ from typing import Any, Protocol
 
 from megavlm.base.errors import UserError
 from megavlm.config.data_sections import DataSettings
-from megavlm.data.files import is_folder
 from megavlm.data.jsonl import JsonlFile
-from megavlm.data.media import Find
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Sample
 from megavlm.data.shards import ShardFolder
+from megavlm.media.files import Find, is_folder
 
 
 class SampleFile(Protocol):

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavlm.base.errors import UserError
-from megavlm.data.files import File
-from megavlm.data.media import Find
 from megavlm.data.records import rename_media
 from megavlm.data.sources import SampleFile
+from megavlm.media.files import File, Find
 
 _THREADS = 16  # number of threads that read ahead, to hide the latency of network storage
 _READ_AHEAD = 1 << 24  # bytes of one sample's media that are read ahead; the rest is read while it is written

@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from megavlm.base.errors import UserError
-from megavlm.data.files import beside
-from megavlm.data.media import Find, find_picture, find_video
 from megavlm.data.records import check_record
+from megavlm.media.files import Find, beside
+from megavlm.media.pictures import find_picture
+from megavlm.media.videos import find_video
 
 FILE_NAME = "answers.jsonl"
 ACCURACY_FILE = "accuracy.json"

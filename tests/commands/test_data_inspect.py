@@ -266,7 +266,7 @@ def test_page_shows_the_sample_as_it_is_learned(tmp_path, inspect, model_folder)
 
 
 def _file(path):
-    from megavlm.data.files import File
+    from megavlm.media.files import File
 
     return File(str(path))
 

@@ -17,11 +17,11 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from megavlm.config.settings import DataSettings
-from megavlm.data.files import in_folder
 from megavlm.data.processor import VisionProcessor
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
 from megavlm.demo.model_folder import make_model_folder
+from megavlm.media.files import in_folder
 
 LIMITS = {"min_pixels": 48 * 48, "max_pixels": 640 * 640}
 HEADER = "<|im_start|>assistant\n"

@@ -104,8 +104,8 @@ def step_with_adapter(folder, checkpoint, root, records, settings, out):
     Returns the loss, norms, and those of the adapters' tensors that tensor-parallel ranks have whole.
     """
     from megavlm.config.settings import Settings
-    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
+    from megavlm.media.files import in_folder
     from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
     from megavlm.runtime.session import start

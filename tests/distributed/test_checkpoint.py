@@ -90,8 +90,8 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     from megavlm.checkpoint.load_weights import load_weights
     from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
     from megavlm.config.settings import Settings
-    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
+    from megavlm.media.files import in_folder
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimizers

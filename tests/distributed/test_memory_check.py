@@ -37,8 +37,8 @@ def train(folder, checkpoint, root, records, settings, memory_check: bool, addre
     from megavlm import platform
     from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
-    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
+    from megavlm.media.files import in_folder
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimizers

@@ -32,8 +32,8 @@ class OwnRows:
 def train(folder: Path, root: Path, records: list[dict], settings: dict):
     """Runs on every rank: a run by a method of its own. Returns rows taken, whether they are closed, hooks' calls."""
     from megavlm.config.settings import Settings
-    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
+    from megavlm.media.files import in_folder
     from megavlm.training.hooks import Hook
     from megavlm.training.loop import train as train_by
     from megavlm.training.method import Prepared

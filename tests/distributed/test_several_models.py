@@ -14,8 +14,8 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
     """
     from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
     from megavlm.config.settings import Settings
-    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
+    from megavlm.media.files import in_folder
     from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
     from megavlm.runtime.session import start

@@ -20,8 +20,8 @@ def step_with_a_slow_rank(folder, checkpoint, root, records, settings, places, s
     from megavlm import platform
     from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
-    from megavlm.data.files import in_folder
     from megavlm.data.renderer import Renderer
+    from megavlm.media.files import in_folder
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.monitor.stragglers import Stragglers

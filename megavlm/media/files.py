@@ -3,13 +3,16 @@
 import io
 import os
 import posixpath
-from collections.abc import Buffer, Callable
+from collections.abc import Buffer, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
+
+from megavlm.base.errors import UserError
 
 _BUFFER_LOCAL, _BUFFER_REMOTE = 1 << 13, 1 << 16  # read-ahead in bytes; a picture's header fits into the local one
 
@@ -87,6 +90,10 @@ def in_folder(folder: str | Path) -> Callable[[str], File]:
     return partial(beside, f"{folder}/")
 
 
+Find = Callable[[str], File]
+"""A function that locates the media of a sample: it maps a name in the record to the file."""
+
+
 def is_folder(path: str | Path) -> bool:
     """Whether a path or URL is a folder. Raises whatever fsspec raises."""
     if not is_url(path):
@@ -126,3 +133,18 @@ class _Bytes(io.RawIOBase):
         view[: len(data)] = data
         self._place += len(data)
         return len(data)
+
+
+@contextmanager
+def explained(source: str, what: str, file: File) -> Iterator[None]:
+    """Converts any exception of a decoder to a UserError that names the sample, the file and the cause."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{source}: {what} {file} does not exist", "paths are absolute or relative to the folder of the data file"
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{source}: {what} {file} cannot be read: {error}") from error

@@ -1,55 +1,17 @@
-"""Pictures and videos on disk: their sizes, read from the header alone, and their pixels.
+"""Videos on disk: the number, rate and size of their frames, read from the header alone, and the frames' pixels."""
 
-The size determines the number of tokens of a sample, so packing needs it long before any pixel is decoded.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from transformers.video_utils import VideoMetadata
 
 from megavlm.base.errors import UserError
-from megavlm.data.files import File
-
-_EXIF_ORIENTATION = 0x0112
-_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-
-
-@dataclass
-class Picture:
-    """A picture file. `source` ("file:line") is the sample that names it, for error messages."""
-
-    file: File
-    source: str
-
-    def size(self) -> tuple[int, int]:
-        """(height, width) as displayed, from the header. Raises UserError if the file is missing or unreadable."""
-        with _explained(self.source, "picture", self.file), self._image() as image:
-            width, height = image.size
-            is_transposed = image.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSED
-        return (width, height) if is_transposed else (height, width)
-
-    def pixels(self) -> torch.Tensor:
-        """The decoded picture, upright: uint8 [3, height, width], RGB. Raises UserError if it cannot be decoded."""
-        with _explained(self.source, "picture", self.file):
-            with self._image() as image:
-                if image.format != "JPEG":  # PIL reads all formats, but torchvision decodes JPEG three times as fast
-                    image = ImageOps.exif_transpose(image).convert("RGB")
-                    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-            path = self.file.local_path
-            data = read_file(path) if path else torch.frombuffer(bytearray(self.file.read()), dtype=torch.uint8)
-            return decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True)
-
-    @contextmanager
-    def _image(self) -> Iterator[Image.Image]:
-        with self.file.open() as stream, Image.open(stream) as image:
-            yield image
+from megavlm.media.files import File, Find, explained
+from megavlm.media.pictures import Picture, find_picture
 
 
 @dataclass
@@ -114,22 +76,11 @@ class Video:
 
         assert self.file is not None, "a list of frames has no container"
         with (
-            _explained(self.source, "video", self.file),
+            explained(self.source, "video", self.file),
             self.file.open() as stream,
             av.open(self.file.local_path or stream) as container,
         ):
             yield container
-
-
-Find = Callable[[str], File]
-"""A function that locates the media of a sample: it maps a name in the record to the file."""
-
-
-def find_picture(named: Any, find: Find, source: str) -> Picture:
-    """The picture that a record names by a path."""
-    if not isinstance(named, str):
-        raise UserError(f"{source}: a picture must be a path, found {str(named)[:200]}")
-    return Picture(find(named), source)
 
 
 def find_video(named: Any, find: Find, source: str, sampled_fps: float) -> Video:
@@ -157,18 +108,3 @@ def find_video(named: Any, find: Find, source: str, sampled_fps: float) -> Video
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not fps > 0:
         raise UserError(f"{source}: fps must be a number above 0, found {fps!r}")
     return Video(None, [find_picture(frame, find, source) for frame in named], float(fps), source)
-
-
-@contextmanager
-def _explained(source: str, what: str, file: File) -> Iterator[None]:
-    """Converts any exception of a decoder to a UserError that names the sample, the file and the cause."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{source}: {what} {file} does not exist", "paths are absolute or relative to the folder of the data file"
-        ) from error
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{source}: {what} {file} cannot be read: {error}") from error

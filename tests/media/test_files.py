@@ -9,9 +9,9 @@ from PIL import Image
 
 from megavlm.base.errors import UserError
 from megavlm.config.settings import DataSettings
-from megavlm.data.files import File, beside, in_folder
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
+from megavlm.media.files import File, beside, in_folder
 
 
 @pytest.fixture(params=["path", "memory"])
@@ -99,7 +99,7 @@ def test_pictures_are_read_from_their_headers(stored, monkeypatch):
     read = []
     original = File.read
     monkeypatch.setattr(File, "read", lambda self, *a: read.append(len(data := original(self, *a))) or data)
-    from megavlm.data.media import Picture
+    from megavlm.media.pictures import Picture
 
     assert Picture(File(path), "here:1").size() == (1500, 2000)
     assert sum(read) <= 1 << 17

@@ -1,0 +1,1 @@
+"""Files by path or URL, and the pictures and videos in them."""
