@@ -10,6 +10,8 @@ import pkgutil
 import megavlm
 
 LIBRARIES = [  # parts that megavlm imports at first use
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "megatron.core.dist_checkpointing",
     "megatron.energon.flavors.webdataset.prepare",
     "transformers.models.qwen3_vl.modeling_qwen3_vl",

@@ -48,7 +48,8 @@ def steady(lines):
 def test_dpo_starts_at_its_reference_and_prefers_what_is_chosen(toys, pairs, config, tmp_path):
     """The reference file is made once: for a run that continues, in another layout too, and for another run."""
     data = f"data.train={write_records(toys.root / 'pairs.jsonl', pairs)}"
-    megavlm("dpo", config, data, "checkpoint.every=3")
+    done = megavlm("dpo", config, data, "checkpoint.every=3", "train.memory_check=true")
+    assert "memory check: " in done.stdout
     run = tmp_path / "run"
     lines = metrics_of(run)
     assert lines[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
@@ -112,7 +113,7 @@ def test_a_reference_in_the_step_is_the_one_of_the_file(verb, toys, pairs, confi
             for pair in pairs for side in ("chosen", "rejected")
         ]  # fmt: skip
         data, changes = f"data.train={write_records(toys.root / 'judged.jsonl', judged)}", ()
-    common = (data, "train.lr=1e-3", "train.memory_check=false", *changes)
+    common = (data, "train.lr=1e-3", *changes)
     megavlm(verb, config, *common, f"output={tmp_path / 'file'}")
     for steps in (3, 6):
         step = ("align.reference_at=step", f"train.steps={steps}")
@@ -129,7 +130,7 @@ def test_a_reference_in_the_step_is_the_one_of_the_file(verb, toys, pairs, confi
 def test_bad_input_is_said_plainly(toys, pairs, config):
     """Files without a sample that can be used end the run; what else may be wrong is in tests/data/test_units.py."""
     data = f"data.train={write_records(toys.root / 'bad.jsonl', [{**pairs[3], 'margin': 'large'}])}"
-    done = megavlm("dpo", config, data, "train.memory_check=false", status=2)
+    done = megavlm("dpo", config, data, status=2)
     assert "margin must be a number" in done.stderr
     assert "Traceback" not in done.stderr
     record = {"prompt": "Two and two?", "completion": "Four."}

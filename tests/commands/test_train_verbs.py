@@ -36,7 +36,7 @@ def toys(tmp_path_factory) -> Toys:
 
 
 def sft_config(toys: Toys, folder: Path, **train) -> Path:
-    """A configuration of plain SGD on the eight toy records, one a row."""
+    """A configuration of plain SGD on the eight toy records, one a row; without the memory check."""
     config = {
         "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense"))},
         "data": {
@@ -45,7 +45,8 @@ def sft_config(toys: Toys, folder: Path, **train) -> Path:
         },
         "train": {
             "precision": "fp32", "optimizer": "sgd", "lr": LR, "schedule": "constant", "steps": 1,
-            "global_batch_size": 8, "clip_grad": 0.0, "weight_decay": 0.0, **train,
+            "global_batch_size": 8, "clip_grad": 0.0, "weight_decay": 0.0,
+            "memory_check": False, **train,
         },
         "log": {"wandb": {"mode": "off"}},
         "output": str(folder / "run"),
@@ -61,7 +62,8 @@ def metrics_of(run: Path) -> list[dict]:
 
 def test_one_step_of_sft_is_that_of_plain_pytorch(toys, tmp_path):
     lr = 1.0  # the update stands far above the rounding of the weights it is added to
-    megavlm("sft", sft_config(toys, tmp_path), f"train.lr={lr}", from_outside=True)
+    done = megavlm("sft", sft_config(toys, tmp_path, memory_check=True), f"train.lr={lr}", from_outside=True)
+    assert "× 128 tokens, 122 of them visual" in done.stdout
     mcore_to_hf(
         tmp_path / "run" / "checkpoints" / "step_00000001", toys.folder("dense"), tmp_path / "hf", progress=False
     )
