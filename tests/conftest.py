@@ -1,5 +1,6 @@
 """A small model folder, and real pictures and videos in files; in which order and with how many threads tests run."""
 
+import gc
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,12 @@ FIRST = (RANKS, "tests/commands/")  # what takes minutes, so that neither worker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files in the order of FIRST, the others as they come."""
     items.sort(key=lambda item: next((n for n, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    """Takes all modules out of garbage collection, which code under test asks for and which would take a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

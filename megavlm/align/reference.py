@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load, save
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from megavlm.align.sequences import answer_logprobs
 from megavlm.base.atomic_files import atomic_open
@@ -31,6 +31,7 @@ from megavlm.data.renderer import Draft, DraftError, Renderer
 from megavlm.data.row import Annotations, Row
 from megavlm.data.shards import ShardFolder
 from megavlm.data.sources import Source
+from megavlm.data.worker_processes import in_workers
 from megavlm.media.files import File
 from megavlm.model.language import LanguageModel
 from megavlm.platform.collectives import on_first_rank
@@ -128,8 +129,7 @@ def _make(session: Session, data: AnswerData | None, kind: Kind, heartbeat: Call
     rows = None
     if data is not None:
         dataset = _AllAnswers(data, kind, groups.dp_rank, groups.dp_size)
-        workers = settings.data.workers
-        rows = iter(DataLoader(dataset, batch_size=None, num_workers=workers, generator=torch.Generator()))
+        rows = iter(in_workers(dataset, settings.data.workers))
     chunk_tokens = settings.train.logprob_chunk_tokens
 
     def answers(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:

@@ -1,17 +1,12 @@
 """The endless stream of training rows: blended, shuffled, packed in worker processes, and resumable exactly."""
 
 import gc
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from megavlm.base.errors import UserError
-from megavlm.base.processes import end_with_parent
 from megavlm.config.data_sections import DataSettings
 from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
@@ -19,6 +14,7 @@ from megavlm.data.row import Row
 from megavlm.data.rows import RowDataset
 from megavlm.data.sample_order import reshard
 from megavlm.data.sources import Source, open_sources
+from megavlm.data.worker_processes import in_workers
 
 _MOST_AHEAD = 16  # maximum rows that a worker prepares in advance; rows are large because they contain pixels
 
@@ -40,17 +36,8 @@ class RowLoader:
     def __init__(self, dataset: RowDataset, num_workers: int, rows_per_step: int, pin_memory: bool, identity: dict):
         ahead = min(max(2, -(-rows_per_step // max(num_workers, 1))), _MOST_AHEAD)
         self._dataset, self._identity = dataset, identity
-        self._loader: DataLoader[Row | UserError] | None = DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=num_workers,
-            prefetch_factor=ahead if num_workers else None,
-            pin_memory=pin_memory,
-            worker_init_fn=_start_worker,
-            multiprocessing_context="fork" if num_workers else None,
-            # Not the global generator: only ranks that load data draw here, and they draw once more after a resume,
-            # so the random numbers of dropout would differ between ranks.
-            generator=torch.Generator(),
+        self._loader: DataLoader[Row | UserError] | None = in_workers(
+            dataset, num_workers, ahead=ahead, pin_memory=pin_memory
         )
         self._rows: Iterator[Row | UserError] | None = None
         self._taken = 0  # number of rows that this rank has taken
@@ -175,23 +162,3 @@ def build_loader(
         "train.seed": seed,
     }
     return RowLoader(dataset, settings.workers, rows_per_step, pin_memory, identity)
-
-
-def _start_worker(worker: int) -> None:
-    """Set up a new worker process.
-
-    When a job is stopped, all its processes receive a signal. The worker ignores it, because the trainer still needs
-    rows until its step is done. A worker ends only if the trainer itself sends the signal, or dies.
-    """
-    end_with_parent()
-    gc.freeze()  # this process must not collect objects inherited from the trainer, such as tensors on the GPU
-    for stop in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(stop, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
