@@ -13,6 +13,7 @@ LIBRARIES = [  # parts that megavlm imports at first use
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "megatron.core.dist_checkpointing",
+    "pytest",  # the tests' own modules import it
     "megatron.energon.flavors.webdataset.prepare",
     "transformers.models.qwen3_vl.modeling_qwen3_vl",
     "transformers.models.qwen3_vl.processing_qwen3_vl",

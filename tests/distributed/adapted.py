@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from parity import AUX, ROWS, balancing_loss, part_of, targets_of, watch_routers
+from parity import AUX, ROWS, balancing_loss, part_of, save_weights, targets_of, watch_routers
 from toy import reference_inputs, reference_model
 
 LR = 2.0
@@ -135,17 +135,13 @@ def step_with_adapter(folder, checkpoint, root, records, settings, out):
 
 def save_adapter(session, out: Path) -> None:
     """Saves to ``out``, on all ranks, what a checkpoint of the session's model holds of its weights."""
-    from megatron.core import dist_checkpointing
-
     from megavlm.adapters.attach import learned
     from megavlm.convert import SHARDED_METADATA
     from megavlm.convert.peft_config import ADAPTER_CONFIG, write_config
 
+    save_weights(learned(session.vlm.sharded_state_dict(dict(SHARDED_METADATA))), out, session.groups)
     if torch.distributed.get_rank() == 0:
-        out.mkdir()
         write_config(out / ADAPTER_CONFIG, session.adapters.settings, session.shapes)
-    torch.distributed.barrier()
-    dist_checkpointing.save(learned(session.vlm.sharded_state_dict(dict(SHARDED_METADATA))), str(out))
 
 
 def load_and_save(settings: dict, out: Path) -> None:

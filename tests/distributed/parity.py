@@ -1,6 +1,5 @@
 """One training step in some layout, and the same in plain PyTorch on transformers' model."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,8 +141,6 @@ def train_layout(
 
     Returns [(loss, norms, counts)] of the steps.
     """
-    from megatron.core import dist_checkpointing
-
     from megavlm import platform
     from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
@@ -188,11 +185,17 @@ def train_layout(
     for number in range(1, STEPS + 1):
         optimizers.unfreeze(number)
         results.append(step())
-    if groups.language.dp.rank() == 0 and torch.distributed.get_rank() == 0:
-        os.makedirs(out)
-    torch.distributed.barrier()
-    dist_checkpointing.save(vlm.sharded_state_dict(dict(SHARDED_METADATA)), str(out))
+    save_weights(vlm.sharded_state_dict(dict(SHARDED_METADATA)), out, groups)
     return [(result.loss, result.norms, result.counts) for result in results]
+
+
+def save_weights(state: dict, out: Path, groups) -> None:
+    """Saves a sharded state dict to the new folder ``out``, on all ranks."""
+    from megavlm.checkpoint.writer import CheckpointWriter
+
+    writer = CheckpointWriter(groups.language.dp_cp, groups.world_host, background=False)
+    writer.start(state, out)
+    writer.finish(lambda folder: None, wait=True)
 
 
 def settings_of(folder: Path, parallel: dict, *, freeze: tuple[str, ...] = (), moe: bool = False, **train) -> dict:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from parity import Toys, part_of, settings_of, targets_of, weights_of
+from parity import Toys, part_of, save_weights, settings_of, targets_of, weights_of
 from toy import reference_inputs, reference_model
 
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
@@ -188,10 +188,6 @@ def expected(toys: Toys, kind: str, name: str) -> Expected:
 
 def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out):
     """Runs on every rank: one step; saves the weights to ``out``. Returns (loss, norms, counts, fields)."""
-    import os
-
-    from megatron.core import dist_checkpointing
-
     from megavlm import platform
     from megavlm.align.objectives import JudgedObjective, PairObjective, RewardObjective
     from megavlm.checkpoint.load_weights import load_weights
@@ -232,10 +228,7 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out)
     else:
         objective = PairObjective(name, LOSSES[name], 64, groups.language)
     result = Step(vlm, Optimizers(vlm, settings.train), feed, each, objective, settings.vision.window)()
-    if torch.distributed.get_rank() == 0:
-        os.makedirs(out)
-    torch.distributed.barrier()
-    dist_checkpointing.save(vlm.sharded_state_dict(dict(SHARDED_METADATA)), str(out))
+    save_weights(vlm.sharded_state_dict(dict(SHARDED_METADATA)), out, groups)
     return result.loss, result.norms, result.counts, result.fields
 
 
