@@ -86,8 +86,7 @@ def _clean_up(after_each: tuple | None) -> None:
     import torch.distributed as dist
 
     if after_each is not None:
-        _load(after_each)()  # collects garbage
-        gc.freeze()  # the next collection need not look at what this call imported
+        _load(after_each)()
     if dist.is_initialized():
         dist.destroy_process_group()
 
