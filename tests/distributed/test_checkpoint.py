@@ -188,11 +188,11 @@ def test_continues_on_the_same_bits_around_a_thaw(name, toys, tmp_path, request)
     layout = SAME[name]
     world, toy = request.getfixturevalue(f"world{layout.world}"), toys[layout.kind]
     settings = adam(toy, layout, keep=5, freeze=("language",), unfreeze_after={"language": 2})
-    saves = [0, 1, 2, 3, 4] if name == "one process" else [2, 3]
-    straight = world.run(run, *toy, settings, tmp_path, steps=5, save_at=saves)
-    assert [metrics["grad_norm/language"] > 0 for metrics in straight[0][0]] == [False, False, True, True, True]
+    saves = [0, 1, 2, 3] if name == "one process" else [2, 3]
+    straight = world.run(run, *toy, settings, tmp_path, steps=4, save_at=saves)
+    assert [metrics["grad_norm/language"] > 0 for metrics in straight[0][0]] == [False, False, True, True]
     for step in saves:
-        resumed = world.run(run, *toy, settings, tmp_path, steps=5, restore=tmp_path / f"step_{step:08d}")
+        resumed = world.run(run, *toy, settings, tmp_path, steps=4, restore=tmp_path / f"step_{step:08d}")
         for (metrics, weights, draws, _, _), (late_metrics, late_weights, late_draws, _, first) in zip(
             straight, resumed, strict=True
         ):
@@ -233,11 +233,11 @@ def test_continues_in_another_layout(pair, toys, tmp_path, request):
     toy, batch = toys[first.kind], max(2, first.dp_size, second.dp_size)
     straight, resumed = (
         request.getfixturevalue(f"world{layout.world}").run(
-            run, *toy, adam(toy, layout, precision="fp32", global_batch_size=batch), tmp_path, steps=5, **how
+            run, *toy, adam(toy, layout, precision="fp32", global_batch_size=batch), tmp_path, steps=4, **how
         )[0]
         for layout, how in ((first, {"save_at": [2]}), (second, {"restore": tmp_path / "step_00000002"}))
     )
-    assert (straight[3], resumed[3], resumed[4]) == (5 * batch, 5 * batch, 2)
+    assert (straight[3], resumed[3], resumed[4]) == (4 * batch, 4 * batch, 2)
     for before, after in zip(straight[0][2:], resumed[0], strict=True):
         assert after == pytest.approx(before, rel=1e-5)
     assert straight[0][2]["loss"] != pytest.approx(straight[0][0]["loss"], rel=1e-3)  # the rows of two steps earlier
