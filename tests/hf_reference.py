@@ -1,6 +1,7 @@
 """Rendering as the Hugging Face processor does it when called with a record's messages: what ours is compared with."""
 
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -88,18 +89,36 @@ def reference(processor, record, base: Path, prompt=False):
     )
 
 
-def _picture(path: Path) -> str | Image.Image:
-    """A PNG's path, which the processor decodes itself; other pictures as opened by PIL.
+def written(processor, record) -> str:
+    """The conversation as the template writes it, without what stands for pictures and videos.
 
-    So two decoders are compared: we leave JPEG to torchvision, and the rest to PIL.
+    Each text between those is composed (Unicode's NFC), as the tokenizer does it.
+    """
+    messages = []
+    for message in record["messages"]:
+        content = message.get("content")
+        if isinstance(content, str):
+            pieces = filter(None, re.split("(<image>|<video>)", content))
+            content = [
+                {"type": piece[1:-1]} if piece in ("<image>", "<video>") else {"type": "text", "text": piece}
+                for piece in pieces
+            ]
+        messages.append(message | {"content": content})
+    text = processor.apply_chat_template(messages, tools=record.get("tools"))
+    pieces = re.split(r"<\|vision_start\|><\|(?:image|video)_pad\|><\|vision_end\|>", text)
+    return "".join(unicodedata.normalize("NFC", piece) for piece in pieces)
+
+
+def _picture(path: Path) -> str | Image.Image:
+    """An opaque PNG's path, which the processor decodes itself; other pictures as opened by PIL.
+
+    So two decoders are compared: we leave JPEG to torchvision, and the rest to PIL. Only what PIL has opened does the
+    processor paint on white where it is transparent.
     """
     with Image.open(path) as picture:
-        if picture.format == "PNG" and not picture.getexif():
+        if picture.format == "PNG" and not picture.getexif() and not picture.has_transparency_data:
             return str(path)
-        picture = ImageOps.exif_transpose(picture).convert("RGB")
-    # The colour that was transparent is still noted; the processor would paint it white here, but not in a PNG's file.
-    picture.info.pop("transparency", None)
-    return picture
+        return ImageOps.exif_transpose(picture)
 
 
 def _video(named, base: Path, fps: float):

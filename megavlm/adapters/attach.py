@@ -15,6 +15,7 @@ from megavlm.adapters.sites import AdapterSite, adapter_sites
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.convert.adapter import Adapter
 from megavlm.convert.peft_names import part_of, targeted
+from megavlm.model.layers import Router
 from megavlm.model.vlm import VLM
 
 TYPES = {"lora": Lora, "dora": Dora, "fourierft": Fourier}
@@ -62,6 +63,8 @@ class Adapters:
                 self._put_on(sites, [make(site, settings, targets, dtype) for site in sites])
         for chunk in vlm.language:
             chunk.inputs_need_grad = "language" in parts
+            for router in (module for module in chunk.modules() if isinstance(module, Router)):
+                router.adapters_are_trained = "language" in parts
 
     def _put_on(self, sites: list[AdapterSite], adapters: list[LinearAdapter]) -> None:
         """Attach adapters to one module. It has several sites if it is a grouped linear layer for several experts."""

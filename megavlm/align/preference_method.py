@@ -7,8 +7,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megavlm.align.reference import AnswerData, reference_of
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
-from megavlm.data.records import Kind
 from megavlm.data.row_source import MappedRows, RowSource
+from megavlm.records.records import Kind
 from megavlm.runtime.session import Session
 from megavlm.training.method import FileRows, Prepared
 from megavlm.training.objective import Objective

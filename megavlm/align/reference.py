@@ -6,8 +6,10 @@ model and the data. A later start uses the file again if the note matches.
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +28,17 @@ from megavlm.checkpoint.load_weights import load_weights
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.answer_groups import draft_unit
-from megavlm.data.records import Kind
-from megavlm.data.renderer import Draft, DraftError, Renderer
+from megavlm.data.draft import Draft, DraftError
+from megavlm.data.renderer import Renderer
 from megavlm.data.row import Annotations, Row
 from megavlm.data.shards import ShardFolder
+from megavlm.data.shared_memory import received, sent
 from megavlm.data.sources import Source
 from megavlm.data.worker_processes import in_workers
 from megavlm.media.files import File
 from megavlm.model.language import LanguageModel
 from megavlm.platform.collectives import on_first_rank
+from megavlm.records.records import Kind
 from megavlm.runtime.eval_rows import EvalRows
 from megavlm.runtime.feed import MicroBatch
 from megavlm.runtime.forward import forward_only
@@ -43,6 +47,8 @@ from megavlm.runtime.session import Session
 FILE_NAME = "reference.safetensors"
 # Settings of the section data that the log-probabilities depend on.
 _SETTINGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "seq_length")
+# Those that are named only if they are set, so that files written before the settings existed are still read.
+_LATER_SETTINGS = ("video_min_pixels", "video_max_pixels", "video_max_pixels_per_frame")
 
 
 class Reference:
@@ -129,7 +135,7 @@ def _make(session: Session, data: AnswerData | None, kind: Kind, heartbeat: Call
     rows = None
     if data is not None:
         dataset = _AllAnswers(data, kind, groups.dp_rank, groups.dp_size)
-        rows = iter(in_workers(dataset, settings.data.workers))
+        rows = received(iter(in_workers(dataset, settings.data.workers)))
     chunk_tokens = settings.train.logprob_chunk_tokens
 
     def answers(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
@@ -162,31 +168,38 @@ def _make(session: Session, data: AnswerData | None, kind: Kind, heartbeat: Call
     return on_first_rank(tables, groups.world_host)
 
 
-class _AllAnswers(IterableDataset[Row]):
+class _AllAnswers(IterableDataset[Row | UserError]):
     """Every sample of every source once, packed in order; data-parallel ranks and their workers divide the samples."""
 
     def __init__(self, data: AnswerData, kind: Kind, dp_rank: int, dp_size: int):
         self.sources, self.renderer, self.kind = data.sources, data.renderer, kind
         self.dp_rank, self.dp_size = dp_rank, dp_size
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Row | UserError]:
+        return sent(self._rows())
+
+    def _rows(self) -> Iterator[Row]:
         info = torch.utils.data.get_worker_info()
         number, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         first, stride = self.dp_rank + self.dp_size * number, self.dp_size * workers
         waiting: list[Draft] = []
-        numbers = [(source, index) for source, s in enumerate(self.sources) for index in range(len(s.file))]
-        for source, index in numbers[first::stride]:
+        filled = 0  # tokens of the waiting drafts
+        ends = list(accumulate(len(source.file) for source in self.sources))
+        for place in range(first, ends[-1], stride):  # numbers the samples of all sources
+            source = bisect_right(ends, place)
+            index = place - (ends[source - 1] if source else 0)
             try:
                 draft = draft_unit(self.renderer, self.sources[source].file, index, self.kind)
             except Exception:  # training reports broken samples
                 continue
             for sample in (draft, *draft.followers):
                 sample.source_id = source
-            tokens = sum(other.padded_length(self.renderer.pad_multiple) for other in (*waiting, draft))
-            if waiting and tokens > self.renderer.seq_length:
+            tokens = draft.padded_length(self.renderer.pad_multiple)
+            if waiting and filled + tokens > self.renderer.seq_length:
                 yield from self._row(waiting)
-                waiting = []
+                waiting, filled = [], 0
             waiting.append(draft)
+            filled += tokens
         yield from self._row(waiting)
 
     def _row(self, drafts: list[Draft]) -> Iterator[Row]:
@@ -216,6 +229,7 @@ def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:
             for source, paths in zip(sources, files, strict=True)
         ],
         "settings": {name: getattr(settings.data, name) for name in _SETTINGS}
+        | {name: value for name in _LATER_SETTINGS if (value := getattr(settings.data, name)) is not None}
         | {"precision": settings.train.precision, "quantize": settings.adapter.quantize},
     }
 

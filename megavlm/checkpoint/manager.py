@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
@@ -25,10 +25,15 @@ from megavlm.adapters.attach import Adapters, learned
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.fingerprint import digest_of_folders
 from megavlm.checkpoint.folders import clean, partial_folder, publish
+from megavlm.checkpoint.load_weights import load_checked
 from megavlm.checkpoint.optimizer_state import load_state, saved_state, wanted_state
 from megavlm.checkpoint.writer import CheckpointWriter
 from megavlm.config.settings import Settings
 from megavlm.convert import HF_LAYOUT, SHARDED_METADATA
+from megavlm.convert.adapter import Adapter
+from megavlm.convert.check_checkpoint import check_checkpoint
+from megavlm.convert.hf_folder import HfLayout
+from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.convert.peft_config import ADAPTER_CONFIG, config_of, write_config
 from megavlm.data.row_source import RowSource
 from megavlm.model.vlm import PARTS, VLM
@@ -39,6 +44,8 @@ from megavlm.platform.collectives import broadcast_object, on_first_rank
 _log = logging.getLogger(__name__)
 
 
+# State of a run that all ranks share.
+_COMMON_KEYS = {"step", "schedule", "identity", "layout", "align", "workers"}
 MAIN = "model"
 """Name of the main model of a run. The keys of its weights in a checkpoint have no prefix."""
 
@@ -87,6 +94,7 @@ class Checkpoints:
         self._identity = lambda step: {
             "adapter": adapters and config_of(adapters.settings, self.vlm.shapes),
             "base below the adapters": base,
+            "vocabulary rows": self.vlm.shapes.text.vocab if settings.model.resize_vocabulary else None,
             "train.optimizer": settings.train.optimizer,
             "train.precision": settings.train.precision,
             "learning parts": sorted(set(PARTS) - set(settings.frozen(step))),
@@ -95,7 +103,7 @@ class Checkpoints:
         self._start = broadcast_object(secrets.token_hex(4), world)
         if dist.get_rank() == 0:
             clean(root)
-        self._hf_layout = _read_text(origin / HF_LAYOUT) if origin else None
+        self._hf_layout = _layout_in(origin) if origin else None
         self._writer = CheckpointWriter(
             self.vlm.groups.language.dp_cp, world, background=settings.checkpoint.async_save
         )
@@ -150,11 +158,14 @@ class Checkpoints:
         layout that saved them.
 
         Raises:
-            UserError: the checkpoint was written with another optimizer, precision, adapter or set of trained parts, or
-                with other data; with GaLore, also if the weights were divided into other pieces.
+            UserError: the checkpoint is damaged or contains something that Megatron must not unpickle; it is of another
+                model, or was written with another optimizer, precision, adapter or set of trained parts, or with other
+                data; with GaLore, also if the weights were divided into other pieces.
         """
-        common = dist_checkpointing.load_common_state_dict(str(folder))
-        if "workers" not in common:
+        checkpoint, world = McoreCheckpoint(folder), self.vlm.groups.world_host
+        on_first_rank(checkpoint.check_contents, world)
+        common = checkpoint.common_state()
+        if not common.keys() >= _COMMON_KEYS:
             raise UserError(
                 f"{folder} contains weights, but not the state of a run of this version of megavlm",
                 "start a new run from it (model.load)",
@@ -165,6 +176,7 @@ class Checkpoints:
                     f"{folder} was written with {name} = {common['identity'].get(name)}, but now it is {value}",
                     "resume with the settings of the interrupted run, or start a new run from it (model.load)",
                 )
+        on_first_rank(partial(self._check_weights, checkpoint), world)
         if has_galore(self.optimizers):
             check_layout(common["layout"], self._layout)
         if common["align"] != self._pad_multiple:
@@ -184,7 +196,7 @@ class Checkpoints:
             ]
         if common["layout"] != self._layout:
             del wanted["rng"]
-        state = dist_checkpointing.load(wanted, str(folder))
+        state = load_checked(wanted, folder)
         self.optimizers.unfrozen_at = dict(state.get("thawed_at", {}))
         for name, model in self.models.items():
             found = state if name == MAIN else state[name]
@@ -200,8 +212,15 @@ class Checkpoints:
                 _log.warning("%s", different)
         if "rng" in state:
             set_random_state(state["rng"])
-        self._hf_layout = _read_text(folder / HF_LAYOUT)
+        self._hf_layout = _layout_in(folder)
         return state["step"]
+
+    def _check_weights(self, checkpoint: McoreCheckpoint) -> None:
+        for name, model in self.models.items():
+            if model.adapters is not None:
+                Adapter(checkpoint.path, model.vlm.shapes)
+            else:
+                check_checkpoint(checkpoint, model.vlm.shapes, prefix="" if name == MAIN else f"{name}.")
 
     def _sharded(self, *, loading: bool) -> dict:
         groups, generators = self.vlm.groups, None if loading else random_state()
@@ -246,8 +265,10 @@ def _sharded_model(model: TrainedModel, *, loading: bool) -> dict:
     return {"model": weights, "optimizer": state_of(model.optimizers, weights, metadata)}
 
 
-def _read_text(file: Path) -> str | None:
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+def _layout_in(checkpoint: Path) -> str | None:
+    """The description of the Hugging Face files in a checkpoint, unchanged; None if it has none."""
+    found = HfLayout.of_checkpoint(checkpoint)
+    return (checkpoint / HF_LAYOUT).read_text(encoding="utf-8") if found is not None else None
 
 
 def random_state() -> dict:

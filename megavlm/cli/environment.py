@@ -27,7 +27,8 @@ def join_group() -> int | None:
         environment["WORLD_SIZE"] = size
         environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or "localhost"
-        environment.setdefault("MASTER_ADDR", first_host(nodes))
+        if "MASTER_ADDR" not in environment:
+            environment["MASTER_ADDR"] = first_host(nodes)
         # The port must be equal on all nodes, and different for jobs and steps that share a node.
         number = int(environment.get("SLURM_JOB_ID", 0)) * 7 + int(environment["SLURM_STEP_ID"])
         environment.setdefault("MASTER_PORT", str(20000 + number % 10000))
@@ -44,7 +45,14 @@ def join_group() -> int | None:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM node list: "gpu[007-012,20],x1" gives "gpu007"."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
-    assert match is not None, f"{nodes!r} is not a list of nodes"
-    return "".join(part or "" for part in match.groups())
+    """The first name of a SLURM node list: "gpu[007-012,20],x1" gives "gpu007", "rack[1-2]n[3-4]" gives "rack1n3".
+
+    Raises:
+        UserError: ``nodes`` is not such a list.
+    """
+    match = re.fullmatch(r"((?:[^,\[\]\s]|\[\w+[^\[\]]*\])+)(?:,.*)?", nodes)
+    if match is None:
+        raise UserError(
+            f"SLURM's list of nodes is {nodes!r}, which cannot be read", "set MASTER_ADDR to the first node"
+        )
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[1])

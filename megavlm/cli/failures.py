@@ -56,11 +56,15 @@ def report(error: BaseException) -> int:
     rank = int(os.environ.get("RANK", 0))
     if isinstance(error, UserError):
         failure = Failure(rank, error.status, error.message, error.remedy)
+    elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+        # A file or folder of the user's that no check has foreseen: not readable, not writable, of the wrong kind.
+        named = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
+        failure = Failure(rank, USER_ERROR, f"{named}: {error.strerror}", "check this path and its permissions")
     else:
         failure = Failure(rank, OTHER_ERROR, "".join(traceback.format_exception(error)).rstrip())
     if folder := os.environ.get(FOLDER_VARIABLE):
         _hand_over(failure, Path(folder))
-    elif not isinstance(error, UserError):
+    elif failure.status == OTHER_ERROR and not isinstance(error, UserError):
         print(failure.message, file=sys.stderr)
     elif "RANK" not in os.environ or _first_on_this_machine():
         show(failure.message, failure.remedy)

@@ -162,6 +162,19 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "metavar": "SIZE",
                 "help": "maximum size of a shard written from --jsonl; default 500MB",
             },
+            "media_roots": {
+                "metavar": "DIR",
+                "type": Path,
+                "nargs": "+",
+                "default": [],
+                "help": "folders in which the local media of --jsonl must be (as data.media_roots); default: anywhere",
+            },
+            "media_protocols": {
+                "metavar": "NAME",
+                "nargs": "+",
+                "default": [],
+                "help": "protocols or hosts of other URLs that --jsonl may name (as data.media_protocols)",
+            },
             "skip_broken": {
                 "action": "store_true",
                 "help": "skip samples of --jsonl that cannot be read, and list them in skipped.jsonl of the new folder",

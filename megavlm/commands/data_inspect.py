@@ -18,13 +18,16 @@ from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import percent
 from megavlm.config.settings import Settings
+from megavlm.convert.hf_shapes import model_shapes
 from megavlm.convert.new_output import new_folder
 from megavlm.data.answer_groups import likely_kind
-from megavlm.data.records import Kind
-from megavlm.data.renderer import Draft, Renderer
+from megavlm.data.draft import Draft
+from megavlm.data.renderer import Renderer
 from megavlm.data.rows import RowDataset
-from megavlm.data.skipped_samples import BROKEN, SkippedSample
 from megavlm.data.sources import Source, open_sources
+from megavlm.records.records import Kind
+from megavlm.records.remarks import told
+from megavlm.records.skipped_samples import BROKEN, SkippedSample
 from megavlm.report.inspect_cards import Card, make_card, shots_of
 from megavlm.report.inspect_page import write_page
 from megavlm.report.inspect_stats import (
@@ -52,13 +55,15 @@ def main(settings: Settings, out: Path | None = None, samples: int = 200) -> int
         samples: the number of samples to inspect in each source; if a source has fewer, all of them.
 
     Raises:
-        UserError: `out` exists, there are no sources, or a source is missing or empty. (Broken samples do not raise.)
+        UserError: `out` exists, the tokenizer has more ids than the model has rows, there are no sources, or a source
+            is missing or empty. (Broken samples do not raise.)
     """
     out = DEFAULT_OUT if out is None else Path(out)
     if samples < 1:
         raise UserError(f"--samples is {samples}", "give a number of at least 1")
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already", "move it away, or give another folder with --out")
+    model_shapes(settings.model)  # raises if the tokenizer does not belong to the model
     sources = open_sources(settings.data)
     kind: Kind = likely_kind(sources[0].file, "tune" if settings.stage is None else "pretrain")
     renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
@@ -182,6 +187,7 @@ def _table(stats: SourceStats, max_bad_fraction: float) -> Group:
             lines.append(Text(f"picture size: {stats.size_text} px (median width × height)"))
         if stats.video_frames:
             lines.append(Text(f"video length: {stats.video_frames:,.0f} frames (median)"))
+    lines += [Text(sentence, style="yellow") for sentence in told(stats.remarks)]
     skipped = f"skipped: {stats.num_dropped:,} of the {stats.looked_at:,} inspected samples"
     lines.append(Text(skipped if stats.num_dropped else "skipped: none of the inspected samples"))
     for fault_kind, found in stats.dropped.items():

@@ -10,7 +10,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megavlm.base.errors import UserError
+from megavlm.config.data_sections import check_media_protocols
 from megavlm.data.shards import ShardFolder
+from megavlm.media.access import MediaAccess
 from megavlm.media.files import is_url
 from megavlm.prepare.index_shards import find_shards
 from megavlm.prepare.shard_folder import SKIPPED, convert, prepare
@@ -25,6 +27,8 @@ def main(
     jsonl: Sequence[str] = (),
     out: Path | None = None,
     shard_size: str | None = None,
+    media_roots: Sequence[Path] = (),
+    media_protocols: Sequence[str] = (),
     skip_broken: bool = False,
     force: bool = False,
 ) -> None:
@@ -40,9 +44,18 @@ def main(
             )
         if out is None:
             raise UserError("--jsonl requires --out DIR", "give the folder for the shards")
-        done = convert(jsonl, out, parse_size(shard_size or DEFAULT_SIZE), skip_broken=skip_broken, progress=_Bar)
+        check_media_protocols(media_protocols)
+        access = MediaAccess(tuple(map(str, media_roots)) or None, tuple(media_protocols))
+        size = parse_size(shard_size or DEFAULT_SIZE)
+        done = convert(jsonl, out, size, access=access, skip_broken=skip_broken, progress=_Bar)
     else:
-        flags = {"--out": out is not None, "--shard-size": shard_size is not None, "--skip-broken": skip_broken}
+        flags = {
+            "--out": out is not None,
+            "--shard-size": shard_size is not None,
+            "--media-roots": bool(media_roots),
+            "--media-protocols": bool(media_protocols),
+            "--skip-broken": skip_broken,
+        }
         if ignored := [flag for flag, given in flags.items() if given]:
             raise UserError(f"{' and '.join(ignored)} without --jsonl would be ignored")
         if folder is None:

@@ -1,20 +1,26 @@
 """`megavlm export`: converts a checkpoint to a Hugging Face folder, with adapters merged or written separately."""
 
 from pathlib import Path
+from typing import Any
 
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
-from megavlm.checkpoint.load_weights import check_base
+from megavlm.checkpoint.load_weights import check_base, shapes_at_start
+from megavlm.config import yaml_files
+from megavlm.config.data_sections import LIMITS, DataSettings
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.convert import mcore_to_hf
 from megavlm.convert.adapter import Adapter
-from megavlm.model.shapes import Shapes
+from megavlm.data.limits import changed_limits, write_limits
 from megavlm.runtime.adapter_start import warn_of_other_base
 
 
 def main(settings: Settings, out: Path, adapter: bool = False) -> int:
     """Writes ``out`` from ``model.load``, with config, tokenizer and processor from ``model.hf``.
+
+    The limits of pictures and videos in the processor files are those of ``settings.data`` or, where these are null,
+    of the run that trained the weights.
 
     Args:
         settings: the settings of the run.
@@ -25,6 +31,7 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
         UserError: the adapter or the checkpoint is missing or does not fit.
     """
     model, found = settings.model, None
+    shapes = shapes_at_start(model)
     if model.adapter is None and settings.adapter.type is not None:
         raise UserError(
             f"adapter.type is {settings.adapter.type}, but model.adapter is not set, so the base model would be "
@@ -32,13 +39,26 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
             "set model.adapter to the run that trained the adapter, or adapter.type to null",
         )
     if model.adapter is not None:
-        found = Adapter(find_checkpoint(model.adapter), Shapes.from_hf(model.hf))
+        found = Adapter(find_checkpoint(model.adapter), shapes)
+    limits = _limits(settings)
+    listed = ", ".join(f"data.{name}={value}" for name, value in limits.items())
     if not adapter:
         load = find_checkpoint(required(model.load, "model.load"))
         check_base(load)
         if found is not None:
             warn_of_other_base(found.folder, load)
-        mcore_to_hf(load, model.hf, out, adapter=found, overwrite=settings.overwrite)
+        changes = changed_limits(model.hf, DataSettings().model_copy(update=limits)) if limits else {}
+        mcore_to_hf(
+            load,
+            model.hf,
+            out,
+            adapter=found,
+            resize_vocabulary=model.resize_vocabulary,
+            overwrite=settings.overwrite,
+        )
+        write_limits(out, changes)
+        if limits:
+            print(f"the processor files carry the limits of training: {listed}")
     elif found is None:
         raise UserError(
             "--adapter exports only the adapter, but model.adapter is not set",
@@ -46,5 +66,19 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
         )
     else:
         found.write(out, model.hf, overwrite=settings.overwrite)
+        if limits:
+            print(f"an adapter has no processor files; use it with the limits of training: {listed}")
     print(f"exported · {out}")
     return 0
+
+
+def _limits(settings: Settings) -> dict[str, Any]:
+    """The limits of pictures and videos that are not null in these settings or, if null there, in those of the run."""
+    run: dict[str, Any] = {}
+    trained = settings.model.adapter or settings.model.load
+    if trained is not None:
+        folder = find_checkpoint(trained).parent
+        config = folder.parent / "config.yaml"
+        if folder.name == "checkpoints" and config.is_file():
+            run = yaml_files.read_file(config).tree.get("data") or {}
+    return {name: run[name] for name in LIMITS if run.get(name) is not None} | settings.data.limits

@@ -9,8 +9,9 @@ from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
-from megavlm.data.sources import read_samples
+from megavlm.data.sources import media_access, read_samples
 from megavlm.media.files import File
+from megavlm.records.marks import escaped, num_marks
 from megavlm.runtime.eval_rows import note_settings
 from megavlm.runtime.generation import answer_all
 from megavlm.runtime.session import start
@@ -31,7 +32,8 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
             groups = session.groups
             data = settings.data.eval
             assert data is not None, "data.eval must be set"
-            samples = read_samples(data, renderer, "prompt", rank=groups.dp_rank, num_ranks=groups.dp_size)
+            access, rank, num_ranks = media_access(settings.data), groups.dp_rank, groups.dp_size
+            samples = read_samples(data, renderer, "prompt", access=access, rank=rank, num_ranks=num_ranks)
         else:
             samples = iter([renderer.encode(_record(prompt, image, video), File, "--prompt", kind="prompt")])
     answers = answer_all(session, renderer, samples)
@@ -47,12 +49,19 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
     return 0
 
 
-def _record(prompt: str, images: Sequence[Path], videos: Sequence[Path]) -> dict:
-    """The record of one question; pictures and videos without a mark in the prompt are put before it."""
-    marks = "<image>" * (len(images) - prompt.count("<image>")) + "<video>" * (len(videos) - prompt.count("<video>"))
-    record: dict[str, list] = {"messages": [{"role": "user", "content": marks + prompt}]}
-    if images:
-        record["images"] = [str(path) for path in images]
-    if videos:
-        record["videos"] = [str(path) for path in videos]
-    return record
+def _record(prompt: str, images: Sequence[Path], videos: Sequence[Path]) -> dict[str, list]:
+    """The record of one question; pictures and videos without a mark in the prompt are put before it.
+
+    Without pictures (videos), <image> (<video>) in the prompt is a word.
+    """
+    marks = ""
+    for kind, files in (("image", images), ("video", videos)):
+        if files:
+            marks += f"<{kind}>" * (len(files) - num_marks(prompt, kind))
+        else:
+            prompt = escaped(prompt, kind)
+    return {
+        "messages": [{"role": "user", "content": marks + prompt}],
+        "images": [str(path) for path in images],
+        "videos": [str(path) for path in videos],
+    }

@@ -7,13 +7,12 @@ import torch
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
-from megavlm.checkpoint.load_weights import has_score_head
+from megavlm.checkpoint.load_weights import has_score_head, shapes_at_start
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import Adapter
 from megavlm.data.renderer import Renderer
-from megavlm.data.sources import read_samples
-from megavlm.model.shapes import Shapes
+from megavlm.data.sources import media_access, read_samples
 from megavlm.runtime.eval_rows import EvalRows, note_settings
 from megavlm.runtime.forward import encode_window, logprobs_of, scores_of
 from megavlm.runtime.scoring import fill_rows, sample_scores
@@ -34,7 +33,7 @@ def main(settings: Settings, reward: bool = False) -> int:
     output, data = required(settings.output, "output"), settings.data.eval
     assert data is not None, "data.eval must be set"
     if reward and model.adapter is not None:
-        scored = Adapter(find_checkpoint(model.adapter), Shapes.from_hf(model.hf)).reward_head is not None
+        scored = Adapter(find_checkpoint(model.adapter), shapes_at_start(model)).reward_head is not None
     else:
         scored = not reward or has_score_head(find_checkpoint(load))
     if not scored:
@@ -46,7 +45,8 @@ def main(settings: Settings, reward: bool = False) -> int:
     samples = None
     if session.groups.is_leader:
         renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
-        samples = read_samples(data, renderer, "tune", rank=session.groups.dp_rank, num_ranks=session.groups.dp_size)
+        access, groups = media_access(settings.data), session.groups
+        samples = read_samples(data, renderer, "tune", access=access, rank=groups.dp_rank, num_ranks=groups.dp_size)
     rows = EvalRows(session, fill_rows(samples, renderer, settings.data) if samples is not None else None, "scoring")
     scores: list[dict] = []
     for window, real in rows:

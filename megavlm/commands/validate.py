@@ -4,25 +4,29 @@ It builds a model only with ``--dry-run``, and then without allocating its memor
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from megavlm.base.errors import UserError
 from megavlm.base.number_format import short
+from megavlm.checkpoint.load_weights import shapes_at_start
 from megavlm.config.requirements import check_files, check_stage
 from megavlm.config.settings import Settings
+from megavlm.convert.hf_shapes import model_shapes
 from megavlm.convert.peft_names import targeted, tensor_shapes
 from megavlm.data.answer_groups import draft_unit, likely_kind
-from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
-from megavlm.data.skipped_samples import SkippedSample
 from megavlm.data.sources import Source, open_sources
 from megavlm.model.flops import active_decoder_weights
 from megavlm.model.shapes import Shapes
+from megavlm.records.records import Kind
+from megavlm.records.remarks import told
+from megavlm.records.skipped_samples import SkippedSample
 from megavlm.runtime.adapter_start import with_stored_adapter
 from megavlm.runtime.session import check_shapes
 
@@ -47,7 +51,7 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
     """
     if not no_files:
         check_files(settings, ("model.hf", "model.load", "model.adapter", "data.train", "data.eval"))
-    shapes = Shapes.from_hf(settings.model.hf)
+    shapes = model_shapes(settings.model) if no_files else shapes_at_start(settings.model)
     if not no_files:
         settings = with_stored_adapter(settings, shapes)
     parallel = settings.parallel
@@ -104,7 +108,7 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     if train.global_batch_size and train.steps:
         tokens = train.global_batch_size * data.seq_length
         rows = f"{train.global_batch_size} rows × {data.seq_length:,} tokens = {short(tokens)} tokens"
-        schedule = f"lr {train.lr:g} → {train.min_lr:g} ({train.schedule})"
+        schedule = "no lr" if train.lr is None else f"lr {train.lr:g} → {train.min_lr:g} ({train.schedule})"
         facts += [
             ("step", f"{rows}, {train.global_batch_size // data_parallel} rows per data-parallel rank"),
             ("run", f"{train.steps:,} steps = {short(tokens * train.steps)} tokens, {schedule}"),
@@ -152,19 +156,23 @@ def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:
     kind = likely_kind(source.file, kind)
     count = min(FIRST_SAMPLES, len(source.file))
     samples, skipped_samples = [], []
+    remarks: Counter[str] = Counter()
     for index in range(count):
         name = source.file.source(index)
         try:
             draft = draft_unit(renderer, source.file, index, kind)
+            remarks.update(draft.remarks)
             samples.append(renderer.complete(draft))
             samples += [renderer.complete(other) for other in draft.followers]
-        except UserError as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # as in a data worker: whatever a file contains, an error in it costs one sample
             skipped_samples.append(SkippedSample.of(0, name, error))
-    summary = (
-        f"[bold]{source.name}[/] ({source.share:.1%} of the blend, {len(source.file):,} samples), {count} inspected:"
-    )
+    share, total = f"{source.share:.1%} of the blend", f"{len(source.file):,} samples"
+    summary = f"[bold]{escape(source.name)}[/] ({share}, {total}), {count} inspected:"
     if skipped_samples:
-        summary += f" {len(skipped_samples)} cannot be used ({skipped_samples[0].sample}: {skipped_samples[0].cause});"
+        first = skipped_samples[0]
+        summary += f" {len(skipped_samples)} cannot be used ({escape(f'{first.sample}: {first.cause}')});"
     if not samples:
         return summary.rstrip(";")
     tokens = [len(sample.input_ids) for sample in samples]
@@ -175,4 +183,5 @@ def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:
         f"{summary} {len(samples)}{of_pairs or ' usable'} have {min(tokens)} to {max(tokens)} tokens, "
         f"{visual / sum(tokens):.0%} visual, {targets / sum(tokens):.0%} targets, "
         f"{sum(s.num_images for s in samples)} pictures, {sum(s.num_videos for s in samples)} videos"
+        + "".join(f"; {sentence}" for sentence in told(remarks))
     )

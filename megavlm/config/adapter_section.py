@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import quoted
 from megavlm.config.section import Bool, Count, Float, Int, Positive, Section, Str
 
 _ONLY = {  # the types to which a field applies
@@ -85,7 +86,7 @@ class AdapterSettings(Section):
                     re.compile(pattern)
                 except re.error as error:
                     raise UserError(
-                        f"adapter.{name} has the key {pattern!r}, which is not a regular expression: {error}",
+                        f"adapter.{name} has the key {quoted(pattern)}, which is not a regular expression: {error}",
                         "write a regular expression",
                     ) from None
         for name, types in _ONLY.items():

@@ -1,12 +1,36 @@
 """The data section: the files to read, the blend of sources, and the packing of samples into rows of tokens."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.base.errors import UserError
-from megavlm.config.section import Bool, DataPath, Float, Int, Section, Str
+from megavlm.base.quoting import quoted
+from megavlm.config.section import Bool, DataPath, FilePath, Float, Int, Section, Str
+
+# Protocols that may be allowed as a whole: where a name inside the network is no risk, or is checked. For all others,
+# the host must be named.
+_WHOLE_PROTOCOLS = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf", "memory")
+
+
+def check_media_protocols(entries: Iterable[str]) -> None:
+    """Raises UserError unless each entry of ``data.media_protocols`` is a protocol or has the form protocol://host."""
+    for entry in entries:
+        if entry not in _WHOLE_PROTOCOLS and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9+.-]*://[^/?#\s]+", entry):
+            raise UserError(
+                f"{quoted(entry)} is neither protocol://host nor one of the protocols {', '.join(_WHOLE_PROTOCOLS)}",
+                "examples: https, s3://bucket, http://images.local:8080",
+            )
+
+
+# The settings that decide how large pictures and videos are in a row; null: the value of the model's processor.
+LIMITS = (
+    *("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "video_max_pixels_per_frame"),
+    *("video_fps", "video_max_frames"),
+)
 
 
 class DataSource(Section):
@@ -48,7 +72,7 @@ class DataSource(Section):
         check_blend(self.sources)
         if self.sources and self.name is not None:
             raise UserError(
-                f"the blend {self.name!r} has a name, which would be ignored", "give names to the sources in it"
+                f"the blend {quoted(self.name)} has a name, which would be ignored", "give names to the sources in it"
             )
         if self.epochs is not None and any(source.epochs is None for source in self.sources):
             raise UserError("a blend has epochs, but the sources in it have a weight", "give epochs to the sources")
@@ -114,7 +138,7 @@ class DataSettings(Section):
         "parallel.context",
     )
     packing_buffer: Int = Field(
-        1000, ge=1, description="number of samples from which best_fit selects the next one for a row"
+        1000, ge=1, le=10**6, description="number of samples from which best_fit selects the next one for a row"
     )
     max_patches_per_row: Int | None = Field(
         None, ge=4, description="maximum number of vision patches in a row; null: no limit"
@@ -123,6 +147,11 @@ class DataSettings(Section):
         "drop",
         description="what happens to samples that are longer than a row. drop: they are skipped and counted; truncate: "
         "their beginning is cut off, where pictures and videos are removed whole",
+    )
+    append_eos: Bool = Field(
+        True,
+        description="whether a text record ends with the token that ends a document, <|endoftext|>, which is also "
+        "learned; false: nothing is added",
     )
     max_bad_fraction: Float = Field(
         0.2,
@@ -137,8 +166,20 @@ class DataSettings(Section):
     workers: Int = Field(
         2,
         ge=0,
-        description="number of processes per data-parallel rank that read and render samples; 0: the training process "
-        "does it itself",
+        description="number of processes per data-parallel rank that read and render samples, at most 256; 0: the "
+        "training process does it itself",
+    )
+    media_roots: list[FilePath] | None = Field(
+        None,
+        min_length=1,
+        description="folders in which the local pictures and videos of all samples must be, also after symbolic links "
+        "are followed; null: a sample may name any local file",
+    )
+    media_protocols: list[Str] = Field(
+        [],
+        description="protocols (https), or single hosts and buckets (http://images.local:8080, s3://bucket), of the "
+        "URLs that samples may name in addition to those of their own data file's protocol and host. An http or https "
+        "URL that leads to a private address is refused unless its host is listed",
     )
     min_pixels: Int | None = Field(
         None,
@@ -150,6 +191,30 @@ class DataSettings(Section):
         ge=1,
         description="larger pictures are shrunk to this number of pixels; null: the value of the model's processor",
     )
+    max_image_megapixels: Float = Field(
+        200.0,
+        gt=0,
+        description="pictures and video frames of more than this number of million pixels in their files are skipped; "
+        "decoding takes 3 bytes of memory per pixel and more",
+    )
+    video_min_pixels: Int | None = Field(
+        None,
+        ge=1,
+        description="the frames of smaller videos are enlarged until all sampled frames together have this number of "
+        "pixels; null: the value of the model's processor",
+    )
+    video_max_pixels: Int | None = Field(
+        None,
+        ge=1,
+        description="the frames of larger videos are shrunk until all sampled frames together have this number of "
+        "pixels; null: the value of the model's processor",
+    )
+    video_max_pixels_per_frame: Int | None = Field(
+        None,
+        ge=1,
+        description="larger frames of a video are shrunk to this number of pixels, rounded down to whole visual tokens "
+        "(cap_pixels_per_frame and max_video_tokens of the processor); null: the values of the model's processor",
+    )
     video_fps: Float | None = Field(
         None,
         gt=0,
@@ -159,6 +224,19 @@ class DataSettings(Section):
     video_max_frames: Int | None = Field(
         None, ge=2, description="maximum number of frames of a video; null: the value of the model's processor"
     )
+
+    @field_validator("workers")
+    @classmethod
+    def _few_workers(cls, workers: int) -> int:
+        if workers > 256:
+            raise UserError("it can be at most 256; each is a process with a packing buffer of its own")
+        return workers
+
+    @field_validator("media_protocols")
+    @classmethod
+    def _known_protocols(cls, entries: list[str]) -> list[str]:
+        check_media_protocols(entries)
+        return entries
 
     @field_validator("train", mode="before")
     @classmethod
@@ -179,17 +257,24 @@ class DataSettings(Section):
         )
 
     @property
+    def limits(self) -> dict[str, Any]:
+        """Those of LIMITS that are not null."""
+        return {name: getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
+
+    @property
     def source_names(self) -> list[str]:
         """The names of the sources in the metrics, in the order of their numbers."""
         return [source.label for source in self.leaves.values()]
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataSettings":
-        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            raise UserError(
-                f"data.min_pixels is {self.min_pixels}, which is greater than data.max_pixels = {self.max_pixels}",
-                "lower min_pixels or raise max_pixels",
-            )
+        for prefix in ("", "video_"):
+            least, most = getattr(self, f"{prefix}min_pixels"), getattr(self, f"{prefix}max_pixels")
+            if least and most and least > most:
+                raise UserError(
+                    f"data.{prefix}min_pixels is {least}, which is greater than data.{prefix}max_pixels = {most}",
+                    f"lower {prefix}min_pixels or raise {prefix}max_pixels",
+                )
         if self.packing == "none" and self.is_changed("packing_buffer"):
             raise UserError(
                 f"data.packing_buffer is {self.packing_buffer}, but data.packing is none: it would be ignored",

@@ -118,12 +118,26 @@ def check_window(window: int | None, parallel: ParallelSettings) -> None:
         )
 
 
-def check_dense_settings(train: TrainSettings, num_experts: int | None) -> None:
-    """Raises a UserError if the model is dense (num_experts None) and a setting is only for experts."""
-    if num_experts is None and train.moe_aux_loss_coeff and train.is_changed("moe_aux_loss_coeff"):
+def check_expert_settings(train: TrainSettings, num_experts: int | None, *, decoder_trained: bool = True) -> None:
+    """Raises a UserError if a setting for experts has no effect.
+
+    Args:
+        train: the section of the settings.
+        num_experts: experts in an MoE layer; None for a dense model.
+        decoder_trained: whether the decoder, or adapters in it, are ever trained.
+    """
+    if not train.moe_aux_loss_coeff or not train.is_changed("moe_aux_loss_coeff"):
+        return
+    if num_experts is None:
         raise UserError(
             f"train.moe_aux_loss_coeff is {train.moe_aux_loss_coeff:g}, but the model is dense: it would be ignored",
             "remove it, or point model.hf at a mixture-of-experts model",
+        )
+    if not decoder_trained:
+        raise UserError(
+            f"train.moe_aux_loss_coeff is {train.moe_aux_loss_coeff:g}, but model.freeze has language: it would be "
+            "ignored",
+            "remove it, or remove language from model.freeze",
         )
 
 

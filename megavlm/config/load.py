@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import MOST, quoted, shortened
 from megavlm.config import describe, yaml_files
 from megavlm.config.renamed import RENAMED
 from megavlm.config.settings import Settings
@@ -60,7 +61,8 @@ def _problem(details: ErrorDetails, values: Values, path: Path | str) -> UserErr
         return UserError(f"{key} is not set{meaning}", f"add it to {path}, or {key}=… on the command line")
     if isinstance(cause, UserError) and (field is None or describe.section_class(field)):  # a check between fields
         return UserError(f"{cause.message}{_origins_of_named(cause.message, values)}", cause.remedy)
-    value = describe.value_text(details["input"]) if not isinstance(details["input"], str) else repr(details["input"])
+    given = details["input"]
+    value = quoted(given) if isinstance(given, str) else shortened(describe.value_text(given))
     if isinstance(cause, UserError):
         return UserError(f"{key} is {value}{where}: {cause.message}", cause.remedy)
     allowed = f"allowed: {describe.allowed(field)}" if field else details["msg"]
@@ -69,7 +71,8 @@ def _problem(details: ErrorDetails, values: Values, path: Path | str) -> UserErr
 
 def key_text(location: Location) -> str:
     """("data", "train", 0, "path") as data.train[0].path."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+    steps = (f"[{part}]" if isinstance(part, int) else f".{shortened(part, MOST)}" for part in location)
+    return "".join(steps).removeprefix(".")
 
 
 def _nearest(location: Location) -> str:

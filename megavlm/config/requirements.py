@@ -40,7 +40,7 @@ def check_files(settings: Settings, keys: Iterable[str]) -> None:
             paths |= {name: source.path for name, source in settings.data.leaves.items()}
         else:
             paths[key] = attrgetter(key)(settings)
-    missing = {key: path for key, path in paths.items() if isinstance(path, Path) and not path.exists()}
+    missing = {key: path for key, path in paths.items() if isinstance(path, Path) and not _exists(path, key)}
     remedy = f"relative paths start from {Path.cwd()}"
     if len(missing) == 1:
         key, path = missing.popitem()
@@ -53,6 +53,13 @@ def check_files(settings: Settings, keys: Iterable[str]) -> None:
             f"model.hf is {settings.model.hf}, a folder without config.json",
             "give a folder in Hugging Face's model format",
         )
+
+
+def _exists(path: Path, key: str) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a folder above it may not be read, or the name is too long
+        raise UserError(f"{key} is {path}, which cannot be read: {error.strerror}") from None
 
 
 def check_stage(settings: Settings) -> None:

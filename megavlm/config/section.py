@@ -1,18 +1,43 @@
 """Building blocks for the sections of a configuration file: strict scalars, paths, and the class of a section."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 from megavlm.base.errors import UserError
 
+_LARGEST = 2**31 - 1  # whole number that fits into the int32 of Megatron and torch
+_SMALLEST_FLOAT, _LARGEST_FLOAT = 1e-37, 1e38  # numbers that float32 still distinguishes from 0 and infinity
+
+
+def _fits_int32(value: int) -> int:
+    if abs(value) > _LARGEST:
+        raise UserError(f"whole numbers can be at most {_LARGEST}")
+    return value
+
+
+def _fits_float32(value: float) -> float:
+    if value != 0 and not _SMALLEST_FLOAT <= abs(value) <= _LARGEST_FLOAT:
+        raise UserError(
+            f"numbers are computed in float32, which needs 0 or a size of {_SMALLEST_FLOAT:g} to {_LARGEST_FLOAT:g}"
+        )
+    return value
+
+
+def _is_a_factor(value: float) -> float:
+    if _fits_float32(value) > 1e6:
+        raise UserError("it can be at most 1e6")
+    return value
+
+
 # Strict scalars: "8" is not accepted as a number, nor 1 as a truth value, so that mistakes in a file are noticed. (A
 # whole number is still accepted as a float.)
-Int = Annotated[int, Strict()]
-Float = Annotated[float, Strict()]
-Positive = Annotated[float, Strict(), Field(gt=0)]
-Count = Annotated[int, Strict(), Field(ge=1)]
+Int = Annotated[int, Strict(), AfterValidator(_fits_int32)]
+Float = Annotated[float, Strict(), AfterValidator(_fits_float32)]
+Positive = Annotated[float, Strict(), Field(gt=0), AfterValidator(_is_a_factor)]
+Count = Annotated[int, Strict(), Field(ge=1), AfterValidator(_fits_int32)]
 Bool = Annotated[bool, Strict()]
 Str = Annotated[str, Strict()]
 
@@ -22,6 +47,10 @@ def _path(value: Any) -> Any:
     if isinstance(value, str):
         if not value.strip():
             raise UserError("the path is empty")
+        if "\0" in value:
+            raise UserError("a path cannot contain a zero byte")
+        if re.search("[\ud800-\udfff]", value):
+            raise UserError("the path is not valid text in UTF-8")
         return Path(value).expanduser()
     return value
 

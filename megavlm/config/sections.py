@@ -35,6 +35,12 @@ class ModelSettings(Section):
         description="parts that are not trained. vision: patch embedding, position embedding and blocks of the vision "
         "tower; projector: merger and deepstack mergers; language: decoder, word embedding and output layer",
     )
+    resize_vocabulary: Bool = Field(
+        False,
+        description="whether word embedding and output layer get rows for tokens that were added to the tokenizer: as "
+        "many as the tokenizer has ids, rounded up to a multiple of 128. Rows that model.load lacks start as the mean "
+        "of its rows. false: a tokenizer with more ids than the model has rows is refused",
+    )
     kernels: Literal["auto", "te", "portable"] = Field(
         "auto",
         description="implementation of the layers. te: Transformer Engine; portable: plain PyTorch; auto: te on a GPU "
@@ -211,6 +217,15 @@ class GenerateSettings(Section):
     batch_size: Int = Field(
         16, ge=1, description="number of prompts that each data-parallel rank answers at the same time"
     )
+
+    @field_validator("temperature")
+    @classmethod
+    def _computable(cls, temperature: float) -> float:
+        if 0 < temperature < 1e-3:
+            raise UserError(
+                "the logits divided by it may be infinite", "set 0, which always chooses the most likely token"
+            )
+        return temperature
 
     @model_validator(mode="after")
     def _consistent(self) -> "GenerateSettings":

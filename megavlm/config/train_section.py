@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megavlm.base.errors import UserError
 from megavlm.config.section import Bool, Count, Float, Int, Part, Positive, Section
@@ -54,7 +54,10 @@ class TrainSettings(Section):
         1.0, ge=0, description="maximum norm of the gradient of all parts together; 0: gradients are not clipped"
     )
     moe_aux_loss_coeff: Float = Field(
-        0.001, ge=0, description="weight of the load-balancing loss of the experts (MoE models only)"
+        0.001,
+        ge=0,
+        description="weight of the load-balancing loss of the experts (MoE models only); it has no effect while the "
+        "decoder is frozen",
     )
     precision: Literal["bf16", "fp32", "fp8"] = Field(
         "bf16", description="number format of the computation; fp8 needs model.kernels te"
@@ -87,13 +90,21 @@ class TrainSettings(Section):
     )
     hang_minutes: Float | None = Field(
         30.0,
-        gt=0,
+        ge=0.01,
+        le=1e6,
         description="number of minutes without progress after which every rank writes its stacks and the run ends; "
         "null: no limit",
     )
     seed: Int = Field(
         1234, ge=0, le=2**31 - 1, description="seed of the initial weights, the order of the data and dropout"
     )
+
+    @field_validator("lr", "min_lr", "weight_decay", "galore_scale")
+    @classmethod
+    def _products_fit(cls, value: float | None) -> float | None:
+        if value is not None and value > 1e6:
+            raise UserError("it can be at most 1e6, so that the products of these settings fit into float32")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSettings":

@@ -13,8 +13,13 @@ from typing import Any
 import yaml
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import quoted, shortened
 
 Location = tuple[str | int, ...]  # ("data", "train", 0, "path")
+
+# What PyYAML raises: beside its own errors, those of int() and others for a tag (!!int a, !!timestamp 1), and that of a
+# file which is nested too deeply or contains itself.
+_FAILURES = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
 _SCALARS = {
@@ -46,6 +51,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key.start_mark)
             if key.value in seen and key.value != "<<":
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is written twice", key.start_mark)
             seen.add(key.value)
@@ -101,15 +108,18 @@ def parse_override(text: str) -> Values:
     key, equals, value = text.partition("=")
     location = tuple(key.split("."))
     if not equals or not all(location):
-        raise UserError(f"override {text!r} is not of the form section.key=value", "example: train.steps=100")
+        raise UserError(f"override {quoted(text)} is not of the form section.key=value", "example: train.steps=100")
     try:
         tree = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
+    except _FAILURES as error:
         raise UserError(
-            f"override {text!r}: the value does not parse as YAML: {_problem(error)}", "quote it: key='\"value\"'"
+            f"override {quoted(text)}: the value does not parse as YAML: {_problem(error)}", "quote it: key='\"value\"'"
         ) from error
-    origin = f"override {text}"
-    tree = _expand(tree, location, lambda _: origin)
+    origin = f"override {shortened(text)}"
+    try:
+        tree = _expand(tree, location, lambda _: origin)
+    except RecursionError as error:  # an anchor that contains itself
+        raise UserError(f"{origin}: the value does not parse as YAML: {_problem(error)}") from None
     for part in reversed(location):
         tree = {part: tree}
     return Values(tree, {location: origin})
@@ -121,14 +131,16 @@ def dump(tree: Any) -> str:
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...]) -> Values:
-    if path.resolve() in [p.resolve() for p in above]:
+    if os.path.realpath(path) in map(os.path.realpath, above):  # Path.resolve raises for links in a circle
         chain = " → ".join(str(p) for p in (*above, path))
         raise UserError(f"base files form a cycle: {chain}", "remove one of these base: lines")
     own = _read_one(path, named_by=above[-1] if above else None)
     bases = own.tree.pop("base", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise UserError(f"base is {bases!r} ({own.origin(('base',))}); allowed: a file name or a list of file names")
+        raise UserError(
+            f"base is {quoted(bases)} ({own.origin(('base',))}); allowed: a file name or a list of file names"
+        )
     values = Values()
     for base in bases:
         values.update(_read_with_bases(path.parent / Path(base).expanduser(), (*above, path)))
@@ -142,12 +154,15 @@ def _read_one(path: Path, named_by: Path | None) -> Values:
         loader = _Loader(text)
         node = loader.get_single_node()
         tree = loader.construct_document(node) if node else {}
+        values = Values(tree or {})
+        if isinstance(node, yaml.MappingNode):
+            _note_lines(node, (), path, values.origins)
     except OSError as error:
         of = f" (base of {named_by})" if named_by else ""
         raise UserError(f"cannot read configuration file {path}{of}: {error.strerror}", "check the path") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file in UTF-8: {error.reason} at byte {error.start}") from error
-    except yaml.YAMLError as error:
+    except _FAILURES as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(
@@ -155,9 +170,6 @@ def _read_one(path: Path, named_by: Path | None) -> Values:
         ) from error
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, not settings", "write section: and key: value lines")
-    values = Values(tree or {})
-    if isinstance(node, yaml.MappingNode):
-        _note_lines(node, (), path, values.origins)
     values.tree = _expand(values.tree, (), values.origin)
     return values
 
@@ -174,8 +186,10 @@ def _note_lines(node: yaml.Node, location: Location, path: Path, origins: dict[L
         _note_lines(child, (*location, name), path, origins)
 
 
-def _problem(error: yaml.YAMLError) -> str:
-    return getattr(error, "problem", None) or getattr(error, "reason", None) or "not understood"
+def _problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)[:200] or "not understood"
 
 
 def _expand(value: Any, location: Location, origin_of: Callable[[Location], str | None]) -> Any:

@@ -1,17 +1,20 @@
 """Adapters on disk, in peft's format or as the checkpoint of a run: reading, writing and merging."""
 
+import os
 import shutil
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
+from megavlm.convert.check_checkpoint import check_trained_parts
 from megavlm.convert.hf_folder import short_list
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+from megavlm.convert.model_facts import differences, of_adapter
 from megavlm.convert.names import Entry
 from megavlm.convert.new_output import new_folder
 from megavlm.convert.peft_config import ADAPTER_CONFIG, read_config, write_config
@@ -35,6 +38,7 @@ from megavlm.model import score_head
 from megavlm.model.shapes import Shapes
 
 ADAPTER_MODEL = "adapter_model.safetensors"
+_PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 REWARD_HEAD = "reward_head.safetensors"
 """The head of a reward model, as a file in a Hugging Face folder or beside an adapter: "weight", [1, hidden]."""
 
@@ -59,33 +63,60 @@ class Adapter:
         self.settings: AdapterSettings = read_config(self.folder, shapes)
         self.linears: dict[str, Linear] = targeted(self.settings, shapes)
         self._kinds = {name: tensor_shapes(self.settings, linear) for name, linear in self.linears.items()}
+        pickled = [name for name in _PICKLED if (self.folder / name).exists()]
+        if pickled and not (self.folder / ADAPTER_MODEL).exists():
+            raise UserError(
+                f"{self.folder} has {pickled[0]} instead of {ADAPTER_MODEL}: reading it could run a program",
+                "save the adapter with peft's save_pretrained(…, safe_serialization=True)",
+            )
         self._file: SafetensorsReader | McoreCheckpoint
         stored: dict[str, Shape]
-        if (self.folder / ADAPTER_MODEL).is_file():
+        if os.path.lexists(self.folder / ADAPTER_MODEL):
             reader, names = SafetensorsReader(self.folder / ADAPTER_MODEL), self._peft_names
             stored = {name: info.shape for name, info in reader.tensors.items()}
-            shaped = lambda linear, kind, shape: to_peft(linear, kind, torch.empty(shape, device="meta")).shape
             self._file = reader
         else:
             checkpoint, names = McoreCheckpoint(self.folder), self._checkpoint_names
-            stored = {name: shape for name, (shape, _) in checkpoint.tensors.items()}
-            shaped = lambda linear, kind, shape: shape
+            checkpoint.check_contents()
+            stored = {
+                name: shape for name, (shape, _) in checkpoint.tensors.items() if name.startswith(CHECKPOINT_PREFIX)
+            }
             self._file = checkpoint
-        missing = [name for name in names.values() if name not in stored]
-        if missing:
-            raise UserError(f"{self.folder}: missing tensor {short_list(missing)}", "the adapter is incomplete")
-        if isinstance(self._file, SafetensorsReader) and (unknown := stored.keys() - set(names.values())):
+        self._check(stored, {name: self._shape(*pair) for pair, name in names.items()})
+        if self.checkpoint is not None:
+            check_trained_parts(self.checkpoint, shapes)
+
+    def _shape(self, linear: str, kind: str) -> Shape:
+        """The shape of a stored tensor."""
+        shape = self._kinds[linear][kind]
+        if isinstance(self._file, McoreCheckpoint):
+            return shape
+        return tuple(to_peft(self.linears[linear], kind, torch.empty(shape, device="meta")).shape)
+
+    def _check(self, stored: dict[str, Shape], expected: dict[str, Shape]) -> None:
+        """Raises a UserError unless the stored tensors of the adapter are those of this model."""
+        missing, unknown = expected.keys() - stored.keys(), stored.keys() - expected.keys()
+        wrong = [name for name in expected if name in stored and stored[name] != expected[name]]
+        different = differences("the adapter", of_adapter(stored), of_adapter(expected))
+        explained = f" The adapter belongs to another model: {different}." if different else ""
+        other = "use the adapter with the model that it was trained on"
+        if unknown:
             raise UserError(
-                f"{self.folder}: tensor {short_list(sorted(unknown))} belongs to no linear layer of this model",
-                "use the adapter with the model that it was trained on",
+                f"{self.folder}: tensor {short_list(sorted(unknown))} belongs to no linear layer of this model."
+                f"{explained}",
+                other,
             )
-        for (linear, kind), name in names.items():
-            expected = tuple(shaped(self.linears[linear], kind, self._kinds[linear][kind]))
-            if tuple(stored[name]) != expected:
-                raise UserError(
-                    f"{self.folder}: {name} has shape {list(stored[name])}, but this model needs {list(expected)}",
-                    "the adapter belongs to another model",
-                )
+        if missing:
+            raise UserError(
+                f"{self.folder}: missing tensor {short_list(sorted(missing))}.{explained}",
+                other if different else "the adapter is incomplete",
+            )
+        for name in wrong:
+            raise UserError(
+                f"{self.folder}: {name} has shape {list(stored[name])}, but this model needs {list(expected[name])}."
+                f"{explained}",
+                other,
+            )
 
     @cached_property
     def _peft_names(self) -> dict[tuple[str, str], str]:
@@ -117,8 +148,7 @@ class Adapter:
         """The head of a reward model, [1, hidden]; None if there is none."""
         if self.checkpoint is not None:
             return self.checkpoint.read(score_head.KEY) if score_head.KEY in self.other_weights else None
-        file = self.folder / REWARD_HEAD
-        return load_file(file)["weight"] if file.is_file() else None
+        return read_reward_head(self.folder, self.shapes)
 
     def read(self, name: str, expert: int | None = None) -> dict[str, Tensor]:
         """The tensors of a linear layer, in the shapes of ``tensor_shapes``; for one expert without the expert axis."""
@@ -178,6 +208,23 @@ class Adapter:
         turned = matrix.shape != (linear.out, linear.inner)
         merged = merge(self.settings, linear, matrix.T if turned else matrix, self.read(linear.name, piece))
         return (merged.T if turned else merged).to(weight.dtype)[None]
+
+
+def read_reward_head(folder: Path, shapes: Shapes) -> Tensor | None:
+    """The head of a reward model, [1, hidden], from its file in a folder; None if there is none.
+
+    Raises:
+        UserError: the file is damaged or holds something else.
+    """
+    file = folder / REWARD_HEAD
+    if not os.path.lexists(file):
+        return None
+    reader, needed = SafetensorsReader(file), (1, shapes.text.hidden)
+    info = reader.tensors.get("weight")
+    if info is None or info.shape != needed:
+        found = "no tensor called weight" if info is None else f"a weight of shape {list(info.shape)}"
+        raise UserError(f"{file} has {found}, but the head of this model needs a weight of shape {list(needed)}")
+    return reader.read("weight").clone()
 
 
 def merge(adapter: AdapterSettings, linear: Linear, weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:

@@ -1,20 +1,21 @@
 """Compares two sets of weights tensor by tensor. Each is a Hugging Face folder or a Megatron checkpoint."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megavlm.convert.convert import check_keys, check_names, rows
+from megavlm.convert.check_checkpoint import PARTS, check_checkpoint
+from megavlm.convert.convert import check_names, rows
 from megavlm.convert.hf_folder import HfWeights
+from megavlm.convert.hf_shapes import has_own_output, shapes_of
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
-from megavlm.convert.names import Entry, table
+from megavlm.convert.names import HF_EMBEDDING, HF_OUTPUT, MCORE_EMBEDDING, MCORE_OUTPUT, Entry, table
 from megavlm.convert.new_output import progress_bar
 from megavlm.model.shapes import Shapes
 
-_MODEL_PARTS = ("vision.", "projector.", "language.")
 _SLICE = 2**24  # number of elements compared at a time
 
 
@@ -38,42 +39,52 @@ class Difference:
 class _Hf:
     """Reads an HF folder entry by entry in HF form, with experts always as [experts, out, in]."""
 
-    def __init__(self, folder: Path, entries: list[Entry]) -> None:
+    def __init__(self, folder: Path, shapes: Shapes) -> None:
         self.weights = HfWeights(folder)
-        check_names(entries, self.weights.layout, folder)
         self.tensors = self.weights.layout.tensors
+        self.tied = shapes.tied and not has_own_output(self.weights)
+        check_names(table(replace(shapes, tied=self.tied)), self.weights.layout, folder)
 
     def nbytes(self, entry: Entry) -> int:
-        return sum(self.tensors[name].nbytes for name in entry.hf)
+        return sum(self.tensors[self._name(name)].nbytes for name in entry.hf)
 
     def read(self, entry: Entry, first: int, last: int) -> list[Tensor]:
-        parts = [self.weights.read(name) for name in entry.hf]
+        parts = [self.weights.read(self._name(name)) for name in entry.hf]
         if entry.pieces > 1:
             return [entry.layout.to_mcore([part[first:last]], (last - first, *entry.shape[1:])) for part in parts]
         return parts
 
+    def _name(self, name: str) -> str:
+        return HF_EMBEDDING if name == HF_OUTPUT and self.tied else name
+
 
 class _Mcore:
-    """Reads a Megatron checkpoint entry by entry in HF form."""
+    """Reads a Megatron checkpoint entry by entry in HF form. ``shapes``: the model's; None if unknown."""
 
-    def __init__(self, checkpoint: McoreCheckpoint, entries: list[Entry]) -> None:
+    def __init__(self, checkpoint: McoreCheckpoint, shapes: Shapes | None = None) -> None:
         self.checkpoint = checkpoint
-        check_keys(entries, checkpoint)
+        self.tied = shapes is not None and shapes.tied
+        if shapes is not None:
+            check_checkpoint(checkpoint, shapes)
 
     def nbytes(self, entry: Entry) -> int:
-        return math.prod(entry.shape) * self.checkpoint.tensors[entry.key][1].itemsize
+        return math.prod(entry.shape) * self.checkpoint.tensors[self._key(entry.key)][1].itemsize
 
     def read(self, entry: Entry, first: int, last: int) -> list[Tensor]:
-        tensor = self.checkpoint.read(entry.key, first, last)
+        tensor = self.checkpoint.read(self._key(entry.key), first, last)
         shapes = [(shape[0] // entry.pieces, *shape[1:]) for shape in entry.hf.values()]
         return entry.layout.to_hf(tensor, shapes)
+
+    def _key(self, key: str) -> str:
+        return MCORE_EMBEDDING if key == MCORE_OUTPUT and self.tied else key
 
 
 def compare(a: str | Path, b: str | Path, *, progress: bool = True) -> tuple[list[Difference], int]:
     """Compares all weights of ``a`` and ``b`` bit by bit, in constant memory.
 
     Each side is a Hugging Face folder or a Megatron checkpoint, whose optimizer states are ignored. If a side is an HF
-    folder, its config.json gives the names for both. Two checkpoints are compared key by key.
+    folder, its config.json gives the names for both. Two checkpoints are compared key by key. The output layer of a
+    tied model is its word embedding, and is compared if the other side has another one.
 
     Returns:
         The tensors that differ, and the number of tensors compared.
@@ -86,12 +97,15 @@ def compare(a: str | Path, b: str | Path, *, progress: bool = True) -> tuple[lis
     differences: list[Difference] = []
     sides: list[_Hf | _Mcore]
     if folders:
-        entries = table(Shapes.from_hf(folders[0]))
-        sides = [_Hf(p, entries) if p in folders else _Mcore(McoreCheckpoint(p), entries) for p in (a, b)]
+        shapes = shapes_of(folders[0])
+        sides = [
+            _Hf(p, shapes) if p in folders else _Mcore(McoreCheckpoint(p), shapes_of(folders[0], p)) for p in (a, b)
+        ]
+        entries = table(replace(shapes, tied=all(side.tied for side in sides)))
     else:
         checkpoints = McoreCheckpoint(a), McoreCheckpoint(b)
         entries, differences = _common_keys(*checkpoints)
-        sides = [_Mcore(checkpoint, entries) for checkpoint in checkpoints]
+        sides = [_Mcore(checkpoint) for checkpoint in checkpoints]
     count = len(differences) + sum(len(entry.hf) for entry in entries)
     total = sum(side.nbytes(entry) for side in sides for entry in entries)
     with progress_bar(f"{a.name} ↔ {b.name}", total, show=progress) as advance:
@@ -109,8 +123,7 @@ def compare(a: str | Path, b: str | Path, *, progress: bool = True) -> tuple[lis
 def _common_keys(a: McoreCheckpoint, b: McoreCheckpoint) -> tuple[list[Entry], list[Difference]]:
     """Entries for the tensors that two checkpoints share, and the differences that are found without reading data."""
     model_a, model_b = (
-        {key: shape for key, (shape, _) in checkpoint.tensors.items() if key.startswith(_MODEL_PARTS)}
-        for checkpoint in (a, b)
+        {key: shape for key, (shape, _) in checkpoint.tensors.items() if key.startswith(PARTS)} for checkpoint in (a, b)
     )
     entries, differences = [], []
     for key in model_a | model_b:

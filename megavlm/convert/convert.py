@@ -1,29 +1,30 @@
 """The conversions in both directions. Each makes one pass over the weights in constant memory."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megavlm.base.errors import UserError
-from megavlm.convert.adapter import REWARD_HEAD, Adapter
-from megavlm.convert.hf_folder import HfLayout, HfWeights, HfWriter, copy_configuration, short_list
+from megavlm.convert import vocabulary
+from megavlm.convert.adapter import REWARD_HEAD, Adapter, read_reward_head
+from megavlm.convert.check_checkpoint import check_checkpoint
+from megavlm.convert.hf_folder import HF_LAYOUT, HfLayout, HfWeights, HfWriter, copy_configuration, short_list
+from megavlm.convert.hf_shapes import has_own_output, open_weights, shapes_of
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint, TensorToWrite, write_checkpoint
-from megavlm.convert.names import Entry, table
+from megavlm.convert.names import HF_EMBEDDING, HF_OUTPUT, Entry, table
 from megavlm.convert.new_output import new_folder, progress_bar
 from megavlm.convert.threads import in_threads
 from megavlm.model import score_head
-from megavlm.model.shapes import Shapes
-
-HF_LAYOUT = "hf_layout.json"
-"""File in a checkpoint that records the names, files and dtypes of the HF folder that it was converted from."""
 
 
 def hf_to_mcore(hf: str | Path, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> None:
     """Converts a Hugging Face Qwen3-VL folder into a Megatron checkpoint that loads in any parallel layout.
 
-    Tensors keep their dtype. Neither a GPU nor memory for the whole model is needed.
+    Tensors keep their dtype. Neither a GPU nor memory for the whole model is needed. The checkpoint is of the model
+    that transformers loads: untied if ``lm_head.weight`` differs from the word embedding, whatever config.json says.
 
     Args:
         hf: folder with config.json and safetensors files.
@@ -32,19 +33,22 @@ def hf_to_mcore(hf: str | Path, out: str | Path, *, overwrite: bool = False, pro
         progress: whether to show a progress bar on standard error.
 
     Raises:
-        UserError: a tensor or file in ``hf`` is missing, damaged or unknown, or has a wrong shape; ``out`` exists.
+        UserError: a tensor or file in ``hf`` is missing, damaged, unknown or quantised, or has a wrong shape; ``out``
+            exists.
     """
     hf, out = Path(hf), Path(out)
-    shapes = Shapes.from_hf(hf)
-    weights = HfWeights(hf)
+    shapes, weights = open_weights(hf)
     entries = table(shapes)
     check_names(entries, weights.layout, hf)
+    layout = replace(weights.layout, untied=shapes.tied != shapes_of(hf).tied)
     sources = [_source(entry, weights, hf) for entry in entries]
-    if (hf / REWARD_HEAD).is_file():
-        sources.append(_reward_head(hf / REWARD_HEAD, shapes.text.hidden))
+    head = read_reward_head(hf, shapes)
+    if head is not None:
+        load_head = lambda first, last: head[first:last]
+        sources.append(TensorToWrite(score_head.KEY, tuple(head.shape), head.dtype, load_head))
     total = sum(info.nbytes for info in weights.layout.tensors.values())
     with new_folder(out, overwrite=overwrite, mark="metadata.json") as partial:
-        (partial / HF_LAYOUT).write_text(weights.layout.to_json(), encoding="utf-8")
+        (partial / HF_LAYOUT).write_text(layout.to_json(), encoding="utf-8")
         with progress_bar(f"{hf.name} → {out.name}", total, show=progress) as advance:
             write_checkpoint(partial, sources, {"step": 0, "model_type": shapes.model_type}, advance)
 
@@ -55,6 +59,7 @@ def mcore_to_hf(
     out: str | Path,
     *,
     adapter: Adapter | None = None,
+    resize_vocabulary: bool = False,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -70,31 +75,44 @@ def mcore_to_hf(
         out: folder to create.
         adapter: adapter to merge into the weights. Weights that were trained in full with it replace those of
             ``mcore``.
+        resize_vocabulary: whether to write a row for each token of the tokenizer in ``hf``, as
+            ``model.resize_vocabulary`` does: rows that ``mcore`` lacks are the mean of the others. If False, rows
+            beyond those of ``hf`` are written only if ``mcore`` is of a run with that setting.
         dtype: dtype of all weights, instead of those above.
         overwrite: whether to replace an existing model folder.
         progress: whether to show a progress bar on standard error.
 
     Raises:
-        UserError: a tensor is missing in the checkpoint or has another shape than in ``hf``; ``out`` exists; and all
-            errors of HfWeights and McoreCheckpoint.
+        UserError: the checkpoint is of another model than ``hf``; ``out`` exists; and all errors of HfWeights and
+            McoreCheckpoint.
     """
     mcore, hf, out = Path(mcore), Path(hf), Path(out)
     if out.resolve() == hf.resolve():
         raise UserError(f"--out and --hf are the same folder: {out}", "choose another --out")
-    entries = table(Shapes.from_hf(hf))
-    checkpoint = McoreCheckpoint(mcore)
-    check_keys(entries, checkpoint)
+    in_hf, checkpoint = shapes_of(hf, mcore), McoreCheckpoint(mcore)
+    shapes = vocabulary.resized(in_hf, hf) if resize_vocabulary else vocabulary.stored_shapes(in_hf, hf, checkpoint)
+    entries = table(shapes)
+    check_checkpoint(checkpoint, shapes, fewer_rows=resize_vocabulary)
+    if shapes.tied and HfWeights.present(hf) and has_own_output(HfWeights(hf)):
+        raise UserError(
+            f"{hf} has an lm_head.weight that differs from the word embedding, but {mcore} has no output layer of its "
+            "own",
+            "convert the folder again with hf2mcore.py, or give a folder without that weight",
+        )
     trained = adapter.checkpoint if adapter is not None else None
     newer = adapter.other_weights if adapter is not None else set()
     layout = hf_layout(hf, mcore)
     if layout is None:
         stored = checkpoint.tensors[entries[0].key][1]
         layout = HfLayout.sharded({name: shape for entry in entries for name, shape in entry.hf.items()}, stored)
+    grown = shapes.text.vocab if shapes.text.vocab != in_hf.text.vocab else None
+    if grown is not None:
+        layout = layout.with_rows((HF_EMBEDDING, HF_OUTPUT), grown)
     check_names(entries, layout, hf if HfWeights.present(hf) else mcore / HF_LAYOUT)
     layout = layout if dtype is None else layout.with_dtype(dtype)
     tensors = layout.tensors
     with new_folder(out, overwrite=overwrite, mark="config.json") as partial:
-        copy_configuration(hf, partial, dtype)
+        copy_configuration(hf, partial, dtype, grown)
         writer = HfWriter(partial, layout)
         total = sum(info.nbytes for info in tensors.values())
         with progress_bar(f"{mcore.name} → {out.name}", total, show=progress) as advance:
@@ -102,7 +120,7 @@ def mcore_to_hf(
             def convert(piece: tuple[Entry, int, int]) -> None:
                 entry, first, last = piece
                 source = trained if trained is not None and entry.key in newer else checkpoint
-                tensor = source.read(entry.key, first, last)
+                tensor = vocabulary.read_rows(source, entry.key, first, last)
                 wanted = [_piece_shape(entry, tensors[name].shape) for name in entry.hf]
                 parts = entry.layout.to_hf(tensor, wanted)
                 if adapter is not None:
@@ -125,9 +143,7 @@ def hf_layout(hf: str | Path, mcore: str | Path | None = None) -> HfLayout | Non
     """The layout for a converted folder: that of the weights in ``hf``, or else the one recorded in ``mcore``."""
     if HfWeights.present(Path(hf)):
         return HfWeights(Path(hf)).layout
-    if mcore is not None and (Path(mcore) / HF_LAYOUT).is_file():
-        return HfLayout.from_json((Path(mcore) / HF_LAYOUT).read_text(encoding="utf-8"))
-    return None
+    return HfLayout.of_checkpoint(Path(mcore)) if mcore is not None else None
 
 
 def rows(entry: Entry) -> list[tuple[int, int]]:
@@ -165,29 +181,6 @@ def check_names(entries: list[Entry], layout: HfLayout, where: Path) -> None:
             )
 
 
-def check_keys(entries: list[Entry], checkpoint: McoreCheckpoint) -> None:
-    """Checks that all Megatron tensors of the table are present with the right shape. Others, such as optimizer states,
-    are allowed.
-
-    Raises:
-        UserError: the check fails; the message names the tensors.
-    """
-    missing = [entry.key for entry in entries if entry.key not in checkpoint.tensors]
-    if missing:
-        raise UserError(
-            f"{checkpoint.path}: missing tensor {short_list(missing)}",
-            "the checkpoint must belong to the model in --hf",
-        )
-    for entry in entries:
-        stored = checkpoint.tensors[entry.key][0]
-        enough = entry.padded and stored[0] >= entry.shape[0] and stored[1:] == entry.shape[1:]
-        if stored != entry.shape and not enough:
-            raise UserError(
-                f"{checkpoint.path}: {entry.key} has shape {list(stored)}, but config.json implies {list(entry.shape)}",
-                "the checkpoint must belong to the model in --hf",
-            )
-
-
 def _source(entry: Entry, weights: HfWeights, folder: Path) -> TensorToWrite:
     infos = [weights.layout.tensors[name] for name in entry.hf]
     dtypes = {info.dtype for info in infos}
@@ -205,14 +198,6 @@ def _source(entry: Entry, weights: HfWeights, folder: Path) -> TensorToWrite:
         return entry.layout.to_mcore(parts, (last - first, *entry.shape[1:]))
 
     return TensorToWrite(entry.key, entry.shape, infos[0].torch_dtype, load, entry.pieces)
-
-
-def _reward_head(file: Path, hidden: int) -> TensorToWrite:
-    weight = load_file(file).get("weight")
-    if weight is None or weight.shape != (1, hidden):
-        found = "no tensor called weight" if weight is None else f"a weight of shape {list(weight.shape)}"
-        raise UserError(f"{file} has {found}, but the head of this model needs a weight of shape [1, {hidden}]")
-    return TensorToWrite(score_head.KEY, (1, hidden), weight.dtype, lambda first, last: weight[first:last], 1)
 
 
 def _piece_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:

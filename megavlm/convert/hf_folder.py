@@ -1,21 +1,29 @@
 """Hugging Face model folders: the weights, which are read on demand, and the layout of files, names and dtypes."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import shortened
+from megavlm.convert.json_files import read_json
 from megavlm.convert.safetensors_file import DTYPE_NAMES, SafetensorsReader, SafetensorsWriter, TensorInfo
 
+NOT_QUANTISED = "give the folder of the same model in bfloat16, float16 or float32"
+_WEIGHTS = ("BF16", "F16", "F32", "F64")
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken"}  # configuration, processor, tokenizer, chat template
 _SHARD_BYTES = 5 * 10**9
+_PICKLED = ("*.bin", "*.pt", "*.pth")  # weights in torch's own format
+HF_LAYOUT = "hf_layout.json"
+"""File in a checkpoint that records the names, files and dtypes of the HF folder that it was converted from."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +34,13 @@ class HfLayout:
         files: for each file its tensors, in the order of the data.
         metadata: for each file the free text fields of its header, or None.
         index: content of the shard index; None for a single file.
+        untied: whether the output layer is a weight of its own although config.json ties it to the word embedding.
     """
 
     files: dict[str, dict[str, TensorInfo]]
     metadata: dict[str, dict[str, str] | None]
     index: dict | None = None
+    untied: bool = False
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -42,16 +52,34 @@ class HfLayout:
             file: {"metadata": self.metadata[file], "tensors": {n: [i.dtype, *i.shape] for n, i in tensors.items()}}
             for file, tensors in self.files.items()
         }
-        return json.dumps({"files": files, "index": self.index}, indent=1)
+        untied = {"untied": True} if self.untied else {}
+        return json.dumps({"files": files, "index": self.index, **untied}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> "HfLayout":
-        data = json.loads(text)
-        files = {
-            file: {name: TensorInfo(dtype, tuple(shape)) for name, (dtype, *shape) in content["tensors"].items()}
-            for file, content in data["files"].items()
-        }
-        return cls(files, {file: content["metadata"] for file, content in data["files"].items()}, data["index"])
+    def of_checkpoint(cls, folder: Path) -> "HfLayout | None":
+        """The layout that a checkpoint records; None if it records none.
+
+        Raises:
+            UserError: the file cannot be read or does not describe a layout.
+        """
+        file = folder / HF_LAYOUT
+        if not os.path.lexists(file):
+            return None
+        remedy = "use another checkpoint, or remove the file: new folders then get transformers' names and one dtype"
+        data = read_json(file, remedy)
+        try:
+            files = {
+                _plain(name): {
+                    tensor: TensorInfo.checked(dtype, shape) for tensor, (dtype, *shape) in content["tensors"].items()
+                }
+                for name, content in data["files"].items()
+            }
+            metadata = {name: content["metadata"] for name, content in data["files"].items()}
+            return cls(files, metadata, data["index"], data.get("untied", False))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{file} does not describe a Hugging Face folder: {shortened(repr(error))}", remedy
+            ) from None
 
     @classmethod
     def sharded(cls, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> "HfLayout":
@@ -75,12 +103,20 @@ class HfLayout:
     def with_dtype(self, dtype: torch.dtype) -> "HfLayout":
         """The same layout with every tensor in ``dtype``."""
         name = DTYPE_NAMES[dtype]
-        files = {f: {n: TensorInfo(name, i.shape) for n, i in tensors.items()} for f, tensors in self.files.items()}
+        return self._with({tensor: TensorInfo(name, info.shape) for tensor, info in self.tensors.items()})
+
+    def with_rows(self, names: Iterable[str], rows: int) -> "HfLayout":
+        """The same layout with another number of rows in those of the tensors ``names`` that it has."""
+        found = {name: self.tensors[name] for name in names if name in self.tensors}
+        return self._with({name: TensorInfo(info.dtype, (rows, *info.shape[1:])) for name, info in found.items()})
+
+    def _with(self, changed: dict[str, TensorInfo]) -> "HfLayout":
+        files = {f: {n: changed.get(n, i) for n, i in tensors.items()} for f, tensors in self.files.items()}
         index = self.index
         if index is not None:
             total = sum(info.nbytes for tensors in files.values() for info in tensors.values())
             index = {**index, "metadata": {**index.get("metadata", {}), "total_size": total}}
-        return HfLayout(files, self.metadata, index)
+        return replace(self, files=files, index=index)
 
 
 @dataclass
@@ -88,8 +124,8 @@ class HfWeights:
     """The weights of a folder, mapped into memory; ``layout`` describes them.
 
     Raises:
-        UserError: the folder has no weights, a file is missing or damaged, or a tensor is not in the file that the
-            index names.
+        UserError: the folder has no weights, a file is missing or damaged, a tensor is not in the file that the index
+            names, or weights are quantised.
     """
 
     folder: Path
@@ -97,22 +133,26 @@ class HfWeights:
     _readers: dict[str, SafetensorsReader] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        index = None
-        if (self.folder / INDEX).is_file():
+        index: dict | None = None
+        weight_map: dict[str, str] = {}
+        names = [SINGLE_FILE]
+        if os.path.lexists(self.folder / INDEX):
+            index = read_json(self.folder / INDEX, "fetch the file again")
             try:
-                index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
                 weight_map = index["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
+                names = [_plain(name) for name in dict.fromkeys(weight_map.values())]
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{self.folder / INDEX} is not a shard index: {error!r}", "fetch the file again"
+                    f"{self.folder / INDEX} is not a shard index: {shortened(repr(error))}", "fetch the file again"
                 ) from None
-            names = list(dict.fromkeys(weight_map.values()))
-        elif (self.folder / SINGLE_FILE).is_file():
-            weight_map, names = {}, [SINGLE_FILE]
-        else:
+        elif not os.path.lexists(self.folder / SINGLE_FILE):
+            pickled = sorted(file.name for pattern in _PICKLED for file in self.folder.glob(pattern))
+            instead = f"; {short_list(pickled)} is pickled, and reading it could run a program" if pickled else ""
             raise UserError(
-                f"{self.folder} holds no weights: neither {INDEX} nor {SINGLE_FILE}",
-                "give a complete Hugging Face folder; a download may be incomplete",
+                f"{self.folder} holds no weights: neither {INDEX} nor {SINGLE_FILE}{instead}",
+                "save the model with safetensors"
+                if pickled
+                else "give a complete Hugging Face folder; a download may be incomplete",
             )
         files = {name: SafetensorsReader(self.folder / name) for name in sorted(names)}
         self.layout = HfLayout(
@@ -126,6 +166,13 @@ class HfWeights:
                 raise UserError(
                     f"{self.folder}: tensor {tensor} is not in {name}, although {INDEX} says so",
                     "fetch the folder's files again",
+                )
+        for tensor, info in self.layout.tensors.items():
+            if info.dtype not in _WEIGHTS:
+                raise UserError(
+                    f"{self.folder}: {tensor} is stored as {info.dtype}, so the weights are quantised; allowed: "
+                    f"{', '.join(_WEIGHTS)}",
+                    NOT_QUANTISED,
                 )
 
     @staticmethod
@@ -162,17 +209,38 @@ class HfWriter:
             (self.folder / INDEX).write_text(text, encoding="utf-8")
 
 
-def copy_configuration(source: Path, out: Path, dtype: torch.dtype | None = None) -> None:
-    """Copies the files of configuration, processor and tokenizer. ``dtype``: the dtype to write into config.json."""
+def copy_configuration(
+    source: Path, out: Path, dtype: torch.dtype | None = None, vocab_size: int | None = None
+) -> None:
+    """Copies the files of configuration, processor and tokenizer.
+
+    Args:
+        source: the Hugging Face folder.
+        out: the folder to copy to.
+        dtype: the dtype to write into config.json.
+        vocab_size: the number of rows of word embedding and output layer to write into config.json.
+    """
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in _COPIED and file.name != INDEX and not file.name.startswith("."):
             shutil.copyfile(file, out / file.name)
-    if dtype is not None:
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-            for key in {"dtype", "torch_dtype"} & part.keys():
-                part[key] = str(dtype).removeprefix("torch.")
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if dtype is None and vocab_size is None:
+        return
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in {"dtype", "torch_dtype"} & part.keys() if dtype is not None else ():
+            part[key] = str(dtype).removeprefix("torch.")
+        if vocab_size is not None and "vocab_size" in part:
+            part["vocab_size"] = vocab_size
+    if vocab_size is not None:
+        config["text_config"]["vocab_size"] = vocab_size
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _plain(name: str) -> str:
+    """The name of a file, which must not lead out of its folder."""
+    if Path(name).name != name:
+        raise ValueError(f"{name!r} is not the name of a file in the folder")
+    return name
 
 
 def short_list(names: Iterable[str], limit: int = 5) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -41,11 +42,16 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megavlm.base.errors import UserError
+from megavlm.convert.json_files import read_json
+from megavlm.convert.safe_pickle import read_metadata, read_object, short
 from megavlm.convert.tensor_order import Shape
 from megavlm.convert.threads import in_threads
 
 # torch's writer keeps the tensors of a file in memory until it is complete: at most THREADS times this.
 _FILE_BYTES = 384 * 2**20
+# megatron.core.dist_checkpointing.core.CheckpointingConfig
+_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_LEGACY = "common.pt"  # the common state in Megatron's older checkpoints
 _COMMON_KEY = "common_state/shard_0_1"  # ShardedObject("common_state", …, (1,), (0,)).unique_key
 
 
@@ -70,30 +76,35 @@ class McoreCheckpoint:
         tensors: for each key the global shape and dtype, including optimizer states.
 
     Raises:
-        UserError: the folder is missing or is not a complete torch_dist checkpoint.
+        UserError: the folder is missing, is not a complete torch_dist checkpoint, or its ``.metadata`` names anything
+            but what such a file is made of (``safe_pickle``).
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
             raise UserError(f"no such checkpoint folder: {path}", "check the path")
-        if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
+        missing = [name for name in ("metadata.json", ".metadata") if not (path / name).is_file()]
+        if missing:
             steps = sorted(child.name for child in path.glob("**/step_*") if child.is_dir())
             remedy = (
                 f"it holds {steps[-1]}: give that folder"
                 if steps
                 else "give a folder that hf2mcore.py or training has written"
             )
-            raise UserError(f"{path} is not a Megatron checkpoint: metadata.json or .metadata is missing", remedy)
-        try:
-            json.loads((path / "metadata.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path / 'metadata.json'} cannot be read: {error}", "use another checkpoint") from None
+            raise UserError(f"{path} is not a Megatron checkpoint: missing {' and '.join(missing)}", remedy)
+        if not read_json(path / "metadata.json", "use another checkpoint").items() >= _BACKEND.items():
+            raise UserError(
+                f"{path / 'metadata.json'} does not describe a checkpoint in the format torch_dist",
+                "use another checkpoint",
+            )
+        if (path / _LEGACY).exists():
+            raise UserError(
+                f"{path} contains {_LEGACY}, which Megatron would unpickle and which megavlm never writes",
+                "use a checkpoint that hf2mcore.py or training has written",
+            )
         self._reader = dcp.FileSystemReader(path)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except Exception as error:  # damaged bytes can make pickle raise any exception
-            raise UserError(f"{path / '.metadata'} cannot be read: {error!r}", "use another checkpoint") from None
+        self._metadata = read_metadata(path / ".metadata")
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._stored: dict[str, TensorStorageMetadata] = {
             key: stored
@@ -113,6 +124,43 @@ class McoreCheckpoint:
             if size is None or size < end:
                 found = "missing" if size is None else f"{size:,} bytes instead of {end:,}"
                 raise UserError(f"{self.path} is incomplete: {name} is {found}", "use another checkpoint")
+
+    def check_contents(self) -> None:
+        """Checks all files as ``check_files`` does, and that every object can be read and names only known types.
+
+        Megatron reads objects with Python's pickle, so call this before Megatron reads anything from the folder.
+
+        Raises:
+            UserError: a file is missing or shorter than the metadata says, or an object is refused.
+        """
+        self.check_files()
+        for index, stored in self._metadata.storage_data.items():
+            if index.fqn not in self._stored:
+                self._object(index.fqn, stored)
+
+    def common_state(self) -> dict:
+        """The state that is not a tensor and that all ranks share, such as the number of steps.
+
+        Raises:
+            UserError: it is missing or refused (``safe_pickle``).
+        """
+        index = MetadataIndex(_COMMON_KEY)
+        if index not in self._metadata.storage_data:
+            raise UserError(f"{self.path} has no {_COMMON_KEY}", "use another checkpoint")
+        state = self._object(_COMMON_KEY, self._metadata.storage_data[index])
+        if not isinstance(state, list) or len(state) != 1 or not isinstance(state[0], dict):
+            raise UserError(f"{self.path}: {_COMMON_KEY} is not the state of a checkpoint", "use another checkpoint")
+        return state[0]
+
+    def _object(self, key: str, place: Any) -> Any:
+        """Reads an object. ``place``: torch's description of where it is stored."""
+        try:
+            with (self.path / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                data = file.read(place.length)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot read {key}: {short(error)}", "use another checkpoint") from None
+        return read_object(data, f"{self.path}: the object {key}")
 
     def read(self, key: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows [first, last) of axis 0 of tensor ``key``, assembled from the stored shards.
@@ -135,7 +183,7 @@ class McoreCheckpoint:
             self._reader.read_data(LoadPlan(items), _IntoOneTensor(target))
         except Exception as error:  # torch.load's unpickler raises many types for a damaged file
             raise UserError(
-                f"{self.path}: cannot read {key}: {error}", "the checkpoint is damaged: use another checkpoint"
+                f"{self.path}: cannot read {key}: {short(error)}", "the checkpoint is damaged: use another checkpoint"
             ) from None
         return target
 
@@ -174,9 +222,8 @@ def write_checkpoint(
     for file in path.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-    # megatron.core.dist_checkpointing.core.CheckpointingConfig; written last, because it marks the folder as complete
-    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    (path / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
+    # written last, because it marks the folder as complete
+    (path / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
 
 
 @contextmanager

@@ -8,12 +8,13 @@ from torch import Tensor
 from megavlm.base.errors import UserError
 from megavlm.convert.adapter import REWARD_HEAD, Adapter
 from megavlm.convert.convert import check_names, rows
-from megavlm.convert.hf_folder import HfWeights, HfWriter, copy_configuration, short_list
+from megavlm.convert.hf_folder import HfWriter, copy_configuration, short_list
+from megavlm.convert.hf_shapes import open_weights
 from megavlm.convert.names import Entry, table
 from megavlm.convert.new_output import new_folder, progress_bar
 from megavlm.convert.threads import in_threads
+from megavlm.convert.vocabulary import check_tokenizer
 from megavlm.model import score_head
-from megavlm.model.shapes import Shapes
 
 
 def merge_adapter(
@@ -29,12 +30,13 @@ def merge_adapter(
         progress: whether to show a progress bar on standard error.
 
     Raises:
-        UserError: all errors of ``Adapter`` and ``HfWeights``; ``out`` exists; the checkpoint also has weights that
-            were trained in full.
+        UserError: all errors of ``Adapter``, ``HfWeights`` and ``check_tokenizer``; ``out`` exists; the checkpoint also
+            has weights that were trained in full.
     """
     hf, out = Path(hf), Path(out)
-    shapes = Shapes.from_hf(hf)
-    weights, entries, found = HfWeights(hf), table(shapes), Adapter(adapter, shapes)
+    shapes, weights = open_weights(hf)
+    check_tokenizer(shapes, hf)
+    entries, found = table(shapes), Adapter(adapter, shapes)
     check_names(entries, weights.layout, hf)
     whole = sorted(found.other_weights - {score_head.KEY})
     if whole:

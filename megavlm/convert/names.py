@@ -12,6 +12,8 @@ from megavlm.model.shapes import Shapes, TextShape
 
 HF_EMBEDDING = "model.language_model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
+MCORE_EMBEDDING = "language.embedding.word_embeddings.weight"
+MCORE_OUTPUT = "language.output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Entry:
         layout: conversion between the two orders of the values.
         pieces: number of parts along axis 0 that can be converted separately: the experts of a layer, or 1.
         padded: whether the stored tensor may have more rows than ``shape``, because the vocabulary was padded.
-        copies: HF names under which some folders have a second copy of ``hf``: the output layer of a tied model.
+        copies: HF names under which some folders have a second copy of ``hf``: the output layer of a tied model. A copy
+            that differs is a weight of its own (``megavlm.convert.hf_shapes``).
     """
 
     key: str
@@ -99,7 +102,7 @@ def _language(shapes: Shapes) -> Iterator[Entry]:
     t = shapes.text
     vocabulary = (t.vocab, t.hidden)
     yield Entry(
-        "language.embedding.word_embeddings.weight",
+        MCORE_EMBEDDING,
         vocabulary,
         {HF_EMBEDDING: vocabulary},
         padded=True,
@@ -111,7 +114,7 @@ def _language(shapes: Shapes) -> Iterator[Entry]:
         yield from mlp(t, f"language.decoder.layers.{i}", f"model.language_model.layers.{i}")
     yield from _norm("language.decoder.final_layernorm.", "model.language_model.norm", t.hidden, bias=False)
     if not shapes.tied:
-        yield Entry("language.output_layer.weight", vocabulary, {HF_OUTPUT: vocabulary}, padded=True)
+        yield Entry(MCORE_OUTPUT, vocabulary, {HF_OUTPUT: vocabulary}, padded=True)
 
 
 def _attention(t: TextShape, key: str, hf: str) -> Iterator[Entry]:

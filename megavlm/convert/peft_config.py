@@ -1,6 +1,7 @@
 """Converts between adapter_config.json, peft's description of an adapter, and the adapter section of the settings."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from pydantic import ValidationError
 
 from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
+from megavlm.convert.json_files import read_json
 from megavlm.convert.peft_names import linears, targets_of
 from megavlm.model.shapes import Shapes
 
@@ -73,13 +75,10 @@ def read_config(folder: Path, shapes: Shapes) -> AdapterSettings:
         UserError: there is no adapter_config.json, or it describes an adapter that megavlm does not support.
     """
     file = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no adapter: {ADAPTER_CONFIG} is missing", "give another folder") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} does not describe an adapter: {error!r}", "give another folder") from None
+    if not os.path.lexists(file):
+        raise UserError(f"{folder} holds no adapter: {ADAPTER_CONFIG} is missing", "give another folder")
+    config = read_json(file, "give another folder")
+    kind = config.get("peft_type")
     if kind not in ("LORA", "FOURIERFT"):
         raise UserError(
             f"{file} is of type {kind}; allowed: LORA (with or without DoRA), FOURIERFT", "give another adapter"
@@ -91,7 +90,7 @@ def read_config(folder: Path, shapes: Shapes) -> AdapterSettings:
         raise UserError(f"{file} has {odd}, which megavlm does not support", "train the adapter without it")
     try:
         return _settings(config, shapes)
-    except (KeyError, TypeError, ValueError, re.error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
         raise UserError(f"{file} cannot be used: {reason}", "give another folder") from None
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import shortened
 
 DTYPES = {
     "F64": torch.float64,
@@ -44,6 +45,15 @@ class TensorInfo:
 
     dtype: str
     shape: tuple[int, ...]
+
+    @classmethod
+    def checked(cls, dtype: object, shape: object) -> "TensorInfo":
+        """Made of values from a file. Raises a ValueError if they are no dtype and no shape."""
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"the dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"the shape is {shape!r}")
+        return cls(dtype, tuple(shape))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -78,24 +88,35 @@ class SafetensorsReader:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except FileNotFoundError:
             raise UserError(f"no such file: {path}", "fetch the missing file of the Hugging Face folder") from None
-        except (ValueError, OSError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except (ValueError, OSError, RecursionError) as error:
             raise _damaged(path, str(error)) from None
-        self.metadata: dict[str, str] | None = header.pop("__metadata__", None)
-        self._begin = {}
+        self._begin: dict[str, int] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        for name, field in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if field["dtype"] not in DTYPES:
-                raise UserError(f"{path}: {name} has dtype {field['dtype']}; allowed: {', '.join(DTYPES)}")
-            info = TensorInfo(field["dtype"], tuple(field["shape"]))
-            begin, end = field["data_offsets"]
-            if end - begin != info.nbytes:
-                raise _damaged(path, f"{name} should have {info.nbytes:,} bytes but has {end - begin:,}")
-            if 8 + length + end > size:
-                raise _damaged(path, f"cut off at {size:,} bytes, inside {name}, which ends at {8 + length + end:,}")
-            self.tensors[name] = info
-            self._begin[name] = 8 + length + begin
+        try:
+            self.metadata: dict[str, str] | None = header.pop("__metadata__", None)
+            fields = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+            for name, field in fields:
+                if isinstance(field["dtype"], str) and field["dtype"] not in DTYPES:
+                    raise UserError(f"{path}: {name} has dtype {field['dtype']}; allowed: {', '.join(DTYPES)}")
+                begin, end = field["data_offsets"]
+                self._add(name, TensorInfo.checked(field["dtype"], field["shape"]), begin, end, 8 + length)
+        except UserError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, f"its header does not describe tensors: {shortened(repr(error))}") from None
+
+    def _add(self, name: str, info: TensorInfo, begin: int, end: int, data: int) -> None:
+        """Notes a tensor whose bytes are [begin, end) behind ``data``, if the file has them."""
+        if type(begin) is not int or begin < 0 or end - begin != info.nbytes:
+            raise _damaged(self.path, f"{name} should have {info.nbytes:,} bytes but has {end - begin:,}")
+        if data + end > len(self._map):
+            raise _damaged(
+                self.path, f"cut off at {len(self._map):,} bytes, inside {name}, which ends at {data + end:,}"
+            )
+        self.tensors[name] = info
+        self._begin[name] = data + begin
 
     def read(self, name: str) -> Tensor:
         """Tensor ``name``, backed by the file and valid as long as it is referenced. Do not write to it."""

@@ -1,11 +1,17 @@
 """The units of the packing buffer: a single sample, or several answers to one prompt that must share a row."""
 
+from typing import Any
+
 from megavlm.base.errors import UserError
-from megavlm.data.preference import split_judgement, split_pair, with_answer_of
-from megavlm.data.records import Kind
-from megavlm.data.renderer import Draft, Renderer
+from megavlm.data.draft import Draft
+from megavlm.data.renderer import Renderer
 from megavlm.data.row import Annotations
 from megavlm.data.sources import SampleFile
+from megavlm.records.preference import split_judgement, split_pair, with_answer_of
+from megavlm.records.records import FIELDS, Kind
+from megavlm.records.remarks import REPEATED_PROMPT
+from megavlm.records.repeated_prompt import without_repeated_prompt
+from megavlm.records.values import check_values
 
 
 def likely_kind(file: SampleFile, otherwise: Kind) -> Kind:
@@ -30,6 +36,7 @@ def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> 
     record, find = file.read(index)
     if kind not in ("pair", "judged"):
         return renderer.draft(record, find, source, kind=kind, index=index)
+    record, repeats = _plain(record, kind, source)
     if kind == "pair":
         first, second, margin = split_pair(record, source)
         draft = renderer.draft(first, find, source, kind="tune", index=index)
@@ -40,14 +47,24 @@ def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> 
         first, desirable = split_judgement(record, source)
         draft = renderer.draft(first, find, source, kind="tune", index=index)
         try:
-            other = file.read((index + 1) % len(file))[0]
+            other, _ = _plain(file.read((index + 1) % len(file))[0], kind, source)
             if (mismatched := with_answer_of(record, other, source)) is not None:
                 follower = renderer.draft(mismatched, find, source, kind="tune", index=index)
                 _follow(renderer, draft, follower, Annotations(mismatched=True))
         except UserError:
             draft.followers = []  # the next sample is invalid or does not fit, but the sample itself can be used
         draft.annotations = Annotations(desirable=desirable)
+    if repeats:
+        draft.remarks = (*draft.remarks, REPEATED_PROMPT)
     return draft
+
+
+def _plain(record: Any, kind: Kind, source: str) -> tuple[Any, bool]:
+    """The record without the prompt in its answers, and whether they had it."""
+    answers = ("chosen", "rejected") if kind == "pair" else ("completion",)
+    if isinstance(record, dict):  # values that are nested too deeply cannot be compared
+        check_values(record, (*FIELDS, "prompt", *answers), source)
+    return without_repeated_prompt(record, answers)
 
 
 def _follow(renderer: Renderer, draft: Draft, follower: Draft, annotations: Annotations) -> None:

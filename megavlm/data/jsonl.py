@@ -11,7 +11,9 @@ import numpy as np
 
 from megavlm.base.atomic_files import atomic_open
 from megavlm.base.errors import UserError
-from megavlm.media.files import File, Find, beside, is_folder
+from megavlm.base.quoting import shortened
+from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
+from megavlm.media.files import File, Find, is_folder
 
 _BLOCK = 1 << 24  # bytes read at a time while searching for line ends
 _KEPT_FROM = 1 << 26  # the index of a file of at least this many bytes is cached on disk
@@ -26,18 +28,19 @@ class JsonlFile:
 
     Args:
         path: a path, or a URL that fsspec supports.
+        access: which media the lines may name.
 
     Raises:
         UserError: the file does not exist, is a folder, or has no lines.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = str(path)
+    def __init__(self, path: str | Path, access: MediaAccess = ANY_LOCAL_FILE):
+        self.path, self._access = str(path), access
         self._file = File(self.path)
         try:
             self._spans = _line_spans(self._file)
         except Exception as error:  # each protocol of fsspec raises its own exceptions
-            found = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+            found = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {shortened(error)}"
             if _is_folder(self.path):
                 found = "is a folder, not a JSONL file"
             raise UserError(f"data file {self.path} {found}", "give the path or URL of a JSONL file") from None
@@ -58,13 +61,15 @@ class JsonlFile:
         """
         start, end = (int(bound) for bound in self._spans[index, :2])
         try:
-            return json.loads(self._file.read(start, end)), partial(beside, self.path)
+            return json.loads(self._file.read(start, end)), partial(self._access.find, self.path, self.source(index))
         except ValueError as error:  # also raised for bytes that are not UTF-8
             raise UserError(
-                f"{self.source(index)}: not valid JSON: {error}", "write one JSON object per line"
+                f"{self.source(index)}: not valid JSON: {shortened(error)}", "write one JSON object per line"
             ) from None
+        except RecursionError:
+            raise UserError(f"{self.source(index)}: its lists or objects are nested too deeply") from None
         except Exception as error:
-            raise UserError(f"{self.source(index)}: cannot be read: {error}") from None
+            raise UserError(f"{self.source(index)}: cannot be read: {shortened(error)}") from None
 
 
 def _is_folder(path: str) -> bool:

@@ -8,13 +8,14 @@ from torch.utils.data import DataLoader
 
 from megavlm.base.errors import UserError
 from megavlm.config.data_sections import DataSettings
-from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.rows import RowDataset
 from megavlm.data.sample_order import reshard
+from megavlm.data.shared_memory import received
 from megavlm.data.sources import Source, open_sources
 from megavlm.data.worker_processes import in_workers
+from megavlm.records.records import Kind
 
 _MOST_AHEAD = 16  # maximum rows that a worker prepares in advance; rows are large because they contain pixels
 
@@ -39,20 +40,21 @@ class RowLoader:
         self._loader: DataLoader[Row | UserError] | None = in_workers(
             dataset, num_workers, ahead=ahead, pin_memory=pin_memory
         )
-        self._rows: Iterator[Row | UserError] | None = None
+        self._rows: Iterator[Row] | None = None
         self._taken = 0  # number of rows that this rank has taken
 
     def __iter__(self) -> "RowLoader":
         return self
 
     def __next__(self) -> Row:
-        """The next row. Raises UserError if a source has no usable samples, so that no further row can be made."""
+        """The next row.
+
+        Raises UserError if a source has no usable samples, so that no further row can be made, or if a worker has died.
+        """
         if self._rows is None:
             assert self._loader is not None, "the loader is closed"
-            self._rows = iter(self._loader)
+            self._rows = received(iter(self._loader))
         row = next(self._rows)
-        if isinstance(row, UserError):
-            raise row
         self._taken += 1
         assert row.loader_state is not None, "each row of a worker carries its state"
         self._dataset.loader_states[row.loader_state["worker"]] = row.loader_state

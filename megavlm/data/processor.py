@@ -1,4 +1,4 @@
-"""The processor of the Hugging Face folder: pixel limits, the sizes of processed media, and pixel rows."""
+"""The processor of the Hugging Face folder: the sizes of processed media, the text of videos, and pixel rows."""
 
 import json
 from dataclasses import dataclass
@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoProcessor, Qwen3VLProcessor
 from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as resized_picture
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resized_video
+from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import shortened
 from megavlm.config.data_sections import DataSettings
+from megavlm.data.limits import apply_limits, load_processor
+from megavlm.media.frames import Frames
 from megavlm.media.pictures import Picture
 from megavlm.media.videos import Video
 
@@ -32,8 +35,19 @@ class Clip:
     """A video, the frames that are sampled from it, and their grid (t, h, w) of patches after processing."""
 
     video: Video
-    metadata: VideoMetadata
+    frames: Frames
     grid: tuple[int, int, int]
+
+
+def limits_of(media: list[Still | Clip]) -> str:
+    """The settings that make these pictures and videos smaller, for messages.
+
+    Not those for the number of frames: as the pixels of a video are bounded in total, fewer frames are larger ones.
+    """
+    names = ["data.max_pixels"] * any(isinstance(item, Still) for item in media)
+    if any(isinstance(item, Clip) for item in media):
+        names += ["data.video_max_pixels", "data.video_max_pixels_per_frame"]
+    return " or ".join(names)
 
 
 class VisionProcessor:
@@ -41,24 +55,30 @@ class VisionProcessor:
 
     Args:
         hf_dir: folder with config.json, tokenizer and processor files.
-        settings: the ``data`` section: min_pixels, max_pixels, video_fps, video_max_frames (None: the folder's value).
+        settings: the ``data`` section: max_image_megapixels, and the limits of pictures and videos (None: the folder's
+            value).
 
     Raises:
         UserError: the folder has no Qwen3-VL processor, or the limits contradict each other.
     """
 
     def __init__(self, hf_dir: Path, settings: DataSettings):
-        self.hf = _load(hf_dir)
-        _apply_limits(self.hf, settings)
+        self.hf = load_processor(hf_dir)
+        apply_limits(self.hf, settings)
         pictures = self.hf.image_processor
         self.merge = pictures.merge_size
+        self._max_megapixels = settings.max_image_megapixels
         self.patch_dim = 3 * pictures.temporal_patch_size * pictures.patch_size**2
         self.video_fps = self.hf.video_processor.fps
         self.grid_side = _grid_side(hf_dir / "config.json")
 
     def place_picture(self, picture: Picture) -> Still:
-        """Compute the picture's grid from its header. Raises UserError if the file is missing or too narrow."""
+        """Compute the picture's grid from its header.
+
+        Raises UserError if the file is missing, or the picture too large or too narrow.
+        """
         height, width = size = picture.size()
+        self._check_megapixels(f"{picture.source}: picture {picture.file}", height, width)
         processor = self.hf.image_processor
         try:
             height, width = resized_picture(
@@ -69,18 +89,26 @@ class VisionProcessor:
                 max_pixels=processor.size["longest_edge"],
             )
         except ValueError as error:  # the longer side is more than 200 times the shorter one
-            raise UserError(f"{picture.source}: picture {picture.file}: {error}") from error
+            raise UserError(f"{picture.source}: picture {picture.file}: {shortened(error)}") from error
         return Still(picture, size, (1, height // processor.patch_size, width // processor.patch_size))
 
     def place_video(self, video: Video) -> Clip:
         """Compute the frames to sample and their grid from the header.
 
-        Raises UserError if the file is not a video or has a single frame.
+        The processor chooses the frames, from their number and mean rate. Raises UserError if the file is not a video,
+        is cut off, has a single frame, or frames that are too large.
         """
-        metadata = video.probe()
+        every = video.probe()
+        self._check_megapixels(f"{video.source}: video {video.name}", every.height, every.width)
+        if len(every) == 1:
+            raise UserError(
+                f"{video.source}: video {video.name} has a single frame",
+                'save the frame as a picture and name it in "images", in place of the video',
+            )
         processor = self.hf.video_processor
-        metadata.frames_indices = processor.sample_frames(metadata)
-        count, factor = len(metadata.frames_indices), processor.patch_size * processor.merge_size
+        about = VideoMetadata(total_num_frames=len(every), fps=every.fps, height=every.height, width=every.width)
+        frames = every.take(processor.sample_frames(about))
+        count, factor = len(frames), processor.patch_size * processor.merge_size
         most = processor.size["longest_edge"]
         if processor.cap_pixels_per_frame:  # the same computation as in the video processor's resize
             cap = min(processor.max_video_tokens * factor**2, most // count)
@@ -88,68 +116,85 @@ class VisionProcessor:
         try:
             height, width = resized_video(
                 count,
-                metadata.height,
-                metadata.width,
+                frames.height,
+                frames.width,
                 temporal_factor=processor.temporal_patch_size,
                 factor=factor,
                 min_pixels=processor.size["shortest_edge"],
                 max_pixels=most,
             )
-        except ValueError as error:  # a single frame, or the longer side is more than 200 times the shorter one
-            raise UserError(f"{video.source}: video {video.name}: {error}") from error
+        except ValueError as error:  # too few frames, or the longer side is more than 200 times the shorter one
+            raise UserError(f"{video.source}: video {video.name}: {shortened(error)}") from error
         steps = -(-count // processor.temporal_patch_size)
-        return Clip(video, metadata, (steps, height // processor.patch_size, width // processor.patch_size))
+        return Clip(video, frames, (steps, height // processor.patch_size, width // processor.patch_size))
+
+    def _check_megapixels(self, what: str, height: int, width: int) -> None:
+        if height * width > self._max_megapixels * 1e6:
+            raise UserError(
+                f"{what}: {width} x {height} pixels are {height * width / 1e6:.4g} million, more than "
+                f"data.max_image_megapixels = {self._max_megapixels:g}",
+                "raise data.max_image_megapixels if the memory suffices, or scale the file down",
+            )
 
     def insert_media(self, text: str, stills: list[Still], clips: list[Clip]) -> tuple[str, list[dict]]:
         """Replace the placeholder of each picture and video by its text, with **one** placeholder token per frame.
 
         Returns the text and, in text order, the replacements: "type" ("image" or "video"), and "span" and "new_span"
-        in characters. The processor itself writes the texts (a video's text has time stamps); it is given grids in
-        which each frame is a single token.
+        in characters. The processor itself writes the texts (a video's text has time stamps). It is given grids in
+        which each frame is a single token; and the frames' times in place of their numbers, with a rate of 1, because
+        it divides the one by the other.
         """
         one = self.merge  # patches per side of one visual token
         images = [self.hf.replace_image_token({"image_grid_thw": np.array([[1, one, one]])}, 0) for _ in stills]
-        videos = [
-            self.hf.replace_video_token(
-                {"video_grid_thw": np.array([[clip.grid[0], one, one]]), "video_metadata": [clip.metadata]}, 0
-            )
-            for clip in clips
-        ]
+        videos = []
+        for clip in clips:
+            times = clip.frames.times.tolist()
+            about = VideoMetadata(total_num_frames=len(times), fps=1.0, frames_indices=times)
+            grids = np.array([[clip.grid[0], one, one]])
+            videos.append(self.hf.replace_video_token({"video_grid_thw": grids, "video_metadata": [about]}, 0))
         texts, replaced = self.hf.get_text_with_replacements([text], images, videos)
         return texts[0], replaced[0]
 
-    def pixel_rows(self, item: Still | Clip) -> torch.Tensor:
-        """Decode and process the item: float32 [t * h * w, patch_dim]. Raises UserError for an unreadable file."""
-        if isinstance(item, Still):
-            done = self.hf.image_processor(images=[item.picture.pixels()], return_tensors="pt")
-            rows, grid = done["pixel_values"], done["image_grid_thw"]
-        else:
-            done = self.hf.video_processor(
-                videos=[item.video.pixels(item.metadata.frames_indices)],
-                video_metadata=[item.metadata],
-                do_sample_frames=False,
-                return_tensors="pt",
-            )
-            rows, grid = done["pixel_values_videos"], done["video_grid_thw"]
-        assert grid.tolist() == [list(item.grid)], "the grid computed from the header differs from the processor's"
+    def pixel_rows(self, item: Still | Clip, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Decode and process the item, into `out` if given.
+
+        Returns:
+            float32 [t * h * w, patch_dim].
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        if isinstance(item, Clip):
+            return self._clip_rows(item, out)
+        done = self.hf.image_processor(images=[item.picture.pixels()], return_tensors="pt")
+        self._check_grid(done["image_grid_thw"], item.grid)
+        return done["pixel_values"] if out is None else out.copy_(done["pixel_values"])
+
+    def _clip_rows(self, clip: Clip, out: torch.Tensor | None) -> torch.Tensor:
+        """As ``pixel_rows``. Frames are resized as they are decoded; at most one of them is in memory in full size.
+
+        The processor resizes each frame for itself, so that the result is the same as for the whole video at once. But
+        from a part of the video, it would compute another size.
+        """
+        processor = self.hf.video_processor
+        (steps, h, w), step = clip.grid, processor.temporal_patch_size
+        size = SizeDict(height=h * processor.patch_size, width=w * processor.patch_size)
+        rows = torch.empty(steps * h * w, self.patch_dim) if out is None else out
+        parts, waiting, left = iter(rows.split(h * w)), [], len(clip.frames)
+        for frame in clip.video.pixels(clip.frames):
+            waiting.append(BaseVideoProcessor.resize(processor, frame[None], size, processor.resample))
+            left -= 1
+            if len(waiting) == step or not left:
+                group = [torch.cat(waiting)]
+                done = processor(videos=group, do_resize=False, do_sample_frames=False, return_tensors="pt")
+                self._check_grid(done["video_grid_thw"], (1, h, w))
+                next(parts).copy_(done["pixel_values_videos"])
+                waiting = []
         return rows
 
-
-def _load(folder: Path) -> Qwen3VLProcessor:
-    if not folder.is_dir():
-        raise UserError(
-            f"the Hugging Face folder {folder} does not exist", "set model.hf to a local folder with a processor"
-        )
-    try:
-        processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises many types for missing or broken files
-        raise UserError(f"{folder}: its processor cannot be loaded: {error}") from error
-    if not isinstance(processor, Qwen3VLProcessor):
-        raise UserError(
-            f"{folder}: its processor is a {type(processor).__name__}, not a Qwen3-VL processor",
-            "copy the processor and tokenizer files of the released model (all *.json, *.txt and *.jinja) into it",
-        )
-    return processor
+    @staticmethod
+    def _check_grid(grid: torch.Tensor, expected: tuple[int, int, int]) -> None:
+        assert grid.tolist() == [list(expected)], "the grid computed from the header differs from the processor's"
 
 
 def _grid_side(config: Path) -> int:
@@ -158,24 +203,6 @@ def _grid_side(config: Path) -> int:
         vision = json.loads(config.read_text(encoding="utf-8"))["vision_config"]
         return round(vision["num_position_embeddings"] ** 0.5)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{config}: vision_config.num_position_embeddings cannot be read: {error!r}") from error
-
-
-def _apply_limits(processor: Qwen3VLProcessor, settings: DataSettings) -> None:
-    """Write the limits of the settings into the processor, so that it and our size computations use the same limits."""
-    pictures, videos = processor.image_processor, processor.video_processor
-    least = settings.min_pixels or pictures.size["shortest_edge"]
-    most = settings.max_pixels or pictures.size["longest_edge"]
-    if least > most:
         raise UserError(
-            f"the minimum of {least} pixels per picture is larger than the maximum of {most} (from data.min_pixels and "
-            "data.max_pixels, or from the processor if these are null)",
-            "lower data.min_pixels or raise data.max_pixels",
-        )
-    pictures.size = SizeDict(shortest_edge=least, longest_edge=most)
-    videos.fps = settings.video_fps or videos.fps
-    if settings.video_max_frames:
-        videos.max_frames = settings.video_max_frames
-        videos.min_frames = min(videos.min_frames, settings.video_max_frames)
-    # The processor treats None as False, but also logs a warning in each run.
-    videos.cap_pixels_per_frame = bool(videos.cap_pixels_per_frame)
+            f"{config}: vision_config.num_position_embeddings cannot be read: {shortened(repr(error))}"
+        ) from error

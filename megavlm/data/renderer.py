@@ -7,73 +7,28 @@ thousand drafts takes only a few megabytes.
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from megavlm.base.errors import UserError
+from megavlm.chat.template import ChatTemplate
 from megavlm.config.data_sections import DataSettings
+from megavlm.data.draft import Draft, DraftError
 from megavlm.data.positions import mrope_positions
-from megavlm.data.processor import Clip, Still, VisionProcessor
-from megavlm.data.records import Kind, Record, check_record
-from megavlm.data.row import IGNORE, NO_ANNOTATIONS, Annotations, Row, Sample, pack, padded_length
-from megavlm.data.skipped_samples import NO_TARGET, TOO_LONG, UnfitSample
-from megavlm.data.template import ChatTemplate
+from megavlm.data.processor import Clip, Still, VisionProcessor, limits_of
+from megavlm.data.row import IGNORE, Row, Sample, pack
+from megavlm.data.targets import Span, first_kept, media_tokens, token_weights
 from megavlm.media.files import Find
 from megavlm.media.pictures import find_picture
 from megavlm.media.videos import find_video
+from megavlm.records.records import Kind, Record, check_record
+from megavlm.records.remarks import LITERAL_MARK
+from megavlm.records.skipped_samples import NO_TARGET, TOO_LONG, UnfitSample
 
-
-@dataclass(kw_only=True)
-class Draft:
-    """A sample without pixels, in which a single token represents all visual tokens of a frame.
-
-    Attributes:
-        token_ids: int32 [s].
-        repeats: int32 [s], 1 for text tokens; for the token of a frame, its number of visual tokens.
-        weights: float32 [s], loss weight of each token as a target, 0 if it is not a target.
-        frame_grids: int32 [F, 2], patches (h, w) of each frame in text order.
-        media: pictures and videos in text order.
-        length: number of tokens t of the sample.
-        source: "file:line".
-        index: number of the sample in its file.
-        source_id: number of its source in the blend.
-        shares_media: see ``Sample``.
-        annotations: see ``Sample``.
-        followers: samples that come after it in the same row and share its media: other answers to the same prompt.
-    """
-
-    token_ids: np.ndarray
-    repeats: np.ndarray
-    weights: np.ndarray
-    frame_grids: np.ndarray
-    media: list[Still | Clip]
-    length: int
-    source: str
-    index: int
-    source_id: int = 0
-    shares_media: bool = False
-    annotations: Annotations = NO_ANNOTATIONS
-    followers: list["Draft"] = field(default_factory=list)
-
-    @property
-    def num_patches(self) -> int:
-        """Number of pixel rows P that must be read for the sample."""
-        return 0 if self.shares_media else int(self.frame_grids.prod(axis=1).sum())
-
-    def padded_length(self, multiple: int) -> int:
-        """Number of tokens in the row, including padding, of this sample and its followers."""
-        return sum(padded_length(draft.length, multiple) for draft in (self, *self.followers))
-
-
-class DraftError(Exception):
-    """The pixels of draft number ``place`` could not be read; ``__cause__`` is the reason."""
-
-    def __init__(self, place: int):
-        super().__init__(place)
-        self.place = place
+END_OF_TEXT = "<|endoftext|>"
 
 
 class Renderer:
@@ -84,7 +39,7 @@ class Renderer:
 
     Args:
         hf_dir: folder with config.json, tokenizer and processor files.
-        settings: the ``data`` section: seq_length, min_pixels, max_pixels, video_fps, video_max_frames.
+        settings: the ``data`` section: seq_length, too_long, append_eos, and the limits of pictures and videos.
         pad_multiple: each sample is padded to a multiple of this many tokens (``Settings.pad_multiple``).
 
     Raises:
@@ -97,8 +52,10 @@ class Renderer:
         self.vision = VisionProcessor(Path(hf_dir), settings)
         self.processor = self.vision.hf
         self.tokenizer = self.processor.tokenizer
+        self._vision_ends = (self.processor.vision_start_token_id, self.processor.vision_end_token_id)
         self.seq_length, self.pad_multiple = settings.seq_length, pad_multiple
         self._truncates = settings.too_long == "truncate"
+        self._end_of_text = _end_of_text(self.tokenizer) if settings.append_eos else ""
         self.pad_id = next(id for id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if id is not None)
         self._template = ChatTemplate(self.processor) if self.processor.chat_template else None
 
@@ -114,9 +71,9 @@ class Renderer:
             find: locates the media that the record names.
             source: "file:line", for error messages.
             kind: "tune": assistant turns and their end tokens are targets. "pretrain": all tokens after the first are
-                targets, except visual placeholders. "prompt": no token is a target; assistant messages at the end are
-                dropped and the beginning of an answer is added. A ``text`` record is treated as a document for both
-                "tune" and "pretrain".
+                targets, except those inserted for pictures and videos. "prompt": no token is a target; assistant
+                messages at the end are dropped and the beginning of an answer is added. A ``text`` record is treated
+                as a document for both "tune" and "pretrain"; with data.append_eos, its end token is a target, too.
             index: number of the sample in its file.
 
         Raises:
@@ -142,15 +99,11 @@ class Renderer:
         is_visual = self._is_visual(token_ids)
         repeats = np.ones(len(token_ids), dtype=np.int32)
         repeats[is_visual] = frame_grids.prod(axis=1) // self.vision.merge**2
-        if turns is None:
-            weights = np.full(len(token_ids), float(kind != "prompt"), dtype=np.float32)
-        else:
-            weights = _weights_of(_shifted(turns, replaced), starts)
-        weights[is_visual] = 0
+        spans = media_tokens(token_ids, starts, replaced, self._vision_ends)
+        weights = token_weights(turns, replaced, starts, spans, otherwise=float(kind != "prompt"))
 
         if kind != "prompt" and self._truncates and repeats.sum() > self.seq_length:
-            spans = [np.searchsorted(starts, item["new_span"]).tolist() for item in replaced]
-            first, dropped = self._first_kept(token_ids, repeats, spans)
+            first, dropped = first_kept(repeats, spans, self.seq_length)
             num_frames = sum(item.grid[0] for item in media[:dropped])
             token_ids, repeats, weights = token_ids[first:], repeats[first:], weights[first:]
             media, frame_grids = media[dropped:], frame_grids[num_frames:]
@@ -163,33 +116,11 @@ class Renderer:
             length=int(repeats.sum()),
             source=source,
             index=index,
+            remarks=(LITERAL_MARK,) if checked.has_literal_marks else (),
         )
         if kind != "prompt":
             self.check_size(draft)
         return draft
-
-    def _first_kept(self, token_ids: np.ndarray, repeats: np.ndarray, spans: list[list[int]]) -> tuple[int, int]:
-        """Where to truncate the beginning of a sample so that the rest fits into a row.
-
-        Args:
-            token_ids: see ``Draft``.
-            repeats: see ``Draft``.
-            spans: for each picture or video, its first token and the first token after it. Media are kept or dropped
-                as a whole.
-
-        Returns:
-            The first token that is kept, and the number of pictures and videos that are dropped.
-        """
-        lengths = np.cumsum(repeats[::-1])[::-1]  # from each token to the end
-        first = int(np.searchsorted(-lengths, -self.seq_length))
-        start, end = (self.processor.vision_start_token_id, self.processor.vision_end_token_id)
-        for dropped, (begin, behind) in enumerate(spans):
-            begin -= bool(begin and token_ids[begin - 1] == start)
-            behind += bool(behind < len(token_ids) and token_ids[behind] == end)
-            if first <= begin:
-                return first, dropped
-            first = max(first, behind)
-        return first, len(spans)
 
     def complete(self, draft: Draft, patches: torch.Tensor | None = None) -> Sample:
         """Read the pixels (into `patches` if given) and expand tokens, targets and positions.
@@ -204,7 +135,7 @@ class Renderer:
             patches = torch.empty(draft.num_patches, self.vision.patch_dim) if patches is None else patches
             parts = patches.split([int(np.prod(item.grid)) for item in draft.media])
             for item, part in zip(draft.media, parts, strict=True):
-                part.copy_(self.vision.pixel_rows(item))
+                self.vision.pixel_rows(item, part)
         visual_positions = np.flatnonzero(np.repeat(self._is_visual(draft.token_ids), draft.repeats))
         tokens = torch.from_numpy(np.repeat(draft.token_ids, draft.repeats).astype(np.int64))
         weights = torch.from_numpy(np.repeat(draft.weights, draft.repeats))
@@ -227,6 +158,7 @@ class Renderer:
             source_id=draft.source_id,
             shares_media=draft.shares_media,
             annotations=draft.annotations,
+            remarks=draft.remarks,
         )
 
     def pack(
@@ -263,7 +195,7 @@ class Renderer:
                 raise DraftError(place) from error
         return self.pack(samples, patches=patches)
 
-    def _text(self, record: Record, kind: Kind, source: str) -> tuple[str, list[tuple[int, int, float]] | None]:
+    def _text(self, record: Record, kind: Kind, source: str) -> tuple[str, list[Span] | None]:
         """The record as text with one placeholder per picture or video, and the turns that are targets.
 
         The turns are None if the targets do not depend on turns.
@@ -277,7 +209,8 @@ class Renderer:
                 else processor.vision_start_token + placeholder[part["type"]] + processor.vision_end_token
                 for part in record.text
             ]
-            return "".join(parts), None
+            text = "".join(parts)
+            return text if kind == "prompt" else text.removesuffix(self._end_of_text) + self._end_of_text, None
         assert record.messages is not None, "a checked record has either text or messages"
         if self._template is None:
             raise UserError(
@@ -305,15 +238,22 @@ class Renderer:
         if draft.padded_length(self.pad_multiple) > self.seq_length:
             drafts = (draft, *draft.followers)
             visual = sum(int(d.repeats[self._is_visual(d.token_ids)].sum()) for d in drafts)
+            smaller = f"lower {limits_of(draft.media)}, " if draft.media else ""
             raise UnfitSample(
                 TOO_LONG,
                 f"{draft.source}: the sample has {sum(d.length for d in drafts)} tokens ({visual} of them visual), but "
                 f"a row has data.seq_length = {self.seq_length}",
-                "raise data.seq_length, lower data.max_pixels or data.video_max_frames, or set data.too_long=truncate",
+                f"raise data.seq_length, {smaller}or set data.too_long=truncate",
             )
 
     def _is_visual(self, token_ids: np.ndarray) -> np.ndarray:
         return (token_ids == self.processor.image_token_id) | (token_ids == self.processor.video_token_id)
+
+
+def _end_of_text(tokenizer: Any) -> str:
+    """The token that ends a document: <|endoftext|> in Qwen's vocabularies, otherwise the tokenizer's end token."""
+    known = tokenizer.convert_tokens_to_ids(END_OF_TEXT) not in (None, tokenizer.unk_token_id)
+    return END_OF_TEXT if known else tokenizer.eos_token or ""
 
 
 def _empty_shared(rows: int, width: int) -> torch.Tensor:
@@ -322,21 +262,3 @@ def _empty_shared(rows: int, width: int) -> torch.Tensor:
         return torch.empty(rows, width)
     storage = torch.UntypedStorage._new_shared(4 * rows * width)
     return torch.empty(0).set_(storage).view(rows, width)
-
-
-def _shifted(spans: list[tuple[int, int, float]], replaced: list[dict]) -> list[tuple[int, int, float]]:
-    """The positions of spans after the replacements, from the old and new end of each replacement."""
-    ends = np.array([0, *(item["span"][1] for item in replaced)])
-    moved = np.array([0, *(item["new_span"][1] - item["span"][1] for item in replaced)])
-
-    def move(place: int) -> int:
-        return place + int(moved[np.searchsorted(ends, place, side="right") - 1])
-
-    return [(move(start), move(end), weight) for start, end, weight in spans]
-
-
-def _weights_of(spans: list[tuple[int, int, float]], starts: np.ndarray) -> np.ndarray:
-    """The weight of each token, given the character at which it starts; 0 outside of all spans, which are sorted."""
-    bounds = np.array([bound for start, end, _ in spans for bound in (start, end)])
-    values = np.array([0.0, *(value for _, _, weight in spans for value in (weight, 0.0))], dtype=np.float32)
-    return values[np.searchsorted(bounds, starts, side="right")]

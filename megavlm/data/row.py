@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megavlm.data.positions import grid_interpolation, patch_coordinates
-from megavlm.data.skipped_samples import SkippedSample
+from megavlm.records.skipped_samples import SkippedSample
 
 IGNORE = -100  # label of a position without a target (torch's convention)
 
@@ -61,6 +61,7 @@ class Sample:
         source_id: number of its source in the blend.
         shares_media: the sample uses the pictures and videos of the sample before it in the row; ``patches`` is empty.
         annotations: inputs of the loss other than tokens.
+        remarks: see ``Draft``.
     """
 
     input_ids: Tensor
@@ -77,6 +78,7 @@ class Sample:
     source_id: int = 0
     shares_media: bool = False
     annotations: Annotations = NO_ANNOTATIONS
+    remarks: tuple[str, ...] = ()
 
 
 def padded_length(length: int, multiple: int) -> int:
@@ -107,6 +109,7 @@ class Row:
         sources: "file:line" of each sample.
         indices: number of each sample in its file.
         source_ids: number of each sample's source in the blend.
+        remarks: those of all samples.
         skipped_samples: samples that were skipped since the previous row.
         loader_state: state of the worker that made the row, after this row (see ``RowDataset``).
     """
@@ -133,6 +136,7 @@ class Row:
     indices: list[int]
     source_ids: list[int]
     annotations: list[Annotations]
+    remarks: list[str] = field(default_factory=list)
     skipped_samples: list[SkippedSample] = field(default_factory=list)
     loader_state: dict | None = None
 
@@ -229,6 +233,7 @@ def pack(
         indices=[sample.index for sample in samples],
         source_ids=[sample.source_id for sample in samples],
         annotations=[sample.annotations for sample in samples],
+        remarks=[remark for sample in samples for remark in sample.remarks],
     )
 
 

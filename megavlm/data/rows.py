@@ -8,13 +8,16 @@ from torch.utils.data import IterableDataset
 
 from megavlm.base.errors import UserError
 from megavlm.data.answer_groups import draft_unit
+from megavlm.data.draft import Draft, DraftError
 from megavlm.data.packing import best_fit
-from megavlm.data.records import Kind
-from megavlm.data.renderer import Draft, DraftError, Renderer
+from megavlm.data.processor import limits_of
+from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.sample_order import SampleOrder
-from megavlm.data.skipped_samples import TOO_LONG, SkippedSample, UnfitSample
+from megavlm.data.shared_memory import sent
 from megavlm.data.sources import Source
+from megavlm.records.records import Kind
+from megavlm.records.skipped_samples import TOO_LONG, SkippedSample, UnfitSample
 
 _FIRST_DRAFTS = 50  # drafts in the packing buffer when the first row is filled
 _MOST_SKIPPED = 1000  # after this many consecutive skipped samples, a source is considered unusable
@@ -65,17 +68,11 @@ class RowDataset(IterableDataset[Row | UserError]):
         self.loader_states: dict[int, dict] = {}
 
     def __iter__(self) -> Iterator[Row | UserError]:
-        """Yields rows. If no further row can be made, the last item is the error that says why.
-
-        The error is yielded because an exception raised in a worker process arrives only as the text of a traceback.
-        """
+        """Yields rows. If no further row can be made, the last item is the error that says why."""
         info = torch.utils.data.get_worker_info()
         process = info.id if info is not None else 0
         worker = self.workers[(process + self.turn) % len(self.workers)]
-        try:
-            yield from self._rows(worker)
-        except UserError as error:
-            yield error
+        yield from sent(self._rows(worker))
 
     def initial_state(self, worker: int) -> dict:
         """The state of a worker that has not made a row yet."""
@@ -146,7 +143,7 @@ class RowDataset(IterableDataset[Row | UserError]):
                 raise UnfitSample(
                     TOO_LONG,
                     f"{name}: the sample has {draft.num_patches} patches, more than data.max_patches_per_row",
-                    "raise data.max_patches_per_row, or lower data.max_pixels or data.video_max_frames",
+                    f"raise data.max_patches_per_row, or lower {limits_of(draft.media)}",
                 )
         except MemoryError:
             raise

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.base.errors import UserError
-from megavlm.data.records import rename_media
-from megavlm.media.files import File, Find, beside
+from megavlm.base.quoting import shortened
+from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
+from megavlm.media.files import File, Find
+from megavlm.records.marks import escaped
+from megavlm.records.records import rename_media
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 VIDEOS = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
@@ -31,22 +34,27 @@ class ShardFolder:
 
     Args:
         path: a path, or a URL that fsspec supports.
+        access: which media the records may name beside the members of their own sample.
 
     Raises:
         UserError: the folder does not exist, or it has no index.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = str(path).rstrip("/")
+    def __init__(self, path: str | Path, access: MediaAccess = ANY_LOCAL_FILE):
+        self.path, self._access = str(path).rstrip("/"), access
         try:
             counts = json.loads(File(f"{self.path}/{INFO}").read())["shard_counts"]
+            _check_counts(counts)
         except FileNotFoundError:
             raise UserError(
                 f"data folder {self.path} has no index of shards ({INFO})",
                 f"build the index with: megavlm data prepare {self.path}",
             ) from None
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"data folder {self.path}: {INFO} cannot be read: {error!r}") from None
+        except Exception as error:  # each protocol of fsspec raises its own exceptions
+            raise UserError(
+                f"data folder {self.path}: {INFO} cannot be read: {shortened(repr(error))}",
+                f"build the index again with: megavlm data prepare {self.path}",
+            ) from None
         self._shards = list(counts)
         self._ends = list(accumulate(counts.values()))
         if not self._ends or not self._ends[-1]:
@@ -70,18 +78,33 @@ class ShardFolder:
         shard, number = self._locate(index)
         try:
             parts = _parts(shard, number)
-            return _record(parts), partial(_find, shard, parts)
-        except (OSError, ValueError, tarfile.TarError, struct.error) as error:
-            found = "the shard does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+            return _record(parts), partial(self._find, index, parts)
+        except Exception as error:  # of the tar file, its index, its JSON, or fsspec
+            missing = isinstance(error, FileNotFoundError)
+            found = "the shard does not exist" if missing else f"cannot be read: {shortened(error)}"
             raise UserError(
                 f"{self.source(index)}: {found}", f"build the index again with: megavlm data prepare {self.path}"
             ) from None
+
+    def _find(self, index: int, parts: dict[str, File], named: str) -> File:
+        """The member with this part or full name; if there is none, a file relative to the folder of the shard."""
+        part = _part(parts, named)
+        return parts[part] if part is not None else self._access.find(self._locate(index)[0], self.source(index), named)
 
     def _locate(self, index: int) -> tuple[str, int]:
         """The shard of a sample, and the number of the sample in this shard, from 0."""
         number = bisect_right(self._ends, index)
         first = self._ends[number - 1] if number else 0
         return f"{self.path}/{self._shards[number]}", index - first
+
+
+def _check_counts(counts: Any) -> None:
+    """Raises ValueError unless it maps names of shards in the folder to numbers of samples."""
+    for name, count in counts.items():
+        if "::" in name or "://" in name or name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{name[:200]!r} is not the name of a shard in this folder")
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"the number of samples of {name[:200]!r} is {str(count)[:50]}")
 
 
 def _parts(shard: str, number: int) -> dict[str, File]:
@@ -120,14 +143,9 @@ def _record(parts: dict[str, File]) -> Any:
         return record
     if "txt" in parts:
         marks = "<image>" * len(media["images"]) + "<video>" * len(media["videos"])
-        return {"text": marks + parts["txt"].read().decode().strip(), **media}
+        text = escaped(escaped(parts["txt"].read().decode().strip(), "image"), "video")
+        return {"text": marks + text, **media}
     raise ValueError(f"the sample has neither a .json nor a .txt member; its members are {', '.join(parts)}")
-
-
-def _find(shard: str, parts: dict[str, File], named: str) -> File:
-    """The member with this part or full name; if there is none, a file relative to the folder of the shard."""
-    part = _part(parts, named)
-    return beside(shard, named) if part is None else parts[part]
 
 
 def _part(parts: dict[str, File], named: str) -> str | None:

@@ -1,5 +1,6 @@
 """The data sources of a run: files and folders of samples, and the share of each in the blend."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any, Protocol
 from megavlm.base.errors import UserError
 from megavlm.config.data_sections import DataSettings
 from megavlm.data.jsonl import JsonlFile
-from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Sample
 from megavlm.data.shards import ShardFolder
+from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.media.files import Find, is_folder
+from megavlm.records.records import Kind
 
 
 class SampleFile(Protocol):
@@ -38,13 +40,22 @@ class Source:
     share: float
 
 
-def open_file(path: str | Path) -> SampleFile:
-    """Open a JSONL file or a folder of shards. Raises UserError if `path` is neither."""
+def open_file(path: str | Path, access: MediaAccess = ANY_LOCAL_FILE) -> SampleFile:
+    """Open a JSONL file or a folder of shards whose records may name media as `access` allows.
+
+    Raises UserError if `path` is neither.
+    """
     try:
         folder = not str(path).endswith(".jsonl") and is_folder(path)
     except Exception as error:  # each protocol of fsspec raises its own exceptions
         raise UserError(f"{path} cannot be read: {error}") from None
-    return ShardFolder(path) if folder else JsonlFile(path)
+    return ShardFolder(path, access) if folder else JsonlFile(path, access)
+
+
+def media_access(settings: DataSettings) -> MediaAccess:
+    """Which media records may name, from data.media_roots and data.media_protocols."""
+    roots = settings.media_roots
+    return MediaAccess(None if roots is None else tuple(map(str, roots)), tuple(settings.media_protocols))
 
 
 def open_sources(settings: DataSettings) -> list[Source]:
@@ -55,28 +66,29 @@ def open_sources(settings: DataSettings) -> list[Source]:
     """
     if not settings.train:
         raise UserError("data.train is empty", "list at least one file: data.train: [{path: …}]")
-    sources = _opened(settings.train)[0]
+    access = media_access(settings)
+    sources = _opened(settings.train, access)[0]
     if settings.replay:
         share = settings.replay.share
         sources = [replace(source, share=source.share * (1 - share)) for source in sources]
-        sources += [replace(s, share=s.share * share) for s in _opened(settings.replay.sources)[0]]
-    for source in sources:
-        if sum(other.name == source.name for other in sources) > 1:
+        sources += [replace(s, share=s.share * share) for s in _opened(settings.replay.sources, access)[0]]
+    for name, count in Counter(source.name for source in sources).items():
+        if count > 1:
             raise UserError(
-                f"two sources of data.train have the name {source.name!r}, so their metrics could not be distinguished",
+                f"two sources of data.train have the name {name!r}, so their metrics could not be distinguished",
                 "give one of them another name: {path: …, name: …}",
             )
     return sources
 
 
-def _opened(blend: list) -> tuple[list[Source], float]:
+def _opened(blend: list, access: MediaAccess) -> tuple[list[Source], float]:
     """The leaf sources of a blend with their shares of it, and the sum of its weights (samples if it uses epochs)."""
     parts = []
     for item in blend:
         if item.sources:
-            leaves, samples = _opened(item.sources)
+            leaves, samples = _opened(item.sources, access)
         else:
-            leaves = [Source(item.label, open_file(item.path), 1.0)]
+            leaves = [Source(item.label, open_file(item.path, access), 1.0)]
             samples = len(leaves[0].file)
         parts.append((leaves, item.weight if item.epochs is None else item.epochs * samples))
     total = sum(weight for _, weight in parts)
@@ -84,13 +96,19 @@ def _opened(blend: list) -> tuple[list[Source], float]:
 
 
 def read_samples(
-    path: str | Path, renderer: Renderer, kind: Kind, *, rank: int = 0, num_ranks: int = 1
+    path: str | Path,
+    renderer: Renderer,
+    kind: Kind,
+    *,
+    access: MediaAccess = ANY_LOCAL_FILE,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Iterator[Sample]:
     """Render the samples of a file one by one, in file order: those with index `rank`, `rank + num_ranks`, ….
 
     Raises UserError with file and line at the first sample that cannot be used.
     """
-    file = open_file(path)
+    file = open_file(path, access)
     for index in range(rank, len(file), num_ranks):
         record, find = file.read(index)
         yield renderer.encode(record, find, file.source(index), kind=kind, index=index)

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import shortened
 
 _BUFFER_LOCAL, _BUFFER_REMOTE = 1 << 13, 1 << 16  # read-ahead in bytes; a picture's header fits into the local one
 
@@ -33,15 +34,19 @@ class File:
         start: first byte.
         end: the byte after the last one; None: the end of the file.
         name: the name in messages if it differs from the url, as for a member of a shard.
+        guard: what fsspec gets as ``get_client``, for a URL of http or https that a record has named
+            (``access.PublicHosts``).
     """
 
     url: str
     start: int = 0
     end: int | None = None
     name: str | None = None
+    guard: Callable[..., Any] | None = None
 
     def __str__(self) -> str:
-        return self.name or self.url
+        """The name in messages, shortened."""
+        return shortened(self.name or self.url)
 
     @property
     def local_path(self) -> str | None:
@@ -52,8 +57,15 @@ class File:
         """Size in bytes. Raises OSError if the file does not exist."""
         if self.end is not None:
             return self.end - self.start
-        whole = fsspec.core.url_to_fs(self.url)
-        size = whole[0].size(whole[1]) if is_url(self.url) else os.stat(self.url).st_size
+        if not is_url(self.url):
+            return os.stat(self.url).st_size - self.start
+        system, path = self._remote()
+        try:
+            size = system.size(path)
+        except FileNotFoundError as error:  # fsspec says so of every HTTP failure
+            raise _permission(error) or error from None
+        if size is None:
+            raise OSError("the server does not tell its size")
         return size - self.start
 
     def read(self, start: int = 0, end: int | None = None) -> bytes:
@@ -61,7 +73,7 @@ class File:
         first = self.start + start
         last = self.end if end is None else self.start + end
         if is_url(self.url):
-            system, path = fsspec.core.url_to_fs(self.url)
+            system, path = self._remote()
             data = system.cat_file(path, start=first or None, end=last)
         else:
             with open(self.url, "rb", buffering=0) as file:
@@ -76,6 +88,10 @@ class File:
         if self.local_path:
             return open(self.url, "rb")
         return io.BufferedReader(_Bytes(self), _BUFFER_REMOTE if is_url(self.url) else _BUFFER_LOCAL)
+
+    def _remote(self) -> tuple[Any, str]:
+        """fsspec's file system of the URL, and the path in it."""
+        return fsspec.core.url_to_fs(self.url, **({} if self.guard is None else {"get_client": self.guard}))
 
 
 def beside(file: str | Path, named: str) -> File:
@@ -100,6 +116,13 @@ def is_folder(path: str | Path) -> bool:
         return Path(path).is_dir()
     system, inside = fsspec.core.url_to_fs(str(path))
     return system.isdir(inside)
+
+
+def _permission(error: BaseException | None) -> PermissionError | None:
+    """The PermissionError among an exception and its causes, if there is one."""
+    while error is not None and not isinstance(error, PermissionError):
+        error = error.__cause__
+    return error
 
 
 def _read_all(file: BinaryIO, count: int) -> bytes:
@@ -147,4 +170,4 @@ def explained(source: str, what: str, file: File) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{source}: {what} {file} cannot be read: {error}") from error
+        raise UserError(f"{source}: {what} {file} cannot be read: {shortened(error)}") from error

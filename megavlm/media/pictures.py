@@ -8,16 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import quoted
+from megavlm.media.decode import orientation, turned, upright_rgb, upright_size
 from megavlm.media.files import File, Find, explained
-
-_EXIF_ORIENTATION = 0x0112
-_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 @dataclass
@@ -28,31 +26,46 @@ class Picture:
     source: str
 
     def size(self) -> tuple[int, int]:
-        """(height, width) as displayed, from the header. Raises UserError if the file is missing or unreadable."""
+        """(height, width) as displayed, from the header. Raises UserError if the file is missing or no picture."""
         with explained(self.source, "picture", self.file), self._image() as image:
-            width, height = image.size
-            is_transposed = image.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSED
-        return (width, height) if is_transposed else (height, width)
+            return upright_size(image)
 
     def pixels(self) -> torch.Tensor:
-        """The decoded picture, upright: uint8 [3, height, width], RGB. Raises UserError if it cannot be decoded."""
+        """The decoded picture, upright: uint8 [3, height, width], RGB; transparent pixels are on white.
+
+        Raises UserError if it cannot be decoded completely, or if its size is not that of the header.
+        """
         with explained(self.source, "picture", self.file):
             with self._image() as image:
-                if image.format != "JPEG":  # PIL reads all formats, but torchvision decodes JPEG three times as fast
-                    image = ImageOps.exif_transpose(image).convert("RGB")
-                    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-            path = self.file.local_path
-            data = read_file(path) if path else torch.frombuffer(bytearray(self.file.read()), dtype=torch.uint8)
-            return decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True)
+                size, turn = upright_size(image), orientation(image)
+                # Pillow reads all formats, but torchvision decodes JPEG three times as fast to the same pixels.
+                pixels = None if image.format == "JPEG" else upright_rgb(image)
+            if pixels is None:
+                path = self.file.local_path
+                data = read_file(path) if path else torch.frombuffer(bytearray(self.file.read()), dtype=torch.uint8)
+                pixels = turned(decode_jpeg(data, ImageReadMode.RGB), turn)
+            if pixels.shape[1:] != size:
+                found = " x ".join(map(str, pixels.shape[1:]))
+                raise ValueError(f"its header says {size[0]} x {size[1]} (height x width), but it has {found} pixels")
+            return pixels
 
     @contextmanager
     def _image(self) -> Iterator[Image.Image]:
-        with self.file.open() as stream, Image.open(stream) as image:
-            yield image
+        with self.file.open() as stream:
+            try:
+                image = Image.open(stream)
+            except UnidentifiedImageError as error:
+                stream.seek(0)
+                what = "neither a picture nor of a kind that Pillow reads" if stream.read(1) else "empty"
+                raise ValueError(f"it is {what}") from error
+            with image:
+                if image.format == "EPS":  # decoding would run Ghostscript, if it is there, on a program from the file
+                    raise ValueError("it is PostScript, which is a program; convert it to a picture")
+                yield image
 
 
 def find_picture(named: Any, find: Find, source: str) -> Picture:
     """The picture that a record names by a path."""
     if not isinstance(named, str):
-        raise UserError(f"{source}: a picture must be a path, found {str(named)[:200]}")
+        raise UserError(f"{source}: a picture must be a path, found {quoted(named)}")
     return Picture(find(named), source)

@@ -1,5 +1,6 @@
-"""Videos on disk: the number, rate and size of their frames, read from the header alone, and the frames' pixels."""
+"""Videos on disk: the times and the size of their frames, found without decoding them, and the frames' pixels."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,11 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.video_utils import VideoMetadata
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import quoted, shortened
 from megavlm.media.files import File, Find, explained
+from megavlm.media.frames import Frames, decode, even, probe, upright
 from megavlm.media.pictures import Picture, find_picture
+
+# FFmpeg also plays lists of other files and URLs (HLS, DASH, concat, …) and opens names such as "concat:a|b". A sample
+# could thus read what it may not name. So the containers are listed, and a path always begins with a slash.
+_CONTAINERS = {
+    "format_whitelist": "mov,mp4,matroska,webm,avi,gif,apng,flv,asf,ogg,mpeg,mpegts,mpegvideo,m4v,mjpeg,h264,hevc,ivf,"
+    "mxf,nut,yuv4mpegpipe",
+    "protocol_whitelist": "file",
+}
 
 
 @dataclass
@@ -28,8 +38,8 @@ class Video:
         """The file or the first frame, for error messages."""
         return str(self.file or f"of frames {self.frames[0].file}, …")
 
-    def probe(self) -> VideoMetadata:
-        """Number, rate and size of the frames, from the file's header. Raises UserError if it is not a video."""
+    def probe(self) -> Frames:
+        """All frames: when they are shown, and their size. Raises UserError if the file is not a video or cut off."""
         if self.file is None:
             sizes = [frame.size() for frame in self.frames]
             if len(set(sizes)) > 1:
@@ -38,47 +48,46 @@ class Video:
                     "scale the frames to one size",
                 )
             assert self.fps is not None, "a list of frames has a rate"
-            count, fps, (height, width) = len(sizes), self.fps, sizes[0]
-        else:
-            with self._container() as container:
-                if not container.streams.video:
-                    raise ValueError("it has no video stream")
-                stream = container.streams.video[0]
-                # Some containers (WebM) do not store the number of frames.
-                count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-                fps, height, width = float(stream.average_rate or 0), stream.height, stream.width
-                if not count or not fps:
-                    raise ValueError("it has no frames")
-        return VideoMetadata(total_num_frames=count, fps=fps, height=height, width=width, duration=count / fps)
+            return even(len(sizes), self.fps, *sizes[0])
+        with self._container() as container:
+            return probe(container)
 
-    def pixels(self, indices: np.ndarray) -> torch.Tensor:
-        """The decoded frames at the sorted `indices`: uint8 [len(indices), 3, height, width]. Raises UserError."""
+    def pixels(self, frames: Frames) -> Iterator[torch.Tensor]:
+        """Decode some of the frames of ``probe`` one after another, so that only one of them is in memory.
+
+        Yields:
+            For each frame its pixels, upright: uint8 [3, height, width], RGB, contiguous.
+
+        Raises:
+            UserError: a frame cannot be decoded.
+        """
         if self.file is None:
-            return torch.stack([self.frames[index].pixels() for index in indices])
+            for number in frames.stamps.tolist():
+                yield self.frames[number].pixels()
+            return
         from av.video.reformatter import VideoReformatter
 
         # PyAV's shared reformatter starts threads; a forked worker that inherits it would wait for them for ever.
-        convert = VideoReformatter()
-        with self._container() as container:
-            wanted, decoded, index = set(indices.tolist()), {}, -1
-            for index, frame in enumerate(container.decode(video=0)):
-                if index in wanted:
-                    decoded[index] = torch.from_numpy(convert.reformat(frame, format="rgb24", threads=1).to_ndarray())
-                if index >= indices[-1]:
-                    break
-            if len(decoded) < len(wanted):
-                raise ValueError(f"frame {max(wanted)} cannot be decoded; the file ends after {index + 1} frames")
-            return torch.stack([decoded[index] for index in indices.tolist()]).permute(0, 3, 1, 2).contiguous()
+        convert, done = VideoReformatter(), 0
+        for may_seek in (True, False):
+            with self._container() as container:
+                for frame in decode(container, frames.take(slice(done, None)), may_seek):
+                    rgb = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                    yield torch.from_numpy(np.ascontiguousarray(upright(rgb, frame).transpose(2, 0, 1)))
+                    done += 1
+            if done == len(frames):
+                return
 
     @contextmanager
     def _container(self) -> Iterator[Any]:
         import av  # imported on first use, because many data sets have no videos
 
         assert self.file is not None, "a list of frames has no container"
+        path = self.file.local_path
         with (
             explained(self.source, "video", self.file),
             self.file.open() as stream,
-            av.open(self.file.local_path or stream) as container,
+            av.open(os.path.abspath(path) if path else stream, options=_CONTAINERS) as container,
         ):
             yield container
 
@@ -91,20 +100,20 @@ def find_video(named: Any, find: Find, source: str, sampled_fps: float) -> Video
     fps = None
     if isinstance(named, dict):
         if unknown := set(named) - {"frames", "fps"}:
-            raise UserError(
-                f"{source}: a video has unknown fields {', '.join(sorted(unknown))}; allowed fields: frames, fps"
-            )
+            names = shortened(", ".join(sorted(unknown)))
+            raise UserError(f"{source}: a video has unknown fields {names}; allowed fields: frames, fps")
         named, fps = named.get("frames"), named.get("fps")
     if isinstance(named, str):
         if fps is not None:
             raise UserError(
-                f"{source}: fps {fps} is given for the video file {named}, but a video file contains its own rate",
+                f"{source}: fps {quoted(fps)} is given for the video file {shortened(named)}, but a video file "
+                "contains its own rate",
                 "remove fps; data.video_fps sets how many frames are sampled per second",
             )
         return Video(find(named), [], None, source)
     if not isinstance(named, list) or not named:
-        raise UserError(f"{source}: a video must be a path or a list of frame paths, found {str(named)[:200]}")
+        raise UserError(f"{source}: a video must be a path or a list of frame paths, found {quoted(named)}")
     fps = sampled_fps if fps is None else fps
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not fps > 0:
-        raise UserError(f"{source}: fps must be a number above 0, found {fps!r}")
+        raise UserError(f"{source}: fps must be a number above 0, found {quoted(fps)}")
     return Video(None, [find_picture(frame, find, source) for frame in named], float(fps), source)

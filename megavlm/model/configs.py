@@ -1,6 +1,7 @@
 """Makes Megatron's TransformerConfig for the decoder and the vision tower, from a model's shapes and the settings."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +15,21 @@ from megavlm.config.settings import ParallelSettings, TrainSettings
 from megavlm.model.shapes import Shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # for each name in shapes.ACTIVATIONS
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
 
 
-def _activation(name: str, key: str) -> Callable[[Tensor], Tensor]:
-    if name not in ACTIVATIONS:
-        raise UserError(f"config.json: {key} is {name!r}; allowed: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+def check_supported(shapes: Shapes) -> None:
+    """Raises a UserError for a model that can be converted, but not run."""
+    if shapes.text.attention_bias:
+        raise UserError(
+            "config.json: text_config.attention_bias is true; no released Qwen3-VL has it, and megavlm does not "
+            "support it",
+            "give the folder of a Qwen3-VL",
+        )
 
 
 def _common(precision: str, kernels: str) -> dict[str, Any]:
@@ -54,13 +59,14 @@ def decoder_config(
         grouped_experts: whether the kernels multiply the experts of a rank together (``Kernels.grouped_experts``).
     """
     text = shapes.text
-    if text.attention_bias:
-        raise UserError(
-            "config.json: text_config.attention_bias is true; no released Qwen3-VL has it, and megavlm does not "
-            "support it",
-            "give the folder of a Qwen3-VL",
-        )
-    options = _common(train.precision, kernels) | dict(bias_activation_fusion=kernels == "te")
+    check_supported(shapes)
+    # Megatron's fused kernel for a GELU is the tanh approximation, whichever GELU is asked for
+    options = _common(train.precision, kernels) | dict(
+        bias_activation_fusion=kernels == "te" and text.hidden_act == "silu"
+    )
+    if text.rope_scaling is not None and text.rope_scaling.attention_factor != 1:
+        # the factor is on queries and on keys, so its square is on their products
+        options["softmax_scale"] = text.rope_scaling.attention_factor**2 / math.sqrt(text.head_dim)
     if text.moe is not None:
         options |= dict(
             num_moe_experts=text.moe.num_experts,
@@ -68,7 +74,7 @@ def decoder_config(
             moe_ffn_hidden_size=text.moe.ffn,
             moe_layer_freq=[int(text.is_moe_layer(i)) for i in range(text.layers)],
             # a softmax over the chosen logits equals a softmax over all that is normalised over the chosen
-            moe_router_pre_softmax=not text.moe.normalize_top_k,
+            moe_router_pre_softmax=False,
             moe_router_load_balancing_type="aux_loss",
             moe_aux_loss_coeff=train.moe_aux_loss_coeff,
             moe_router_dtype="fp32",
@@ -97,7 +103,7 @@ def decoder_config(
         qk_layernorm=True,
         add_bias_linear=False,
         gated_linear_unit=True,
-        activation_func=_activation(text.hidden_act, "text_config.hidden_act"),
+        activation_func=_ACTIVATIONS[text.hidden_act],
         init_method_std=text.init_std,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -125,7 +131,7 @@ def tower_config(shapes: Shapes, train: TrainSettings, kernels: str) -> Transfor
         layernorm_epsilon=1e-6,  # transformers' qwen3_vl has it in the code, not in config.json
         add_bias_linear=True,
         gated_linear_unit=False,
-        activation_func=_activation(vision.hidden_act, "vision_config.hidden_act"),
+        activation_func=_ACTIVATIONS[vision.hidden_act],
         init_method_std=vision.init_std,
         bias_activation_fusion=False,  # Megatron has no fused tanh GELU
         **_common(train.precision, kernels),

@@ -70,7 +70,7 @@ class LanguageModel(LanguageModule):
                 position_embedding_type="none",
                 tp_group=groups.tp,
             )
-        self.rope = InterleavedMRoPE(text.head_dim, text.rope_theta, text.mrope_section)
+        self.rope = InterleavedMRoPE(text.head_dim, text.rope_theta, text.mrope_section, text.rope_scaling)
         self.decoder = TransformerBlock(
             config=config,
             spec=_block_submodules(shapes, config, kernels, groups, vp_stage),
@@ -196,17 +196,13 @@ def _block_submodules(
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """The specs of the layers of this chunk. config.json says for each index whether the layer is dense or MoE."""
-    moe = shapes.text.moe
     make = {
         is_moe: ModuleSpec(
             module=DeepstackLayer,
-            submodules=layer_submodules(
-                kernels, rms_norm=True, qk_norm=True, causal=True,
-                num_experts=moe.num_experts if moe is not None and is_moe else None,
-            ),
+            submodules=layer_submodules(kernels, rms_norm=True, qk_norm=True, causal=True, moe=is_moe),
         )
         for is_moe in {shapes.text.is_moe_layer(i) for i in range(shapes.text.layers)}
-    }  # fmt: skip
+    }
     first = get_transformer_layer_offset(config, vp_stage, groups.pp.rank())
     count = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
     return TransformerBlockSubmodules(

@@ -4,11 +4,12 @@ from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -39,6 +40,20 @@ class DeepstackLayer(TransformerLayer):
         return hidden_states, context
 
 
+class Router(TopKRouter):
+    """A router whose balancing loss counts only while the decoder is trained.
+
+    In a frozen decoder the loss would have a gradient all the same: it would train the projector to give the decoder
+    such features as its experts share evenly.
+    """
+
+    adapters_are_trained = False
+    """True if the decoder has adapters, which are trained although the router is not."""
+
+    def is_aux_loss_enabled(self) -> bool:
+        return (self.weight.requires_grad or self.adapters_are_trained) and super().is_aux_loss_enabled()
+
+
 def _attention(kernels: Kernels, *, rms_norm: bool, qk_norm: bool, mask: AttnMaskType) -> ModuleSpec:
     fused = kernels.fuse_layernorm_and_linear()
     norm = kernels.layer_norm(rms_norm=rms_norm, for_qk=True) if qk_norm else IdentityOp
@@ -56,7 +71,7 @@ def _attention(kernels: Kernels, *, rms_norm: bool, qk_norm: bool, mask: AttnMas
 
 
 def layer_submodules(
-    kernels: Kernels, *, rms_norm: bool, qk_norm: bool, causal: bool, num_experts: int | None = None
+    kernels: Kernels, *, rms_norm: bool, qk_norm: bool, causal: bool, moe: bool = False
 ) -> TransformerLayerSubmodules:
     """The submodules of one layer.
 
@@ -66,7 +81,7 @@ def layer_submodules(
     fused = kernels.fuse_layernorm_and_linear()
     norm = kernels.layer_norm(rms_norm=rms_norm, for_qk=False)
     key_map = {} if fused else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if num_experts is None:
+    if not moe:
         mlp = partial(
             MLP.as_mlp_submodule,
             submodules=MLPSubmodules(
@@ -78,9 +93,8 @@ def layer_submodules(
         if not fused:
             key_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     else:
-        mlp = get_moe_module_spec_for_backend(
-            kernels, num_experts=num_experts, moe_grouped_gemm=kernels.grouped_experts
-        )
+        experts = kernels.grouped_mlp_modules(kernels.grouped_experts)
+        mlp = partial(MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
         pre_mlp_norm = norm
     return TransformerLayerSubmodules(
         input_layernorm=IdentityOp if fused else norm,

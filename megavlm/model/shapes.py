@@ -1,17 +1,48 @@
 """The shapes of a Qwen3-VL model, read from the config.json of a Hugging Face folder.
 
 All sizes of a model that the package needs are here, and no other module reads them from config.json. The fields mean
-what they mean in transformers' ``qwen3_vl`` and ``qwen3_vl_moe`` configurations.
+what they mean in transformers' ``qwen3_vl`` and ``qwen3_vl_moe`` configurations. A field that transformers reads is
+used, or every value but one is refused (``_ONLY``), or it does not matter here (tests/model/test_config_fields.py says
+why).
 """
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megavlm.base.errors import UserError
+from megavlm.model.rope_scaling import RopeScaling, rope_scaling
 
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+
+# The only value of each field that megavlm computes. "" is config.json itself. Some are no fields of transformers'
+# classes, but read by it if they are there, or were in earlier versions.
+_ONLY: dict[str, dict[str, Any]] = {
+    "": {"quantization_config": None, "per_layer_config": None, "is_encoder_decoder": False},
+    "text_config": {
+        "attention_dropout": 0.0,
+        "is_causal": True,
+        "norm_topk_prob": True,
+        "per_layer_config": None,
+        "quantization_config": None,
+    },
+    "vision_config": {"per_layer_config": None, "quantization_config": None},
+}
+_COUNTS = {  # fields that are whole numbers of at least 1
+    "text_config": (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+        *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
+    ),
+    "vision_config": (
+        *("depth", "hidden_size", "intermediate_size", "num_heads", "in_channels", "patch_size"),
+        *("spatial_merge_size", "temporal_patch_size", "out_hidden_size", "num_position_embeddings"),
+    ),
+}
+_POSITIVE = {"text_config": ("rms_norm_eps", "initializer_range"), "vision_config": ("initializer_range",)}
 
 
 @dataclass(frozen=True)
@@ -20,21 +51,17 @@ class MoeShape:
 
     Attributes:
         num_experts: number of experts in each MoE layer.
-        top_k: number of experts that process a token.
+        top_k: number of experts that process a token. Their probabilities are rescaled to sum to one.
         ffn: inner width of an expert.
-        normalize_top_k: whether the probabilities of the chosen experts are rescaled to sum to one.
         sparse_step: layer i is an MoE layer if (i + 1) is a multiple of it and i is not in ``dense_layers``.
         dense_layers: layers with a dense MLP of width ``TextShape.ffn``.
-        aux_loss_coeff: weight of the load-balancing loss in config.json.
     """
 
     num_experts: int
     top_k: int
     ffn: int
-    normalize_top_k: bool
     sparse_step: int
     dense_layers: tuple[int, ...]
-    aux_loss_coeff: float
 
 
 @dataclass(frozen=True)
@@ -42,7 +69,7 @@ class TextShape:
     """The Qwen3 decoder.
 
     ``mrope_section`` has the numbers of rotary frequencies for time, height and width, which sum to ``head_dim / 2``.
-    ``moe`` is None for a dense model.
+    ``rope_scaling`` is None if they are not stretched. ``moe`` is None for a dense model.
     """
 
     hidden: int
@@ -54,6 +81,7 @@ class TextShape:
     vocab: int
     rms_eps: float
     rope_theta: float
+    rope_scaling: RopeScaling | None
     mrope_section: tuple[int, int, int]
     max_positions: int
     attention_bias: bool
@@ -132,10 +160,11 @@ class Shapes:
         """Reads a folder's config.json, as transformers 4 or 5 writes it.
 
         Raises:
-            UserError: there is no such folder or no config.json in it, or it is not JSON, is not of a Qwen3-VL, or
-                has values that contradict each other.
+            UserError: there is no such folder or no config.json in it, or it is not JSON, is not of a Qwen3-VL, has
+                a value that is not implemented, or has values that contradict each other.
         """
-        config = _read_config(Path(folder))
+        config, file = _read_config(Path(folder)), Path(folder) / "config.json"
+        _check_fields(config, file)
         text, vision = config.text_config, config.vision_config
         rope = text.rope_parameters
         shapes = cls(
@@ -150,6 +179,9 @@ class Shapes:
                 vocab=text.vocab_size,
                 rms_eps=text.rms_norm_eps,
                 rope_theta=float(rope["rope_theta"]),
+                rope_scaling=rope_scaling(
+                    rope, text.head_dim, text.max_position_embeddings, f"{file}: text_config.rope_parameters"
+                ),
                 mrope_section=tuple(rope.get("mrope_section") or (24, 20, 20)),  # transformers' default
                 max_positions=text.max_position_embeddings,
                 attention_bias=text.attention_bias,
@@ -179,8 +211,12 @@ class Shapes:
             vision_end_token_id=config.vision_end_token_id,
             tied=bool(config.tie_word_embeddings),
         )
-        shapes._check(Path(folder) / "config.json")
+        shapes._check(file)
         return shapes
+
+    def with_vocabulary(self, rows: int) -> "Shapes":
+        """The same shapes with another number of rows of word embedding and output layer."""
+        return replace(self, text=replace(self.text, vocab=rows))
 
     def _check(self, file: Path) -> None:
         text, vision = self.text, self.vision
@@ -189,13 +225,24 @@ class Shapes:
                 text.heads % text.kv_heads == 0,
                 "text_config.num_attention_heads must be a multiple of num_key_value_heads",
             ),
-            (2 * sum(text.mrope_section) == text.head_dim, "mrope_section must sum to half of text_config.head_dim"),
+            (
+                len(text.mrope_section) == 3 and 2 * sum(text.mrope_section) == text.head_dim,
+                "mrope_section must have three numbers that sum to half of text_config.head_dim",
+            ),
+            (
+                text.moe is None or 2 <= text.moe.top_k <= text.moe.num_experts,
+                "text_config.num_experts_per_tok must be at least 2, and at most num_experts",
+            ),
             (vision.hidden % vision.heads == 0, "vision_config.hidden_size must be a multiple of num_heads"),
             (vision.grid_side**2 == vision.num_positions, "vision_config.num_position_embeddings must be a square"),
             (vision.out_hidden == text.hidden, "vision_config.out_hidden_size must equal text_config.hidden_size"),
             (
                 all(0 <= layer < vision.layers for layer in vision.deepstack_layers),
                 f"vision_config.deepstack_visual_indexes must lie in 0..{vision.layers - 1}",
+            ),
+            (
+                list(vision.deepstack_layers) == sorted(set(vision.deepstack_layers)),
+                "vision_config.deepstack_visual_indexes must be in ascending order",
             ),
             (
                 len(vision.deepstack_layers) <= text.layers,
@@ -212,12 +259,49 @@ def _moe(text: Any) -> MoeShape:
         num_experts=text.num_experts,
         top_k=text.num_experts_per_tok,
         ffn=text.moe_intermediate_size,
-        # transformers 5 always normalises and has removed the field; the released folders have true
-        normalize_top_k=bool(getattr(text, "norm_topk_prob", True)),
         sparse_step=text.decoder_sparse_step,
         dense_layers=tuple(text.mlp_only_layers),
-        aux_loss_coeff=text.router_aux_loss_coef,
     )
+
+
+def _check_fields(config: Any, file: Path) -> None:
+    """Checks every field alone. Raises a UserError that names the field, its value and what is allowed."""
+
+    def refuse(section: str, name: str, value: Any, allowed: str) -> UserError:
+        return _refused(file, section, name, value, allowed)
+
+    parts = {"text_config": config.text_config, "vision_config": config.vision_config}
+    for section, names in _COUNTS.items():
+        for name in names:
+            value = getattr(parts[section], name, 1)  # a dense model has no experts
+            if not isinstance(value, int) or value < 1:
+                raise refuse(section, name, value, "whole numbers of at least 1")
+    for section, names in _POSITIVE.items():
+        for name in names:
+            value = getattr(parts[section], name)
+            if not 0 < value < math.inf:
+                raise refuse(section, name, value, "numbers greater than 0")
+    for section, part in parts.items():
+        if (value := part.hidden_act) not in ACTIVATIONS:
+            raise refuse(section, "hidden_act", value, " or ".join(ACTIVATIONS))
+    if set(kinds := getattr(config.text_config, "layer_types", None) or ()) - {"full_attention"}:
+        raise refuse("text_config", "layer_types", kinds, "full_attention")
+    vision = config.vision_config
+    if (width := getattr(vision, "head_dim", None)) and width * vision.num_heads != vision.hidden_size:
+        raise refuse("vision_config", "head_dim", width, "hidden_size / num_heads")
+    rope = vision.rope_parameters or {}
+    if (kind := rope.get("rope_type", "axial")) != "axial":
+        raise refuse("vision_config", "rope_parameters.rope_type", kind, "'axial'")
+    if not isinstance(theta := rope.get("rope_theta", 1e4), int | float) or not 0 < theta < math.inf:
+        raise refuse("vision_config", "rope_parameters.rope_theta", theta, "numbers greater than 0")
+
+
+def _refused(file: Path, section: str, name: str, value: Any, allowed: str) -> UserError:
+    key = f"{section}.{name}".removeprefix(".")
+    remedy = "correct the file, or give the folder of another model"
+    if name == "quantization_config":
+        remedy = "give the folder of the same model in bfloat16, float16 or float32"
+    return UserError(f"{file}: {key} is {value!r}; megavlm implements only {allowed}", remedy)
 
 
 def _read_config(folder: Path) -> Any:
@@ -236,6 +320,12 @@ def _read_config(folder: Path) -> Any:
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in MODEL_TYPES:
         raise UserError(f"{file}: model_type is {kind!r}; allowed: {', '.join(MODEL_TYPES)}", "give a Qwen3-VL folder")
+    for section, fields in _ONLY.items():
+        given = raw.get(section) if section else raw
+        for name, only in fields.items():
+            value = given.get(name) if isinstance(given, dict) else None
+            if value not in (only, None):
+                raise _refused(file, section, name, value, repr(only))
 
     from transformers import AutoConfig  # takes seconds to import, so only where it is needed
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megavlm.base.errors import UserError
-from megavlm.data.skipped_samples import BROKEN, SkippedSample
 from megavlm.monitor.metrics import append_lines, drop_after, read_lines
 from megavlm.platform import Groups
 from megavlm.platform.collectives import all_gather_objects
+from megavlm.records.skipped_samples import BROKEN, SkippedSample
 
 FILE_NAME = "data_errors.jsonl"
 _CHECKED_FROM = 100  # samples of a source before its broken share is checked; before, one could be too large a share
@@ -46,7 +46,8 @@ class DataErrors:
     ):
         self.path, self._names, self._max_fraction, self._say = output / FILE_NAME, names, max_fraction, say
         self._groups = groups
-        self._listed: dict[str, str] = {}  # the kind of each sample in the file
+        self._listed: set[str] = set()  # the samples in the file
+        self._kinds: Counter[str] = Counter()  # numbers of samples of each kind in the file
         self._first: dict[str, SkippedSample] = {}  # the first broken sample of each source
         # numbers of samples of each source: all, broken ones, and skipped ones that were shown on the terminal
         self._drawn: Counter[str] = Counter()
@@ -54,7 +55,10 @@ class DataErrors:
         self._told: Counter[str] = Counter()
         if dist.get_rank() == 0:
             drop_after(self.path, resume_step)
-            self._listed = {line["sample"]: line["kind"] for line in read_lines(self.path)}
+            for line in read_lines(self.path):
+                sample, kind = line.get("sample"), line.get("kind")
+                if isinstance(sample, str) and isinstance(kind, str):
+                    self._list(sample, kind)
 
     def take(self, step: int, counts: Mapping[str, float], skipped_samples: list[SkippedSample]) -> dict[str, int]:
         """Records the skipped samples of a step. Call it on all ranks.
@@ -80,8 +84,8 @@ class DataErrors:
         for name in self._names:
             self._drawn[name] += int(counts[f"records/{name}"] + counts[f"broken/{name}"])
             self._broken[name] += int(counts[f"broken/{name}"])
-        kinds = Counter(self._listed.values())
-        return {"bad_samples": kinds[BROKEN], "dropped_samples": kinds.total() - kinds[BROKEN]}
+        broken = self._kinds[BROKEN]
+        return {"bad_samples": broken, "dropped_samples": self._kinds.total() - broken}
 
     def failure(self) -> UserError | None:
         """The error to raise if the broken share of a source exceeds ``data.max_bad_fraction``; equal on all ranks."""
@@ -102,12 +106,19 @@ class DataErrors:
         mine = skipped_samples if self._groups.is_leader else []
         return [skipped for of_rank in all_gather_objects(mine, self._groups.world_host) for skipped in of_rank]
 
+    def _list(self, sample: str, kind: str) -> bool:
+        """Counts a sample, unless it was counted already. Returns whether it is new."""
+        is_new = sample not in self._listed
+        if is_new:
+            self._listed.add(sample)
+            self._kinds[kind] += 1
+        return is_new
+
     def _write(self, step: int, skipped_samples: list[SkippedSample]) -> None:
         lines = []
         for skipped in skipped_samples:
-            if skipped.sample in self._listed:  # it was already skipped in an earlier epoch
+            if not self._list(skipped.sample, skipped.kind):  # it was already skipped in an earlier epoch
                 continue
-            self._listed[skipped.sample] = skipped.kind
             name = self._names[skipped.source_id]
             line = {
                 "step": step,

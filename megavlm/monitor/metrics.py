@@ -35,6 +35,8 @@ The training loop adds these fields:
     target_tokens/NAME  targets of the step from this source
     bad_samples         distinct samples of the run so far that could not be read; data_errors.jsonl lists them
     dropped_samples     distinct valid samples of the run so far that do not fit into a row; also in data_errors.jsonl
+    repeated_prompts    samples of the step from whose answers the prompt was removed; absent if there are none
+    literal_marks       texts of the step in which <image> or <video> were read as words; absent if there are none
     seconds_checkpoint  time that rank 0 has waited for checkpoints since the previous line; not part of seconds
 
 NaN and infinite numbers are written as null, because JSON does not have them.
@@ -157,10 +159,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file in which each line has a step; none if the file is missing."""
-    if not path.exists():
-        return []
-    return [line for _, line in _parse(path.read_text(encoding="utf-8", errors="replace"))]
+    """The complete lines of a file in which each line has a step; none if the file is missing.
+
+    Raises UserError if it cannot be read.
+    """
+    return [line for _, line in _parse(_text(path))]
 
 
 def append_lines(path: Path, lines: list[str]) -> None:
@@ -181,13 +184,24 @@ def _disk_failure(path: Path, error: OSError) -> UserError:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """If the file exists, atomically removes all incomplete lines and the lines of steps after `step`."""
-    if not path.exists():
-        return
-    text = path.read_text(encoding="utf-8", errors="replace")
+    """If the file exists, atomically removes all incomplete lines and the lines of steps after `step`.
+
+    Raises UserError if it cannot be read.
+    """
+    text = _text(path)
     kept = "".join(raw + "\n" for raw, line in _parse(text) if line["step"] <= step)
     if kept != text:
         write_text(path, kept)
+
+
+def _text(path: Path) -> str:
+    """The text of a file; "" if it is missing."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "move it away") from None
 
 
 def _parse(text: str) -> list[tuple[str, dict[str, Any]]]:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
-from megavlm.data.skipped_samples import SkippedSample
 from megavlm.monitor.data_errors import DataErrors
 from megavlm.monitor.metrics import MetricsWriter
 from megavlm.monitor.progress import Progress
 from megavlm.monitor.wandb_log import WandbLog
 from megavlm.platform import Groups
+from megavlm.records.remarks import WORDS, told
+from megavlm.records.skipped_samples import SkippedSample
 
 
 class RunMonitor:
@@ -38,6 +39,7 @@ class RunMonitor:
     ):
         self._settings, self._first_step, self._groups, self._is_first = settings, first_step, groups, is_first
         self._output = required(settings.output, "output")
+        self._remarked: set[str] = set()
         steps = required(settings.train.steps, "train.steps")
         self._progress = Progress(steps, first_step, title, header, enabled=is_first)
         self._metrics = MetricsWriter(self._output, first_step, enabled=is_first)
@@ -64,8 +66,15 @@ class RunMonitor:
     def count_samples(
         self, step: int, counts: Mapping[str, float], skipped_samples: list[SkippedSample]
     ) -> dict[str, int]:
-        """Records the skipped samples of a step; returns fields for metrics.jsonl (see ``DataErrors.take``)."""
-        return self._errors.take(step, counts, skipped_samples)
+        """Records the skipped samples of a step; returns fields for metrics.jsonl (see ``DataErrors.take``).
+
+        Remarks (see ``data/remarks.py``) are shown once each, and counted in the lines of steps that have any.
+        """
+        remarks = {name: int(counts[name]) for name in WORDS if counts.get(name)}
+        for name in remarks.keys() - self._remarked:
+            self.say(f"{told({name: remarks[name]})[0]} (in step {step}; metrics.jsonl counts them as {name})")
+        self._remarked |= remarks.keys()
+        return self._errors.take(step, counts, skipped_samples) | remarks
 
     def data_failure(self) -> UserError | None:
         """The error to raise if the broken share of a data source is too large (see ``DataErrors.failure``)."""

@@ -10,9 +10,10 @@ from megavlm.base.atomic_files import new_folder
 from megavlm.base.errors import UserError
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.shards import ShardFolder
-from megavlm.data.skipped_samples import SkippedSample
+from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.prepare.index_shards import find_shards, index_shards, is_up_to_date
 from megavlm.prepare.write_shards import ShardWriter, load_ahead
+from megavlm.records.skipped_samples import SkippedSample
 
 SKIPPED = "skipped.jsonl"
 
@@ -70,7 +71,13 @@ def prepare(folder: Path, *, force: bool = False, progress: Progress = NoProgres
 
 
 def convert(
-    jsonl: Sequence[str], out: Path, shard_bytes: int, *, skip_broken: bool = False, progress: Progress = NoProgress
+    jsonl: Sequence[str],
+    out: Path,
+    shard_bytes: int,
+    *,
+    access: MediaAccess = ANY_LOCAL_FILE,
+    skip_broken: bool = False,
+    progress: Progress = NoProgress,
 ) -> Path:
     """Writes the samples of JSONL files in their order, with their media, into a new folder of shards with an index.
 
@@ -80,6 +87,7 @@ def convert(
         jsonl: paths or URLs.
         out: the new folder; it must not exist, and it appears when it is complete.
         shard_bytes: maximum size of a shard.
+        access: which media the samples may name.
         skip_broken: skip samples that cannot be read and list them in ``skipped.jsonl``, instead of raising.
         progress: shows the progress of writing and of indexing.
 
@@ -96,7 +104,7 @@ def convert(
         )
     if out.exists():
         raise UserError(f"{out} exists already", "choose another --out, or move it away")
-    files = [JsonlFile(path) for path in jsonl]
+    files = [JsonlFile(path, access) for path in jsonl]
     try:
         with new_folder(out) as partial:
             with (

@@ -11,11 +11,14 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from megavlm.base.errors import UserError
-from megavlm.data.records import rename_media
 from megavlm.data.sources import SampleFile
 from megavlm.media.files import File, Find
+from megavlm.media.pictures import Picture
+from megavlm.media.videos import Video
+from megavlm.records.records import rename_media
 
 _THREADS = 16  # number of threads that read ahead, to hide the latency of network storage
 _READ_AHEAD = 1 << 24  # bytes of one sample's media that are read ahead; the rest is read while it is written
@@ -43,7 +46,10 @@ class StoredSample:
 
 
 def load_sample(file: SampleFile, index: int) -> StoredSample:
-    """Reads a record and, if they are small, its media. Raises UserError if any of them cannot be read."""
+    """Reads a record and, if they are small, its media.
+
+    Raises UserError if any of them cannot be read, is not allowed (see ``MediaAccess``), or is no picture or video.
+    """
     record, find = file.read(index)
     source, parts, read = file.source(index), _Parts(find), 0
     record = rename_media(record, parts.name)
@@ -53,6 +59,7 @@ def load_sample(file: SampleFile, index: int) -> StoredSample:
             size = media_file.size()
             read += size
             content = media_file.read() if read <= _READ_AHEAD else None
+            _check_media(media_file if content is None else _Loaded(media_file.url, content=content))
         except Exception as error:  # each protocol of fsspec raises its own exceptions
             missing = isinstance(error, FileNotFoundError)
             found = "does not exist" if missing else f"cannot be read: {error or type(error).__name__}"
@@ -81,6 +88,35 @@ def load_ahead(files: Iterable[SampleFile]) -> Generator[tuple[str, Future[Store
             yield pending.popleft()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Loaded(File):
+    """A file whose content is already in memory."""
+
+    content: bytes = b""
+
+    @property
+    def local_path(self) -> str | None:
+        return None
+
+    def open(self) -> BinaryIO:
+        return io.BytesIO(self.content)
+
+
+def _check_media(file: File) -> None:
+    """Raises ValueError unless the file begins like a picture or a video.
+
+    A shard is passed on to others, so a record must not be able to bring any other file of this machine into it.
+    """
+    causes = []
+    for header in (Picture(file, "").size, Video(file, [], None, "").probe):
+        try:
+            header()
+            return
+        except UserError as error:
+            causes.append(str(error.__cause__ or error.message))
+    raise ValueError(f"it is neither a picture ({causes[0]}) nor a video ({causes[1]})")
 
 
 class ShardWriter:

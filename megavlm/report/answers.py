@@ -13,10 +13,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from megavlm.base.errors import UserError
-from megavlm.data.records import check_record
-from megavlm.media.files import Find, beside
+from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
+from megavlm.media.files import Find
 from megavlm.media.pictures import find_picture
 from megavlm.media.videos import find_video
+from megavlm.records.marks import without_marks
+from megavlm.records.records import check_record
 
 FILE_NAME = "answers.jsonl"
 ACCURACY_FILE = "accuracy.json"
@@ -36,6 +38,7 @@ class AnswerSource:
             than "equal to the reference".
         eval_file: the file of the questions; None if the folder does not name it or the file does not exist.
         answers: index in the data file → answer.
+        access: which pictures the data file may name.
         right: number of answers that are equal to the reference.
         total: number of answers for which there is a reference.
         accuracy: the share of right answers, from accuracy.json, otherwise right / total; None without references.
@@ -45,6 +48,7 @@ class AnswerSource:
     folder: Path
     eval_file: Path | None
     answers: dict[int, str]
+    access: MediaAccess = ANY_LOCAL_FILE
     right: int = 0
     total: int = 0
     accuracy: float | None = None
@@ -80,8 +84,8 @@ class AnswerGroup:
     samples: list[AnsweredQuestion]
 
 
-def read_source(folder: Path, eval_file: Path | None) -> AnswerSource | None:
-    """The answers in `folder`; None if there are none or answers.jsonl has another format."""
+def read_source(folder: Path, eval_file: Path | None, access: MediaAccess = ANY_LOCAL_FILE) -> AnswerSource | None:
+    """The answers in `folder` to the questions of a file; None if there are none or the format differs."""
     file = folder / FILE_NAME
     if not file.is_file():
         return None
@@ -92,7 +96,7 @@ def read_source(folder: Path, eval_file: Path | None) -> AnswerSource | None:
             answers[entry["index"]] = entry["answer"]
     except (ValueError, KeyError, TypeError):
         return None
-    return AnswerSource(folder.absolute().name, folder, eval_file, answers) if answers else None
+    return AnswerSource(folder.absolute().name, folder, eval_file, answers, access) if answers else None
 
 
 def group_answers(sources: Sequence[AnswerSource]) -> list[AnswerGroup]:
@@ -199,16 +203,18 @@ def _sample(
     try:
         checked = check_record(record, "prompt" if "messages" in record else "pretrain", name)
         messages = reversed(checked.messages or [])
-        sample.question = _text(checked.text or next(m["content"] for m in messages if m["role"] != "assistant"))
+        asked = checked.text or next(m["content"] for m in messages if m["role"] != "assistant")
+        sample.question = asked.strip() if isinstance(asked, str) else _text(asked)
     except UserError as error:
         sample.note = str(error)
         return sample
     media = [(name, False) for name in checked.images] + [(name, True) for name in checked.videos]
     if len(media) > MAX_PICTURES:
         sample.note = f"{MAX_PICTURES} of {len(media)} pictures and videos are shown"
+    find = partial(sources[-1].access.find, str(file), name)
     for named, is_video in media[:MAX_PICTURES]:
         try:
-            sample.pictures.append(thumbnail(_picture(named, is_video, partial(beside, file), name)))
+            sample.pictures.append(thumbnail(_picture(named, is_video, find, name)))
         except UserError as error:
             sample.note = str(error)
     return sample
@@ -218,19 +224,18 @@ def _picture(named: Any, is_video: bool, find: Find, source: str) -> Image.Image
     """The picture, or the middle frame of a video."""
     if is_video:
         video = find_video(named, find, source, sampled_fps=1.0)
-        middle = video.probe().total_num_frames // 2
-        pixels = video.pixels(np.array([middle]))[0]
+        frames = video.probe()
+        pixels = next(video.pixels(frames.take([len(frames) // 2])))
     else:
         pixels = find_picture(named, find, source).pixels()
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def _text(content: Any) -> str:
-    """The text of a message's content, without the marks of pictures and videos."""
-    if isinstance(content, list):
-        content = " ".join(part.get("text", "") for part in content if isinstance(part, dict))
-    text = content if isinstance(content, str) else ""
-    return text.replace("<image>", "").replace("<video>", "").strip()
+    """The text of a message's content as written in a record, without the marks of pictures and videos."""
+    if isinstance(content, list):  # a part of text has no marks
+        return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict)).strip()
+    return without_marks(content).strip() if isinstance(content, str) else ""
 
 
 def _normal(text: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from megavlm.data.draft import Draft
 from megavlm.data.processor import Clip, Still
-from megavlm.data.renderer import Draft, Renderer
+from megavlm.data.renderer import Renderer
 from megavlm.report.answers import thumbnail
 
 MAX_PIECES = 2400  # number of pieces of text of one sample on the page, such that a phone can display it
@@ -84,13 +85,14 @@ def shots_of(draft: Draft, renderer: Renderer) -> list[Shot]:
             size = f"{picture.width} × {picture.height} px"
             shots.append(Shot(thumbnail(picture), f"image {number}: {size}, {seen}", str(item.picture.file)))
             continue
-        sampled = np.asarray(item.metadata.frames_indices)
-        places = np.unique(np.linspace(0, len(sampled) - 1, min(MAX_FRAMES, len(sampled))).round().astype(int))
-        indices = np.unique(sampled[places])  # the same frame of a short video may be sampled twice
-        for index, pixels in zip(indices.tolist(), item.video.pixels(indices), strict=True):
+        count = len(item.frames)
+        places = np.linspace(0, count - 1, min(MAX_FRAMES, count)).round().astype(int)
+        _, first = np.unique(item.frames.stamps[places], return_index=True)  # a frame may be sampled twice
+        frames = item.frames.take(places[first])
+        for time, pixels in zip(frames.times, item.video.pixels(frames), strict=True):
             picture = _image(pixels)
             size = f"{picture.width} × {picture.height} px"
-            caption = f"video {number} at {index / item.metadata.fps:.1f} s: {size}, {seen}, {len(sampled)} frames"
+            caption = f"video {number} at {time:.1f} s: {size}, {seen}, {count} frames"
             shots.append(Shot(thumbnail(picture), caption, item.video.name))
     return shots
 

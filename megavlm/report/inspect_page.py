@@ -7,7 +7,7 @@ from markupsafe import Markup, escape
 
 from megavlm.base.atomic_files import write_text
 from megavlm.config.settings import Settings
-from megavlm.data.records import Kind
+from megavlm.records.records import Kind
 from megavlm.report.charts import histogram
 from megavlm.report.inspect_cards import LEVELS, Card, Piece
 from megavlm.report.inspect_stats import PERCENTILES, Look, RowStats, SourceStats, decimal

@@ -1,17 +1,19 @@
 """Statistics of the inspected samples of each source, and an estimate of how full packed rows of the blend are."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megavlm.config.settings import DataSettings
+from megavlm.data.draft import Draft
 from megavlm.data.packing import best_fit
 from megavlm.data.processor import Clip, Still
-from megavlm.data.renderer import Draft, Renderer
+from megavlm.data.renderer import Renderer
 from megavlm.data.sample_order import SampleOrder
-from megavlm.data.skipped_samples import BROKEN, NO_TARGET, TOO_LONG, SkippedSample
 from megavlm.data.sources import Source
+from megavlm.records.skipped_samples import BROKEN, NO_TARGET, TOO_LONG, SkippedSample
 
 PERCENTILES = (1, 25, 50, 75, 99)
 KINDS = (BROKEN, TOO_LONG, NO_TARGET)
@@ -83,6 +85,7 @@ class SourceStats:
         videos: videos of a sample.
         video_frames: median number of frames sampled from a video; None if there are no videos.
         dropped: the skipped samples by kind: (sample, cause) of each.
+        remarks: number of samples about which each remark was made (see ``data/remarks.py``).
     """
 
     name: str
@@ -103,6 +106,7 @@ class SourceStats:
     videos: Spread | None
     video_frames: float | None
     dropped: dict[str, list[tuple[str, str]]]
+    remarks: dict[str, int]
 
     @property
     def size_text(self) -> str:
@@ -164,7 +168,7 @@ def _source_stats(look: Look, renderer: Renderer, token_share: float | None, tar
     clips = [[item for item in d.media if isinstance(item, Clip)] for d in drafts]
     patch = renderer.processor.image_processor.patch_size
     sizes = [(patch * item.grid[2], patch * item.grid[1]) for of_sample in stills for item in of_sample]
-    frames = [len(item.metadata.frames_indices) for of_sample in clips for item in of_sample]
+    frames = [len(item.frames) for of_sample in clips for item in of_sample]
     dropped = {kind: [(f.sample, f.cause) for f in look.skipped_samples if f.kind == kind] for kind in KINDS}
     return SourceStats(
         name=look.source.name,
@@ -185,6 +189,7 @@ def _source_stats(look: Look, renderer: Renderer, token_share: float | None, tar
         videos=spread([len(of_sample) for of_sample in clips]),
         video_frames=float(np.median(frames)) if frames else None,
         dropped={kind: found for kind, found in dropped.items() if found},
+        remarks=dict(Counter(remark for draft in drafts for remark in draft.remarks)),
     )
 
 

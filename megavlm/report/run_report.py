@@ -19,6 +19,7 @@ import yaml
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import percent, short
+from megavlm.media.access import MediaAccess
 from megavlm.monitor.metrics import PARTS, read_metrics
 from megavlm.report.answers import AnswerGroup, AnswerSource, group_answers, read_source
 from megavlm.report.charts import Band, Curve, chart
@@ -152,7 +153,9 @@ def find_answers(chain: list[Run]) -> list[AnswerSource]:
             if place is None and start is not None and _loaded(run) == start:
                 place = -1
         eval_path = run.setting("data.eval")
-        source = read_source(folder, _existing(Path(eval_path), folder) if eval_path else None)
+        roots = run.setting("data.media_roots")
+        access = MediaAccess(tuple(roots) if roots else None, tuple(run.setting("data.media_protocols") or ()))
+        source = read_source(folder, _existing(Path(eval_path), folder) if eval_path else None, access)
         if place is not None and source is not None:
             found.append((place, source))
     return [source for _, source in sorted(found, key=lambda item: item[0])]

@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 
 from megavlm.adapters.attach import Adapters
 from megavlm.base.errors import UserError
@@ -15,8 +14,9 @@ from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import ADAPTER_MODEL, Adapter
+from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.convert.peft_config import config_of
-from megavlm.convert.peft_names import part_of, targeted
+from megavlm.convert.peft_names import part_of, rank_of, targeted
 from megavlm.model import score_head
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
@@ -60,7 +60,14 @@ def check_adapter(settings: Settings, shapes: Shapes) -> None:
             f"adapter.type is {adapter.type}, but model.load is not set: adapters are added to trained weights",
             "set model.load, or adapter.type to null",
         )
-    parts = {part_of(name): name for name in targeted(adapter, shapes)}
+    linears = targeted(adapter, shapes)
+    for name, linear in linears.items():
+        if adapter.type != "fourierft" and rank_of(adapter, name) > max(linear.out, linear.inner):
+            raise UserError(
+                f"adapter.rank is {rank_of(adapter, name)} for {name}, which has {linear.out} × {linear.inner} weights",
+                "lower adapter.rank or adapter.rank_pattern",
+            )
+    parts = {part_of(name): name for name in linears}
     for part, name in parts.items():
         if part in model.freeze:
             raise UserError(
@@ -113,7 +120,7 @@ def warn_of_other_base(adapter: Path, load: Path) -> None:
     """Logs a warning if the adapter in the checkpoint ``adapter`` was trained with a base model other than ``load``."""
     if (adapter / ADAPTER_MODEL).is_file():  # an adapter of peft, which has no digest of its base model
         return
-    identity = dist_checkpointing.load_common_state_dict(str(adapter)).get("identity", {})
+    identity = McoreCheckpoint(adapter).common_state().get("identity", {})
     base = identity.get("base below the adapters")
     if base is not None and base != digest_of_folders(load):
         _log.warning("the adapter in %s was trained with a base model other than %s", adapter, load)

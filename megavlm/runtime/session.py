@@ -1,5 +1,6 @@
 """The start of every command that runs the model: process groups, shapes, checks, the model and its weights."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,15 +9,18 @@ import torch.distributed as dist
 from megavlm.adapters.attach import Adapters
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
-from megavlm.checkpoint.load_weights import load_weights
+from megavlm.checkpoint.load_weights import has_score_head, load_weights, shapes_at_start
 from megavlm.checkpoint.manager import MAIN
-from megavlm.config.layout import check_dense_settings, check_layout, check_window
+from megavlm.config.layout import check_expert_settings, check_layout, check_window
 from megavlm.config.settings import Settings
+from megavlm.model.configs import check_supported
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.monitor.hang_watch import collective_minutes
 from megavlm.platform import Groups, init
 from megavlm.runtime.adapter_start import check_adapter, load_start, with_stored_adapter
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -64,7 +68,7 @@ class Session:
             score_head: whether to add the head of a reward or value model.
 
         Raises:
-            UserError: ``load`` contains only an adapter, or no complete checkpoint.
+            UserError: ``load`` contains only an adapter, no complete checkpoint, or another model.
         """
         assert name not in self.models, name
         vlm = VLM(self.shapes, self.settings, self.groups, score_head=score_head)
@@ -88,7 +92,9 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, trainin
         UserError: it does not; the message says which values are allowed.
     """
     text = shapes.text
-    check_dense_settings(settings.train, text.moe.num_experts if text.moe else None)
+    check_supported(shapes)
+    num_experts = text.moe.num_experts if text.moe else None
+    check_expert_settings(settings.train, num_experts, decoder_trained="language" not in settings.frozen())
     check_window(settings.vision.window, settings.parallel)
     check_adapter(settings, shapes)
     dp_size = check_layout(
@@ -97,19 +103,39 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, trainin
         num_heads=text.heads,
         num_kv_heads=text.kv_heads,
         vocab_size=text.vocab,
-        num_experts=text.moe.num_experts if text.moe else None,
+        num_experts=num_experts,
         num_layers=text.layers,
         ffn=text.ffn,
         expert_ffn=text.moe.ffn if text.moe else None,
         seq_length=settings.data.seq_length,
         global_batch_size=settings.train.global_batch_size if training else None,
     )
+    _check_sizes(settings, shapes)
     if training and settings.vision.balance == "world" and dp_size == 1:
         raise UserError(
             "vision.balance is world, but there is only one data-parallel rank, so that the setting has no effect",
             "set vision.balance to model_parallel, or start more processes",
         )
     return dp_size
+
+
+def _check_sizes(settings: Settings, shapes: Shapes) -> None:
+    """Raises UserError for sizes that are legal in themselves, but have no meaning for this model."""
+    text, train = shapes.text, settings.train
+    most = text.max_positions * (text.rope_scaling.factor if text.rope_scaling is not None else 1)
+    if settings.data.seq_length > most:
+        raise UserError(
+            f"data.seq_length is {settings.data.seq_length}, but the model is made for {most:.0f} positions "
+            f"(max_position_embeddings and rope_parameters in {settings.model.hf / 'config.json'})",
+            "lower data.seq_length, raise max_position_embeddings, or set YaRN in rope_parameters",
+        )
+    largest = max(text.hidden, shapes.vision.merged_hidden)  # the shorter side of the largest matrix of a layer
+    if train.optimizer == "galore" and train.galore_rank >= largest:
+        raise UserError(
+            f"train.galore_rank is {train.galore_rank}, but the model's matrices have at most {largest} rows or "
+            "columns: GaLore would be plain Adam",
+            f"set train.galore_rank below {largest}, or train.optimizer to adam",
+        )
 
 
 def start(settings: Settings, *, training: bool, load: bool = True, score_head: bool = False) -> Session:
@@ -123,9 +149,10 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
         score_head: whether to add the head of a reward model.
 
     Raises:
-        UserError: the settings do not fit the model, the number of processes or each other.
+        UserError: the settings do not fit the model, the number of processes or each other; ``model.load`` or
+            ``model.adapter`` belongs to another model.
     """
-    shapes = Shapes.from_hf(settings.model.hf)
+    shapes = shapes_at_start(settings.model)
     settings = with_stored_adapter(settings, shapes)
     if not training and settings.adapter.type is not None and settings.model.adapter is None:
         raise UserError(
@@ -145,6 +172,9 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
             f"parallel.pipeline is {settings.parallel.pipeline}, but scoring and generation require one pipeline stage",
             "set parallel.pipeline=1 on the command line; a checkpoint can be loaded in any layout",
         )
+    path = find_checkpoint(settings.model.load) if load and settings.model.load is not None else None
+    if path is not None and not score_head and dist.get_rank() == 0 and has_score_head(path):
+        _log.warning("%s has a reward head, which is not used here", path)
     vlm = VLM(shapes, settings, groups, share_frames=share_frames, score_head=score_head)
     adapters = Adapters(vlm, settings.adapter) if settings.adapter.type is not None else None
     vlm.train(training)

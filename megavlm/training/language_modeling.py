@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from megavlm.config.requirements import check_stage, required
 from megavlm.config.settings import Settings
-from megavlm.data.records import Kind
+from megavlm.records.records import Kind
 from megavlm.runtime.session import Session
 from megavlm.training.method import FileRows, Prepared
 from megavlm.training.objective import CrossEntropy, CrossEntropyWithKL

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.manager import random_state, set_random_state
 from megavlm.config.settings import Settings
-from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.synthetic_row import synthetic_samples
 from megavlm.optim.galore import GaLore
 from megavlm.platform import device, memory_gib, reset_memory
+from megavlm.records.records import Kind
 from megavlm.runtime.feed import Feed
 from megavlm.training.step import Step
 

@@ -7,11 +7,11 @@ from typing import Protocol
 
 from megavlm.config.requirements import required
 from megavlm.data.loader import RowLoader, build_loader
-from megavlm.data.records import Kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.row_source import RowSource
 from megavlm.platform import on_gpu
+from megavlm.records.records import Kind
 from megavlm.runtime.session import Session
 from megavlm.training.memory_check import longest_row
 from megavlm.training.objective import Objective

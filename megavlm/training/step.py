@@ -14,11 +14,12 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megavlm.data.row import Row
-from megavlm.data.skipped_samples import BROKEN, SkippedSample
 from megavlm.model.tower_phase import Timer
 from megavlm.model.vlm import VLM
 from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import device
+from megavlm.records.remarks import WORDS
+from megavlm.records.skipped_samples import BROKEN, SkippedSample
 from megavlm.runtime.feed import Feed, MicroBatch, StepRows, Window
 from megavlm.runtime.forward import encode_window, forward_chunk, forward_only, prepare_schedule
 from megavlm.training.objective import Objective, Read, count_sources
@@ -219,6 +220,7 @@ class Step:
             "frame_squares": sum(float(n) ** 2 for row in rows for n in row.frame_lengths),
             "frames": sum(len(row.frame_lengths) for row in rows),
             "skipped_samples": len(skipped_samples),
+            **{name: sum(row.remarks.count(name) for row in rows) for name in WORDS},
             **count_sources(rows, self.source_names, [f.source_id for f in skipped_samples if f.kind == BROKEN]),
         }
         if not self.groups.is_leader:  # the ranks of a model-parallel group have the same rows, which count once

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.base.errors import UserError
 from megavlm.cli import environment
 from megavlm.cli.main import main
 from megavlm.cli.verbs import VERBS
@@ -185,6 +186,7 @@ def test_a_verb_of_two_words_and_one_without_settings(run):
     status, out, err = run(job, "data", "prepare", "--jsonl", "a.jsonl", "b.jsonl", "--out", "c", "--skip-broken")
     assert (status, err) == (0, "")
     flags = {"folder": None, "jsonl": ["a.jsonl", "b.jsonl"], "out": Path("c"), "shard_size": None}
+    flags |= {"media_roots": [], "media_protocols": []}
     assert out == f"[] {sorted((flags | {'skip_broken': True, 'force': False}).items())}\n"
     assert "'folder', 'shards'" in run(job, "data", "prepare", "--force", "shards")[1]
 
@@ -436,10 +438,17 @@ def test_processes_of_one_launcher_tell_a_user_error_once(run, place):
         ("gpu[007-012,20],x1", "gpu007"),
         ("a[1,3]-ib,b", "a1-ib"),
         ("rack-2-node[11]", "rack-2-node11"),
+        ("rack[1-2]n[3-4]", "rack1n3"),
+        ("rack[02,5-7]n[08-11]-ib[0-1],x[1-2]", "rack02n08-ib0"),
     ],
 )
 def test_first_host_of_a_node_list(nodes, first):
     assert environment.first_host(nodes) == first
+
+
+def test_a_broken_node_list_is_named():
+    with pytest.raises(UserError, match=r"(?s)n\[1,n2.*MASTER_ADDR"):
+        environment.first_host("n[1,n2")
 
 
 # -- help ----------------------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ def inspect(tmp_path, model_folder):
 
 
 def digits(count):
-    return {"text": ("1234567890" * (count // 10 + 1))[:count], "images": []}
+    """A text of this many tokens, the last of which is its end."""
+    return {"text": ("1234567890" * (count // 10 + 1))[: count - 1], "images": []}
 
 
 def talk(question, answer, **answered):
@@ -111,15 +112,16 @@ def test_numbers(tmp_path, inspect, capsys):
     assert first["visual_of_tokens"] == 0
     assert first["picture_size"] is None
 
-    # A token is 32 × 32 pixels: 4 × 3 = 12, and 2 × 1 = 2; each picture stands between two tokens that mark it.
-    assert second["tokens"]["mean"] == (2 + 2 + 12 + 1 + 2 * (2 + 2)) / 2
-    assert second["targets"]["mean"] == (3 + 4) / 2
-    assert second["visual_of_tokens"] == pytest.approx(16 / 25)
+    # A token is 32 × 32 pixels: 4 × 3 = 12, and 2 × 1 = 2; each picture stands between two tokens that mark it, and
+    # each text has an end. Targets are the end and what else is text, but the first token.
+    assert second["tokens"]["mean"] == (2 + 2 + 12 + 1 + 1 + 2 * (2 + 2) + 1) / 2
+    assert second["targets"]["mean"] == (2 + 1) / 2
+    assert second["visual_of_tokens"] == pytest.approx(16 / 27)
     assert second["pictures"]["mean"] == 1.5
     assert second["picture_size"] == [64, 32]
     assert second["share"] == 0.75
-    assert second["token_share"] == pytest.approx(0.75 * 12.5 / (0.75 * 12.5 + 0.25 * 40))
-    assert second["target_share"] == pytest.approx(0.75 * 3.5 / (0.75 * 3.5 + 0.25 * 39))
+    assert second["token_share"] == pytest.approx(0.75 * 13.5 / (0.75 * 13.5 + 0.25 * 40))
+    assert second["target_share"] == pytest.approx(0.75 * 1.5 / (0.75 * 1.5 + 0.25 * 39))
 
     printed = " ".join(capsys.readouterr().out.split())
     assert "5 of 5 samples inspected" in printed
@@ -165,7 +167,7 @@ def test_what_would_be_dropped(tmp_path, inspect, capsys):
         json.dumps({"text": "12<image>", "images": ["[red]gone[/red].png"]}),
         json.dumps({"text": "12<image>", "images": ["cut.bmp"]}),
         json.dumps(digits(101)),
-        json.dumps({"text": "1"}),
+        json.dumps({"text": ""}),
         json.dumps({"text": "12<image>", "images": [good]}),
         json.dumps(digits(100)),
     ]
@@ -189,6 +191,13 @@ def test_what_would_be_dropped(tmp_path, inspect, capsys):
     assert "larger than data.max_bad_fraction = 20.0 %" in printed
     for cause in ("not valid JSON", "[red]gone[/red].png does not exist", "cut.bmp cannot be read"):
         assert cause in (tmp_path / "out/index.html").read_text()
+
+
+def test_what_was_done_to_samples_is_told(tmp_path, inspect, capsys):
+    words = write_records(tmp_path / "words.jsonl", [{"text": "12 <video>"}, {"text": "<image>"}, digits(9)])
+    (source,) = inspect({"train": [{"path": words}]})[0]["sources"]
+    assert (source["remarks"], source["usable"]) == ({"literal_marks": 2}, 3)
+    assert "list no such files, so that these are words: 2" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_source_without_any_good_sample(tmp_path, inspect, capsys):

@@ -3,7 +3,7 @@
 import pytest
 
 from megavlm.base.errors import UserError
-from megavlm.config.layout import check_dense_settings, check_layout, check_window
+from megavlm.config.layout import check_expert_settings, check_layout, check_window
 from megavlm.config.settings import ParallelSettings, TrainSettings
 
 SHAPES = {"num_heads": 32, "num_kv_heads": 8, "vocab_size": 151936, "num_layers": 36, "seq_length": 8192}
@@ -97,8 +97,14 @@ def test_a_window_must_fill_an_interleaved_pipeline():
 
 
 def test_load_balancing_on_a_dense_model_would_be_ignored():
-    check_dense_settings(TrainSettings(), None)
-    check_dense_settings(TrainSettings(moe_aux_loss_coeff=0.0), None)
-    check_dense_settings(TrainSettings(moe_aux_loss_coeff=0.01), 8)
+    check_expert_settings(TrainSettings(), None)
+    check_expert_settings(TrainSettings(moe_aux_loss_coeff=0.0), None)
+    check_expert_settings(TrainSettings(moe_aux_loss_coeff=0.01), 8)
     with pytest.raises(UserError, match=r"moe_aux_loss_coeff is 0.01, but the model is dense"):
-        check_dense_settings(TrainSettings(moe_aux_loss_coeff=0.01), None)
+        check_expert_settings(TrainSettings(moe_aux_loss_coeff=0.01), None)
+
+
+def test_load_balancing_in_a_frozen_decoder_would_be_ignored():
+    check_expert_settings(TrainSettings(), 8, decoder_trained=False)
+    with pytest.raises(UserError, match=r"moe_aux_loss_coeff is 0.01, but model.freeze has language"):
+        check_expert_settings(TrainSettings(moe_aux_loss_coeff=0.01), 8, decoder_trained=False)

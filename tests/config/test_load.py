@@ -173,6 +173,11 @@ def test_wrong_type_or_range(refused, override, message):
     assert refused(HF, override).message == message
 
 
+@pytest.mark.parametrize("override", ["train.steps={}", "{}=1", "train={{lr: [{}]}}", "train.lr={{a: {}}}", "train.{}"])
+def test_a_value_is_quoted_on_one_line_however_long_it_is(refused, override):
+    assert len(str(refused(HF, override.format("iVBORw0KGgo" * 9999)))) < 800
+
+
 def test_all_problems_are_told_at_once(refused):
     message = refused("train:\n  steps: no\n  lr: -1\nfoo: 1\n").message
     assert message.startswith("4 problems in the settings:\n- ")

@@ -1,9 +1,14 @@
 """Checks between settings, and that every setting has a description."""
 
+import re
+from collections.abc import Iterator
+from typing import get_origin
+
 import pytest
+from pydantic import BaseModel
 
 from megavlm.config import describe
-from megavlm.config.settings import Settings
+from megavlm.config.settings import DataSource, Settings
 
 HF = "model: {hf: folder}\n"
 
@@ -20,6 +25,7 @@ HF = "model: {hf: folder}\n"
         (["model.freeze=[vision, vision]"], "a part is named twice"),
         (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline is 2, but parallel.pipeline is 1"),
         (["data.min_pixels=100", "data.max_pixels=50"], "is 100, which is greater than data.max_pixels = 50"),
+        (["data.video_min_pixels=9", "data.video_max_pixels=5"], "which is greater than data.video_max_pixels = 5"),
         (["data.packing=none", "data.packing_buffer=5"], "but data.packing is none: it would be ignored"),
         (["checkpoint.keep_every=5"], "checkpoint.keep_every is 5, but checkpoint.every is null"),
         (["checkpoint.every=2", "checkpoint.keep_every=5"], "checkpoint.keep_every is 5, but checkpoint.every is 2"),
@@ -91,6 +97,40 @@ def test_combinations_refused(refused, overrides, message):
 )
 def test_combinations_accepted(values):
     Settings(**{"model": {"hf": "x"}, **values})
+
+
+def numbers(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
+    """An override for every setting that takes a number with decimals; VALUE stands for the number."""
+    for name, field in model.model_fields.items():
+        key, section, item = prefix + (field.alias or name), describe.section_class(field), describe.item_class(field)
+        annotation, inner = str(field.annotation), section or item
+        if inner is DataSource:
+            yield from (f"{key}=[{{path: a, {name}: VALUE}}]" for name in ("weight", "epochs"))
+        elif inner is not None:
+            yield from numbers(inner, key + ".")
+        elif get_origin(field.annotation) is dict and "float" in annotation:
+            yield f"{key}={{vision: VALUE}}"
+        elif "float" in annotation:
+            yield f"{key}=VALUE"
+
+
+NUMBERS = list(numbers())
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1" + 400 * "0", "1.0e400"])
+@pytest.mark.parametrize("override", NUMBERS)
+def test_no_number_may_be_infinite_or_nan(override, value, refused):
+    error = refused(HF, override.replace("VALUE", value))
+    assert override.partition("=")[0] in error.message
+    assert "allowed: " in error.message
+
+
+def test_every_number_is_tried():
+    """By another way: the words that help and messages have for them."""
+    written = [entry.key for entry in describe.entries() if re.search(r"(?<!whole )number", entry.allowed)]
+    assert set(written) <= {override.partition("=")[0] for override in NUMBERS}
+    assert {"data.train", "data.replay.sources"} <= {override.partition("=")[0] for override in NUMBERS}
+    assert len(written) > 15
 
 
 def test_what_is_frozen_in_which_step():

@@ -125,7 +125,10 @@ def test_damaged_checkpoint(hf, mcore, tmp_path):
     data = next(mcore.glob("*.distcp"))
     content = data.read_bytes()
     data.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=f"{mcore}: cannot read"):
+    with pytest.raises(UserError, match=rf"{mcore} is incomplete: {data.name} is [\d,]+ bytes instead of"):
+        mcore_to_hf(mcore, hf, tmp_path / "out", progress=False)
+    data.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    with pytest.raises(UserError, match=f"{mcore}: .*cannot (be )?read"):
         mcore_to_hf(mcore, hf, tmp_path / "out", progress=False)
     assert not (tmp_path / "out.partial").exists()
     data.write_bytes(content)

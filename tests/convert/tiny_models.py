@@ -37,9 +37,10 @@ TEXT = {
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "mlp_only_layers": [1]}
 
 
-def make_config(moe=False, tied=False, **text):
+def make_config(moe=False, tied=False, vision=None, **text):
     kind = Qwen3VLMoeConfig if moe else Qwen3VLConfig
-    return kind(text_config={**TEXT, **(MOE if moe else {}), **text}, vision_config=VISION, tie_word_embeddings=tied)
+    text = {**TEXT, **(MOE if moe else {}), **text}
+    return kind(text_config=text, vision_config={**VISION, **(vision or {})}, tie_word_embeddings=tied)
 
 
 def make_folder(path, moe=False, tied=False, dtype=torch.float32, shards=True, **text):

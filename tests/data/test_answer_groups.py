@@ -5,9 +5,10 @@ import pytest
 from megavlm.base.errors import UserError
 from megavlm.data.answer_groups import draft_unit
 from megavlm.data.jsonl import JsonlFile
-from megavlm.data.records import rename_media
 from megavlm.data.row import IGNORE, Annotations
-from megavlm.data.skipped_samples import UnfitSample
+from megavlm.records.records import rename_media
+from megavlm.records.remarks import REPEATED_PROMPT
+from megavlm.records.skipped_samples import UnfitSample
 
 PAIR = {"prompt": "<image>What is this?", "chosen": "A woman.", "rejected": "A dog, perhaps.", "images": ["large.jpg"]}
 JUDGED = {"prompt": "<image>What is this?", "completion": "A woman.", "label": True, "images": ["large.jpg"]}
@@ -55,6 +56,74 @@ def test_forms_of_a_pair(unit, renderer):
     assert draft.annotations == Annotations(side="chosen", margin=2.0)
 
 
+def say(role, content):
+    return {"role": role, "content": content}
+
+
+LONG = "What do you see in this picture, and why? <image>"  # a text that an answer does not begin with by chance
+REPEATING = {
+    "trl: whole conversations": {"chosen": [say("user", "Q"), say("assistant", "A")],
+                                 "rejected": [say("user", "Q"), say("assistant", "B")]},
+    "ultrafeedback: a text beside them": {"prompt": "Q", "chosen": [say("user", "Q"), say("assistant", "A")],
+                                          "rejected": [say("user", "Q "), say("assistant", "B")]},
+    "messages beside them": {"messages": [say("user", "Q")], "chosen": [say("user", "Q"), say("assistant", "A")],
+                             "rejected": [say("user", "Q"), say("assistant", "B")]},
+    "parts beside them": {"prompt": [say("user", [{"type": "text", "text": "Q"}])],
+                          "chosen": [say("user", "Q"), say("assistant", "A")], "rejected": "B"},
+    "a text in texts": {"prompt": LONG, "chosen": f"{LONG}\nA", "rejected": f"{LONG} B", "images": ["wide.png"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", REPEATING)
+def test_a_prompt_in_the_answers_is_not_trained_and_told(unit, renderer, form):
+    record = REPEATING[form]
+    draft = unit("pair", record)
+    question = LONG.replace("<image>", "") if "images" in record else "Q"
+    for answer, sample in zip("AB", (draft, *draft.followers), strict=True):
+        sample = renderer.complete(sample)
+        assert learned(renderer, sample) == f"{answer}<|im_end|>"
+        assert renderer.tokenizer.decode(sample.input_ids).count(question) == 1
+    assert draft.remarks == (REPEATED_PROMPT,)
+    assert unit("pair", PAIR).remarks == ()
+
+
+def test_a_system_message_and_earlier_turns_in_the_answers(unit, renderer):
+    earlier = [say("system", "S"), say("user", "Q"), say("assistant", "E"), say("user", "R")]
+    for record in (
+        {"chosen": [*earlier, say("assistant", "A")], "rejected": [*earlier, say("assistant", "B")]},
+        {
+            "prompt": earlier[1:],
+            "chosen": [*earlier, say("assistant", "A")],
+            "rejected": [*earlier, say("assistant", "B")],
+        },
+    ):
+        draft = unit("pair", record)
+        for answer, sample in zip("AB", (draft, *draft.followers), strict=True):
+            assert learned(renderer, renderer.complete(sample)) == f"{answer}<|im_end|>"
+            assert renderer.tokenizer.decode(sample.token_ids).count("<|im_start|>") == 5
+
+
+def test_an_answer_may_begin_with_the_words_of_a_short_prompt(unit, renderer):
+    draft = unit("pair", {"prompt": "Hello", "chosen": "Hello there!", "rejected": "Hello."})
+    assert learned(renderer, renderer.complete(draft)) == "Hello there!<|im_end|>"
+    assert draft.remarks == ()
+
+
+def test_a_judged_conversation(unit, renderer):
+    first, second = [say("user", "Q"), say("assistant", "A")], [say("user", "R"), say("assistant", "B")]
+    for prompts in ({}, {}), ({"prompt": "Q"}, {"prompt": "R"}):
+        records = (
+            {"completion": first, "label": True, **prompts[0]},
+            {"completion": second, "label": True, **prompts[1]},
+        )
+        draft = unit("judged", *records)
+        assert learned(renderer, renderer.complete(draft)) == "A<|im_end|>"
+        (follower,) = draft.followers
+        assert learned(renderer, renderer.complete(follower)) == "B<|im_end|>"
+        assert renderer.tokenizer.decode(follower.token_ids).count("R") == 0
+        assert draft.remarks == (REPEATED_PROMPT,)
+
+
 def test_judged_answers_are_followed_by_the_next_ones(unit, renderer):
     other = {"prompt": "And this?", "completion": "A rocket.", "label": False}
     draft = unit("judged", JUDGED, other)
@@ -84,6 +153,9 @@ def test_judged_answers_are_followed_by_the_next_ones(unit, renderer):
         ("pair", {"chosen": ""}, "chosen is empty"),
         ("pair", {"rejected": None}, "rejected must be a string"),
         ("pair", {"chosen": PAIR["rejected"]}, "chosen and rejected are equal"),
+        ("pair", {"margin": 1e39}, "margin must be a number"),
+        ("pair", {"margin": float("inf")}, "margin must be a number"),
+        ("pair", {"chosen": [say("user", "Else?"), say("assistant", "A")]}, "begins with a user message that is not"),
         ("pair", {"messages": []}, "either prompt or messages; this one has both"),
         ("pair", {"prompt": []}, "the prompt must be a string or a list"),
         ("pair", {"prompt": [{"role": "assistant", "content": "!"}]}, "ends with an assistant message"),

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conversations import PER_THEME, THEMES, conversation, corpus
-from hf_reference import THINKING, assert_equal, reference
+from hf_reference import THINKING, assert_equal, reference, written
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -150,15 +150,18 @@ def test_tuning_targets_are_the_answers(processors, cases, tuned):
 
 def test_pretraining_targets_are_all_text(processors, renderers, cases, tuned, monkeypatch):
     # The pixels have been compared already: most of the time is theirs.
-    blank = lambda vision, item: torch.zeros(math.prod(item.grid), vision.patch_dim)
+    blank = lambda vision, item, out=None: torch.zeros(math.prod(item.grid), vision.patch_dim)
     monkeypatch.setattr(VisionProcessor, "pixel_rows", blank)
     for case, tune in zip(cases, tuned, strict=True):
         messages = [{k: v for k, v in m.items() if k not in ("loss", "weight")} for m in case.record["messages"]]
         with named(case):
             sample = encode(renderers, replace(case, record=case.record | {"messages": messages}), "pretrain")
             torch.testing.assert_close(sample.input_ids, tune.input_ids)
-            placeholders = processors[case.thinks].tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-            assert_learned(sample, (~torch.isin(sample.input_ids, torch.tensor(placeholders))).float())
+            is_target = torch.cat([torch.tensor([False]), sample.labels[:-1] != IGNORE])
+            assert_learned(sample, is_target.float())
+            whole = written(processors[case.thinks], {**case.record, "messages": messages})
+            learned = processors[case.thinks].tokenizer.decode(sample.input_ids[is_target])
+            assert learned == whole.removeprefix("<|im_start|>")
 
 
 def test_they_are_varied(conversations, tmp_path):

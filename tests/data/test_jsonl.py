@@ -50,7 +50,9 @@ def test_samples_in_file_order(tmp_path, renderer):
     texts = ["one", "two", "three", "four", "five"]
     file = lines(tmp_path, "\n".join(json.dumps({"text": text}) for text in texts).encode())
     samples = list(read_samples(file.path, renderer, "pretrain"))
-    assert [renderer.tokenizer.decode(sample.input_ids) for sample in samples] == texts
+    assert [renderer.tokenizer.decode(sample.input_ids) for sample in samples] == [
+        f"{text}<|endoftext|>" for text in texts
+    ]
     assert [sample.index for sample in samples] == [0, 1, 2, 3, 4]
     mine = list(read_samples(file.path, renderer, "pretrain", rank=1, num_ranks=2))
     assert [(sample.index, sample.source) for sample in mine] == [(1, f"{file.path}:2"), (3, f"{file.path}:4")]

@@ -14,8 +14,8 @@ from megavlm.base.errors import UserError
 from megavlm.config.settings import DataSettings
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
-from megavlm.data.skipped_samples import TOO_LONG, UnfitSample
 from megavlm.data.sources import read_samples
+from megavlm.records.skipped_samples import TOO_LONG, UnfitSample
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hf_reference import assert_equal, reference, talk
+from hf_reference import assert_equal, reference, talk, written
 from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
@@ -75,11 +75,12 @@ def test_tuning_targets_are_the_assistant_turns(renderer, media, record):
     torch.testing.assert_close(sample.loss_weights, (expected != IGNORE).float())
 
 
-def test_pretraining_targets_are_all_text(renderer, media, record):
+def test_pretraining_targets_are_all_text(renderer, model_folder, media, record):
+    """As the template writes it, without the first token and without what stands for pictures and videos."""
     sample = renderer.encode(record, media.find, "here:1", kind="pretrain")
-    is_visual = torch.zeros(len(sample.input_ids), dtype=torch.bool)
-    is_visual[sample.visual_positions] = True
-    torch.testing.assert_close(sample.labels[:-1], torch.where(is_visual, IGNORE, sample.input_ids)[1:])
+    whole = written(AutoProcessor.from_pretrained(model_folder), record)
+    assert renderer.tokenizer.decode(sample.labels[sample.labels != IGNORE]) == whole.removeprefix("<|im_start|>")
+    assert ((sample.labels == sample.input_ids.roll(-1)) | (sample.labels == IGNORE)).all()
     assert sample.labels[-1] == IGNORE
 
 
@@ -88,13 +89,53 @@ def test_document(renderer, media):
     sample = renderer.encode(record, media.find, "here:1", kind="pretrain")
     mark = "<|vision_start|><|image_pad|><|vision_end|>"
     expected = renderer.processor(
-        text=[record["text"].replace("<image>", mark)],
+        text=[record["text"].replace("<image>", mark) + "<|endoftext|>"],
         images=[Image.open(media.base / name).convert("RGB") for name in record["images"]],
         return_tensors="pt",
     )
     torch.testing.assert_close(sample.input_ids, expected["input_ids"][0])
     torch.testing.assert_close(sample.patches, expected["pixel_values"], rtol=0, atol=0)
-    assert (sample.labels != IGNORE).sum() == len(sample.input_ids) - 1 - len(sample.visual_positions)
+    assert renderer.tokenizer.decode(sample.labels[sample.labels != IGNORE]) == " coin  and\n.<|endoftext|>"
+
+
+def test_a_document_has_an_end_that_is_learned(renderer, make_renderer, media):
+    end = renderer.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    for kind in ("pretrain", "tune"):
+        for text in ("One.", "One.<|endoftext|>"):
+            sample = renderer.encode({"text": text}, media.find, "here:1", kind=kind)
+            assert sample.input_ids.tolist() == [*renderer.tokenizer("One.")["input_ids"], end]
+            assert sample.labels[-2:].tolist() == [end, IGNORE]
+            assert sample.loss_weights[-2:].tolist() == [1, 0]
+    for settings, kind in (({"append_eos": False}, "pretrain"), ({}, "prompt")):
+        other = make_renderer(seq_length=64, **settings).encode({"text": "One."}, media.find, "here:1", kind=kind)
+        assert other.input_ids.tolist() == renderer.tokenizer("One.")["input_ids"]
+
+
+def test_time_stamps_are_not_learned(renderer, media):
+    """Not by pretraining, nor where a template writes videos into answers, nor with a weight."""
+    for record in (
+        {"text": "<video>A cat passes.", "videos": ["clip.mp4"]},
+        {"text": "<video>A <image> passes.", "videos": [media.frames], "images": ["wide.png"]},
+    ):
+        sample = renderer.encode(record, media.find, "here:1", kind="pretrain")
+        assert "seconds>" in renderer.tokenizer.decode(sample.input_ids)
+        learned = renderer.tokenizer.decode(sample.labels[sample.labels != IGNORE])
+        assert learned == record["text"].replace("<video>", "").replace("<image>", "") + "<|endoftext|>"
+
+
+def test_media_in_a_weighted_answer_are_not_learned(model_folder, media):
+    renderer = Renderer(model_folder, DataSettings(seq_length=4096))
+    renderer.processor.chat_template = renderer.processor.tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in [m.content] if m.content is string %}{{ p }}"
+        "{% endfor %}{% for p in m.content if m.content is not string %}{{ p.text if p.type == 'text' else "
+        "'<|vision_start|><|' + p.type + '_pad|><|vision_end|>' }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    record = {"messages": talk("Draw.", "Here: <video> and <image>!"), "videos": ["clip.mp4"], "images": ["wide.png"]}
+    record["messages"][1]["weight"] = 0.5
+    sample = renderer.encode(record, media.find, "here:1", kind="tune")
+    assert renderer.tokenizer.decode(sample.labels[sample.labels != IGNORE]) == "Here:  and !<|im_end|>"
+    assert set(sample.loss_weights.tolist()) == {0.0, 0.5}
 
 
 def test_prompt_ends_where_the_answer_begins(renderer, model_folder, media):
@@ -227,7 +268,7 @@ BROKEN = {
     "line of a picture": ({"messages": talk("<image>", "!"), "images": ["line.png"]}, "aspect ratio"),
     "not a video": ({"messages": talk("<video>", "!"), "videos": ["wide.png"]}, "video"),
     "missing frame": ({"messages": talk("<video>", "!"), "videos": [["frame0.png", "no.png"]]}, "does not exist"),
-    "one frame": ({"messages": talk("<video>", "!"), "videos": [["frame0.png"]]}, "temporal_factor"),
+    "one frame": ({"messages": talk("<video>", "!"), "videos": [["frame0.png"]]}, "has a single frame"),
     "frames of two sizes": ({"messages": talk("<video>", "!"), "videos": [["frame0.png", "wide.png"]]}, "differ in"),
     "rate of a file": ({"messages": talk("<video>", "!"), "videos": [{"frames": "clip.mp4", "fps": 2}]}, "own rate"),
     "too long": ({"messages": talk("?", "word " * 5000)}, r"has \d+ tokens .* data.seq_length = 4096"),

@@ -5,10 +5,10 @@ import json
 import pytest
 from PIL import Image
 
-from megavlm.data.preference import split_pair
-from megavlm.data.records import check_record
 from megavlm.demo.data import HELDOUT_FILE, read_records, write_records
 from megavlm.demo.pairs import DIGITS, count_won, write_all_answers, write_drawn_pairs, write_pairs, write_some
+from megavlm.records.preference import split_pair
+from megavlm.records.records import check_record
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """One training step in some layout, and the same in plain PyTorch on transformers' model."""
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from toy import reference_inputs, reference_model, toy_folder, toy_records
 
 # Fields of metrics.jsonl that tell of the machine, not of the training.
@@ -49,8 +52,8 @@ def train_reference(
     """SGD without momentum on the mean over all targets of the batch, sample by sample: nothing is packed here.
 
     ``aux`` is the coefficient of the experts' balancing loss, which looks at the samples of a row together: the mean
-    over the ``rows`` is added to what is learned, not to the loss that is reported. ``kl`` is the weight of the
-    divergence from the model as it was before the first step.
+    over the ``rows`` is added to what is learned, not to the loss that is reported, unless the decoder is frozen.
+    ``kl`` is the weight of the divergence from the model as it was before the first step.
     """
     from transformers import AutoProcessor
 
@@ -66,7 +69,7 @@ def train_reference(
         model.zero_grad()
         total = 0.0
         for row in rows or [(i,) for i in range(len(records))]:
-            learned, routers = torch.zeros(()), watch_routers(model) if aux else {}
+            learned, routers = torch.zeros(()), watch_routers(model) if aux and "language" not in frozen else {}
             for arguments, where in (inputs[i] for i in row):
                 logprobs = model(**arguments).logits[0].log_softmax(-1)
                 loss = -logprobs[where - 1, arguments["input_ids"][0, where]].sum() / count
@@ -227,6 +230,31 @@ def weights_of(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def with_other_output(folder: Path) -> Path:
+    """A copy of a tied folder with an ``lm_head.weight`` of its own; config.json still ties it to the embedding."""
+    out = folder.with_name(f"{folder.name}-other-output")
+    if not out.exists():
+        shutil.copytree(folder, out)
+        weights = load_file(out / "model.safetensors")
+        embedding = weights["model.language_model.embed_tokens.weight"]
+        noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(5))
+        weights["lm_head.weight"] = embedding + 0.1 * noise
+        save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def stretched(folder: Path, out: Path) -> Path:
+    """A copy of a model folder whose config.json asks for YaRN; the toy's samples are longer than its first context."""
+    if not out.exists():
+        shutil.copytree(folder, out)
+        config = json.loads((out / "config.json").read_text())
+        config["text_config"]["rope_parameters"] |= {
+            "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 64,
+        }  # fmt: skip
+        (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
 class Toys:
     """Toy models, their Megatron checkpoints, and reference runs, each made once."""
 
@@ -235,7 +263,11 @@ class Toys:
         self._references: dict = {}
 
     def folder(self, kind: str) -> Path:
-        """``kind``: dense, dense-untied, moe, moe-tied."""
+        """``kind``: dense, dense-untied, dense-other-output, moe, moe-tied; yarn: dense, with stretched frequencies."""
+        if kind == "dense-other-output":
+            return with_other_output(self.folder("dense"))
+        if kind == "yarn":
+            return stretched(self.folder("dense"), self.root / "toy-yarn")
         return toy_folder(self.root, moe=kind.startswith("moe"), tied=kind in ("dense", "moe-tied"))
 
     def checkpoint(self, kind: str) -> Path:

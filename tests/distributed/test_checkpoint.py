@@ -1,12 +1,15 @@
 """Checkpoints of a run: continuing gives the same bits in the same layout, and the same numbers in another."""
 
+import json
 import math
 import random
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from crafted import Command, objects_of, put_object
 from parity import settings_of
 from pool import RankError
 from toy import toy_folder, toy_records
@@ -298,3 +301,56 @@ def test_exports_with_the_original_layout(toys, tmp_path, world2):
     assert after.tensors == before.tensors
     for name in before.tensors:
         assert torch.equal(after.read(name), before.read(name).bfloat16().float()), name
+
+
+def objects_crafted_in(checkpoint, tmp_path, mark):
+    """(what is crafted, copy of the checkpoint) for every kind of object that a run stores, and for the description."""
+    import pickle
+
+    for kind in (".metadata", "common_state", "rng", "data"):
+        copy = tmp_path / f"crafted-{kind}"
+        shutil.copytree(checkpoint, copy)
+        if kind == ".metadata":
+            (copy / kind).write_bytes(pickle.dumps(Command(mark)))
+        else:
+            (key,) = [key for key in objects_of(copy) if key.startswith(f"{kind}/shard_0_")]
+            put_object(copy, key, Command(mark))
+        yield kind, copy
+
+
+def test_a_crafted_checkpoint_runs_nothing(toys, tmp_path, world1):
+    """Neither as the start of a run nor when a run is continued from it."""
+    toy, mark = toys["dense"], tmp_path / "it ran"
+    settings = adam(toy, ONE, workers=1)
+    world1.run(run, *toy, settings, tmp_path, steps=1, save_at=[1])
+    for kind, crafted in objects_crafted_in(tmp_path / "step_00000001", tmp_path, mark):
+        folder, _, root, records = toy
+        for arguments in ({"weights": crafted}, {"weights": toy[1], "restore": crafted}):
+            start = {"folder": folder, "root": root, "records": records, **arguments}
+            with pytest.raises(RankError, match=r"posix\.system, which is no part of a checkpoint") as raised:
+                world1.run(run, settings=settings, checkpoints=tmp_path / "other", steps=1, **start)
+            assert type(raised.value.exceptions[0]).__name__ == "UserError", kind
+        assert not mark.exists(), kind
+
+
+def test_a_run_is_not_continued_with_another_model(toys, tmp_path, world1):
+    """model.hf has been replaced meanwhile."""
+    folder, weights, root, records = toys["dense"]
+    settings = adam(toys["dense"], ONE, workers=1)
+    world1.run(run, *toys["dense"], settings, tmp_path, steps=1, save_at=[1])
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"num_hidden_layers": 3, "layer_types": None}
+    shutil.copytree(folder, tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RankError, match=r"num_hidden_layers is 4 in the checkpoint and 3 in config\.json"):
+        world1.run(
+            run,
+            tmp_path / "hf",
+            weights,
+            root,
+            records,
+            settings,
+            tmp_path,
+            steps=2,
+            restore=tmp_path / "step_00000001",
+        )

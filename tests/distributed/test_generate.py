@@ -64,6 +64,7 @@ CASES = {
     "dense, TP2": (2, "dense", {"tensor": 2}),
     "dense, DP2": (2, "dense", {}),
     "MoE, EP2": (2, "moe", {"expert": 2}),
+    "YaRN, TP2": (2, "yarn", {"tensor": 2}),
 }
 
 

@@ -51,6 +51,7 @@ VARIANTS = {
     ),
     "TP2 × CP2 without sequence parallelism": (4, "dense", {"tensor": 2, "context": 2, "sequence": False}, {}),
     "MoE EP2 × CP2 × DP2": (4, "moe", {"expert": 2, "context": 2}, {}),
+    "YaRN, CP2 × PP2, attention recomputed": (4, "yarn", {"context": 2, "pipeline": 2}, {"recompute": "selective"}),
 }
 
 

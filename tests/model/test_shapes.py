@@ -76,7 +76,7 @@ def test_released_spelling(tmp_path):
     text, vision = shapes.text, shapes.vision
     assert (text.hidden, text.layers, text.heads, text.kv_heads, text.head_dim) == (2048, 48, 32, 4, 128)
     assert (text.rope_theta, text.mrope_section, text.rms_eps) == (5e6, (24, 20, 20), 1e-6)
-    assert text.moe == MoeShape(128, 8, 768, True, 1, (), 0.001)
+    assert text.moe == MoeShape(128, 8, 768, 1, ())
     assert (vision.layers, vision.hidden, vision.head_dim, vision.ffn) == (27, 1152, 72, 4304)
     assert (vision.patch_dim, vision.grid_side, vision.merged_hidden) == (1536, 48, 4608)
     assert (vision.deepstack_layers, vision.out_hidden) == ((8, 16, 24), 2048)

@@ -49,11 +49,17 @@ def segment_attention(
     return torch.cat(out) if len(out) != 1 else out[0]
 
 
-def cached_attention(row: PackedRow, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def scale_of(config: TransformerConfig) -> float:
+    """The factor on the products of queries and keys."""
+    return config.softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+
+def cached_attention(
+    row: PackedRow, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
     """Attention while generating, with the row's key/value cache: [T, 1, heads, head_dim] -> [T, 1, hidden]."""
     assert row.cache is not None
     query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-    scale = 1.0 / math.sqrt(query.shape[-1])
     out = row.cache.attend(layer_number, query, key, value, row, scale)
     return out.reshape(out.shape[0], 1, -1)
 
@@ -78,7 +84,7 @@ class PackedAttention(MegatronModule):
         assert pg_collection is not None
         self.layer_number = layer_number
         self.causal = attn_mask_type == AttnMaskType.padding_causal  # there is no padding within segments
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.scale = scale_of(config)
         self.context_group = pg_collection.cp
         assert self.causal or self.context_group.size() == 1
 
@@ -95,7 +101,7 @@ class PackedAttention(MegatronModule):
         row = packed_seq_params
         assert row is not None
         if row.cache is not None:
-            return cached_attention(row, self.layer_number, query, key, value)
+            return cached_attention(row, self.layer_number, query, key, value, self.scale)
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.context_group.size() > 1:
             out = context_attention(query, key, value, row, self.context_group, self.scale)

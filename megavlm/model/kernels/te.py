@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megavlm.model.kernels.attention import cached_attention
+from megavlm.model.kernels.attention import cached_attention, scale_of
 from megavlm.model.packed import PackedRow
 
 
@@ -29,7 +29,7 @@ class PackedTEAttention(TEDotProductAttention):
         row = packed_seq_params
         assert row is not None
         if row.cache is not None:  # with one token per sequence a fused kernel is not faster
-            return cached_attention(row, self.layer_number, query, key, value)
+            return cached_attention(row, self.layer_number, query, key, value, scale_of(self.config))
         out = super().forward(
             query.squeeze(1),
             key.squeeze(1),

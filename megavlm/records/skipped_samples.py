@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import shortened
 
 BROKEN = "broken"
 """A line, picture, video or shard that cannot be read or is invalid. Samples of all other kinds are valid."""
@@ -41,5 +42,5 @@ class SkippedSample:
     def of(cls, source_id: int, sample: str, error: BaseException | None) -> "SkippedSample":
         """The skipped sample for the error that was raised while it was read or rendered."""
         kind = error.kind if isinstance(error, UnfitSample) else BROKEN
-        cause = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        cause = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {shortened(error)}"
         return cls(source_id, sample, kind, cause.removeprefix(f"{sample}: "))

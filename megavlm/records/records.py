@@ -1,9 +1,13 @@
-"""Checks one line of data in any of the accepted forms and converts it to a single form, ``Record``.
+r"""Checks one line of data in any of the accepted forms and converts it to a single form, ``Record``.
 
 Fine-tuning: ``{"messages": [{"role", "content"}, …], "images": [path, …], "videos": [video, …]}``. In a content
 string, ``<image>`` and ``<video>`` mark the positions of the media; the content may also be a list of parts, as in the
-chat format. Pretraining: the same, or ``{"text": "…<image>…", "images": […]}``. A video is a path, a list of frame
-paths (these count as already sampled), or ``{"frames": [path, …], "fps": number}``.
+chat format. Pretraining: the same, or ``{"text": "…<image>…", "images": […]}``, where the text may be a list of parts,
+too. A video is a path, a list of frame paths (these count as already sampled), or ``{"frames": [path, …], "fps":
+number}``.
+
+The words <image> and <video> themselves are written ``\<image>``, or in a part of text. In the text of a record
+without the field ``images`` (``videos``) they are words anyway.
 
 ``"boxes": [[x1, y1, x2, y2], …]`` replaces each ``<box>`` mark by a box (or a point, ``[x, y]``). Boxes are given in
 pixels of the picture before the mark and written into the text in Qwen3-VL's coordinates, 0 to 1000 (see ``boxes``).
@@ -13,23 +17,23 @@ of its tokens).
 """
 
 import difflib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megavlm.base.errors import UserError
-from megavlm.data.boxes import MARK as BOX_MARK
-from megavlm.data.boxes import Box, check_box
-from megavlm.data.skipped_samples import NO_TARGET, UnfitSample
+from megavlm.base.quoting import quoted
+from megavlm.records.boxes import Box, fill_marks
+from megavlm.records.marks import MARKS, Places
+from megavlm.records.skipped_samples import NO_TARGET, UnfitSample
+from megavlm.records.values import check_values, field_names, is_number, kind_of
 
 Kind = Literal["tune", "pretrain", "prompt", "pair", "judged"]
 
 FIELDS = ("messages", "text", "images", "videos", "boxes", "tools")
 MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "loss", "weight")
 ROLES = ("system", "user", "assistant", "tool")
-MARKS = {"<image>": "image", "<video>": "video"}
-_MARK = re.compile("(" + "|".join(MARKS) + ")")
+_SLOWEST, _FASTEST = 1e-9, 1e9  # frames per second; beyond these, times cannot be computed
 
 
 @dataclass
@@ -42,8 +46,9 @@ class Record:
         weights: the loss weight of each message's tokens, 0 if the message is excluded from the loss.
         images: the path of each picture as written in the line, in order of appearance in the text.
         videos: each video as written in the line, in order of appearance in the text.
-        boxes: the boxes, in order of appearance in the text.
+        boxes: the boxes, in order of appearance in the text; None if <box> has no meaning in the record.
         tools: tool descriptions that are passed to the chat template.
+        has_literal_marks: whether marks in the text were read as words because the record lists no files for them.
     """
 
     text: list[dict] | None = None
@@ -51,8 +56,9 @@ class Record:
     weights: list[float] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
-    boxes: list[Box] = field(default_factory=list)
+    boxes: list[Box] | None = None
     tools: list[dict] | None = None
+    has_literal_marks: bool = False
 
     def fill_boxes(self, sizes: list[tuple[int, int]], source: str) -> None:
         """Write the boxes into the text in place of their marks.
@@ -61,21 +67,21 @@ class Record:
             sizes: (height, width) of each picture in pixels.
             source: "file:line", for error messages.
         """
-        written = iter([box.written(*sizes[box.image], source) for box in self.boxes])
-        if not self.boxes:
+        if self.boxes is None:
             return
-
-        def fill(content: str) -> str:
-            return re.sub(BOX_MARK, lambda _: next(written), content)
+        written = iter([box.written(*sizes[box.image], source) for box in self.boxes])
 
         def fill_parts(parts: list[dict]) -> list[dict]:
-            return [part | {"text": fill(part["text"])} if part["type"] == "text" else part for part in parts]
+            return [
+                part | {"text": fill_marks(part["text"], written)} if part["type"] == "text" else part for part in parts
+            ]
 
         if self.text is not None:
             self.text = fill_parts(self.text)
         for message in self.messages or []:
             if content := message.get("content"):
-                message["content"] = fill(content) if isinstance(content, str) else fill_parts(content)
+                is_text = isinstance(content, str)
+                message["content"] = fill_marks(content, written) if is_text else fill_parts(content)
 
 
 def check_record(raw: Any, kind: Kind, source: str) -> Record:
@@ -90,25 +96,30 @@ def check_record(raw: Any, kind: Kind, source: str) -> Record:
         UserError: the line contains something that cannot be used or that would be silently ignored.
     """
     if not isinstance(raw, dict):
-        raise UserError(f"{source}: a line must be a JSON object, found {_name(raw)}")
+        raise UserError(f"{source}: a line must be a JSON object, found {kind_of(raw)}")
+    check_values(raw, FIELDS, source)
     for name in raw:
         _refuse_near_miss(name, FIELDS, source)
     if ("messages" in raw) == ("text" in raw):
-        found = "both" if "text" in raw else f"neither (fields: {', '.join(raw) or 'none'})"
+        found = "both" if "text" in raw else f"neither (fields: {field_names(raw)})"
         raise UserError(f"{source}: a sample must have either messages or text; this one has {found}")
     listed = {name: _list_of_media(raw, name, source) for name in ("images", "videos")}
-    places = _Places(listed, _list_of_media(raw, "boxes", source) if "boxes" in raw else None, source)
+    places = Places(listed, _list_of_media(raw, "boxes", source) if "boxes" in raw else None, source)
     record = Record(images=places.images, videos=places.videos)
     if "text" in raw:
-        if not isinstance(raw["text"], str):
-            raise UserError(f"{source}: text must be a string, found {_name(raw['text'])}")
         if "tools" in raw:
             raise UserError(f"{source}: tools can only be used with messages; a text sample would ignore them")
-        record.text = places.parts(raw["text"], "text")
+        listed_kinds = {kind for kind in MARKS.values() if raw.get(kind + "s") is not None}
+        record.text = places.parts(raw["text"], "text", listed_kinds)
+        record.has_literal_marks = places.has_literal_marks
     else:
-        record.tools = raw.get("tools")
+        record.tools = _list_of_objects(raw, "tools", source)
         record.messages, record.weights = _check_messages(raw["messages"], kind, places, source)
     record.boxes = places.finish(has_dropped=kind == "prompt")
+    for video in record.videos:
+        fps: Any = video.get("fps") if isinstance(video, dict) else None
+        if is_number(fps) and not (fps <= 0 or _SLOWEST <= fps <= _FASTEST):
+            raise UserError(f"{source}: fps must be from {_SLOWEST:g} to {_FASTEST:g}, found {fps!r}")
     return record
 
 
@@ -142,78 +153,15 @@ def rename_media(record: Any, rename: Callable[[str], str]) -> Any:
             value = media(value)
         elif name in ("messages", "prompt", "chosen", "rejected", "completion"):
             value = [message(item) for item in value] if isinstance(value, list) else message(value)
+        elif name == "text" and isinstance(value, list):
+            value = [part(item) for item in value]
         renamed[name] = value
     return renamed
 
 
-class _Places:
-    """Assigns the media of a record to the marks in its text, in order, and counts both."""
-
-    def __init__(self, listed: dict[str, list], boxes: list | None, source: str):
-        self.source, self._boxes = source, boxes
-        self._nearest: list[int] = []  # for each <box> mark: the number of the picture before it, or of the first one
-        self.images: list[Any] = []
-        self.videos: list[Any] = []
-        self._listed = listed
-        self._places = {"images": 0, "videos": 0}  # how many marks have taken a file from the list
-
-    def parts(self, content: Any, where: str) -> list[dict]:
-        """Convert a content string or list of parts to parts without file names; `where` names it in error messages."""
-        if isinstance(content, str):
-            parts = [{"type": MARKS[piece]} if piece in MARKS else piece for piece in _MARK.split(content)]
-            parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts if part]
-        elif isinstance(content, list):
-            parts = content
-        else:
-            raise UserError(f"{self.source}: {where} must be a string or a list of parts, found {_name(content)}")
-        return [self._place(part, where) for part in parts]
-
-    def _place(self, part: Any, where: str) -> dict:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            if self._boxes is not None:
-                self._nearest += [max(len(self.images) - 1, 0)] * part["text"].count(BOX_MARK)
-            return part
-        if kind not in ("image", "video"):
-            raise UserError(
-                f"{self.source}: {where} has a part of an unknown form: {str(part)[:200]}",
-                'a part is {"type": "text", "text": …}, {"type": "image", "image": path} or '
-                '{"type": "video", "video": path}',
-            )
-        placed = next((part[name] for name in (kind, "path") if name in part), None)
-        if placed is None:
-            name = kind + "s"
-            number = self._places[name]
-            self._places[name] += 1
-            placed = self._listed[name][number] if number < len(self._listed[name]) else None
-        elif kind == "video" and "fps" in part:
-            placed = {"frames": placed, "fps": part["fps"]}
-        (self.images if kind == "image" else self.videos).append(placed)
-        return {"type": kind}
-
-    def finish(self, has_dropped: bool) -> list[Box]:
-        """The checked boxes. Raises UserError unless each listed file or box has a mark and each mark has an entry."""
-        boxes = self._boxes or []
-        counts = [
-            ("images", "<image>", self._places["images"], len(self._listed["images"])),
-            ("videos", "<video>", self._places["videos"], len(self._listed["videos"])),
-            ("boxes", BOX_MARK, len(self._nearest), len(boxes)),
-        ]
-        for name, mark, count, listed in counts:
-            if count != listed and not (has_dropped and count < listed):
-                raise UserError(
-                    f"{self.source}: the text contains {count} {mark}, but {name} has {listed} entries",
-                    f"list one entry in {name} for each {mark}, in the same order",
-                )
-        return [
-            check_box(box, nearest, len(self.images), self.source)
-            for box, nearest in zip(boxes, self._nearest, strict=False)
-        ]
-
-
-def _check_messages(messages: Any, kind: Kind, places: _Places, source: str) -> tuple[list[dict], list[float]]:
+def _check_messages(messages: Any, kind: Kind, places: Places, source: str) -> tuple[list[dict], list[float]]:
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{source}: messages must be a list with at least one message, found {_name(messages)}")
+        raise UserError(f"{source}: messages must be a list with at least one message, found {kind_of(messages)}")
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     if kind == "prompt":
         while roles and roles[-1] == "assistant":
@@ -224,20 +172,23 @@ def _check_messages(messages: Any, kind: Kind, places: _Places, source: str) -> 
     for number, (message, role) in enumerate(zip(messages, roles, strict=False)):
         where = f"messages[{number}]"
         if role not in ROLES:
-            found = f"role {role!r}" if role is not None else f"no role in {str(message)[:100]}"
+            found = f"role {quoted(role)}" if role is not None else f"no role in {quoted(message)}"
             raise UserError(f"{source}: {where} has {found}; allowed roles: {', '.join(ROLES)}")
         for name in message:
             _refuse_near_miss(name, MESSAGE_FIELDS, f"{source}: {where}")
         weights.append(_weight(message, kind, f"{source}: {where}"))
         message = {name: value for name, value in message.items() if name not in ("loss", "weight")}
         content = message.get("content")
+        if not isinstance(message.get("reasoning_content") or "", str):
+            raise UserError(f"{source}: {where}.reasoning_content must be a string")
+        _list_of_objects(message, "tool_calls", f"{source}: {where}")
         if content is None and not message.get("tool_calls"):
             raise UserError(f"{source}: {where} has no content")
         if content is not None:
             parts = places.parts(content, f"{where}.content")
             # Content without media stays a string, because every chat template supports that form.
-            if not isinstance(content, str) or any(part["type"] != "text" for part in parts):
-                message["content"] = parts
+            is_text = isinstance(content, str) and all(part["type"] == "text" for part in parts)
+            message["content"] = "".join(part["text"] for part in parts) if is_text else parts
         checked.append(message)
     if kind == "tune" and not any(weights):
         raise UnfitSample(
@@ -253,10 +204,10 @@ def _weight(message: dict, kind: Kind, where: str) -> float:
     if given and (message["role"] != "assistant" or kind == "pretrain"):
         raise UserError(f"{where}: {given[0]} applies only to assistant messages in fine-tuning; here it is ignored")
     if not isinstance(message.get("loss", True), bool):
-        raise UserError(f"{where}: loss must be true or false, found {message['loss']!r}")
+        raise UserError(f"{where}: loss must be true or false, found {quoted(message['loss'])}")
     weight = message.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
-        raise UserError(f"{where}: weight must be a number of at least 0, found {weight!r}")
+    if not is_number(weight) or weight < 0:
+        raise UserError(f"{where}: weight must be a number of at least 0 and at most 3.4e38, found {quoted(weight)}")
     return float(weight) if message["role"] == "assistant" and message.get("loss", True) else 0.0
 
 
@@ -265,18 +216,21 @@ def _list_of_media(raw: dict, name: str, source: str) -> list:
     if listed is None:
         return []
     if not isinstance(listed, list):
-        raise UserError(f"{source}: {name} must be a list, found {_name(listed)}", f'write "{name}": [path, …]')
+        raise UserError(f"{source}: {name} must be a list, found {kind_of(listed)}", f'write "{name}": [path, …]')
+    return listed
+
+
+def _list_of_objects(raw: dict, name: str, where: str) -> list[dict] | None:
+    listed = raw.get(name)
+    if listed is not None and not (isinstance(listed, list) and all(isinstance(item, dict) for item in listed)):
+        raise UserError(f"{where}: {name} must be a list of objects, found {quoted(listed)}")
     return listed
 
 
 def _refuse_near_miss(name: str, known: tuple[str, ...], where: str) -> None:
     """Unknown fields are allowed, because a data set may have its own, unless one looks like a misspelt known field."""
-    near = [] if name in known else difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.8)
+    # Names that are far longer are not misspelt, and comparing them takes long.
+    is_known = name in known or len(name) > 30
+    near = [] if is_known else difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.8)
     if near:
         raise UserError(f"{where}: unknown field {name!r}", f"did you mean {near[0]!r}?")
-
-
-def _name(value: Any) -> str:
-    """The kind of a JSON value in words, for error messages."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return "an empty list" if value == [] else names.get(type(value), "a number")

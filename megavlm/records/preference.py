@@ -2,13 +2,14 @@
 
 Pairs: ``{"prompt" or "messages", "chosen", "rejected", "margin"?, "images"?, …}``. Single judgements (KTO):
 ``{"prompt" or "messages", "completion", "label": true or false, …}``. An answer is a string, a message, or a list of
-messages. Media belong to the prompt.
+messages, without the prompt (see ``repeated_prompt``). Media belong to the prompt.
 """
 
-import math
 from typing import Any
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import quoted
+from megavlm.records.values import field_names, is_number
 
 PAIR_FIELDS = ("prompt", "chosen", "rejected", "margin")
 KTO_FIELDS = ("prompt", "completion", "label")
@@ -24,8 +25,8 @@ def split_pair(raw: Any, source: str) -> tuple[dict, dict, float]:
     if chosen == rejected:
         raise UserError(f"{source}: chosen and rejected are equal, so neither is preferred", "remove the sample")
     margin = raw.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise UserError(f"{source}: margin must be a number, found {margin!r}", "give a number, or omit margin")
+    if not is_number(margin):
+        raise UserError(f"{source}: margin must be a number, found {quoted(margin)}", "give a number, or omit margin")
     return {**rest, "messages": [*prompt, *chosen]}, {**rest, "messages": [*prompt, *rejected]}, float(margin)
 
 
@@ -37,7 +38,7 @@ def split_judgement(raw: Any, source: str) -> tuple[dict, bool]:
     prompt, rest = _prompt(raw, KTO_FIELDS, source)
     answer = _answer(raw, "completion", source)
     if not isinstance(raw.get("label"), bool):
-        found = repr(raw["label"]) if "label" in raw else "none"
+        found = quoted(raw["label"]) if "label" in raw else "none"
         raise UserError(f"{source}: label must be true (desirable) or false, found {found}", "give each sample a label")
     return {**rest, "messages": [*prompt, *answer]}, raw["label"]
 
@@ -63,8 +64,11 @@ def _prompt(raw: Any, fields: tuple[str, ...], source: str) -> tuple[list[dict],
     if not isinstance(raw, dict):
         raise UserError(f"{source}: a line must be a JSON object")
     if ("prompt" in raw) == ("messages" in raw):
-        found = "both" if "prompt" in raw else f"neither (fields: {', '.join(raw) or 'none'})"
-        raise UserError(f"{source}: a sample must have either prompt or messages; this one has {found}")
+        found = "both" if "prompt" in raw else f"neither (fields: {field_names(raw)})"
+        raise UserError(
+            f"{source}: a sample must have either prompt or messages; this one has {found}",
+            f"write {{{', '.join(f'{name!r}: …' for name in fields if name != 'margin')}}}".replace("'", '"'),
+        )
     prompt = raw.get("messages", raw.get("prompt"))
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -86,4 +90,9 @@ def _answer(raw: Any, name: str, source: str) -> list[dict]:
         raise UserError(f"{source}: {name} must be a string, a message or a list of messages", f"add {name}")
     if not any(m.get("content") or m.get("tool_calls") for m in answer if m.get("role") == "assistant"):
         raise UserError(f"{source}: {name} is empty", "give the answer, or remove the sample")
+    if answer[0].get("role") in ("system", "user"):
+        raise UserError(
+            f"{source}: {name} begins with a {answer[0]['role']} message that is not the prompt",
+            "leave the prompt out of the answers, or write it there as it is in prompt",
+        )
     return answer

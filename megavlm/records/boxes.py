@@ -1,12 +1,16 @@
 """Boxes and points in pictures: read in pixels, written into the text in Qwen3-VL's coordinates, 0 to 1000 per side."""
 
-import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import quoted
+from megavlm.records.values import is_number
 
 MARK = "<box>"
+_MARK = re.compile(rf"\\?{MARK}")  # with a backslash before it, the word itself is meant
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,16 @@ class Box:
         return f"[{', '.join(map(str, scaled))}]"
 
 
+def count_marks(text: str) -> int:
+    """Number of boxes that a text marks."""
+    return sum(found[0] == MARK for found in _MARK.finditer(text))
+
+
+def fill_marks(text: str, written: Iterator[str]) -> str:
+    """The text with the next of the `written` boxes in place of each mark."""
+    return _MARK.sub(lambda found: next(written) if found[0] == MARK else MARK, text)
+
+
 def check_box(raw: Any, nearest: int, num_images: int, source: str) -> Box:
     """Check one entry of a record's ``boxes``: a list of numbers, or ``{"box": …, "image": number from 0}``.
 
@@ -48,9 +62,9 @@ def check_box(raw: Any, nearest: int, num_images: int, source: str) -> Box:
         UserError: the entry has neither form, or the numbers are not a box.
     """
     numbers, image = (raw.get("box"), raw.get("image", nearest)) if isinstance(raw, dict) else (raw, nearest)
-    if not isinstance(numbers, list) or len(numbers) not in (2, 4) or not all(map(_is_number, numbers)):
+    if not isinstance(numbers, list) or len(numbers) not in (2, 4) or not all(map(is_number, numbers)):
         raise UserError(
-            f"{source}: a box must be a list of 2 or 4 numbers, found {str(raw)[:100]}",
+            f"{source}: a box must be a list of 2 or 4 numbers, found {quoted(raw)}",
             'write [x, y] or [x1, y1, x2, y2], or {"box": …, "image": number} for a picture other than the one before',
         )
     if len(numbers) == 4 and not (numbers[0] <= numbers[2] and numbers[1] <= numbers[3]):
@@ -60,10 +74,6 @@ def check_box(raw: Any, nearest: int, num_images: int, source: str) -> Box:
         )
     if isinstance(image, bool) or not isinstance(image, int) or not 0 <= image < num_images:
         raise UserError(
-            f"{source}: box {numbers} belongs to picture {image!r}, but the sample has {num_images} pictures"
+            f"{source}: box {numbers} belongs to picture {quoted(image)}, but the sample has {num_images} pictures"
         )
     return Box(tuple(numbers), image)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
