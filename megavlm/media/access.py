@@ -13,12 +13,12 @@ from urllib.parse import urlsplit
 from fsspec.implementations.local import LocalFileSystem
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import quoted, shortened
 from megavlm.media.files import File, beside, is_url
 
 _ORIGIN = re.compile(r"([A-Za-z0-9][A-Za-z0-9+.-]*)://([^/?#]*)")
 _LOCAL = ("file", "local")  # protocols of fsspec for local paths
 _WEB = ("http", "https")
-_TOLD = 200  # characters of a path or URL that a message quotes
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,17 @@ class MediaAccess:
         match = _ORIGIN.match(file.url)
         protocol = match[1] if match else ""
         if match is None or "::" in file.url:  # fsspec reads "::" as a chain, whose next link may be any URL
-            raise UserError(f"{source}: {file.url[:_TOLD]} is not a URL that a record may name")
+            raise UserError(f"{source}: {shortened(file.url)} is not a URL that a record may name")
         if protocol in _LOCAL:
             self._check_path(LocalFileSystem._strip_protocol(file.url), file.url, source)
             return file
         own = _ORIGIN.match(data_file)
         origins = [*([own[0]] if own else []), *(entry for entry in self.protocols if "://" in entry)]
         if match[0] not in origins and protocol not in self.protocols:
+            origin = shortened(match[0])
             raise UserError(
-                f"{source}: {file.url[:_TOLD]} may not be read: data.media_protocols does not allow {match[0][:_TOLD]}",
-                f"if you trust this data, add {protocol} or {match[0][:_TOLD]} to data.media_protocols "
+                f"{source}: {shortened(file.url)} may not be read: data.media_protocols does not allow {origin}",
+                f"if you trust this data, add {protocol} or {origin} to data.media_protocols "
                 "(data prepare: --media-protocols)",
             )
         if protocol in _WEB:
@@ -73,11 +74,11 @@ class MediaAccess:
             real = os.path.realpath(path)
             inside = any(os.path.commonpath([root, real]) == root for root in map(os.path.realpath, self.roots))
         except ValueError as error:  # a zero byte, or half a surrogate pair
-            raise UserError(f"{source}: {named[:_TOLD]!r} is not a path: {error}") from None
+            raise UserError(f"{source}: {quoted(named)} is not a path: {error}") from None
         if not inside:
-            followed = f" (it leads to {real[:_TOLD]})" if real != os.path.abspath(path) else ""
+            followed = f" (it leads to {shortened(real)})" if real != os.path.abspath(path) else ""
             raise UserError(
-                f"{source}: {named[:_TOLD]}{followed} may not be read: it is outside of data.media_roots = "
+                f"{source}: {shortened(named)}{followed} may not be read: it is outside of data.media_roots = "
                 f"{', '.join(self.roots)}",
                 "if you trust this data, add its folder to data.media_roots (data prepare: --media-roots)",
             )
