@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from packed import packed_rows
 from parity import AUX, ROWS, balancing_loss, part_of, save_weights, targets_of, watch_routers
 from toy import reference_inputs, reference_model
 
@@ -104,8 +105,6 @@ def step_with_adapter(folder, checkpoint, root, records, settings, out):
     Returns the loss, norms, and those of the adapters' tensors that tensor-parallel ranks have whole.
     """
     from megavlm.config.settings import Settings
-    from megavlm.data.renderer import Renderer
-    from megavlm.media.files import in_folder
     from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
     from megavlm.runtime.session import start
@@ -115,10 +114,8 @@ def step_with_adapter(folder, checkpoint, root, records, settings, out):
     settings = Settings(**settings)
     session = start(settings, training=True)
     vlm, groups = session.vlm, session.groups
-    renderer = Renderer(folder, settings.data, settings.pad_multiple)
-    samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
-    rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
-    each = len(rows) // groups.dp_size
+    rows = packed_rows(folder, root, records, settings, ROWS) if groups.is_leader else []
+    each = len(ROWS) // groups.dp_size
     mine = rows[groups.dp_rank * each : (groups.dp_rank + 1) * each]
     feed = Feed(vlm, iter(mine) if groups.is_leader else None)
     objective = CrossEntropy(["data"], settings.train.logprob_chunk_tokens)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from packed import packed_rows
 from safetensors.torch import load_file, save_file
 from toy import reference_inputs, reference_model, toy_folder, toy_records
 
@@ -148,8 +149,6 @@ def train_layout(
     from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.convert import SHARDED_METADATA
-    from megavlm.data.renderer import Renderer
-    from megavlm.media.files import in_folder
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimizers
@@ -165,10 +164,8 @@ def train_layout(
     for chunk in vlm.language:
         chunk.embedded_tokens = 48  # the toy's rows too are embedded in parts
     load_weights(checkpoint, vlm)
-    renderer = Renderer(folder, settings.data, settings.pad_multiple)
-    samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
-    rows = [renderer.pack([samples[i] for i in row]) for row in rows_of_step]
-    each = len(rows) // groups.dp_size
+    rows = packed_rows(folder, root, records, settings, rows_of_step) if groups.is_leader else []
+    each = len(rows_of_step) // groups.dp_size
     mine = rows[groups.dp_rank * each : (groups.dp_rank + 1) * each]
     feed = Feed(vlm, iter(mine * STEPS) if groups.is_leader else None)
     objective = CrossEntropy(["data"], settings.train.logprob_chunk_tokens)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from crafted import Command, objects_of, put_object
+from packed import packed_rows
 from parity import settings_of
 from pool import RankError
 from toy import toy_folder, toy_records
@@ -93,8 +94,6 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     from megavlm.checkpoint.load_weights import load_weights
     from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
     from megavlm.config.settings import Settings
-    from megavlm.data.renderer import Renderer
-    from megavlm.media.files import in_folder
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimizers
@@ -108,9 +107,7 @@ def run(folder, weights, root, records, settings, checkpoints, *, steps, save_at
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     if restore is None:
         load_weights(weights, vlm)
-    renderer = Renderer(folder, settings.data, settings.pad_multiple)
-    samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
-    rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
+    rows = packed_rows(folder, root, records, settings, ROWS) if groups.is_leader else []
     each = settings.train.global_batch_size // groups.dp_size  # rows of a step on this rank
     loader = CountingLoader(rows, groups.dp_rank, groups.dp_size, settings.data.workers) if groups.is_leader else None
     optimizers = Optimizers(vlm, settings.train)

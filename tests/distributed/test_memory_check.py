@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packed import packed_rows
 from parity import ROWS, settings_of
 from pool import RankError
 
@@ -38,7 +39,6 @@ def train(folder, checkpoint, root, records, settings, memory_check: bool, addre
     from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
-    from megavlm.media.files import in_folder
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimizers
@@ -51,10 +51,9 @@ def train(folder, checkpoint, root, records, settings, memory_check: bool, addre
     groups = platform.init(settings.parallel)
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     load_weights(checkpoint, vlm)
-    renderer = Renderer(folder, settings.data, settings.pad_multiple)
-    samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
-    rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
-    each = len(rows) // groups.dp_size
+    make_longest = partial(longest_row, Renderer(folder, settings.data, settings.pad_multiple))
+    rows = packed_rows(folder, root, records, settings, ROWS) if groups.is_leader else []
+    each = len(ROWS) // groups.dp_size
     mine = rows[groups.dp_rank * each : (groups.dp_rank + 1) * each]
     feed = Feed(vlm, iter(mine * 2) if groups.is_leader else None)
     optimizers = Optimizers(vlm, settings.train)
@@ -66,7 +65,7 @@ def train(folder, checkpoint, root, records, settings, memory_check: bool, addre
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + address_space, before[1]))
         try:
-            said = check_memory(step, partial(longest_row, renderer) if groups.is_leader else None, settings)
+            said = check_memory(step, make_longest if groups.is_leader else None, settings)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, before)
         buffers = [

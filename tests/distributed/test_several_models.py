@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed import packed_rows
 from parity import ROWS, settings_of
 
 
@@ -14,8 +15,6 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
     """
     from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
     from megavlm.config.settings import Settings
-    from megavlm.data.renderer import Renderer
-    from megavlm.media.files import in_folder
     from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
     from megavlm.runtime.session import start
@@ -27,9 +26,7 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
     session.add_model("critic", checkpoint, trained=True)
     frozen = session.add_model("reference", checkpoint, trained=False)
     assert not any(p.requires_grad for chunk in frozen.vlm.language for p in chunk.parameters())
-    renderer = Renderer(folder, settings.data)
-    samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
-    rows = [renderer.pack([samples[i] for i in row]) for row in ROWS]
+    rows = packed_rows(folder, root, records, settings, ROWS)
     each = len(rows) // session.groups.dp_size
     trained, stepping = {}, {}
     for number, name in enumerate((MAIN, "critic")):  # the critic takes the rows in another order, so they part

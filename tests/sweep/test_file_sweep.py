@@ -85,6 +85,18 @@ def test_shards(place, capfd, file, fault):
             assert (status, printed) == (0, "")
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("file", [".metadata", "metadata.json", "__0_0_0.distcp"])
+def test_checkpoints(place, capfd, file, fault):
+    """What the tools say of them is in tests/convert/test_damaged_files.py."""
+    with spoiled(place / "mcore" / file, fault):
+        check_words(*run_here(capfd, *arguments_of("export")), "mcore")
+        assert not (place / "out").exists()
+        status, printed = run_here(capfd, *arguments_of("validate"))
+        if file != "__0_0_0.distcp" or status != 0:  # whose data is read when it is loaded
+            check_words(status, printed, "mcore")
+
+
 # A verb that builds a model takes a second or two, so each verb and each kind of file is met once or twice.
 APART = [
     ("sft", "hf/config.json", "truncated"),
@@ -101,6 +113,9 @@ APART = [
     ("sft", "cat.png", "binary"),
     ("score", "cat.png", "a dangling link"),
     ("infer", "cat.png", "truncated"),
+    ("sft", "mcore/.metadata", "truncated"),
+    ("score", "mcore/__0_0_0.distcp", "truncated"),
+    ("infer", "mcore/__0_0_0.distcp", "binary"),
 ]
 
 
