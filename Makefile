@@ -60,5 +60,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    echo "python -m venv failed; on Debian and Ubuntu it is in the package python3.12-venv" >&2; exit 1; }; \
 	fi
 	@echo "installing the packages of constraints.txt into $(VENV) (some minutes and 5 GB the first time)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# without compiling all 5 GB: Python compiles the few modules that are imported
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@
