@@ -11,8 +11,11 @@ from torch import Tensor
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "beta": (lambda x: x > 0, "above 0"),
     "label_smoothing": (lambda x: 0 <= x < 0.5, "at least 0 and below 0.5 (at 0.5, labels would have no effect)"),
+    **dict.fromkeys(["epsilon", "epsilon_high", "tau_pos", "tau_neg"], (lambda x: x > 0, "above 0")),
+    "dual_clip": (lambda x: x > 1, "above 1"),
     **dict.fromkeys(
-        ["gamma", "lam", "desirable_weight", "undesirable_weight", "centering"], (lambda x: x >= 0, "at least 0")
+        ["gamma", "lam", "desirable_weight", "undesirable_weight", "centering", "eps", "ddof", "lowest", "highest"],
+        (lambda x: x >= 0, "at least 0"),
     ),
 }
 
