@@ -30,7 +30,7 @@ TUNE = "tune"  # the folder of the results, inside the demo's folder
 SAMPLE_EVERY = 3  # each third training question is asked to the mediocre model
 TEMPERATURE = 0.5  # at 1.0, many answers are not digits and therefore useless for training
 REQUIRED_PAIR_ACCURACY = 0.95
-REQUIRED_DPO_GAIN = 0.10
+REQUIRED_DPO_SHARE = 0.5  # of the wrong answers that DPO must put right
 ALLOWED_LORA_LOSS = 0.02  # maximum loss of accuracy compared with fine-tuning of all weights
 ALLOWED_LORA_SHARE = 0.05  # maximum share of trainable weights
 
@@ -143,7 +143,7 @@ class Tune:
         console.print(f"\nresults on {total} handwritten digits that were not used for training")
         kept = [
             _at_least("reward model: pairs won by the right digit", won, REQUIRED_PAIR_ACCURACY),
-            _at_least(f"DPO: right answers, {before:.1%} before", after, before + REQUIRED_DPO_GAIN),
+            _at_least(f"DPO: right answers, {before:.1%} before", after, before + REQUIRED_DPO_SHARE * (1 - before)),
             _at_least(f"LoRA: right answers, {full:.1%} with all weights", lora, full - ALLOWED_LORA_LOSS),
             _row("LoRA: share of trainable weights", share, "<", ALLOWED_LORA_SHARE, share < ALLOWED_LORA_SHARE),
         ]
