@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megavlm.base.errors import UserError
-from megavlm.checkpoint.folders import find_checkpoint
+from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.config.sections import ModelSettings
 from megavlm.convert import SHARDED_METADATA, vocabulary
 from megavlm.convert.check_checkpoint import check_checkpoint
@@ -40,8 +40,11 @@ def start_words(model: ModelSettings) -> str:
         return "random weights"
     if is_hf_folder(model.start):
         return f"Hugging Face folder {model.start}"
-    # a folder that does not exist, which a dry run allows, may become either
-    return f"checkpoint {find_checkpoint(model.start)}" if model.start.exists() else str(model.start)
+    if not (model.start / "checkpoints").is_dir():
+        # a folder that does not exist, which a dry run allows, may become any of these
+        return f"checkpoint {model.start}" if model.start.exists() else str(model.start)
+    newest = latest(model.start / "checkpoints")
+    return f"checkpoint {newest}" if newest is not None else f"run {model.start}, which has no checkpoint yet"
 
 
 def shapes_at_start(model: ModelSettings) -> Shapes:
