@@ -1,5 +1,6 @@
 """Loads the weights of checkpoints and of Hugging Face folders into a model, in any layout."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,9 +41,9 @@ def start_words(model: ModelSettings) -> str:
         return "random weights"
     if is_hf_folder(model.start):
         return f"Hugging Face folder {model.start}"
-    if not (model.start / "checkpoints").is_dir():
+    if not os.path.isdir(model.start / "checkpoints"):
         # a folder that does not exist, which a dry run allows, may become any of these
-        return f"checkpoint {model.start}" if model.start.exists() else str(model.start)
+        return f"checkpoint {model.start}" if os.path.exists(model.start) else str(model.start)
     newest = latest(model.start / "checkpoints")
     return f"checkpoint {newest}" if newest is not None else f"run {model.start}, which has no checkpoint yet"
 
