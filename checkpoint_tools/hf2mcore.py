@@ -11,7 +11,8 @@ def main() -> int:
     """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         description="Convert a Hugging Face Qwen3-VL folder to a Megatron checkpoint that can be loaded in any "
-        "parallel layout. It needs no GPU and about 2 GB of memory.",
+        "parallel layout. It needs no GPU and about 2 GB of memory. A run can also start from the folder itself "
+        "(model.load); convert it for many runs, or to keep the weights as they are.",
         epilog="example: python checkpoint_tools/hf2mcore.py --hf Qwen3-VL-2B-Instruct --out checkpoints/qwen3-vl-2b",
     )
     parser.add_argument("--hf", required=True, metavar="DIR", help="folder with config.json and *.safetensors")

@@ -2,7 +2,7 @@
 
 from megavlm.align.losses import PREFERENCE_LOSSES, check_preference
 from megavlm.align.objectives import PairObjective
-from megavlm.align.preference_method import PreferenceMethod, check
+from megavlm.align.preference_method import PreferenceMethod, check, check_reference
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 
@@ -39,5 +39,7 @@ def method(settings: Settings) -> PreferenceMethod:
     check(settings, "dpo")
     options = options_of(settings)
     loss, has_reference = settings.align.loss, PREFERENCE_LOSSES[settings.align.loss].reference
+    if has_reference:
+        check_reference(settings, f"dpo with align.loss {loss}")
     make = lambda s, groups, start: PairObjective(loss, options, s.train.logprob_chunk_tokens, groups, start)
     return PreferenceMethod("pair", f"preference tuning · {loss}", make, has_reference=has_reference)

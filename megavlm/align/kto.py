@@ -3,7 +3,7 @@
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megavlm.align.objectives import JudgedObjective
-from megavlm.align.preference_method import PreferenceMethod, check
+from megavlm.align.preference_method import PreferenceMethod, check, check_reference
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.training.start_weights import StartWeights
@@ -14,6 +14,7 @@ BETA = 0.1
 def method(settings: Settings) -> PreferenceMethod:
     """Makes the method. Raises UserError for settings that kto does not use."""
     check(settings, "kto")
+    check_reference(settings, "kto")
     align = settings.align
     for name in ("loss", "gamma", "label_smoothing", "lam", "centering"):
         if align.is_changed(name):

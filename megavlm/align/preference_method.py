@@ -6,6 +6,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megavlm.align.reference import AnswerData, reference_of
 from megavlm.base.errors import UserError
+from megavlm.config.sections import RANDOM
 from megavlm.config.settings import Settings
 from megavlm.data.row_source import MappedRows, RowSource
 from megavlm.records.records import Kind
@@ -49,6 +50,15 @@ class PreferenceMethod:
             rows = MappedRows(rows, reference.attach) if rows is not None else None
         objective = self._make(session.settings, session.groups.language, start)
         return Prepared(objective, rows, files.longest_row)
+
+
+def check_reference(settings: Settings, verb: str) -> None:
+    """Raises UserError if the weights of the reference model, which ``verb`` needs, would be random."""
+    if settings.model.load == RANDOM:
+        raise UserError(
+            f"model.load is random, but {verb} compares the model with the weights that it starts from",
+            "set model.load to these weights",
+        )
 
 
 def check(settings: Settings, verb: str) -> None:

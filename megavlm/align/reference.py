@@ -130,7 +130,7 @@ def _make(session: Session, data: AnswerData | None, kind: Kind, heartbeat: Call
     """Computes the tables with the weights of ``model.load`` and ``model.adapter``."""
     settings, vlm, groups = session.settings, session.vlm, session.groups
     if session.adapters is None:  # adapters already have their first values
-        load_weights(find_checkpoint(required(settings.model.load, "model.load")), vlm)
+        load_weights(find_checkpoint(required(settings.model.start, "model.load")), vlm)
     vlm.train(False)
     rows = None
     if data is not None:
@@ -218,7 +218,7 @@ def _column(annotations: Annotations) -> int:
 
 def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:
     """Identifies what the log-probabilities depend on; for files, see ``digest_of``."""
-    folders = [find_checkpoint(path) for path in (settings.model.load, settings.model.adapter) if path is not None]
+    folders = [find_checkpoint(path) for path in (settings.model.start, settings.model.adapter) if path is not None]
     files = [s.file.index_files if isinstance(s.file, ShardFolder) else [s.file.path] for s in sources]
     return {
         "kind": kind,

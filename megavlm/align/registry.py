@@ -41,14 +41,15 @@ METHODS = {
     "pretrain": MethodEntry(
         "megavlm.training.language_modeling:pretrain",
         "train one of the four pretraining stages (stage: 0 … 3)",
-        "megavlm pretrain stage0.yaml model.load=CHECKPOINT output=runs/stage0 --nproc 2",
-        requires=("stage",),
+        "megavlm pretrain stage0.yaml model.load=HF_FOLDER output=runs/stage0 --nproc 2",
+        requires=("stage", "model.load"),
         has_stages=True,
     ),
     "sft": MethodEntry(
         "megavlm.training.language_modeling:sft",
         "supervised fine-tuning on conversations",
-        "megavlm sft sft.yaml train.lr=1e-5 output=runs/sft --nproc 2",
+        "megavlm sft sft.yaml model.load=HF_FOLDER output=runs/sft --nproc 2",
+        requires=("model.load",),
     ),
     "rm": MethodEntry(
         "megavlm.align.rm:method",

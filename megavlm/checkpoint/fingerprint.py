@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from megavlm.convert.hf_shapes import is_hf_folder
 from megavlm.media.files import File
 
 _ENDS = 1 << 20  # bytes that are read at either end of a file
@@ -20,6 +21,11 @@ def digest_of(files: Iterable[File]) -> str:
 
 
 def digest_of_folders(*folders: Path) -> str:
-    """Returns ``digest_of`` all files in the folders."""
-    paths = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    """Returns ``digest_of`` the weights in Hugging Face folders and all files in other folders."""
+    paths = [
+        path
+        for folder in folders
+        for path in sorted(folder.glob("*.safetensors") if is_hf_folder(folder) else folder.rglob("*"))
+        if path.is_file()
+    ]
     return digest_of(File(str(path)) for path in paths)

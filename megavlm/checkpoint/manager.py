@@ -32,7 +32,7 @@ from megavlm.config.settings import Settings
 from megavlm.convert import HF_LAYOUT, SHARDED_METADATA
 from megavlm.convert.adapter import Adapter
 from megavlm.convert.check_checkpoint import check_checkpoint
-from megavlm.convert.hf_folder import HfLayout
+from megavlm.convert.hf_shapes import layout_of
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.convert.peft_config import ADAPTER_CONFIG, config_of, write_config
 from megavlm.data.row_source import RowSource
@@ -68,8 +68,8 @@ class Checkpoints:
             critic, for example) begin with the model's name.
         rows: the source of the run's rows; None if this rank reads no rows.
         settings: the settings of the run (sections checkpoint, train, data, parallel and model).
-        origin: the checkpoint from which the main model's weights were loaded. Its description of the Hugging Face
-            files is copied into the new checkpoints.
+        origin: the checkpoint or Hugging Face folder from which the main model's weights were loaded. The description
+            of its Hugging Face files is copied into the new checkpoints.
     """
 
     def __init__(
@@ -265,10 +265,10 @@ def _sharded_model(model: TrainedModel, *, loading: bool) -> dict:
     return {"model": weights, "optimizer": state_of(model.optimizers, weights, metadata)}
 
 
-def _layout_in(checkpoint: Path) -> str | None:
-    """The description of the Hugging Face files in a checkpoint, unchanged; None if it has none."""
-    found = HfLayout.of_checkpoint(checkpoint)
-    return (checkpoint / HF_LAYOUT).read_text(encoding="utf-8") if found is not None else None
+def _layout_in(start: Path) -> str | None:
+    """The description of the Hugging Face files in a checkpoint or of a folder; None if the checkpoint has none."""
+    found = layout_of(start)
+    return found.to_json() if found is not None else None
 
 
 def random_state() -> dict:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megavlm.base.number_format import short
-from megavlm.checkpoint.load_weights import shapes_at_start
+from megavlm.checkpoint.load_weights import shapes_at_start, start_words
 from megavlm.config.requirements import check_files, check_stage
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
@@ -101,7 +101,7 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
         ("tower", f"{vision.layers} layers of {vision.hidden}, deepstack after layers {levels}"),
         ("frozen", ", ".join(p + until.get(p, "") for p in settings.model.freeze) or "nothing"),
         ("layout", f"{world_size} processes: {layout} · data {data_parallel}"),
-        ("start", str(settings.model.load or "random weights")),
+        ("start", start_words(settings.model)),
     ]
     if settings.adapter.type or settings.model.adapter:
         facts.append(("adapter", _adapter(settings, shapes)))

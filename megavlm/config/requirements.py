@@ -25,7 +25,7 @@ def check_required(settings: Settings, keys: Iterable[str], verb: str) -> None:
     missing = [key for key in keys if attrgetter(key)(settings) in (None, [])]
     if missing:
         listed = ", ".join(f"{key} ({meanings[key]})" for key in missing)
-        example = f"{missing[0]}=…"
+        example = f"model.load={settings.model.hf}" if missing[0] == "model.load" else f"{missing[0]}=…"
         raise UserError(f"{verb} needs {listed}", f"set it in the file or on the command line: {example}")
 
 
@@ -39,7 +39,7 @@ def check_files(settings: Settings, keys: Iterable[str]) -> None:
         if key == "data.train":
             paths |= {name: source.path for name, source in settings.data.leaves.items()}
         else:
-            paths[key] = attrgetter(key)(settings)
+            paths[key] = settings.model.start if key == "model.load" else attrgetter(key)(settings)
     missing = {key: path for key, path in paths.items() if isinstance(path, Path) and not _exists(path, key)}
     remedy = f"relative paths start from {Path.cwd()}"
     if len(missing) == 1:
@@ -81,5 +81,5 @@ def check_stage(settings: Settings) -> None:
     if stage > 0 and settings.model.load is None:
         raise UserError(
             f"stage is {stage}, which continues stage {stage - 1}, but model.load is not set",
-            "set model.load to the output folder or a checkpoint of the previous stage",
+            "set model.load to the output folder or a checkpoint of the previous stage, or to a Hugging Face folder",
         )

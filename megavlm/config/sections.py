@@ -5,12 +5,16 @@ section are in its class, checks between sections in `settings.py`, and checks a
 of processes in `layout.py`.
 """
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.base.errors import UserError
 from megavlm.config.section import Bool, FilePath, Float, Int, Part, Section, Str
+
+RANDOM = Path("random")
+"""The value of model.load with which a run insists on random weights."""
 
 
 class ModelSettings(Section):
@@ -22,8 +26,9 @@ class ModelSettings(Section):
     )
     load: FilePath | None = Field(
         None,
-        description="Megatron checkpoint to start from, or the output folder of a run; null: random weights drawn with "
-        "train.seed",
+        description="what to start from: a Hugging Face folder, most often that of model.hf; the output folder of a "
+        "run; a Megatron checkpoint; or the word random: random weights drawn with train.seed (a folder of this name "
+        "is written ./random)",
     )
     adapter: FilePath | None = Field(
         None,
@@ -46,6 +51,17 @@ class ModelSettings(Section):
         description="implementation of the layers. te: Transformer Engine; portable: plain PyTorch; auto: te on a GPU "
         "if it is installed, otherwise portable",
     )
+
+    @field_validator("load", mode="before")
+    @classmethod
+    def _folder_named_random(cls, load: Any) -> Any:
+        """Keeps ./random apart from the word, also when the settings are written to config.yaml."""
+        return Path(load).absolute() if isinstance(load, str) and load != str(RANDOM) and Path(load) == RANDOM else load
+
+    @property
+    def start(self) -> Path | None:
+        """The checkpoint, run or Hugging Face folder to start from; None: random weights."""
+        return None if self.load == RANDOM else self.load
 
     @field_validator("freeze")
     @classmethod

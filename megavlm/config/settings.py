@@ -83,11 +83,12 @@ class Settings(Section):
                 f"train.lr_scale is {self.train.lr_scale}, but model.freeze has {frozen}: the entry would be ignored",
                 f"remove {frozen} from one of them",
             )
-        if self.train.kl_to_start and self.model.load is None:
+        if self.train.kl_to_start and self.model.start is None:
+            load = "not set" if self.model.load is None else self.model.load
             raise UserError(
-                f"train.kl_to_start is {self.train.kl_to_start:g}, but model.load is not set: there is no model to "
+                f"train.kl_to_start is {self.train.kl_to_start:g}, but model.load is {load}: there is no model to "
                 "stay close to",
-                "set model.load, or set kl_to_start to 0",
+                "set model.load to the weights to stay close to, or set kl_to_start to 0",
             )
         check_seq_length(self.data.seq_length, self.parallel)
         self._check_pad_multiple()

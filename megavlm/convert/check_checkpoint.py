@@ -1,19 +1,18 @@
-"""Compares the weights in a checkpoint with the model that config.json describes, in both directions.
+"""Compares the weights in a folder with the model that config.json describes, in both directions.
 
-Every command and tool that reads a checkpoint calls this before it does anything, because a part of a larger
-model would load without an error.
+Every command and tool that reads weights calls this before it does anything, because a part of a larger model would
+load without an error.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from megavlm.base.errors import UserError
 from megavlm.convert.hf_folder import short_list
-from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.convert.model_facts import differences, of_weights
 from megavlm.convert.names import MCORE_OUTPUT, Entry, table
 from megavlm.convert.peft_names import CHECKPOINT_PREFIX
 from megavlm.convert.tensor_order import Shape
+from megavlm.convert.weight_source import WeightSource
 from megavlm.model import score_head
 from megavlm.model.shapes import Shapes
 
@@ -21,16 +20,14 @@ PARTS = ("vision.", "projector.", "language.")
 """The beginnings of the keys of a model's weights. Others belong to adapters, optimizers and further models."""
 
 
-def check_checkpoint(
-    checkpoint: McoreCheckpoint, shapes: Shapes, *, prefix: str = "", fewer_rows: bool = False
-) -> None:
-    """Checks that a checkpoint contains all weights of a model with their shapes, and no other weights of a model.
+def check_checkpoint(checkpoint: WeightSource, shapes: Shapes, *, prefix: str = "", fewer_rows: bool = False) -> None:
+    """Checks that a folder contains all weights of a model with their shapes, and no other weights of a model.
 
-    A reward head may be missing. The word embedding and the output layer may have further rows that are all zero, from
-    a padded vocabulary.
+    It is a checkpoint or a Hugging Face folder. A reward head may be missing. The word embedding and the output layer
+    may have further rows that are all zero, from a padded vocabulary.
 
     Args:
-        checkpoint: the checkpoint. Its files and objects are checked, too (``McoreCheckpoint.check_contents``).
+        checkpoint: where the weights are. Its files and objects are checked, too (``check_contents``).
         shapes: shapes of the model.
         prefix: the beginning of the keys of a model that is not the main model of a run.
         fewer_rows: whether the embedding and the output layer may have fewer rows (``model.resize_vocabulary``).
@@ -58,11 +55,11 @@ def check_checkpoint(
     for entry in entries:
         if entry.padded and entry.key in stored and _may_differ(checkpoint, prefix, entry, fewer_rows):
             stored[entry.key] = entry.shape
-    _compare(stored, _expected(entries, shapes), checkpoint.path)
+    _compare(stored, _expected(entries, shapes), checkpoint)
     checkpoint.check_contents()
 
 
-def check_trained_parts(checkpoint: McoreCheckpoint, shapes: Shapes) -> None:
+def check_trained_parts(checkpoint: WeightSource, shapes: Shapes) -> None:
     """Checks the weights that a checkpoint of adapters contains beside them: of parts that were trained in full.
 
     Raises:
@@ -76,14 +73,14 @@ def check_trained_parts(checkpoint: McoreCheckpoint, shapes: Shapes) -> None:
         # the output layer of a reward model is not trained
         if key in stored or (key.partition(".")[0] in parts and key not in (MCORE_OUTPUT, score_head.KEY))
     }
-    _compare(stored, expected, checkpoint.path)
+    _compare(stored, expected, checkpoint)
 
 
 def _expected(entries: list[Entry], shapes: Shapes) -> dict[str, Shape]:
     return {entry.key: entry.shape for entry in entries} | {score_head.KEY: (1, shapes.text.hidden)}
 
 
-def _may_differ(checkpoint: McoreCheckpoint, prefix: str, entry: Entry, fewer_rows: bool) -> bool:
+def _may_differ(checkpoint: WeightSource, prefix: str, entry: Entry, fewer_rows: bool) -> bool:
     """Whether a tensor with a row for each token may have the number of rows that it has."""
     key = prefix + entry.key
     shape, ours = checkpoint.tensors[key][0], entry.shape[0]
@@ -92,7 +89,7 @@ def _may_differ(checkpoint: McoreCheckpoint, prefix: str, entry: Entry, fewer_ro
     return fewer_rows if shape[0] < ours else not checkpoint.read(key, ours, shape[0]).any()
 
 
-def _compare(stored: Mapping[str, Shape], expected: Mapping[str, Shape], checkpoint: Path) -> None:
+def _compare(stored: Mapping[str, Shape], expected: Mapping[str, Shape], source: WeightSource) -> None:
     missing = [key for key in expected if key not in stored and key != score_head.KEY]
     unknown = [key for key in stored if key not in expected]
     shapes = [key for key in expected if key in stored and stored[key] != expected[key]]
@@ -104,10 +101,9 @@ def _compare(stored: Mapping[str, Shape], expected: Mapping[str, Shape], checkpo
         found.append(f"{shapes[0]} has shape {there}, but config.json implies {here}{more}")
     if not found:
         return
-    different = differences("the checkpoint", of_weights(stored), of_weights(expected))
+    different = differences(f"the {source.kind}", of_weights(stored), of_weights(expected))
     raise UserError(
-        f"{checkpoint} is a checkpoint of another model than config.json describes"
+        f"{source.path} is a {source.kind} of another model than config.json describes"
         f"{f': {different}' if different else ''} ({'; '.join(found)})",
-        "use the Hugging Face folder (model.hf, --hf) of the model that the checkpoint was made from, or another "
-        "checkpoint",
+        "use the Hugging Face folder (model.hf, --hf) of the model that the weights are of, or other weights",
     )

@@ -1,19 +1,19 @@
 """The conversions in both directions. Each makes one pass over the weights in constant memory."""
 
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.convert import vocabulary
-from megavlm.convert.adapter import REWARD_HEAD, Adapter, read_reward_head
+from megavlm.convert.adapter import REWARD_HEAD, Adapter
 from megavlm.convert.check_checkpoint import check_checkpoint
-from megavlm.convert.hf_folder import HF_LAYOUT, HfLayout, HfWeights, HfWriter, copy_configuration, short_list
-from megavlm.convert.hf_shapes import has_own_output, open_weights, shapes_of
-from megavlm.convert.mcore_checkpoint import McoreCheckpoint, TensorToWrite, write_checkpoint
+from megavlm.convert.hf_folder import HF_LAYOUT, HfLayout, HfWeights, HfWriter, copy_configuration
+from megavlm.convert.hf_shapes import has_own_output, is_hf_folder, layout_of, shapes_of, warn_of_own_output
+from megavlm.convert.hf_source import HfSource, check_names, open_source
+from megavlm.convert.mcore_checkpoint import TensorToWrite, write_checkpoint
 from megavlm.convert.names import HF_EMBEDDING, HF_OUTPUT, Entry, table
 from megavlm.convert.new_output import new_folder, progress_bar
 from megavlm.convert.threads import in_threads
@@ -37,20 +37,17 @@ def hf_to_mcore(hf: str | Path, out: str | Path, *, overwrite: bool = False, pro
             exists.
     """
     hf, out = Path(hf), Path(out)
-    shapes, weights = open_weights(hf)
-    entries = table(shapes)
-    check_names(entries, weights.layout, hf)
-    layout = replace(weights.layout, untied=shapes.tied != shapes_of(hf).tied)
-    sources = [_source(entry, weights, hf) for entry in entries]
-    head = read_reward_head(hf, shapes)
-    if head is not None:
-        load_head = lambda first, last: head[first:last]
-        sources.append(TensorToWrite(score_head.KEY, tuple(head.shape), head.dtype, load_head))
-    total = sum(info.nbytes for info in weights.layout.tensors.values())
-    with new_folder(out, overwrite=overwrite, mark="metadata.json") as partial:
-        (partial / HF_LAYOUT).write_text(layout.to_json(), encoding="utf-8")
+    source = HfSource(hf)
+    warn_of_own_output(hf, source.layout)
+    written = [
+        TensorToWrite(key, shape, dtype, partial(source.read, key), source.pieces(key))
+        for key, (shape, dtype) in source.tensors.items()
+    ]
+    total = sum(info.nbytes for info in source.layout.tensors.values())
+    with new_folder(out, overwrite=overwrite, mark="metadata.json") as unfinished:
+        (unfinished / HF_LAYOUT).write_text(source.layout.to_json(), encoding="utf-8")
         with progress_bar(f"{hf.name} → {out.name}", total, show=progress) as advance:
-            write_checkpoint(partial, sources, {"step": 0, "model_type": shapes.model_type}, advance)
+            write_checkpoint(unfinished, written, {"step": 0, "model_type": source.shapes.model_type}, advance)
 
 
 def mcore_to_hf(
@@ -66,11 +63,13 @@ def mcore_to_hf(
 ) -> None:
     """Converts a Megatron checkpoint, whether converted or saved by training, into a Hugging Face folder.
 
+    The weights may also be those of a Hugging Face folder, for an adapter to be merged into them.
+
     Names, files and dtypes are those of the weights in ``hf`` if it has any, or else those recorded in the checkpoint.
     Without either, they are transformers' names, files of 5 GB and the dtype of the checkpoint.
 
     Args:
-        mcore: checkpoint folder; its optimizer states are ignored.
+        mcore: checkpoint or Hugging Face folder; optimizer states are ignored.
         hf: folder with config.json and the files of processor and tokenizer, which are copied.
         out: folder to create.
         adapter: adapter to merge into the weights. Weights that were trained in full with it replace those of
@@ -83,13 +82,23 @@ def mcore_to_hf(
         progress: whether to show a progress bar on standard error.
 
     Raises:
-        UserError: the checkpoint is of another model than ``hf``; ``out`` exists; and all errors of HfWeights and
-            McoreCheckpoint.
+        UserError: the checkpoint is of another model than ``hf``; it is a Hugging Face folder to which nothing would
+            be done; ``out`` exists; and all errors of HfWeights and
+            ``open_source``.
     """
     mcore, hf, out = Path(mcore), Path(hf), Path(out)
     if out.resolve() == hf.resolve():
         raise UserError(f"--out and --hf are the same folder: {out}", "choose another --out")
-    in_hf, checkpoint = shapes_of(hf, mcore), McoreCheckpoint(mcore)
+    if is_hf_folder(mcore):
+        if out.resolve() == mcore.resolve():
+            raise UserError(f"--out is the folder with the weights: {out}", "choose another --out")
+        if adapter is None and dtype is None and not resize_vocabulary:
+            raise UserError(
+                f"{mcore} is a Hugging Face folder already, not a checkpoint (it has no metadata.json): there is "
+                "nothing to convert",
+                "name the run or the checkpoint that is to be converted",
+            )
+    in_hf, checkpoint = shapes_of(hf, mcore), open_source(mcore)
     shapes = vocabulary.resized(in_hf, hf) if resize_vocabulary else vocabulary.stored_shapes(in_hf, hf, checkpoint)
     entries = table(shapes)
     check_checkpoint(checkpoint, shapes, fewer_rows=resize_vocabulary)
@@ -140,64 +149,16 @@ def mcore_to_hf(
 
 
 def hf_layout(hf: str | Path, mcore: str | Path | None = None) -> HfLayout | None:
-    """The layout for a converted folder: that of the weights in ``hf``, or else the one recorded in ``mcore``."""
+    """The layout for a converted folder: that of the weights in ``hf``, or else that of ``mcore`` (``layout_of``)."""
     if HfWeights.present(Path(hf)):
         return HfWeights(Path(hf)).layout
-    return HfLayout.of_checkpoint(Path(mcore)) if mcore is not None else None
+    return layout_of(Path(mcore)) if mcore is not None else None
 
 
 def rows(entry: Entry) -> list[tuple[int, int]]:
     """The ranges of axis 0 that are converted one at a time."""
     size = entry.shape[0] // entry.pieces
     return [(piece * size, (piece + 1) * size) for piece in range(entry.pieces)]
-
-
-def check_names(entries: list[Entry], layout: HfLayout, where: Path) -> None:
-    """Checks that all HF tensors of the table are present with the right shape, and no other tensors.
-
-    Raises:
-        UserError: the check fails; the message names the tensors.
-    """
-    tensors = layout.tensors
-    wanted = {name: entry for entry in entries for name in (*entry.hf, *entry.copies)}
-    missing = [name for entry in entries for name in entry.hf if name not in tensors]
-    if missing:
-        raise UserError(
-            f"{where}: missing tensor {short_list(missing)}",
-            "config.json and the weights must belong to the same model",
-        )
-    unknown = [name for name in tensors if name not in wanted]
-    if unknown:
-        raise UserError(
-            f"{where}: tensor {short_list(unknown)} is no weight of the model that config.json describes",
-            "config.json and the weights must belong to the same model",
-        )
-    for name, entry in wanted.items():
-        if name in tensors and not entry.accepts(name, tensors[name].shape):
-            expected = list(entry.hf.get(name, entry.shape))
-            raise UserError(
-                f"{where}: {name} has shape {list(tensors[name].shape)}, but config.json implies {expected}",
-                "config.json and the weights must belong to the same model",
-            )
-
-
-def _source(entry: Entry, weights: HfWeights, folder: Path) -> TensorToWrite:
-    infos = [weights.layout.tensors[name] for name in entry.hf]
-    dtypes = {info.dtype for info in infos}
-    if len(dtypes) > 1:
-        raise UserError(
-            f"{folder}: {', '.join(entry.hf)} have different dtypes: {', '.join(sorted(dtypes))}; they become one "
-            "tensor, so they need the same dtype",
-            "save the folder again with one dtype",
-        )
-
-    def load(first: int, last: int) -> Tensor:
-        parts = [weights.read(name) for name in entry.hf]
-        if entry.pieces > 1:
-            parts = [part[first:last] for part in parts]
-        return entry.layout.to_mcore(parts, (last - first, *entry.shape[1:]))
-
-    return TensorToWrite(entry.key, entry.shape, infos[0].torch_dtype, load, entry.pieces)
 
 
 def _piece_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:

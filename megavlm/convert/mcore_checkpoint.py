@@ -80,6 +80,8 @@ class McoreCheckpoint:
             but what such a file is made of (``safe_pickle``).
     """
 
+    kind = "checkpoint"
+
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():

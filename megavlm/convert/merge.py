@@ -7,9 +7,10 @@ from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.convert.adapter import REWARD_HEAD, Adapter
-from megavlm.convert.convert import check_names, rows
+from megavlm.convert.convert import rows
 from megavlm.convert.hf_folder import HfWriter, copy_configuration, short_list
-from megavlm.convert.hf_shapes import open_weights
+from megavlm.convert.hf_shapes import open_weights, warn_of_own_output
+from megavlm.convert.hf_source import check_names
 from megavlm.convert.names import Entry, table
 from megavlm.convert.new_output import new_folder, progress_bar
 from megavlm.convert.threads import in_threads
@@ -35,6 +36,7 @@ def merge_adapter(
     """
     hf, out = Path(hf), Path(out)
     shapes, weights = open_weights(hf)
+    warn_of_own_output(hf, weights.layout)
     check_tokenizer(shapes, hf)
     entries, found = table(shapes), Adapter(adapter, shapes)
     check_names(entries, weights.layout, hf)

@@ -3,7 +3,8 @@
 A layout converts the HF tensors of a table entry into the Megatron tensor (``to_mcore``) and back (``to_hf``). It only
 moves values, so converting there and back gives the same bits in any dtype. Both methods take the target shapes,
 because the same values are stored in more than one shape (a convolution or its flattened matrix, an expert or its
-transpose).
+transpose). ``blocks`` gives the Megatron tensor in pieces that are views, so that a rank can read its share of a tensor
+and nothing else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,9 @@ class Layout(Protocol):
     def to_hf(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         """The HF tensors of ``shapes``, made of the Megatron tensor."""
 
+    def blocks(self, parts: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        """Views of the HF tensors that make up the Megatron tensor of ``shape`` when joined along axis 0."""
+
 
 @dataclass(frozen=True)
 class Same:
@@ -51,6 +55,9 @@ class Same:
     def to_hf(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         return [tensor.reshape(shapes[0])]
 
+    def blocks(self, parts: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        return [parts[0].reshape(shape)]
+
 
 @dataclass(frozen=True)
 class Stacked:
@@ -61,6 +68,9 @@ class Stacked:
 
     def to_hf(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         return list(tensor.chunk(len(shapes)))
+
+    def blocks(self, parts: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        return list(parts)
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,10 @@ class GroupedQkv:
         sizes = [shape[0] // self.groups for shape in shapes]
         return [part.reshape(shape) for part, shape in zip(rows.split(sizes, dim=1), shapes, strict=True)]
 
+    def blocks(self, parts: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        split = [part.unflatten(0, (self.groups, -1)) for part in parts]
+        return [part[group] for group in range(self.groups) for part in split]
+
 
 @dataclass(frozen=True)
 class FusedQkv:
@@ -92,6 +106,10 @@ class FusedQkv:
 
     def to_hf(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         return [tensor.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).reshape(shapes[0])]
+
+    def blocks(self, parts: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        split = parts[0].unflatten(0, (3, self.heads, -1))
+        return [split[which, head] for head in range(self.heads) for which in range(3)]
 
 
 @dataclass(frozen=True)
@@ -107,6 +125,9 @@ class Experts:
 
     def to_hf(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         return [_turned(tensor, shapes[0])]
+
+    def blocks(self, parts: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        return [_turned(parts[0], shape)]
 
 
 def _turned(tensor: Tensor, shape: Shape) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import shortened
-from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+from megavlm.convert.weight_source import WeightSource
 from megavlm.model.shapes import Shapes
 
 TABLES = ("language.embedding.word_embeddings.weight", "language.output_layer.weight")
@@ -45,7 +45,7 @@ def resized(shapes: Shapes, hf: Path) -> Shapes:
     return shapes.with_vocabulary(-(-rows // MULTIPLE) * MULTIPLE)
 
 
-def stored_shapes(shapes: Shapes, hf: Path, checkpoint: McoreCheckpoint) -> Shapes:
+def stored_shapes(shapes: Shapes, hf: Path, checkpoint: WeightSource) -> Shapes:
     """The shapes, or the resized ones if the checkpoint is of a run with ``model.resize_vocabulary``."""
     largest = largest_id(hf)
     if largest is None or largest < shapes.text.vocab:
@@ -91,7 +91,7 @@ def _read(file: Path, find: Callable[[Any], Any]) -> list[int]:
         ) from None
 
 
-def mean_row(checkpoint: McoreCheckpoint, key: str) -> Tensor:
+def mean_row(checkpoint: WeightSource, key: str) -> Tensor:
     """float32 [hidden]: the mean of all rows of a table."""
     count, hidden = checkpoint.tensors[key][0]
     total = torch.zeros(hidden, dtype=torch.float64)
@@ -100,7 +100,7 @@ def mean_row(checkpoint: McoreCheckpoint, key: str) -> Tensor:
     return (total / count).float()
 
 
-def read_rows(checkpoint: McoreCheckpoint, key: str, first: int, last: int, mean: Tensor | None = None) -> Tensor:
+def read_rows(checkpoint: WeightSource, key: str, first: int, last: int, mean: Tensor | None = None) -> Tensor:
     """Rows [first, last) of a table; rows that the checkpoint lacks are ``mean``, by default that of all others."""
     count = checkpoint.tensors[key][0][0]
     if last <= count:
@@ -110,6 +110,6 @@ def read_rows(checkpoint: McoreCheckpoint, key: str, first: int, last: int, mean
     return torch.cat([checkpoint.read(key, first, count), added]) if first < count else added.clone()
 
 
-def fewer_rows(checkpoint: McoreCheckpoint, shapes: Shapes) -> list[str]:
+def fewer_rows(checkpoint: WeightSource, shapes: Shapes) -> list[str]:
     """The keys of those tables for which a checkpoint has fewer rows than the model."""
     return [key for key in TABLES if key in checkpoint.tensors and checkpoint.tensors[key][0][0] < shapes.text.vocab]

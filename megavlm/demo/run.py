@@ -26,7 +26,7 @@ from megavlm.demo.commands import (
 
 REQUIRED_ACCURACY = 0.95
 STAGES = ("stage0", "stage1", "stage2", "stage3", "sft")
-PARTS = ("data", "model", "start", *STAGES, "before", "after", "exported")  # subfolders of the output folder
+PARTS = ("data", "model", *STAGES, "before", "after", "exported")  # subfolders of the output folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +53,7 @@ class Demo:
     Attributes:
         sft: the settings of the supervised fine-tuning.
         questions: the held-out questions.
-        start: the checkpoint from which it starts.
+        start: the run from which it starts.
     """
 
     def __init__(self, out: Path):
@@ -85,19 +85,14 @@ class Demo:
         show_variable(self.out)
 
     def train(self) -> None:
-        """Conversion, answers before training, the four stages, fine-tuning, export, answers after training."""
+        """Answers before training, the four stages, fine-tuning, export, answers after training."""
         out, sft = self.out, CONFIGS / "sft.yaml"
-        self.convert()
-        run("megavlm", "infer", sft, f"model.load={out / 'start'}", f"output={out / 'before'}", *NPROC)
+        run("megavlm", "infer", sft, f"model.load={out / 'model'}", f"output={out / 'before'}", *NPROC)
         self.pretrain()
         run("megavlm", "sft", sft, *NPROC)
         run("megavlm", "export", sft, f"model.load={out / 'sft'}", "--out", out / "exported")
         run("megavlm", "infer", sft, f"model.load={out / 'sft'}", f"output={out / 'after'}", *NPROC)
         run("python", "-m", "megavlm.report.run_report", out / "sft")  # again, because now there are answers to show
-
-    def convert(self) -> None:
-        """Converts the random weights to a Megatron checkpoint."""
-        run("python", "checkpoint_tools/hf2mcore.py", "--hf", self.out / "model", "--out", self.out / "start")
 
     def pretrain(self) -> None:
         """Runs the four stages of pretraining."""

@@ -74,7 +74,6 @@ class Tune:
             show_variable(self.demo.out)
         else:
             self.demo.prepare(overwrite)
-            self.demo.convert()
             self.demo.pretrain()
         self.out.mkdir()
 

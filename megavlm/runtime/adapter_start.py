@@ -55,10 +55,11 @@ def check_adapter(settings: Settings, shapes: Shapes) -> None:
     adapter, model = settings.adapter, settings.model
     if adapter.type is None:
         return
-    if model.load is None:
+    if model.start is None:
+        load = "not set" if model.load is None else model.load
         raise UserError(
-            f"adapter.type is {adapter.type}, but model.load is not set: adapters are added to trained weights",
-            "set model.load, or adapter.type to null",
+            f"adapter.type is {adapter.type}, but model.load is {load}: adapters are added to trained weights",
+            "set model.load to these weights, or adapter.type to null",
         )
     linears = targeted(adapter, shapes)
     for name, linear in linears.items():
@@ -93,20 +94,20 @@ def check_adapter(settings: Settings, shapes: Shapes) -> None:
 
 
 def load_start(settings: Settings, vlm: VLM, adapters: Adapters | None) -> None:
-    """Loads ``model.load``, if it is set, and sets the first values of the adapters.
+    """Loads ``model.load``, unless the run starts from random weights, and sets the first values of the adapters.
 
     Adapters start from ``model.adapter`` or, without it, from values that do not change the model's output.
     """
     model = settings.model
-    if model.load is not None:
-        load_weights(find_checkpoint(model.load), vlm)
+    if model.start is not None:
+        load_weights(find_checkpoint(model.start), vlm)
     if adapters is None:
         return
     source = None
     if model.adapter is not None:
         folder = find_checkpoint(model.adapter)
         if dist.get_rank() == 0:
-            warn_of_other_base(folder, find_checkpoint(required(model.load, "model.load")))
+            warn_of_other_base(folder, find_checkpoint(required(model.start, "model.load")))
         source = Adapter(folder, vlm.shapes)
         if others := source.other_weights - {score_head.KEY}:  # of parts without adapters that were trained as well
             load_some(folder, vlm, lambda key: key in others)

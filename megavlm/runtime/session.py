@@ -63,12 +63,12 @@ class Session:
 
         Args:
             name: name of the model in ``models`` and, if it is trained, in checkpoints.
-            load: checkpoint or run folder.
+            load: checkpoint, run folder or Hugging Face folder.
             trained: whether its weights will change; otherwise the whole model is frozen and in eval mode.
             score_head: whether to add the head of a reward or value model.
 
         Raises:
-            UserError: ``load`` contains only an adapter, no complete checkpoint, or another model.
+            UserError: ``load`` contains only an adapter, no complete weights, or another model.
         """
         assert name not in self.models, name
         vlm = VLM(self.shapes, self.settings, self.groups, score_head=score_head)
@@ -139,7 +139,7 @@ def _check_sizes(settings: Settings, shapes: Shapes) -> None:
 
 
 def start(settings: Settings, *, training: bool, load: bool = True, score_head: bool = False) -> Session:
-    """Builds the model on this rank and loads ``model.load`` into it, if it is set.
+    """Builds the model on this rank and loads ``model.load`` into it, unless that is random weights.
 
     Args:
         settings: the settings of the command.
@@ -172,7 +172,7 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
             f"parallel.pipeline is {settings.parallel.pipeline}, but scoring and generation require one pipeline stage",
             "set parallel.pipeline=1 on the command line; a checkpoint can be loaded in any layout",
         )
-    path = find_checkpoint(settings.model.load) if load and settings.model.load is not None else None
+    path = find_checkpoint(settings.model.start) if load and settings.model.start is not None else None
     if path is not None and not score_head and dist.get_rank() == 0 and has_score_head(path):
         _log.warning("%s has a reward head, which is not used here", path)
     vlm = VLM(shapes, settings, groups, share_frames=share_frames, score_head=score_head)

@@ -69,7 +69,7 @@ def build_run(settings: Settings, method: Method, heartbeat: Callable[[str], Non
     origin = None
     if checkpoint is None or session.adapters is not None:  # checkpoints of adapters do not contain frozen weights
         load_start(settings, session.vlm, session.adapters)
-        origin = find_checkpoint(settings.model.load) if settings.model.load is not None else None
+        origin = find_checkpoint(settings.model.start) if settings.model.start is not None else None
         heartbeat("loading the weights")
     prepared = method.prepare(session, heartbeat)
     heartbeat("preparing the method")

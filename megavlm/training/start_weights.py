@@ -22,7 +22,7 @@ class StartWeights:
     def __init__(self, session: Session):
         vlm, settings = session.vlm, session.settings
         if session.adapters is None:  # with adapters, ``build_run`` has loaded them even if the run will be resumed
-            load_weights(find_checkpoint(required(settings.model.load, "model.load")), vlm)
+            load_weights(find_checkpoint(required(settings.model.start, "model.load")), vlm)
         self._vlm = vlm
         self._copies: dict[Tensor, Tensor] = {
             parameter: parameter.detach().clone()

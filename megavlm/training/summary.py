@@ -3,6 +3,7 @@
 import torch.distributed as dist
 
 from megavlm.base.number_format import short
+from megavlm.checkpoint.load_weights import start_words
 from megavlm.model.flops import Work, peak_flops, step_flops
 from megavlm.model.vlm import PARTS
 from megavlm.monitor.metrics import throughput
@@ -35,7 +36,7 @@ def metrics_line(session: Session, number: int, result: StepResult, seconds: flo
 
 
 def header(session: Session) -> dict[str, str]:
-    """Makes the rows of the header: what is trained, with which data and layout, and the output folder."""
+    """Makes the rows of the header: what is trained from which weights, with which data and layout, and the output."""
     settings, vlm = session.settings, session.vlm
     parallel = settings.parallel
     layout = {
@@ -49,6 +50,7 @@ def header(session: Session) -> dict[str, str]:
     share = " (on rank 0)" if is_cut else ""
     return {
         "model": f"{settings.model.hf} · {vlm.kernels} kernels · {settings.train.precision}",
+        "start": start_words(settings.model),
         "trainable": " · ".join(f"{part} {_trained(session, part)}" for part in PARTS) + share,
         "layout": " × ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process",
         "data": ", ".join(str(source.path) for source in settings.data.leaves.values()),

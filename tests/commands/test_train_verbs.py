@@ -1,6 +1,7 @@
 """`megavlm sft` and its neighbours as a user runs them: processes of their own, files in, files out."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +37,12 @@ def toys(tmp_path_factory) -> Toys:
 
 
 def sft_config(toys: Toys, folder: Path, **train) -> Path:
-    """A configuration of plain SGD on the eight toy records, one a row; without the memory check."""
+    """A configuration of plain SGD on the eight toy records, one a row; without the memory check.
+
+    It starts from the Hugging Face folder, as most users do.
+    """
     config = {
-        "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense"))},
+        "model": {"hf": str(toys.folder("dense")), "load": str(toys.folder("dense"))},
         "data": {
             "train": [{"path": str(write_records(toys.root / "train.jsonl", toys.records))}],
             "seq_length": 128, "packing": "none", "shuffle": False, "workers": 1,
@@ -64,6 +68,7 @@ def test_one_step_of_sft_is_that_of_plain_pytorch(toys, tmp_path):
     lr = 1.0  # the update stands far above the rounding of the weights it is added to
     done = megavlm("sft", sft_config(toys, tmp_path, memory_check=True), f"train.lr={lr}", from_outside=True)
     assert "× 128 tokens, 122 of them visual" in done.stdout
+    assert re.search(r"start +Hugging Face folder /", done.stdout)
     mcore_to_hf(
         tmp_path / "run" / "checkpoints" / "step_00000001", toys.folder("dense"), tmp_path / "hf", progress=False
     )

@@ -58,3 +58,21 @@ def test_experts_are_turned_only_when_the_shape_says_so():
     assert torch.equal(Experts().to_hf(stored, [(3, 5, 6)])[0], stored.mT)
     square = numbered(3, 4, 4)
     assert torch.equal(Experts().to_mcore([square], (3, 4, 4)), square)
+
+
+@pytest.mark.parametrize("inner", [(HIDDEN,), ()], ids=["weight", "bias"])
+def test_blocks_are_the_megatron_tensor_in_pieces_that_are_no_copies(inner):
+    rows, kv = HEADS * DIM, GROUPS * DIM
+    cases = {
+        Same(): [(rows, *inner)],
+        Stacked(): [(rows, *inner)] * 2,
+        GroupedQkv(GROUPS): [(rows, *inner), (kv, *inner), (kv, *inner)],
+        FusedQkv(HEADS): [(3 * rows, *inner)],
+    }
+    for layout, shapes in cases.items():
+        parts = [100 * number + numbered(*shape) for number, shape in enumerate(shapes)]
+        shape = (sum(part.shape[0] for part in parts), *inner)
+        blocks = layout.blocks(parts, shape)
+        assert torch.equal(torch.cat(blocks), layout.to_mcore(parts, shape))
+        owners = {part.untyped_storage().data_ptr() for part in parts}
+        assert {block.untyped_storage().data_ptr() for block in blocks} == owners

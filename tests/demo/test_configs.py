@@ -29,7 +29,7 @@ def test_config_has_its_place_in_the_chain(stage):
     settings = load_settings(CONFIGS / f"{stage}.yaml")
     out, position = Path(DEFAULT_OUT), STAGES.index(stage)
     assert settings.stage == (position if stage != "sft" else None)
-    assert settings.model.load == out / (STAGES[position - 1] if position else "start")
+    assert settings.model.load == out / (STAGES[position - 1] if position else "model")
     assert settings.output == out / stage
 
 

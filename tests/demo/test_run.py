@@ -41,7 +41,7 @@ def test_commands_are_those_that_are_printed_and_a_failing_one_ends_the_demo(tmp
     with pytest.raises(commands.CommandFailed, match=r"export .* ended with status 3"):
         demo.train()
     printed = [line[2:].split() for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
-    verbs = ["hf2mcore", "infer", "pretrain", "pretrain", "pretrain", "pretrain", "sft", "export"]
+    verbs = ["infer", "pretrain", "pretrain", "pretrain", "pretrain", "sft", "export"]
     assert len(printed) == len(verbs)
     for line, command, verb in zip(printed, started.commands, verbs, strict=True):
         assert verb in " ".join(line)
