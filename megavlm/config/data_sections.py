@@ -157,8 +157,16 @@ class DataSettings(Section):
         0.2,
         ge=0,
         le=1,
-        description="fraction of broken samples in a source above which the run ends, checked once 100 samples of it "
-        "were read; 0: the run ends at the first broken sample",
+        description="fraction of broken samples in a source above which the run ends, checked once 100 distinct "
+        "samples of it were read, or all that it has; 0: the run ends at the first broken sample",
+    )
+    max_dropped_fraction: Float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="fraction of samples in a source that may be dropped because they are longer than a row or have no "
+        "target; if there are more, the run ends, checked as for max_bad_fraction. The default loses a fifth of a "
+        "source at most; set it to 1 for data that are meant to be filtered by length",
     )
     shuffle: Bool = Field(
         True, description="whether samples are read in a random order given by train.seed; false: in file order"
@@ -260,6 +268,14 @@ class DataSettings(Section):
     def limits(self) -> dict[str, Any]:
         """Those of LIMITS that are not null."""
         return {name: getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
+
+    @property
+    def skip_limits(self) -> dict[str, float]:
+        """The fractions of samples of a source that may be skipped, by the names of the settings."""
+        return {
+            "data.max_bad_fraction": self.max_bad_fraction,
+            "data.max_dropped_fraction": self.max_dropped_fraction,
+        }
 
     @property
     def source_names(self) -> list[str]:

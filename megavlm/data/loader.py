@@ -16,6 +16,7 @@ from megavlm.data.shared_memory import received
 from megavlm.data.sources import Source, open_sources
 from megavlm.data.worker_processes import in_workers
 from megavlm.records.records import Kind
+from megavlm.records.skipped_samples import SkippedSample
 
 _MOST_AHEAD = 16  # maximum rows that a worker prepares in advance; rows are large because they contain pixels
 
@@ -109,6 +110,21 @@ class RowLoader:
             f"samples differs from here on, but no sample is repeated or left out (the {len(waiting)} samples in the "
             "packing buffers are kept)"
         )
+
+    @property
+    def drawn(self) -> list[tuple[int, int]]:
+        """For each source, how many samples the rows taken so far have used up, and how many distinct ones were read.
+
+        Counted over this rank's workers, from the first start of the run on. A sample that was skipped is used up; one
+        that waits in a packing buffer has been read. Samples are counted as distinct in the first epoch of their source
+        alone, which needs no memory.
+        """
+        of_workers = [self._dataset.drawn(worker) for worker in self._dataset.workers]
+        return [(sum(used for used, _ in pair), sum(new for _, new in pair)) for pair in zip(*of_workers, strict=True)]
+
+    def reread(self, source: int, index: int) -> SkippedSample | None:
+        """Reads a sample of a source again in this process; None if it can be used, otherwise why it is skipped."""
+        return self._dataset.reread(source, index)
 
     def close(self) -> None:
         """End the worker processes. The loader cannot be used afterwards."""

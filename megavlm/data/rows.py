@@ -1,7 +1,9 @@
 """The work of a data worker: it draws samples, renders them, and packs them into an endless stream of rows."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch.utils.data import IterableDataset
@@ -88,6 +90,7 @@ class RowDataset(IterableDataset[Row | UserError]):
         state = self.loader_states.get(worker) or self.initial_state(worker)
         order = self._sample_order(worker)
         order.state = copy.deepcopy(state["draws"])
+        drawn = order.drawn
         wanted, waiting, skipped_samples = state["wanted"], [], []
         # for each source, the distinct samples that were skipped since its last usable one
         seen: list[set[int]] = [set() for _ in self.sources]
@@ -125,6 +128,8 @@ class RowDataset(IterableDataset[Row | UserError]):
                     )
                 continue
             row.skipped_samples, skipped_samples = skipped_samples, []
+            before, drawn = drawn, order.drawn
+            row.newly_read = [new - old for (_, old), (_, new) in zip(before, drawn, strict=True)]
             row.loader_state = {
                 "worker": worker,
                 "draws": copy.deepcopy(order.state),
@@ -148,10 +153,27 @@ class RowDataset(IterableDataset[Row | UserError]):
         except MemoryError:
             raise
         except Exception as error:  # whatever a file contains, an error in it must cost only this sample
-            return SkippedSample.of(source, name, error)
+            return replace(SkippedSample.of(source, name, error), index=index)
         for sample in (draft, *draft.followers):
             sample.source_id = source
         return draft
+
+    def reread(self, source: int, index: int) -> SkippedSample | None:
+        """Reads a sample with its pixels; None if it can be used, otherwise the reason why it is skipped."""
+        draft = self.draft(source, index)
+        if isinstance(draft, SkippedSample):
+            return draft
+        skipped: list[SkippedSample] = []
+        self._completed([draft], skipped)
+        return skipped[0] if skipped else None
+
+    def drawn(self, worker: int) -> list[tuple[int, int]]:
+        """``SampleOrder.drawn`` of a worker as of ``loader_states``; the first number without waiting samples."""
+        state = self.loader_states.get(worker) or self.initial_state(worker)
+        order = self._sample_order(worker)
+        order.state = state["draws"]
+        waiting = Counter(source for source, _ in state["waiting"])
+        return [(taken - waiting[source], new) for source, (taken, new) in enumerate(order.drawn)]
 
     def _completed(self, chosen: list[Draft], skipped_samples: list[SkippedSample]) -> Row | None:
         """The row of the drafts whose pixels can all be read; None if there are none."""
@@ -160,7 +182,8 @@ class RowDataset(IterableDataset[Row | UserError]):
                 return self.renderer.complete_row(chosen)
             except DraftError as error:
                 draft = chosen.pop(error.place)
-                skipped_samples.append(SkippedSample.of(draft.source_id, draft.source, error.__cause__))
+                skipped = SkippedSample.of(draft.source_id, draft.source, error.__cause__)
+                skipped_samples.append(replace(skipped, index=draft.index))
         return None
 
 

@@ -37,13 +37,14 @@ def train(settings: Settings, method: Method, hooks: Sequence[Hook] = ()) -> int
     with HangWatch.of_run(settings) as watch:
         run = build_run(settings, method, watch.heartbeat)
         session, settings = run.session, run.session.settings
-        shown = settings, run.title, header(session), run.first_step, session.groups
+        shown = settings, run.title, header(session), run.first_step, session.groups, run.loader
         with RunMonitor(*shown, is_first=session.is_first) as monitor:
             last, stopped = _run_steps(run, settings, hooks, monitor, watch.heartbeat)
             run.checkpoints.finish()
             for hook in hooks:
                 if hook.at_end:
                     hook.call(run, last, monitor.say)
+            monitor.tell_samples()
             monitor.say(f"stopped at step {last}" if stopped else f"done: {settings.train.steps} steps")
             monitor.finish()
         if run.rows is not None:
@@ -60,6 +61,9 @@ def _run_steps(
     stop = StopSignal(run.session.groups.world_host)
     if run.restarted:
         monitor.say("there is no checkpoint yet, so the run starts again at step 0")
+    if failure := monitor.data_failure():  # an earlier start ended for its data, which are still as they were
+        monitor.finish(failed=True)
+        raise failure
     if settings.train.memory_check and number < steps:
         monitor.say(check_memory(run.step, run.longest_row, settings))
         heartbeat("the memory check")
@@ -71,17 +75,18 @@ def _run_steps(
         run.checkpoints.poll()
         heartbeat(f"step {number}")
         stopping, every = stop.asked(), settings.checkpoint.every
-        saving = number == steps or stopping or bool(every and number % every == 0)
-        failure = skipped.failure(number, result.trouble) or monitor.data_failure()
+        data_failure = monitor.data_failure()
+        saving = number == steps or stopping or bool(every and number % every == 0) or data_failure is not None
+        failure = skipped.failure(number, result.trouble)
         if result.trouble and saving and not failure:
             failure = weights_failure(run.session.vlm)  # a bad checkpoint would replace an older, good one
-        if failure:
-            run.checkpoints.finish()  # the previous checkpoint may still be in progress
-            monitor.finish(failed=True)
-            raise failure
-        if saving:
+        if saving and not failure:  # also if the data end the run: with other data or limits, it continues from here
             run.checkpoints.save(number)
             heartbeat(f"the checkpoint of step {number}")
+        if failure or data_failure:
+            run.checkpoints.finish()  # a checkpoint may still be in progress
+            monitor.finish(failed=True)
+            raise failure or data_failure
         if stopping:
             return number, number < steps
     return number, False

@@ -19,7 +19,7 @@ from megavlm.model.vlm import VLM
 from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import device
 from megavlm.records.remarks import WORDS
-from megavlm.records.skipped_samples import BROKEN, SkippedSample
+from megavlm.records.skipped_samples import SkippedSample
 from megavlm.runtime.feed import Feed, MicroBatch, StepRows, Window
 from megavlm.runtime.forward import encode_window, forward_chunk, forward_only, prepare_schedule
 from megavlm.training.objective import Objective, Read, count_sources
@@ -38,7 +38,7 @@ class StepResult:
         norms: gradient norms, from ``Optimizers.step``.
         counts: tokens, target_tokens, images, videos, samples, frames, frames_encoded (in the pass with gradients, so
             it is equal to frames), row_tokens, the sums of squares for counting FLOPs, skipped_samples, and for each
-            source samples/NAME, target_tokens/NAME, loss_weight/NAME, records/NAME and broken/NAME.
+            source samples/NAME, target_tokens/NAME, loss_weight/NAME, used/NAME and newly_read/NAME.
         fields: fields of the objective for metrics.jsonl.
         skipped_samples: the skipped samples of this data-parallel rank's rows.
         trouble: if the step was skipped, so that all state is unchanged, the reason; otherwise None.
@@ -221,7 +221,7 @@ class Step:
             "frames": sum(len(row.frame_lengths) for row in rows),
             "skipped_samples": len(skipped_samples),
             **{name: sum(row.remarks.count(name) for row in rows) for name in WORDS},
-            **count_sources(rows, self.source_names, [f.source_id for f in skipped_samples if f.kind == BROKEN]),
+            **count_sources(rows, self.source_names),
         }
         if not self.groups.is_leader:  # the ranks of a model-parallel group have the same rows, which count once
             here = dict.fromkeys(here, 0.0)
