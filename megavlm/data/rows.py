@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch.utils.data import IterableDataset
 
+from megavlm.base.command_line import command
 from megavlm.base.errors import UserError
 from megavlm.data.answer_groups import draft_unit
 from megavlm.data.draft import Draft, DraftError
@@ -191,5 +192,5 @@ def _useless(source: Source, count: int, last: SkippedSample) -> UserError:
     return UserError(
         f"data source {source.name} ({source.file.path}): {count} consecutive samples cannot be used; "
         f"the last of them is {last.sample}: {last.cause}",
-        "list all samples that cannot be used with: megavlm data inspect",
+        f"{last.remedy or 'repair them'}. Look at all of them with: {command('data inspect')}",
     )

@@ -14,6 +14,7 @@ TOO_LONG = "too long"
 NO_TARGET = "no target"
 _WORDS = {BROKEN: "broken", TOO_LONG: "too long for a row", NO_TARGET: "without a target"}
 # The kinds that each limit is for, and what can be done where there are more.
+_CAUSES = 5  # groups of causes that are shown
 _LIMITED = {"data.max_bad_fraction": (BROKEN,), "data.max_dropped_fraction": (TOO_LONG, NO_TARGET)}
 _REMEDIES = {
     "data.max_bad_fraction": "repair them in their places (a file must keep its number of samples), or raise "
@@ -116,3 +117,16 @@ def grouped(samples: Sequence[SkippedSample]) -> list[tuple[SkippedSample, int]]
         alike = re.sub(r"\S*[/.]\S+|\d+|'[^']*'", "…", sample.cause)
         groups.setdefault((sample.kind, alike), []).append(sample)
     return sorted(((group[0], len(group)) for group in groups.values()), key=lambda found: -found[1])
+
+
+def causes(skipped: Sequence[SkippedSample]) -> list[str]:
+    """Lines about skipped samples: each cause once, with the number of samples, the first one, and the remedy."""
+    groups = grouped(skipped)
+    lines = []
+    for first, count in groups[:_CAUSES]:
+        where = first.sample if count == 1 else f"first {first.sample}"
+        lines.append(f"  {count:,} × {first.kind}: {first.cause} ({where})")
+        lines += [f"    → {first.remedy}"] if first.remedy else []
+    if len(groups) > _CAUSES:
+        lines.append(f"  and {len(groups) - _CAUSES:,} more causes")
+    return lines

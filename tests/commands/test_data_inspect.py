@@ -13,10 +13,11 @@ from PIL import Image
 from toy import picture, write_records
 
 from megavlm.base.errors import UserError
-from megavlm.commands.data_inspect import evenly, main
+from megavlm.commands.data_inspect import main
 from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
+from megavlm.data.sources import evenly
 from megavlm.demo.model_folder import make_model_folder
 from megavlm.report.inspect_cards import level_of
 
@@ -65,12 +66,17 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def inspect(tmp_path, model_folder):
-    """Runs the job on files of records; gives summary and page."""
+    """Runs the job on files of records; gives summary and page. ``refused``: a pattern of the error at the end."""
 
-    def run(data, samples=200, **settings):
+    def run(data, samples=200, refused=None, **settings):
         data = {"train": [], "seq_length": 512, "packing_buffer": 8, **data}
         out = tmp_path / "out"
-        assert main(Settings(model={"hf": model_folder}, data=data, **settings), out, samples) == 0
+        made = Settings(model={"hf": model_folder}, data=data, **settings)
+        if refused is None:
+            assert main(made, out, samples) == 0
+        else:
+            with pytest.raises(UserError, match=refused):
+                main(made, out, samples)
         assert sorted(path.name for path in out.iterdir()) == ["index.html", "summary.json"]
         return json.loads((out / "summary.json").read_text()), Page((out / "index.html").read_text())
 
@@ -150,7 +156,10 @@ def test_rows_are_of_the_blend_and_of_what_can_be_used(tmp_path, inspect):
     short = write_records(tmp_path / "short.jsonl", [digits(10), {"text": 3}])
     # The half of `short` that is broken is passed over: 18 drawn are 9 that can be used.
     summary, _ = inspect(
-        {"train": [{"path": long}, {"path": short, "weight": 18}], "seq_length": 100, "pad_multiple": 2}
+        {
+            "train": [{"path": long}, {"path": short, "weight": 18}],
+            **{"seq_length": 100, "pad_multiple": 2, "max_bad_fraction": 0.5},
+        }
     )
     tokens_per_sample = (50 + 9 * 10) / 10
     rows = summary["rows"]
@@ -172,7 +181,8 @@ def test_what_would_be_dropped(tmp_path, inspect, capsys):
         json.dumps(digits(100)),
     ]
     (tmp_path / "mixed.jsonl").write_text("\n".join(lines))
-    summary, page = inspect({"train": [{"path": tmp_path / "mixed.jsonl"}], "seq_length": 100})
+    too_many = r"of 7 inspected samples, 3 are broken \(42\.9 %\): more than data\.max_bad_fraction = 0\.2"
+    summary, page = inspect({"train": [{"path": tmp_path / "mixed.jsonl"}], "seq_length": 100}, refused=too_many)
     (source,) = summary["sources"]
     assert {kind: len(found) for kind, found in source["dropped"].items()} == {
         "broken": 3,
@@ -188,7 +198,6 @@ def test_what_would_be_dropped(tmp_path, inspect, capsys):
     assert "skipped: 5 of the 7 inspected samples 3 broken" in printed
     assert "[red]gone[/red].png does not exist" in printed
     assert "1 more, listed on the page" in printed
-    assert "larger than data.max_bad_fraction = 20.0 %" in printed
     for cause in ("not valid JSON", "[red]gone[/red].png does not exist", "cut.bmp cannot be read"):
         assert cause in (tmp_path / "out/index.html").read_text()
 
@@ -202,7 +211,7 @@ def test_what_was_done_to_samples_is_told(tmp_path, inspect, capsys):
 
 def test_a_source_without_any_good_sample(tmp_path, inspect, capsys):
     bad = write_records(tmp_path / "bad.jsonl", [{"text": 1}, {"messages": []}])
-    summary, page = inspect({"train": [{"path": bad}]})
+    summary, page = inspect({"train": [{"path": bad}]}, refused="sft can use none of 2 inspected samples")
     assert summary["rows"] is None
     assert summary["sources"][0]["tokens"] is None
     assert summary["sources"][0]["token_share"] is None

@@ -127,7 +127,8 @@ def test_too_many_broken_samples_end_the_run(toys, tmp_path):
     assert "broken-lines: " in done.stderr
     assert "data.max_bad_fraction = 0.05" in done.stderr
     assert "Traceback" not in done.stderr
-    assert 6 <= len(metrics_of(tmp_path / "run")) < 12  # from 100 samples on
+    # 78 of the 80 samples can be packed or are broken when packed; all have been read in the fifth step of 16 rows
+    assert len(metrics_of(tmp_path / "run")) == 5
 
 
 def test_a_corrupt_shard_costs_its_samples(toys, tmp_path):
