@@ -29,7 +29,7 @@ from megavlm.records.records import Kind
 from megavlm.records.remarks import told
 from megavlm.records.skipped_samples import SkippedSample
 from megavlm.report.inspect_cards import Card, make_card, shots_of
-from megavlm.report.inspect_page import write_page
+from megavlm.report.inspect_page import UNITS, write_page
 from megavlm.report.inspect_stats import (
     PERCENTILES,
     Look,
@@ -80,7 +80,7 @@ def main(settings: Settings, out: Path | None = None, samples: int = 200, verb: 
     for of_source in stats:
         console.print(_table(of_source))
         console.print()
-    console.print(_rows_text(rows, settings.data.seq_length))
+    console.print(_rows_text(rows, settings.data.seq_length, UNITS.get(meant.kind, "samples")))
     with new_folder(out, overwrite=False, mark=SUMMARY) as folder:
         write_page(folder / PAGE, settings, meant.kind, looks, stats, rows, cards)
         write_text(folder / SUMMARY, _summary(settings, meant.kind, stats, rows))
@@ -186,12 +186,12 @@ def _table(stats: SourceStats) -> Group:
     return Group(*lines)
 
 
-def _rows_text(rows: RowStats | None, seq_length: int) -> Text:
+def _rows_text(rows: RowStats | None, seq_length: int, unit: str) -> Text:
     if rows is None:
         return Text("none of the inspected samples can be used, so there would be no rows", style="bold red")
     return Text(
-        f"rows of {seq_length:,} tokens are about {percent(rows.fill)} full, with {decimal(rows.samples)} samples per "
-        "row (from packing the inspected samples)"
+        f"rows of {seq_length:,} tokens are about {percent(rows.fill)} full, with {decimal(rows.samples)} {unit} per "
+        f"row (from packing the inspected {unit} as a data worker does)"
     )
 
 

@@ -36,6 +36,7 @@ def main(
     """Runs the command. The arguments are described in its help. Raises UserError."""
     console = Console(highlight=False, soft_wrap=True)
     done: Path
+    found: list[Unusable] = []
     if jsonl:
         if folder is not None or force:
             given = "--force" if force else f"the folder {folder}"
@@ -48,8 +49,7 @@ def main(
         check_media_protocols(media_protocols)
         access = MediaAccess(tuple(map(str, media_roots)) or None, tuple(media_protocols))
         size = parse_size(shard_size or DEFAULT_SIZE)
-        unusable = convert(jsonl, out, size, access=access, skip_broken=skip_broken, progress=_Bar)
-        done = out
+        done = convert(jsonl, out, size, access=access, skip_broken=skip_broken, progress=_Bar, tell=found.append)
     else:
         flags = {
             "--out": out is not None,
@@ -66,17 +66,17 @@ def main(
             raise UserError(f"{folder} is a URL", "prepare the shards in a local folder, then copy the whole folder")
         done = Path(folder)
         is_new = prepare(done, force=force, progress=_Bar)
-        unusable = check_samples(done)
+        found.append(check_samples(done))
         if not is_new:
             console.print(f"{escape(folder)} is up to date: {_contents(done)} (--force builds the index again)")
-            _tell(unusable, console)
+            _tell(found[0], console)
             return
     console.print(f"[green]ready[/]: {escape(str(done))}, {_contents(done)}")
     if (skipped := done / SKIPPED).exists() and jsonl:
         with skipped.open(encoding="utf-8") as lines:
             number = sum(1 for _ in lines)
         console.print(f"[yellow]skipped[/]: {_count(number, 'broken sample')}, listed in {escape(str(skipped))}")
-    _tell(unusable, console)
+    _tell(found[0], console)
     console.print(rf"[dim]to use it in a configuration:[/] data: {{train: \[{{path: {escape(str(done))}}}]}}")
 
 

@@ -69,7 +69,7 @@ class DataSource(Section):
                 "ignored",
                 "remove one of them",
             )
-        check_blend(self.sources)
+        check_blend(self.sources, epochs_count=self.epochs is not None)
         if self.sources and self.name is not None:
             raise UserError(
                 f"the blend {quoted(self.name)} has a name, which would be ignored", "give names to the sources in it"
@@ -79,8 +79,28 @@ class DataSource(Section):
         return self
 
 
-def check_blend(sources: list[DataSource]) -> None:
-    """Raises UserError unless all sources of a blend have a weight or all have epochs."""
+def check_blend(sources: list[DataSource], *, epochs_count: bool = False) -> None:
+    """Raises UserError unless all sources of a blend have a weight or all have epochs, and these have an effect.
+
+    Args:
+        sources: the sources of the blend.
+        epochs_count: whether the blend itself has epochs, so that the epochs of a sole source make a difference.
+    """
+    if len(sources) == 1:
+        sole = sources[0]
+        no_effect = (
+            "epochs"
+            if sole.epochs is not None and not epochs_count
+            else "weight"
+            if sole.is_changed("weight")
+            else None
+        )
+        if no_effect:
+            raise UserError(
+                f"{quoted(sole.label if sole.path else 'a blend')} is the only source of its blend and has {no_effect} "
+                f"{getattr(sole, no_effect):g}, which has no effect: all samples come from it",
+                f"remove {no_effect}; how often a source is passed over follows from train.steps",
+            )
     by_epochs = [source.epochs is not None for source in sources]
     if any(by_epochs) and not all(by_epochs):
         raise UserError(

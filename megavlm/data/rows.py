@@ -12,7 +12,7 @@ from megavlm.base.command_line import command
 from megavlm.base.errors import UserError
 from megavlm.data.answer_groups import draft_unit
 from megavlm.data.draft import Draft, DraftError
-from megavlm.data.packing import best_fit
+from megavlm.data.packing import first_fill, next_fill, take_row
 from megavlm.data.processor import limits_of
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
@@ -22,7 +22,6 @@ from megavlm.data.sources import Source
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import TOO_LONG, SkippedSample, UnfitSample
 
-_FIRST_DRAFTS = 50  # drafts in the packing buffer when the first row is filled
 _MOST_SKIPPED = 1000  # after this many consecutive skipped samples, a source is considered unusable
 
 
@@ -79,7 +78,7 @@ class RowDataset(IterableDataset[Row | UserError]):
 
     def initial_state(self, worker: int) -> dict:
         """The state of a worker that has not made a row yet."""
-        wanted = min(_FIRST_DRAFTS, self.buffer_size)
+        wanted = first_fill(self.buffer_size)
         return {"worker": worker, "draws": self._sample_order(worker).state, "waiting": [], "wanted": wanted}
 
     def _sample_order(self, worker: int) -> SampleOrder:
@@ -114,13 +113,8 @@ class RowDataset(IterableDataset[Row | UserError]):
         while True:
             while len(waiting) < wanted:
                 add(*next(order))
-            wanted = min(wanted * 9 // 8 + 1, self.buffer_size)
-            lengths = [draft.padded_length(self.renderer.pad_multiple) for draft in waiting]
-            patches = [draft.num_patches for draft in waiting] if self.max_patches else None
-            chosen_at = best_fit(lengths, self.renderer.seq_length, patches, self.max_patches)
-            chosen = [waiting[index] for index in chosen_at]
-            for index in reversed(chosen_at):
-                waiting.pop(index)
+            wanted = next_fill(wanted, self.buffer_size)
+            chosen = take_row(waiting, self.renderer.seq_length, self.renderer.pad_multiple, self.max_patches)
             row = self._completed(chosen, skipped_samples)
             if row is None:
                 if len(skipped_samples) >= min(_MOST_SKIPPED, 2 * sum(counts)):

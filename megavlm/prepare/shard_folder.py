@@ -106,7 +106,8 @@ def convert(
     access: MediaAccess = ANY_LOCAL_FILE,
     skip_broken: bool = False,
     progress: Progress = NoProgress,
-) -> Unusable:
+    tell: Callable[[Unusable], None] = lambda unusable: None,
+) -> Path:
     """Writes the samples of JSONL files in their order, with their media, into a new folder of shards with an index.
 
     Training from this folder gives bitwise the same rows as training from the JSONL files.
@@ -118,9 +119,10 @@ def convert(
         access: which media the samples may name.
         skip_broken: skip samples that cannot be read and list them in ``skipped.jsonl``, instead of raising.
         progress: shows the progress of writing and of indexing.
+        tell: called at the end with the samples that were written although no verb can use them.
 
     Returns:
-        The samples that were written although no verb can use them.
+        `out`.
 
     Raises:
         UserError: `out` exists, a sample cannot be read (with `skip_broken`: none can), no verb can use any of the
@@ -166,4 +168,5 @@ def convert(
             prepare(partial, progress=progress)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}", "free some space, or choose another --out") from None
-    return Unusable(number, writer.num_samples, unusable)
+    tell(Unusable(number, writer.num_samples, unusable))
+    return out

@@ -37,7 +37,7 @@ def train(settings: Settings, method: Method, hooks: Sequence[Hook] = ()) -> int
     with HangWatch.of_run(settings) as watch:
         run = build_run(settings, method, watch.heartbeat)
         session, settings = run.session, run.session.settings
-        shown = settings, run.title, header(session), run.first_step, session.groups, run.loader
+        shown = settings, run.title, header(session, run.loader), run.first_step, session.groups, run.loader
         with RunMonitor(*shown, is_first=session.is_first) as monitor:
             last, stopped = _run_steps(run, settings, hooks, monitor, watch.heartbeat)
             run.checkpoints.finish()
