@@ -43,6 +43,8 @@ class RowLoader:
         )
         self._rows: Iterator[Row] | None = None
         self._taken = 0  # number of rows that this rank has taken
+        self._rows_per_step = rows_per_step
+        self._at_step: tuple[int, dict[int, dict]] = (0, {})  # rows taken and states of workers when the step began
 
     def __iter__(self) -> "RowLoader":
         return self
@@ -52,6 +54,8 @@ class RowLoader:
 
         Raises UserError if a source has no usable samples, so that no further row can be made, or if a worker has died.
         """
+        if self._taken % self._rows_per_step == 0:
+            self._at_step = self._taken, dict(self._dataset.loader_states)
         if self._rows is None:
             assert self._loader is not None, "the loader is closed"
             self._rows = received(iter(self._loader))
@@ -110,6 +114,13 @@ class RowLoader:
             f"samples differs from here on, but no sample is repeated or left out (the {len(waiting)} samples in the "
             "packing buffers are kept)"
         )
+
+    def rewind(self) -> None:
+        """Sets the state back to the beginning of a step for which not all rows could be made; none can be taken then.
+
+        The checkpoint of the step before can then be written on all ranks, of which some have taken their rows.
+        """
+        self._taken, self._dataset.loader_states = self._at_step
 
     @property
     def drawn(self) -> list[tuple[int, int]]:

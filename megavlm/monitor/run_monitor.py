@@ -101,6 +101,11 @@ class RunMonitor:
         for text in self._errors.shares():
             self.say(text)
 
+    @property
+    def rows_are_from_files(self) -> bool:
+        """Whether a loader reads the rows of the run, so that its place in the data can be set back by a step."""
+        return bool(self._samples.sizes)
+
     def data_failure(self) -> UserError | None:
         """The error to raise if too many samples of a source are skipped (see ``DataErrors.failure``)."""
         return self._errors.failure()

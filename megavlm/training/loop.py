@@ -14,7 +14,7 @@ from megavlm.training.memory_check import check_memory
 from megavlm.training.method import Method
 from megavlm.training.run import Run, build_run
 from megavlm.training.skipped_steps import SkippedSteps, weights_failure
-from megavlm.training.step import StepResult
+from megavlm.training.step import NoRows, StepResult
 from megavlm.training.stop_signal import StopSignal
 from megavlm.training.summary import header, metrics_line
 
@@ -68,10 +68,19 @@ def _run_steps(
         monitor.say(check_memory(run.step, run.longest_row, settings))
         heartbeat("the memory check")
     skipped = SkippedSteps(settings.train.max_skipped_steps, monitor.say)
+    saved = run.first_step
     for number in range(run.first_step + 1, steps + 1):
-        for part in run.optimizers.unfreeze(number):
+        thawed = run.optimizers.unfreeze(number)
+        for part in thawed:
             monitor.say(f"step {number}: {part} is unfrozen and trained from now on")
-        result = _one_step(run, number, hooks, monitor)
+        try:
+            result = _one_step(run, number, hooks, monitor)
+        except NoRows:
+            if number - 1 > saved and not thawed and monitor.rows_are_from_files:
+                _save_before(run, number)
+            run.checkpoints.finish()
+            monitor.finish(failed=True)
+            raise
         run.checkpoints.poll()
         heartbeat(f"step {number}")
         stopping, every = stop.asked(), settings.checkpoint.every
@@ -82,6 +91,7 @@ def _run_steps(
             failure = weights_failure(run.session.vlm)  # a bad checkpoint would replace an older, good one
         if saving and not failure:  # also if the data end the run: with other data or limits, it continues from here
             run.checkpoints.save(number)
+            saved = number
             heartbeat(f"the checkpoint of step {number}")
         if failure or data_failure:
             run.checkpoints.finish()  # a checkpoint may still be in progress
@@ -90,6 +100,14 @@ def _run_steps(
         if stopping:
             return number, number < steps
     return number, False
+
+
+def _save_before(run: Run, number: int) -> None:
+    """Writes the checkpoint of the step before ``number``, for which there are no rows, if all weights are finite."""
+    if run.loader is not None:
+        run.loader.rewind()
+    if weights_failure(run.session.vlm) is None:
+        run.checkpoints.save(number - 1)
 
 
 def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -> StepResult:

@@ -11,16 +11,26 @@ TALK = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "cont
 GOOD, LONG = json.dumps({"messages": TALK}), json.dumps({"text": "word " * 400})
 
 
-def train(settings: dict) -> tuple[str, str]:
-    """Runs on every rank: `megavlm sft`. Returns the message and remedy with which it ends, or ("done", "")."""
+def train(settings: dict, spoil_after: int | None = None) -> tuple[str, str]:
+    """Runs on every rank: `megavlm sft`. Returns the message and remedy with which it ends, or ("done", "").
+
+    ``spoil_after``: the step after which nothing in the data file can be read any more.
+    """
     from megavlm.align.registry import make_method
     from megavlm.base.errors import UserError
     from megavlm.config.settings import Settings
+    from megavlm.training.hooks import Hook
     from megavlm.training.loop import train as train_by
 
     made = Settings(**settings)
+
+    def spoil(run, step, say):
+        path = made.data.train[0].path
+        if step == spoil_after:
+            path.write_text("x" * len(path.read_text()))
+
     try:
-        train_by(made, make_method("sft", made))
+        train_by(made, make_method("sft", made), [Hook(spoil, every=1)])
     except UserError as error:
         return error.message, error.remedy or ""
     return "done", ""
@@ -30,14 +40,14 @@ def train(settings: dict) -> tuple[str, str]:
 def start(toys, tmp_path):
     """start(world, lines, run, **data): trains on a file of these lines; returns how it ends, and its metrics."""
 
-    def start(world, lines, run="run", steps=4, **data):
+    def start(world, lines, run="run", steps=4, spoil_after=None, **data):
         (tmp_path / "talks.jsonl").write_text("\n".join(lines) + "\n")
         settings = settings_of(toys.folder("dense"), {}, steps=steps, memory_check=False)
         settings["model"]["load"] = str(toys.checkpoint("dense"))
         settings["data"] |= {"train": [{"path": str(tmp_path / "talks.jsonl")}], "workers": 0, "packing_buffer": 60}
         settings["data"] |= data
         settings |= {"output": str(tmp_path / run), "log": {"wandb": {"mode": "off"}}}
-        ends = world.run(train, settings)
+        ends = world.run(train, settings, spoil_after)
         assert len(set(ends)) == 1, "all ranks end in the same way"
         return *ends[0], lines_of(tmp_path / run / "metrics.jsonl")
 
@@ -99,6 +109,21 @@ def test_a_run_that_ends_for_its_data_is_saved_and_goes_on_once_they_are_repaire
     names = ("step", "loss", "grad_norm", "samples", "bad_samples", "epoch/talks")
     assert of(allowed, *names) == of(straight, *names)
     assert (run / "data_errors.jsonl").read_text() == (start.folder / "straight" / "data_errors.jsonl").read_text()
+
+
+def test_a_run_that_cannot_read_a_source_any_more_is_saved_and_goes_on_when_it_can(start, world2):
+    """Not a sample can be read from some step on; the same bits as a run that was never disturbed."""
+    lines = [json.dumps({"messages": [TALK[0], {"role": "assistant", "content": f"{n}."}]}) for n in range(40)]
+    one_a_row = {"packing": "none", "packing_buffer": 1000, "max_bad_fraction": 1.0}
+    end, _, ended = start(world2, lines, spoil_after=2, **one_a_row)
+    assert "data source talks" in end
+    assert "consecutive samples cannot be used" in end
+    assert len(ended) == 2
+    assert [path.name for path in (start.folder / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert start(world2, lines, **one_a_row)[0] == "done"
+    _, _, straight = start(world2, lines, "straight", **one_a_row)
+    names = ("step", "loss", "grad_norm", "samples", "bad_samples", "epoch/talks")
+    assert of(lines_of(start.folder / "run" / "metrics.jsonl"), *names) == of(straight, *names)
 
 
 def test_a_run_ends_if_nine_samples_of_ten_are_too_long(start, world1):
