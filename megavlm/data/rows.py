@@ -3,7 +3,6 @@
 import copy
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch.utils.data import IterableDataset
@@ -148,7 +147,7 @@ class RowDataset(IterableDataset[Row | UserError]):
         except MemoryError:
             raise
         except Exception as error:  # whatever a file contains, an error in it must cost only this sample
-            return replace(SkippedSample.of(source, name, error), index=index)
+            return SkippedSample.of(source, name, error, index)
         for sample in (draft, *draft.followers):
             sample.source_id = source
         return draft
@@ -177,8 +176,8 @@ class RowDataset(IterableDataset[Row | UserError]):
                 return self.renderer.complete_row(chosen)
             except DraftError as error:
                 draft = chosen.pop(error.place)
-                skipped = SkippedSample.of(draft.source_id, draft.source, error.__cause__)
-                skipped_samples.append(replace(skipped, index=draft.index))
+                skipped = SkippedSample.of(draft.source_id, draft.source, error.__cause__, draft.index)
+                skipped_samples.append(skipped)
         return None
 
 

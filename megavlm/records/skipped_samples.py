@@ -57,12 +57,12 @@ class SkippedSample:
     remedy: str | None = None
 
     @classmethod
-    def of(cls, source_id: int, sample: str, error: BaseException | None) -> "SkippedSample":
+    def of(cls, source_id: int, sample: str, error: BaseException | None, index: int = 0) -> "SkippedSample":
         """The skipped sample for the error that was raised while it was read or rendered."""
         kind = error.kind if isinstance(error, UnfitSample) else BROKEN
         remedy = error.remedy if isinstance(error, UserError) else None
         cause = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {shortened(error)}"
-        return cls(source_id, sample, kind, cause.removeprefix(f"{sample}: "), remedy=remedy)
+        return cls(source_id, sample, kind, cause.removeprefix(f"{sample}: "), index, remedy)
 
 
 @dataclass(frozen=True)

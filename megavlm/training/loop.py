@@ -93,10 +93,10 @@ def _run_steps(
             run.checkpoints.save(number)
             saved = number
             heartbeat(f"the checkpoint of step {number}")
-        if failure or data_failure:
+        if (ending := failure or data_failure) is not None:
             run.checkpoints.finish()  # a checkpoint may still be in progress
             monitor.finish(failed=True)
-            raise failure or data_failure
+            raise ending
         if stopping:
             return number, number < steps
     return number, False
