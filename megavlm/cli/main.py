@@ -112,10 +112,10 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
 def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], world_size: int) -> None:
     """Checks everything that can be checked before processes are started and torch is imported."""
     one_prompt = options.get("prompt") is not None
-    jobs = {options.get("dry_run"), options.get("verb")} - {None}
-    if len(jobs) > 1:
-        raise UserError(f"--dry-run {options['dry_run']} --for {options['verb']} are two verbs", "leave out --for")
-    job = jobs.pop() if jobs and name == "validate" else name
+    built, named = options.get("dry_run"), options.get("verb")
+    if built and named and built != named:
+        raise UserError(f"--dry-run {built} and --for {named} are two verbs", "leave out --for")
+    job: str = (name == "validate" and (built or named)) or name
     requires = (*VERBS[job].requires, *(() if name != "infer" or one_prompt else ("data.eval", "output")))
     requirements.check_required(settings, requires, job)
     if job in METHODS:

@@ -76,7 +76,7 @@ class SampleOrder:
         return [self._drawn(source, count) for source, count in enumerate(self._counts)]
 
     def _drawn(self, source: int, count: int) -> tuple[int, int]:
-        taken, base, ahead = (self.state[name][source] for name in ("taken", "base", "ahead"))  # type: ignore[literal-required]
+        taken, base, ahead = self.state["taken"][source], self.state["base"][source], self.state["ahead"][source]
         before = base if self._worker == 0 else 0
         first = len(range(base + self._worker, count, self._num_workers))  # this worker's positions in the first epoch
         of_first_epoch = min(taken, first) + min(before, count) + sum(place < count for place in ahead)

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from megavlm.base.errors import UserError
 from megavlm.cli.main import main
+from megavlm.commands import validate
 from megavlm.commands.usable_data import intended
 from megavlm.config.settings import Settings
 from megavlm.data.jsonl import JsonlFile
@@ -61,15 +63,15 @@ def test_sft_data_under_a_dpo_config_are_not_ready(run, verb, tmp_path):
         ([TALK | {"messages": TALK["messages"][:1]}], "sft", "8 × no target"),
     ],
 )
-def test_data_of_which_nothing_can_be_used_are_not_ready(run, records, verb, words):
-    status, out, error = run("validate", records * 8, "output=run", "train.steps=1", *VERB[verb], "--for", verb)
-    assert status == 2, out
-    assert f"data for {verb} data (100.0%" in out
-    assert f"{verb} can use none of 8 inspected samples" in error
-    assert words in error
-
-
-VERB = dict.fromkeys(("sft", "kto", "rm"), ("train.lr=1", "train.global_batch_size=1", "model.load=."))
+def test_data_of_which_nothing_can_be_used_are_not_ready(tmp_path, model_folder, capsys, records, verb, words):
+    lines = [json.dumps(record) if isinstance(record, dict) else record for record in records * 8]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    data = {"train": [{"path": tmp_path / "data.jsonl"}], "seq_length": 256}
+    with pytest.raises(UserError) as refused:
+        validate.main(Settings(model={"hf": model_folder}, data=data), verb=verb)
+    assert f"data for {verb}\n" in capsys.readouterr().out
+    assert f"data source data: {verb} can use none of 8 inspected samples" in refused.value.message
+    assert words in refused.value.message
 
 
 @pytest.mark.parametrize("verb", ["validate", "data inspect"])
@@ -123,12 +125,12 @@ def test_the_verb_is_guessed_from_what_is_set_and_else_from_the_data(tmp_path, s
     assert (found.verb, found.because) == (verb, because)
 
 
-def test_a_verb_that_is_named_decides_and_refuses_what_it_would_ignore(run):
+def test_a_verb_that_is_named_refuses_what_it_would_ignore(run, model_folder):
     status, _, error = run("validate", [PAIR], "--for", "dpo", "--dry-run", "rm")
     assert status == 2
-    assert "--dry-run rm --for dpo are two verbs" in error
-    named = ("output=run", "train.steps=1", *VERB["kto"], "--for", "kto")
-    assert run("validate", [JUDGED], *named)[0] == 0
-    status, _, error = run("validate", [JUDGED], "align.loss=ipo", *named)
+    assert "--dry-run rm and --for dpo are two verbs" in error
+    status, _, error = run("validate", [TALK], "--for", "sft")
     assert status == 2
-    assert "align.loss is not used by kto" in error
+    assert "sft needs output" in error
+    with pytest.raises(UserError, match=r"align\.loss is not used by kto"):
+        validate.main(Settings(model={"hf": model_folder}, align={"loss": "ipo"}), verb="kto")
