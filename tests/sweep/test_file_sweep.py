@@ -47,7 +47,7 @@ def test_processors_and_tokenizers(place, capfd, file, fault):
     with spoiled(place / "hf" / file, fault):
         status, printed = run_here(capfd, *arguments_of("validate"))
         if status != 0 or printed:
-            check_words(status, printed, "hf")
+            check_words(status, printed, "hf", "chat template")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -74,7 +74,10 @@ def test_pictures(place, capfd, fault):
 def test_shards(place, capfd, file, fault):
     with spoiled(place / file, fault):
         status, printed = run_here(capfd, *arguments_of("validate", "data.train=shards"))
-        check_words(status, printed, ".info.json" if "info" in file else "a.tar")
+        if (file, fault) == ("shards/a.tar", "truncated"):  # only zeros at its end are gone
+            assert (status, printed) == (0, "")
+        else:
+            check_words(status, printed, ".info.json" if "info" in file else "a.tar")
 
 
 # A verb that builds a model takes a second or two, so each verb and each kind of file is met once or twice.
