@@ -136,7 +136,7 @@ class Step:
         except UserError as error:
             problem = error
         counts = self._count([] if rows is None else rows.hosts)
-        if counts.pop("leaders") < self.groups.dp_size:
+        if counts.pop("without_rows"):  # on any rank
             raise NoRows(next(filter(None, all_gather_objects(problem, self.groups.world_host))))
         assert rows is not None, "the rows of training do not end"
         row_losses: list[tuple[Row, Tensor]] = []
@@ -241,7 +241,7 @@ class Step:
             "skipped_samples": len(skipped_samples),
             **{name: sum(row.remarks.count(name) for row in rows) for name in WORDS},
             **count_sources(rows, self.source_names),
-            "leaders": float(bool(rows)),
+            "without_rows": float(not rows),
         }
         if not self.groups.is_leader:  # the ranks of a model-parallel group have the same rows, which count once
             here = dict.fromkeys(here, 0.0)
