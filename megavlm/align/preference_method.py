@@ -49,7 +49,7 @@ class PreferenceMethod:
             reference = reference_of(session, data, self.kind, heartbeat)
             rows = MappedRows(rows, reference.attach) if rows is not None else None
         objective = self._make(session.settings, session.groups.language, start)
-        return Prepared(objective, rows, files.longest_row)
+        return Prepared(objective, rows, files.longest_row, files.loader)
 
 
 def check_reference(settings: Settings, verb: str) -> None:

@@ -250,6 +250,6 @@ def _read(path: Path, note: dict, num_sources: int) -> list[np.ndarray]:
     if different:
         raise UserError(
             f"the reference file {path} was written with {', '.join(different)}",
-            "set align.reference to another file, or remove the setting; then the file is computed again",
+            f"set align.reference to another file, or remove {path.name}; then it is computed again, by model.load",
         )
     return [tables[str(number)] for number in range(num_sources)]

@@ -11,6 +11,7 @@ from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 
 if TYPE_CHECKING:
+    from megavlm.records.records import Kind
     from megavlm.training.method import Method
 
 
@@ -22,6 +23,7 @@ class MethodEntry:
         make: "module:function"; the function gets the settings and returns the Method, or raises UserError.
         summary: one line for the list of commands.
         example: a command line for the help of the method.
+        kind: what it trains on.
         aligns: whether the method reads the section ``align`` and compares answers.
         requires: settings that must be set for this method, in addition to those of every training run.
         reads: settings with paths of files that must exist, in addition to those of every training run.
@@ -31,6 +33,7 @@ class MethodEntry:
     make: str
     summary: str
     example: str
+    kind: "Kind"
     aligns: bool = False
     requires: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
@@ -42,6 +45,7 @@ METHODS = {
         "megavlm.training.language_modeling:pretrain",
         "train one of the four pretraining stages (stage: 0 … 3)",
         "megavlm pretrain stage0.yaml model.load=HF_FOLDER output=runs/stage0 --nproc 2",
+        "pretrain",
         requires=("stage", "model.load"),
         has_stages=True,
     ),
@@ -49,12 +53,14 @@ METHODS = {
         "megavlm.training.language_modeling:sft",
         "supervised fine-tuning on conversations",
         "megavlm sft sft.yaml model.load=HF_FOLDER output=runs/sft --nproc 2",
+        "tune",
         requires=("model.load",),
     ),
     "rm": MethodEntry(
         "megavlm.align.rm:method",
         "train a reward model on pairs of answers",
         "megavlm rm rm.yaml train.lr=1e-5 output=runs/rm --nproc 2",
+        "pair",
         aligns=True,
         requires=("model.load",),
     ),
@@ -62,6 +68,7 @@ METHODS = {
         "megavlm.align.dpo:method",
         "preference tuning on pairs of a chosen and a rejected answer",
         "megavlm dpo dpo.yaml align.loss=simpo train.lr=5e-7 output=runs/dpo --nproc 2",
+        "pair",
         aligns=True,
         requires=("model.load",),
         reads=("align.reference",),
@@ -70,6 +77,7 @@ METHODS = {
         "megavlm.align.kto:method",
         "preference tuning on single answers that are labelled desirable or undesirable",
         "megavlm kto kto.yaml train.lr=5e-7 output=runs/kto --nproc 2",
+        "judged",
         aligns=True,
         requires=("model.load",),
         reads=("align.reference",),

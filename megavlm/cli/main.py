@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megavlm.align.registry import METHODS, check_method
-from megavlm.base import processes
+from megavlm.base import command_line, processes
 from megavlm.base.errors import UserError
 from megavlm.base.imports import no_collection
 from megavlm.cli import environment, failures, local_workers
@@ -88,8 +88,10 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
     options = vars(_parser(name, verb).parse_intermixed_args(rest))
     given: list[Settings] = []
     if verb.sections:
-        settings = load_settings(options.pop("config"), options.pop("overrides"))
+        config, overrides = options.pop("config"), options.pop("overrides")
+        settings = load_settings(config, overrides)
         given.append(settings)
+        command_line.remember(config, overrides)
         nproc = options.pop("nproc", None)
         if not local_workers.is_worker():
             world_size = environment.join_group()
@@ -110,7 +112,10 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
 def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], world_size: int) -> None:
     """Checks everything that can be checked before processes are started and torch is imported."""
     one_prompt = options.get("prompt") is not None
-    job = options.get("dry_run") or name
+    built, named = options.get("dry_run"), options.get("verb")
+    if built and named and built != named:
+        raise UserError(f"--dry-run {built} and --for {named} are two verbs", "leave out --for")
+    job: str = (name == "validate" and (built or named)) or name
     requires = (*VERBS[job].requires, *(() if name != "infer" or one_prompt else ("data.eval", "output")))
     requirements.check_required(settings, requires, job)
     if job in METHODS:

@@ -13,6 +13,14 @@ READS = ("model.hf", "model.load", "model.adapter")
 RUN_READS = (*READS, "data.train", "data.eval")
 
 
+FOR: dict[str, Any] = {
+    "metavar": "VERB",
+    "dest": "verb",
+    "choices": tuple(METHODS),
+    "help": "the verb that is to read the data; default: a guess from the settings and the data, which is said",
+}
+
+
 def positive(text: str) -> int:
     """The argparse type of a number that is at least 1."""
     number = int(text)
@@ -140,6 +148,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "help": "also build the model and optimizer of some ranks of VERB without allocating memory, and print "
                 "their sizes; no GPU is used",
             },
+            "for": FOR,
         },
         local_workers=False,
     ),
@@ -203,6 +212,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "default": 200,
                 "help": "number of samples to inspect in each source; default 200",
             },
+            "for": FOR,
         },
         local_workers=False,
     ),

@@ -17,19 +17,19 @@ from rich.text import Text
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import percent
+from megavlm.commands.usable_data import drafts_of, intended, refusal
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.convert.new_output import new_folder
-from megavlm.data.answer_groups import likely_kind
 from megavlm.data.draft import Draft
 from megavlm.data.renderer import Renderer
 from megavlm.data.rows import RowDataset
-from megavlm.data.sources import Source, open_sources
+from megavlm.data.sources import evenly, open_sources
 from megavlm.records.records import Kind
 from megavlm.records.remarks import told
-from megavlm.records.skipped_samples import BROKEN, SkippedSample
+from megavlm.records.skipped_samples import SkippedSample
 from megavlm.report.inspect_cards import Card, make_card, shots_of
-from megavlm.report.inspect_page import write_page
+from megavlm.report.inspect_page import UNITS, write_page
 from megavlm.report.inspect_stats import (
     PERCENTILES,
     Look,
@@ -46,17 +46,18 @@ CARDS = 6  # number of samples of each source on the page
 EXAMPLES = 2  # number of examples of each kind of skipped sample on the terminal
 
 
-def main(settings: Settings, out: Path | None = None, samples: int = 200) -> int:
+def main(settings: Settings, out: Path | None = None, samples: int = 200, verb: str | None = None) -> int:
     """Inspects `samples` evenly spaced samples of each source; prints tables and writes a folder.
 
     Args:
         settings: the settings of the configuration.
         out: the folder for index.html and summary.json; it must not exist. Default: ``data-inspect``.
         samples: the number of samples to inspect in each source; if a source has fewer, all of them.
+        verb: the verb that is to read the data; default: a guess (see ``intended``).
 
     Raises:
         UserError: `out` exists, the tokenizer has more ids than the model has rows, there are no sources, or a source
-            is missing or empty. (Broken samples do not raise.)
+            is missing or empty. Also if too many samples cannot be used; then the folder has been written.
     """
     out = DEFAULT_OUT if out is None else Path(out)
     if samples < 1:
@@ -65,47 +66,34 @@ def main(settings: Settings, out: Path | None = None, samples: int = 200) -> int
         raise UserError(f"{out} exists already", "move it away, or give another folder with --out")
     model_shapes(settings.model)  # raises if the tokenizer does not belong to the model
     sources = open_sources(settings.data)
-    kind: Kind = likely_kind(sources[0].file, "tune" if settings.stage is None else "pretrain")
+    meant = intended(settings, sources, verb)
     renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
     console = Console(highlight=False, soft_wrap=True)  # the terminal breaks long lines, so that paths can be copied
 
-    looks = _look(sources, renderer, settings, kind, samples, console)
+    console.print(Text(f"data for {meant.told}"))
+    dataset = drafts_of(sources, renderer, meant.kind, settings)
+    looks = _look(dataset, samples, console)
     cards = _cards(looks, renderer, console)
     stats = blend_stats(looks, renderer)
     rows = pack_rows(looks, settings.data, settings.pad_multiple, settings.train.seed)
 
     for of_source in stats:
-        console.print(_table(of_source, settings.data.max_bad_fraction))
+        console.print(_table(of_source))
         console.print()
-    console.print(_rows_text(rows, settings.data.seq_length))
+    console.print(_rows_text(rows, settings.data.seq_length, UNITS.get(meant.kind, "samples")))
     with new_folder(out, overwrite=False, mark=SUMMARY) as folder:
-        write_page(folder / PAGE, settings, kind, looks, stats, rows, cards)
-        write_text(folder / SUMMARY, _summary(settings, kind, stats, rows))
+        write_page(folder / PAGE, settings, meant.kind, looks, stats, rows, cards)
+        write_text(folder / SUMMARY, _summary(settings, meant.kind, stats, rows))
     console.print(Text(f"page: {out / PAGE}"))
+    limits = settings.data.skip_limits
+    found = [refusal(look.source.name, len(look.samples), look.skipped_samples, meant.verb, limits) for look in looks]
+    if refused := [error for error in found if error is not None]:
+        raise UserError("\n".join(error.message for error in refused), refused[0].remedy)
     return 0
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """Up to `most` evenly spaced numbers from 0 to `count` - 1: the middles of as many intervals of equal length."""
-    chosen = min(count, most)
-    return [(2 * place + 1) * count // (2 * chosen) for place in range(chosen)]
-
-
-def _look(
-    sources: list[Source], renderer: Renderer, settings: Settings, kind: Kind, samples: int, console: Console
-) -> list[Look]:
-    # The drafts are made by the class of the data workers, so the same samples are skipped as in training.
-    dataset = RowDataset(
-        sources,
-        renderer,
-        kind,
-        buffer_size=1,
-        max_patches=settings.data.max_patches_per_row,
-        seed=None,
-        first_worker=0,
-        stride=1,
-        num_workers=1,
-    )
+def _look(dataset: RowDataset, samples: int, console: Console) -> list[Look]:
+    sources = dataset.sources
     looks = [Look(source, []) for source in sources]
     places = [evenly(len(source.file), samples) for source in sources]
     with _bar(console) as bar:
@@ -158,7 +146,7 @@ def _bar(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _table(stats: SourceStats, max_bad_fraction: float) -> Group:
+def _table(stats: SourceStats) -> Group:
     """The statistics of a source for the terminal."""
     title = Text.assemble((stats.name, "bold"), "  ", (stats.path, "dim"))
     shares = Text(f"{percent(stats.share)} of the samples of the blend")
@@ -195,18 +183,15 @@ def _table(stats: SourceStats, max_bad_fraction: float) -> Group:
         lines += [Text(f"    {sample}: {cause}") for sample, cause in found[:EXAMPLES]]
         if len(found) > EXAMPLES:
             lines.append(Text(f"    … {len(found) - EXAMPLES:,} more, listed on the page", style="dim"))
-    if len(stats.dropped.get(BROKEN, ())) > max_bad_fraction * stats.looked_at:
-        too_many = f"  the broken share is larger than data.max_bad_fraction = {percent(max_bad_fraction)}"
-        lines.append(Text(too_many, style="bold red"))
     return Group(*lines)
 
 
-def _rows_text(rows: RowStats | None, seq_length: int) -> Text:
+def _rows_text(rows: RowStats | None, seq_length: int, unit: str) -> Text:
     if rows is None:
         return Text("none of the inspected samples can be used, so there would be no rows", style="bold red")
     return Text(
-        f"rows of {seq_length:,} tokens are about {percent(rows.fill)} full, with {decimal(rows.samples)} samples per "
-        "row (from packing the inspected samples)"
+        f"rows of {seq_length:,} tokens are about {percent(rows.fill)} full, with {decimal(rows.samples)} {unit} per "
+        f"row (from packing the inspected {unit} as a data worker does)"
     )
 
 

@@ -15,7 +15,8 @@ from megavlm.data.shards import ShardFolder
 from megavlm.media.access import MediaAccess
 from megavlm.media.files import is_url
 from megavlm.prepare.index_shards import find_shards
-from megavlm.prepare.shard_folder import SKIPPED, convert, prepare
+from megavlm.prepare.shard_folder import SKIPPED, Unusable, check_samples, convert, prepare
+from megavlm.records.skipped_samples import causes
 
 DEFAULT_SIZE = "500MB"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -35,6 +36,7 @@ def main(
     """Runs the command. The arguments are described in its help. Raises UserError."""
     console = Console(highlight=False, soft_wrap=True)
     done: Path
+    found: list[Unusable] = []
     if jsonl:
         if folder is not None or force:
             given = "--force" if force else f"the folder {folder}"
@@ -47,7 +49,7 @@ def main(
         check_media_protocols(media_protocols)
         access = MediaAccess(tuple(map(str, media_roots)) or None, tuple(media_protocols))
         size = parse_size(shard_size or DEFAULT_SIZE)
-        done = convert(jsonl, out, size, access=access, skip_broken=skip_broken, progress=_Bar)
+        done = convert(jsonl, out, size, access=access, skip_broken=skip_broken, progress=_Bar, tell=found.append)
     else:
         flags = {
             "--out": out is not None,
@@ -63,15 +65,26 @@ def main(
         if is_url(folder):
             raise UserError(f"{folder} is a URL", "prepare the shards in a local folder, then copy the whole folder")
         done = Path(folder)
-        if not prepare(done, force=force, progress=_Bar):
+        is_new = prepare(done, force=force, progress=_Bar)
+        found.append(check_samples(done))
+        if not is_new:
             console.print(f"{escape(folder)} is up to date: {_contents(done)} (--force builds the index again)")
+            _tell(found[0], console)
             return
     console.print(f"[green]ready[/]: {escape(str(done))}, {_contents(done)}")
     if (skipped := done / SKIPPED).exists() and jsonl:
         with skipped.open(encoding="utf-8") as lines:
             number = sum(1 for _ in lines)
         console.print(f"[yellow]skipped[/]: {_count(number, 'broken sample')}, listed in {escape(str(skipped))}")
+    _tell(found[0], console)
     console.print(rf"[dim]to use it in a configuration:[/] data: {{train: \[{{path: {escape(str(done))}}}]}}")
+
+
+def _tell(unusable: Unusable, console: Console) -> None:
+    """Says which samples of the shards no verb can use."""
+    if unusable.number:
+        found = f"{unusable.number:,} of {unusable.looked_at:,} samples that were looked at cannot be used by any verb"
+        console.print("\n".join([f"{found}:", *causes(unusable.some)]), style="yellow", markup=False)
 
 
 def parse_size(text: str) -> int:

@@ -12,21 +12,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megavlm.align.registry import make_method
+from megavlm.base.errors import UserError
 from megavlm.base.number_format import short
 from megavlm.checkpoint.load_weights import shapes_at_start, start_words
+from megavlm.commands.usable_data import drafts_of, intended, refusal
 from megavlm.config.requirements import check_files, check_stage
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.convert.peft_names import targeted, tensor_shapes
-from megavlm.data.answer_groups import draft_unit, likely_kind
+from megavlm.data.draft import Draft
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
-from megavlm.data.sources import Source, open_sources
+from megavlm.data.rows import RowDataset
+from megavlm.data.sources import evenly, open_sources
 from megavlm.model.flops import active_decoder_weights
 from megavlm.model.shapes import Shapes
-from megavlm.records.records import Kind
 from megavlm.records.remarks import told
-from megavlm.records.skipped_samples import SkippedSample
+from megavlm.records.skipped_samples import SkippedSample, causes
 from megavlm.runtime.adapter_start import with_stored_adapter
 from megavlm.runtime.session import check_shapes
 
@@ -34,9 +37,16 @@ if TYPE_CHECKING:
     from megavlm.plan.dry_run import Held
 
 FIRST_SAMPLES = 8  # number of samples of each source that are rendered
+MORE_SAMPLES = 100  # number of samples of a source that are looked at if some of the first cannot be used
 
 
-def main(settings: Settings, world_size: int | None = None, no_files: bool = False, dry_run: str | None = None) -> int:
+def main(
+    settings: Settings,
+    world_size: int | None = None,
+    no_files: bool = False,
+    dry_run: str | None = None,
+    verb: str | None = None,
+) -> int:
     """Checks a configuration and prints a table of what it would do.
 
     Args:
@@ -45,9 +55,12 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
             its layout allows.
         no_files: check only settings, shapes and layout; checkpoints and data may be missing.
         dry_run: the verb for which the model and the optimizer of some ranks are built.
+        verb: the verb for which the configuration is intended; default: that of ``dry_run``, or a guess (see
+            ``intended``).
 
     Raises:
-        UserError: the configuration is invalid, or files are missing; one message lists all missing files.
+        UserError: the configuration is invalid, files are missing (one message lists all of them), or too many samples
+            cannot be used.
     """
     if not no_files:
         check_files(settings, ("model.hf", "model.load", "model.adapter", "data.train", "data.eval"))
@@ -61,6 +74,8 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
     data_parallel = check_shapes(settings, shapes, world_size)
     if settings.stage is not None:
         check_stage(settings)
+    if verb is not None:
+        make_method(verb, settings)  # raises for settings that the verb would ignore
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
@@ -78,11 +93,28 @@ def main(settings: Settings, world_size: int | None = None, no_files: bool = Fal
         console.print("[dim]settings, shapes and layout are valid; files were not checked[/]")
         return 0
     if settings.data.train:
-        renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
-        for source in open_sources(settings.data):
-            console.print(_first_samples(source, renderer, "tune" if settings.stage is None else "pretrain"))
+        _check_data(settings, verb or dry_run, console)
     console.print("[green]ready[/]")
     return 0
+
+
+def _check_data(settings: Settings, verb: str | None, console: Console) -> None:
+    """Shows what the first samples of each source are like. Raises UserError if too many samples cannot be used."""
+    sources = open_sources(settings.data)
+    meant = intended(settings, sources, verb)
+    console.print(f"data for {meant.told}")
+    renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
+    dataset = drafts_of(sources, renderer, meant.kind, settings)
+    refused = []
+    for number in range(len(sources)):
+        line, skipped, error = _first_samples(dataset, number, renderer, meant.verb, settings.data.skip_limits)
+        console.print(line)
+        if error is not None:
+            refused.append(error)
+        elif skipped:
+            console.print("\n".join(causes(skipped)), style="yellow", markup=False)
+    if refused:
+        raise UserError("\n".join(error.message for error in refused), refused[0].remedy)
 
 
 def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: int) -> list[tuple[str, str]]:
@@ -151,37 +183,49 @@ def _summary(held: "Held") -> Iterator[Table | str]:
         yield f"[yellow]forward and backward pass of one row: trainable parameters without a gradient: {left}[/]"
 
 
-def _first_samples(source: Source, renderer: Renderer, kind: Kind) -> str:
-    """One line about the first samples of a source, which are rendered completely."""
-    kind = likely_kind(source.file, kind)
+def _first_samples(
+    dataset: RowDataset, number: int, renderer: Renderer, verb: str, limits: dict[str, float]
+) -> tuple[str, list[SkippedSample], UserError | None]:
+    """Looks at the first samples of a source; if some of them cannot be used, at up to 100 all over the source.
+
+    Returns:
+        A line about the first samples, which are rendered completely, the skipped samples, and the error if too many
+        cannot be used.
+    """
+    source = dataset.sources[number]
     count = min(FIRST_SAMPLES, len(source.file))
     samples, skipped_samples = [], []
     remarks: Counter[str] = Counter()
     for index in range(count):
-        name = source.file.source(index)
-        try:
-            draft = draft_unit(renderer, source.file, index, kind)
-            remarks.update(draft.remarks)
-            samples.append(renderer.complete(draft))
-            samples += [renderer.complete(other) for other in draft.followers]
-        except MemoryError:
-            raise
-        except Exception as error:  # as in a data worker: whatever a file contains, an error in it costs one sample
-            skipped_samples.append(SkippedSample.of(0, name, error))
+        if (skipped := dataset.reread(number, index)) is not None:
+            skipped_samples.append(skipped)
+            continue
+        draft = dataset.draft(number, index)
+        assert isinstance(draft, Draft), "it has just been read"
+        remarks.update(draft.remarks)
+        samples += [renderer.complete(one) for one in (draft, *draft.followers)]
     share, total = f"{source.share:.1%} of the blend", f"{len(source.file):,} samples"
     summary = f"[bold]{escape(source.name)}[/] ({share}, {total}), {count} inspected:"
+    looked_at = count
     if skipped_samples:
-        first = skipped_samples[0]
-        summary += f" {len(skipped_samples)} cannot be used ({escape(f'{first.sample}: {first.cause}')});"
+        summary += f" {len(skipped_samples)} cannot be used;"
+        further = [index for index in evenly(len(source.file), MORE_SAMPLES) if index >= count]
+        looked_at += len(further)
+        found = [dataset.draft(number, index) for index in further]
+        skipped_samples += [draft for draft in found if isinstance(draft, SkippedSample)]
+        if further:
+            summary += f" of {looked_at} all over the source, {len(skipped_samples)};"
+    refused = refusal(source.name, looked_at, skipped_samples, verb, limits)
     if not samples:
-        return summary.rstrip(";")
+        return summary.rstrip(";"), skipped_samples, refused
     tokens = [len(sample.input_ids) for sample in samples]
     visual = sum(len(sample.visual_positions) for sample in samples)
     targets = sum(int((sample.labels != IGNORE).sum()) for sample in samples)
-    of_pairs = " answers" if kind in ("pair", "judged") else ""
-    return (
+    of_pairs = " answers" if dataset.kind in ("pair", "judged") else ""
+    line = (
         f"{summary} {len(samples)}{of_pairs or ' usable'} have {min(tokens)} to {max(tokens)} tokens, "
         f"{visual / sum(tokens):.0%} visual, {targets / sum(tokens):.0%} targets, "
         f"{sum(s.num_images for s in samples)} pictures, {sum(s.num_videos for s in samples)} videos"
         + "".join(f"; {sentence}" for sentence in told(remarks))
     )
+    return line, skipped_samples, refused

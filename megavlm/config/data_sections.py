@@ -69,7 +69,7 @@ class DataSource(Section):
                 "ignored",
                 "remove one of them",
             )
-        check_blend(self.sources)
+        check_blend(self.sources, epochs_count=self.epochs is not None)
         if self.sources and self.name is not None:
             raise UserError(
                 f"the blend {quoted(self.name)} has a name, which would be ignored", "give names to the sources in it"
@@ -79,8 +79,28 @@ class DataSource(Section):
         return self
 
 
-def check_blend(sources: list[DataSource]) -> None:
-    """Raises UserError unless all sources of a blend have a weight or all have epochs."""
+def check_blend(sources: list[DataSource], *, epochs_count: bool = False) -> None:
+    """Raises UserError unless all sources of a blend have a weight or all have epochs, and these have an effect.
+
+    Args:
+        sources: the sources of the blend.
+        epochs_count: whether the blend itself has epochs, so that the epochs of a sole source make a difference.
+    """
+    if len(sources) == 1:
+        sole = sources[0]
+        no_effect = (
+            "epochs"
+            if sole.epochs is not None and not epochs_count
+            else "weight"
+            if sole.is_changed("weight")
+            else None
+        )
+        if no_effect:
+            raise UserError(
+                f"{quoted(sole.label if sole.path else 'a blend')} is the only source of its blend and has {no_effect} "
+                f"{getattr(sole, no_effect):g}, which has no effect: all samples come from it",
+                f"remove {no_effect}; how often a source is passed over follows from train.steps",
+            )
     by_epochs = [source.epochs is not None for source in sources]
     if any(by_epochs) and not all(by_epochs):
         raise UserError(
@@ -157,8 +177,16 @@ class DataSettings(Section):
         0.2,
         ge=0,
         le=1,
-        description="fraction of broken samples in a source above which the run ends, checked once 100 samples of it "
-        "were read; 0: the run ends at the first broken sample",
+        description="fraction of broken samples in a source above which the run ends, checked once 100 distinct "
+        "samples of it were read, or all that it has; 0: the run ends at the first broken sample",
+    )
+    max_dropped_fraction: Float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="fraction of samples in a source that may be dropped because they are longer than a row or have no "
+        "target; if there are more, the run ends, checked as for max_bad_fraction. The default loses a fifth of a "
+        "source at most; set it to 1 for data that are meant to be filtered by length",
     )
     shuffle: Bool = Field(
         True, description="whether samples are read in a random order given by train.seed; false: in file order"
@@ -260,6 +288,14 @@ class DataSettings(Section):
     def limits(self) -> dict[str, Any]:
         """Those of LIMITS that are not null."""
         return {name: getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
+
+    @property
+    def skip_limits(self) -> dict[str, float]:
+        """The fractions of samples of a source that may be skipped, by the names of the settings."""
+        return {
+            "data.max_bad_fraction": self.max_bad_fraction,
+            "data.max_dropped_fraction": self.max_dropped_fraction,
+        }
 
     @property
     def source_names(self) -> list[str]:

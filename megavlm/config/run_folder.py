@@ -24,6 +24,7 @@ FREE_TO_CHANGE = (
     "data.pad_multiple",  # follows parallel.context; a run that continues with another value says so
     "data.workers",
     "data.max_bad_fraction",
+    "data.max_dropped_fraction",
     "data.media_roots",
     "data.media_protocols",
     "model.kernels",

@@ -7,6 +7,7 @@ from megavlm.data.draft import Draft
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Annotations
 from megavlm.data.sources import SampleFile
+from megavlm.records.forms import form_of
 from megavlm.records.preference import split_judgement, split_pair, with_answer_of
 from megavlm.records.records import FIELDS, Kind
 from megavlm.records.remarks import REPEATED_PROMPT
@@ -20,8 +21,8 @@ def likely_kind(file: SampleFile, otherwise: Kind) -> Kind:
         record = file.read(0)[0]
     except UserError:
         return otherwise
-    fields = record if isinstance(record, dict) else {}
-    return "pair" if "chosen" in fields else "judged" if "completion" in fields else otherwise
+    form = form_of(record)
+    return "pair" if form == "pair" else "judged" if form == "judged" else otherwise
 
 
 def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> Draft:

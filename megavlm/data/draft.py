@@ -43,6 +43,11 @@ class Draft:
     followers: list["Draft"] = field(default_factory=list)
 
     @property
+    def answers(self) -> tuple["Draft", ...]:
+        """The sample and its followers."""
+        return (self, *self.followers)
+
+    @property
     def num_patches(self) -> int:
         """Number of pixel rows P that must be read for the sample."""
         return 0 if self.shares_media else int(self.frame_grids.prod(axis=1).sum())

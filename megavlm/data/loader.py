@@ -16,6 +16,7 @@ from megavlm.data.shared_memory import received
 from megavlm.data.sources import Source, open_sources
 from megavlm.data.worker_processes import in_workers
 from megavlm.records.records import Kind
+from megavlm.records.skipped_samples import SkippedSample
 
 _MOST_AHEAD = 16  # maximum rows that a worker prepares in advance; rows are large because they contain pixels
 
@@ -42,6 +43,8 @@ class RowLoader:
         )
         self._rows: Iterator[Row] | None = None
         self._taken = 0  # number of rows that this rank has taken
+        self._rows_per_step = rows_per_step
+        self._at_step: tuple[int, dict[int, dict]] = (0, {})  # rows taken and states of workers when the step began
 
     def __iter__(self) -> "RowLoader":
         return self
@@ -51,6 +54,8 @@ class RowLoader:
 
         Raises UserError if a source has no usable samples, so that no further row can be made, or if a worker has died.
         """
+        if self._taken % self._rows_per_step == 0:
+            self._at_step = self._taken, dict(self._dataset.loader_states)
         if self._rows is None:
             assert self._loader is not None, "the loader is closed"
             self._rows = received(iter(self._loader))
@@ -109,6 +114,28 @@ class RowLoader:
             f"samples differs from here on, but no sample is repeated or left out (the {len(waiting)} samples in the "
             "packing buffers are kept)"
         )
+
+    def rewind(self) -> None:
+        """Sets the state back to the beginning of a step for which not all rows could be made; none can be taken then.
+
+        The checkpoint of the step before can then be written on all ranks, of which some have taken their rows.
+        """
+        self._taken, self._dataset.loader_states = self._at_step
+
+    @property
+    def drawn(self) -> list[tuple[int, int]]:
+        """For each source, how many samples the rows taken so far have used up, and how many distinct ones were read.
+
+        Counted over this rank's workers, from the first start of the run on. A sample that was skipped is used up; one
+        that waits in a packing buffer has been read. Samples are counted as distinct in the first epoch of their source
+        alone, which needs no memory.
+        """
+        of_workers = [self._dataset.drawn(worker) for worker in self._dataset.workers]
+        return [(sum(used for used, _ in pair), sum(new for _, new in pair)) for pair in zip(*of_workers, strict=True)]
+
+    def reread(self, source: int, index: int) -> SkippedSample | None:
+        """Reads a sample of a source again in this process; None if it can be used, otherwise why it is skipped."""
+        return self._dataset.reread(source, index)
 
     def close(self) -> None:
         """End the worker processes. The loader cannot be used afterwards."""

@@ -3,6 +3,31 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 
+from megavlm.data.draft import Draft
+
+_FIRST_DRAFTS = 50  # drafts in the packing buffer when the first row is filled
+
+
+def first_fill(buffer_size: int) -> int:
+    """The number of drafts among which those of a worker's first row are chosen."""
+    return min(_FIRST_DRAFTS, buffer_size)
+
+
+def next_fill(fill: int, buffer_size: int) -> int:
+    """The number of drafts for the row after one that was chosen among `fill`: the buffer grows up to `buffer_size`."""
+    return min(fill * 9 // 8 + 1, buffer_size)
+
+
+def take_row(waiting: list[Draft], seq_length: int, pad_multiple: int, max_patches: int | None) -> list[Draft]:
+    """Takes the drafts of the next row out of those that wait; see ``best_fit``."""
+    lengths = [draft.padded_length(pad_multiple) for draft in waiting]
+    patches = [draft.num_patches for draft in waiting] if max_patches else None
+    places = best_fit(lengths, seq_length, patches, max_patches)
+    chosen = [waiting[place] for place in places]
+    for place in reversed(places):
+        waiting.pop(place)
+    return chosen
+
 
 def best_fit(
     lengths: Sequence[int], capacity: int, patches: Sequence[int] | None = None, max_patches: int | None = None

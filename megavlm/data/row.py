@@ -111,6 +111,8 @@ class Row:
         source_ids: number of each sample's source in the blend.
         remarks: those of all samples.
         skipped_samples: samples that were skipped since the previous row.
+        newly_read: for each source, the number of samples of its first epoch that were read since the worker's previous
+            row; these are distinct samples. [] if the row does not come from files.
         loader_state: state of the worker that made the row, after this row (see ``RowDataset``).
     """
 
@@ -138,6 +140,7 @@ class Row:
     annotations: list[Annotations]
     remarks: list[str] = field(default_factory=list)
     skipped_samples: list[SkippedSample] = field(default_factory=list)
+    newly_read: list[int] = field(default_factory=list)
     loader_state: dict | None = None
 
     @property

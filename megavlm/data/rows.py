@@ -1,15 +1,17 @@
 """The work of a data worker: it draws samples, renders them, and packs them into an endless stream of rows."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
 from torch.utils.data import IterableDataset
 
+from megavlm.base.command_line import command
 from megavlm.base.errors import UserError
 from megavlm.data.answer_groups import draft_unit
 from megavlm.data.draft import Draft, DraftError
-from megavlm.data.packing import best_fit
+from megavlm.data.packing import first_fill, next_fill, take_row
 from megavlm.data.processor import limits_of
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
@@ -19,7 +21,6 @@ from megavlm.data.sources import Source
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import TOO_LONG, SkippedSample, UnfitSample
 
-_FIRST_DRAFTS = 50  # drafts in the packing buffer when the first row is filled
 _MOST_SKIPPED = 1000  # after this many consecutive skipped samples, a source is considered unusable
 
 
@@ -76,7 +77,7 @@ class RowDataset(IterableDataset[Row | UserError]):
 
     def initial_state(self, worker: int) -> dict:
         """The state of a worker that has not made a row yet."""
-        wanted = min(_FIRST_DRAFTS, self.buffer_size)
+        wanted = first_fill(self.buffer_size)
         return {"worker": worker, "draws": self._sample_order(worker).state, "waiting": [], "wanted": wanted}
 
     def _sample_order(self, worker: int) -> SampleOrder:
@@ -88,6 +89,7 @@ class RowDataset(IterableDataset[Row | UserError]):
         state = self.loader_states.get(worker) or self.initial_state(worker)
         order = self._sample_order(worker)
         order.state = copy.deepcopy(state["draws"])
+        drawn = order.drawn
         wanted, waiting, skipped_samples = state["wanted"], [], []
         # for each source, the distinct samples that were skipped since its last usable one
         seen: list[set[int]] = [set() for _ in self.sources]
@@ -110,13 +112,8 @@ class RowDataset(IterableDataset[Row | UserError]):
         while True:
             while len(waiting) < wanted:
                 add(*next(order))
-            wanted = min(wanted * 9 // 8 + 1, self.buffer_size)
-            lengths = [draft.padded_length(self.renderer.pad_multiple) for draft in waiting]
-            patches = [draft.num_patches for draft in waiting] if self.max_patches else None
-            chosen_at = best_fit(lengths, self.renderer.seq_length, patches, self.max_patches)
-            chosen = [waiting[index] for index in chosen_at]
-            for index in reversed(chosen_at):
-                waiting.pop(index)
+            wanted = next_fill(wanted, self.buffer_size)
+            chosen = take_row(waiting, self.renderer.seq_length, self.renderer.pad_multiple, self.max_patches)
             row = self._completed(chosen, skipped_samples)
             if row is None:
                 if len(skipped_samples) >= min(_MOST_SKIPPED, 2 * sum(counts)):
@@ -125,6 +122,8 @@ class RowDataset(IterableDataset[Row | UserError]):
                     )
                 continue
             row.skipped_samples, skipped_samples = skipped_samples, []
+            before, drawn = drawn, order.drawn
+            row.newly_read = [new - old for (_, old), (_, new) in zip(before, drawn, strict=True)]
             row.loader_state = {
                 "worker": worker,
                 "draws": copy.deepcopy(order.state),
@@ -148,10 +147,27 @@ class RowDataset(IterableDataset[Row | UserError]):
         except MemoryError:
             raise
         except Exception as error:  # whatever a file contains, an error in it must cost only this sample
-            return SkippedSample.of(source, name, error)
+            return SkippedSample.of(source, name, error, index)
         for sample in (draft, *draft.followers):
             sample.source_id = source
         return draft
+
+    def reread(self, source: int, index: int) -> SkippedSample | None:
+        """Reads a sample with its pixels; None if it can be used, otherwise the reason why it is skipped."""
+        draft = self.draft(source, index)
+        if isinstance(draft, SkippedSample):
+            return draft
+        skipped: list[SkippedSample] = []
+        self._completed([draft], skipped)
+        return skipped[0] if skipped else None
+
+    def drawn(self, worker: int) -> list[tuple[int, int]]:
+        """``SampleOrder.drawn`` of a worker as of ``loader_states``; the first number without waiting samples."""
+        state = self.loader_states.get(worker) or self.initial_state(worker)
+        order = self._sample_order(worker)
+        order.state = state["draws"]
+        waiting = Counter(source for source, _ in state["waiting"])
+        return [(taken - waiting[source], new) for source, (taken, new) in enumerate(order.drawn)]
 
     def _completed(self, chosen: list[Draft], skipped_samples: list[SkippedSample]) -> Row | None:
         """The row of the drafts whose pixels can all be read; None if there are none."""
@@ -160,7 +176,8 @@ class RowDataset(IterableDataset[Row | UserError]):
                 return self.renderer.complete_row(chosen)
             except DraftError as error:
                 draft = chosen.pop(error.place)
-                skipped_samples.append(SkippedSample.of(draft.source_id, draft.source, error.__cause__))
+                skipped = SkippedSample.of(draft.source_id, draft.source, error.__cause__, draft.index)
+                skipped_samples.append(skipped)
         return None
 
 
@@ -168,5 +185,5 @@ def _useless(source: Source, count: int, last: SkippedSample) -> UserError:
     return UserError(
         f"data source {source.name} ({source.file.path}): {count} consecutive samples cannot be used; "
         f"the last of them is {last.sample}: {last.cause}",
-        "list all samples that cannot be used with: megavlm data inspect",
+        f"{last.remedy or 'repair them'}. Look at all of them with: {command('data inspect')}",
     )

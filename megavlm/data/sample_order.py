@@ -66,6 +66,22 @@ class SampleOrder:
         key = self._keys[source]
         return source, place if key is None else shuffled(place, self._counts[source], key + epoch)
 
+    @property
+    def drawn(self) -> list[tuple[int, int]]:
+        """For each source, how many positions have been taken, and how many of them belong to its first epoch.
+
+        What was taken before a change of the number of workers counts for one of the workers, so that the sums over all
+        workers are those of the run. The positions of an epoch are distinct samples.
+        """
+        return [self._drawn(source, count) for source, count in enumerate(self._counts)]
+
+    def _drawn(self, source: int, count: int) -> tuple[int, int]:
+        taken, base, ahead = self.state["taken"][source], self.state["base"][source], self.state["ahead"][source]
+        before = base if self._worker == 0 else 0
+        first = len(range(base + self._worker, count, self._num_workers))  # this worker's positions in the first epoch
+        of_first_epoch = min(taken, first) + min(before, count) + sum(place < count for place in ahead)
+        return taken + before + len(ahead), of_first_epoch
+
 
 def reshard(states: Sequence[OrderState], num_workers: int) -> list[OrderState]:
     """Convert the ``SampleOrder`` states of all workers to the states of a different number of workers.

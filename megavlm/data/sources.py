@@ -95,6 +95,12 @@ def _opened(blend: list, access: MediaAccess) -> tuple[list[Source], float]:
     return [replace(leaf, share=leaf.share * weight / total) for leaves, weight in parts for leaf in leaves], total
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """Up to `most` evenly spaced numbers from 0 to `count` - 1: the middles of as many intervals of equal length."""
+    chosen = min(count, most)
+    return [(2 * place + 1) * count // (2 * chosen) for place in range(chosen)]
+
+
 def read_samples(
     path: str | Path,
     renderer: Renderer,

@@ -33,6 +33,8 @@ The training loop adds these fields:
     lr/PART             with train.lr_scale or train.unfreeze_after: learning rate of a part, 0.0 while it is frozen
     samples/NAME        samples of the step from this source
     target_tokens/NAME  targets of the step from this source
+    epoch/NAME          passes over this source of the run so far: used samples / samples of the source. A skipped
+                        sample is used; one that waits in a packing buffer is not
     bad_samples         distinct samples of the run so far that could not be read; data_errors.jsonl lists them
     dropped_samples     distinct valid samples of the run so far that do not fit into a row; also in data_errors.jsonl
     repeated_prompts    samples of the step from whose answers the prompt was removed; absent if there are none

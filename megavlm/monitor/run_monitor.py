@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
+from megavlm.data.loader import RowLoader
 from megavlm.monitor.data_errors import DataErrors
 from megavlm.monitor.metrics import MetricsWriter
 from megavlm.monitor.progress import Progress
+from megavlm.monitor.sample_counts import SampleCounts
 from megavlm.monitor.wandb_log import WandbLog
 from megavlm.platform import Groups
 from megavlm.records.remarks import WORDS, told
@@ -24,6 +26,7 @@ class RunMonitor:
         header: see ``Progress``.
         first_step: the step from which the run continues; lines of later steps in its files are removed.
         groups: the process groups of the run.
+        loader: see ``SampleCounts``.
         is_first: whether this is rank 0.
     """
 
@@ -34,9 +37,11 @@ class RunMonitor:
         header: Mapping[str, str],
         first_step: int,
         groups: Groups,
+        loader: RowLoader | None,
         *,
         is_first: bool,
     ):
+        self._loader = loader
         self._settings, self._first_step, self._groups, self._is_first = settings, first_step, groups, is_first
         self._output = required(settings.output, "output")
         self._remarked: set[str] = set()
@@ -49,8 +54,15 @@ class RunMonitor:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._progress)
             stack.enter_context(self._metrics)
+            self._samples = SampleCounts(data.source_names, self._loader, self._groups)
             self._errors = DataErrors(
-                self._output, self._first_step, data.source_names, data.max_bad_fraction, self._groups, self.say
+                self._output,
+                self._first_step,
+                data.skip_limits,
+                self._samples,
+                self._loader,
+                self._groups,
+                self.say,
             )
             self._wandb = WandbLog(settings, enabled=self._is_first, warn=self.say)
             self._stack = stack.pop_all()
@@ -65,8 +77,10 @@ class RunMonitor:
 
     def count_samples(
         self, step: int, counts: Mapping[str, float], skipped_samples: list[SkippedSample]
-    ) -> dict[str, int]:
+    ) -> dict[str, float]:
         """Records the skipped samples of a step; returns fields for metrics.jsonl (see ``DataErrors.take``).
+
+        After the first step, it says which share of the first samples was skipped.
 
         Remarks (see ``data/remarks.py``) are shown once each, and counted in the lines of steps that have any.
         """
@@ -74,10 +88,26 @@ class RunMonitor:
         for name in remarks.keys() - self._remarked:
             self.say(f"{told({name: remarks[name]})[0]} (in step {step}; metrics.jsonl counts them as {name})")
         self._remarked |= remarks.keys()
-        return self._errors.take(step, counts, skipped_samples) | remarks
+        fields = self._errors.take(step, counts, skipped_samples) | remarks
+        if step == self._first_step + 1:
+            for text in self._errors.shares():
+                self.say(f"{text} so far")
+        return fields
+
+    def tell_samples(self) -> None:
+        """Says at the end how often the run has passed over each source, and which share of it was skipped."""
+        for name, passes in self._samples.epochs.items():
+            self.say(f"{name}: {passes:.3g} passes over {self._samples.sizes[name]:,} samples")
+        for text in self._errors.shares():
+            self.say(text)
+
+    @property
+    def rows_are_from_files(self) -> bool:
+        """Whether a loader reads the rows of the run, so that its place in the data can be set back by a step."""
+        return bool(self._samples.sizes)
 
     def data_failure(self) -> UserError | None:
-        """The error to raise if the broken share of a data source is too large (see ``DataErrors.failure``)."""
+        """The error to raise if too many samples of a source are skipped (see ``DataErrors.failure``)."""
         return self._errors.failure()
 
     def record(self, line: Mapping[str, float | int | None], *, logged: bool) -> None:

@@ -4,18 +4,29 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from megavlm.base.atomic_files import new_folder
 from megavlm.base.errors import UserError
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.shards import ShardFolder
+from megavlm.data.sources import evenly
 from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.prepare.index_shards import find_shards, index_shards, is_up_to_date
-from megavlm.prepare.write_shards import ShardWriter, load_ahead
-from megavlm.records.skipped_samples import SkippedSample
+from megavlm.prepare.write_shards import ShardWriter, fault_of, load_ahead
+from megavlm.records.skipped_samples import SkippedSample, causes
 
 SKIPPED = "skipped.jsonl"
+_LOOKED_AT = 100  # samples of a folder of shards that are looked at
+_KEPT = 1000  # samples whose causes are kept while JSONL files are written
+
+
+class Unusable(NamedTuple):
+    """Samples that no verb can use: their number, the number of samples that were looked at, and some of them."""
+
+    number: int
+    looked_at: int
+    some: list[SkippedSample]
 
 
 class ProgressBar(Protocol):
@@ -53,21 +64,38 @@ def prepare(folder: Path, *, force: bool = False, progress: Progress = NoProgres
     """Indexes the shards of a folder, unless its index is up to date. Returns whether it built an index.
 
     Raises:
-        UserError: there are no shards, a shard is damaged, or the first sample is invalid.
+        UserError: there are no shards, or a shard is damaged.
     """
     shards = find_shards(folder)
     if not force and is_up_to_date(folder, shards):
         return False
     with progress("indexing", len(shards), "shards") as bar:
         index_shards(folder, shards, bar.advance)
-    try:
-        ShardFolder(folder).read(0)
-    except UserError as error:
-        raise UserError(
-            f"the shards are indexed, but the first sample cannot be used: {error.message}",
-            "a sample must have KEY.json (a line of JSONL) or KEY.txt (a caption), and media: KEY.jpg, KEY.0.jpg, …",
-        ) from None
     return True
+
+
+def check_samples(folder: Path) -> Unusable:
+    """Looks at samples all over a folder of shards; returns those that no verb can use.
+
+    Raises UserError if none of them can be used.
+    """
+    file = ShardFolder(folder)
+    places = evenly(len(file), _LOOKED_AT)
+    found = []
+    for index in places:
+        source = file.source(index)
+        try:
+            fault = fault_of(file.read(index)[0], source)
+        except UserError as error:
+            fault = SkippedSample.of(0, source, error)
+        found += [fault] if fault is not None else []
+    if len(found) == len(places):
+        raise UserError(
+            f"the shards in {folder} are indexed, but none of {len(places)} inspected samples can be used:\n"
+            + "\n".join(causes(found)),
+            "a sample must have KEY.json (a line of JSONL) or KEY.txt (a caption), and media: KEY.jpg, KEY.0.jpg, …",
+        )
+    return Unusable(len(found), len(places), found)
 
 
 def convert(
@@ -78,6 +106,7 @@ def convert(
     access: MediaAccess = ANY_LOCAL_FILE,
     skip_broken: bool = False,
     progress: Progress = NoProgress,
+    tell: Callable[[Unusable], None] = lambda unusable: None,
 ) -> Path:
     """Writes the samples of JSONL files in their order, with their media, into a new folder of shards with an index.
 
@@ -90,12 +119,14 @@ def convert(
         access: which media the samples may name.
         skip_broken: skip samples that cannot be read and list them in ``skipped.jsonl``, instead of raising.
         progress: shows the progress of writing and of indexing.
+        tell: called at the end with the samples that were written although no verb can use them.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: `out` exists, a sample cannot be read (with `skip_broken`: none can), or a shard cannot be written.
+        UserError: `out` exists, a sample cannot be read (with `skip_broken`: none can), no verb can use any of the
+            samples, or a shard cannot be written.
     """
     if ":/" in str(out):
         raise UserError(
@@ -105,6 +136,7 @@ def convert(
     if out.exists():
         raise UserError(f"{out} exists already", "choose another --out, or move it away")
     files = [JsonlFile(path, access) for path in jsonl]
+    unusable, number = [], 0
     try:
         with new_folder(out) as partial:
             with (
@@ -125,9 +157,16 @@ def convert(
                         continue
                     writer.add(sample)
                     bar.advance(sample.size)
+                    if sample.fault is not None:
+                        number += 1
+                        unusable += [sample.fault] if number <= _KEPT else []
             if not writer.num_samples:
                 raise UserError(f"no sample of {', '.join(jsonl)} can be read", "run without --skip-broken to see why")
+            if number == writer.num_samples:
+                listed = "\n".join(causes(unusable))
+                raise UserError(f"none of {number:,} samples of {', '.join(jsonl)} can be used:\n{listed}")
             prepare(partial, progress=progress)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}", "free some space, or choose another --out") from None
+    tell(Unusable(number, writer.num_samples, unusable))
     return out

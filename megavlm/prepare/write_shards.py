@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megavlm.base.errors import UserError
 from megavlm.data.sources import SampleFile
@@ -19,6 +19,8 @@ from megavlm.media.files import File, Find
 from megavlm.media.pictures import Picture
 from megavlm.media.videos import Video
 from megavlm.records.records import rename_media
+from megavlm.records.skipped_samples import SkippedSample
+from megavlm.records.usable import check_usable
 
 _THREADS = 16  # number of threads that read ahead, to hide the latency of network storage
 _READ_AHEAD = 1 << 24  # bytes of one sample's media that are read ahead; the rest is read while it is written
@@ -34,10 +36,12 @@ class StoredSample:
     Attributes:
         record: UTF-8 JSON in which the media are named by their parts ("0.jpg").
         media: for each media file, its part, the file, its size in bytes, and its content if it was read ahead.
+        fault: why no verb can use the record; None if one can, as far as its form shows.
     """
 
     record: bytes
     media: list[tuple[str, File, int, bytes | None]]
+    fault: SkippedSample | None = None
 
     @property
     def size(self) -> int:
@@ -52,6 +56,7 @@ def load_sample(file: SampleFile, index: int) -> StoredSample:
     """
     record, find = file.read(index)
     source, parts, read = file.source(index), _Parts(find), 0
+    fault = fault_of(record, source)
     record = rename_media(record, parts.name)
     media = []
     for media_file, part in parts.names.items():
@@ -71,7 +76,16 @@ def load_sample(file: SampleFile, index: int) -> StoredSample:
         media.append((part, media_file, size if content is None else len(content), content))
     # JSON may contain half a surrogate pair; it is written such that reading gives it back.
     text = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    return StoredSample(text, media)
+    return StoredSample(text, media, fault)
+
+
+def fault_of(record: Any, source: str) -> SkippedSample | None:
+    """Why no verb can use a record; None if one can, as far as its form shows."""
+    try:
+        check_usable(record, source)
+    except UserError as error:
+        return SkippedSample.of(0, source, error)
+    return None
 
 
 def load_ahead(files: Iterable[SampleFile]) -> Generator[tuple[str, Future[StoredSample]]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
+from megavlm.records.forms import other_form
 from megavlm.records.values import field_names, is_number
 
 PAIR_FIELDS = ("prompt", "chosen", "rejected", "margin")
@@ -20,6 +21,7 @@ def split_pair(raw: Any, source: str) -> tuple[dict, dict, float]:
 
     Raises UserError if the record is not a valid pair.
     """
+    _check_form(raw, "pair", ("chosen", "rejected"), source)
     prompt, rest = _prompt(raw, PAIR_FIELDS, source)
     chosen, rejected = (_answer(raw, name, source) for name in ("chosen", "rejected"))
     if chosen == rejected:
@@ -35,6 +37,7 @@ def split_judgement(raw: Any, source: str) -> tuple[dict, bool]:
 
     Raises UserError if the record is not a valid judgement.
     """
+    _check_form(raw, "judged", ("completion",), source)
     prompt, rest = _prompt(raw, KTO_FIELDS, source)
     answer = _answer(raw, "completion", source)
     if not isinstance(raw.get("label"), bool):
@@ -57,6 +60,12 @@ def with_answer_of(raw: Any, other: Any, source: str) -> dict | None:
         return None
     foreign = [{n: v for n, v in message.items() if n not in ("loss", "weight")} for message in foreign]
     return {**rest, "messages": [*prompt, *foreign]}
+
+
+def _check_form(raw: Any, form: str, fields: tuple[str, ...], source: str) -> None:
+    """Raises a UserError that says what the record looks like if it lacks fields of its form."""
+    if isinstance(raw, dict) and (missing := [name for name in fields if name not in raw]):
+        raise other_form(raw, form, missing, source)
 
 
 def _prompt(raw: Any, fields: tuple[str, ...], source: str) -> tuple[list[dict], dict]:

@@ -24,9 +24,10 @@ from typing import Any, Literal
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
 from megavlm.records.boxes import Box, fill_marks
+from megavlm.records.forms import form_of, other_form
 from megavlm.records.marks import MARKS, Places
 from megavlm.records.skipped_samples import NO_TARGET, UnfitSample
-from megavlm.records.values import check_values, field_names, is_number, kind_of
+from megavlm.records.values import check_values, is_number, kind_of
 
 Kind = Literal["tune", "pretrain", "prompt", "pair", "judged"]
 
@@ -98,11 +99,15 @@ def check_record(raw: Any, kind: Kind, source: str) -> Record:
     if not isinstance(raw, dict):
         raise UserError(f"{source}: a line must be a JSON object, found {kind_of(raw)}")
     check_values(raw, FIELDS, source)
+    is_missing = "messages" not in raw and "text" not in raw
+    if is_missing and form_of(raw) is not None:
+        raise other_form(raw, "messages", (), source)
     for name in raw:
         _refuse_near_miss(name, FIELDS, source)
-    if ("messages" in raw) == ("text" in raw):
-        found = "both" if "text" in raw else f"neither (fields: {field_names(raw)})"
-        raise UserError(f"{source}: a sample must have either messages or text; this one has {found}")
+    if is_missing:
+        raise other_form(raw, "messages", (), source)
+    if "messages" in raw and "text" in raw:
+        raise UserError(f"{source}: a sample must have either messages or text; this one has both")
     listed = {name: _list_of_media(raw, name, source) for name in ("images", "videos")}
     places = Places(listed, _list_of_media(raw, "boxes", source) if "boxes" in raw else None, source)
     record = Record(images=places.images, videos=places.videos)

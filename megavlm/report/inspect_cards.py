@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from megavlm.data.draft import Draft
 from megavlm.data.processor import Clip, Still
 from megavlm.data.renderer import Renderer
 from megavlm.report.answers import thumbnail
+from megavlm.report.inspect_stats import num_targets, num_tokens
 
 MAX_PIECES = 2400  # number of pieces of text of one sample on the page, such that a phone can display it
 MAX_FRAMES = 4  # number of frames of one video on the page
@@ -55,6 +56,8 @@ class Card:
         shots: its pictures.
         pieces: its text.
         note: what is not shown.
+        title: what its answer is, for pairs and labelled answers.
+        further: the titles and texts of further answers to the same prompt.
     """
 
     name: str
@@ -62,15 +65,31 @@ class Card:
     shots: list[Shot]
     pieces: list[Piece]
     note: str = ""
+    title: str = ""
+    further: list[tuple[str, list[Piece]]] = field(default_factory=list)
 
 
 def make_card(draft: Draft, shots: list[Shot], renderer: Renderer) -> Card:
     """The card of a sample whose pictures are `shots`."""
-    targets = int(np.count_nonzero(draft.weights[1:]))
-    details = f"{draft.length:,} tokens, {targets:,} of them targets"
+    details = f"{num_tokens(draft):,} tokens, {num_targets(draft):,} of them targets"
     left_out = len(draft.media) - MAX_MEDIA
     note = f"{left_out} more pictures and videos are not shown" if left_out > 0 else ""
-    return Card(draft.source, details, shots, _shortened(list(pieces(draft, renderer))), note)
+    further = []
+    for answer in draft.followers:
+        start = int(np.flatnonzero(answer.weights[1:])[0]) + 1  # the prompt is that of the first answer
+        further.append((_title(answer), _shortened(list(pieces(answer, renderer, start)))))
+    shown = _shortened(list(pieces(draft, renderer)))
+    return Card(draft.source, details, shots, shown, note, _title(draft), further)
+
+
+def _title(answer: Draft) -> str:
+    """What an answer of a pair, or a labelled answer, is; "" for other samples."""
+    annotations = answer.annotations
+    if annotations.mismatched:
+        return "answer of the next sample, for the KL term"
+    if annotations.desirable is not None:
+        return "desirable" if annotations.desirable else "undesirable"
+    return annotations.side or ""
 
 
 def shots_of(draft: Draft, renderer: Renderer) -> list[Shot]:
@@ -97,8 +116,14 @@ def shots_of(draft: Draft, renderer: Renderer) -> list[Shot]:
     return shots
 
 
-def pieces(draft: Draft, renderer: Renderer) -> Iterator[Piece]:
-    """The tokens of a sample in order, grouped such that each group consists of complete characters."""
+def pieces(draft: Draft, renderer: Renderer, start: int = 0) -> Iterator[Piece]:
+    """The tokens of a sample in order, grouped such that each group consists of complete characters.
+
+    Args:
+        draft: the sample.
+        renderer: the renderer of the model's folder.
+        start: index of the first token to show; if it is not 0, no picture or video comes after it.
+    """
     tokenizer = renderer.tokenizer
     weights = draft.weights.copy()
     weights[:1] = 0  # the first token is never a target
@@ -112,7 +137,7 @@ def pieces(draft: Draft, renderer: Renderer) -> Iterator[Piece]:
         titles = [f"#{starts[p]} · id {ids[p]} · {_weight_text(weights[p])}" for p in places]
         return Piece(text, kind, max(level_of(weights[p]) for p in places), "\n".join(titles))
 
-    for place, token in enumerate(ids):
+    for place, token in enumerate(ids[start:], start):
         is_text = token not in placeholders and token not in added
         if group and not is_text:
             yield piece(group, decode([ids[p] for p in group]), "text")

@@ -10,11 +10,12 @@ from megavlm.config.settings import Settings
 from megavlm.records.records import Kind
 from megavlm.report.charts import histogram
 from megavlm.report.inspect_cards import LEVELS, Card, Piece
-from megavlm.report.inspect_stats import PERCENTILES, Look, RowStats, SourceStats, decimal
+from megavlm.report.inspect_stats import PERCENTILES, Look, RowStats, SourceStats, decimal, num_tokens
 from megavlm.report.page import render_page
 
 TEMPLATE = "inspect.html.jinja"
 MAX_FAULTS = 100  # number of skipped samples of one kind that are listed for a source
+UNITS = {"pair": "pairs"}  # what a sample is called, by its kind
 COLORS = ("loss", "lr", "speed", "projector", "language", "vision", "bad", "soft")  # the page's colours of the sources
 
 
@@ -38,7 +39,7 @@ def write_page(
         rows: the statistics of packed rows, None if no sample can be used.
         cards: the samples to show of each source, in the same order.
     """
-    lengths = [[draft.length for draft in look.drafts] for look in looks]
+    lengths = [[num_tokens(draft) for draft in look.drafts] for look in looks]
     charts = [histogram("Tokens per sample", of_source, "tokens") for of_source in lengths]
     page = render_page(
         TEMPLATE,
@@ -50,6 +51,7 @@ def write_page(
             for place, (of_source, chart, of_cards) in enumerate(zip(stats, charts, cards, strict=True))
         ],
         rows=rows,
+        unit=UNITS.get(kind, "samples"),
         percentiles=PERCENTILES,
         levels=LEVELS,
         max_faults=MAX_FAULTS,

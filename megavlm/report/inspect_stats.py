@@ -8,7 +8,7 @@ import numpy as np
 
 from megavlm.config.settings import DataSettings
 from megavlm.data.draft import Draft
-from megavlm.data.packing import best_fit
+from megavlm.data.packing import first_fill, next_fill, take_row
 from megavlm.data.processor import Clip, Still
 from megavlm.data.renderer import Renderer
 from megavlm.data.sample_order import SampleOrder
@@ -75,7 +75,7 @@ class SourceStats:
         looked_at: number of inspected samples.
         usable: number of inspected samples that can be used. The following statistics are of these samples; they are
             None if there are none.
-        tokens: tokens of a sample.
+        tokens: tokens of a sample; those of a pair are the tokens of both answers, each with the prompt.
         targets: targets of a sample.
         visual: visual tokens of a sample.
         targets_of_tokens: share of targets among all tokens.
@@ -125,7 +125,7 @@ class RowStats:
 
     Attributes:
         fill: mean share of the tokens of a row that are not padding.
-        samples: mean number of samples in a row.
+        samples: mean number of samples in a row; a pair is one sample.
         patches: number of patches in a row.
         rows: number of packed rows.
     """
@@ -136,14 +136,19 @@ class RowStats:
     rows: int
 
 
+def num_tokens(draft: Draft) -> int:
+    """Number of tokens of the sample with all its answers."""
+    return sum(answer.length for answer in draft.answers)
+
+
 def num_targets(draft: Draft) -> int:
-    """Number of target tokens of the sample; its first token is never a target."""
-    return int(np.count_nonzero(draft.weights[1:]))
+    """Number of target tokens of the sample with all its answers; the first token of an answer is never a target."""
+    return sum(int(np.count_nonzero(answer.weights[1:])) for answer in draft.answers)
 
 
 def num_visual(draft: Draft, renderer: Renderer) -> int:
-    """Number of visual tokens of the sample."""
-    return draft.num_patches // renderer.vision.merge**2
+    """Number of visual tokens of the sample; each of its answers has those of the prompt."""
+    return len(draft.answers) * draft.num_patches // renderer.vision.merge**2
 
 
 def blend_stats(looks: Sequence[Look], renderer: Renderer) -> list[SourceStats]:
@@ -152,7 +157,7 @@ def blend_stats(looks: Sequence[Look], renderer: Renderer) -> list[SourceStats]:
     The share of tokens of a source is its share of samples times their mean length, where skipped samples count with
     length 0: a source of which half is broken gives half as many tokens.
     """
-    tokens = [look.source.share * sum(d.length for d in look.drafts) / len(look.samples) for look in looks]
+    tokens = [look.source.share * sum(map(num_tokens, look.drafts)) / len(look.samples) for look in looks]
     targets = [look.source.share * sum(map(num_targets, look.drafts)) / len(look.samples) for look in looks]
     return [
         _source_stats(look, renderer, _share(tokens[place], sum(tokens)), _share(targets[place], sum(targets)))
@@ -162,7 +167,7 @@ def blend_stats(looks: Sequence[Look], renderer: Renderer) -> list[SourceStats]:
 
 def _source_stats(look: Look, renderer: Renderer, token_share: float | None, target_share: float | None) -> SourceStats:
     drafts = look.drafts
-    lengths, targets = [d.length for d in drafts], [num_targets(d) for d in drafts]
+    lengths, targets = [num_tokens(d) for d in drafts], [num_targets(d) for d in drafts]
     visual = [num_visual(d, renderer) for d in drafts]
     stills = [[item for item in d.media if isinstance(item, Still)] for d in drafts]
     clips = [[item for item in d.media if isinstance(item, Clip)] for d in drafts]
@@ -211,27 +216,21 @@ def pack_rows(looks: Sequence[Look], settings: DataSettings, pad_multiple: int, 
     shares, counts = [look.source.share for look in usable], [len(look.samples) for look in usable]
     draws = SampleOrder(shares, counts, seed if settings.shuffle else None, 0, 1)
     buffer = settings.packing_buffer if settings.packing == "best_fit" else 1
+    fill = first_fill(buffer)
     waiting: list[Draft] = []
     tokens, samples, patches = [], [], []
     for _ in range(_PACKED_ROWS):
-        while len(waiting) < buffer:
+        while len(waiting) < fill:
             source, index = next(draws)
             if isinstance(sample := usable[source].samples[index], Draft):
                 waiting.append(sample)
-        chosen = best_fit(
-            [draft.padded_length(pad_multiple) for draft in waiting],
-            settings.seq_length,
-            [draft.num_patches for draft in waiting] if settings.max_patches_per_row else None,
-            settings.max_patches_per_row,
-        )
-        row = [waiting[place] for place in chosen]
-        for place in reversed(chosen):
-            waiting.pop(place)
-        tokens.append(sum(draft.length for draft in row))
+        fill = next_fill(fill, buffer)
+        row = take_row(waiting, settings.seq_length, pad_multiple, settings.max_patches_per_row)
+        tokens.append(sum(map(num_tokens, row)))
         samples.append(len(row))
         patches.append(sum(draft.num_patches for draft in row))
-    fill = float(np.mean(tokens)) / settings.seq_length
-    return RowStats(fill, float(np.mean(samples)), Spread.of(patches), _PACKED_ROWS)
+    share = float(np.mean(tokens)) / settings.seq_length
+    return RowStats(share, float(np.mean(samples)), Spread.of(patches), _PACKED_ROWS)
 
 
 def decimal(value: float) -> str:

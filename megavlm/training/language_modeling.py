@@ -40,7 +40,7 @@ class LanguageModeling:
         if coefficient:
             start = StartWeights(session)
             objective = CrossEntropyWithKL(objective.source_names, objective.chunk_tokens, coefficient, start)
-        return Prepared(objective, files.loader, files.longest_row)
+        return Prepared(objective, files.loader, files.longest_row, files.loader)
 
 
 def pretrain(settings: Settings) -> LanguageModeling:

@@ -14,7 +14,7 @@ from megavlm.training.memory_check import check_memory
 from megavlm.training.method import Method
 from megavlm.training.run import Run, build_run
 from megavlm.training.skipped_steps import SkippedSteps, weights_failure
-from megavlm.training.step import StepResult
+from megavlm.training.step import NoRows, StepResult
 from megavlm.training.stop_signal import StopSignal
 from megavlm.training.summary import header, metrics_line
 
@@ -37,13 +37,14 @@ def train(settings: Settings, method: Method, hooks: Sequence[Hook] = ()) -> int
     with HangWatch.of_run(settings) as watch:
         run = build_run(settings, method, watch.heartbeat)
         session, settings = run.session, run.session.settings
-        shown = settings, run.title, header(session), run.first_step, session.groups
+        shown = settings, run.title, header(session, run.loader), run.first_step, session.groups, run.loader
         with RunMonitor(*shown, is_first=session.is_first) as monitor:
             last, stopped = _run_steps(run, settings, hooks, monitor, watch.heartbeat)
             run.checkpoints.finish()
             for hook in hooks:
                 if hook.at_end:
                     hook.call(run, last, monitor.say)
+            monitor.tell_samples()
             monitor.say(f"stopped at step {last}" if stopped else f"done: {settings.train.steps} steps")
             monitor.finish()
         if run.rows is not None:
@@ -60,31 +61,53 @@ def _run_steps(
     stop = StopSignal(run.session.groups.world_host)
     if run.restarted:
         monitor.say("there is no checkpoint yet, so the run starts again at step 0")
+    if failure := monitor.data_failure():  # an earlier start ended for its data, which are still as they were
+        monitor.finish(failed=True)
+        raise failure
     if settings.train.memory_check and number < steps:
         monitor.say(check_memory(run.step, run.longest_row, settings))
         heartbeat("the memory check")
     skipped = SkippedSteps(settings.train.max_skipped_steps, monitor.say)
+    saved = run.first_step
     for number in range(run.first_step + 1, steps + 1):
-        for part in run.optimizers.unfreeze(number):
+        thawed = run.optimizers.unfreeze(number)
+        for part in thawed:
             monitor.say(f"step {number}: {part} is unfrozen and trained from now on")
-        result = _one_step(run, number, hooks, monitor)
+        try:
+            result = _one_step(run, number, hooks, monitor)
+        except NoRows:
+            if number - 1 > saved and not thawed and monitor.rows_are_from_files:
+                _save_before(run, number)
+            run.checkpoints.finish()
+            monitor.finish(failed=True)
+            raise
         run.checkpoints.poll()
         heartbeat(f"step {number}")
         stopping, every = stop.asked(), settings.checkpoint.every
-        saving = number == steps or stopping or bool(every and number % every == 0)
-        failure = skipped.failure(number, result.trouble) or monitor.data_failure()
+        data_failure = monitor.data_failure()
+        saving = number == steps or stopping or bool(every and number % every == 0) or data_failure is not None
+        failure = skipped.failure(number, result.trouble)
         if result.trouble and saving and not failure:
             failure = weights_failure(run.session.vlm)  # a bad checkpoint would replace an older, good one
-        if failure:
-            run.checkpoints.finish()  # the previous checkpoint may still be in progress
-            monitor.finish(failed=True)
-            raise failure
-        if saving:
+        if saving and not failure:  # also if the data end the run: with other data or limits, it continues from here
             run.checkpoints.save(number)
+            saved = number
             heartbeat(f"the checkpoint of step {number}")
+        if (ending := failure or data_failure) is not None:
+            run.checkpoints.finish()  # a checkpoint may still be in progress
+            monitor.finish(failed=True)
+            raise ending
         if stopping:
             return number, number < steps
     return number, False
+
+
+def _save_before(run: Run, number: int) -> None:
+    """Writes the checkpoint of the step before ``number``, for which there are no rows, if all weights are finite."""
+    if run.loader is not None:
+        run.loader.rewind()
+    if weights_failure(run.session.vlm) is None:
+        run.checkpoints.save(number - 1)
 
 
 def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -> StepResult:

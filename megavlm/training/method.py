@@ -25,11 +25,13 @@ class Prepared:
         objective: the objective that is minimised.
         rows: the rows to train on, on the leader of each model-parallel group; None on the other ranks.
         longest_row: makes the longest row that the settings allow, for the memory check; on the same ranks as ``rows``.
+        loader: the loader behind ``rows``, on the same ranks, if they come from files. It counts their samples.
     """
 
     objective: Objective
     rows: RowSource | None
     longest_row: Callable[[], Row] | None
+    loader: RowLoader | None = None
 
 
 class Method(Protocol):

@@ -136,13 +136,14 @@ class CrossEntropyWithKL(CrossEntropy):
         return {"nll": nll / weight, "kl_to_start": kl / weight, **super().fields([nll, *of_sources], counts)}
 
 
-def count_sources(rows: list[Row], source_names: Sequence[str], broken: Sequence[int]) -> dict[str, float]:
-    """Counts samples (answers), targets, loss weights, records and broken records of each source.
+def count_sources(rows: list[Row], source_names: Sequence[str]) -> dict[str, float]:
+    """Counts samples (answers), targets, loss weights, used-up records and newly read records of each source.
+
+    A record is used up when it is in a row or was skipped; see ``Row.newly_read``.
 
     Args:
         rows: the rows to count in.
         source_names: names of the sources, in the order of their numbers.
-        broken: the number of the source of each broken sample.
     """
     sums = np.zeros((5, len(source_names)))
     for row in rows:
@@ -155,8 +156,9 @@ def count_sources(rows: list[Row], source_names: Sequence[str], broken: Sequence
         )
         for of_sources, of_samples in zip(sums, values, strict=False):  # the last of sums is filled below
             np.add.at(of_sources, row.source_ids, of_samples)
-    np.add.at(sums[4], list(broken), 1)
-    kinds = ("samples", "target_tokens", "loss_weight", "records", "broken")
+        np.add.at(sums[3], [skipped.source_id for skipped in row.skipped_samples], 1)
+        sums[4, : len(row.newly_read)] += row.newly_read
+    kinds = ("samples", "target_tokens", "loss_weight", "used", "newly_read")
     return {
         f"{kind}/{name}": value
         for kind, values in zip(kinds, sums.tolist(), strict=True)

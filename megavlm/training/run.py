@@ -8,6 +8,7 @@ from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
 from megavlm.config.requirements import required
 from megavlm.config.run_folder import prepare_output
 from megavlm.config.settings import Settings
+from megavlm.data.loader import RowLoader
 from megavlm.data.row import Row
 from megavlm.data.row_source import RowSource
 from megavlm.monitor.stragglers import Stragglers
@@ -31,7 +32,7 @@ class Run:
         optimizers: the optimizers of the main model.
         checkpoints: writes the checkpoints of the run.
         rows: the source of the rows, on leaders; None on the other ranks.
-        longest_row: see ``Prepared``.
+        longest_row, loader: see ``Prepared``.
         stragglers: measures which ranks are slow.
         first_step: number of steps that earlier starts of the run have done.
         restarted: whether an earlier start of the run left no checkpoint, so that the run begins again.
@@ -44,6 +45,7 @@ class Run:
     checkpoints: Checkpoints
     rows: RowSource | None
     longest_row: Callable[[], Row] | None
+    loader: RowLoader | None
     stragglers: Stragglers
     first_step: int
     restarted: bool
@@ -97,6 +99,7 @@ def build_run(settings: Settings, method: Method, heartbeat: Callable[[str], Non
         checkpoints,
         prepared.rows,
         prepared.longest_row,
+        prepared.loader,
         stragglers,
         first_step,
         restarted=resuming and checkpoint is None,

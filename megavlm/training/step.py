@@ -13,19 +13,29 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
+from megavlm.base.errors import UserError
 from megavlm.data.row import Row
 from megavlm.model.tower_phase import Timer
 from megavlm.model.vlm import VLM
 from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import device
+from megavlm.platform.collectives import all_gather_objects
 from megavlm.records.remarks import WORDS
-from megavlm.records.skipped_samples import BROKEN, SkippedSample
+from megavlm.records.skipped_samples import SkippedSample
 from megavlm.runtime.feed import Feed, MicroBatch, StepRows, Window
 from megavlm.runtime.forward import encode_window, forward_chunk, forward_only, prepare_schedule
 from megavlm.training.objective import Objective, Read, count_sources
 from megavlm.training.skipped_steps import describe
 
 _WINDOW = 4  # rows: enough frames for an even distribution over ranks, few enough for their features to fit
+
+
+class NoRows(UserError):
+    """A step cannot be made, because a data-parallel rank cannot read its rows. Raised on all ranks with the cause."""
+
+    def __init__(self, cause: UserError):
+        super().__init__(cause.message, cause.remedy)
+        self.status = cause.status
 
 
 @dataclass
@@ -38,7 +48,7 @@ class StepResult:
         norms: gradient norms, from ``Optimizers.step``.
         counts: tokens, target_tokens, images, videos, samples, frames, frames_encoded (in the pass with gradients, so
             it is equal to frames), row_tokens, the sums of squares for counting FLOPs, skipped_samples, and for each
-            source samples/NAME, target_tokens/NAME, loss_weight/NAME, records/NAME and broken/NAME.
+            source samples/NAME, target_tokens/NAME, loss_weight/NAME, used/NAME and newly_read/NAME.
         fields: fields of the objective for metrics.jsonl.
         skipped_samples: the skipped samples of this data-parallel rank's rows.
         trouble: if the step was skipped, so that all state is unchanged, the reason; otherwise None.
@@ -116,10 +126,19 @@ class Step:
         return StepResult(stats.loss, lr, stats.norms, found.counts, fields, found.skipped_samples, trouble)
 
     def gradients(self, feed: Feed, num_rows: int) -> Gradients:
-        """Runs the next rows of ``feed`` forward and backward. The optimizers' buffers get the reduced gradients."""
-        rows = feed.rows(num_rows)
+        """Runs the next rows of ``feed`` forward and backward. The optimizers' buffers get the reduced gradients.
+
+        Raises NoRows, on all ranks, if a rank cannot read its rows; then nothing has been changed.
+        """
+        rows, problem = None, None
+        try:
+            rows = feed.rows(num_rows)
+        except UserError as error:
+            problem = error
+        counts = self._count([] if rows is None else rows.hosts)
+        if counts.pop("without_rows"):  # on any rank
+            raise NoRows(next(filter(None, all_gather_objects(problem, self.groups.world_host))))
         assert rows is not None, "the rows of training do not end"
-        counts = self._count(rows.hosts)
         row_losses: list[tuple[Row, Tensor]] = []
         self.optimizers.zero_grad()
         found = self.objective.look_ahead(partial(self._look_through, rows))
@@ -221,7 +240,8 @@ class Step:
             "frames": sum(len(row.frame_lengths) for row in rows),
             "skipped_samples": len(skipped_samples),
             **{name: sum(row.remarks.count(name) for row in rows) for name in WORDS},
-            **count_sources(rows, self.source_names, [f.source_id for f in skipped_samples if f.kind == BROKEN]),
+            **count_sources(rows, self.source_names),
+            "without_rows": float(not rows),
         }
         if not self.groups.is_leader:  # the ranks of a model-parallel group have the same rows, which count once
             here = dict.fromkeys(here, 0.0)

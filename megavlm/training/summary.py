@@ -4,6 +4,8 @@ import torch.distributed as dist
 
 from megavlm.base.number_format import short
 from megavlm.checkpoint.load_weights import start_words
+from megavlm.config.settings import Settings
+from megavlm.data.loader import RowLoader
 from megavlm.model.flops import Work, peak_flops, step_flops
 from megavlm.model.vlm import PARTS
 from megavlm.monitor.metrics import throughput
@@ -35,8 +37,13 @@ def metrics_line(session: Session, number: int, result: StepResult, seconds: flo
     }
 
 
-def header(session: Session) -> dict[str, str]:
-    """Makes the rows of the header: what is trained from which weights, with which data and layout, and the output."""
+def header(session: Session, loader: RowLoader | None) -> dict[str, str]:
+    """Makes the rows of the header: what is trained from which weights, with which data and layout, and the output.
+
+    Args:
+        session: the session of the run.
+        loader: the loader of rank 0; None if the rows do not come from files.
+    """
     settings, vlm = session.settings, session.vlm
     parallel = settings.parallel
     layout = {
@@ -53,10 +60,23 @@ def header(session: Session) -> dict[str, str]:
         "start": start_words(settings.model),
         "trainable": " · ".join(f"{part} {_trained(session, part)}" for part in PARTS) + share,
         "layout": " × ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process",
-        "data": ", ".join(str(source.path) for source in settings.data.leaves.values()),
+        "data": _data(settings, loader),
         "rows": f"{settings.train.global_batch_size} per step, {settings.data.seq_length} tokens each",
         "output": str(settings.output),
     }
+
+
+def _data(settings: Settings, loader: RowLoader | None) -> str:
+    """Lists the sources with their numbers of samples and, if each row is a sample, with the passes over them."""
+    if loader is None:
+        return ", ".join(str(source.path) for source in settings.data.leaves.values())
+    rows = (settings.train.steps or 0) * (settings.train.global_batch_size or 0)
+    listed = []
+    for source in loader.sources:
+        size = len(source.file)
+        passes = f", {rows * source.share / size:.3g} passes" if settings.data.packing == "none" else ""
+        listed.append(f"{source.file.path} ({size:,} sample{'s' * (size != 1)}{passes})")
+    return ", ".join(listed)
 
 
 def _trained(session: Session, part: str) -> str:

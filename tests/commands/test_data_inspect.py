@@ -7,16 +7,19 @@ import base64
 import io
 import json
 from html.parser import HTMLParser
+from itertools import islice
 
 import pytest
 from PIL import Image
 from toy import picture, write_records
 
 from megavlm.base.errors import UserError
-from megavlm.commands.data_inspect import evenly, main
-from megavlm.config.settings import Settings
+from megavlm.commands.data_inspect import main
+from megavlm.config.settings import DataSettings, Settings
+from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
+from megavlm.data.sources import evenly
 from megavlm.demo.model_folder import make_model_folder
 from megavlm.report.inspect_cards import level_of
 
@@ -65,12 +68,17 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def inspect(tmp_path, model_folder):
-    """Runs the job on files of records; gives summary and page."""
+    """Runs the job on files of records; gives summary and page. ``refused``: a pattern of the error at the end."""
 
-    def run(data, samples=200, **settings):
+    def run(data, samples=200, refused=None, **settings):
         data = {"train": [], "seq_length": 512, "packing_buffer": 8, **data}
         out = tmp_path / "out"
-        assert main(Settings(model={"hf": model_folder}, data=data, **settings), out, samples) == 0
+        made = Settings(model={"hf": model_folder}, data=data, **settings)
+        if refused is None:
+            assert main(made, out, samples) == 0
+        else:
+            with pytest.raises(UserError, match=refused):
+                main(made, out, samples)
         assert sorted(path.name for path in out.iterdir()) == ["index.html", "summary.json"]
         return json.loads((out / "summary.json").read_text()), Page((out / "index.html").read_text())
 
@@ -150,12 +158,72 @@ def test_rows_are_of_the_blend_and_of_what_can_be_used(tmp_path, inspect):
     short = write_records(tmp_path / "short.jsonl", [digits(10), {"text": 3}])
     # The half of `short` that is broken is passed over: 18 drawn are 9 that can be used.
     summary, _ = inspect(
-        {"train": [{"path": long}, {"path": short, "weight": 18}], "seq_length": 100, "pad_multiple": 2}
+        {
+            "train": [{"path": long}, {"path": short, "weight": 18}],
+            **{"seq_length": 100, "pad_multiple": 2, "max_bad_fraction": 0.5},
+        }
     )
     tokens_per_sample = (50 + 9 * 10) / 10
     rows = summary["rows"]
     assert rows["fill"] / rows["samples"] == pytest.approx(tokens_per_sample / 100, rel=0.05)
     assert summary["sources"][1]["token_share"] == pytest.approx(9 * 10 / (50 + 9 * 10))
+
+
+def pairs(count):
+    """Pairs of answers of many lengths."""
+    return [
+        {"prompt": "1 " * (1 + 7 * n % 40), "chosen": "2 " * (1 + n % 9), "rejected": "3 " * (1 + n % 23)}
+        for n in range(count)
+    ]
+
+
+def test_rows_of_pairs_are_as_full_as_in_training(tmp_path, inspect, model_folder, capsys):
+    """Against the first rows of a data worker, whose buffer grows; both answers fill them."""
+    file = write_records(tmp_path / "pairs.jsonl", pairs(60))
+    data = {"train": [{"path": file}], "seq_length": 512, "packing_buffer": 100}
+    summary, _ = inspect(data)
+    settings = DataSettings(**data, workers=0)
+    loader = build_loader(settings, Renderer(model_folder, settings), "pair", dp_rank=0, dp_size=1, seed=1234)
+    rows = list(islice(loader, summary["rows"]["rows"]))
+    assert summary["rows"]["fill"] == pytest.approx(sum(row.num_tokens for row in rows) / 512 / len(rows))
+    assert summary["rows"]["samples"] == pytest.approx(sum(row.num_samples for row in rows) / 2 / len(rows))
+    assert summary["rows"]["fill"] > 0.9
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{summary['rows']['samples']:.1f} pairs per row" in printed
+    (source,) = summary["sources"]
+    lengths = [len(tokens) for tokens in renderings(Renderer(model_folder, settings), pairs(60))]
+    assert source["tokens"]["mean"] == pytest.approx(sum(lengths) / 60)
+
+
+def renderings(renderer, records):
+    """The tokens of both answers of each pair, each with the prompt, by the chat template alone."""
+    for record in records:
+        talks = [talk(record["prompt"], record[side]) for side in ("chosen", "rejected")]
+        texts = [renderer.processor.apply_chat_template(messages, tokenize=False) for messages in talks]
+        yield [token for text in texts for token in renderer.tokenizer(text)["input_ids"]]
+
+
+def test_both_answers_are_on_the_page_and_one_source_has_one_bar(tmp_path, inspect):
+    record = {"prompt": "Who is it?", "chosen": "An astronaut.", "rejected": "A pirate."}
+    _, page = inspect({"train": [{"path": write_records(tmp_path / "pairs.jsonl", [record])}]})
+    (spans,) = page.articles
+    learned = "".join(text for classes, _, text in spans if "w3" in classes.split())
+    assert learned == "An astronaut.<|im_end|>A pirate.<|im_end|>"
+    assert "".join(text for _, _, text in spans).count("Who is it?") == 1
+    html = (tmp_path / "out/index.html").read_text()
+    assert [html.count(f">{word}</span>") for word in ("chosen", "rejected")] == [1, 1]
+    assert "pairs per row" in html
+    assert sum(tag == "div" and attrs.get("class") == "share" for tag, attrs in page.tags) == 1
+
+
+def test_labelled_answers_are_on_the_page_with_the_one_that_does_not_match(tmp_path, inspect):
+    records = [{"prompt": f"{n}?", "completion": f"Is {n}.", "label": n == 1} for n in (1, 2)]
+    _, page = inspect({"train": [{"path": write_records(tmp_path / "judged.jsonl", records)}]})
+    learned = ["".join(text for classes, _, text in spans if "w3" in classes.split()) for spans in page.articles]
+    assert learned == ["Is 1.<|im_end|>Is 2.<|im_end|>", "Is 2.<|im_end|>Is 1.<|im_end|>"]
+    html = (tmp_path / "out/index.html").read_text()
+    assert [html.count(f">{word}</span>") for word in ("desirable", "undesirable")] == [1, 1]
+    assert html.count("answer of the next sample, for the KL term") == 2
 
 
 def test_what_would_be_dropped(tmp_path, inspect, capsys):
@@ -172,7 +240,8 @@ def test_what_would_be_dropped(tmp_path, inspect, capsys):
         json.dumps(digits(100)),
     ]
     (tmp_path / "mixed.jsonl").write_text("\n".join(lines))
-    summary, page = inspect({"train": [{"path": tmp_path / "mixed.jsonl"}], "seq_length": 100})
+    too_many = r"of 7 inspected samples, 3 are broken \(42\.9 %\): more than data\.max_bad_fraction = 0\.2"
+    summary, page = inspect({"train": [{"path": tmp_path / "mixed.jsonl"}], "seq_length": 100}, refused=too_many)
     (source,) = summary["sources"]
     assert {kind: len(found) for kind, found in source["dropped"].items()} == {
         "broken": 3,
@@ -188,7 +257,6 @@ def test_what_would_be_dropped(tmp_path, inspect, capsys):
     assert "skipped: 5 of the 7 inspected samples 3 broken" in printed
     assert "[red]gone[/red].png does not exist" in printed
     assert "1 more, listed on the page" in printed
-    assert "larger than data.max_bad_fraction = 20.0 %" in printed
     for cause in ("not valid JSON", "[red]gone[/red].png does not exist", "cut.bmp cannot be read"):
         assert cause in (tmp_path / "out/index.html").read_text()
 
@@ -202,7 +270,7 @@ def test_what_was_done_to_samples_is_told(tmp_path, inspect, capsys):
 
 def test_a_source_without_any_good_sample(tmp_path, inspect, capsys):
     bad = write_records(tmp_path / "bad.jsonl", [{"text": 1}, {"messages": []}])
-    summary, page = inspect({"train": [{"path": bad}]})
+    summary, page = inspect({"train": [{"path": bad}]}, refused="sft can use none of 2 inspected samples")
     assert summary["rows"] is None
     assert summary["sources"][0]["tokens"] is None
     assert summary["sources"][0]["token_share"] is None

@@ -252,6 +252,23 @@ def test_nothing_but_broken_samples(broken, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_records_that_no_verb_reads_are_counted_and_all_of_them_refused(media, tmp_path, capsys):
+    sharegpt, question = {"conversations": []}, {"messages": talk("What?")[:1]}
+    file = write(media.base / "foreign.jsonl", [sharegpt] * 60)
+    message = refused(capsys, "--jsonl", file, "--out", tmp_path / "shards")
+    assert "none of 60 samples of" in message
+    assert message.count("60 × broken: a sample must have either messages or text") == 1
+    assert 'write {"messages": ' in message
+    assert not list(tmp_path.iterdir())
+    # questions are for infer; the last two are read, but of no form
+    write(file, [question, *[{"messages": talk("What?")}] * 9, sharegpt, {"text": 3}])
+    assert prepare("--jsonl", file, "--out", tmp_path / "shards") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 of 12 samples that were looked at cannot be used by any verb" in printed
+    assert "1 × broken: text must be" in printed
+    assert f"{file}:12" in printed
+
+
 def test_an_existing_folder_is_left_alone(jsonl, tmp_path, capsys):
     out = tmp_path / "shards"
     out.mkdir()
@@ -381,8 +398,18 @@ def test_a_shard_without_samples_and_samples_without_text(tmp_path, capfd):
     foreign(tmp_path / "a/empty.tar", [])
     assert "a/empty.tar cannot be used: it contains no samples" in refused(capfd, tmp_path / "a")
     foreign(tmp_path / "b/b.tar", ["k.jpg"])
-    assert "first sample cannot be used" in (message := refused(capfd, tmp_path / "b"))
+    assert "none of 1 inspected samples can be used" in (message := refused(capfd, tmp_path / "b"))
     assert "KEY.json" in message
+
+
+def test_shards_of_another_form_are_not_ready_also_when_they_are_indexed_already(tmp_path, capfd):
+    sharegpt = b'{"conversations": [{"from": "human", "value": "?"}]}'
+    foreign(tmp_path / "c/c.tar", ["k.json", "l.json", "m.json"], json=sharegpt)
+    for _ in range(2):
+        message = refused(capfd, tmp_path / "c")
+        assert "none of 3 inspected samples can be used" in message
+        assert message.count("as ShareGPT and LLaVA write it") == 1
+        assert "3 × broken" in message
 
 
 def test_a_key_that_comes_twice_is_named(copied, capfd):

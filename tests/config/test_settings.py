@@ -99,6 +99,28 @@ def test_combinations_accepted(values):
     Settings(**{"model": {"hf": "x"}, **values})
 
 
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("[{path: a, epochs: 3}]", "'a' is the only source of its blend and has epochs 3, which has no effect"),
+        ("[{path: a, weight: 2}]", "has weight 2, which has no effect"),
+        ("[{path: a}, {sources: [{path: b, weight: 2}]}]", "'b' is the only source of its blend and has weight 2"),
+        ("[{path: a}, {sources: [{path: b, epochs: 2}], weight: 3}]", "'b' is the only source"),
+        ("[{sources: [{path: a}, {path: b}], weight: 2}]", "'a blend' is the only source"),
+    ],
+)
+def test_a_share_of_the_only_source_is_refused(refused, train, message):
+    for override in (f"data.train={train}", f"data.replay={{sources: {train}}}"):
+        error = refused(HF, override)
+        assert message in error.message
+        assert "train.steps" in error.remedy
+
+
+def test_epochs_of_an_only_source_count_where_its_blend_has_epochs():
+    blend = [{"path": "a", "epochs": 1}, {"epochs": 2, "sources": [{"path": "b", "epochs": 3}]}]
+    assert len(Settings(model={"hf": "x"}, data={"train": blend}).data.leaves) == 2
+
+
 def numbers(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
     """An override for every setting that takes a number with decimals; VALUE stands for the number."""
     for name, field in model.model_fields.items():

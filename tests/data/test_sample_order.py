@@ -29,6 +29,31 @@ def test_workers_together_take_each_sample_once_an_epoch(seed):
         assert (epochs[0] == epochs[1]) == (seed is None)
 
 
+@pytest.mark.parametrize("numbers", [(4, 2), (2, 3), (6, 4, 1, 5)])
+def test_distinct_samples_are_counted_by_position_whatever_the_number_of_workers(numbers):
+    """Against a list of all that was drawn."""
+    random_, seen, states = random.Random(1), [[], []], None
+    for num in numbers:
+        workers = workers_of(num, states=reshard(states, num) if states else None)
+        for worker in workers:
+            for _ in range(random_.randrange(12)):
+                source, index = next(worker)
+                seen[source].append(index)
+            for source, count in enumerate(COUNTS):
+                taken, new = (sum(part[source][k] for part in (w.drawn for w in workers)) for k in (0, 1))
+                assert taken == len(seen[source])
+                assert new <= len(set(seen[source])) <= min(taken, count)
+        states = [worker.state for worker in workers]
+    while any(len(set(of_source)) < count for of_source, count in zip(seen, COUNTS, strict=True)):
+        for worker in workers:
+            source, index = next(worker)
+            seen[source].append(index)
+    while any(sum(w.drawn[source][1] for w in workers) < count for source, count in enumerate(COUNTS)):
+        for worker in workers:
+            next(worker)
+    assert [sum(w.drawn[source][1] for w in workers) for source in (0, 1)] == list(COUNTS)
+
+
 def test_shares_hold_at_any_moment():
     draws = SampleOrder((0.5, 0.3, 0.19, 0.01), (9, 9, 9, 9), 0, 5, 7)
     counts = Counter()

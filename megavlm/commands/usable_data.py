@@ -1,0 +1,99 @@
+"""Whether the data of a configuration can be used by the verb that is meant, judged by some samples of each source."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megavlm.align.registry import METHODS
+from megavlm.base.errors import UserError
+from megavlm.config.settings import Settings
+from megavlm.data.answer_groups import likely_kind
+from megavlm.data.renderer import Renderer
+from megavlm.data.rows import RowDataset
+from megavlm.data.sources import Source
+from megavlm.records.records import Kind
+from megavlm.records.skipped_samples import SkippedSample, causes, excess
+
+_OF_KTO = ("desirable_weight", "undesirable_weight")
+
+
+@dataclass(frozen=True)
+class Intended:
+    """The verb that is meant to read the data.
+
+    Attributes:
+        verb: its name, a key of ``METHODS``.
+        because: what it was guessed from; None if it was named.
+    """
+
+    verb: str
+    because: str | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of samples that the verb trains on."""
+        return METHODS[self.verb].kind
+
+    @property
+    def told(self) -> str:
+        """The verb, and what it was guessed from."""
+        return self.verb if self.because is None else f"{self.verb}, guessed from {self.because} (--for VERB names it)"
+
+
+def intended(settings: Settings, sources: Sequence[Source], verb: str | None) -> Intended:
+    """The verb for which a configuration is meant: ``verb`` if it is named, otherwise a guess from what is set.
+
+    What the settings leave open is guessed from the first sample of the first source.
+    """
+    if verb is not None:
+        return Intended(verb)
+    if settings.stage is not None:
+        return Intended("pretrain", "stage")
+    align = settings.align
+    changed = [name for name in type(align).model_fields if align.is_changed(name)]
+    kind = likely_kind(sources[0].file, "tune") if sources else "tune"
+    if "centering" in changed:
+        return Intended("rm", "align.centering")
+    if of_kto := [name for name in changed if name in _OF_KTO]:
+        return Intended("kto", f"align.{of_kto[0]}")
+    if changed:
+        only_dpo = any(name not in ("beta", "reference", "reference_at") for name in changed)
+        is_kto = kind == "judged" and not only_dpo
+        return Intended("kto" if is_kto else "dpo", f"align.{changed[0]}" + (" and the data" if is_kto else ""))
+    return Intended({"pair": "dpo", "judged": "kto"}.get(kind, "sft"), "the data")
+
+
+def drafts_of(sources: Sequence[Source], renderer: Renderer, kind: Kind, settings: Settings) -> RowDataset:
+    """The class of the data workers, so that samples are drafted, and skipped, as in training."""
+    return RowDataset(
+        list(sources),
+        renderer,
+        kind,
+        buffer_size=settings.data.packing_buffer if settings.data.packing == "best_fit" else 1,
+        max_patches=settings.data.max_patches_per_row,
+        seed=settings.train.seed if settings.data.shuffle else None,
+        first_worker=0,
+        stride=1,
+        num_workers=1,
+    )
+
+
+def refusal(
+    name: str, looked_at: int, skipped: Sequence[SkippedSample], verb: str, limits: dict[str, float]
+) -> UserError | None:
+    """The error if a source cannot be trained on as far as the samples show that were looked at.
+
+    Args:
+        name: the name of the source.
+        looked_at: the number of samples that were looked at.
+        skipped: those of them that are skipped.
+        verb: the verb that is meant.
+        limits: ``DataSettings.skip_limits``.
+    """
+    found = excess(Counter(sample.kind for sample in skipped), looked_at, limits)
+    if len(skipped) < looked_at and found is None:
+        return None
+    text, remedy = f"{verb} can use none of {looked_at:,} inspected samples", None
+    if len(skipped) < looked_at and found is not None:
+        text, remedy = f"of {looked_at:,} inspected samples, {found.text}", found.remedy
+    return UserError("\n".join([f"data source {name}: {text}", *causes(skipped)]), remedy)
