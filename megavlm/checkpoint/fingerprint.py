@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from megavlm.data.sources import SampleFile
 from megavlm.media.files import File
 
 _ENDS = 1 << 20  # bytes that are read at either end of a file
@@ -23,3 +24,9 @@ def digest_of_folders(*folders: Path) -> str:
     """Returns ``digest_of`` all files in the folders."""
     paths = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     return digest_of(File(str(path)) for path in paths)
+
+
+def describe_samples(file: SampleFile) -> str:
+    """Words that differ if a file was changed: of a JSONL file its digest, of a folder of shards its samples."""
+    is_one = file.path.endswith(".jsonl") and not Path(file.path).is_dir()
+    return f"{len(file)} samples" + (f", digest {digest_of([File(file.path)])}" if is_one else "")
