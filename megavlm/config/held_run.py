@@ -8,7 +8,7 @@ from megavlm.base.errors import UserError
 from megavlm.config import yaml_files
 from megavlm.config.settings import Settings
 
-_RESULTS = ("answers.jsonl", "scores.jsonl")  # a folder with these alone and a config.yaml belongs to infer or score
+_RESULTS = ("answers*", "scores*")  # a folder with these alone and a config.yaml belongs to infer or score
 
 
 def holds_run(folder: Path) -> bool:
@@ -16,7 +16,7 @@ def holds_run(folder: Path) -> bool:
     if not (folder / "config.yaml").is_file():
         return False
     begun = (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file()
-    return begun or not any(path for name in _RESULTS for path in folder.glob(f"{name}*"))
+    return begun or not any(path for name in _RESULTS for path in folder.glob(name))
 
 
 def of_run(settings: Settings) -> Settings:

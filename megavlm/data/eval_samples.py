@@ -74,7 +74,7 @@ def meaningless_sample(renderer: Renderer) -> Sample:
     return renderer.encode({"text": "."}, File, "no file", kind="prompt")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Rendering(IterableDataset):
     """Each worker renders every n-th of the samples; torch takes one item of each worker in turn."""
 

@@ -127,17 +127,17 @@ class Results:
     def _publish(self, what: str) -> None:
         usable, bad = self._sorted()
         text = lambda lines: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        if not usable:
-            self._partial.unlink(missing_ok=True)
-            raise UserError(
-                f"no sample of {what} can be used ({_counted(bad)}); the first is {bad[0]['sample']}: "
-                f"{bad[0]['cause']}",
-                "repair the file, or give another one as data.eval",
-            )
-        self.path.unlink(missing_ok=True)  # the note must never stand beside the results of others
         self._errors.unlink(missing_ok=True)
         if bad:
             write_text(self._errors, text(bad))
+        if not usable:
+            self._partial.unlink()
+            raise UserError(
+                f"no sample of {what} can be used ({_counted(bad)}, listed in {self._errors}); the first is "
+                f"{bad[0]['sample']}: {bad[0]['cause']}",
+                "repair the file, or give another one as data.eval",
+            )
+        self.path.unlink(missing_ok=True)  # the note must never stand beside the results of others
         write_text(self.path.with_suffix(".json"), json.dumps(self._note, ensure_ascii=False, indent=1) + "\n")
         write_text(self.path, text(usable))
         os.unlink(self._partial)

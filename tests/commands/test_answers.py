@@ -11,6 +11,7 @@ from test_train_verbs import megavlm, sft_config
 from toy import write_records
 
 from megavlm.cli.main import main
+from megavlm.config.held_run import holds_run
 from megavlm.convert import mcore_to_hf
 from megavlm.report.run_report import write_report
 
@@ -79,6 +80,8 @@ def test_the_recipe_that_trained_answers_from_what_it_trained(toys, tuned):
     assert not list(run.glob("*.partial"))
     page = write_report(run).read_text()
     assert f"step 1 of {run.name}<" in page
+    done = megavlm("infer", config, ASKED, "--prompt", "Two and two?")
+    assert (done.stdout, f"weights · step 1 of {run}" in done.stderr) == (f"{theirs[3]}\n", True)
     assert "Answers to asked.jsonl" in page  # the run has no data.eval of its own
 
 
@@ -123,9 +126,10 @@ def test_nothing_usable_ends_with_status_2_and_leaves_nothing(toys, tuned, tmp_p
     (tmp_path / "bad.jsonl").write_text("[]\nno JSON\n")
     out = tmp_path / "out"
     done = megavlm("infer", config, f"data.eval={tmp_path / 'bad.jsonl'}", f"output={out}", status=2)
-    assert "can be used (2 samples skipped: 2 broken); the first is" in done.stderr
+    assert f"can be used (2 samples skipped: 2 broken, listed in {out / 'answers_errors.jsonl'}); the" in done.stderr
     assert done.stderr.count("error:") == 1
-    assert [path.name for path in out.iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in out.iterdir()) == ["answers_errors.jsonl", "config.yaml"]
+    assert not holds_run(out)  # so that it can be tried again
 
 
 def test_a_conversation_is_that_of_transformers(toys, tuned, tmp_path):

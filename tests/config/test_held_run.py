@@ -10,11 +10,14 @@ from megavlm.config.settings import Settings
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(**model): a folder with a run of this model section and one checkpoint, and the settings of its recipe."""
+    """run(**model): makes a run with this model section and one checkpoint.
+
+    Returns what the section means with the recipe that trained, when some of it is changed.
+    """
     monkeypatch.chdir(tmp_path)
 
-    def run(checkpoint=True, adapter=None, **model):
-        config = {"model": {"hf": "hf", **model}, "adapter": adapter or {}, "output": "runs/my"}
+    def run(checkpoint=True, type=None, **model):
+        config = {"model": {"hf": "hf", **model}, "adapter": {"type": type}, "output": "runs/my"}
         (tmp_path / "runs/my").mkdir(parents=True)
         (tmp_path / "runs/my/config.yaml").write_text(yaml.safe_dump(config))
         if checkpoint:
@@ -64,11 +67,11 @@ def test_a_folder_of_answers_is_no_run(run, tmp_path):
     assert str(recipe(load="other").load) == "other"
 
 
-@pytest.mark.parametrize("first", [{"adapter": {"type": "lora"}}, {"model": {"adapter": "peft"}}])
+@pytest.mark.parametrize("first", [{"type": "lora"}, {"adapter": "peft"}])
 def test_a_run_of_adapters_gives_its_adapter_on_its_base(run, first):
-    recipe = run(load="base", adapter=first.get("adapter"), **first.get("model", {}))
+    recipe = run(load="base", **first)
     named = "runs/my/checkpoints/step_00000002"
-    for change, adapter in ((({}), "runs/my"), ({"adapter": named}, named), ({"load": named}, named)):
+    for change, adapter in (({}, "runs/my"), ({"adapter": named}, named), ({"load": named}, named)):
         model = recipe(**change)
         assert (str(model.load), str(model.adapter)) == ("base", adapter)
     for change in ({"load": "other"}, {"adapter": "other"}):
