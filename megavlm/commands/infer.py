@@ -26,11 +26,7 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
     renderer = Renderer(settings.model.hf, settings.data)
     if prompt is not None:
         tell(weights, session, sys.stderr)
-        record = {
-            "messages": [{"role": "user", "content": marked(prompt, len(image), len(video))}],
-            "images": list(map(str, image)),
-            "videos": list(map(str, video)),
-        }
+        record = _record(prompt, image, video)
         answer = Answerer(session, renderer).answer(lambda: renderer.encode(record, File, "--prompt", kind="prompt"))
         if session.is_first:
             print(answer)
@@ -43,3 +39,12 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
     if session.is_first:
         print(" · ".join(filter(None, (f"{len(answers)} answers", skipped, str(evaluation.path)))))
     return 0
+
+
+def _record(prompt: str, images: Sequence[Path], videos: Sequence[Path]) -> dict[str, list]:
+    """The record of one question."""
+    return {
+        "messages": [{"role": "user", "content": marked(prompt, len(images), len(videos))}],
+        "images": list(map(str, images)),
+        "videos": list(map(str, videos)),
+    }
