@@ -18,13 +18,16 @@ from types import SimpleNamespace
 from forkserver import ENVIRONMENT, forkserver
 
 TIMEOUT_SECONDS = 300
+STDIN = "FORKED_COMMAND_STDIN"  # the variable with the file that is the standard input
 
 
-def run(arguments: Sequence[str]) -> subprocess.CompletedProcess:
-    """`megavlm ARGUMENTS` here and in this environment; exit status and what it printed."""
+def run(arguments: Sequence[str], stdin: str = "") -> subprocess.CompletedProcess:
+    """`megavlm ARGUMENTS` here and in this environment, with this input; exit status and what it printed."""
     with tempfile.TemporaryDirectory(prefix="megavlm-command-") as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = forkserver().Process(target=_command, args=(list(arguments), dict(os.environ), outputs))
+        (Path(folder) / "stdin").write_text(stdin)
+        environment = os.environ | {STDIN: str(Path(folder) / "stdin")}
+        process = forkserver().Process(target=_command, args=(list(arguments), environment, outputs))
         process.start()
         process.join(TIMEOUT_SECONDS)
         if late := process.is_alive():
@@ -56,7 +59,7 @@ def _main(arguments: list[str], environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ |= environment
     torch.set_num_threads(1)
-    sys.stdin = open(os.devnull)  # noqa: SIM115
+    sys.stdin = open(environment.get(STDIN) or os.devnull)  # noqa: SIM115
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     sys.exit(main(arguments))
 
@@ -69,7 +72,9 @@ class _Worker:
     ):
         assert command[:3] == [sys.executable, "-m", "megavlm"]
         assert start_new_session
-        assert stdin == subprocess.DEVNULL
+        assert stdin in (None, subprocess.DEVNULL)
+        if stdin is not None:
+            env = {name: value for name, value in env.items() if name != STDIN}
         log = None if stdout is None else stdout.fileno()
         assert stderr == (None if log is None else subprocess.STDOUT)
         context = multiprocessing.get_context("fork")

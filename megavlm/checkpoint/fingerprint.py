@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megavlm.convert.hf_shapes import is_hf_folder
+from megavlm.data.sources import SampleFile
 from megavlm.media.files import File
 
 _ENDS = 1 << 20  # bytes that are read at either end of a file
@@ -29,3 +30,9 @@ def digest_of_folders(*folders: Path) -> str:
         if path.is_file()
     ]
     return digest_of(File(str(path)) for path in paths)
+
+
+def describe_samples(file: SampleFile) -> str:
+    """Words that differ if a file was changed: of a JSONL file its digest, of a folder of shards its samples."""
+    is_one = file.path.endswith(".jsonl") and not Path(file.path).is_dir()
+    return f"{len(file)} samples" + (f", digest {digest_of([File(file.path)])}" if is_one else "")

@@ -25,10 +25,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # the run writes a checkpoint a
 _LOG_LINES = 40
 
 
-def run(arguments: Sequence[str], nproc: int) -> int:
+def run(arguments: Sequence[str], nproc: int, *, reads_terminal: bool = False) -> int:
     """Runs `megavlm ARGUMENTS` in `nproc` processes and waits for them.
 
     SIGTERM, SIGUSR1, SIGHUP and Ctrl-C are forwarded to the workers as a request to stop; a second Ctrl-C ends them.
+    With ``reads_terminal``, rank 0 has the standard input of this process.
 
     Returns:
         0 if all workers succeed; 2 if settings or data are invalid (one message is printed); otherwise 1.
@@ -36,7 +37,8 @@ def run(arguments: Sequence[str], nproc: int) -> int:
     with tempfile.TemporaryDirectory(prefix="megavlm-") as name, _stop_signals() as stop:
         folder = Path(name)
         port = _free_port()
-        workers = [_start(arguments, rank, nproc, port, folder) for rank in range(nproc)]
+        stdin = [None if reads_terminal else subprocess.DEVNULL, *[subprocess.DEVNULL] * (nproc - 1)]
+        workers = [_start(arguments, rank, nproc, port, folder, stdin[rank]) for rank in range(nproc)]
         try:
             return _wait(workers, folder, stop)
         finally:
@@ -76,7 +78,9 @@ def _stop_signals() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def _start(arguments: Sequence[str], rank: int, nproc: int, port: int, folder: Path) -> subprocess.Popen:
+def _start(
+    arguments: Sequence[str], rank: int, nproc: int, port: int, folder: Path, stdin: int | None
+) -> subprocess.Popen:
     cores = len(os.sched_getaffinity(0))
     environment = {
         "OMP_NUM_THREADS": str(max(1, cores // nproc)),
@@ -91,7 +95,7 @@ def _start(arguments: Sequence[str], rank: int, nproc: int, port: int, folder: P
     }
     command = [sys.executable, "-m", "megavlm", *arguments]
     # In a new session, Ctrl-C reaches only the parent, and _end can also end the data workers.
-    start = partial(subprocess.Popen, command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    start = partial(subprocess.Popen, command, env=environment, stdin=stdin, start_new_session=True)
     if rank == 0:
         return start()
     with _log(folder, rank).open("wb") as log:

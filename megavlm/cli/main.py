@@ -19,7 +19,7 @@ from megavlm.base.errors import UserError
 from megavlm.base.imports import no_collection
 from megavlm.cli import environment, failures, local_workers
 from megavlm.cli.verbs import VERBS, Verb, positive
-from megavlm.config import layout, requirements, run_folder
+from megavlm.config import held_run, layout, requirements, run_folder
 from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings
 
@@ -90,6 +90,8 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
     if verb.sections:
         config, overrides = options.pop("config"), options.pop("overrides")
         settings = load_settings(config, overrides)
+        if verb.uses_run:
+            settings = held_run.of_run(settings)
         given.append(settings)
         command_line.remember(config, overrides)
         nproc = options.pop("nproc", None)
@@ -102,7 +104,7 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
                 )
             _check(name, verb, settings, options, world_size or nproc or 1)
             if nproc and nproc > 1:
-                return local_workers.run(arguments, nproc)
+                return local_workers.run(arguments, nproc, reads_terminal=verb.reads_terminal)
     module, _, function = verb.target.partition(":")
     with no_collection():
         target = getattr(importlib.import_module(module), function)
@@ -120,7 +122,7 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
     requirements.check_required(settings, requires, job)
     if job in METHODS:
         check_method(job, settings)
-    if not one_prompt and (options.get("image") or options.get("video")):
+    if name == "infer" and not one_prompt and (options["image"] or options["video"]):
         raise UserError("--image and --video can only be used with --prompt", "add --prompt TEXT, or leave them out")
     requirements.check_files(settings, verb.reads)
     for path in (*options.get("image", ()), *options.get("video", ())):

@@ -45,6 +45,8 @@ class Verb:
         positionals: arguments in addition to CONFIG.yaml: {keyword: argparse options}.
         flags: options of this verb: {keyword: argparse options}; `--image` is keyword `image`.
         local_workers: whether it accepts --nproc.
+        uses_run: whether it reads the weights of the run in `output`, if there is one (`megavlm.config.held_run`).
+        reads_terminal: whether rank 0 reads from standard input, also with --nproc.
         fixed: further keyword arguments, the same in each call.
     """
 
@@ -58,6 +60,8 @@ class Verb:
     positionals: dict[str, dict[str, Any]] = field(default_factory=dict)
     flags: dict[str, dict[str, Any]] = field(default_factory=dict)
     local_workers: bool = True
+    uses_run: bool = False
+    reads_terminal: bool = False
     fixed: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,22 +82,26 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
     "score": Verb(
         "megavlm.commands.score:main",
         "write the log-probabilities of all target tokens of data.eval to scores.jsonl",
+        "megavlm score sft.yaml\n"
         "megavlm score sft.yaml model.load=runs/sft/checkpoints/step_00000100 output=runs/scores",
         sections=("model", "adapter", "data", "parallel", "vision", "train.precision", "train.logprob_chunk_tokens"),
         requires=("output", "model.load", "data.eval"),
         reads=(*READS, "data.eval"),
         writes="scores.jsonl",
+        uses_run=True,
         flags={"reward": {"action": "store_true", "help": "write scores of a reward model (megavlm rm) instead"}},
     ),
     "infer": Verb(
         "megavlm.commands.infer:main",
         "generate answers to the questions of data.eval, written to answers.jsonl, or to one prompt",
-        "megavlm infer sft.yaml model.load=CHECKPOINT data.eval=questions.jsonl output=runs/answers\n"
-        'megavlm infer sft.yaml model.load=CHECKPOINT --prompt "What is this?" --image cat.png',
+        'megavlm infer sft.yaml --prompt "What is this?" --image cat.png\n'
+        "megavlm infer sft.yaml data.eval=questions.jsonl\n"
+        "megavlm infer sft.yaml model.load=CHECKPOINT data.eval=questions.jsonl output=runs/answers",
         sections=("model", "adapter", "data", "parallel", "vision", "train.precision", "train.seed", "generate"),
         requires=("model.load",),
         reads=(*READS, "data.eval"),
         writes="answers.jsonl",
+        uses_run=True,
         flags={
             "prompt": {"metavar": "TEXT", "help": "answer this prompt on the terminal, instead of data.eval"},
             "image": {
@@ -112,19 +120,45 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
             },
         },
     ),
+    "chat": Verb(
+        "megavlm.commands.chat:main",
+        "hold a conversation on the terminal, with pictures and videos by path",
+        "megavlm chat sft.yaml\nmegavlm chat sft.yaml model.load=CHECKPOINT output=null --image cat.png",
+        sections=("model", "adapter", "data", "parallel", "vision", "train.precision", "train.seed", "generate"),
+        requires=("model.load",),
+        flags={
+            "image": {
+                "metavar": "PATH",
+                "type": Path,
+                "action": "append",
+                "default": [],
+                "help": "picture for the first question; may be repeated",
+            },
+            "video": {
+                "metavar": "PATH",
+                "type": Path,
+                "action": "append",
+                "default": [],
+                "help": "video for the first question; may be repeated",
+            },
+        },
+        uses_run=True,
+        reads_terminal=True,
+    ),
     "export": Verb(
         "megavlm.commands.export:main",
         "convert a checkpoint to a Hugging Face folder, with an adapter merged or written separately",
+        "megavlm export sft.yaml --out exported\n"
         "megavlm export sft.yaml model.load=runs/sft/checkpoints/step_00000100 --out exported\n"
-        "megavlm export sft-lora.yaml model.adapter=runs/sft-lora --out exported\n"
-        "megavlm export sft-lora.yaml model.adapter=runs/sft-lora --adapter --out adapter",
+        "megavlm export sft-lora.yaml --adapter --out adapter",
         sections=("model", "adapter"),
         requires=("model.load",),
         flags={
             "out": {"metavar": "DIR", "type": Path, "required": True, "help": "folder to write; it must not exist"},
-            "adapter": {"action": "store_true", "help": "write only model.adapter, in peft's format"},
+            "adapter": {"action": "store_true", "help": "write only the adapter, in peft's format"},
         },
         local_workers=False,
+        uses_run=True,
     ),
     "validate": Verb(
         "megavlm.commands.validate:main",

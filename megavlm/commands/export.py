@@ -4,20 +4,19 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.base.errors import UserError
-from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import check_base, shapes_at_start
 from megavlm.config import yaml_files
 from megavlm.config.data_sections import LIMITS, DataSettings
-from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.convert import mcore_to_hf
 from megavlm.convert.adapter import Adapter
 from megavlm.data.limits import changed_limits, write_limits
 from megavlm.runtime.adapter_start import warn_of_other_base
+from megavlm.runtime.weights import Weights, choose
 
 
 def main(settings: Settings, out: Path, adapter: bool = False) -> int:
-    """Writes ``out`` from ``model.load``, with config, tokenizer and processor from ``model.hf``.
+    """Writes ``out`` from ``model.load``, or the run in ``output``, with the other files of ``model.hf``.
 
     The limits of pictures and videos in the processor files are those of ``settings.data`` or, where these are null,
     of the run that trained the weights.
@@ -30,6 +29,7 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
     Raises:
         UserError: the adapter or the checkpoint is missing or does not fit.
     """
+    settings, weights = choose(settings)
     model, found = settings.model, None
     shapes = shapes_at_start(model)
     if model.adapter is None and settings.adapter.type is not None:
@@ -39,11 +39,12 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
             "set model.adapter to the run that trained the adapter, or adapter.type to null",
         )
     if model.adapter is not None:
-        found = Adapter(find_checkpoint(model.adapter), shapes)
-    limits = _limits(settings)
+        found = Adapter(model.adapter, shapes)
+    limits = _limits(settings, weights)
+    print(f"weights · {weights}", flush=True)
     listed = ", ".join(f"data.{name}={value}" for name, value in limits.items())
     if not adapter:
-        load = find_checkpoint(required(model.load, "model.load"))
+        load = weights.load
         check_base(load)
         if found is not None:
             warn_of_other_base(found.folder, load)
@@ -68,17 +69,13 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
         found.write(out, model.hf, overwrite=settings.overwrite)
         if limits:
             print(f"an adapter has no processor files; use it with the limits of training: {listed}")
-    print(f"exported · {out}")
+    print(f"{'the adapter' if adapter else 'the model'} is exported to {out}")
     return 0
 
 
-def _limits(settings: Settings) -> dict[str, Any]:
+def _limits(settings: Settings, weights: Weights) -> dict[str, Any]:
     """The limits of pictures and videos that are not null in these settings or, if null there, in those of the run."""
     run: dict[str, Any] = {}
-    trained = settings.model.adapter or settings.model.load
-    if trained is not None:
-        folder = find_checkpoint(trained).parent
-        config = folder.parent / "config.yaml"
-        if folder.name == "checkpoints" and config.is_file():
-            run = yaml_files.read_file(config).tree.get("data") or {}
+    if weights.run is not None and (config := weights.run / "config.yaml").is_file():
+        run = yaml_files.read_file(config).tree.get("data") or {}
     return {name: run[name] for name in LIMITS if run.get(name) is not None} | settings.data.limits

@@ -1,10 +1,13 @@
 """Sends Python objects between ranks over the host network, and runs work on one rank for all of them."""
 
 import pickle
+import threading
 from collections.abc import Callable
 from typing import cast
 
 import torch.distributed as dist
+
+_SECONDS_BETWEEN_SIGNS = 20.0  # far less than the time after which a collective gives up
 
 
 def broadcast_object[T](value: T, group: dist.ProcessGroup) -> T:
@@ -42,6 +45,33 @@ def on_first_rank[T](work: Callable[[], T], group: dist.ProcessGroup) -> T:
     if problem is not None:
         raise error or problem  # on the first rank the original one, with its traceback
     return cast(T, everywhere)  # without an error the first rank has sent a result
+
+
+def while_others_wait[T](work: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """As ``on_first_rank``, for work that may take longer than a collective waits, such as that of a person."""
+    if group.size() == 1:
+        return work()
+    if group.rank() > 0:
+        while broadcast_object(True, group):
+            pass
+        return on_first_rank(work, group)
+    done = threading.Event()
+
+    def wait() -> None:
+        while not done.wait(_SECONDS_BETWEEN_SIGNS):
+            broadcast_object(True, group)
+
+    def work_beside() -> T:
+        signs = threading.Thread(target=wait, daemon=True)
+        signs.start()
+        try:
+            return work()
+        finally:
+            done.set()
+            signs.join()
+            broadcast_object(False, group)
+
+    return on_first_rank(work_beside, group)
 
 
 def _picklable(error: Exception) -> Exception:

@@ -17,10 +17,11 @@ from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.media.files import Find
 from megavlm.media.pictures import find_picture
 from megavlm.media.videos import find_video
-from megavlm.records.marks import without_marks
+from megavlm.records.questions import question_of, reference_of
 from megavlm.records.records import check_record
 
 FILE_NAME = "answers.jsonl"
+NOTE_FILE = "answers.json"
 ACCURACY_FILE = "accuracy.json"
 MAX_SAMPLES = 24  # number of samples of one data file that are shown
 MAX_WRONG = 8  # how many of these may be ones that the newest checkpoint answered wrongly
@@ -38,6 +39,8 @@ class AnswerSource:
             than "equal to the reference".
         eval_file: the file of the questions; None if the folder does not name it or the file does not exist.
         answers: index in the data file → answer.
+        weights: what the answers were made from, in words.
+        is_own: whether that is a checkpoint of the run that the report is about.
         access: which pictures the data file may name.
         right: number of answers that are equal to the reference.
         total: number of answers for which there is a reference.
@@ -48,6 +51,8 @@ class AnswerSource:
     folder: Path
     eval_file: Path | None
     answers: dict[int, str]
+    weights: str = ""
+    is_own: bool = True
     access: MediaAccess = ANY_LOCAL_FILE
     right: int = 0
     total: int = 0
@@ -83,8 +88,35 @@ class AnswerGroup:
     sources: list[AnswerSource]
     samples: list[AnsweredQuestion]
 
+    @property
+    def own(self) -> AnswerSource | None:
+        """The newest answers of the run that the report is about, if their accuracy is known."""
+        return next((s for s in reversed(self.sources) if s.is_own and s.accuracy is not None), None)
 
-def read_source(folder: Path, eval_file: Path | None, access: MediaAccess = ANY_LOCAL_FILE) -> AnswerSource | None:
+    @property
+    def before(self) -> AnswerSource | None:
+        """The oldest answers that were not given by this run, if their accuracy is known."""
+        return next((s for s in self.sources if not s.is_own and s.accuracy is not None), None)
+
+
+def read_note(folder: Path) -> dict[str, Any] | None:
+    """What the answers in ``folder`` were made from, as `megavlm infer` recorded it; None if it did not."""
+    try:
+        note = json.loads((folder / NOTE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    parts = (note.get("weights"), note.get("data")) if isinstance(note, dict) else (None,)
+    return note if all(isinstance(part, dict) for part in parts) else None
+
+
+def read_source(
+    folder: Path,
+    eval_file: Path | None,
+    access: MediaAccess = ANY_LOCAL_FILE,
+    *,
+    weights: str = "",
+    is_own: bool = True,
+) -> AnswerSource | None:
     """The answers in `folder` to the questions of a file; None if there are none or the format differs."""
     file = folder / FILE_NAME
     if not file.is_file():
@@ -96,7 +128,9 @@ def read_source(folder: Path, eval_file: Path | None, access: MediaAccess = ANY_
             answers[entry["index"]] = entry["answer"]
     except (ValueError, KeyError, TypeError):
         return None
-    return AnswerSource(folder.absolute().name, folder, eval_file, answers, access) if answers else None
+    if not answers:
+        return None
+    return AnswerSource(folder.absolute().name, folder, eval_file, answers, weights, is_own, access)
 
 
 def group_answers(sources: Sequence[AnswerSource]) -> list[AnswerGroup]:
@@ -115,21 +149,6 @@ def group_answers(sources: Sequence[AnswerSource]) -> list[AnswerGroup]:
         samples = [_sample(index, records.get(index), eval_file, members, references) for index in chosen]
         groups.append(AnswerGroup(eval_file, members, samples))
     return groups
-
-
-def reference_of(record: Any) -> str | None:
-    """The reference answer: the assistant messages at the end, otherwise a field `answer`; None if there is neither."""
-    if not isinstance(record, dict):
-        return None
-    texts: list[str] = []
-    for message in reversed(record.get("messages") or []):
-        if not isinstance(message, dict) or message.get("role") != "assistant":
-            break
-        texts.insert(0, _text(message.get("content")))
-    if texts:
-        return "\n".join(texts).strip()
-    answer = record.get("answer")
-    return str(answer) if isinstance(answer, str | int | float) else None
 
 
 def is_right(answer: str, reference: str) -> bool:
@@ -202,9 +221,7 @@ def _sample(
     name = f"{file}, sample {index}"
     try:
         checked = check_record(record, "prompt" if "messages" in record else "pretrain", name)
-        messages = reversed(checked.messages or [])
-        asked = checked.text or next(m["content"] for m in messages if m["role"] != "assistant")
-        sample.question = asked.strip() if isinstance(asked, str) else _text(asked)
+        sample.question = question_of(checked)
     except UserError as error:
         sample.note = str(error)
         return sample
@@ -229,13 +246,6 @@ def _picture(named: Any, is_video: bool, find: Find, source: str) -> Image.Image
     else:
         pixels = find_picture(named, find, source).pixels()
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
-def _text(content: Any) -> str:
-    """The text of a message's content as written in a record, without the marks of pictures and videos."""
-    if isinstance(content, list):  # a part of text has no marks
-        return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict)).strip()
-    return without_marks(content).strip() if isinstance(content, str) else ""
 
 
 def _normal(text: str) -> str:

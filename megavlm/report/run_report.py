@@ -21,7 +21,7 @@ from megavlm.base.errors import UserError
 from megavlm.base.number_format import percent, short
 from megavlm.media.access import MediaAccess
 from megavlm.monitor.metrics import PARTS, read_metrics
-from megavlm.report.answers import AnswerGroup, AnswerSource, group_answers, read_source
+from megavlm.report.answers import AnswerGroup, AnswerSource, group_answers, read_note, read_source
 from megavlm.report.charts import Band, Curve, chart
 from megavlm.report.loss_plot import smooth
 from megavlm.report.page import render_page
@@ -141,24 +141,54 @@ def find_answers(chain: list[Run]) -> list[AnswerSource]:
     """
     places = {run.folder.resolve(): place for place, run in enumerate(chain)}
     start = _loaded(chain[0])
+    trained = max((place for place, run in enumerate(chain) if run.lines), default=None)
     found = []
     candidates = {path.parent for run in chain for path in run.folder.absolute().parent.glob("*/answers.jsonl")}
     for folder in sorted(candidates | {run.folder.absolute() for run in chain}):
         own_place = places.get(folder.resolve())
         run = Run.read(folder) if own_place is None else chain[own_place]
-        place = own_place
-        if not run.lines:  # nothing was trained in this folder, so the answers are those of the loaded checkpoint
-            loaded = _run_folder(run.setting("model.load"), folder)
-            place = places.get(loaded.resolve(), own_place) if loaded else own_place
-            if place is None and start is not None and _loaded(run) == start:
-                place = -1
-        eval_path = run.setting("data.eval")
-        roots = run.setting("data.media_roots")
-        access = MediaAccess(tuple(roots) if roots else None, tuple(run.setting("data.media_protocols") or ()))
-        source = read_source(folder, _existing(Path(eval_path), folder) if eval_path else None, access)
-        if place is not None and source is not None:
-            found.append((place, source))
+        note = read_note(folder)
+        if note is None and run.lines:
+            continue  # nobody knows whether these are answers of the run or of the model that it started from
+        note = note or {"weights": run.setting("model") or {}, "data": run.setting("data") or {}}
+        weights, data = note["weights"], note["data"]
+        place = _place(weights, folder, places, start)
+        if place is None and not run.lines:
+            place = own_place
+        if place is None:
+            continue
+        eval_path, roots = data.get("eval"), data.get("media_roots")
+        access = MediaAccess(tuple(roots) if roots else None, tuple(data.get("media_protocols") or ()))
+        questions = _existing(Path(eval_path), folder) if eval_path else None
+        is_own = trained is None or place == trained
+        source = read_source(folder, questions, access, weights=_words(weights), is_own=is_own)
+        if source is not None:
+            found.append(((place, weights.get("step") or 0), source))
     return [source for _, source in sorted(found, key=lambda item: item[0])]
+
+
+def _place(weights: dict[str, Any], folder: Path, places: dict[Path, int], start: Path | None) -> int | None:
+    """The place in the chain of the run that gave the answers in ``folder``; -1 for the start of the whole chain.
+
+    None if the weights do not belong to the chain.
+    """
+    named = weights.get("adapter") or weights.get("load")
+    run = weights.get("run")
+    path = _run_folder(named, folder)
+    if run:  # which may be this folder
+        path = _existing(Path(run), folder) or folder.absolute().parent / Path(run).name
+    if path is not None:
+        return places.get(path.resolve())
+    loaded = _existing(Path(named), folder) if named else None
+    return -1 if loaded is not None and start is not None and loaded.resolve() == start else None
+
+
+def _words(weights: dict[str, Any]) -> str:
+    """What answers were made from, for the page."""
+    if weights.get("run"):
+        return f"step {weights.get('step')} of {Path(weights['run']).name}"
+    named = weights.get("adapter") or weights.get("load")
+    return f"made from {Path(named).name}" if named else ""
 
 
 def _loaded(run: Run) -> Path | None:

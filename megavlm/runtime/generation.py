@@ -1,49 +1,89 @@
 """Generates answers to prompts on all data-parallel ranks: packs the prompts, encodes the frames, runs the decoder."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
+from megavlm.base.errors import UserError
+from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row, Sample
 from megavlm.model.generate import Sampling, generate
 from megavlm.platform import device
-from megavlm.runtime.eval_rows import EvalRows
-from megavlm.runtime.feed import Window
+from megavlm.platform.collectives import while_others_wait
+from megavlm.runtime.feed import Feed, Window
 from megavlm.runtime.forward import encode_window, feature_planes
 from megavlm.runtime.session import Session
 
 
-def answer_all(session: Session, renderer: Renderer, samples: Iterator[Sample] | None) -> list[dict]:
-    """Answers all prompts. Returns ``{"index", "answer"}`` of every prompt in order on rank 0, [] on the other ranks.
+def check_context(settings: Settings) -> None:
+    """Raises UserError for a layout with context parallelism, in which answers cannot be generated."""
+    if settings.parallel.context > 1:
+        raise UserError(
+            f"parallel.context is {settings.parallel.context}, but generation does not support context parallelism",
+            "set parallel.context=1 on the command line; checkpoints can be loaded in any layout",
+        )
+
+
+class Answerer:
+    """Answers prompts with the settings of the section ``generate``.
 
     Args:
         session: the session of the command.
         renderer: renders the prompts and decodes the answers.
-        samples: the prompts of this data-parallel rank, on the leader of each model-parallel group; None elsewhere.
+        done: the number of prompts that an interrupted start has answered; sampling goes on with other random numbers.
     """
-    settings, groups = session.settings.generate, session.groups
-    sampling = Sampling(
-        settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k,
-        stop=stop_tokens(session.settings.model.hf, renderer),
-        banned=(
-            session.shapes.image_token_id, session.shapes.video_token_id,
-            session.shapes.vision_start_token_id, session.shapes.vision_end_token_id,
-        ),
-    )  # fmt: skip
-    source = torch.Generator(device()).manual_seed(session.settings.train.seed + groups.dp_rank)
-    rows = EvalRows(session, _rows(samples, renderer, session) if samples is not None else None, "answering")
-    answers = []
-    for window, real in rows:
-        tokens = _generate(session, window, sampling, source)
-        if real and groups.is_leader:
-            texts = renderer.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            indices = window.micro_batches[0].host.indices
-            answers += [{"index": i, "answer": text} for i, text in zip(indices, texts, strict=True)]
-    return sorted(rows.gather(answers), key=lambda answer: answer["index"])
+
+    def __init__(self, session: Session, renderer: Renderer, done: int = 0):
+        self._session, self._renderer = session, renderer
+        settings, shapes = session.settings.generate, session.shapes
+        self._sampling = Sampling(
+            settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k,
+            stop=stop_tokens(session.settings.model.hf, renderer),
+            banned=(
+                shapes.image_token_id, shapes.video_token_id,
+                shapes.vision_start_token_id, shapes.vision_end_token_id,
+            ),
+        )  # fmt: skip
+        seed = session.settings.train.seed + session.groups.dp_rank + (done << 32)
+        self._source = torch.Generator(device()).manual_seed(seed)
+
+    def rows(self, samples: Iterator[Sample]) -> Iterator[Row]:
+        """Packs ``generate.batch_size`` prompts into each row; the row is as long as its prompts."""
+        settings = self._session.settings
+        slices = settings.parallel.tensor
+        while waiting := list(itertools.islice(samples, settings.generate.batch_size)):
+            tokens = sum(len(sample.input_ids) for sample in waiting)
+            yield self._renderer.pack(waiting, -(-tokens // slices) * slices)
+
+    def answers(self, window: Window) -> list[dict]:
+        """Returns ``{"index", "answer"}`` of each prompt in a window of one row. Call it on all ranks."""
+        tokens = _generate(self._session, window, self._sampling, self._source)
+        texts = self._renderer.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        indices = window.micro_batches[0].host.indices
+        return [{"index": i, "answer": text} for i, text in zip(indices, texts, strict=True)]
+
+    def answer(self, ask: Callable[[], Sample | None]) -> str | None:
+        """Returns the answer to one prompt; None without a prompt. Call it on all ranks.
+
+        Args:
+            ask: returns the prompt, or None. It is called on rank 0 and may take as long as it likes.
+
+        Raises:
+            Exception: what ``ask`` raises, on all ranks.
+        """
+        prompt = while_others_wait(ask, self._session.groups.world_host)
+        if prompt is None:
+            return None
+        row = self.rows(iter([prompt])) if self._session.groups.is_leader else None
+        feed = Feed(self._session.vlm, row)
+        rows = feed.rows(1)
+        assert rows is not None, "there is one row"
+        return self.answers(next(feed.windows(rows, 1)))[0]["answer"]
 
 
 def stop_tokens(hf: Path, renderer: Renderer) -> list[int]:
@@ -53,24 +93,6 @@ def stop_tokens(hf: Path, renderer: Renderer) -> list[int]:
         if ends is not None:
             return [ends] if isinstance(ends, int) else list(ends)
     return [renderer.processor.tokenizer.eos_token_id]
-
-
-def _rows(samples: Iterator[Sample], renderer: Renderer, session: Session) -> Iterator[Row]:
-    """Packs ``generate.batch_size`` prompts into each row; the row is as long as its prompts."""
-    slices = session.settings.parallel.tensor
-    waiting: list[Sample] = []
-
-    def row() -> Row:
-        tokens = sum(len(sample.input_ids) for sample in waiting)
-        return renderer.pack(waiting, -(-tokens // slices) * slices)
-
-    for sample in samples:
-        waiting.append(sample)
-        if len(waiting) == session.settings.generate.batch_size:
-            yield row()
-            waiting.clear()
-    if waiting:
-        yield row()
 
 
 def _generate(session: Session, window: Window, sampling: Sampling, source: torch.Generator) -> list[list[int]]:

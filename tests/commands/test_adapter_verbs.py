@@ -106,6 +106,17 @@ def test_exports_are_for_transformers_and_for_peft(toys, frozen, tmp_path):
     assert sums["run"][1] == pytest.approx(theirs, rel=1e-5)
 
 
+def test_the_recipe_that_trained_an_adapter_exports_it(frozen, tmp_path):
+    config, run = frozen
+    done = megavlm("export", config, f"output={run}", "--adapter", "--out", tmp_path / "own")
+    assert f"weights · step 4 of {run}" in done.stdout
+    assert f"an adapter on {json.loads(config.read_text())['model']['load']}" in done.stdout
+    ours = load_file(tmp_path / "own" / ADAPTER_MODEL)
+    theirs = adapter_of(config, run / "checkpoints" / "step_00000004", tmp_path / "named")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
 def test_training_goes_on_from_a_peft_adapter(toys, trained, tmp_path):
     config, _ = trained
     _, options = ADAPTERS["lora"]

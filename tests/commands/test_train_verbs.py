@@ -16,7 +16,9 @@ from toy import write_records
 from megavlm.convert import mcore_to_hf
 
 
-def megavlm(*arguments: object, status: int = 0, from_outside: bool = False) -> subprocess.CompletedProcess:
+def megavlm(
+    *arguments: object, status: int = 0, from_outside: bool = False, stdin: str = ""
+) -> subprocess.CompletedProcess:
     """Runs the command; fails with its output if it ends otherwise.
 
     ``from_outside``: in new interpreters, as a user starts it, and not in forked processes.
@@ -26,7 +28,7 @@ def megavlm(*arguments: object, status: int = 0, from_outside: bool = False) -> 
         command = [sys.executable, "-m", "megavlm", *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     else:
-        done = forked_command.run(words)
+        done = forked_command.run(words, stdin)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

@@ -39,8 +39,12 @@ def write_questions(folder, count):
     return folder / "eval.jsonl"
 
 
-def write_answers(folder, answers, load=None, questions=None):
+def write_answers(folder, answers, load=None, questions=None, weights=None):
+    """Answers with the settings of their folder, or with a note of the weights that they were made from."""
     folder.mkdir(exist_ok=True)
+    if weights is not None:
+        note = {"weights": weights, "data": {"eval": questions and str(questions)}}
+        (folder / "answers.json").write_text(json.dumps(note))
     if load is not None:
         config = {"model": {"load": str(load)}, "data": {"eval": questions and str(questions)}}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -126,6 +130,43 @@ def test_answers_from_the_very_start_come_first(runs):
     assert "of another model" not in page
 
 
+def right_ones(count):
+    return [str(index) if index < count else "?" for index in range(40)]
+
+
+def test_answers_of_a_start_are_not_shown_as_those_of_the_run(runs):
+    """They may be in its folder, because they were made before it was trained there."""
+    questions, start = runs.parent / "data/eval.jsonl", runs.parent / "start"
+    start.mkdir()
+    for folder in ("before", "after"):
+        shutil.rmtree(runs / folder)
+    write_answers(runs / "sft", right_ones(15), weights={"load": str(start)}, questions=questions)
+    page = write_report(runs / "sft").read_text()
+    assert "right answers" not in page  # no headline
+    assert "made from start" in page
+    tuned = {"run": str(runs / "sft"), "step": 5, "load": str(runs / "sft/checkpoints/step_00000005")}
+    write_answers(runs / "tuned", right_ones(36), weights=tuned, questions=questions)
+    page = write_report(runs / "sft").read_text()
+    assert "90.0 %</b><span>right answers, 37.5 % before" in page
+    assert "step 5 of sft" in page
+    (runs / "sft/answers.json").unlink()  # from before this was recorded: nobody knows
+    page = write_report(runs / "sft").read_text()
+    assert "90.0 %</b><span>right answers</span>" in page
+
+
+def test_answers_of_an_adapter_are_those_of_its_run(runs):
+    """Not those of the base that they were made on."""
+    questions, base = runs.parent / "data/eval.jsonl", runs / "sft/checkpoints/step_00000005"
+    adapter = write_run(runs / "lora", load=base)
+    for name, config in {"noted": None, "older": {"model": {"load": str(base), "adapter": str(runs / "lora")}}}.items():
+        weights = {"run": str(runs / "lora"), "step": 5, "load": str(base), "adapter": str(adapter)}
+        write_answers(runs / name, right_ones(10), weights=None if config else weights, questions=questions)
+        if config:
+            (runs / name / "config.yaml").write_text(yaml.safe_dump({**config, "data": {"eval": str(questions)}}))
+        assert "25.0 %</b><span>right answers, 25.0 % before" in write_report(runs / "lora").read_text()
+        shutil.rmtree(runs / name)
+
+
 def test_report_of_answers_alone(runs):
     page = write_report(runs / "after").read_text()
     assert page.count('class="charts"') == 3
@@ -146,7 +187,8 @@ def test_text_is_escaped(tmp_path):
     write_run(tmp_path / "run", data={"eval": str(tmp_path / "eval.jsonl")})
     question = {"messages": [{"role": "user", "content": "<script>alert(1)</script>"}], "answer": "<b>"}
     (tmp_path / "eval.jsonl").write_text(json.dumps(question))
-    write_answers(tmp_path / "run", ["<img src=x>"])
+    own = {"run": str(tmp_path / "run"), "load": str(tmp_path / "run/checkpoints/step_00000005"), "step": 5}
+    write_answers(tmp_path / "run", ["<img src=x>"], weights=own, questions=tmp_path / "eval.jsonl")
     page = write_report(tmp_path / "run").read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<script>alert" not in page
@@ -161,7 +203,9 @@ def test_what_is_missing_or_broken_is_left_out_or_named(tmp_path):
         {"text": "plain text"},
     ]
     (tmp_path / "eval.jsonl").write_text("\n\n".join(map(json.dumps, lines)) + "\nnot json\n")
-    write_answers(tmp_path / "run", ["a", "b", "c", "d", "beyond the file"])
+    own = {"run": str(tmp_path / "run"), "load": str(tmp_path / "run/checkpoints/step_00000005"), "step": 5}
+    answers = ["a", "b", "c", "d", "beyond the file"]
+    write_answers(tmp_path / "run", answers, weights=own, questions=tmp_path / "eval.jsonl")
     with (tmp_path / "run/metrics.jsonl").open("a") as torn:
         torn.write('{"step": 6, "lo')
     page = write_report(tmp_path / "run").read_text()

@@ -103,7 +103,7 @@ APART = [
     ("rm", "pairs.jsonl", "a folder"),
     ("dpo", "pairs.jsonl", "binary"),
     ("kto", "judged.jsonl", "a list"),
-    ("score", "eval.jsonl", "truncated"),
+    ("score", "eval.jsonl", "a list"),
     ("infer", "eval.jsonl", "other JSON"),
     ("sft", "cat.png", "binary"),
     ("score", "cat.png", "a dangling link"),

@@ -1,0 +1,112 @@
+"""Runs the model on all samples of ``data.eval``, whatever some of them contain, and writes a file of results."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from megavlm.checkpoint.fingerprint import describe_samples
+from megavlm.config.requirements import required
+from megavlm.data.eval_samples import EvalSamples, meaningless_sample
+from megavlm.data.renderer import Renderer
+from megavlm.data.row import Row, Sample
+from megavlm.data.sources import SampleFile, media_access, open_file
+from megavlm.runtime.eval_rows import EvalRows, note_settings
+from megavlm.runtime.feed import Window
+from megavlm.runtime.results import Results
+from megavlm.runtime.session import Session
+from megavlm.runtime.weights import Weights
+
+# Settings of the data section on which results depend, beside the limits of pictures and videos.
+_DATA = {"eval", "seq_length", "packing", "pad_multiple", "too_long", "append_eos"}
+
+
+class Evaluation:
+    """One pass over ``data.eval``. Create it on all ranks.
+
+    Args:
+        session: the session of the command.
+        weights: what it has loaded.
+        renderer: renders the samples.
+        name: the name of the file of results in ``output``.
+        kind: "prompt" or "tune".
+        made_with: settings of the verb on which the results depend, recorded beside them.
+
+    Attributes:
+        done: the number of samples that an interrupted start has done.
+
+    Raises:
+        UserError: see ``Results``; ``data.eval`` cannot be read.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        weights: Weights,
+        renderer: Renderer,
+        name: str,
+        kind: Literal["prompt", "tune"],
+        made_with: dict[str, dict[str, Any]],
+    ):
+        self._session, self._renderer, self._kind = session, renderer, kind
+        settings = session.settings
+        data, self.path = settings.data, required(settings.output, "output") / name
+        of_data = data.model_dump(mode="json", include={"eval", "media_roots", "media_protocols"})
+        note = {"weights": weights.note(), "data": of_data, **made_with}
+
+        def identity() -> dict[str, Any]:
+            file = self._file()
+            of_data = data.model_dump(mode="json", include=_DATA) | data.limits
+            return {
+                "weights": f"{weights}, files {weights.digest()}",
+                "model.hf": str(settings.model.hf),
+                "train.precision": settings.train.precision,
+                **{f"data.{key}": value for key, value in of_data.items()},
+                "content of data.eval": describe_samples(file),
+                **{f"{part}.{key}": value for part, values in made_with.items() for key, value in values.items()},
+            }
+
+        self._results = Results(session, self.path, note, identity)
+        self.done = len(self._results.done)
+        if session.is_first:
+            note_settings(settings)
+
+    def run(
+        self,
+        what: str,
+        rows_of: Callable[[Iterator[Sample]], Iterator[Row]],
+        compute: Callable[[Window], list[dict[str, Any]]],
+    ) -> tuple[list[dict[str, Any]], str]:
+        """Reads all samples and publishes the results. Call it on all ranks.
+
+        Args:
+            what: label of the progress bar.
+            rows_of: packs samples into rows.
+            compute: returns the results of a window of one row, each with ``index``, on the leader.
+
+        Returns:
+            See ``Results.publish``.
+
+        Raises:
+            UserError: no sample can be used; the disk is full.
+        """
+        session, groups, renderer = self._session, self._session.groups, self._renderer
+        samples, rows = None, None
+        if groups.is_leader:
+            file = self._file()
+            mine = [i for i in range(groups.dp_rank, len(file), groups.dp_size) if i not in self._results.done]
+            samples = EvalSamples(file, renderer, self._kind, mine, session.settings.data.workers)
+            rows = rows_of(iter(samples))
+        filler = lambda: next(rows_of(iter([meaningless_sample(renderer)])))
+        for window, real in EvalRows(session, rows, what, filler=filler):
+            found = compute(window)
+            if samples is None:
+                self._results.take([], [])
+                continue
+            done = [{"index": (i := line.pop("index")), **samples.about.pop(i), **line} for line in found if real]
+            self._results.take(done, samples.take_skipped())
+        self._results.take([], samples.take_skipped() if samples is not None else [])
+        return self._results.publish(str(session.settings.data.eval))
+
+    def _file(self) -> SampleFile:
+        data = self._session.settings.data
+        assert data.eval is not None, "data.eval must be set"
+        return open_file(data.eval, media_access(data))

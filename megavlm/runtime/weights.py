@@ -1,0 +1,92 @@
+"""Which weights a verb reads, told to the user and recorded beside the results."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from megavlm.base.errors import RunFailure
+from megavlm.checkpoint.fingerprint import digest_of_folders
+from megavlm.checkpoint.folders import find_checkpoint
+from megavlm.config.held_run import of_run
+from megavlm.config.requirements import required
+from megavlm.config.settings import Settings
+from megavlm.platform.collectives import all_gather_objects
+from megavlm.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that were chosen once, so that a run that goes on meanwhile does not change them.
+
+    Attributes:
+        load: the whole weights, ``model.load``; a run's folder has become its newest checkpoint.
+        adapter: the adapter on them, if any; likewise.
+        run: the output folder of the run that trained them; None for weights that are no checkpoint of a run.
+        step: the step after which they were saved.
+    """
+
+    load: Path
+    adapter: Path | None
+    run: Path | None
+    step: int | None
+
+    @property
+    def trained(self) -> Path:
+        """What was trained last: the adapter if there is one."""
+        return self.adapter or self.load
+
+    def __str__(self) -> str:
+        name = f"{self.trained} (no checkpoint of a run)"
+        if self.run is not None:
+            name = f"step {self.step} of {self.run} ({self.trained})"
+        return f"{name}, an adapter on {self.load}" if self.adapter else name
+
+    def note(self) -> dict[str, Any]:
+        """What is recorded beside results."""
+        named = {"run": self.run, "load": self.load, "adapter": self.adapter}
+        return {name: path and str(path) for name, path in named.items()} | {"step": self.step}
+
+    def digest(self) -> str:
+        """Hexadecimal digits that differ if the files of the weights differ."""
+        return digest_of_folders(*(Path(path) for path in (self.load, self.adapter) if path is not None))
+
+
+def choose(settings: Settings) -> tuple[Settings, Weights]:
+    """Chooses the checkpoints that a verb reads: those of the run in ``output``, or those that the settings name.
+
+    Returns:
+        The settings in which ``model.load`` and ``model.adapter`` are single checkpoints, and a description of them.
+
+    Raises:
+        UserError: see ``of_run``; a run has no complete checkpoint.
+    """
+    settings = of_run(settings)
+    load, adapter = required(settings.model.load, "model.load"), settings.model.adapter
+    load, adapter = find_checkpoint(load), find_checkpoint(adapter) if adapter is not None else None
+    last, run, step = adapter or load, None, None
+    kind, _, number = Path(last).name.partition("_")
+    if kind == "step" and number.isdecimal() and Path(last).parent.name == "checkpoints":
+        run, step = Path(last).parent.parent, int(number)
+    model = settings.model.model_copy(update={"load": load, "adapter": adapter})
+    return settings.model_copy(update={"model": model}), Weights(load, adapter, run, step)
+
+
+def tell(weights: Weights, session: Session, stream: TextIO | None = None) -> None:
+    """Prints on rank 0 what was loaded. Call it on all ranks.
+
+    Args:
+        weights: from ``choose``.
+        session: the session that has loaded them.
+        stream: where to print; None: standard output.
+
+    Raises:
+        RunFailure: the ranks have loaded different checkpoints.
+    """
+    chosen = sorted(set(all_gather_objects(str(weights), session.groups.world_host)))
+    if len(chosen) > 1:
+        raise RunFailure(
+            f"the processes have loaded different checkpoints, because one was written meanwhile: {', '.join(chosen)}",
+            "start the same command again, or name a checkpoint in model.load",
+        )
+    if session.is_first:
+        print(f"weights · {weights}", file=stream, flush=True)
