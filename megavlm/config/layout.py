@@ -162,8 +162,12 @@ def _check_uneven_stages(parallel: ParallelSettings, num_layers: int) -> None:
     if rest < stages or (stages == 0 and rest) or (stages and rest % stages):
         raise UserError(
             f"{listed} of the model's {num_layers} layers leave {rest} for {_count(stages, 'other stage', 's')}",
-            "choose numbers that leave the same number of layers, at least one, to each of the other stages"
-            + "".join(_that_fit(parallel, num_layers, name, given) for name in given),
+            "; ".join(
+                [
+                    "choose numbers that leave the same number of layers, at least one, to each of the other stages",
+                    *filter(None, (_that_fit(parallel, num_layers, name, given) for name in given)),
+                ]
+            ),
         )
     chunks = parallel.virtual_pipeline or 1
     if chunks > 1 and not stages:
@@ -182,11 +186,11 @@ def _check_uneven_stages(parallel: ParallelSettings, num_layers: int) -> None:
 def _uneven_remedy(parallel: ParallelSettings, num_layers: int) -> str:
     """The settings with which stages of different sizes hold the layers, as the end of a remedy; "" if none can."""
     found = _that_fit(parallel, num_layers, "first_stage_layers", {})
-    return f"; or give one stage another number of layers{found} (or parallel.last_stage_layers)" if found else ""
+    return f"; or give one stage another number of layers: {found} (or parallel.last_stage_layers)" if found else ""
 
 
 def _that_fit(parallel: ParallelSettings, num_layers: int, name: str, given: dict[str, int]) -> str:
-    """": parallel.NAME can be 8, 11 or 5", the values next to an even share; "" if there are none."""
+    """"parallel.NAME can be 5 or 8 or 11", values next to an even share; "" if none leaves the other stages equal."""
     others = {key: layers for key, layers in given.items() if key != name}
     stages, chunks = parallel.pipeline - 1 - len(others), parallel.virtual_pipeline or 1
     rest = num_layers - sum(others.values())
@@ -198,7 +202,7 @@ def _that_fit(parallel: ParallelSettings, num_layers: int, name: str, given: dic
     if not fitting or (not stages and chunks > 1):
         return ""
     nearest = sorted(fitting, key=lambda layers: (abs(layers - num_layers / parallel.pipeline), layers))[:3]
-    return f": parallel.{name} can be {' or '.join(map(str, sorted(nearest)))}"
+    return f"parallel.{name} can be {' or '.join(map(str, sorted(nearest)))}"
 
 
 def _divides(setting: str, value: int, what: str, count: int, allowed: list[int] | None = None) -> None:
