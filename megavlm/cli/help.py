@@ -123,7 +123,9 @@ def _settings_list(lines: list[_Shown]) -> Group:
             continue
         required = line.default.plain == "required"
         default = line.default if required else Text.assemble(("default ", "dim"), line.default)
-        parts.append(Padding(Text.assemble((line.key, "cyan"), "  ", default, ("  ", ""), (line.allowed, "dim")), (0, 2)))
+        parts.append(
+            Padding(Text.assemble((line.key, "cyan"), "  ", default, ("  ", ""), (line.allowed, "dim")), (0, 2))
+        )
         parts.append(Padding(Text(line.meaning), (0, 2, 0, 6)))
     return Group(*parts)
 

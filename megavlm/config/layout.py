@@ -190,7 +190,7 @@ def _uneven_remedy(parallel: ParallelSettings, num_layers: int) -> str:
 
 
 def _that_fit(parallel: ParallelSettings, num_layers: int, name: str, given: dict[str, int]) -> str:
-    """"parallel.NAME can be 5 or 8 or 11", values next to an even share; "" if none leaves the other stages equal."""
+    """ "parallel.NAME can be 5 or 8 or 11", values next to an even share; "" if none leaves the other stages equal."""
     others = {key: layers for key, layers in given.items() if key != name}
     stages, chunks = parallel.pipeline - 1 - len(others), parallel.virtual_pipeline or 1
     rest = num_layers - sum(others.values())

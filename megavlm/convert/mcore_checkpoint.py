@@ -95,7 +95,9 @@ class McoreCheckpoint:
                     f"python checkpoint_tools/hf2mcore.py --hf {path} --out CHECKPOINT"
                 )
             else:
-                remedy = "give the output folder of a run or a folder in its checkpoints, or what hf2mcore.py has written"
+                remedy = (
+                    "give the output folder of a run or a folder in its checkpoints, or what hf2mcore.py has written"
+                )
             raise UserError(f"{path} is not a Megatron checkpoint: missing {' and '.join(missing)}", remedy)
         if not read_json(path / "metadata.json", "use another checkpoint").items() >= _BACKEND.items():
             raise UserError(

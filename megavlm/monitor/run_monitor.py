@@ -53,6 +53,8 @@ class RunMonitor:
                 self._output, self._first_step, data.source_names, data.max_bad_fraction, self._groups, self.say
             )
             self._wandb = WandbLog(settings, enabled=self._is_first, warn=self.say)
+            if self._wandb.mode != "off":
+                self.say(f"wandb: {self._wandb.description}")
             self._stack = stack.pop_all()
         return self
 

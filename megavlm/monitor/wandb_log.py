@@ -73,7 +73,7 @@ class WandbLog:
 
     @property
     def description(self) -> str:
-        """Where the logs of the run are, for the run's header."""
+        """Where the logs of the run are."""
         if self._run is None:
             return "off"
         if self.mode == "offline":

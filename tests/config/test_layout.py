@@ -51,7 +51,11 @@ def test_fitting_layouts(arguments, data_parallel):
         ({"tensor": 2, "vocab_size": 101}, "does not divide the model's 101 vocabulary entries", "values that do: 1"),
         ({"world_size": 32, "tensor": 32}, "does not divide the model's 8 key/value heads", "1, 2, 4, 8"),
         ({"pipeline": 8}, "parallel.pipeline is 8", "parallel.first_stage_layers can be 1 or 8"),
-        ({"pipeline": 2, "num_layers": 3}, "does not divide the model's 3 layers", "first_stage_layers can be 1 or 2 (or"),
+        (
+            {"pipeline": 2, "num_layers": 3},
+            "does not divide the model's 3 layers",
+            "first_stage_layers can be 1 or 2 (or",
+        ),
         (
             {"pipeline": 4, "virtual_pipeline": 2},
             "does not divide the model's 36 layers",

@@ -158,7 +158,7 @@ def test_a_run_is_online_when_one_is_logged_in(log_in, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "netrc", ["machine wandb.example login user password key", "machine api.wandb.ai login user", "machine \"", "\0"]
+    "netrc", ["machine wandb.example login user password key", "machine api.wandb.ai login user", 'machine "', "\0"]
 )
 def test_a_netrc_without_a_key_for_wandb_is_no_login(netrc, monkeypatch, tmp_path):
     (tmp_path / "home/.netrc").write_text(netrc)
@@ -182,7 +182,8 @@ def test_online_without_a_login_does_not_ask_for_a_key(monkeypatch, tmp_path):
     assert run.mode == "offline"
     assert [mode for mode, _ in wandb.started] == ["offline"]
     assert warnings == [
-        "warning: wandb cannot start online (not logged in: run `wandb login`, or set WANDB_API_KEY); continuing offline"
+        "warning: wandb cannot start online (not logged in: run `wandb login`, or set WANDB_API_KEY); "
+        "continuing offline"
     ]
 
 

@@ -13,7 +13,10 @@ from megavlm.report.run_report import write_report
 METHODS = {
     "dpo": ({"pairs": 4, "rewards/chosen": 1.0, "rewards/rejected": -1.0}, "chosen answer has the higher reward"),
     "rm": ({"pairs": 4, "scores/mean": 0.0, "scores/std": 1.0}, "chosen answer has the higher score"),
-    "kto": ({"z0": 0.0, "rewards/desirable": 1.0, "rewards/undesirable": None}, "answers rewarded as they are labelled"),
+    "kto": (
+        {"z0": 0.0, "rewards/desirable": 1.0, "rewards/undesirable": None},
+        "answers rewarded as they are labelled",
+    ),
 }
 
 
@@ -40,7 +43,7 @@ def test_report_has_accuracy_and_margin_as_curves_with_plain_labels(method, tmp_
     assert words in page
     assert "75.0 %</b><span>accuracy, 25.0 % at the start" in page
     assert "1.500</b><span>margin, 0.5000 at the start" in page
-    drawn = {title: data for title, data in re.findall(r"<figcaption><b>([^<]*)</b>.*?data-chart=\"([^\"]*)\"", page)}
+    drawn = dict(re.findall(r"<figcaption><b>([^<]*)</b>.*?data-chart=\"([^\"]*)\"", page))
     values = {
         title: [[value for _, value in curve["points"]] for curve in json.loads(data.replace("&#34;", '"'))["curves"]]
         for title, data in drawn.items()
