@@ -190,12 +190,14 @@ class JudgedObjective(_AnswerObjective):
 
     def fields(self, sums: list[float], counts: dict[str, float]) -> dict[str, float | None]:
         _, desirable, undesirable, good, bad, accuracy, z0 = sums
+        rewards = (desirable / good if good else None, undesirable / bad if bad else None)
         return {
-            "rewards/desirable": desirable / good if good else None,
-            "rewards/undesirable": undesirable / bad if bad else None,
+            "rewards/desirable": rewards[0],
+            "rewards/undesirable": rewards[1],
             "desirable": round(good),
             "undesirable": round(bad),
             "accuracy": accuracy / max(counts["weight"], 1),
+            "margin": None if rewards[0] is None or rewards[1] is None else rewards[0] - rewards[1],
             "z0": z0 / max(counts["weight"], 1),
         }
 

@@ -1,6 +1,7 @@
 """Help texts of the command, generated from the table of verbs and from the settings."""
 
 import sys
+from dataclasses import dataclass
 
 from rich.console import Console, Group
 from rich.padding import Padding
@@ -11,6 +12,7 @@ from megavlm.cli.verbs import Verb
 from megavlm.config import describe
 
 _PLAIN_WIDTH = 120  # width in columns if the output is not a terminal
+_TABLE_WIDTH = 110  # width from which on the settings are a table
 
 
 def show_verbs(verbs: dict[str, Verb], group: str | None = None) -> None:
@@ -61,7 +63,8 @@ def show_verb(name: str, verb: Verb) -> None:
         " Relative paths are relative to the current directory."
     )
     console.print(Padding(intro, (0, 2, 0, 2), expand=False))
-    console.print(_settings_table(("", *verb.sections), required=verb.requires))
+    shown = _shown(("", *verb.sections), required=verb.requires)
+    console.print(_settings_table(shown) if console.width >= _TABLE_WIDTH else _settings_list(shown))
 
 
 def _spelled(flag: str, options: dict) -> str:
@@ -70,23 +73,61 @@ def _spelled(flag: str, options: dict) -> str:
     return f"{flag} {value} [{value} …]".strip() if options.get("nargs") == "+" else f"{flag} {value}".strip()
 
 
-def _settings_table(sections: tuple[str, ...], required: tuple[str, ...]) -> Table:
-    """One table for all sections, so that columns are aligned. Each section starts with its name and description."""
-    table = Table(box=None, padding=(0, 2, 0, 2), expand=True, header_style="dim")
-    for title, ratio in (("key", None), ("default", None), ("allowed", 4), ("meaning", 7)):
-        table.add_column(title, ratio=ratio, no_wrap=ratio is None)
+@dataclass(frozen=True)
+class _Shown:
+    """One line of the help: a section with what it is about, or a setting (``default`` is not None)."""
+
+    key: str
+    meaning: str
+    default: Text | None = None
+    allowed: str = ""
+
+
+def _shown(sections: tuple[str, ...], required: tuple[str, ...]) -> list[_Shown]:
+    """The settings of these sections or keys in their order. Each section starts with its name and description."""
     shown = [entry for entry in describe.entries() if entry.section in sections or entry.key in sections]
+    lines = []
     for section in dict.fromkeys(entry.section for entry in sorted(shown, key=lambda entry: entry.section != "")):
-        table.add_row()
-        if section:
-            table.add_row(Text(section, "bold"), "", "", Text(describe.about(section), "italic"))
+        lines.append(_Shown(section, describe.about(section)))
         for entry in shown:
             if entry.section == section:
                 needed = entry.key in required or entry.default == "required"
                 default = Text("required", "yellow") if needed else Text(entry.default)
                 allowed = entry.allowed.removesuffix(", or null") if needed else entry.allowed
-                table.add_row(Text(entry.key, "cyan"), default, Text(allowed), Text(entry.meaning))
+                lines.append(_Shown(entry.key, entry.meaning, default, allowed))
+    return lines
+
+
+def _settings_table(lines: list[_Shown]) -> Table:
+    """One table for all sections, so that columns are aligned."""
+    table = Table(box=None, padding=(0, 2, 0, 2), expand=True, header_style="dim")
+    for title, ratio in (("key", None), ("default", None), ("allowed", 4), ("meaning", 7)):
+        table.add_column(title, ratio=ratio, no_wrap=ratio is None)
+    for line in lines:
+        if line.default is None:
+            table.add_row()
+            table.add_row(Text(line.key, "bold"), "", "", Text(line.meaning, "italic"))
+        else:
+            table.add_row(Text(line.key, "cyan"), line.default, Text(line.allowed), Text(line.meaning))
     return table
+
+
+def _settings_list(lines: list[_Shown]) -> Group:
+    """The same for a narrow terminal, where columns would cut words: the meaning stands below its key."""
+    parts = []
+    for line in lines:
+        if line.default is None and not line.key:
+            continue
+        if line.default is None:
+            parts.append(Padding(Text.assemble((line.key, "bold"), "  ", (line.meaning, "italic")), (1, 2, 1, 2)))
+            continue
+        required = line.default.plain == "required"
+        default = line.default if required else Text.assemble(("default ", "dim"), line.default)
+        parts.append(
+            Padding(Text.assemble((line.key, "cyan"), "  ", default, ("  ", ""), (line.allowed, "dim")), (0, 2))
+        )
+        parts.append(Padding(Text(line.meaning), (0, 2, 0, 6)))
+    return Group(*parts)
 
 
 def _usage(text: str) -> Text:

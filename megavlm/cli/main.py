@@ -18,6 +18,7 @@ from megavlm.base import command_line, processes
 from megavlm.base.errors import UserError
 from megavlm.base.imports import no_collection
 from megavlm.cli import environment, failures, local_workers
+from megavlm.cli.arguments import wrong
 from megavlm.cli.verbs import VERBS, Verb, positive
 from megavlm.config import held_run, layout, requirements, run_folder
 from megavlm.config.load import load_settings
@@ -80,8 +81,8 @@ def _group(name: str, rest: list[str]) -> int:
     # the second word helps to recognise a typing error in the first
     close = difflib.get_close_matches(" ".join([name, *rest[:1]]), known, n=1, cutoff=0.8)
     close = close or difflib.get_close_matches(written, known, n=1)
-    remedy = f"did you mean {close[0]}?" if close else f"verbs: {', '.join(known)}"
-    raise UserError(f"unknown verb {written!r}", remedy)
+    verbs_listed = f"verbs: {', '.join(known)}"
+    raise UserError(f"unknown verb {written!r}", f"did you mean {close[0]}? {verbs_listed}" if close else verbs_listed)
 
 
 def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
@@ -127,7 +128,7 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
     requirements.check_files(settings, verb.reads)
     for path in (*options.get("image", ()), *options.get("video", ())):
         if not path.is_file():
-            raise UserError(f"file {path} does not exist")
+            raise UserError(f"file {path} does not exist", "check the path after --image or --video")
     if verb.local_workers:
         batch = settings.train.global_batch_size if verb.writes == "" else None
         layout.check_world_size(settings.parallel, world_size, batch)
@@ -144,15 +145,20 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
 class _Parser(argparse.ArgumentParser):
     """A parser that raises UserError for wrong arguments."""
 
+    def __init__(self, name: str, verb: Verb) -> None:
+        super().__init__(prog=f"megavlm {name}", add_help=False, allow_abbrev=False)
+        self._verb = (name, verb)
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}", f"see {self.prog} --help")
+        raise wrong(*self._verb, message)
 
 
 def _parser(name: str, verb: Verb) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"megavlm {name}", add_help=False, allow_abbrev=False)
+    parser = _Parser(name, verb)
     if verb.sections:
         parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
-        parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+        # without a default, argparse would list it as required
+        parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     for keyword, options in verb.positionals.items():
         parser.add_argument(keyword, **options)
     for keyword, options in verb.flags.items():

@@ -23,9 +23,12 @@ FOR: dict[str, Any] = {
 
 def positive(text: str) -> int:
     """The argparse type of a number that is at least 1."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return number
 
 
@@ -169,7 +172,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
         flags={
             "world_size": {
                 "metavar": "N",
-                "type": int,
+                "type": positive,
                 "help": "number of processes for which the configuration is intended",
             },
             "no_files": {

@@ -1,5 +1,6 @@
 """Descriptions of settings for help texts and messages: the default, allowed values and meaning of each key."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ def about(section: str) -> str:
     field = Settings.model_fields.get(section)
     described = section_class(field) if field else None
     return (described.__doc__ or "").partition("\n")[0] if described else ""
+
+
+def brief(meaning: str) -> str:
+    """The first clause of a setting's meaning, for messages: without its values one by one."""
+    return re.split(r"[.;] ", meaning, maxsplit=1)[0]
 
 
 def find(loc: tuple[str | int, ...]) -> FieldInfo | None:

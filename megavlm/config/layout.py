@@ -1,5 +1,7 @@
 """Checks whether a parallel layout fits the number of processes, the batch size and the shapes of a model."""
 
+import math
+
 from megavlm.base.errors import UserError
 from megavlm.config.settings import ParallelSettings, TrainSettings, check_seq_length
 
@@ -38,10 +40,14 @@ def check_layout(
     data_parallel = check_world_size(parallel, world_size, global_batch_size)
     check_seq_length(seq_length, parallel)
     tensor, pipeline, chunks = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline or 1
-    _divides("parallel.tensor", tensor, "attention heads", num_heads)
-    _divides("parallel.tensor", tensor, "key/value heads", num_kv_heads)
-    _divides("parallel.tensor", tensor, "vocabulary entries", vocab_size)
-    _divides("parallel.tensor", tensor, "columns of an MLP", ffn or 0)
+    cut = {
+        "attention heads": num_heads,
+        "key/value heads": num_kv_heads,
+        "vocabulary entries": vocab_size,
+        "columns of an MLP": ffn or 0,
+    }
+    for what, count in cut.items():
+        _divides("parallel.tensor", tensor, what, count, _divisors(math.gcd(*cut.values())))
     _divides("parallel.expert_tensor", parallel.expert_tensor, "columns of an expert", expert_ffn or 0)
     if parallel.first_stage_layers or parallel.last_stage_layers:
         _check_uneven_stages(parallel, num_layers)
@@ -50,10 +56,13 @@ def check_layout(
             raise UserError(
                 f"parallel.pipeline × parallel.virtual_pipeline is {pipeline} × {chunks} = {pipeline * chunks}, which "
                 f"does not divide the model's {num_layers} layers",
-                f"products that do: {_listed(_divisors(num_layers))}; or set parallel.first_stage_layers or "
-                "parallel.last_stage_layers",
+                f"products that do: {_listed(_divisors(num_layers))}{_uneven_remedy(parallel, num_layers)}",
             )
-        _divides("parallel.pipeline", pipeline, "layers", num_layers)
+        if num_layers % pipeline:
+            raise UserError(
+                f"parallel.pipeline is {pipeline}, which does not divide the model's {num_layers} layers",
+                f"values that do: {_listed(_divisors(num_layers))}{_uneven_remedy(parallel, num_layers)}",
+            )
     if num_experts is None:
         for name in ("expert", "expert_tensor"):
             if getattr(parallel, name) > 1:
@@ -153,7 +162,12 @@ def _check_uneven_stages(parallel: ParallelSettings, num_layers: int) -> None:
     if rest < stages or (stages == 0 and rest) or (stages and rest % stages):
         raise UserError(
             f"{listed} of the model's {num_layers} layers leave {rest} for {_count(stages, 'other stage', 's')}",
-            "choose numbers that leave the same number of layers, at least one, to each of the other stages",
+            "; ".join(
+                [
+                    "choose numbers that leave the same number of layers, at least one, to each of the other stages",
+                    *filter(None, (_that_fit(parallel, num_layers, name, given) for name in given)),
+                ]
+            ),
         )
     chunks = parallel.virtual_pipeline or 1
     if chunks > 1 and not stages:
@@ -169,11 +183,34 @@ def _check_uneven_stages(parallel: ParallelSettings, num_layers: int) -> None:
             )
 
 
-def _divides(setting: str, value: int, what: str, count: int) -> None:
+def _uneven_remedy(parallel: ParallelSettings, num_layers: int) -> str:
+    """The settings with which stages of different sizes hold the layers, as the end of a remedy; "" if none can."""
+    found = _that_fit(parallel, num_layers, "first_stage_layers", {})
+    return f"; or give one stage another number of layers: {found} (or parallel.last_stage_layers)" if found else ""
+
+
+def _that_fit(parallel: ParallelSettings, num_layers: int, name: str, given: dict[str, int]) -> str:
+    """ "parallel.NAME can be 5 or 8 or 11", values next to an even share; "" if none leaves the other stages equal."""
+    others = {key: layers for key, layers in given.items() if key != name}
+    stages, chunks = parallel.pipeline - 1 - len(others), parallel.virtual_pipeline or 1
+    rest = num_layers - sum(others.values())
+    fitting = [
+        layers
+        for layers in range(chunks, rest + 1, chunks)
+        if (rest - layers >= stages * chunks and (rest - layers) % (stages * chunks) == 0 if stages else layers == rest)
+    ]
+    if not fitting or (not stages and chunks > 1):
+        return ""
+    nearest = sorted(fitting, key=lambda layers: (abs(layers - num_layers / parallel.pipeline), layers))[:3]
+    return f"parallel.{name} can be {' or '.join(map(str, sorted(nearest)))}"
+
+
+def _divides(setting: str, value: int, what: str, count: int, allowed: list[int] | None = None) -> None:
+    """Raises a UserError if `value` does not divide `count`, with the values that do, or that are ``allowed``."""
     if count % value:
         raise UserError(
             f"{setting} is {value}, which does not divide the model's {count} {what}",
-            f"values that do: {_listed(_divisors(count))}",
+            f"values that do: {_listed(allowed or _divisors(count))}",
         )
 
 

@@ -8,8 +8,10 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from megavlm.base.errors import UserError
@@ -57,7 +59,7 @@ def _problem(details: ErrorDetails, values: Values, path: Path | str) -> UserErr
     if kind in ("extra_forbidden", "invalid_key"):
         return UserError(f"unknown setting {key}{where}", _nearest(location))
     if kind == "missing":
-        meaning = f" ({field.description})" if field and field.description else ""
+        meaning = f" ({describe.brief(field.description)})" if field and field.description else ""
         return UserError(f"{key} is not set{meaning}", f"add it to {path}, or {key}=… on the command line")
     if isinstance(cause, UserError) and (field is None or describe.section_class(field)):  # a check between fields
         return UserError(f"{cause.message}{_origins_of_named(cause.message, values)}", cause.remedy)
@@ -66,7 +68,14 @@ def _problem(details: ErrorDetails, values: Values, path: Path | str) -> UserErr
     if isinstance(cause, UserError):
         return UserError(f"{key} is {value}{where}: {cause.message}", cause.remedy)
     allowed = f"allowed: {describe.allowed(field)}" if field else details["msg"]
-    return UserError(f"{key} is {value}{where}; {allowed}")
+    return UserError(f"{key} is {value}{where}; {allowed}", _list_of_one(key, given, field))
+
+
+def _list_of_one(key: str, given: Any, field: FieldInfo | None) -> str | None:
+    """The remedy for one value where a list of values belongs."""
+    if field is None or not describe.allowed(field).startswith("list of ") or not isinstance(given, str | int | float):
+        return None
+    return f"write a list, also of one value: {key}=[{shortened(describe.value_text(given))}]"
 
 
 def key_text(location: Location) -> str:
@@ -86,7 +95,7 @@ def _nearest(location: Location) -> str:
         return f"did you mean {known[close[0]]}?"
     for entry in describe.entries():
         if name.replace("_", " ") in entry.meaning:
-            return f"did you mean {entry.key} ({entry.meaning})?"
+            return f"did you mean {entry.key} ({describe.brief(entry.meaning)})?"
     return f"known {'keys in ' + key_text(parent) if parent else 'settings'}: {', '.join(siblings)}"
 
 

@@ -24,9 +24,12 @@ def check_required(settings: Settings, keys: Iterable[str], verb: str) -> None:
     meanings = {entry.key: entry.meaning for entry in describe.entries()}
     missing = [key for key in keys if attrgetter(key)(settings) in (None, [])]
     if missing:
-        listed = ", ".join(f"{key} ({meanings[key]})" for key in missing)
-        example = f"model.load={settings.model.hf}" if missing[0] == "model.load" else f"{missing[0]}=…"
-        raise UserError(f"{verb} needs {listed}", f"set it in the file or on the command line: {example}")
+        described = [f"{key} ({describe.brief(meanings[key])})" for key in missing]
+        listed = described[0] if len(missing) == 1 else "\n  ".join(["these settings:", *described])
+        them = "it" if len(missing) == 1 else "them"
+        examples = {"model.load": settings.model.hf}
+        example = " ".join(f"{key}={examples.get(key, '…')}" for key in missing)
+        raise UserError(f"{verb} needs {listed}", f"set {them} in the file or on the command line: {example}")
 
 
 def check_files(settings: Settings, keys: Iterable[str]) -> None:
@@ -59,7 +62,7 @@ def _exists(path: Path, key: str) -> bool:
     try:
         return path.exists()
     except OSError as error:  # a folder above it may not be read, or the name is too long
-        raise UserError(f"{key} is {path}, which cannot be read: {error.strerror}") from None
+        raise UserError(f"{key} is {path}, which cannot be read: {error.strerror}", "check this path") from None
 
 
 def check_stage(settings: Settings) -> None:

@@ -204,8 +204,9 @@ class WandbSettings(Section):
 
     mode: Literal["auto", "off", "offline", "online"] = Field(
         "auto",
-        description="whether the run is logged to Weights & Biases, and whether over the network. auto: online if an "
-        "API key is found, otherwise offline; off: not at all",
+        description="whether the run is logged to Weights & Biases, and whether over the network. auto: online after "
+        "`wandb login` or with WANDB_API_KEY, otherwise not at all, unless WANDB_MODE says something else; offline: to "
+        "files in OUTPUT/wandb, which `wandb sync` uploads later; off: not at all",
     )
     project: Str = Field("megavlm", min_length=1, description="Weights & Biases project that the run belongs to")
 

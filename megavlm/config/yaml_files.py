@@ -108,7 +108,7 @@ def parse_override(text: str) -> Values:
     key, equals, value = text.partition("=")
     location = tuple(key.split("."))
     if not equals or not all(location):
-        raise UserError(f"override {quoted(text)} is not of the form section.key=value", "example: train.steps=100")
+        raise UserError(f"override {quoted(text)} is not of the form section.key=value", _instead_of(text))
     try:
         tree = yaml.load(value, _Loader)
     except _FAILURES as error:
@@ -119,10 +119,21 @@ def parse_override(text: str) -> Values:
     try:
         tree = _expand(tree, location, lambda _: origin)
     except RecursionError as error:  # an anchor that contains itself
-        raise UserError(f"{origin}: the value does not parse as YAML: {_problem(error)}") from None
+        raise UserError(
+            f"{origin}: the value does not parse as YAML: {_problem(error)}", "remove the anchor in the value"
+        ) from None
     for part in reversed(location):
         tree = {part: tree}
     return Values(tree, {location: origin})
+
+
+def _instead_of(text: str) -> str:
+    """The remedy for an argument that is no override."""
+    if text.endswith((".yaml", ".yml")):
+        return f"give one configuration file; it can read others first, with the line base: {shortened(text)}"
+    if re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)*", text):
+        return f"write the value after an equals sign, without spaces: {text}=VALUE"
+    return "example: train.steps=100"
 
 
 def dump(tree: Any) -> str:
@@ -139,7 +150,8 @@ def _read_with_bases(path: Path, above: tuple[Path, ...]) -> Values:
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(
-            f"base is {quoted(bases)} ({own.origin(('base',))}); allowed: a file name or a list of file names"
+            f"base is {quoted(bases)} ({own.origin(('base',))}); allowed: a file name or a list of file names",
+            "example: base: common.yaml",
         )
     values = Values()
     for base in bases:
@@ -159,9 +171,14 @@ def _read_one(path: Path, named_by: Path | None) -> Values:
             _note_lines(node, (), path, values.origins)
     except OSError as error:
         of = f" (base of {named_by})" if named_by else ""
-        raise UserError(f"cannot read configuration file {path}{of}: {error.strerror}", "check the path") from error
+        remedy = "check the path" if named_by else f"check the path; relative paths start from {Path.cwd()}"
+        if "=" in path.name:
+            remedy = "the configuration file comes first, then settings: CONFIG.yaml section.key=value"
+        raise UserError(f"cannot read configuration file {path}{of}: {error.strerror}", remedy) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file in UTF-8: {error.reason} at byte {error.start}") from error
+        raise UserError(
+            f"{path} is not a text file in UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8"
+        ) from error
     except _FAILURES as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)

@@ -89,11 +89,17 @@ class McoreCheckpoint:
         missing = [name for name in ("metadata.json", ".metadata") if not (path / name).is_file()]
         if missing:
             steps = sorted(child.name for child in path.glob("**/step_*") if child.is_dir())
-            remedy = (
-                f"it holds {steps[-1]}: give that folder"
-                if steps
-                else "give a folder that hf2mcore.py or training has written"
-            )
+            if steps:
+                remedy = f"it holds {steps[-1]}: give that folder"
+            elif (path / "config.json").is_file():
+                remedy = (
+                    "this is a Hugging Face folder, which model.load takes as it is; to convert it: "
+                    f"python checkpoint_tools/hf2mcore.py --hf {path} --out CHECKPOINT"
+                )
+            else:
+                remedy = (
+                    "give the output folder of a run or a folder in its checkpoints, or what hf2mcore.py has written"
+                )
             raise UserError(f"{path} is not a Megatron checkpoint: missing {' and '.join(missing)}", remedy)
         if not read_json(path / "metadata.json", "use another checkpoint").items() >= _BACKEND.items():
             raise UserError(

@@ -41,6 +41,22 @@ The training loop adds these fields:
     literal_marks       texts of the step in which <image> or <video> were read as words; absent if there are none
     seconds_checkpoint  time that rank 0 has waited for checkpoints since the previous line; not part of seconds
 
+Methods that compare answers (dpo, rm, kto) add these fields, over all pairs or answers of the step:
+
+    accuracy            dpo and rm: share of pairs whose chosen answer has the higher reward or score; kto: share of
+                        answers whose reward is on the side of z0 that their label asks for; 0 to 1
+    margin              dpo and rm: mean of the reward or score of the chosen answer minus that of the rejected one;
+                        kto: rewards/desirable - rewards/undesirable, null without answers of both kinds
+    pairs               dpo and rm: pairs in the step
+    rewards/KIND        dpo: mean reward of the chosen or rejected answers; kto: of the desirable or undesirable ones
+    logprobs/KIND       dpo: mean log-probability of the chosen or rejected answers
+    desirable, undesirable  kto: number of answers of each kind
+    z0                  kto: the reference point between both kinds
+    scores/mean, scores/std  rm: mean and standard deviation of the scores
+
+train.kl_to_start adds kl_to_start, the divergence from the start model in nats per target, and nll, the loss without
+it.
+
 NaN and infinite numbers are written as null, because JSON does not have them.
 """
 

@@ -65,6 +65,8 @@ class RunMonitor:
                 self.say,
             )
             self._wandb = WandbLog(settings, enabled=self._is_first, warn=self.say)
+            if self._wandb.mode != "off":
+                self.say(f"wandb: {self._wandb.description}")
             self._stack = stack.pop_all()
         return self
 

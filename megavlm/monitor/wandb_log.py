@@ -1,9 +1,13 @@
 """Logs the lines of metrics.jsonl to Weights & Biases. Errors of W&B never interrupt training."""
 
+import configparser
+import netrc
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
 
 FOLDER = "wandb"  # within the output folder: W&B's files and the run's id
 ID_FILE = "run_id"
+PUBLIC_SERVER = "https://api.wandb.ai"
 
 
 class WandbLog:
@@ -23,8 +28,8 @@ class WandbLog:
 
     Args:
         settings: the settings of the run. `log.wandb.mode` is "online"; "offline": files that `wandb sync` can upload
-            later; "auto": online if WANDB_API_KEY is set, otherwise offline; or "off": wandb is not even imported. All
-            files of W&B are written to `wandb/` in the output folder.
+            later; "off": wandb is not even imported; or "auto": what WANDB_MODE says, otherwise online if one is logged
+            in to W&B, otherwise off. All files of W&B are written to `wandb/` in the output folder.
         enabled: False on all ranks except rank 0; then all calls do nothing.
         warn: called with a message if an error occurs (`Progress.say`).
     """
@@ -68,7 +73,7 @@ class WandbLog:
 
     @property
     def description(self) -> str:
-        """Where the logs of the run are, for the run's header."""
+        """Where the logs of the run are."""
         if self._run is None:
             return "off"
         if self.mode == "offline":
@@ -79,11 +84,14 @@ class WandbLog:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for kind in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):  # not in the home folder, which may be full or missing
-                os.environ.setdefault(f"WANDB_{kind}_DIR", str(self._folder / kind.lower()))
+                if kind != "CONFIG" or not _login_settings().is_file():  # W&B must find what `wandb login --host` wrote
+                    os.environ.setdefault(f"WANDB_{kind}_DIR", str(self._folder / kind.lower()))
             os.environ.setdefault("WANDB_SILENT", "true")  # wandb.Settings(silent=True) does not silence the log-in
             import wandb
 
             wandb.teardown()  # discards the state of a failed attempt to start online
+            if mode == "online" and not is_logged_in():  # W&B would ask for a key on the terminal, and wait
+                raise RuntimeError("not logged in: run `wandb login`, or set WANDB_API_KEY")
             self._run = run = wandb.init(
                 project=settings.log.wandb.project,
                 name="/".join(self._folder.parent.absolute().parts[-2:]),
@@ -115,10 +123,44 @@ class WandbLog:
         self._run, self.mode = None, "off"
 
 
+def is_logged_in() -> bool:
+    """Whether there are credentials for W&B: in the environment, or in the netrc file, where `wandb login` puts a key.
+
+    Reads only the environment and two small files; W&B itself is not imported, and nothing is sent.
+    """
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    named = os.environ.get("NETRC")
+    files = [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]
+    try:
+        file = next(path for path in map(Path.expanduser, files) if path.is_file())
+        hosts = netrc.netrc(file).hosts  # its `default` entry is for other programs
+    except (StopIteration, netrc.NetrcParseError, OSError, ValueError, RuntimeError):
+        return False
+    return bool(hosts.get(urlsplit(_server()).netloc, ("", "", ""))[2])
+
+
+def _server() -> str:
+    """The address of W&B: the public one, unless the environment or `wandb login --host` named another."""
+    file = configparser.ConfigParser(interpolation=None)
+    try:
+        file.read(_login_settings(), encoding="utf-8")
+    except (configparser.Error, OSError, ValueError):
+        file.clear()
+    return os.environ.get("WANDB_BASE_URL") or file.get("default", "base_url", fallback=PUBLIC_SERVER)
+
+
+def _login_settings() -> Path:
+    """The file of settings that `wandb login --host` writes."""
+    folder = os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb")
+    return Path(folder) / "settings"
+
+
 def _resolve(mode: str) -> str:
-    if mode == "auto":
-        return "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    return mode
+    if mode != "auto":
+        return mode
+    wanted = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
+    return wanted.get(os.environ.get("WANDB_MODE", ""), "online" if is_logged_in() else "off")
 
 
 def _first_line(error: Exception) -> str:

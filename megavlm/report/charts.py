@@ -62,6 +62,7 @@ def chart(
     bands: Sequence[Band] = (),
     label: Callable[[float], str] = number,
     kind: str = "",
+    note: str = "",
 ) -> Markup:
     """One chart as HTML; empty if no curve has values.
 
@@ -74,6 +75,7 @@ def chart(
         bands: named intervals of the x axis.
         label: formats the y value under the pointer.
         kind: further CSS class, which sets the height.
+        note: what the values are, beside the title.
     """
     curves = [curve for curve in curves if any(_usable(value, log) for value in curve.values)]
     if not curves:
@@ -96,13 +98,14 @@ def chart(
     edges = [_rule(x.at(band.start), 0, x.at(band.start), HEIGHT) for band in bands[1:]]
     data = json.dumps({"left": left, "right": x.high, "curves": shown}, ensure_ascii=False)
     return Markup(
-        '<figure class="chart {kind}"><figcaption><b>{title}</b>{legend}</figcaption>'
+        '<figure class="chart {kind}"><figcaption><b>{title}</b>{note}{legend}</figcaption>'
         '<div class="plot" data-chart="{data}">'
         '<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" aria-label="{title}">'
         "{drawing}</svg>{labels}</div></figure>"
     ).format(
         kind=kind,
         title=title,
+        note=Markup('<span class="soft">{}</span>').format(note) if note else "",
         legend=_legend(curves),
         data=data,
         width=WIDTH,

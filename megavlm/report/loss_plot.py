@@ -1,4 +1,4 @@
-"""loss.png: the loss, learning rate and gradient norms of one run."""
+"""loss.png: the loss, learning rate and gradient norms of one run; and accuracy and margin if it compares answers."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILE_NAME = "loss.png"
-COLORS = {"loss": "#2563eb", "lr": "#f59e0b", "vision": "#0d9488", "projector": "#db2777", "language": "#7c3aed"}
+COLORS = {
+    "loss": "#2563eb",
+    "lr": "#f59e0b",
+    "vision": "#0d9488",
+    "projector": "#db2777",
+    "language": "#7c3aed",
+    "accuracy": "#059669",
+    "margin": "#7c3aed",
+}
 
 
 def smooth(values: Sequence[float | None], reach: int | None = None) -> list[float | None]:
@@ -35,6 +43,8 @@ def smooth(values: Sequence[float | None], reach: int | None = None) -> list[flo
 def write_loss_plot(output_dir: str | Path, title: str | None = None) -> Path | None:
     """Draws loss and learning rate above gradient norms, from metrics.jsonl of an output folder.
 
+    For dpo, kto and rm, accuracy and margin are drawn between them.
+
     Returns:
         The file, which is replaced atomically; None if there are no metrics.
     """
@@ -53,18 +63,23 @@ def _draw(lines: list[dict[str, Any]], title: str) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 6.2), layout="constrained")
+    compares = any(line.get("accuracy") is not None for line in lines)
+    figure = Figure(figsize=(9, 8.2 if compares else 6.2), layout="constrained")
     FigureCanvasAgg(figure)  # uses neither a display nor pyplot's global state
-    loss_axes, norm_axes = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    heights = [2, 1, 1] if compares else [2, 1]
+    loss_axes, *between, norm_axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     steps = [line["step"] for line in lines]
 
     def column(name: str) -> list[float]:
         values = [line.get(name) for line in lines]
         return [float("nan") if value is None else value for value in values]
 
-    losses = [line.get("loss") for line in lines]
+    def average(name: str) -> list[float]:
+        values = smooth([line.get(name) for line in lines])
+        return [float("nan") if value is None else value for value in values]
+
     marker = "o" if len(lines) == 1 else None  # a single point is not visible as a line
-    smoothed = [float("nan") if value is None else value for value in smooth(losses)]
+    smoothed = average("loss")
     loss_axes.plot(steps, column("loss"), color=COLORS["loss"], alpha=0.3, linewidth=1, marker=marker)
     loss_axes.plot(steps, smoothed, color=COLORS["loss"], linewidth=2, label="loss (smoothed)")
     loss_axes.set_ylabel("loss", color=COLORS["loss"])
@@ -92,15 +107,28 @@ def _draw(lines: list[dict[str, Any]], title: str) -> "Figure":
     norm_axes.legend(frameon=False, ncols=4, loc="upper right", fontsize=9)
     norm_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    for axes in (loss_axes, norm_axes, lr_axes):
+    twins = [lr_axes]
+    for accuracy_axes in between:
+        shares = [100 * value for value in average("accuracy")]
+        accuracy_axes.plot(steps, shares, color=COLORS["accuracy"], linewidth=2, marker=marker, label="accuracy, %")
+        accuracy_axes.set_ylabel("accuracy, %", color=COLORS["accuracy"])
+        accuracy_axes.set_ylim(0, 104)
+        twins.append(margin_axes := accuracy_axes.twinx())
+        margin_axes.plot(steps, average("margin"), color=COLORS["margin"], linewidth=1.4, marker=marker, label="margin")
+        margin_axes.set_ylabel("margin", color=COLORS["margin"])
+        handles = [*accuracy_axes.get_lines(), *margin_axes.get_lines()]
+        accuracy_axes.legend(handles=handles, frameon=False, ncols=2, loc="lower right", fontsize=9)
+
+    for axes in (loss_axes, *between, norm_axes, *twins):
         axes.spines[["top"]].set_visible(False)
         axes.margins(x=0.01)
         axes.tick_params(labelsize=9)
-    for axes in (loss_axes, norm_axes):
+    for axes in (loss_axes, *between, norm_axes):
         axes.spines[["right"]].set_visible(False)
         axes.grid(color="#e5e7eb", linewidth=0.7)
         axes.set_axisbelow(True)
-    lr_axes.spines[["right", "left", "bottom"]].set_visible(False)
+    for axes in twins:
+        axes.spines[["right", "left", "bottom"]].set_visible(False)
     loss_axes.set_zorder(lr_axes.get_zorder() + 1)  # draw the loss above the learning rate
     loss_axes.patch.set_visible(False)
     return figure

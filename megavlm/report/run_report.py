@@ -25,6 +25,7 @@ from megavlm.report.answers import AnswerGroup, AnswerSource, group_answers, rea
 from megavlm.report.charts import Band, Curve, chart
 from megavlm.report.loss_plot import smooth
 from megavlm.report.page import render_page
+from megavlm.report.preferences import Preferences, method_charts
 
 FILE_NAME = "report.html"
 TEMPLATE = "report.html.jinja"
@@ -89,11 +90,20 @@ class Run:
         known = [value for value in self.column(name)[min(1, len(self.lines) - 1) :] if value is not None]
         return median(known) if known else None
 
+    def first_and_last(self, name: str) -> tuple[float | None, float | None]:
+        """The first value of a field, and its moving average at the end; None if there are no values."""
+        known = [value for value in self.column(name) if value is not None]
+        return (known[0], smooth(known)[-1]) if known else (None, None)
+
     @property
     def first_and_last_loss(self) -> tuple[float | None, float | None]:
         """The first loss, and the moving average of the loss at the end."""
-        known = [value for value in self.column("loss") if value is not None]
-        return (known[0], smooth(known)[-1]) if known else (None, None)
+        return self.first_and_last("loss")
+
+    @property
+    def preferences(self) -> Preferences | None:
+        """What accuracy and margin of this run are; None if it does not compare answers."""
+        return Preferences.of(self.lines)
 
 
 def write_report(output_dir: str | Path) -> Path:
@@ -260,6 +270,7 @@ def _charts(run: Run) -> list[str]:
     speed, mfu = run.column("tokens_per_second"), run.column("mfu")
     charts = [
         chart("Loss", steps, [Curve.smoothed("loss", run.column("loss"), "loss")], kind="large"),
+        *method_charts(run.lines),
         chart("Gradient norm", steps, norms, log=True),
         chart("Learning rate", steps, [Curve("learning rate", run.column("lr"), "lr")], from_zero=True),
         chart("Tokens per second", steps, [Curve.smoothed("tokens/s", speed, "speed")], from_zero=True, label=short),

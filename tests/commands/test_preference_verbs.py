@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -50,7 +51,9 @@ def test_dpo_starts_at_its_reference_and_prefers_what_is_chosen(toys, pairs, con
     data = f"data.train={write_records(toys.root / 'pairs.jsonl', pairs)}"
     done = megavlm("dpo", config, data, "checkpoint.every=3", "train.memory_check=true")
     assert "memory check: " in done.stdout
+    assert re.search(r"^step 6/6  loss [\d.]+ +accuracy [\d.]+ % +margin [\d.]+ ", done.stdout, re.M)
     run = tmp_path / "run"
+    assert "pairs whose chosen answer has the higher reward" in (run / "report.html").read_text()
     lines = metrics_of(run)
     assert lines[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
     assert lines[0]["margin"] == pytest.approx(0, abs=1e-5)
@@ -91,13 +94,16 @@ def test_kto_on_two_ranks_is_kto_on_one(toys, pairs, config, tmp_path):
         megavlm("kto", config, data, f"output={tmp_path / name}", "train.lr=1e-3", *layout)
         lines[name] = metrics_of(tmp_path / name)
     for one, two in zip(*lines.values(), strict=True):
-        for name in ("loss", "grad_norm", "z0", "accuracy"):
+        for name in ("loss", "grad_norm", "z0", "accuracy", *(["margin"] if one["margin"] is not None else [])):
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5)
         assert one["desirable"] + one["undesirable"] >= 2
     first, last = lines["one"][0], lines["one"][-1]
     assert first["loss"] == pytest.approx(0.5, rel=1e-4)  # 1 − σ(0)
     assert last["loss"] < 0.49
     assert last["rewards/desirable"] > last["rewards/undesirable"]
+    assert last["margin"] == pytest.approx(last["rewards/desirable"] - last["rewards/undesirable"])
+    for line in lines["one"]:  # no margin without answers of both kinds
+        assert (line["margin"] is None) == (line["desirable"] == 0 or line["undesirable"] == 0)
 
 
 @pytest.mark.parametrize("verb", ["dpo", "kto"])

@@ -1,5 +1,7 @@
 """Layouts that fit and layouts that do not."""
 
+import re
+
 import pytest
 
 from megavlm.base.errors import UserError
@@ -44,9 +46,27 @@ def test_fitting_layouts(arguments, data_parallel):
         ),
         ({"world_size": 1, "tensor": 2}, "1 process cannot hold", "start 2 processes"),
         ({"world_size": 2, "expert": 4, "experts": 8}, "parallel.expert × parallel.expert_tensor", "start 4 processes"),
-        ({"tensor": 8, "num_heads": 12, "num_kv_heads": 12}, "parallel.tensor is 8", "1, 2, 3, 4, 6, 12"),
+        ({"tensor": 8, "num_heads": 12, "num_kv_heads": 12}, "parallel.tensor is 8", "values that do: 1, 2, 4"),
         ({"tensor": 8, "num_kv_heads": 4}, "does not divide the model's 4 key/value heads", "1, 2, 4"),
-        ({"tensor": 2, "vocab_size": 101}, "does not divide the model's 101 vocabulary entries", "1, 101"),
+        ({"tensor": 2, "vocab_size": 101}, "does not divide the model's 101 vocabulary entries", "values that do: 1"),
+        ({"world_size": 32, "tensor": 32}, "does not divide the model's 8 key/value heads", "1, 2, 4, 8"),
+        ({"pipeline": 8}, "parallel.pipeline is 8", "parallel.first_stage_layers can be 1 or 8"),
+        (
+            {"pipeline": 2, "num_layers": 3},
+            "does not divide the model's 3 layers",
+            "first_stage_layers can be 1 or 2 (or",
+        ),
+        (
+            {"pipeline": 4, "virtual_pipeline": 2},
+            "does not divide the model's 36 layers",
+            "parallel.first_stage_layers can be 6 or 12 or 18 (or parallel.last_stage_layers)",
+        ),
+        (
+            {"pipeline": 4, "first_stage_layers": 8, "last_stage_layers": 7},
+            "leave 21",
+            "parallel.first_stage_layers can be 7 or 9 or 11; parallel.last_stage_layers can be 6 or 8 or 10",
+        ),
+        ({"pipeline": 8, "num_layers": 6}, "does not divide the model's 6 layers", "values that do: 1, 2, 3, 6"),
         ({"pipeline": 8}, "parallel.pipeline is 8, which does not divide the model's 36 layers", "1, 2, 3, 4, 6, 9"),
         ({"pipeline": 4, "virtual_pipeline": 2}, "4 × 2 = 8, which does not divide the model's 36 layers", "12"),
         ({"expert": 2}, "parallel.expert is 2, but the model is dense: it would be ignored", "to 1"),
@@ -108,3 +128,23 @@ def test_load_balancing_in_a_frozen_decoder_would_be_ignored():
     check_expert_settings(TrainSettings(), 8, decoder_trained=False)
     with pytest.raises(UserError, match=r"moe_aux_loss_coeff is 0.01, but model.freeze has language"):
         check_expert_settings(TrainSettings(moe_aux_loss_coeff=0.01), 8, decoder_trained=False)
+
+
+@pytest.mark.parametrize("virtual_pipeline", [None, 2])
+def test_every_number_of_layers_that_a_remedy_names_fits(virtual_pipeline):
+    """For all numbers of layers and stages; where the remedy names none, no number fits."""
+    batch = 5040  # divisible by every number of stages
+    for layers in range(1, 41):
+        for stages in range(2, 11):
+            given = {"pipeline": stages, "virtual_pipeline": virtual_pipeline, "num_layers": layers}
+            try:
+                check(world_size=stages, batch=batch, **given)
+            except UserError as error:
+                _, _, listed = error.remedy.partition("parallel.first_stage_layers can be ")
+                named = [int(number) for number in re.findall(r"\d+", listed)]
+                for number in named or range(1, layers + 1):
+                    if named:
+                        check(world_size=stages, batch=batch, first_stage_layers=number, **given)
+                    else:
+                        with pytest.raises(UserError):
+                            check(world_size=stages, batch=batch, first_stage_layers=number, **given)

@@ -61,6 +61,29 @@ def test_terminal_shows_the_last_step_and_messages(width):
         assert any(fact in row for row in rows), fact
 
 
+COMPARED = {"accuracy": 0.625, "margin": -0.25}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_accuracy_and_margin_of_preference_tuning_are_shown(terminal):
+    stream = Terminal() if terminal else io.StringIO()
+    with Progress(2, stream=stream, width=100) as shown:
+        shown.update(line(1, **COMPARED | {"margin": None}))  # kto: a step without answers of both kinds
+        first = stream.getvalue()
+        shown.update(line(2, **COMPARED))
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    assert "accuracy 62.5 %" in text
+    assert "margin -0.2500" in text
+    assert terminal or "margin –" in first
+
+
+def test_a_run_that_compares_nothing_shows_no_accuracy():
+    text = run(io.StringIO())
+    assert "accuracy" not in text
+    assert "margin" not in text
+    assert "KL" not in text
+
+
 def test_other_ranks_are_silent():
     assert run(io.StringIO(), enabled=False) == ""
 

@@ -1,12 +1,13 @@
-"""Weights & Biases: offline without a key, quiet, inside the output folder, and never in the way."""
+"""Weights & Biases: off unless one is logged in or asks for it; quiet, inside the output folder, never in the way."""
 
+import os
 import sys
 from types import SimpleNamespace
 
 import pytest
 
 from megavlm.config.settings import Settings
-from megavlm.monitor.wandb_log import WandbLog
+from megavlm.monitor.wandb_log import WandbLog, is_logged_in
 
 LINE = {"step": 1, "loss": 0.5, "mfu": None}
 
@@ -18,7 +19,8 @@ def settings(mode, output):
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
     """No key, a home folder of its own, and an environment that is as before afterwards."""
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
     for name in ("WANDB_SILENT", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(name, "")  # remembered, so that it is restored
         monkeypatch.delenv(name)
@@ -64,7 +66,7 @@ def test_offline_for_real(tmp_path, capfd):
     """The package itself: a file that has the numbers, one id over a resume, silence, nothing in the home folder."""
     output = tmp_path / "run"
     for _ in range(2):
-        run = WandbLog(settings("auto", output))
+        run = WandbLog(settings("offline", output))
         assert run.mode == "offline"
         assert str(output) in run.description
         run.log({"step": 7, "loss": 0.123456789})
@@ -94,9 +96,56 @@ def test_other_ranks_do_nothing(monkeypatch, tmp_path):
     assert warnings == []
 
 
-def test_auto_is_online_with_a_key(monkeypatch, tmp_path):
-    wandb = fake(monkeypatch)
+def test_a_run_that_asks_for_nothing_makes_no_folder_and_no_connection(monkeypatch, tmp_path):
+    """The default, for somebody who never logged in to W&B: the package is not even imported."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (tmp_path / "home/.netrc").write_text("default login somebody password of-another-program")
+    output, warnings = tmp_path / "run", []
+    output.mkdir()
+    run = WandbLog(Settings(model={"hf": "model"}, output=output, train={"lr": 1e-4}), warn=warnings.append)
+    run.log(LINE)
+    run.finish()
+    assert (run.mode, run.description, warnings, list(output.iterdir())) == ("off", "off", [], [])
+
+
+def key_in_the_environment(monkeypatch, home):
     monkeypatch.setenv("WANDB_API_KEY", "key")
+
+
+def token_file_in_the_environment(monkeypatch, home):
+    monkeypatch.setenv("WANDB_IDENTITY_TOKEN_FILE", "token")
+
+
+def logged_in(monkeypatch, home):
+    wbnetrc = pytest.importorskip("wandb.sdk.lib.wbauth.wbnetrc")
+    wbnetrc.write_netrc_auth(host="https://api.wandb.ai", api_key="k" * 40)  # what `wandb login` calls
+    assert (home / ".netrc").is_file()
+
+
+def logged_in_with_another_netrc(monkeypatch, home):
+    monkeypatch.setenv("NETRC", str(home / "mine"))
+    (home / "mine").write_text("machine api.wandb.ai login user password key")
+
+
+def logged_in_at_a_server_of_ones_own(monkeypatch, home):
+    (home / ".config/wandb").mkdir(parents=True)
+    (home / ".config/wandb/settings").write_text("[default]\nbase_url = https://wandb.example:8080\n")
+    (home / ".netrc").write_text("machine wandb.example:8080 login user password key")
+
+
+@pytest.mark.parametrize(
+    "log_in",
+    [
+        key_in_the_environment,
+        token_file_in_the_environment,
+        logged_in,
+        logged_in_with_another_netrc,
+        logged_in_at_a_server_of_ones_own,
+    ],
+)
+def test_a_run_is_online_when_one_is_logged_in(log_in, monkeypatch, tmp_path):
+    log_in(monkeypatch, tmp_path / "home")
+    wandb = fake(monkeypatch)
     run = WandbLog(settings("auto", tmp_path))
     run.log(LINE)
     run.finish(exit_code=1)
@@ -104,10 +153,41 @@ def test_auto_is_online_with_a_key(monkeypatch, tmp_path):
     assert wandb.logged == [{"step": 1, "loss": 0.5}]
     assert wandb.finished == [1]
     assert run.description == "off"
+    # where W&B reads the address of one's own server, it must go on reading
+    assert ("WANDB_CONFIG_DIR" in os.environ) == (log_in is not logged_in_at_a_server_of_ones_own)
+
+
+@pytest.mark.parametrize(
+    "netrc", ["machine wandb.example login user password key", "machine api.wandb.ai login user", 'machine "', "\0"]
+)
+def test_a_netrc_without_a_key_for_wandb_is_no_login(netrc, monkeypatch, tmp_path):
+    (tmp_path / "home/.netrc").write_text(netrc)
+    assert not is_logged_in()
+
+
+@pytest.mark.parametrize(
+    ("variable", "mode"), [("offline", "offline"), ("disabled", "off"), ("online", "online"), ("", "online")]
+)
+def test_WANDB_MODE_is_what_auto_does(variable, mode, monkeypatch, tmp_path):
+    fake(monkeypatch)
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    monkeypatch.setenv("WANDB_MODE", variable)
+    assert WandbLog(settings("auto", tmp_path)).mode == mode
+    assert WandbLog(settings("off", tmp_path)).mode == "off"
+
+
+def test_online_without_a_login_does_not_ask_for_a_key(monkeypatch, tmp_path):
+    wandb, warnings = fake(monkeypatch), []
+    run = WandbLog(settings("online", tmp_path), warn=warnings.append)
+    assert run.mode == "offline"
+    assert [mode for mode, _ in wandb.started] == ["offline"]
+    said = "warning: wandb cannot start online (not logged in: run `wandb login`, or set WANDB_API_KEY)"
+    assert warnings == [f"{said}; continuing offline"]
 
 
 def test_online_falls_back_to_offline_under_the_same_id(monkeypatch, tmp_path):
     wandb = fake(monkeypatch, works=("offline",))
+    monkeypatch.setenv("WANDB_API_KEY", "key")
     warnings = []
     run = WandbLog(settings("online", tmp_path), warn=warnings.append)
     assert run.mode == "offline"

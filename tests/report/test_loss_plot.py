@@ -8,6 +8,7 @@ from megavlm.report.loss_plot import smooth, write_loss_plot
 
 
 def write_run(folder, losses, **changes):
+    folder.mkdir(exist_ok=True)
     with MetricsWriter(folder) as writer:
         for step, loss in enumerate(losses, start=1):
             writer.write({**dict.fromkeys(REQUIRED, 1.0), "step": step, "loss": loss, "lr": 1e-4 / step, **changes})
@@ -45,3 +46,25 @@ def test_plot_of_a_run_without_gradients(tmp_path, recwarn):
 def test_nothing_to_draw(tmp_path):
     assert write_loss_plot(tmp_path) is None
     assert not list(tmp_path.iterdir())
+
+
+def test_accuracy_and_margin_are_drawn_below_the_loss(tmp_path):
+    """In colours that no other curve has, on a panel of their own."""
+    write_run(tmp_path / "sft", [1.0, 0.5, 0.25])
+    compared = {"accuracy": 0.75, "margin": 0.5}
+    write_run(tmp_path / "dpo", [1.0, 0.5, 0.25], **compared)
+    pictures = {}
+    for name in ("sft", "dpo"):
+        with Image.open(write_loss_plot(tmp_path / name)) as picture:
+            pictures[name] = picture.convert("RGB")
+    green = (0x05, 0x96, 0x69)
+    assert pictures["dpo"].size == (1350, 1230)
+    drawn = [color for _, color in pictures["dpo"].crop((0, 620, 1350, 920)).getcolors(1 << 24)]
+    assert green in drawn
+    assert green not in [color for _, color in pictures["sft"].getcolors(1 << 24)]
+
+
+def test_a_first_step_without_answers_of_both_kinds_is_drawn(tmp_path):
+    write_run(tmp_path, [1.0], accuracy=1.0, margin=None)
+    with Image.open(write_loss_plot(tmp_path)) as picture:
+        assert picture.size == (1350, 1230)

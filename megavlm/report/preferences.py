@@ -1,0 +1,89 @@
+"""What a run measures of whole answers in each step, in plain words: accuracy, margin and the rewards behind them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from megavlm.report.charts import Curve, chart
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """How a method compares answers, and what its numbers mean. The texts stand in charts and tiles.
+
+    Attributes:
+        accuracy: what the field `accuracy` is the share of.
+        margin: what the field `margin` is the difference of.
+        measured: what the two curves behind the margin show: rewards or scores.
+        curves: (field, name) of these curves; () if metrics.jsonl has none.
+    """
+
+    accuracy: str
+    margin: str
+    measured: str
+    curves: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, lines: Sequence[dict[str, Any]]) -> "Preferences | None":
+        """Those of the run with these metrics; None if it does not compare answers."""
+        fields = set().union(*lines[-1:])
+        return next((found for mark, found in _BY_FIELD.items() if {mark, "accuracy"} <= fields), None)
+
+
+_BY_FIELD = {  # a field that only this method writes → its words
+    "rewards/chosen": Preferences(
+        "pairs whose chosen answer has the higher reward",
+        "reward of the chosen minus that of the rejected answer",
+        "Mean reward",
+        (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")),
+    ),
+    "rewards/desirable": Preferences(
+        "answers rewarded as they are labelled",
+        "mean reward of the desirable minus that of the undesirable answers",
+        "Mean reward",
+        (("rewards/desirable", "desirable"), ("rewards/undesirable", "undesirable")),
+    ),
+    "scores/mean": Preferences(
+        "pairs whose chosen answer has the higher score",
+        "score of the chosen minus that of the rejected answer",
+        "Score",
+        (),
+    ),
+}
+
+
+def in_percent(lines: Sequence[dict[str, Any]], field: str = "accuracy") -> list[float | None]:
+    """A share of each line in percent; None for lines without it."""
+    return [None if line.get(field) is None else 100 * line[field] for line in lines]
+
+
+def method_charts(lines: Sequence[dict[str, Any]]) -> list[Markup]:
+    """The charts of what a run measures beside the loss that every run has; those without values are empty."""
+    steps = [line["step"] for line in lines]
+
+    def curve(name: str, field: str, color: str) -> Curve:
+        return Curve.smoothed(name, [line.get(field) for line in lines], color)
+
+    charts = []
+    if found := Preferences.of(lines):
+        accuracy = Curve.smoothed("accuracy, %", in_percent(lines), "speed")
+        charts = [
+            chart("Accuracy, %", steps, [accuracy], from_zero=True, note=found.accuracy),
+            chart("Margin", steps, [curve("margin", "margin", "language")], from_zero=True, note=found.margin),
+        ]
+        colors = ("loss", "projector")
+        behind = [curve(name, field, color) for (field, name), color in zip(found.curves, colors, strict=False)]
+        charts.append(chart(found.measured, steps, behind))
+    sources = sorted({name for line in lines[-1:] for name in line if name.startswith("loss/")})
+    of_sources = [curve(name.removeprefix("loss/"), name, _COLORS[i]) for i, name in enumerate(sources[: len(_COLORS)])]
+    divergence = [curve("KL", "kl_to_start", "vision")]
+    return [
+        *charts,
+        chart("Loss of each source", steps, of_sources),
+        chart("Divergence from the start (KL)", steps, divergence, from_zero=True, note="nats per target"),
+    ]
+
+
+_COLORS = ("loss", "lr", "speed", "projector", "language", "vision")  # for sources; further ones have no curve
