@@ -5,7 +5,6 @@ from collections.abc import Callable
 from megavlm.align.registry import make_method
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
-from megavlm.data.shared_memory import death_explained
 from megavlm.report.loss_plot import write_loss_plot
 from megavlm.report.run_report import write_report
 from megavlm.training.hooks import Hook
@@ -15,8 +14,7 @@ from megavlm.training.run import Run
 
 def main(settings: Settings, method: str) -> int:
     """Trains with the method of this name, then writes loss.png and report.html into the output folder."""
-    with death_explained():
-        return train(settings, make_method(method, settings), [Hook(_report, at_end=True)])
+    return train(settings, make_method(method, settings), [Hook(_report, at_end=True)])
 
 
 def _report(run: Run, step: int, say: Callable[[str], None]) -> None:

@@ -40,6 +40,7 @@ RUN_FILES = (
     "checkpoints",
     "metrics.jsonl",
     "data_errors.jsonl",
+    "fatal_samples",
     "reference.safetensors",
     "loss.png",
     "report.html",

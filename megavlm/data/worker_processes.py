@@ -1,27 +1,198 @@
-"""Processes that make rows: they end with the trainer, not with a signal that all processes of a job receive."""
+"""Processes that make rows: they end with the trainer, not with a signal that all processes of a job receive.
+
+If a sample kills such a process, it is named and passed over, and the processes are started again where they were.
+"""
 
 import gc
+import logging
+import multiprocessing
 import os
 import signal
 import threading
+from abc import abstractmethod
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from types import FrameType
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from megavlm.base.errors import RunFailure, UserError
 from megavlm.base.processes import end_with_parent
+from megavlm.data.fatal_samples import FatalSamples, death_of
+from megavlm.data.row import Row
+from megavlm.data.shared_memory import sent, too_little
+
+_PATIENCE = 5.0  # seconds in which a process has to end before it is killed
+_MOST_DEATHS = 3  # consecutive deaths of workers, without a row in between, that a run survives
+_log = logging.getLogger(__name__)
 
 
-def in_workers(
-    dataset: IterableDataset, num_workers: int, *, ahead: int | None = None, pin_memory: bool = False
-) -> DataLoader:
-    """A loader of the items of ``dataset``, which ``num_workers`` forked processes make (0: this process).
+class WorkerRows(IterableDataset[Row | UserError]):
+    """Rows that worker processes make. Iterate over them with ``rows_from_workers``.
+
+    Attributes:
+        fatal: the samples that are passed over, and the notes of what each worker reads.
+    """
+
+    fatal: FatalSamples
+
+    @abstractmethod
+    def rows_of(self, process: int) -> Iterator[Row]:
+        """The rows of worker process number `process` of this rank (0 if there are no workers).
+
+        They begin after those that have been ``taken``.
+        """
+
+    @abstractmethod
+    def taken(self, row: Row) -> None:
+        """The trainer has taken this row; called there, so that workers that start later continue after it."""
+
+    def __iter__(self) -> Iterator[Row | UserError]:
+        """Yields rows. If no further row can be made, the last item is the error that says why."""
+        info = get_worker_info()
+        if info is not None:
+            self.fatal.notes.use(info.id)
+        yield from sent(self.rows_of(info.id if info is not None else 0))
+
+
+def rows_from_workers(
+    rows: WorkerRows, num_workers: int, *, ahead: int | None = None, pin_memory: bool = False
+) -> Iterator[Row]:
+    """Yields the rows of ``num_workers`` forked processes (0: of this process). Close it to end the processes.
+
+    If a process dies, all are started again and continue after the rows that have been taken. The sample that the dead
+    one was reading is passed over; the other rows are the same as without the death.
 
     Args:
-        dataset: each worker iterates over it and finds its number with ``torch.utils.data.get_worker_info``.
+        rows: makes the rows.
         num_workers: number of processes.
-        ahead: number of items that a worker makes in advance; None: torch's default.
-        pin_memory: whether items are put into page-locked memory, for training on a GPU.
+        ahead: number of rows that a worker makes in advance; None: torch's default.
+        pin_memory: whether rows are put into page-locked memory, for training on a GPU.
+
+    Raises:
+        UserError: no further row can be made.
+        RunFailure: processes died several times without a row in between, or there is too little shared memory.
     """
+    deaths = 0
+    while True:
+        workers = _Workers(_in_workers(rows, num_workers, ahead, pin_memory))
+        died = None
+        try:
+            for item in workers:
+                if isinstance(item, UserError):
+                    raise item
+                deaths = 0
+                rows.taken(item)
+                yield item
+        except _WorkerDied as death:
+            died = death.process, death.status
+        finally:
+            workers.close(at_once=died is not None)
+        if died is None:
+            return
+        gc.collect()  # torch's loader and its iterator reference each other; freeing them releases their queues
+        deaths += 1
+        _explain(rows.fatal, *died, is_last=deaths > _MOST_DEATHS)
+
+
+def _explain(fatal: FatalSamples, process: int, status: int, *, is_last: bool) -> None:
+    """Says why a worker died and what is done about it. Raises RunFailure if it is not to be started again."""
+    death = death_of(status)
+    if -status == signal.SIGBUS:  # a page was written for which there is no shared memory any more
+        raise too_little(f"a worker {death}")
+    sample = fatal.blame(process, death)
+    if is_last:
+        last = f"; the last one was reading {sample}" if sample else ", the last one while it read no sample"
+        kept = f" Samples that were being read are listed in {fatal.path} and passed over." if fatal.path else ""
+        raise RunFailure(
+            f"a data worker died: it {death}. It is the {_MOST_DEATHS + 1}th in a row without a row of data in between"
+            f"{last}.{kept}",
+            "the kernel kills processes when the machine runs out of memory: lower data.workers or "
+            "data.packing_buffer. The same command continues the run",
+        )
+    if sample is None:
+        _log.warning("a data worker %s while it read no sample; the data workers are started again", death)
+        return
+    again = f"; remove its line from {fatal.path} to have it read again" if fatal.path else ""
+    _log.warning(
+        "%s: the data worker %s while reading it. The sample is passed over from now on%s; the data workers are "
+        "started again",
+        sample, death, again,
+    )  # fmt: skip
+
+
+class _WorkerDied(Exception):
+    def __init__(self, process: int, status: int):
+        super().__init__(process, status)
+        self.process, self.status = process, status
+
+
+class _Workers:
+    """The items of a loader. A dead process is noticed only while an item is awaited, as _WorkerDied.
+
+    torch would raise a RuntimeError at any moment, in the middle of a training step, from its handler of SIGCHLD.
+    """
+
+    def __init__(self, loader: DataLoader[Row | UserError]):
+        self._loader, self._awaited = loader, False
+        self._processes: list[BaseProcess] = []
+        self._handles = loader.num_workers > 0 and threading.current_thread() is threading.main_thread()
+        self._previous = signal.getsignal(signal.SIGCHLD)
+
+    def __iter__(self) -> Iterator[Row | UserError]:
+        try:
+            items = self._start()
+            while True:
+                self._awaited = True
+                self._check()
+                item = next(items, None)
+                self._awaited = False
+                if item is None:
+                    return
+                yield item
+        except RuntimeError:
+            self._check()  # torch noticed the death first
+            raise
+        finally:
+            self._awaited = False
+
+    def _start(self) -> Iterator[Row | UserError]:
+        before = set(multiprocessing.active_children())
+        try:
+            return iter(self._loader)
+        finally:
+            self._processes = [child for child in multiprocessing.active_children() if child not in before]
+            if self._handles:
+                signal.signal(signal.SIGCHLD, self._on_end_of_child)  # in place of torch's
+
+    def _on_end_of_child(self, number: int, frame: FrameType | None) -> None:
+        if self._awaited:
+            self._check()
+
+    def _check(self) -> None:
+        for process in self._processes:
+            if process.exitcode and process.pid is not None:
+                raise _WorkerDied(process.pid, process.exitcode)
+
+    def close(self, *, at_once: bool) -> None:
+        """Restores the handler of SIGCHLD; with ``at_once``, also ends the processes, without waiting for their rows.
+
+        Otherwise, torch ends them when its iterator is freed.
+        """
+        self._awaited = False
+        if self._handles:
+            signal.signal(signal.SIGCHLD, self._previous or signal.SIG_DFL)
+        if at_once:
+            for process in self._processes:
+                process.terminate()
+            for process in self._processes:
+                process.join(_PATIENCE)
+                if process.is_alive():
+                    process.kill()
+
+
+def _in_workers(dataset: WorkerRows, num_workers: int, ahead: int | None, pin_memory: bool) -> DataLoader:
     return DataLoader(
         dataset,
         batch_size=None,
