@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from megavlm.align.registry import make_method
+from megavlm.base.heartbeat import while_bytes_flow
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.report.loss_plot import write_loss_plot
@@ -22,7 +23,8 @@ def _report(run: Run, step: int, say: Callable[[str], None]) -> None:
         return
     output = required(run.session.settings.output, "output")
     try:
-        write_loss_plot(output)
-        say(f"report · {write_report(output)}")
+        with while_bytes_flow("the report"):
+            write_loss_plot(output)
+            say(f"report · {write_report(output)}")
     except Exception as error:  # the run itself is complete, so a failed report is no error
         say(f"the report could not be written: {error}")

@@ -46,6 +46,8 @@ RUN_FILES = (
     "report.html",
     "wandb",
     "stacks",
+    ".alive",
+    "reference.safetensors.partial",
 )
 
 

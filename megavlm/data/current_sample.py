@@ -65,7 +65,7 @@ class Notes:
 
     def use(self, number: int) -> None:
         """From now on, ``reading`` in this process writes the note with this number."""
-        global _mine  # noqa: PLW0603 - a process has one note
+        global _mine
         _mine = (self._memory, number * _NOTE.size)
         _write(0, 0, 0)
 

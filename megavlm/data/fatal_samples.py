@@ -14,6 +14,8 @@ from megavlm.data.current_sample import PIXELS, RECORD, Notes, Reading
 from megavlm.data.sources import Source
 
 FOLDER = "fatal_samples"  # within the output folder
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
+"""Signals that do not come from what the process itself did."""
 _LIST = "list.jsonl"
 _PARTS = {"record": RECORD, "pixels": PIXELS}
 _log = logging.getLogger(__name__)
@@ -22,9 +24,10 @@ _log = logging.getLogger(__name__)
 class FatalSamples:
     """The samples of a run that have killed a process, and the notes that reveal further ones.
 
-    A sample that has killed a worker process is passed over at once. Without workers, the whole process dies, possibly
-    for another reason, such as a time limit of the cluster; a sample is therefore passed over only after two such
-    deaths. The list is read once, so that all starts of a run with the same list make the same rows.
+    A sample at which a worker process crashed is passed over at once. A process may also be killed from outside, for a
+    reason that has nothing to do with the sample, such as a time limit of the cluster or another sample that takes all
+    memory; a sample is therefore passed over only after two such deaths. Without workers, the cause is not known, and
+    two deaths count as well. The list is kept, so that an interrupted run continues with the same rows.
 
     Args:
         sources: the sources of the blend.
@@ -56,25 +59,27 @@ class FatalSamples:
         if self._causes and (cause := self._causes.get(Reading(part, source, index))) is not None:
             raise UserError(f"{self._sources[source].file.source(index)}: {cause}")
 
-    def blame(self, process: int, death: str) -> str | None:
-        """Lists the sample that a dead worker was reading, which is passed over from now on.
+    def blame(self, process: int, status: int) -> tuple[str, bool] | None:
+        """Lists the sample that a dead worker was reading.
 
         Args:
             process: the worker's process id.
-            death: how it died, such as "was killed by signal 11 (SIGSEGV)".
+            status: its exit status; a negative one is the number of a signal.
 
         Returns:
-            "file:line" of the sample; None if the worker was not reading one.
+            "file:line" of the sample, and whether it is passed over from now on; None if the worker read no sample.
         """
         found = self.notes.of(process)
         if found is None:
             return None
-        return self._add(found, f"the data worker {death} while reading it", certain=True)
+        certain = -status not in FROM_OUTSIDE
+        twice = "" if certain else "twice "
+        name = self._add(found, f"the data worker {death_of(status)} {twice}while reading it", certain=certain)
+        return name, found in self._causes
 
     def _suspect(self, found: Reading) -> None:
-        again = self._suspected[found] > 0
         name = self._add(found, "the process died twice while reading it", certain=False)
-        if again:
+        if found in self._causes:
             _log.warning("%s: the process died twice while reading it; it is passed over from now on", name)
         else:
             _log.warning(

@@ -11,6 +11,7 @@ import signal
 import threading
 from abc import abstractmethod
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
@@ -19,11 +20,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megavlm.base.errors import RunFailure, UserError
 from megavlm.base.processes import end_with_parent
-from megavlm.data.fatal_samples import FatalSamples, death_of
+from megavlm.data.fatal_samples import FROM_OUTSIDE, FatalSamples, death_of
 from megavlm.data.row import Row
 from megavlm.data.shared_memory import sent, too_little
 
-_PATIENCE = 5.0  # seconds in which a process has to end before it is killed
+_PATIENCE = 2.0  # seconds to wait for the end of a process that should end or has probably died
 _MOST_DEATHS = 3  # consecutive deaths of workers, without a row in between, that a run survives
 _log = logging.getLogger(__name__)
 
@@ -92,34 +93,43 @@ def rows_from_workers(
         if died is None:
             return
         gc.collect()  # torch's loader and its iterator reference each other; freeing them releases their queues
-        deaths += 1
-        _explain(rows.fatal, *died, is_last=deaths > _MOST_DEATHS)
+        deaths = _explain(rows.fatal, *died, deaths)
 
 
-def _explain(fatal: FatalSamples, process: int, status: int, *, is_last: bool) -> None:
-    """Says why a worker died and what is done about it. Raises RunFailure if it is not to be started again."""
+def _explain(fatal: FatalSamples, process: int, status: int, deaths: int) -> int:
+    """Says why a worker died and what is done about it. Raises RunFailure if it is not to be started again.
+
+    Args:
+        fatal: the list of samples.
+        process: process id of the worker.
+        status: exit status of the worker.
+        deaths: number of deaths in a row before this one.
+
+    Returns:
+        That number with this death, unless a sample has died a second time in order to be certain.
+    """
     death = death_of(status)
     if -status == signal.SIGBUS:  # a page was written for which there is no shared memory any more
         raise too_little(f"a worker {death}")
-    sample = fatal.blame(process, death)
-    if is_last:
-        last = f"; the last one was reading {sample}" if sample else ", the last one while it read no sample"
-        kept = f" Samples that were being read are listed in {fatal.path} and passed over." if fatal.path else ""
+    blamed = fatal.blame(process, status)
+    again = f"; remove its lines from {fatal.path} to have it read again" if fatal.path else ""
+    is_second = blamed is not None and blamed[1] and -status in FROM_OUTSIDE
+    if not is_second and deaths == _MOST_DEATHS:
+        last = f"while reading {blamed[0]}" if blamed else "while it read no sample"
+        kept = f". {fatal.path} lists the samples that are passed over" if fatal.path else ""
         raise RunFailure(
-            f"a data worker died: it {death}. It is the {_MOST_DEATHS + 1}th in a row without a row of data in between"
-            f"{last}.{kept}",
+            f"a data worker died: it {death} {last}. It is the {deaths + 1}th in a row without a row of data in between"
+            f"{kept}",
             "the kernel kills processes when the machine runs out of memory: lower data.workers or "
             "data.packing_buffer. The same command continues the run",
         )
-    if sample is None:
+    if blamed is None:
         _log.warning("a data worker %s while it read no sample; the data workers are started again", death)
-        return
-    again = f"; remove its line from {fatal.path} to have it read again" if fatal.path else ""
-    _log.warning(
-        "%s: the data worker %s while reading it. The sample is passed over from now on%s; the data workers are "
-        "started again",
-        sample, death, again,
-    )  # fmt: skip
+    else:
+        sample, is_passed_over = blamed
+        what = f"is passed over from now on{again}" if is_passed_over else "is passed over if this happens again"
+        _log.warning("%s: the data worker %s while reading it; the sample %s", sample, death, what)
+    return deaths + (not is_second)
 
 
 class _WorkerDied(Exception):
@@ -151,8 +161,10 @@ class _Workers:
                 if item is None:
                     return
                 yield item
-        except RuntimeError:
-            self._check()  # torch noticed the death first
+        except (RuntimeError, OSError, EOFError):
+            # torch noticed the death first, or the connection to the dead process broke while a row was received
+            wait([process.sentinel for process in self._processes], _PATIENCE if self._processes else 0)
+            self._check()
             raise
         finally:
             self._awaited = False
