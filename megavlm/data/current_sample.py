@@ -23,7 +23,7 @@ class Reading(NamedTuple):
 
     part: int
     source: int
-    index: int
+    sample: int
 
 
 class Notes:

@@ -89,9 +89,9 @@ class FatalSamples:
 
     def _add(self, found: Reading, cause: str, *, certain: bool) -> str:
         source = self._sources[found.source]
-        name = source.file.source(found.index)
+        name = self._name(found)
         part = next(word for word, number in _PARTS.items() if number == found.part)
-        line = {"source": source.name, "index": found.index, "sample": name, "part": part, "cause": cause}
+        line = {"source": source.name, "index": found.sample, "sample": name, "part": part, "cause": cause}
         line["certain"] = certain
         self._count(line)
         if self.path is not None:
@@ -105,8 +105,12 @@ class FatalSamples:
 
     def _count(self, line: dict) -> None:
         numbers = {source.name: number for number, source in enumerate(self._sources)}
-        with suppress(KeyError, TypeError):  # a source that is no longer in the blend, or a damaged line
+        with suppress(
+            KeyError, TypeError, AttributeError
+        ):  # a source that is no longer in the blend, or a damaged line
             found = Reading(_PARTS[line["part"]], numbers[line["source"]], line["index"])
+            if not self._exists(found) or self._name(found).rpartition("/")[2] != line["sample"].rpartition("/")[2]:
+                return  # the file was changed since then, so this is another sample
             if not line["certain"]:
                 self._suspected[found] += 1
             if line["certain"] or self._suspected[found] > 1:
@@ -121,9 +125,12 @@ class FatalSamples:
                     lines.append(json.loads(line))
         return lines
 
+    def _name(self, found: Reading) -> str:
+        return self._sources[found.source].file.source(found.sample)
+
     def _exists(self, found: Reading) -> bool:
         is_source = 0 <= found.source < len(self._sources)
-        return found.part in _PARTS.values() and is_source and 0 <= found.index < len(self._sources[found.source].file)
+        return found.part in _PARTS.values() and is_source and 0 <= found.sample < len(self._sources[found.source].file)
 
 
 def death_of(status: int) -> str:

@@ -37,7 +37,7 @@ class RowLoader:
     def __init__(self, dataset: RowDataset, num_workers: int, rows_per_step: int, pin_memory: bool, identity: dict):
         ahead = min(max(2, -(-rows_per_step // max(num_workers, 1))), _MOST_AHEAD)
         self._dataset, self._identity = dataset, identity
-        self._start = partial(rows_from_workers, dataset, num_workers, ahead=ahead, pin_memory=pin_memory)
+        self._begin = partial(rows_from_workers, dataset, num_workers, ahead=ahead, pin_memory=pin_memory)
         self._rows: Generator[Row] | None = None
         self._is_closed = False
         self._taken = 0  # number of rows that this rank has taken
@@ -55,7 +55,7 @@ class RowLoader:
         """
         if self._rows is None:
             assert not self._is_closed, "the loader is closed"
-            self._rows = self._start()
+            self._rows = self._begin()
         row = next(self._rows)
         self._taken += 1
         return row

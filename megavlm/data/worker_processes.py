@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -59,7 +59,7 @@ class WorkerRows(IterableDataset[Row | UserError]):
 
 def rows_from_workers(
     rows: WorkerRows, num_workers: int, *, ahead: int | None = None, pin_memory: bool = False
-) -> Iterator[Row]:
+) -> Generator[Row]:
     """Yields the rows of ``num_workers`` forked processes (0: of this process). Close it to end the processes.
 
     If a process dies, all are started again and continue after the rows that have been taken. The sample that the dead
