@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load, save
 from torch import Tensor
 
-from megavlm.align.reference_rows import AllAnswers, AnswerData, Progress
+from megavlm.align.reference_rows import AllAnswers, AnswerData, Progress, unimportant_row
 from megavlm.align.sequences import answer_logprobs
 from megavlm.base.atomic_files import atomic_open
 from megavlm.base.errors import UserError
@@ -112,7 +112,7 @@ def reference_of(session: Session, data: AnswerData | None, kind: Kind, heartbea
 
 
 def _on_leader(data: AnswerData | None) -> AnswerData:
-    assert data is not None, "rank 0 is a leader"
+    assert data is not None, "the renderer and the samples are on leaders, of which rank 0 is one"
     return data
 
 
@@ -191,7 +191,8 @@ def _make(
         logprobs, _ = chunk.token_logprobs(hidden, micro_batch.targets, chunk_tokens)
         return answer_logprobs(logprobs, micro_batch, groups.language.cp)
 
-    evaluated = EvalRows(session, rows, "reference", size=settings.parallel.pipeline)
+    filler = lambda: unimportant_row(_on_leader(data).renderer)
+    evaluated = EvalRows(session, rows, "reference", size=settings.parallel.pipeline, filler=filler)
     found: list[tuple[int, int, int, float]] = []  # source, index, column, log-probability
     saved = time.monotonic()
     # One rank of the last pipeline stage reports each row; on the other stages, forward_only returns [].

@@ -16,6 +16,7 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.sources import Source
 from megavlm.data.worker_processes import WorkerRows
+from megavlm.media.files import File
 from megavlm.records.records import Kind
 
 
@@ -40,6 +41,12 @@ class Progress:
 
     places: dict[int, int]
     done: Sequence[np.ndarray] | None = None
+
+
+def unimportant_row(renderer: Renderer) -> Row:
+    """A row for a data-parallel rank that has no samples but must run forward passes together with the others."""
+    draft = renderer.draft({"text": "no sample"}, File, "a row without samples", kind="pretrain")
+    return renderer.complete_row([draft])
 
 
 class AllAnswers(WorkerRows):

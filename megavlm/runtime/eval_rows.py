@@ -1,7 +1,7 @@
 """Rows of a finite data file on all data-parallel ranks, with the same number of windows on each and a progress bar."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -30,10 +30,19 @@ class EvalRows:
         rows: the rows of this data-parallel rank on the leader of each model-parallel group; None elsewhere.
         what: label of the progress bar.
         size: number of rows of a window; as many rows as pipeline stages fill the pipeline.
+        filler: makes a row for a data-parallel rank that has none at all; None: that is an error.
     """
 
-    def __init__(self, session: Session, rows: Iterator[Row] | None, what: str, size: int = 1):
+    def __init__(
+        self,
+        session: Session,
+        rows: Iterator[Row] | None,
+        what: str,
+        size: int = 1,
+        filler: Callable[[], Row] | None = None,
+    ):
         self._session, self._rows, self._what, self._size = session, rows, what, size
+        self._filler = filler
 
     def __iter__(self) -> Iterator[tuple[Window, int]]:
         session, size = self._session, self._size
@@ -50,6 +59,9 @@ class EvalRows:
                 rows = rows or StepRows([], [])
                 real = len(rows.hosts)
                 last = StepRows(rows.hosts[-1:], rows.full[-1:]) if real else last
+                if not last.hosts and self._filler is not None:
+                    made = iter([self._filler()]) if session.groups.is_leader else None
+                    last = required(Feed(session.vlm, made).rows(1), "a row")
                 if not last.hosts:
                     raise UserError(
                         f"{self._what}: there are fewer samples than data-parallel ranks ({session.groups.dp_size})",

@@ -54,7 +54,7 @@ def test_a_run_continues_with_its_data_and_model_at_another_path(settings, input
         assert check_output(settings(inputs)) == "resume"
         assert prepare_output(settings(inputs)) is True
         assert note_inputs(settings(inputs), tmp_path / "run") == []
-    with pytest.raises(UserError, match="train.lr"):
+    with pytest.raises(UserError, match=r"train\.lr"):
         check_output(settings(inputs, train={"lr": 0.5}))
 
 
@@ -92,5 +92,5 @@ def test_other_content_at_the_same_path_is_told_once(settings, inputs, tmp_path)
 def test_a_run_of_an_earlier_version_without_notes_is_compared_by_its_paths(settings, inputs, tmp_path):
     prepare_output(settings(inputs))
     assert check_output(settings(inputs)) == "resume"
-    with pytest.raises(UserError, match="model.hf"):
+    with pytest.raises(UserError, match=r"model\.hf"):
         check_output(settings(inputs.rename(tmp_path / "moved")))
