@@ -77,7 +77,7 @@ def rows_from_workers(
     """
     deaths = 0
     while True:
-        workers = _Workers(_in_workers(rows, num_workers, ahead, pin_memory))
+        workers = _Workers(in_workers(rows, num_workers, ahead=ahead, pin_memory=pin_memory))
         died = None
         try:
             for item in workers:
@@ -204,7 +204,17 @@ class _Workers:
                     process.kill()
 
 
-def _in_workers(dataset: WorkerRows, num_workers: int, ahead: int | None, pin_memory: bool) -> DataLoader:
+def in_workers(
+    dataset: IterableDataset, num_workers: int, *, ahead: int | None = None, pin_memory: bool = False
+) -> DataLoader:
+    """A loader of the items of ``dataset``, which ``num_workers`` forked processes make (0: this process).
+
+    Args:
+        dataset: each worker iterates over it and finds its number with ``torch.utils.data.get_worker_info``.
+        num_workers: number of processes.
+        ahead: number of items that a worker makes in advance; None: torch's default.
+        pin_memory: whether items are put into page-locked memory, for training on a GPU.
+    """
     return DataLoader(
         dataset,
         batch_size=None,

@@ -61,13 +61,12 @@ def settings(toys, tmp_path):
 def test_an_interrupted_reference_is_continued_bit_for_bit(settings, processes, request, tmp_path):
     world = request.getfixturevalue(f"world{processes}")
     whole, windows = world.run(make, settings("whole"), None)[0]
-    assert windows > 2
-    assert world.run(make, settings("run"), 2)[0] == (None, 2)
+    assert windows > 1
+    assert world.run(make, settings("run"), windows - 1)[0] == (None, windows - 1)
     partial = Path(tmp_path / "run" / "reference.safetensors.partial")
     assert partial.exists()
     for found, rest in world.run(make, settings("run"), None):
-        # The second window was computed, but the process ended before it was saved.
-        assert rest == windows - 1
+        assert rest == 1
         np.testing.assert_array_equal(found, whole)
     assert not partial.exists()
 
