@@ -1,6 +1,7 @@
 """A process that makes no progress shows its stacks and ends; one that does is left alone."""
 
 import itertools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -104,6 +105,29 @@ def test_bytes_that_are_read_are_a_sign_of_life(tmp_path, monkeypatch):
         heartbeat.listen(None)
     assert not quiet
     assert set(heard) == {"loading the weights (bytes were read or written)"}
+
+
+def test_bytes_that_a_child_writes_are_a_sign_of_life(tmp_path, monkeypatch):
+    """As while the run waits for its last checkpoint, which a child process writes."""
+    monkeypatch.setattr(heartbeat, "_LOOK", 0.02)
+    heard = []
+
+    def write():
+        for _ in range(25):
+            (tmp_path / "file").write_bytes(bytes(1 << 20))
+            time.sleep(0.02)
+        assert not heartbeat._listener  # a child has no watch
+
+    heartbeat.listen(heard.append)
+    try:
+        child = multiprocessing.get_context("fork").Process(target=write)
+        child.start()
+        with heartbeat.while_bytes_flow("writing a checkpoint", child.pid):
+            child.join()
+    finally:
+        heartbeat.listen(None)
+    assert child.exitcode == 0
+    assert len(heard) > 2
 
 
 def test_null_is_off(tmp_path):
