@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megavlm.adapters.base_weight import saved_as
 from megavlm.base.errors import UserError
+from megavlm.base.heartbeat import beat
 
 BLOCK = 64  # number of weights that share a scale
 
@@ -54,6 +55,7 @@ def quantize(linear: nn.Module, *, double: bool) -> None:
     linear.nf4 = quantized  # type: ignore[assignment]  # modules may have any attribute
     original = linear.forward
     linear._parameters["weight"] = None
+    beat("quantizing a layer")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         weight = quantized.weight()

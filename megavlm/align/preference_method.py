@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megavlm.align.reference import AnswerData, reference_of
+from megavlm.align.reference import reference_of
+from megavlm.align.reference_rows import AnswerData
 from megavlm.base.errors import UserError
 from megavlm.config.sections import RANDOM
 from megavlm.config.settings import Settings
@@ -45,7 +46,7 @@ class PreferenceMethod:
         elif self._has_reference:
             data = None
             if files.loader is not None and files.renderer is not None:
-                data = AnswerData(files.loader.sources, files.renderer)
+                data = AnswerData(files.loader.sources, files.renderer, files.loader.fatal)
             reference = reference_of(session, data, self.kind, heartbeat)
             rows = MappedRows(rows, reference.attach) if rows is not None else None
         objective = self._make(session.settings, session.groups.language, start)

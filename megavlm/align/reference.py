@@ -2,23 +2,24 @@
 
 They are stored in a safetensors file: float32 [samples, 2] for each source, with the columns chosen and rejected
 answer, or own and mismatched answer; NaN for a sample that cannot be used. The file has a note that identifies the
-model and the data. A later start uses the file again if the note matches.
+model and the data. A later start uses the file again if the note matches. While it is computed, a file ``*.partial``
+of the same kind has what is known so far and where each data worker is, so that an interrupted start is continued.
 """
 
 import json
-from bisect import bisect_right
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import safe_open
 from safetensors.numpy import load, save
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
+from megavlm.align.reference_rows import AllAnswers, AnswerData, Progress, unimportant_row
 from megavlm.align.sequences import answer_logprobs
 from megavlm.base.atomic_files import atomic_open
 from megavlm.base.errors import UserError
@@ -27,14 +28,10 @@ from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.checkpoint.load_weights import load_weights
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
-from megavlm.data.answer_groups import draft_unit
-from megavlm.data.draft import Draft, DraftError
-from megavlm.data.renderer import Renderer
 from megavlm.data.row import Annotations, Row
 from megavlm.data.shards import ShardFolder
-from megavlm.data.shared_memory import received, sent
 from megavlm.data.sources import Source
-from megavlm.data.worker_processes import in_workers
+from megavlm.data.worker_processes import rows_from_workers
 from megavlm.media.files import File
 from megavlm.model.language import LanguageModel
 from megavlm.platform.collectives import on_first_rank
@@ -45,6 +42,7 @@ from megavlm.runtime.forward import forward_only
 from megavlm.runtime.session import Session
 
 FILE_NAME = "reference.safetensors"
+_SAVED_EVERY = 60.0  # seconds between two partial files
 # Settings of the section data that the log-probabilities depend on.
 _SETTINGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "seq_length")
 # Those that are named only if they are set, so that files written before the settings existed are still read.
@@ -73,14 +71,6 @@ class Reference:
                     )
                 annotated.append(replace(annotations, ref_logprob=value))
             yield replace(row, annotations=annotated)
-
-
-@dataclass(frozen=True)
-class AnswerData:
-    """The training data of a leader: its sources, and the renderer of their samples."""
-
-    sources: list[Source]
-    renderer: Renderer
 
 
 def reference_of(session: Session, data: AnswerData | None, kind: Kind, heartbeat: Callable[[str], None]) -> Reference:
@@ -113,37 +103,98 @@ def reference_of(session: Session, data: AnswerData | None, kind: Kind, heartbea
 
     tables = on_first_rank(stored, session.groups.world_host)
     if tables is None:
-        tables = _make(session, data, kind, heartbeat)
+        note = _note(settings, data.sources, kind) if session.is_first and data is not None else {}
+        tables = _make(session, data, kind, _Partial(path, note), heartbeat)
         if session.is_first:
-            note = json.dumps(_note(settings, _on_leader(data).sources, kind))
-            with atomic_open(path, "wb") as file:
-                file.write(save({str(n): t for n, t in enumerate(tables)}, metadata={"note": note}))
+            _write(path, tables, {"note": json.dumps(note)})
+            _partial_path(path).unlink(missing_ok=True)
     return Reference(tables)
 
 
 def _on_leader(data: AnswerData | None) -> AnswerData:
-    assert data is not None, "rank 0 is a leader"
+    assert data is not None, "the renderer and the samples are on leaders, of which rank 0 is one"
     return data
 
 
-def _make(session: Session, data: AnswerData | None, kind: Kind, heartbeat: Callable[[str], None]) -> list[np.ndarray]:
+class _Partial:
+    """What is known of a reference that is being made; used on rank 0.
+
+    Args:
+        path: the reference file.
+        note: see ``_note``.
+    """
+
+    def __init__(self, path: Path, note: dict):
+        self._path, self._note = _partial_path(path), note
+        self.tables: list[np.ndarray] = []
+        self._places: dict[int, int] = {}
+
+    def read(self, sources: list[Source], num_workers: int) -> Progress:
+        """Continues from the file of an interrupted start, if it belongs to the same model, data and settings."""
+        self.tables = [np.full((len(source.file), 2), np.nan, dtype=np.float32) for source in sources]
+        try:
+            with safe_open(self._path, "np") as file:
+                stored = json.loads(file.metadata()["places"])
+            self.tables = _read(self._path, self._note, len(sources))
+        except Exception:  # there is none, or it belongs to something else
+            return Progress({})
+        if stored["workers"] != num_workers:
+            return Progress({}, [~np.isnan(table[:, 0]) for table in self.tables])
+        self._places = {int(worker): place for worker, place in stored["places"].items()}
+        return Progress(self._places)
+
+    def add(self, found: list[tuple[int, int, int, float]]) -> None:
+        """Adds log-probabilities: source, index, column, value."""
+        for source, index, column, value in found:
+            self.tables[source][index, column] = value
+
+    def save(self, places: list[dict[int, int]], num_workers: int) -> None:
+        """Writes the file; ``places`` are those of the leaders. A full disk is no error, as it is only a precaution."""
+        for of_rank in places:
+            self._places |= of_rank
+        stored = json.dumps({"workers": num_workers, "places": self._places})
+        with suppress(OSError):
+            _write(self._path, self.tables, {"note": json.dumps(self._note), "places": stored})
+
+
+def _is_due(saved: float) -> bool:
+    return time.monotonic() - saved >= _SAVED_EVERY
+
+
+def _partial_path(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _write(path: Path, tables: list[np.ndarray], metadata: dict[str, str]) -> None:
+    with atomic_open(path, "wb") as file:
+        file.write(save({str(number): table for number, table in enumerate(tables)}, metadata=metadata))
+
+
+def _make(
+    session: Session, data: AnswerData | None, kind: Kind, known: _Partial, heartbeat: Callable[[str], None]
+) -> list[np.ndarray]:
     """Computes the tables with the weights of ``model.load`` and ``model.adapter``."""
     settings, vlm, groups = session.settings, session.vlm, session.groups
     if session.adapters is None:  # adapters already have their first values
         load_weights(find_checkpoint(required(settings.model.start, "model.load")), vlm)
     vlm.train(False)
-    rows = None
+    workers = settings.data.workers
+    num_workers = groups.dp_size * max(workers, 1)
+    progress = on_first_rank(lambda: known.read(_on_leader(data).sources, num_workers), groups.world_host)
+    dataset = rows = None
     if data is not None:
-        dataset = _AllAnswers(data, kind, groups.dp_rank, groups.dp_size)
-        rows = received(iter(in_workers(dataset, settings.data.workers)))
+        dataset = AllAnswers(data, kind, groups.dp_rank, groups.dp_size, workers, progress)
+        rows = rows_from_workers(dataset, workers)
     chunk_tokens = settings.train.logprob_chunk_tokens
 
     def answers(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         logprobs, _ = chunk.token_logprobs(hidden, micro_batch.targets, chunk_tokens)
         return answer_logprobs(logprobs, micro_batch, groups.language.cp)
 
-    evaluated = EvalRows(session, rows, "reference", size=settings.parallel.pipeline)
+    filler = lambda: unimportant_row(_on_leader(data).renderer)
+    evaluated = EvalRows(session, rows, "reference", size=settings.parallel.pipeline, filler=filler)
     found: list[tuple[int, int, int, float]] = []  # source, index, column, log-probability
+    saved = time.monotonic()
     # One rank of the last pipeline stage reports each row; on the other stages, forward_only returns [].
     is_reporting_rank = groups.language.tp.rank() == 0 and groups.language.cp.rank() == 0
     for window, real in evaluated:
@@ -155,60 +206,15 @@ def _make(session: Session, data: AnswerData | None, kind: Kind, heartbeat: Call
             row = micro_batch.host
             columns = [_column(annotations) for annotations in row.annotations]
             found += zip(row.source_ids, row.indices, columns, result.tolist(), strict=True)
-    found = evaluated.gather(found)
+        if on_first_rank(partial(_is_due, saved), groups.world_host):
+            known.add(evaluated.gather(found))
+            places = evaluated.gather([dataset.places] if dataset is not None else [])
+            if session.is_first:
+                known.save(places, num_workers)
+            found, saved = [], time.monotonic()
+    known.add(evaluated.gather(found))
     vlm.train()
-
-    def tables() -> list[np.ndarray]:
-        sources = _on_leader(data).sources
-        made = [np.full((len(source.file), 2), np.nan, dtype=np.float32) for source in sources]
-        for source, index, column, value in found:
-            made[source][index, column] = value
-        return made
-
-    return on_first_rank(tables, groups.world_host)
-
-
-class _AllAnswers(IterableDataset[Row | UserError]):
-    """Every sample of every source once, packed in order; data-parallel ranks and their workers divide the samples."""
-
-    def __init__(self, data: AnswerData, kind: Kind, dp_rank: int, dp_size: int):
-        self.sources, self.renderer, self.kind = data.sources, data.renderer, kind
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-
-    def __iter__(self) -> Iterator[Row | UserError]:
-        return sent(self._rows())
-
-    def _rows(self) -> Iterator[Row]:
-        info = torch.utils.data.get_worker_info()
-        number, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        first, stride = self.dp_rank + self.dp_size * number, self.dp_size * workers
-        waiting: list[Draft] = []
-        filled = 0  # tokens of the waiting drafts
-        ends = list(accumulate(len(source.file) for source in self.sources))
-        for place in range(first, ends[-1], stride):  # numbers the samples of all sources
-            source = bisect_right(ends, place)
-            index = place - (ends[source - 1] if source else 0)
-            try:
-                draft = draft_unit(self.renderer, self.sources[source].file, index, self.kind)
-            except Exception:  # training reports broken samples
-                continue
-            for sample in (draft, *draft.followers):
-                sample.source_id = source
-            tokens = draft.padded_length(self.renderer.pad_multiple)
-            if waiting and filled + tokens > self.renderer.seq_length:
-                yield from self._row(waiting)
-                waiting, filled = [], 0
-            waiting.append(draft)
-            filled += tokens
-        yield from self._row(waiting)
-
-    def _row(self, drafts: list[Draft]) -> Iterator[Row]:
-        while drafts:
-            try:
-                yield self.renderer.complete_row(drafts)
-                return
-            except DraftError as error:
-                drafts.pop(error.place)
+    return on_first_rank(lambda: known.tables, groups.world_host)
 
 
 def _column(annotations: Annotations) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megavlm.base.errors import UserError
+from megavlm.base.heartbeat import while_bytes_flow
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.config.sections import ModelSettings
 from megavlm.convert import SHARDED_METADATA, vocabulary
@@ -140,7 +141,8 @@ def load_checked(shards: dict, path: Path) -> dict:
         UserError: something in the checkpoint is missing or cannot be read.
     """
     try:
-        return dist_checkpointing.load(shards, str(path))
+        with while_bytes_flow(f"loading {path}"):
+            return dist_checkpointing.load(shards, str(path))
     except CheckpointingException as error:
         raise UserError(f"{path} cannot be loaded: {short(error)}", "use another checkpoint") from error
     except CheckpointException as error:  # torch's, which is no Exception and whose text contains tracebacks

@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megavlm.base.errors import UserError
+from megavlm.base.heartbeat import beat, while_bytes_flow
 from megavlm.base.processes import end_with_parent
 from megavlm.platform.collectives import gather_objects, on_first_rank
 
@@ -124,7 +125,8 @@ class CheckpointWriter:
             theirs.close()
             child = _Child(process, connection)
         else:
-            results = files.write()
+            with while_bytes_flow("writing a checkpoint"):
+                results = files.write()
         self._pending = _Pending(folder, files, metadata, child, results)
 
     def finish(self, seal: Callable[[Path], None], *, wait: bool) -> None:
@@ -143,7 +145,8 @@ class CheckpointWriter:
         if pending.everyone is None:
             if not wait and self._is_true_anywhere(pending.child is not None and not pending.child.connection.poll()):
                 return
-            mine = (pending.files.num_bytes, _results_of(pending))
+            with while_bytes_flow("writing a checkpoint", pending.child.process.pid if pending.child else None):
+                mine = (pending.files.num_bytes, _results_of(pending))
             pending.everyone = gather_objects(mine, self._host)
             if first:
                 pending.sealing = self._thread.submit(_complete, pending, pending.everyone, seal)
@@ -273,7 +276,9 @@ def _complete(pending: _Pending, everyone: list[tuple[int, Results]], seal: Call
         raise failed[0]
     pending.files.finish(pending.metadata, [results for _, results in everyone])
     save_config(CheckpointingConfig(TorchDistSaveShardedStrategy().backend, 1), str(pending.folder))
-    seal(pending.folder)
+    beat(f"writing {pending.folder}")
+    seal(pending.folder)  # also deletes older checkpoints
+    beat(f"publishing {pending.folder}")
 
 
 def _explain(folder: Path, error: OSError, needed: int | None) -> tuple[str, str]:

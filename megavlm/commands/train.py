@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from megavlm.align.registry import make_method
+from megavlm.base.heartbeat import while_bytes_flow
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
-from megavlm.data.shared_memory import death_explained
 from megavlm.report.loss_plot import write_loss_plot
 from megavlm.report.run_report import write_report
 from megavlm.training.hooks import Hook
@@ -15,8 +15,7 @@ from megavlm.training.run import Run
 
 def main(settings: Settings, method: str) -> int:
     """Trains with the method of this name, then writes loss.png and report.html into the output folder."""
-    with death_explained():
-        return train(settings, make_method(method, settings), [Hook(_report, at_end=True)])
+    return train(settings, make_method(method, settings), [Hook(_report, at_end=True)])
 
 
 def _report(run: Run, step: int, say: Callable[[str], None]) -> None:
@@ -24,7 +23,8 @@ def _report(run: Run, step: int, say: Callable[[str], None]) -> None:
         return
     output = required(run.session.settings.output, "output")
     try:
-        write_loss_plot(output)
-        say(f"report · {write_report(output)}")
+        with while_bytes_flow("the report"):
+            write_loss_plot(output)
+            say(f"report · {write_report(output)}")
     except Exception as error:  # the run itself is complete, so a failed report is no error
         say(f"the report could not be written: {error}")

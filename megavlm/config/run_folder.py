@@ -8,6 +8,7 @@ from typing import Any
 from megavlm.base import atomic_files
 from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings, resolved_yaml
+from megavlm.config.run_inputs import FILE, at_noted_paths
 from megavlm.config.settings import Settings
 
 # Settings that may change when a run is continued, because they change neither the data nor what a step computes.
@@ -41,11 +42,15 @@ RUN_FILES = (
     "checkpoints",
     "metrics.jsonl",
     "data_errors.jsonl",
+    "fatal_samples",
+    FILE,
     "reference.safetensors",
     "loss.png",
     "report.html",
     "wandb",
     "stacks",
+    ".alive",
+    "reference.safetensors.partial",
 )
 
 
@@ -122,7 +127,8 @@ def _why_not_resumable(settings: Settings) -> str | None:
     if not config.is_file():
         return f"output {settings.output} is not empty and holds no run that could be continued"
     try:
-        changes = changed_keys(load_settings(config), settings)
+        before = load_settings(config)
+        changes = changed_keys(before, at_noted_paths(before, settings, _output(settings)))
     except UserError as error:
         return f"output {settings.output} holds a run whose settings cannot be read: {error.message}"
     listed = "".join(f"\n  {key}: {old} there, {new} now" for key, (old, new) in changes.items())

@@ -1,20 +1,20 @@
 """The endless stream of training rows: blended, shuffled, packed in worker processes, and resumable exactly."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator
+from functools import partial
+from pathlib import Path
 from typing import Any
-
-from torch.utils.data import DataLoader
 
 from megavlm.base.errors import UserError
 from megavlm.config.data_sections import DataSettings
+from megavlm.data.fatal_samples import FatalSamples
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.rows import RowDataset
 from megavlm.data.sample_order import reshard
-from megavlm.data.shared_memory import received
 from megavlm.data.sources import Source, open_sources
-from megavlm.data.worker_processes import in_workers
+from megavlm.data.worker_processes import rows_from_workers
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import SkippedSample
 
@@ -38,10 +38,9 @@ class RowLoader:
     def __init__(self, dataset: RowDataset, num_workers: int, rows_per_step: int, pin_memory: bool, identity: dict):
         ahead = min(max(2, -(-rows_per_step // max(num_workers, 1))), _MOST_AHEAD)
         self._dataset, self._identity = dataset, identity
-        self._loader: DataLoader[Row | UserError] | None = in_workers(
-            dataset, num_workers, ahead=ahead, pin_memory=pin_memory
-        )
-        self._rows: Iterator[Row] | None = None
+        self._begin = partial(rows_from_workers, dataset, num_workers, ahead=ahead, pin_memory=pin_memory)
+        self._rows: Generator[Row] | None = None
+        self._is_closed = False
         self._taken = 0  # number of rows that this rank has taken
         self._rows_per_step = rows_per_step
         self._at_step: tuple[int, dict[int, dict]] = (0, {})  # rows taken and states of workers when the step began
@@ -52,22 +51,28 @@ class RowLoader:
     def __next__(self) -> Row:
         """The next row.
 
-        Raises UserError if a source has no usable samples, so that no further row can be made, or if a worker has died.
+        A sample that kills its worker is passed over (see ``rows_from_workers``).
+
+        Raises UserError if a source has no usable samples, so that no further row can be made, or if workers die again
+        and again.
         """
         if self._taken % self._rows_per_step == 0:
             self._at_step = self._taken, dict(self._dataset.loader_states)
         if self._rows is None:
-            assert self._loader is not None, "the loader is closed"
-            self._rows = received(iter(self._loader))
+            assert not self._is_closed, "the loader is closed"
+            self._rows = self._begin()
         row = next(self._rows)
         self._taken += 1
-        assert row.loader_state is not None, "each row of a worker carries its state"
-        self._dataset.loader_states[row.loader_state["worker"]] = row.loader_state
         return row
 
     @property
     def sources(self) -> list[Source]:
         return self._dataset.sources
+
+    @property
+    def fatal(self) -> FatalSamples:
+        """The samples that have killed the process that read them."""
+        return self._dataset.fatal
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The state of each worker of this rank, for a checkpoint; it contains only strings, numbers and containers."""
@@ -139,7 +144,10 @@ class RowLoader:
 
     def close(self) -> None:
         """End the worker processes. The loader cannot be used afterwards."""
-        self._rows = self._loader = None
+        if self._rows is not None:
+            self._rows.close()
+        self._rows, self._is_closed = None, True
+        self._dataset.fatal.notes.close()
         gc.collect()  # torch's loader and its iterator reference each other; freeing them ends the workers
 
 
@@ -153,6 +161,7 @@ def build_loader(
     seed: int,
     rows_per_step: int = 1,
     pin_memory: bool = False,
+    output: Path | None = None,
 ) -> RowLoader:
     """The loader of the training rows of one data-parallel rank. Call it on one process of each model-parallel group.
 
@@ -165,6 +174,7 @@ def build_loader(
         seed: the seed of sample order and blending.
         rows_per_step: rows that this rank takes per training step; the workers prepare about as many in advance.
         pin_memory: put rows into page-locked memory, for training on a GPU.
+        output: the run's folder, which keeps the list of samples that have killed the process that read them.
 
     Raises:
         UserError: there are no sources, or a source is missing or empty.
@@ -180,6 +190,7 @@ def build_loader(
         first_worker=dp_rank,
         stride=dp_size,
         num_workers=dp_size * max(settings.workers, 1),
+        fatal=FatalSamples(sources, settings.workers, output, dp_rank),
     )
     identity = {
         "data.train and data.replay": [

@@ -16,6 +16,7 @@ import torch
 from megavlm.base.errors import UserError
 from megavlm.chat.template import ChatTemplate
 from megavlm.config.data_sections import DataSettings
+from megavlm.data.current_sample import PIXELS, reading
 from megavlm.data.draft import Draft, DraftError
 from megavlm.data.positions import mrope_positions
 from megavlm.data.processor import Clip, Still, VisionProcessor, limits_of
@@ -188,7 +189,8 @@ class Renderer:
         samples = []
         for place, (draft, part) in enumerate(zip(drafts, parts, strict=True)):
             try:
-                samples += [self.complete(draft, part), *(self.complete(other) for other in draft.followers)]
+                with reading(PIXELS, draft.source_id, draft.index):
+                    samples += [self.complete(draft, part), *(self.complete(other) for other in draft.followers)]
             except MemoryError:
                 raise
             except Exception as error:

@@ -4,27 +4,26 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 
-import torch
-from torch.utils.data import IterableDataset
-
 from megavlm.base.command_line import command
 from megavlm.base.errors import UserError
 from megavlm.data.answer_groups import draft_unit
+from megavlm.data.current_sample import PIXELS, RECORD, reading
 from megavlm.data.draft import Draft, DraftError
+from megavlm.data.fatal_samples import FatalSamples
 from megavlm.data.packing import first_fill, next_fill, take_row
 from megavlm.data.processor import limits_of
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.sample_order import SampleOrder
-from megavlm.data.shared_memory import sent
 from megavlm.data.sources import Source
+from megavlm.data.worker_processes import WorkerRows
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import TOO_LONG, SkippedSample, UnfitSample
 
 _MOST_SKIPPED = 1000  # after this many consecutive skipped samples, a source is considered unusable
 
 
-class RowDataset(IterableDataset[Row | UserError]):
+class RowDataset(WorkerRows):
     """Rows of packed samples. Each worker process runs one copy of this data set.
 
     A row is filled from a buffer of drafts, which is refilled after each row. The buffer is small at first and grows
@@ -43,6 +42,7 @@ class RowDataset(IterableDataset[Row | UserError]):
         first_worker: global number of this rank's first worker.
         stride: difference between the global numbers of this rank's workers: first, first + stride, …
         num_workers: number of workers on all ranks.
+        fatal: the samples that have killed a process and are passed over; None: none.
 
     Attributes:
         turn: the number of this rank's worker that gives the first row.
@@ -61,19 +61,24 @@ class RowDataset(IterableDataset[Row | UserError]):
         first_worker: int,
         stride: int,
         num_workers: int,
+        fatal: FatalSamples | None = None,
     ):
         self.sources, self.renderer, self.kind, self.buffer_size = sources, renderer, kind, buffer_size
         self.max_patches, self.seed, self.num_workers = max_patches, seed, num_workers
         self.workers = range(first_worker, num_workers, stride)
+        self.fatal = fatal or FatalSamples(sources, 0)
         self.turn = 0
         self.loader_states: dict[int, dict] = {}
 
-    def __iter__(self) -> Iterator[Row | UserError]:
-        """Yields rows. If no further row can be made, the last item is the error that says why."""
-        info = torch.utils.data.get_worker_info()
-        process = info.id if info is not None else 0
-        worker = self.workers[(process + self.turn) % len(self.workers)]
-        yield from sent(self._rows(worker))
+    def rows_of(self, process: int) -> Iterator[Row]:
+        """The rows of a worker process of this rank (see ``WorkerRows``)."""
+        return self._rows(self.workers[(process + self.turn) % len(self.workers)])
+
+    def taken(self, row: Row) -> None:
+        """Workers that start from now on continue after this row, which must be the next one in turn."""
+        assert row.loader_state is not None, "each row of a worker carries its state"
+        self.loader_states[row.loader_state["worker"]] = row.loader_state
+        self.turn = (self.turn + 1) % len(self.workers)
 
     def initial_state(self, worker: int) -> dict:
         """The state of a worker that has not made a row yet."""
@@ -137,7 +142,9 @@ class RowDataset(IterableDataset[Row | UserError]):
         file = self.sources[source].file
         name = file.source(index)
         try:
-            draft = draft_unit(self.renderer, file, index, self.kind)
+            self.fatal.check(RECORD, source, index)
+            with reading(RECORD, source, index):
+                draft = draft_unit(self.renderer, file, index, self.kind)
             if self.max_patches and draft.num_patches > self.max_patches:
                 raise UnfitSample(
                     TOO_LONG,
@@ -171,6 +178,7 @@ class RowDataset(IterableDataset[Row | UserError]):
 
     def _completed(self, chosen: list[Draft], skipped_samples: list[SkippedSample]) -> Row | None:
         """The row of the drafts whose pixels can all be read; None if there are none."""
+        chosen = [draft for draft in chosen if self._may_be_read(draft, skipped_samples)]
         while chosen:
             try:
                 return self.renderer.complete_row(chosen)
@@ -179,6 +187,15 @@ class RowDataset(IterableDataset[Row | UserError]):
                 skipped = SkippedSample.of(draft.source_id, draft.source, error.__cause__, draft.index)
                 skipped_samples.append(skipped)
         return None
+
+    def _may_be_read(self, draft: Draft, skipped_samples: list[SkippedSample]) -> bool:
+        """Whether the pixels of the draft have not yet killed a process; otherwise, the sample is skipped."""
+        try:
+            self.fatal.check(PIXELS, draft.source_id, draft.index)
+        except UserError as error:
+            skipped_samples.append(SkippedSample.of(draft.source_id, draft.source, error, draft.index))
+            return False
+        return True
 
 
 def _useless(source: Source, count: int, last: SkippedSample) -> UserError:

@@ -32,7 +32,7 @@ def sent(rows: Iterator[Row]) -> Iterator[Row | UserError]:
     except (RuntimeError, OSError) as error:
         if not _REFUSED.search(str(error)):
             raise
-        yield _too_little(str(error))
+        yield too_little(str(error))
 
 
 def received(items: Iterator[Row | UserError]) -> Iterator[Row]:
@@ -58,7 +58,7 @@ def death_explained() -> Iterator[None]:
         if found is None:
             raise
         if "Bus error" in text:  # a page was written for which there is no shared memory any more
-            raise _too_little(found[0]) from error
+            raise too_little(found[0]) from error
         raise RunFailure(
             f"a data worker died: {found[0]}",
             "the kernel kills processes when the machine runs out of memory: lower data.workers or data.packing_buffer",
@@ -78,7 +78,8 @@ def _shared(row: Row) -> Row:
     return row
 
 
-def _too_little(cause: str) -> RunFailure:
+def too_little(cause: str) -> RunFailure:
+    """The failure of a worker that got no shared memory for a row; `cause` is what happened to it."""
     space = ""
     if os.path.isdir(_FOLDER):
         usage = shutil.disk_usage(_FOLDER)

@@ -163,7 +163,7 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
     groups = init(
         settings.parallel,
         settings.train.seed,
-        collective_minutes(settings.train.hang_minutes),
+        collective_minutes(settings.train.hang_minutes, watched=training),
         data_peers=share_frames,
     )
     check_shapes(settings, shapes, dist.get_world_size(), training=training)

@@ -88,6 +88,7 @@ class FileRows:
             seed=settings.train.seed,
             rows_per_step=required(settings.train.global_batch_size, "train.global_batch_size") // groups.dp_size,
             pin_memory=on_gpu(),
+            output=settings.output,
         )
         return cls(kind, renderer, loader)
 

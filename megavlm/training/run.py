@@ -1,5 +1,6 @@
 """Builds a training run: the model, its rows, optimizers, checkpoints and the step. An interrupted run is resumed."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
 from megavlm.config.requirements import required
 from megavlm.config.run_folder import prepare_output
+from megavlm.config.run_inputs import note_inputs
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
 from megavlm.data.row import Row
@@ -19,6 +21,8 @@ from megavlm.runtime.feed import Feed
 from megavlm.runtime.session import Session, start
 from megavlm.training.method import Method
 from megavlm.training.step import Step
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,6 +71,9 @@ def build_run(settings: Settings, method: Method, heartbeat: Callable[[str], Non
     heartbeat("building the model")
     groups, output = session.groups, required(settings.output, "output")
     resuming = on_first_rank(lambda: prepare_output(given), groups.world_host)
+    for text in on_first_rank(lambda: note_inputs(given, output), groups.world_host):
+        if session.is_first:
+            _log.warning("%s", text)
     checkpoint = on_first_rank(lambda: latest(output / "checkpoints"), groups.world_host) if resuming else None
     origin = None
     if checkpoint is None or session.adapters is not None:  # checkpoints of adapters do not contain frozen weights

@@ -4,10 +4,12 @@ import tracemalloc
 from itertools import islice
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from megavlm.align import reference
-from megavlm.align.reference import AnswerData, _AllAnswers
+from megavlm.align import reference_rows
+from megavlm.align.reference_rows import AllAnswers, AnswerData, Progress
+from megavlm.data.fatal_samples import FatalSamples
 from megavlm.data.sources import Source
 
 
@@ -43,14 +45,21 @@ def rows(monkeypatch):
             raise ValueError("broken")
         return Draft(-1, index)
 
-    monkeypatch.setattr(reference, "draft_unit", drafted)
+    monkeypatch.setattr(reference_rows, "draft_unit", drafted)
     Draft.asked = 0
 
-    def rows(counts, seq_length=16, dp_rank=0, dp_size=1):
-        renderer = SimpleNamespace(pad_multiple=1, seq_length=seq_length, complete_row=lambda drafts: list(drafts))
-        data = AnswerData([Source(f"s{n}", File(count), 1.0) for n, count in enumerate(counts)], renderer)
-        for row in _AllAnswers(data, "pair", dp_rank, dp_size):
-            yield [(draft.source_id, draft.index) for draft in row]
+    def rows(counts, seq_length=16, dp_rank=0, dp_size=1, progress=None, places=None):
+        complete = lambda drafts: SimpleNamespace(drafts=list(drafts))
+        renderer = SimpleNamespace(pad_multiple=1, seq_length=seq_length, complete_row=complete)
+        sources = [Source(f"s{n}", File(count), 1.0) for n, count in enumerate(counts)]
+        answers = AllAnswers(
+            AnswerData(sources, renderer, FatalSamples(sources, 0)), "pair", dp_rank, dp_size, 0, progress
+        )
+        for row in answers:
+            answers.taken(row)
+            if places is not None:
+                places.append(dict(answers.places))
+            yield [(draft.source_id, draft.index) for draft in row.drafts]
 
     return rows
 
@@ -76,3 +85,19 @@ def test_the_work_per_sample_does_not_grow(rows):
         assert tracemalloc.get_traced_memory()[1] < 1 << 20  # bytes; a list of all samples takes thousands of MiB
     finally:
         tracemalloc.stop()
+
+
+def test_an_interrupted_reference_continues_with_the_rows_that_would_have_come(rows):
+    counts, dp_size = (7, 1, 23), 2
+    for rank in range(dp_size):
+        places: list[dict] = []
+        whole = list(rows(counts, dp_rank=rank, dp_size=dp_size, places=places))
+        for number in range(len(whole)):
+            rest = rows(counts, dp_rank=rank, dp_size=dp_size, progress=Progress(places[number]))
+            assert list(rest) == whole[number + 1 :]
+
+
+def test_with_other_workers_only_the_missing_samples_are_computed(rows):
+    done = [np.arange(count) % 3 == 0 for count in (7, 23)]
+    found = [sample for row in rows((7, 23), progress=Progress({}, done)) for sample in row]
+    assert sorted(found) == [(s, i) for s, count in enumerate((7, 23)) for i in range(count) if i % 3 and i % 5 != 4]

@@ -1,11 +1,16 @@
 """Random access to lines, and samples in file order."""
 
 import json
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from megavlm.base import heartbeat
 from megavlm.base.errors import UserError
-from megavlm.data import jsonl
+from megavlm.data import line_index
 from megavlm.data.jsonl import JsonlFile
 from megavlm.data.sources import read_samples
 
@@ -18,7 +23,7 @@ def lines(tmp_path, content: bytes) -> JsonlFile:
 
 @pytest.mark.parametrize("block", [1 << 24, 7])
 def test_lines_and_their_numbers(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(jsonl, "_BLOCK", block)
+    monkeypatch.setattr(line_index, "_BLOCK", block)
     file = lines(tmp_path, '\n{"a": 1}\n   \r\n{"b": "ü\\n"}\r\n\n[1]'.encode())
     assert len(file) == 3
     assert [file.read(index)[0] for index in (2, 0, 1)] == [[1], {"a": 1}, {"b": "ü\n"}]
@@ -56,3 +61,71 @@ def test_samples_in_file_order(tmp_path, renderer):
     assert [sample.index for sample in samples] == [0, 1, 2, 3, 4]
     mine = list(read_samples(file.path, renderer, "pretrain", rank=1, num_ranks=2))
     assert [(sample.index, sample.source) for sample in mine] == [(1, f"{file.path}:2"), (3, f"{file.path}:4")]
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A file of many pieces, of which an index is kept: its lines that are not blank, and its path."""
+    monkeypatch.setattr(line_index, "_KEPT_FROM", 1)
+    monkeypatch.setattr(line_index, "_PIECE", 50)
+    monkeypatch.setattr(line_index, "_BLOCK", 13)
+    monkeypatch.setenv("MEGAVLM_CACHE", str(tmp_path / "cache"))
+    draw = random.Random(0)
+    lines = [draw.choice(["", "  ", "\r", "1", '"' + "x" * draw.randrange(40) + '"']) for _ in range(200)]
+    (tmp_path / "large.jsonl").write_bytes("\n".join(lines).encode())
+    return [(n, line) for n, line in enumerate(lines, 1) if line.strip()], tmp_path / "large.jsonl"
+
+
+def numbered(path):
+    file = JsonlFile(path)
+    return [(int(file.source(n).rpartition(":")[2]), json.dumps(file.read(n)[0])) for n in range(len(file))]
+
+
+def test_an_interrupted_index_is_continued_from_its_pieces(large, tmp_path, monkeypatch):
+    lines, path = large
+    find = line_index._ends_in
+    done = []
+
+    def until_interrupted(file, start, stop):
+        if start >= 300:
+            raise KeyboardInterrupt
+        done.append(start)
+        return find(file, start, stop)
+
+    monkeypatch.setattr(line_index, "_ends_in", until_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        JsonlFile(path)
+    (parts,) = (tmp_path / "cache" / "lines").glob("*.parts")
+    (parts / "0.npy").write_bytes(b"incomplete")  # is found again
+    before, done[:] = set(done), []
+    monkeypatch.setattr(line_index, "_ends_in", lambda *args: (done.append(args[1]), find(*args))[1])
+    assert numbered(path) == lines
+    assert before >= {50, 100}
+    assert not set(done) & before - {0}
+    assert not parts.exists()
+    done.clear()
+    assert numbered(path) == lines
+    assert not done  # the index is kept
+
+
+def test_one_process_of_a_machine_indexes_and_the_others_show_signs_of_life(large, monkeypatch):
+    lines, path = large
+    monkeypatch.setattr(line_index, "_WAIT", 0.01)
+    find, started, indexed, heard = line_index._ends_in, threading.Barrier(2), [], []
+
+    def slowly(file, start, stop):
+        time.sleep(0.02)
+        indexed.append(start)
+        return find(file, start, stop)
+
+    monkeypatch.setattr(line_index, "_ends_in", slowly)
+    heartbeat.listen(heard.append)
+    try:
+        with ThreadPoolExecutor(2) as threads:  # flock counts each opened file for itself
+            both = list(threads.map(lambda _: (started.wait(), numbered(path))[1], range(2)))
+    finally:
+        heartbeat.listen(None)
+    assert both == [lines, lines]
+    assert len(indexed) == len(set(indexed))
+    assert any("from byte" in text for text in heard)
+    assert any("by another process" in text for text in heard)

@@ -53,7 +53,7 @@ def test_too_little_shared_memory_is_said_in_words(next_row, picture):
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(signal.SIGBUS, "could not get shared memory"), (signal.SIGKILL, "a data worker died: DataLoader worker")],
+    [(signal.SIGBUS, "could not get shared memory"), (signal.SIGKILL, "a data worker died: it was killed by signal 9")],
 )
 def test_a_worker_that_is_killed_is_said_in_words(next_row, monkeypatch, number, message):
     monkeypatch.setattr(Renderer, "complete_row", lambda *_: os.kill(os.getpid(), number))

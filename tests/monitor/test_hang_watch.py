@@ -1,5 +1,7 @@
 """A process that makes no progress shows its stacks and ends; one that does is left alone."""
 
+import itertools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -8,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.base import heartbeat
 from megavlm.monitor.hang_watch import HangWatch, collective_minutes
 
 SCRIPT = """
 import re, sys, time
 from pathlib import Path
+from megavlm.base import heartbeat
 from megavlm.monitor.hang_watch import HangWatch
 
 def sleeps():
@@ -42,7 +46,7 @@ def test_a_sleeping_process_shows_its_stacks_and_ends(tmp_path):
         assert "rank 3 of 8 on " in told
         assert "since step 12" in told
         assert "in sleeps" in told
-        assert told.count("most recent call first") == 2  # its own thread is one of them
+        assert told.count("most recent call first") == 3  # the two threads of the watch are among them
 
 
 def test_a_process_that_no_thread_can_run_in_ends_too(tmp_path):
@@ -58,6 +62,72 @@ def test_signs_of_progress_keep_it_alive(tmp_path):
             watch.heartbeat(f"step {number}")
     time.sleep(1.5)  # nor does it fire once the run has ended
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_waits_for_one_that_works_is_left_alone_and_both_end_when_neither_works(tmp_path):
+    """As while one rank indexes a file for hours and the others wait in a collective."""
+    (tmp_path / "config.yaml").touch()
+    code = """
+import sys, time
+from pathlib import Path
+from megavlm.base import heartbeat
+from megavlm.monitor.hang_watch import HangWatch
+
+with HangWatch(1.5 / 60, Path(sys.argv[2]), int(sys.argv[1]), 2):
+    began = time.monotonic()
+    while sys.argv[1] == "0" and time.monotonic() < began + 5:
+        heartbeat.beat("a piece")  # from deep within a library
+        time.sleep(0.2)
+    time.sleep(60)
+"""
+    began = time.monotonic()
+    ranks = [subprocess.Popen([sys.executable, "-c", code, rank, str(tmp_path)]) for rank in "01"]
+    assert [rank.wait(60) for rank in ranks] == [1, 1]
+    assert time.monotonic() - began > 6.0  # and not 1.5 seconds after the last sign of life of the one that waits
+    texts = [(tmp_path / "stacks" / f"rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert "since a piece" in texts[0]
+    assert "since the start of the process" in texts[1]
+
+
+def test_bytes_that_are_read_are_a_sign_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(heartbeat, "_LOOK", 0.02)
+    heard = []
+    heartbeat.listen(heard.append)
+    try:
+        with heartbeat.while_bytes_flow("loading the weights"):
+            time.sleep(0.2)
+            quiet = len(heard)
+            for number in itertools.count():
+                (tmp_path / "file").write_bytes(bytes(1 << 20))
+                if len(heard) > quiet + 2 or number > 10**4:
+                    break
+    finally:
+        heartbeat.listen(None)
+    assert not quiet
+    assert set(heard) == {"loading the weights (bytes were read or written)"}
+
+
+def test_bytes_that_a_child_writes_are_a_sign_of_life(tmp_path, monkeypatch):
+    """As while the run waits for its last checkpoint, which a child process writes."""
+    monkeypatch.setattr(heartbeat, "_LOOK", 0.02)
+    heard = []
+
+    def write():
+        for _ in range(25):
+            (tmp_path / "file").write_bytes(bytes(1 << 20))
+            time.sleep(0.02)
+        assert not heartbeat._listener  # a child has no watch
+
+    heartbeat.listen(heard.append)
+    try:
+        child = multiprocessing.get_context("fork").Process(target=write)
+        child.start()
+        with heartbeat.while_bytes_flow("writing a checkpoint", child.pid):
+            child.join()
+    finally:
+        heartbeat.listen(None)
+    assert child.exitcode == 0
+    assert len(heard) > 2
 
 
 def test_null_is_off(tmp_path):
