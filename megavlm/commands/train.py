@@ -1,9 +1,10 @@
 """`megavlm pretrain`, `sft`, `rm`, `dpo`, `kto`: a training run with one of the methods of ``align.registry``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megavlm.align.registry import make_method
 from megavlm.config.requirements import required
+from megavlm.config.run_folder import StartOptions
 from megavlm.config.settings import Settings
 from megavlm.data.shared_memory import death_explained
 from megavlm.report.loss_plot import write_loss_plot
@@ -13,10 +14,14 @@ from megavlm.training.loop import train
 from megavlm.training.run import Run
 
 
-def main(settings: Settings, method: str) -> int:
-    """Trains with the method of this name, then writes loss.png and report.html into the output folder."""
+def main(settings: Settings, method: str, restart: bool = False, change: Sequence[str] = ()) -> int:
+    """Trains with the method of this name, then writes loss.png and report.html into the output folder.
+
+    ``restart`` and ``change``: see ``StartOptions``.
+    """
+    options = StartOptions(restart, tuple(change))
     with death_explained():
-        return train(settings, make_method(method, settings), [Hook(_report, at_end=True)])
+        return train(settings, make_method(method, settings), [Hook(_report, at_end=True)], options)
 
 
 def _report(run: Run, step: int, say: Callable[[str], None]) -> None:
