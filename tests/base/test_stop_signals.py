@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 JOB = """
 import sys, time
+from megavlm.base import stop_signals
 from megavlm.base.stop_signals import watched
+stop_signals._ECHO_SECONDS = 0.4
 with watched() as signals:
     if {deferring}: signals.defer()
     print("ready", flush=True)
@@ -63,9 +65,9 @@ def test_before_the_first_step_a_signal_ends_the_process_at_once_with_one_line(s
 def test_then_the_first_asks_and_the_second_ends(start, first, second, ended):
     process = start(deferring=True, wait="kernel" if ended else "python")
     process.send_signal(first)
-    time.sleep(0.2)
+    time.sleep(0.1)
     process.send_signal(second)  # the echo of a launcher
-    time.sleep(1.2)
+    time.sleep(0.6)
     assert process.poll() is None
     process.send_signal(second)
     time.sleep(0.2 if ended is None else 0)

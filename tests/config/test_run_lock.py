@@ -19,7 +19,7 @@ def hold(folder, ready, child):
     with RunLock(folder) as lock:
         lock.take()
         if child and os.fork() == 0:
-            time.sleep(1.0)
+            time.sleep(0.3)
             os._exit(0)
         ready.set()
         time.sleep(60)

@@ -29,13 +29,15 @@ TIMEOUT_SECONDS = 300.0
 class Kill:
     """When to kill ``rank``: ``delay`` seconds after it has come to ``step`` (0: after its start).
 
-    ``writing``: from then on, as soon as a checkpoint is being written.
+    ``writing``: from then on, as soon as a checkpoint is being written. ``number``: the signal; all ranks receive one
+    that they can handle, as from a terminal or from torchrun.
     """
 
     rank: int
     step: int = 0
     delay: float = 0.0
     writing: bool = False
+    number: int = signal.SIGKILL
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def _run(main: Callable, arguments: list[str], size: int, output: Path, kill: Ki
     try:
         if kill is not None:
             _wait_for(kill, output, began, ranks, statuses)
-            os.kill(ranks[kill.rank], signal.SIGKILL)
+            for rank in [kill.rank] if kill.number == signal.SIGKILL else range(size):
+                os.kill(ranks[rank], kill.number)
         while len(statuses) < size and time.time() < began + TIMEOUT_SECONDS and not any(statuses.values()):
             _reap(ranks, statuses)
             time.sleep(0.002)
@@ -123,6 +126,7 @@ def _fork(main: Callable, arguments: list[str], rank: int, size: int, port: int,
     status = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
