@@ -40,13 +40,16 @@ def status_of(number: int) -> int:
 class Requests:
     """The requests to stop that have arrived.
 
+    Args:
+        echo_seconds: time after the first signal in which others count as the same one.
+
     Attributes:
         first: number of the first signal; None if there was none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, echo_seconds: float):
         self.first: int | None = None
-        self._time = 0.0
+        self._echo_seconds, self._time = echo_seconds, 0.0
 
     def add(self, number: int) -> Literal["first", "again", "at once"]:
         """Notes a signal and returns what it means.
@@ -59,7 +62,7 @@ class Requests:
             self.first, self._time = number, now
             return "first"
         insists = number == signal.SIGINT or number == self.first == signal.SIGTERM
-        return "at once" if insists and now > self._time + _ECHO_SECONDS else "again"
+        return "at once" if insists and now > self._time + self._echo_seconds else "again"
 
 
 class StopSignals:
@@ -70,7 +73,7 @@ class StopSignals:
     """
 
     def __init__(self, *, quiet: bool):
-        self._quiet, self._requests, self._deferring = quiet, Requests(), False
+        self._quiet, self._requests, self._deferring = quiet, Requests(_ECHO_SECONDS), False
         self._lock = threading.Lock()
 
     @property
@@ -149,7 +152,7 @@ def watched(*, quiet: bool | None = None) -> Iterator[StopSignals]:
 def _watch(reading: int, signals: StopSignals) -> None:
     while arrived := os.read(reading, 16):
         for number in arrived:
-            if number in _HANDLED:
+            if number in _HANDLED and signal.getsignal(number) is _ignore:  # nobody else handles it meanwhile
                 signals.receive(number)
     os.close(reading)
 

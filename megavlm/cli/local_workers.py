@@ -55,7 +55,7 @@ class _Stop:
     """The signals received: the one to forward, and whether to end at once."""
 
     def __init__(self) -> None:
-        self.requests = stop_signals.Requests()
+        self.requests = stop_signals.Requests(echo_seconds=0.1)
         self.pending: list[int] = []
         self.now: int | None = None
 

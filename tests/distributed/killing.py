@@ -49,12 +49,12 @@ class Outcome:
 
 
 class Commands:
-    """Runs ``megavlm`` commands, one at a time."""
+    """Runs ``megavlm`` commands, one at a time; without their reports at the end, if these are not wanted."""
 
-    def __init__(self):
+    def __init__(self, *, reports: bool = True):
         context = forkserver()
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, dict(os.environ), sys.path))
+        self._process = context.Process(target=_serve, args=(theirs, dict(os.environ), sys.path, reports))
         self._process.start()
         theirs.close()
 
@@ -72,7 +72,7 @@ class Commands:
         self._process.kill()
 
 
-def _serve(connection, environment: dict[str, str], path: list[str]) -> None:
+def _serve(connection, environment: dict[str, str], path: list[str], reports: bool) -> None:
     os.environ |= environment | ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
     sys.path[:] = path
     import torch
@@ -81,6 +81,8 @@ def _serve(connection, environment: dict[str, str], path: list[str]) -> None:
     import megavlm.commands.train  # so that no rank has to
 
     torch.set_num_threads(1)
+    if not reports:
+        megavlm.commands.train._report = lambda run, step, say: None
     while True:
         try:
             arguments, size, output, kill = connection.recv()

@@ -6,7 +6,7 @@
 import signal
 from dataclasses import dataclass
 
-STEPS, LONGER, EVERY = 5, 7, 2  # steps of the run and of the longer one, and between checkpoints
+STEPS, LONGER, EVERY = 4, 5, 2  # steps of the run and of the longer one, and between checkpoints
 
 
 @dataclass(frozen=True)

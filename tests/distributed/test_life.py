@@ -10,12 +10,12 @@ import pytest
 from killing import Commands, Kill
 from life import CONTINUATIONS, EVERY, INTERRUPTIONS, NUMBERS, REFUSED, SAME, STEPS, outcome, table
 from test_kill import metrics_of, reached, same_bits
-from toy import write_records
+from toy import TEXT, VISION, toy_records, write_records
 
 from megavlm.align.registry import METHODS
 
 DOCS = Path(__file__).parents[2] / "docs" / "runs.md"
-BAD = 3  # index of the broken sample, which step 4 reads
+BAD = 2  # index of the broken sample, which step 3 reads
 OTHER = "A dog, I think."
 # Each verb, interruption and continuation at least once; all products are slow.
 SOME = [
@@ -24,7 +24,7 @@ SOME = [
     ("rm", "SIGTERM", "another `train.lr`"),
     ("dpo", "kill -9", "another layout"),
     ("kto", "broken data", "`overwrite: true`"),
-    ("sft", "a full disk", "the same settings"),
+    ("sft", "a full disk", "more `train.steps`"),
 ]
 ALL = [
     pytest.param(*case, id=" · ".join(case), marks=[] if case in SOME else [pytest.mark.slow])
@@ -34,18 +34,25 @@ ALL = [
 
 @pytest.fixture(scope="module")
 def commands():
-    commands = Commands()
+    commands = Commands(reports=False)
     yield commands
     commands.close()
 
 
 @pytest.fixture(scope="module")
-def arguments(toys, tmp_path_factory):
+def arguments(tmp_path_factory):
     """arguments(verb, output, overrides): the command line of a run on seven usable samples and a broken one."""
+    from megavlm.convert import hf_to_mcore
+    from megavlm.demo.model_folder import make_model_folder
+
     folder = tmp_path_factory.mktemp("life")
+    layers = {"text": {**TEXT, "num_hidden_layers": 2}, "vision": {**VISION, "depth": 1, "deepstack_visual_indexes": [0]}}
+    hf, weights = make_model_folder(folder / "hf", **layers, norm_noise=0.3, seed=7), folder / "weights"
+    hf_to_mcore(hf, weights, progress=False)
+    toys = toy_records(folder)
     pairs = [
         {**record, "messages": record["messages"][:-1], "chosen": record["messages"][-1]["content"], "rejected": OTHER}
-        for record in toys.records
+        for record in toys
     ]
     judged = [
         {key: value for key, value in {**pair, "completion": pair["chosen"], "label": number % 2 == 0}.items()
@@ -54,11 +61,11 @@ def arguments(toys, tmp_path_factory):
     ]  # fmt: skip
     records = {"rm": pairs, "dpo": pairs, "kto": judged}
     for verb in METHODS:
-        samples = list(records.get(verb, toys.records))
+        samples = list(records.get(verb, toys))
         samples[BAD] = {"messages": 1}
-        data = write_records(toys.root / f"life-{verb}.jsonl", samples)
+        data = write_records(folder / f"{verb}.jsonl", samples)
         config = {
-            "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense"))},
+            "model": {"hf": str(hf), "load": str(weights)},
             "data": {"train": [{"path": str(data)}], "seq_length": 512, "packing": "none", "shuffle": False, "workers": 0},
             "train": {
                 "steps": STEPS, "global_batch_size": 1, "lr": 3e-4, "warmup_steps": 1, "precision": "fp32",
@@ -71,6 +78,21 @@ def arguments(toys, tmp_path_factory):
             config["stage"] = 1
         (folder / f"{verb}.yaml").write_text(json.dumps(config))
     return lambda verb, output, overrides: [verb, str(folder / f"{verb}.yaml"), f"output={output}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def straight(commands, arguments, tmp_path_factory):
+    """straight(verb, overrides): the output of a run without an interruption, made once."""
+    runs: dict[tuple[str, tuple[str, ...]], Path] = {}
+
+    def straight(verb, overrides):
+        if (verb, overrides) not in runs:
+            output = tmp_path_factory.mktemp("straight") / "run"
+            assert commands.run(arguments(verb, output, overrides), 1, output).statuses == [0]
+            runs[verb, overrides] = output
+        return runs[verb, overrides]
+
+    return straight
 
 
 @pytest.fixture
@@ -111,52 +133,52 @@ def test_some_cases_are_quick_and_touch_every_row_and_column():
 
 
 @pytest.mark.parametrize(("verb", "interrupted", "continued"), ALL)
-def test_a_run_ends_as_the_table_says(verb, interrupted, continued, commands, arguments, small_disk, tmp_path):
-    run, straight, how = tmp_path / "run", tmp_path / "straight", INTERRUPTIONS[interrupted]
+def test_a_run_ends_as_the_table_says(verb, interrupted, continued, commands, arguments, straight, small_disk, tmp_path):
+    run, how = tmp_path / "run", INTERRUPTIONS[interrupted]
     overrides, expected = CONTINUATIONS[continued][0], outcome(interrupted, continued)
     log = run.with_suffix(".log")
 
-    def start(output, overrides, status=0, kill=None):
+    def start(overrides, status=0, kill=None):
         size = 2 if "parallel.tensor=2" in overrides else 1
-        statuses = commands.run(arguments(verb, output, overrides), size, output, kill).statuses
-        assert status in statuses and len(set(statuses)) == 1, output.with_suffix(".log").read_text()  # noqa: PT018
+        outcome = commands.run(arguments(verb, run, overrides), size, run, kill)
+        assert outcome.statuses == [status] * size, log.read_text()
 
     if interrupted == "a full disk":
-        start(run, (), kill=Kill(0, 1, number=INTERRUPTIONS["SIGTERM"].number))
+        start((), kill=Kill(0, 1, number=INTERRUPTIONS["SIGTERM"].number))
         enlarge = small_disk(run)
-        start(run, (), status=2)
+        start((), status=2)
         assert "No space left on device" in log.read_text()
         enlarge()
     elif how.kept is not None:
         kill = Kill(0, how.at_step, number=how.number) if how.number is not None else None
-        start(run, how.overrides, -how.number if how.status.startswith("that") else int(how.status), kill)
+        start(how.overrides, -how.number if how.status.startswith("that") else int(how.status), kill)
         assert "Traceback" not in log.read_text()
         assert 1 <= reached(run) < STEPS
     kept = reached(run)
 
     if expected == REFUSED:
         log.write_text("")
-        start(run, overrides, status=2)
+        start(overrides, status=2)
         told = " ".join(log.read_text().split())
         assert "train.lr: 0.0003 there, 0.0002 now" in told
         assert "--change train.lr" in told
-        start(run, [*overrides, "--change", "train.lr"])
+        start([*overrides, "--change", "train.lr"])
         changed = [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
         assert [(line["step"], line["setting"]) for line in changed] == [(kept, "train.lr")]
         assert f"the learning rate of step {kept + 1} is" in log.read_text()
         rates = [(line["step"], line["lr"]) for line in metrics_of(run)]
     else:
-        start(run, overrides)
+        start(overrides)
 
-    reference = () if expected in (REFUSED, NUMBERS) else overrides
-    if "train.steps" in "".join(overrides):
-        reference = (*overrides, f"train.schedule_steps={STEPS}") if how.kept else overrides
-    start(straight, reference)
-    lines, wanted = metrics_of(run), metrics_of(straight)
+    reference: tuple[str, ...] = () if overrides in ((), ("overwrite=true",)) or expected != SAME else overrides
+    if continued == "more `train.steps`" and how.kept is not None:
+        reference = (*overrides, f"train.schedule_steps={STEPS}")
+    whole = straight(verb, reference)
+    lines, wanted = metrics_of(run), metrics_of(whole)
     last = f"checkpoints/step_{wanted[-1]['step']:08}"
     if expected == SAME:
         assert lines == wanted
-        assert same_bits(run / last, straight / last)
+        assert same_bits(run / last, whole / last)
     elif expected == NUMBERS:
         assert [line["step"] for line in lines] == [line["step"] for line in wanted]
         for line, other in zip(lines, wanted, strict=True):
