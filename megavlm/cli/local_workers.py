@@ -29,8 +29,8 @@ _LOG_LINES = 40
 def run(arguments: Sequence[str], nproc: int) -> int:
     """Runs `megavlm ARGUMENTS` in `nproc` processes and waits for them.
 
-    The first of SIGTERM, SIGUSR1, SIGHUP and Ctrl-C is forwarded to the workers as a request to stop; a second Ctrl-C or
-    SIGTERM ends them.
+    The first of SIGTERM, SIGUSR1, SIGHUP and Ctrl-C is forwarded to the workers as a request to stop; a second Ctrl-C
+    or SIGTERM ends them.
 
     Returns:
         0 if all workers succeed; 2 if settings or data are invalid (one message is printed); 128 and the number of the

@@ -15,8 +15,8 @@ START_FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "KEY",
         "action": "append",
         "default": [],
-        "help": "continue the run in output although this setting has changed: a learning rate or schedule, or data.train "
-        "for the blend; may be repeated",
+        "help": "continue the run in output although this setting has changed: a learning rate or schedule, or "
+        "data.train for the blend; may be repeated",
     },
     "restart": {"action": "store_true", "help": "delete the run in output, and start from the beginning"},
 }

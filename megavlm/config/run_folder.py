@@ -64,7 +64,7 @@ class Start:
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
 
-def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> Start:  # noqa: B008 (immutable)
+def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> Start:
     """What a start with these settings would do with the output folder. Changes nothing.
 
     A folder with the config.yaml of the same run is continued. No setting deletes a run with the same settings; if the
@@ -118,14 +118,14 @@ def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> St
     raise UserError(f"{message}:{changes.listed(obstacles)}", remedy)
 
 
-def check_output(settings: Settings, options: StartOptions = StartOptions()) -> str:  # noqa: B008 (immutable)
+def check_output(settings: Settings, options: StartOptions = StartOptions()) -> str:
     """Returns the action of ``plan_start``. Raises a UserError also if a process is writing into the folder."""
     action = plan_start(settings, options).action
     run_lock.check_unlocked(_output(settings))
     return action
 
 
-def prepare_output(settings: Settings, options: StartOptions = StartOptions()) -> Start:  # noqa: B008 (immutable)
+def prepare_output(settings: Settings, options: StartOptions = StartOptions()) -> Start:
     """Prepares the output folder, and writes config.yaml into it unless the run is continued.
 
     Only one process of a run may call it. If the run is continued, call ``record_changes`` when it has been restored.

@@ -5,6 +5,7 @@ process that was killed releases it at once. Not every shared file system passes
 modification time is also renewed regularly as a sign of life.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -121,15 +122,13 @@ class RunLock:
         self._ended.set()
         if self._path.exists() and os.fstat(handle).st_ino == self._path.stat().st_ino:
             self._path.unlink()
-        try:
+        with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)  # for forked processes as well, which have the same handle
-        except OSError:
-            pass
         os.close(handle)
 
 
 def check_unlocked(folder: Path) -> None:
-    """Raises the UserError of ``RunLock.take`` if a process holds the lock of this folder. Removes a dead one's lock."""
+    """Raises the UserError of ``RunLock.take`` if a process holds the lock. Removes the lock of a dead process."""
     if (folder / FILE).exists():
         with RunLock(folder) as lock:
             lock.take()

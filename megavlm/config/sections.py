@@ -159,8 +159,8 @@ class CheckpointSettings(Section):
     every: Int | None = Field(
         None,
         ge=1,
-        description="number of steps between checkpoints; null: only every_minutes counts. A checkpoint is also written "
-        "at the end of the run and when it is stopped",
+        description="number of steps between checkpoints; null: only every_minutes counts. A checkpoint is also "
+        "written at the end of the run and when it is stopped",
     )
     every_minutes: Float | None = Field(
         None,

@@ -164,9 +164,7 @@ def build_loader(
         num_workers=dp_size * max(settings.workers, 1),
     )
     identity = {
-        _BLEND: [
-            [s.file.path.rpartition("/")[2], len(s.file), round(s.share, 6)] for s in sources
-        ],
+        _BLEND: [[s.file.path.rpartition("/")[2], len(s.file), round(s.share, 6)] for s in sources],
         "data.seq_length": renderer.seq_length,
         "data.packing": [settings.packing, dataset.buffer_size],
         "data.shuffle": settings.shuffle,

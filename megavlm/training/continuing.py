@@ -20,7 +20,10 @@ def remarks_on(start: Start, optimizers: Optimizers, step: int) -> list[str]:
     before, train = start.before, start.settings.train
     if before is None:
         return []
-    said = [f"from step {step + 1} on, {key} is {text(new)} (it was {text(old)})" for key, (old, new) in start.changed.items()]
+    said = [
+        f"from step {step + 1} on, {key} is {text(new)} (it was {text(old)})"
+        for key, (old, new) in start.changed.items()
+    ]
     now, old = optimizers.lr, optimizers.lr_with(before.train)
     if any(key in start.changed for key in _SCHEDULE):
         said.append(f"the learning rate of step {step + 1} is {now:.3g}; with the settings before it was {old:.3g}")

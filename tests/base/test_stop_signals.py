@@ -59,7 +59,7 @@ def test_before_the_first_step_a_signal_ends_the_process_at_once_with_one_line(s
     [
         (signal.SIGINT, signal.SIGINT, "a second Ctrl-C"),
         (signal.SIGTERM, signal.SIGTERM, "a second SIGTERM"),
-        (signal.SIGUSR1, signal.SIGTERM, None),  # SLURM sends it at the time limit, when the checkpoint may be under way
+        (signal.SIGUSR1, signal.SIGTERM, None),  # as SLURM sends them; the checkpoint may be under way
     ],
 )
 def test_then_the_first_asks_and_the_second_ends(start, first, second, ended):

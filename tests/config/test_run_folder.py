@@ -76,7 +76,7 @@ def test_what_changed_is_recorded_with_the_step_of_the_change(settings, run):
         {"step": 20, "time": None, "setting": "log.every", "old": 1, "new": 5},
     ]
     assert check_output(settings(train={"lr": 2e-5})) == "resume"
-    with pytest.raises(UserError, match="train.lr: 2e-05 there, 1e-05 now"):
+    with pytest.raises(UserError, match=r"train.lr: 2e-05 there, 1e-05 now"):
         check_output(settings(train={"lr": 1e-5}))
 
 
@@ -86,7 +86,7 @@ def test_a_longer_run_keeps_the_length_of_its_schedule_unless_asked(settings, ru
     assert lengths({"steps": 60}).schedule_steps == 30
     assert lengths({"steps": 60, "schedule_steps": 60}, "train.schedule_steps").schedule_steps == 60
     assert lengths({"steps": 60, "schedule": "constant"}, "train.schedule").schedule_steps is None
-    with pytest.raises(UserError, match="train.schedule_steps: 30 there, 60 now") as caught:
+    with pytest.raises(UserError, match=r"train.schedule_steps: 30 there, 60 now") as caught:
         lengths({"steps": 60, "schedule_steps": 60})
     assert "--change train.schedule_steps" in caught.value.remedy
 
@@ -109,7 +109,7 @@ def test_the_blend_may_change_and_the_sources_may_not(settings, run):
     with pytest.raises(UserError, match=r"data.train\[1\].path: b.jsonl there, c.jsonl now") as caught:
         check_output(settings(data=blend(1.0, 3.0, "c.jsonl")), allowed)
     assert "--change" not in caught.value.remedy
-    with pytest.raises(UserError, match="--change data.seq_length: a run cannot be continued"):
+    with pytest.raises(UserError, match=r"--change data.seq_length: a run cannot be continued"):
         check_output(settings(), StartOptions(change=("data.seq_length",)))
 
 
@@ -161,7 +161,10 @@ def test_unreadable_settings_of_an_older_run(settings):
 
 @pytest.mark.parametrize(
     ("values", "options"),
-    [({"train": {"lr": 2e-5}, "overwrite": True}, StartOptions()), ({"train": {"lr": 1e-5}}, StartOptions(restart=True))],
+    [
+        ({"train": {"lr": 2e-5}, "overwrite": True}, StartOptions()),
+        ({"train": {"lr": 1e-5}}, StartOptions(restart=True)),
+    ],
 )
 def test_replacing_removes_what_a_run_writes_and_nothing_else(settings, run, values, options):
     folder = run(train={"lr": 1e-5})

@@ -46,8 +46,8 @@ def arguments(tmp_path_factory):
     from megavlm.demo.model_folder import make_model_folder
 
     folder = tmp_path_factory.mktemp("life")
-    layers = {"text": {**TEXT, "num_hidden_layers": 2}, "vision": {**VISION, "depth": 1, "deepstack_visual_indexes": [0]}}
-    hf, weights = make_model_folder(folder / "hf", **layers, norm_noise=0.3, seed=7), folder / "weights"
+    text, vision = {**TEXT, "num_hidden_layers": 2}, {**VISION, "depth": 1, "deepstack_visual_indexes": [0]}
+    hf, weights = make_model_folder(folder / "hf", text=text, vision=vision, norm_noise=0.3), folder / "weights"
     hf_to_mcore(hf, weights, progress=False)
     toys = toy_records(folder)
     pairs = [
@@ -66,7 +66,9 @@ def arguments(tmp_path_factory):
         data = write_records(folder / f"{verb}.jsonl", samples)
         config = {
             "model": {"hf": str(hf), "load": str(weights)},
-            "data": {"train": [{"path": str(data)}], "seq_length": 512, "packing": "none", "shuffle": False, "workers": 0},
+            "data": {
+                "train": [{"path": str(data)}], "seq_length": 512, "packing": "none", "shuffle": False, "workers": 0,
+            },
             "train": {
                 "steps": STEPS, "global_batch_size": 1, "lr": 3e-4, "warmup_steps": 1, "precision": "fp32",
                 "memory_check": False,
@@ -133,7 +135,7 @@ def test_some_cases_are_quick_and_touch_every_row_and_column():
 
 
 @pytest.mark.parametrize(("verb", "interrupted", "continued"), ALL)
-def test_a_run_ends_as_the_table_says(verb, interrupted, continued, commands, arguments, straight, small_disk, tmp_path):
+def test_the_table_holds(verb, interrupted, continued, commands, arguments, straight, small_disk, tmp_path):
     run, how = tmp_path / "run", INTERRUPTIONS[interrupted]
     overrides, expected = CONTINUATIONS[continued][0], outcome(interrupted, continued)
     log = run.with_suffix(".log")
@@ -173,6 +175,7 @@ def test_a_run_ends_as_the_table_says(verb, interrupted, continued, commands, ar
     reference: tuple[str, ...] = () if overrides in ((), ("overwrite=true",)) or expected != SAME else overrides
     if continued == "more `train.steps`" and how.kept is not None:
         reference = (*overrides, f"train.schedule_steps={STEPS}")
+        assert f"the schedule of this run has {STEPS} steps: the learning rate of step {kept + 1} is" in log.read_text()
     whole = straight(verb, reference)
     lines, wanted = metrics_of(run), metrics_of(whole)
     last = f"checkpoints/step_{wanted[-1]['step']:08}"
