@@ -3,7 +3,9 @@
 A folder named step_N, such as ``step_00000100``, is always complete: a checkpoint gets this name when everything in it
 is on disk. Until then its name is ``step_00000100.XXXXXXXX.partial``, where XXXXXXXX identifies the start of the run
 that writes it. So a later start never writes into a folder that a killed start has left behind, even if a writer of
-that start still runs on another machine. A checkpoint is renamed to ``….deleted`` before it is deleted.
+that start still runs on another machine. A checkpoint is renamed to ``….deleted`` before it is deleted. One that could
+not be read when the run was resumed is renamed to ``….unreadable`` and kept, because the file system may have been at
+fault.
 """
 
 import logging
@@ -43,7 +45,8 @@ def final_folder(partial: Path) -> Path:
 def publish(partial: Path, keep: int, keep_every: int | None) -> None:
     """Renames a complete checkpoint to its final name, and deletes checkpoints that are no longer kept.
 
-    Checkpoints of later steps are deleted, too: they are unreadable, and the run skipped them when it resumed.
+    Checkpoints of later steps are set aside as ``….unreadable``: the run skipped them when it resumed. They stay until
+    the user deletes them, so that no passing fault of the file system costs a checkpoint.
 
     Args:
         partial: the folder of the checkpoint, from ``partial_folder``.
@@ -62,7 +65,9 @@ def publish(partial: Path, keep: int, keep_every: int | None) -> None:
     older = [path for number, path in others if number <= step]
     for number, path in others:
         forever = keep_every is not None and number % keep_every == 0
-        if number > step or (path in older[:-keep] and not forever):
+        if number > step:
+            _set_aside(path)
+        elif path in older[:-keep] and not forever:
             _delete(path)
     clean(root)
 
@@ -78,6 +83,13 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> None:
+    names = (f"{folder.name}.unreadable{number}" for number in ("", *range(2, 100)))
+    aside = next(path for name in names if not (path := folder.with_name(name)).exists())
+    folder.rename(aside)
+    _log.warning("%s could not be read when the run was resumed; it is kept as %s", folder, aside.name)
 
 
 def _published(root: Path) -> list[tuple[int, Path]]:

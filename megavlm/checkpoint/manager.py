@@ -206,6 +206,7 @@ class Checkpoints:
                 done = state["schedules"][name]
             scheduler.step(increment=done - scheduler.num_steps)  # the schedule itself follows from the settings
             load_state(model.optimizers, found["optimizer"])
+            model.optimizers.follow_settings()
         if self.rows is not None:
             different = self.rows.load_state_dict(state["data"])
             if different and self.vlm.groups.dp_rank == 0:

@@ -19,20 +19,22 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from megavlm.base import stop_signals
 from megavlm.cli import failures
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # the run writes a checkpoint and ends with status 0
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1)  # other signals are passed on to the workers as SIGTERM
 _LOG_LINES = 40
 
 
 def run(arguments: Sequence[str], nproc: int, *, reads_terminal: bool = False) -> int:
     """Runs `megavlm ARGUMENTS` in `nproc` processes and waits for them.
 
-    SIGTERM, SIGUSR1, SIGHUP and Ctrl-C are forwarded to the workers as a request to stop; a second Ctrl-C ends them.
-    With ``reads_terminal``, rank 0 has the standard input of this process.
+    The first of SIGTERM, SIGUSR1, SIGHUP and Ctrl-C is forwarded to the workers as a request to stop; a second Ctrl-C
+    or SIGTERM ends them. With ``reads_terminal``, rank 0 has the standard input of this process.
 
     Returns:
-        0 if all workers succeed; 2 if settings or data are invalid (one message is printed); otherwise 1.
+        0 if all workers succeed; 2 if settings or data are invalid (one message is printed); 128 and the number of the
+        signal if one ended the workers; otherwise 1.
     """
     with tempfile.TemporaryDirectory(prefix="megavlm-") as name, _stop_signals() as stop:
         folder = Path(name)
@@ -51,26 +53,27 @@ def is_worker() -> bool:
 
 
 class _Stop:
-    """The signals received: those to forward, and whether to end at once."""
+    """The signals received: the one to forward, and whether to end at once."""
 
     def __init__(self) -> None:
+        self.requests = stop_signals.Requests(echo_seconds=0.1)
         self.pending: list[int] = []
-        self.asked = False
-        self.now = False
+        self.now: int | None = None
 
     def __call__(self, number: int, frame: object) -> None:
-        self.now = self.now or (number == signal.SIGINT and self.asked)
-        if number == signal.SIGINT and not self.asked:
-            print("stopping after this step (press Ctrl-C again to stop at once)", file=sys.stderr)
-        self.asked = True
-        self.pending.append(number if number in STOP_SIGNALS else signal.SIGTERM)
+        meaning = self.requests.add(number)
+        if meaning == "at once":
+            self.now = number
+        elif meaning == "first":
+            if number == signal.SIGINT:
+                print("stopping after this step (press Ctrl-C again to stop at once)", file=sys.stderr)
+            self.pending.append(number if number in FORWARDED else signal.SIGTERM)
 
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
     stop = _Stop()
-    handled = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in handled}
+    before = {number: signal.signal(number, stop) for number in stop_signals.handled()}
     try:
         yield stop
     finally:
@@ -108,9 +111,9 @@ def _wait(workers: list[subprocess.Popen], folder: Path, stop: _Stop) -> int:
             number = stop.pending.pop(0)
             for worker in workers:
                 worker.send_signal(number)  # does nothing if the worker has ended
-        if stop.now:
-            failures.show("ended by Ctrl-C without a checkpoint of the last steps")
-            return failures.OTHER_ERROR
+        if stop.now is not None:
+            failures.show(stop_signals.AT_ONCE.format(stop_signals.name_of(stop.now)))
+            return stop_signals.status_of(stop.now)
         failure = failures.first(folder)
         codes = [worker.poll() for worker in workers]
         broken = next(((rank, code) for rank, code in enumerate(codes) if code), None)
@@ -130,9 +133,10 @@ def _vanished(rank: int, code: int, folder: Path, stop: _Stop) -> int:
     """Reports a worker that ended without a report of its own, for example because the kernel killed it."""
     if code == failures.USER_ERROR:
         return code
-    if code < 0 and stop.asked and -code in STOP_SIGNALS:
-        failures.show("stopped before the first step; nothing was saved")
-        return failures.OTHER_ERROR
+    asked = stop.requests.first
+    if asked is not None and (-code in FORWARDED or code - stop_signals.status_of(0) in FORWARDED):
+        failures.show(stop_signals.BEFORE_THE_FIRST_STEP.format(stop_signals.name_of(asked)))
+        return stop_signals.status_of(asked)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     hint = "the kernel kills processes when the machine runs out of memory" if code == -signal.SIGKILL else None
     tail = "\n".join(_log(folder, rank).read_text(errors="replace").splitlines()[-_LOG_LINES:]) if rank else ""

@@ -1,20 +1,23 @@
 """The command `megavlm VERB CONFIG.yaml [section.key=value …] [--nproc N]`; see `megavlm.cli.verbs`.
 
-Exit status: 0 after a success, or after SIGTERM or SIGUSR1 and a checkpoint; 2 if settings or data are invalid, with
-one message on standard error; 1 otherwise.
+Exit status: 0 after a success, or after a stop signal and a checkpoint; 2 if settings or data are invalid, with one
+message on standard error; 130 (Ctrl-C), 143 (SIGTERM) and so on if a signal ended the command and nothing was saved; 1
+otherwise.
 """
 
 import argparse
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megavlm.align.registry import METHODS, check_method
-from megavlm.base import command_line, processes
+from megavlm.base import command_line, processes, stop_signals
 from megavlm.base.errors import UserError
 from megavlm.base.imports import no_collection
 from megavlm.cli import environment, failures, local_workers
@@ -22,6 +25,7 @@ from megavlm.cli.arguments import wrong
 from megavlm.cli.verbs import VERBS, Verb, positive
 from megavlm.config import held_run, layout, requirements, run_folder
 from megavlm.config.load import load_settings
+from megavlm.config.run_folder import StartOptions
 from megavlm.config.settings import Settings
 
 
@@ -34,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _main(arguments)
     except KeyboardInterrupt:
         failures.show("ended by Ctrl-C")
-        return failures.OTHER_ERROR
+        return stop_signals.status_of(signal.SIGINT)
     except Exception as error:
         return failures.report(error)
 
@@ -107,9 +111,11 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
             if nproc and nproc > 1:
                 return local_workers.run(arguments, nproc, reads_terminal=verb.reads_terminal)
     module, _, function = verb.target.partition(":")
-    with no_collection():
-        target = getattr(importlib.import_module(module), function)
-    return target(*given, **options, **verb.fixed) or 0
+    quiet = True if local_workers.is_worker() else None  # the parent tells the user
+    with stop_signals.watched(quiet=quiet) if name in METHODS else nullcontext():
+        with no_collection():
+            target = getattr(importlib.import_module(module), function)
+        return target(*given, **options, **verb.fixed) or 0
 
 
 def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], world_size: int) -> None:
@@ -137,7 +143,7 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
     if "out" in options:
         run_folder.check_new(options["out"], settings)
     if verb.writes == "":
-        run_folder.check_output(settings)
+        run_folder.check_output(settings, StartOptions(options["restart"], tuple(options["change"])))
     elif verb.writes and not one_prompt:
         run_folder.check_new(requirements.required(settings.output, "output") / verb.writes, settings)
 

@@ -10,6 +10,16 @@ from megavlm.align.registry import METHODS, MethodEntry
 RUN = ("model", "adapter", "data", "parallel", "vision", "train", "checkpoint", "log", "generate")
 RUN_REQUIRES = ("output", "data.train", "train.steps", "train.global_batch_size", "train.lr")
 READS = ("model.hf", "model.load", "model.adapter")
+START_FLAGS: dict[str, dict[str, Any]] = {
+    "change": {
+        "metavar": "KEY",
+        "action": "append",
+        "default": [],
+        "help": "continue the run in output although this setting has changed: a learning rate or schedule, or "
+        "data.train for the blend; may be repeated",
+    },
+    "restart": {"action": "store_true", "help": "delete the run in output, and start from the beginning"},
+}
 RUN_READS = (*READS, "data.train", "data.eval")
 
 
@@ -77,6 +87,7 @@ def _of_method(name: str, method: MethodEntry) -> Verb:
         requires=(*method.requires, *RUN_REQUIRES),
         reads=(*RUN_READS, *method.reads),
         writes="",
+        flags=START_FLAGS,
         fixed={"method": name},
     )
 

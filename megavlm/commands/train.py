@@ -1,10 +1,11 @@
 """`megavlm pretrain`, `sft`, `rm`, `dpo`, `kto`: a training run with one of the methods of ``align.registry``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megavlm.align.registry import make_method
 from megavlm.base.heartbeat import while_bytes_flow
 from megavlm.config.requirements import required
+from megavlm.config.run_folder import StartOptions
 from megavlm.config.settings import Settings
 from megavlm.report.loss_plot import write_loss_plot
 from megavlm.report.run_report import write_report
@@ -13,9 +14,13 @@ from megavlm.training.loop import train
 from megavlm.training.run import Run
 
 
-def main(settings: Settings, method: str) -> int:
-    """Trains with the method of this name, then writes loss.png and report.html into the output folder."""
-    return train(settings, make_method(method, settings), [Hook(_report, at_end=True)])
+def main(settings: Settings, method: str, restart: bool = False, change: Sequence[str] = ()) -> int:
+    """Trains with the method of this name, then writes loss.png and report.html into the output folder.
+
+    ``restart`` and ``change``: see ``StartOptions``.
+    """
+    options = StartOptions(restart, tuple(change))
+    return train(settings, make_method(method, settings), [Hook(_report, at_end=True)], options)
 
 
 def _report(run: Run, step: int, say: Callable[[str], None]) -> None:

@@ -1,41 +1,22 @@
 """Output folders: whether one may be written to, and whether a run continues in it."""
 
+import json
 import os
+import re
 import shutil
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megavlm.base import atomic_files
 from megavlm.base.errors import UserError
+from megavlm.config import changes, run_lock
 from megavlm.config.load import load_settings, resolved_yaml
 from megavlm.config.run_inputs import FILE, at_noted_paths
 from megavlm.config.settings import Settings
 
-# Settings that may change when a run is continued, because they change neither the data nor what a step computes.
-# train.steps is one of them so that a finished run can be extended.
-FREE_TO_CHANGE = (
-    "parallel",
-    "vision",
-    "checkpoint",
-    "log",
-    "generate",
-    "output",
-    "overwrite",
-    "data.eval",
-    "data.pad_multiple",  # follows parallel.context; a run that continues with another value says so
-    "data.workers",
-    "data.max_bad_fraction",
-    "data.max_dropped_fraction",
-    "data.media_roots",
-    "data.media_protocols",
-    "model.kernels",
-    "train.steps",
-    "train.recompute",
-    "train.logprob_chunk_tokens",
-    "train.max_skipped_steps",
-    "train.hang_minutes",
-    "train.memory_check",
-)
+CHANGES_FILE = "changes.jsonl"  # the changes of settings with which a run was continued
 # The files and folders that a run writes. Overwriting removes only these.
 RUN_FILES = (
     "config.yaml",
@@ -44,6 +25,7 @@ RUN_FILES = (
     "data_errors.jsonl",
     "fatal_samples",
     FILE,
+    CHANGES_FILE,
     "reference.safetensors",
     "loss.png",
     "report.html",
@@ -52,51 +34,147 @@ RUN_FILES = (
     ".alive",
     "reference.safetensors.partial",
 )
+_CHECKPOINT = re.compile(r"step_(\d+)")  # the name of a complete checkpoint, see checkpoint/folders.py
 
 
-def check_output(settings: Settings) -> str:
-    """What would happen to the output folder: "new", "resume" or "replace". Changes nothing.
+@dataclass(frozen=True)
+class StartOptions:
+    """What the command line says about a run that is in the output folder already.
 
-    A folder with the config.yaml of the same run is continued, even if the run was stopped before its first checkpoint.
-    `overwrite: true` starts from the beginning instead, except in a job that the cluster has requeued
-    (SLURM_RESTART_COUNT), which continues what its own first start has written.
+    Attributes:
+        restart: delete it and start from the beginning. A job that its launcher has restarted ignores this, so that it
+            continues what its own first start has written.
+        change: the settings that may differ from those of the run (see ``changes.CHANGEABLE``).
+    """
+
+    restart: bool = False
+    change: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a start does with its output folder.
+
+    Attributes:
+        action: "new": nothing is there; "resume": continue the run; "again": an earlier start has left no checkpoint,
+            so the run begins again, whatever its settings were; "replace": delete the files of an earlier run.
+        settings: the settings of the run, with ``train.schedule_steps`` as the run's first start had it.
+        before: the settings of the start before; only with "resume".
+        changed: all keys whose values differ from then: {key: (old, new)}.
+    """
+
+    action: Literal["new", "resume", "again", "replace"]
+    settings: Settings
+    before: Settings | None = None
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+
+def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> Start:
+    """What a start with these settings would do with the output folder. Changes nothing.
+
+    A folder with the config.yaml of the same run is continued. No setting deletes a run with the same settings; if the
+    settings differ and ``overwrite`` is true, the run is replaced.
 
     Raises:
         UserError: the folder contains something else, or a run with other settings.
     """
     folder = _output(settings)
+    new = _with_schedule(settings, None)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file", "choose a folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return "new"
-    obstacle = _why_not_resumable(settings)
+    changes.check_change(options.change)
+    if not folder.exists() or not any(_counts(path) for path in folder.iterdir()):
+        return Start("new", new)
+    if options.restart and not _is_restarted_by_launcher():
+        return Start("replace", new)
+    if not (folder / "config.yaml").is_file():
+        if settings.overwrite:
+            return Start("replace", new)
+        raise UserError(
+            f"output {folder} is not empty and holds no run that could be continued", "choose another output"
+        )
+    if newest_step(folder) is None:
+        return Start("replace" if settings.overwrite else "again", new)
+    try:
+        before = load_settings(folder / "config.yaml")
+    except UserError as error:
+        raise UserError(
+            f"output {folder} holds a run whose settings cannot be read: {error.message}",
+            f"correct {folder / 'config.yaml'}, or {_new_run(folder)}",
+        ) from None
+    before = _with_schedule(before, None)
+    after = _with_schedule(settings, before)
+    # Unless it is given, the length of the schedule follows from other settings, and is no change of its own.
+    given = settings.train.schedule_steps is not None
+    compared = before if given else _with(before, after.train.schedule_steps)
+    here = at_noted_paths(compared, after, folder)  # what was moved is no change
+    obstacles = {
+        key: values
+        for key, values in changed_keys(compared, here).items()
+        if not changes.is_allowed(key, options.change)
+    }
+    if not obstacles:
+        return Start("resume", after, before, _all_changes(compared, here))
     if settings.overwrite:
-        requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-        return "resume" if requeued and not obstacle else "replace"
-    if obstacle:
-        raise UserError(obstacle, "choose another output, or set overwrite=true to start from the beginning")
-    return "resume"
+        return Start("replace", new)
+    remedy = _new_run(folder)
+    if all(map(changes.is_changeable, obstacles)):
+        remedy = f"to continue it with the new values: {changes.flags_for(obstacles)}; or {remedy}"
+    message = f"output {folder} holds a run at step {newest_step(folder)} with other settings"
+    raise UserError(f"{message}:{changes.listed(obstacles)}", remedy)
 
 
-def prepare_output(settings: Settings) -> bool:
-    """Creates the output folder and writes config.yaml into it. Only one process of a run may call it.
+def check_output(settings: Settings, options: StartOptions = StartOptions()) -> str:
+    """Returns the action of ``plan_start``. Raises a UserError also if a process is writing into the folder."""
+    action = plan_start(settings, options).action
+    run_lock.check_unlocked(_output(settings))
+    return action
 
-    Returns:
-        Whether the run continues an earlier start.
+
+def prepare_output(settings: Settings, options: StartOptions = StartOptions()) -> Start:
+    """Prepares the output folder, and writes config.yaml into it unless the run is continued.
+
+    Only one process of a run may call it. If the run is continued, call ``record_changes`` when it has been restored.
 
     Raises:
-        UserError: see `check_output`.
+        UserError: see ``plan_start``.
     """
-    action = check_output(settings)
-    if action == "replace":
+    start = plan_start(settings, options)
+    if start.action == "replace":
         for name in RUN_FILES:
             path = _output(settings) / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    atomic_files.write_text(_output(settings) / "config.yaml", resolved_yaml(settings))
-    return action == "resume"
+    if start.action != "resume":
+        _write_config(start)
+    return start
+
+
+def record_changes(start: Start, step: int) -> None:
+    """Adds the changes of settings to changes.jsonl and writes config.yaml.
+
+    Args:
+        start: the result of ``prepare_output``.
+        step: the number of steps that the run has done. The changes hold from the next step on.
+    """
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    lines = [
+        json.dumps({"step": step, "time": now, "setting": key, "old": old, "new": new}) + "\n"
+        for key, (old, new) in start.changed.items()
+    ]
+    if lines:
+        with (_output(start.settings) / CHANGES_FILE).open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+    _write_config(start)
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest complete checkpoint of the run in this output folder, by its name; None if it has none."""
+    root = folder / "checkpoints"
+    names = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    return max((int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))), default=None)
 
 
 def check_new(path: Path, settings: Settings) -> None:
@@ -107,36 +185,48 @@ def check_new(path: Path, settings: Settings) -> None:
 
 
 def changed_keys(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys whose values differ, except those in FREE_TO_CHANGE: {key: (old, new)}."""
-    before, after = _flat(old.model_dump(mode="json", by_alias=True)), _flat(new.model_dump(mode="json", by_alias=True))
-    return {
-        key: (value, after[key])
-        for key, value in before.items()
-        if value != after[key] and not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
-    }
+    """The dotted keys whose values differ, except those that are free to change: {key: (old, new)}."""
+    return {key: values for key, values in _all_changes(old, new).items() if not changes.is_free(key)}
+
+
+def _all_changes(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
+    before, after = (changes.flat(each.model_dump(mode="json", by_alias=True)) for each in (old, new))
+    keys = [*before, *(key for key in after if key not in before)]
+    both = {key: (before.get(key), after.get(key)) for key in keys}
+    return {key: (was, now) for key, (was, now) in both.items() if was != now}
+
+
+def _with_schedule(settings: Settings, before: Settings | None) -> Settings:
+    """The settings with the length of the schedule: as given, as it was before, or that of the run."""
+    train = settings.train
+    if train.schedule == "constant" or train.schedule_steps is not None:
+        return settings
+    return _with(settings, (before and before.train.schedule_steps) or train.steps)
+
+
+def _with(settings: Settings, schedule_steps: int | None) -> Settings:
+    train = settings.train.model_copy(update={"schedule_steps": schedule_steps})
+    return settings.model_copy(update={"train": train})
+
+
+def _write_config(start: Start) -> None:
+    atomic_files.write_text(_output(start.settings) / "config.yaml", resolved_yaml(start.settings))
+
+
+def _counts(path: Path) -> bool:
+    """Whether a file of the output folder shows that it is in use; not what a start leaves that has done nothing."""
+    return path.name not in (run_lock.FILE, "stacks", ".alive") and not path.name.startswith(".config.yaml.")
+
+
+def _is_restarted_by_launcher() -> bool:
+    """Whether SLURM has requeued this job, or torchrun has restarted its processes."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def _new_run(folder: Path) -> str:
+    return f"start a new run from its weights: model.load={folder} output=NEW"
 
 
 def _output(settings: Settings) -> Path:
     assert settings.output is not None  # the verbs that call this module require it
     return settings.output
-
-
-def _why_not_resumable(settings: Settings) -> str | None:
-    """Why the run of `settings` cannot be continued in its output folder; None if it can."""
-    config = _output(settings) / "config.yaml"
-    if not config.is_file():
-        return f"output {settings.output} is not empty and holds no run that could be continued"
-    try:
-        before = load_settings(config)
-        changes = changed_keys(before, at_noted_paths(before, settings, _output(settings)))
-    except UserError as error:
-        return f"output {settings.output} holds a run whose settings cannot be read: {error.message}"
-    listed = "".join(f"\n  {key}: {old} there, {new} now" for key, (old, new) in changes.items())
-    return f"output {settings.output} holds a run with other settings:{listed}" if listed else None
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -175,7 +175,14 @@ class CheckpointSettings(Section):
     every: Int | None = Field(
         None,
         ge=1,
-        description="number of steps between checkpoints; null: only at the end of the run or when it is stopped",
+        description="number of steps between checkpoints; null: only every_minutes counts. A checkpoint is also "
+        "written at the end of the run and when it is stopped",
+    )
+    every_minutes: Float | None = Field(
+        None,
+        gt=0,
+        description="maximum number of minutes between checkpoints; null: 30 without checkpoint.every, otherwise no "
+        "maximum",
     )
     keep: Int = Field(3, ge=1, description="number of newest checkpoints that are kept; older ones are deleted")
     keep_every: Int | None = Field(
@@ -186,6 +193,11 @@ class CheckpointSettings(Section):
     async_save: Bool = Field(
         True, alias="async", description="whether checkpoints are written in the background while training continues"
     )
+
+    @property
+    def minutes(self) -> float | None:
+        """Minutes after which a checkpoint is due; None if only steps count."""
+        return self.every_minutes or (30.0 if self.every is None else None)
 
     @model_validator(mode="after")
     def _consistent(self) -> "CheckpointSettings":

@@ -59,7 +59,9 @@ class Settings(Section):
         description="output folder of the run, with config.yaml, metrics.jsonl, the checkpoints and the report",
     )
     overwrite: Bool = Field(
-        False, description="whether the results of an earlier run in the output folder may be replaced"
+        False,
+        description="whether results in the output folder may be replaced. A run with the same settings is always "
+        "continued; one with other settings is replaced",
     )
 
     @model_validator(mode="after")

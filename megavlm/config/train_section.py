@@ -34,6 +34,12 @@ class TrainSettings(Section):
         "cosine",
         description="how the learning rate falls from lr to min_lr after the warm-up; constant: it stays at lr",
     )
+    schedule_steps: Int | None = Field(
+        None,
+        ge=1,
+        description="number of steps after which the learning rate has fallen to min_lr, where it then stays; null: "
+        "steps at the first start of the run, also if the run is continued with more steps",
+    )
     optimizer: Literal["adam", "sgd", "galore"] = Field(
         "adam",
         description="adam: AdamW, with its state distributed over the data-parallel ranks; sgd: stochastic gradient "
@@ -117,6 +123,17 @@ class TrainSettings(Section):
             raise UserError(
                 f"train.warmup_steps is {self.warmup_steps}, which is greater than train.steps = {self.steps}",
                 "lower warmup_steps or raise steps",
+            )
+        if self.schedule_steps is not None and self.schedule == "constant":
+            raise UserError(
+                f"train.schedule_steps is {self.schedule_steps}, but train.schedule is constant: it would be ignored",
+                "set schedule_steps to null, or choose schedule cosine or linear",
+            )
+        if self.schedule_steps is not None and self.warmup_steps > self.schedule_steps:
+            raise UserError(
+                f"train.warmup_steps is {self.warmup_steps}, which is greater than train.schedule_steps = "
+                f"{self.schedule_steps}",
+                "lower warmup_steps or raise schedule_steps",
             )
         late = ", ".join(
             part for part, after in self.unfreeze_after.items() if self.steps is not None and after >= self.steps

@@ -18,6 +18,7 @@ from megavlm.data.worker_processes import rows_from_workers
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import SkippedSample
 
+_BLEND = "data.train and data.replay"
 _MOST_AHEAD = 16  # maximum rows that a worker prepares in advance; rows are large because they contain pixels
 
 
@@ -86,21 +87,27 @@ class RowLoader:
         """Continue from the states of all workers of all ranks, ordered by worker number.
 
         Returns:
-            None if the rows are the same as without an interruption. If the total number of workers has changed, a
-            text that says what differs.
+            None if the rows are the same as without an interruption. If the total number of workers or the shares of
+            the sources have changed, a text that says what differs.
 
         Raises:
             UserError: the states belong to different data or settings.
         """
+        saved = states[0]["identity"]
         for name, value in self._identity.items():
-            if states[0]["identity"].get(name) != value:
+            if name == _BLEND:
+                is_same = [source[:2] for source in saved.get(name, ())] == [source[:2] for source in value]
+            else:
+                is_same = saved.get(name) == value
+            if not is_same:
                 raise UserError(
-                    f"the checkpoint was written with {name} {states[0]['identity'].get(name)}, but it is now {value}: "
+                    f"the checkpoint was written with {name} {saved.get(name)}, but it is now {value}: "
                     "the data cannot continue from its saved position",
                     "resume with the settings of the interrupted run, or start a new run from its weights (model.load)",
                 )
         dataset = self._dataset
-        if len(states) == dataset.num_workers:
+        is_new_blend = saved[_BLEND] != self._identity[_BLEND]
+        if len(states) == dataset.num_workers and not is_new_blend:
             self._taken, rest = divmod(states[0]["rows"], dataset.workers.step)
             assert rest == 0, states[0]["rows"]  # every step takes as many rows on each rank
             dataset.loader_states = {w: states[w]["place"] for w in dataset.workers if states[w]["place"] is not None}
@@ -114,10 +121,12 @@ class RowLoader:
             w: {"worker": w, "draws": orders[w], "waiting": waiting[w :: dataset.num_workers], "wanted": wanted}
             for w in dataset.workers
         }
+        what = f"the total number of data workers changed from {len(states)} to {dataset.num_workers}"
+        if is_new_blend:  # counting begins again, so that the new shares hold from here on, not for the run as a whole
+            what = "the shares of the data sources changed"
         return (
-            f"the total number of data workers changed from {len(states)} to {dataset.num_workers}: the order of "
-            f"samples differs from here on, but no sample is repeated or left out (the {len(waiting)} samples in the "
-            "packing buffers are kept)"
+            f"{what}: the order of samples differs from here on, but no sample is repeated or left out (the "
+            f"{len(waiting)} samples in the packing buffers are kept)"
         )
 
     def rewind(self) -> None:
@@ -193,9 +202,7 @@ def build_loader(
         fatal=FatalSamples(sources, settings.workers, output, dp_rank),
     )
     identity = {
-        "data.train and data.replay": [
-            [s.file.path.rpartition("/")[2], len(s.file), round(s.share, 6)] for s in sources
-        ],
+        _BLEND: [[s.file.path.rpartition("/")[2], len(s.file), round(s.share, 6)] for s in sources],
         "data.seq_length": renderer.seq_length,
         "data.packing": [settings.packing, dataset.buffer_size],
         "data.shuffle": settings.shuffle,

@@ -6,6 +6,8 @@ the gradient norm of each part, and a frozen part takes no memory until it is un
 and stepped together.
 """
 
+import copy
+
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -73,7 +75,7 @@ class Optimizers:
             max_lr=train.lr,
             min_lr=train.min_lr,
             lr_warmup_steps=train.warmup_steps,
-            lr_decay_steps=max(steps, train.warmup_steps + 1),
+            lr_decay_steps=_decay_steps(train),
             lr_decay_style=train.schedule,
             start_wd=train.weight_decay,
             end_wd=train.weight_decay,
@@ -114,10 +116,30 @@ class Optimizers:
         if self.train.optimizer == "galore":
             for optimizer in self.parts[part]:
                 megatron_galore.put_inside(optimizer, modules, self.train, groups)
+        self._set_rates(part)
+
+    def _set_rates(self, part: str) -> None:
         lr = required(self.train.lr, "train.lr")
         for group in (g for opt in self.parts[part] for g in opt.param_groups):
             scale = next((scale for name, scale in self.train.lr_scale.items() if name == part), 1.0)
             group["max_lr"], group["min_lr"] = lr * scale, self.train.min_lr * scale  # read by the scheduler
+
+    def follow_settings(self) -> None:
+        """Sets the learning rates by the settings and the position in the schedule.
+
+        Call it after loading state, because the state of some optimizers contains the rates with which it was saved.
+        """
+        for part in self.parts:
+            self._set_rates(part)
+        self.scheduler.step(increment=0)
+
+    def lr_with(self, train: TrainSettings) -> float:
+        """The learning rate of the next step with another ``train`` section, at the same position in its schedule."""
+        other = copy.copy(self.scheduler)
+        other.max_lr, other.min_lr = required(train.lr, "train.lr"), train.min_lr
+        other.lr_warmup_steps, other.lr_decay_steps = train.warmup_steps, _decay_steps(train)
+        other.lr_decay_style = train.schedule
+        return other.get_lr({})
 
     def _chained(self) -> ChainedOptimizer:
         return ChainedOptimizer([opt for part in PARTS for opt in self.parts.get(part, [])])
@@ -209,3 +231,8 @@ class Optimizers:
         if self._config.use_distributed_optimizer:
             return [groups.intra_dist_opt]
         return list(dict.fromkeys([groups.mp, getattr(groups, "tp_ep_pp_with_egtp_remat", groups.tp_ep_pp)]))
+
+
+def _decay_steps(train: TrainSettings) -> int:
+    """The number of steps after which the learning rate is ``min_lr``."""
+    return max(train.schedule_steps or required(train.steps, "train.steps"), train.warmup_steps + 1)

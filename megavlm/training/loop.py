@@ -5,7 +5,10 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
+from megavlm.base import stop_signals
 from megavlm.config.requirements import required
+from megavlm.config.run_folder import StartOptions
+from megavlm.config.run_lock import RunLock
 from megavlm.config.settings import Settings
 from megavlm.monitor.hang_watch import HangWatch
 from megavlm.monitor.run_monitor import RunMonitor
@@ -19,13 +22,19 @@ from megavlm.training.stop_signal import StopSignal
 from megavlm.training.summary import header, metrics_line
 
 
-def train(settings: Settings, method: Method, hooks: Sequence[Hook] = ()) -> int:
+def train(
+    settings: Settings,
+    method: Method,
+    hooks: Sequence[Hook] = (),
+    options: StartOptions = StartOptions(),  # noqa: B008 (immutable)
+) -> int:
     """Trains until ``train.steps``. If the output folder contains the run already, it is resumed.
 
     Args:
         settings: the settings of the run.
         method: the training method.
         hooks: additional work after steps and at the end.
+        options: how to treat a run that is in the output folder already.
 
     Returns:
         Exit status 0, also if a signal stopped the run after a checkpoint.
@@ -34,12 +43,14 @@ def train(settings: Settings, method: Method, hooks: Sequence[Hook] = ()) -> int
         UserError: the longest row does not fit in memory, or the settings, data or checkpoints do not fit.
         RunFailure: too many consecutive steps were skipped, weights are not finite, or too many samples are broken.
     """
-    with HangWatch.of_run(settings) as watch:
-        run = build_run(settings, method, watch.heartbeat)
+    lock = RunLock(required(settings.output, "output"))
+    with stop_signals.watched() as signals, HangWatch.of_run(settings) as watch, lock:
+        run = build_run(settings, method, lock, options, watch.heartbeat)
         session, settings = run.session, run.session.settings
         shown = settings, run.title, header(session, run.loader), run.first_step, session.groups, run.loader
         with RunMonitor(*shown, is_first=session.is_first) as monitor:
-            last, stopped = _run_steps(run, settings, hooks, monitor, watch.heartbeat)
+            stop = StopSignal(session.groups.world_host, signals, settings.checkpoint.minutes)
+            last, stopped = _run_steps(run, stop, hooks, monitor, watch.heartbeat)
             run.checkpoints.finish()
             for hook in hooks:
                 if hook.at_end:
@@ -54,13 +65,13 @@ def train(settings: Settings, method: Method, hooks: Sequence[Hook] = ()) -> int
 
 
 def _run_steps(
-    run: Run, settings: Settings, hooks: Sequence[Hook], monitor: RunMonitor, heartbeat: Callable[[str], None]
+    run: Run, stop: StopSignal, hooks: Sequence[Hook], monitor: RunMonitor, heartbeat: Callable[[str], None]
 ) -> tuple[int, bool]:
     """Runs the remaining steps. Returns the number of the last step, and whether a signal ended the run early."""
+    settings = run.session.settings
     steps, number = required(settings.train.steps, "train.steps"), run.first_step
-    stop = StopSignal(run.session.groups.world_host)
-    if run.restarted:
-        monitor.say("there is no checkpoint yet, so the run starts again at step 0")
+    for remark in run.remarks:
+        monitor.say(remark)
     if failure := monitor.data_failure():  # an earlier start ended for its data, which are still as they were
         monitor.finish(failed=True)
         raise failure
@@ -69,6 +80,7 @@ def _run_steps(
         heartbeat("the memory check")
     skipped = SkippedSteps(settings.train.max_skipped_steps, monitor.say)
     saved = run.first_step
+    stop.begin()
     for number in range(run.first_step + 1, steps + 1):
         thawed = run.optimizers.unfreeze(number)
         for part in thawed:
@@ -83,15 +95,16 @@ def _run_steps(
             raise
         run.checkpoints.poll()
         heartbeat(f"step {number}")
-        stopping, every = stop.asked(), settings.checkpoint.every
+        (stopping, due), every = stop.decide(), settings.checkpoint.every
         data_failure = monitor.data_failure()
-        saving = number == steps or stopping or bool(every and number % every == 0) or data_failure is not None
+        saving = number == steps or stopping or due or bool(every and number % every == 0) or data_failure is not None
         failure = skipped.failure(number, result.trouble)
         if result.trouble and saving and not failure:
             failure = weights_failure(run.session.vlm)  # a bad checkpoint would replace an older, good one
         if saving and not failure:  # also if the data end the run: with other data or limits, it continues from here
             run.checkpoints.save(number)
             saved = number
+            stop.saved()
             heartbeat(f"the checkpoint of step {number}")
         if (ending := failure or data_failure) is not None:
             run.checkpoints.finish()  # a checkpoint may still be in progress

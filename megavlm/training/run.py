@@ -3,12 +3,16 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+from megavlm.base.errors import RunFailure
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
 from megavlm.config.requirements import required
-from megavlm.config.run_folder import prepare_output
+from megavlm.config.run_folder import Start, StartOptions, prepare_output, record_changes
 from megavlm.config.run_inputs import note_inputs
+from megavlm.config.run_lock import RunLock
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
 from megavlm.data.row import Row
@@ -19,6 +23,7 @@ from megavlm.platform.collectives import on_first_rank
 from megavlm.runtime.adapter_start import load_start
 from megavlm.runtime.feed import Feed
 from megavlm.runtime.session import Session, start
+from megavlm.training.continuing import remarks_on
 from megavlm.training.method import Method
 from megavlm.training.step import Step
 
@@ -39,7 +44,7 @@ class Run:
         longest_row, loader: see ``Prepared``.
         stragglers: measures which ranks are slow.
         first_step: number of steps that earlier starts of the run have done.
-        restarted: whether an earlier start of the run left no checkpoint, so that the run begins again.
+        remarks: what the user should know about how this start continues an earlier one.
     """
 
     session: Session
@@ -52,29 +57,36 @@ class Run:
     loader: RowLoader | None
     stragglers: Stragglers
     first_step: int
-    restarted: bool
+    remarks: list[str]
 
 
-def build_run(settings: Settings, method: Method, heartbeat: Callable[[str], None]) -> Run:
+def build_run(
+    settings: Settings, method: Method, lock: RunLock, options: StartOptions, heartbeat: Callable[[str], None]
+) -> Run:
     """Builds the run, or resumes the run in the output folder. Call it on all ranks.
 
     Args:
         settings: the settings of the run.
         method: the training method.
+        lock: the lock of the output folder, which is taken.
+        options: how to treat a run that is in the output folder already.
         heartbeat: called after each sign of progress with a short description of what was done.
 
     Raises:
-        UserError: on all ranks, if settings, data or checkpoints do not fit.
+        UserError: on all ranks, if settings, data or checkpoints do not fit, or another process writes into the folder.
+        RunFailure: on all ranks, if no checkpoint of the run can be read.
     """
     session = start(settings, training=True, load=False, score_head=method.scores)
-    given, settings = settings, session.settings  # the latter have the adapter section of ``model.adapter``
     heartbeat("building the model")
     groups, output = session.groups, required(settings.output, "output")
-    resuming = on_first_rank(lambda: prepare_output(given), groups.world_host)
-    for text in on_first_rank(lambda: note_inputs(given, output), groups.world_host):
+    begin, checkpoint = on_first_rank(partial(_prepare, settings, lock, options), groups.world_host)
+    for text in on_first_rank(partial(note_inputs, begin.settings, output), groups.world_host):
         if session.is_first:
             _log.warning("%s", text)
-    checkpoint = on_first_rank(lambda: latest(output / "checkpoints"), groups.world_host) if resuming else None
+    # Those of the session have the adapter section of ``model.adapter``, and config.yaml has not.
+    schedule_steps = begin.settings.train.schedule_steps
+    train = session.settings.train.model_copy(update={"schedule_steps": schedule_steps})
+    settings = session.settings = session.settings.model_copy(update={"train": train})
     origin = None
     if checkpoint is None or session.adapters is not None:  # checkpoints of adapters do not contain frozen weights
         load_start(settings, session.vlm, session.adapters)
@@ -87,6 +99,9 @@ def build_run(settings: Settings, method: Method, heartbeat: Callable[[str], Non
     checkpoints = Checkpoints(output / "checkpoints", trained, prepared.rows, settings, origin)
     first_step = checkpoints.restore(checkpoint) if checkpoint else 0
     heartbeat("building the optimizer and restoring the run")
+    remarks = remarks_on(begin, optimizers, first_step)
+    if checkpoint is not None:
+        on_first_rank(partial(record_changes, begin, first_step), groups.world_host)
     stragglers = Stragglers(groups.world_host)
     step = Step(
         session.vlm,
@@ -109,5 +124,21 @@ def build_run(settings: Settings, method: Method, heartbeat: Callable[[str], Non
         prepared.loader,
         stragglers,
         first_step,
-        restarted=resuming and checkpoint is None,
+        remarks,
     )
+
+
+def _prepare(settings: Settings, lock: RunLock, options: StartOptions) -> tuple[Start, Path | None]:
+    """For the first rank: what this start does, and the checkpoint from which it continues."""
+    lock.take()
+    begin = prepare_output(settings, options)
+    if begin.action != "resume":
+        return begin, None
+    root = required(settings.output, "output") / "checkpoints"
+    checkpoint = latest(root)
+    if checkpoint is None:
+        raise RunFailure(
+            f"none of the checkpoints in {root} can be read",
+            "start the same command again when they can be read; the warnings above say what is wrong with each",
+        )
+    return begin, checkpoint

@@ -348,7 +348,7 @@ def test_a_second_ctrl_c_ends_at_once(start):
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert "press Ctrl-C again to stop at once" in err
 
 

@@ -298,7 +298,7 @@ def test_ctrl_c_leaves_nothing(media, tmp_path, folder):
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (1, "error: ended by Ctrl-C\n")
+    assert (process.returncode, err) == (130, "error: ended by Ctrl-C\n")
     assert list(tmp_path.iterdir()) == [file]
 
 

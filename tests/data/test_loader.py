@@ -191,6 +191,28 @@ def test_continues_with_other_workers_and_loses_nothing(load, before, after):
     assert max(drawn.values()) - min(drawn.values()) <= 2
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_changed_blend_holds_from_here_on_and_repeats_nothing(load, data, workers):
+    """From 1 : 1 to 3 : 1 after 16 samples; counted over the whole run, the next 16 would be of the first source."""
+
+    def start(weight):
+        sources = [{"path": data / "talks.jsonl", "weight": weight}, {"path": data / "documents.jsonl"}]
+        return load(sources, workers=workers, packing="none")
+
+    first, second = start(1.0), start(3.0)
+    rows = list(islice(first, 16))
+    assert "the shares of the data sources changed" in second.load_state_dict(first.state_dict())
+    later = list(islice(second, 40))
+    assert Counter(source.rpartition("/")[2].partition(":")[0] for row in rows for source in row.sources) == {
+        "talks.jsonl": 8, "documents.jsonl": 8
+    }  # fmt: skip
+    for count in (16, 40):
+        talks = sum("talks" in source for row in later[:count] for source in row.sources)
+        assert abs(talks - 0.75 * count) <= max(workers, 1)
+    seen = [source for row in (*rows, *later) for source in row.sources if "talks" in source]
+    assert len(set(seen)) == len(seen)  # 38 of the first pass over 41
+
+
 def test_state_fits_only_the_same_run(load):
     state = load().state_dict()
     for settings, named in (

@@ -29,13 +29,15 @@ TIMEOUT_SECONDS = 300.0
 class Kill:
     """When to kill ``rank``: ``delay`` seconds after it has come to ``step`` (0: after its start).
 
-    ``writing``: from then on, as soon as a checkpoint is being written.
+    ``writing``: from then on, as soon as a checkpoint is being written. ``number``: the signal; all ranks receive one
+    that they can handle, as from a terminal or from torchrun.
     """
 
     rank: int
     step: int = 0
     delay: float = 0.0
     writing: bool = False
+    number: int = signal.SIGKILL
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,12 @@ class Outcome:
 
 
 class Commands:
-    """Runs ``megavlm`` commands, one at a time."""
+    """Runs ``megavlm`` commands, one at a time; without their reports at the end, if these are not wanted."""
 
-    def __init__(self):
+    def __init__(self, *, reports: bool = True):
         context = forkserver()
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, dict(os.environ), sys.path))
+        self._process = context.Process(target=_serve, args=(theirs, dict(os.environ), sys.path, reports))
         self._process.start()
         theirs.close()
 
@@ -70,7 +72,7 @@ class Commands:
         self._process.kill()
 
 
-def _serve(connection, environment: dict[str, str], path: list[str]) -> None:
+def _serve(connection, environment: dict[str, str], path: list[str], reports: bool) -> None:
     os.environ |= environment | ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
     sys.path[:] = path
     import torch
@@ -79,6 +81,8 @@ def _serve(connection, environment: dict[str, str], path: list[str]) -> None:
     import megavlm.commands.train  # so that no rank has to
 
     torch.set_num_threads(1)
+    if not reports:
+        megavlm.commands.train._report = lambda run, step, say: None
     while True:
         try:
             arguments, size, output, kill = connection.recv()
@@ -100,7 +104,8 @@ def _run(main: Callable, arguments: list[str], size: int, output: Path, kill: Ki
     try:
         if kill is not None:
             _wait_for(kill, output, began, ranks, statuses)
-            os.kill(ranks[kill.rank], signal.SIGKILL)
+            for rank in [kill.rank] if kill.number == signal.SIGKILL else range(size):
+                os.kill(ranks[rank], kill.number)
         while len(statuses) < size and time.time() < began + TIMEOUT_SECONDS and not any(statuses.values()):
             _reap(ranks, statuses)
             time.sleep(0.002)
@@ -123,6 +128,7 @@ def _fork(main: Callable, arguments: list[str], rank: int, size: int, port: int,
     status = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)

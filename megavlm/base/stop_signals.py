@@ -1,0 +1,170 @@
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP: when they end a process at once, and when they ask it to stop after its step.
+
+A thread acts on the signals. Python's own handlers run only between two instructions of the main thread, which may wait
+for minutes in a collective, for a disk or for ranks that never come.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# A launcher passes a signal on to processes that have received it already, so that it arrives twice within moments.
+_ECHO_SECONDS = 1.0
+_NAMES = {signal.SIGINT: "Ctrl-C"}
+BEFORE_THE_FIRST_STEP = "ended by {} before the first step of this start; nothing was saved"
+AT_ONCE = "ended by a second {}; the steps since the newest checkpoint are lost"
+
+
+def handled() -> list[signal.Signals]:
+    """The signals that ask for a stop. SIGHUP is none of them if it was ignored before, as `nohup` asks for."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in _HANDLED if not (ignored and number == signal.SIGHUP)]
+
+
+def name_of(number: int) -> str:
+    """The name of a signal in messages."""
+    return _NAMES.get(signal.Signals(number)) or signal.Signals(number).name
+
+
+def status_of(number: int) -> int:
+    """The exit status of a process that a signal ended, as shells give it: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + number
+
+
+class Requests:
+    """The requests to stop that have arrived.
+
+    Args:
+        echo_seconds: time after the first signal in which others count as the same one.
+
+    Attributes:
+        first: number of the first signal; None if there was none.
+    """
+
+    def __init__(self, echo_seconds: float):
+        self.first: int | None = None
+        self._echo_seconds, self._time = echo_seconds, 0.0
+
+    def add(self, number: int) -> Literal["first", "again", "at once"]:
+        """Notes a signal and returns what it means.
+
+        The first one asks for a stop. Ctrl-C after any other, or SIGTERM after SIGTERM, ends the process at once. (A
+        cluster sends SIGUSR1 some minutes before SIGTERM; the checkpoint may still be written between them.)
+        """
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self._time = number, now
+            return "first"
+        insists = number == signal.SIGINT or number == self.first == signal.SIGTERM
+        return "at once" if insists and now > self._time + self._echo_seconds else "again"
+
+
+class StopSignals:
+    """Acts on the stop signals of this process. ``watched`` makes it.
+
+    Args:
+        quiet: whether to print nothing, because another process tells the user.
+    """
+
+    def __init__(self, *, quiet: bool):
+        self._quiet, self._requests, self._deferring = quiet, Requests(_ECHO_SECONDS), False
+        self._lock = threading.Lock()
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has asked for a stop."""
+        return self._requests.first is not None
+
+    def defer(self) -> None:
+        """From now on, the first signal only sets ``asked``; until now it has ended the process."""
+        with self._lock:
+            self._deferring = True
+
+    def receive(self, number: int) -> None:
+        """Acts on a signal, in any thread."""
+        with self._lock:
+            meaning = self._requests.add(number)
+            if meaning == "at once":
+                self._end(AT_ONCE, number)
+            elif meaning == "first" and not self._deferring:
+                self._end(BEFORE_THE_FIRST_STEP, number)
+            elif meaning == "first":
+                again = " (press Ctrl-C again to stop at once)" if number == signal.SIGINT else ""
+                self._say(f"stopping after this step{again}\n")
+
+    def end_before_first_step(self) -> None:
+        """Ends the process if a signal has asked for it. For a rank that lost another one to the same signal."""
+        with self._lock:
+            if self._requests.first is not None:
+                self._end(BEFORE_THE_FIRST_STEP, self._requests.first)
+
+    def _end(self, message: str, number: int) -> None:
+        self._say(f"error: {message.format(name_of(number))}\n")
+        if not self._quiet and sys.stderr.isatty():
+            self._say("\x1b[?25h")  # a progress bar hides the cursor
+        os._exit(status_of(number))
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            os.write(2, text.encode())  # not print, whose lock the main thread may hold
+
+
+_active: list[StopSignals] = []
+
+
+@contextmanager
+def watched(*, quiet: bool | None = None) -> Iterator[StopSignals]:
+    """Acts on stop signals within the block. Within another such block it yields the ``StopSignals`` of that one.
+
+    Call it in the main thread.
+
+    Args:
+        quiet: see ``StopSignals``; None: only rank 0 speaks.
+    """
+    if _active:
+        yield _active[0]
+        return
+    signals = StopSignals(quiet=int(os.environ.get("RANK", 0)) > 0 if quiet is None else quiet)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = {number: signal.signal(number, _ignore) for number in handled()}
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(reading, signals), name="stop signals", daemon=True)
+    _active.append(signals)
+    thread.start()
+    try:
+        yield signals
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writing)  # ends the thread
+        thread.join(timeout=1)
+        _active.clear()
+
+
+def _watch(reading: int, signals: StopSignals) -> None:
+    while arrived := os.read(reading, 16):
+        for number in arrived:
+            if number in _HANDLED and signal.getsignal(number) is _ignore:  # nobody else handles it meanwhile
+                signals.receive(number)
+    os.close(reading)
+
+
+def _ignore(number: int, frame: object) -> None:
+    """Python's handler: nothing, because the thread acts."""
+
+
+def _forget_in_child() -> None:
+    """In a forked process, such as a data worker: its signals are not those of the trainer."""
+    if _active:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
