@@ -147,7 +147,7 @@ def _server() -> str:
         file.read(_login_settings(), encoding="utf-8")
     except (configparser.Error, OSError, ValueError):
         file.clear()
-    return os.environ.get("WANDB_BASE_URL") or file.get("default", "base_url", fallback=PUBLIC_SERVER)
+    return os.environ.get("WANDB_BASE_URL") or file.get("default", "base_url", fallback=None) or PUBLIC_SERVER
 
 
 def _login_settings() -> Path:
