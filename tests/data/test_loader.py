@@ -193,7 +193,7 @@ def test_continues_with_other_workers_and_loses_nothing(load, before, after):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_changed_blend_holds_from_here_on_and_repeats_nothing(load, data, workers):
-    """From 1 : 1 to 3 : 1 after 16 samples; counted over the whole run, the next 16 would all be of the first source."""
+    """From 1 : 1 to 3 : 1 after 16 samples; counted over the whole run, the next 16 would be of the first source."""
 
     def start(weight):
         sources = [{"path": data / "talks.jsonl", "weight": weight}, {"path": data / "documents.jsonl"}]
