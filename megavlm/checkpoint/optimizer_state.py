@@ -74,6 +74,7 @@ def load_state(optimizers: Optimizers, state: dict) -> None:
         return
     chained = optimizers.optimizer
     if not _are_sharded(chained.chained_optimizers):
+        _use_own_rates(chained.chained_optimizers, state)
         chained.load_state_dict(state)
         return
     updates = [optimizers.updates(part) for part in PARTS for _ in optimizers.parts.get(part, [])]
@@ -92,6 +93,15 @@ def load_state(optimizers: Optimizers, state: dict) -> None:
         if isinstance(adam, torch.optim.Adam):
             for value in adam.state.values():
                 value["step"] = torch.tensor(value["step"])
+
+
+def _use_own_rates(optimizers: list, state: dict) -> None:
+    """Writes the rates of the settings into the stored groups; Megatron finds a group only if they are equal."""
+    stored = [state] if len(optimizers) == 1 else [one for _, one in sorted(state.items())]
+    for optimizer, one in zip(optimizers, stored, strict=True):
+        own = optimizer.param_groups[0]  # all groups of an optimizer have the same rates
+        for group in one.get("optimizer", one)["param_groups"]:
+            group.update({key: own[key] for key in ("max_lr", "min_lr", "start_wd", "end_wd") if key in own})
 
 
 def _are_sharded(optimizers: list) -> bool:
