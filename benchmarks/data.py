@@ -44,8 +44,8 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from megavlm.config.settings import DataSettings
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
-from megavlm.data.sources import open_file
 from megavlm.demo.model_folder import make_model_folder
+from megavlm.sources.blend import open_file
 
 WORKERS, SEQ_LENGTH, PICTURES = 2, 8192, 200
 WARM_ROWS, TIMED_ROWS = 60, 50  # rows of eight pictures; after 60 rows, both packing buffers are full

@@ -48,12 +48,12 @@ def measure(root: Path, folder: Path, steps: int) -> dict:
     from megavlm.align.objectives import PairObjective
     from megavlm.config.settings import Settings
     from megavlm.data.answer_groups import draft_unit
-    from megavlm.data.jsonl import JsonlFile
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
+    from megavlm.sources.jsonl import JsonlFile
     from megavlm.training.step import Step
 
     settings = Settings(

@@ -119,6 +119,15 @@ def reference_inputs(processor, record: dict, root: Path, *, add_generation_prom
     return dict(processor(text=[text], images=pictures or None, return_tensors="pt", **arguments))
 
 
+def read_samples(path, renderer, kind: str) -> list:
+    """All samples of a file, rendered, in its order."""
+    from megavlm.sources.blend import open_file
+
+    file = open_file(path)
+    records = [(index, *file.read(index)) for index in range(len(file))]
+    return [renderer.encode(r, find, file.source(i), kind=kind, index=i) for i, r, find in records]
+
+
 def _split(content: str) -> list[str]:
     import re
 

@@ -29,8 +29,6 @@ from megavlm.checkpoint.load_weights import load_weights
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.row import Annotations, Row
-from megavlm.data.shards import ShardFolder
-from megavlm.data.sources import Source
 from megavlm.data.worker_processes import rows_from_workers
 from megavlm.media.files import File
 from megavlm.model.language import LanguageModel
@@ -40,6 +38,8 @@ from megavlm.runtime.eval_rows import EvalRows
 from megavlm.runtime.feed import MicroBatch
 from megavlm.runtime.forward import forward_only
 from megavlm.runtime.session import Session
+from megavlm.sources.blend import Source
+from megavlm.sources.shards import ShardFolder
 
 FILE_NAME = "reference.safetensors"
 _SAVED_EVERY = 60.0  # seconds between two partial files

@@ -14,10 +14,10 @@ from megavlm.data.draft import Draft, DraftError
 from megavlm.data.fatal_samples import FatalSamples
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
-from megavlm.data.sources import Source
 from megavlm.data.worker_processes import WorkerRows
 from megavlm.media.files import File
 from megavlm.records.records import Kind
+from megavlm.sources.blend import Source
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megavlm.convert.hf_shapes import is_hf_folder
-from megavlm.data.sources import SampleFile
 from megavlm.media.files import File
+from megavlm.sources.blend import SampleFile
 
 _ENDS = 1 << 20  # bytes that are read at either end of a file
 

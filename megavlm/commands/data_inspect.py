@@ -24,7 +24,6 @@ from megavlm.convert.new_output import new_folder
 from megavlm.data.draft import Draft
 from megavlm.data.renderer import Renderer
 from megavlm.data.rows import RowDataset
-from megavlm.data.sources import evenly, open_sources
 from megavlm.records.records import Kind
 from megavlm.records.remarks import told
 from megavlm.records.skipped_samples import SkippedSample
@@ -39,6 +38,7 @@ from megavlm.report.inspect_stats import (
     decimal,
     pack_rows,
 )
+from megavlm.sources.blend import evenly, open_sources
 
 DEFAULT_OUT = Path("data-inspect")
 PAGE, SUMMARY = "index.html", "summary.json"

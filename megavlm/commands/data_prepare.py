@@ -11,12 +11,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megavlm.base.errors import UserError
 from megavlm.config.data_sections import check_media_protocols
-from megavlm.data.shards import ShardFolder
 from megavlm.media.access import MediaAccess
 from megavlm.media.files import is_url
 from megavlm.prepare.index_shards import find_shards
 from megavlm.prepare.shard_folder import SKIPPED, Unusable, check_samples, convert, prepare
 from megavlm.records.skipped_samples import causes
+from megavlm.sources.shards import ShardFolder
 
 DEFAULT_SIZE = "500MB"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}

@@ -10,9 +10,9 @@ from megavlm.config.settings import Settings
 from megavlm.data.answer_groups import likely_kind
 from megavlm.data.renderer import Renderer
 from megavlm.data.rows import RowDataset
-from megavlm.data.sources import Source
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import SkippedSample, causes, excess
+from megavlm.sources.blend import Source
 
 _OF_KTO = ("desirable_weight", "undesirable_weight")
 

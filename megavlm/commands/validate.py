@@ -25,13 +25,13 @@ from megavlm.data.draft import Draft
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
 from megavlm.data.rows import RowDataset
-from megavlm.data.sources import evenly, open_sources
 from megavlm.model.flops import active_decoder_weights
 from megavlm.model.shapes import Shapes
 from megavlm.records.remarks import told
 from megavlm.records.skipped_samples import SkippedSample, causes
 from megavlm.runtime.adapter_start import with_stored_adapter
 from megavlm.runtime.session import check_shapes
+from megavlm.sources.blend import evenly, open_sources
 
 if TYPE_CHECKING:
     from megavlm.plan.dry_run import Held

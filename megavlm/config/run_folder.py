@@ -31,6 +31,11 @@ RUN_FILES = (
     "report.html",
     "wandb",
     "stacks",
+    *(
+        f"{name}{end}"
+        for name in ("answers", "scores")
+        for end in (".jsonl", ".json", "_errors.jsonl", ".jsonl.partial")
+    ),
     ".alive",
     "reference.safetensors.partial",
 )

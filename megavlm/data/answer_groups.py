@@ -6,13 +6,13 @@ from megavlm.base.errors import UserError
 from megavlm.data.draft import Draft
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Annotations
-from megavlm.data.sources import SampleFile
 from megavlm.records.forms import form_of
 from megavlm.records.preference import split_judgement, split_pair, with_answer_of
 from megavlm.records.records import FIELDS, Kind
 from megavlm.records.remarks import REPEATED_PROMPT
 from megavlm.records.repeated_prompt import without_repeated_prompt
 from megavlm.records.values import check_values
+from megavlm.sources.blend import SampleFile
 
 
 def likely_kind(file: SampleFile, otherwise: Kind) -> Kind:

@@ -10,12 +10,12 @@ from torch.utils.data import IterableDataset
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Sample
 from megavlm.data.shared_memory import received, sent
-from megavlm.data.sources import SampleFile
 from megavlm.data.worker_processes import in_workers
 from megavlm.media.files import File
 from megavlm.records.questions import question_of, reference_of
 from megavlm.records.records import Kind, check_record
 from megavlm.records.skipped_samples import SkippedSample
+from megavlm.sources.blend import SampleFile
 
 
 @dataclass(kw_only=True)

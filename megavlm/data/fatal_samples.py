@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megavlm.base.errors import UserError
 from megavlm.data.current_sample import PIXELS, RECORD, Notes, Reading
-from megavlm.data.sources import Source
+from megavlm.sources.blend import Source
 
 FOLDER = "fatal_samples"  # within the output folder
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)

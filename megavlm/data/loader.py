@@ -13,10 +13,10 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.rows import RowDataset
 from megavlm.data.sample_order import reshard
-from megavlm.data.sources import Source, open_sources
 from megavlm.data.worker_processes import rows_from_workers
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import SkippedSample
+from megavlm.sources.blend import Source, open_sources
 
 _BLEND = "data.train and data.replay"
 _MOST_AHEAD = 16  # maximum rows that a worker prepares in advance; rows are large because they contain pixels

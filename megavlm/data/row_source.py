@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from megavlm.data.row import Row
-from megavlm.data.sources import Source
+from megavlm.sources.blend import Source
 
 
 class RowSource(Protocol):

@@ -15,10 +15,10 @@ from megavlm.data.processor import limits_of
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.sample_order import SampleOrder
-from megavlm.data.sources import Source
 from megavlm.data.worker_processes import WorkerRows
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import TOO_LONG, SkippedSample, UnfitSample
+from megavlm.sources.blend import Source
 
 _MOST_SKIPPED = 1000  # after this many consecutive skipped samples, a source is considered unusable
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.base.errors import UserError
-from megavlm.data.shards import INDEX, INFO
 from megavlm.prepare import energon_process
+from megavlm.sources.shards import INDEX, INFO
 
 _BLOCK = 512  # block size of a tar file in bytes; a block of zeros marks the end of the archive
 

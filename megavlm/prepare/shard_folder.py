@@ -8,13 +8,13 @@ from typing import NamedTuple, Protocol
 
 from megavlm.base.atomic_files import new_folder
 from megavlm.base.errors import UserError
-from megavlm.data.jsonl import JsonlFile
-from megavlm.data.shards import ShardFolder
-from megavlm.data.sources import evenly
 from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.prepare.index_shards import find_shards, index_shards, is_up_to_date
 from megavlm.prepare.write_shards import ShardWriter, fault_of, load_ahead
 from megavlm.records.skipped_samples import SkippedSample, causes
+from megavlm.sources.blend import evenly
+from megavlm.sources.jsonl import JsonlFile
+from megavlm.sources.shards import ShardFolder
 
 SKIPPED = "skipped.jsonl"
 _LOOKED_AT = 100  # samples of a folder of shards that are looked at

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megavlm.base.errors import UserError
-from megavlm.data.sources import SampleFile
 from megavlm.media.files import File, Find
 from megavlm.media.pictures import Picture
 from megavlm.media.videos import Video
 from megavlm.records.records import rename_media
 from megavlm.records.skipped_samples import SkippedSample
 from megavlm.records.usable import check_usable
+from megavlm.sources.blend import SampleFile
 
 _THREADS = 16  # number of threads that read ahead, to hide the latency of network storage
 _READ_AHEAD = 1 << 24  # bytes of one sample's media that are read ahead; the rest is read while it is written

@@ -12,8 +12,8 @@ from megavlm.data.packing import first_fill, next_fill, take_row
 from megavlm.data.processor import Clip, Still
 from megavlm.data.renderer import Renderer
 from megavlm.data.sample_order import SampleOrder
-from megavlm.data.sources import Source
 from megavlm.records.skipped_samples import BROKEN, NO_TARGET, TOO_LONG, SkippedSample
+from megavlm.sources.blend import Source
 
 PERCENTILES = (1, 25, 50, 75, 99)
 KINDS = (BROKEN, TOO_LONG, NO_TARGET)

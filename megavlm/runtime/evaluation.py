@@ -8,12 +8,12 @@ from megavlm.config.requirements import required
 from megavlm.data.eval_samples import EvalSamples, meaningless_sample
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row, Sample
-from megavlm.data.sources import SampleFile, media_access, open_file
 from megavlm.runtime.eval_rows import EvalRows, note_settings
 from megavlm.runtime.feed import Window
 from megavlm.runtime.results import Results
 from megavlm.runtime.session import Session
 from megavlm.runtime.weights import Weights
+from megavlm.sources.blend import SampleFile, media_access, open_file
 
 # Settings of the data section on which results depend, beside the limits of pictures and videos.
 _DATA = {"eval", "seq_length", "packing", "pad_multiple", "too_long", "append_eos"}

@@ -10,7 +10,7 @@ import pytest
 from megavlm.align import reference_rows
 from megavlm.align.reference_rows import AllAnswers, AnswerData, Progress
 from megavlm.data.fatal_samples import FatalSamples
-from megavlm.data.sources import Source
+from megavlm.sources.blend import Source
 
 
 class File:

@@ -19,9 +19,9 @@ from megavlm.config.settings import DataSettings, Settings
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
-from megavlm.data.sources import evenly
 from megavlm.demo.model_folder import make_model_folder
 from megavlm.report.inspect_cards import level_of
+from megavlm.sources.blend import evenly
 
 VOID = {"meta", "img", "br", "rect", "path"}  # the last two close themselves in SVG
 

@@ -24,11 +24,11 @@ from PIL import Image
 from megavlm.base.errors import UserError
 from megavlm.cli.main import main
 from megavlm.commands.data_prepare import parse_size
-from megavlm.data.jsonl import JsonlFile
-from megavlm.data.shards import ShardFolder
 from megavlm.prepare import energon_process, index_shards
 from megavlm.prepare.index_shards import find_shards, is_up_to_date
 from megavlm.prepare.shard_folder import convert
+from megavlm.sources.jsonl import JsonlFile
+from megavlm.sources.shards import ShardFolder
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ from megavlm.cli.main import main
 from megavlm.commands import validate
 from megavlm.commands.usable_data import intended
 from megavlm.config.settings import Settings
-from megavlm.data.jsonl import JsonlFile
-from megavlm.data.sources import Source
+from megavlm.sources.blend import Source
+from megavlm.sources.jsonl import JsonlFile
 
 TALK = {"messages": [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Two."}]}
 PAIR = {"prompt": "Two?", "chosen": "Two.", "rejected": "Three."}

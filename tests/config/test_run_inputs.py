@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from megavlm.base.errors import UserError
-from megavlm.config.run_folder import check_output, prepare_output
+from megavlm.config.run_folder import check_output, prepare_output, record_changes
 from megavlm.config.run_inputs import note_inputs
 from megavlm.config.settings import Settings
 
@@ -45,15 +45,24 @@ def settings(tmp_path):
     return settings
 
 
-def test_a_run_continues_with_its_data_and_model_at_another_path(settings, inputs, tmp_path):
+@pytest.fixture
+def begin(settings, inputs, tmp_path):
+    """Starts the run, notes its inputs, and leaves a checkpoint."""
     prepare_output(settings(inputs))
     assert note_inputs(settings(inputs), tmp_path / "run") == []
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+
+
+def test_a_run_continues_with_its_data_and_model_at_another_path(settings, inputs, begin, tmp_path):
     for name in ("moved", "moved again"):
         inputs = inputs.rename(tmp_path / name)
         (inputs / "start" / "report.html").write_text("another report")
         assert check_output(settings(inputs)) == "resume"
-        assert prepare_output(settings(inputs)) is True
+        start = prepare_output(settings(inputs))
+        assert start.action == "resume"
         assert note_inputs(settings(inputs), tmp_path / "run") == []
+        record_changes(start, 1)
+        assert not (tmp_path / "run" / "changes.jsonl").exists()
     with pytest.raises(UserError, match=r"train\.lr"):
         check_output(settings(inputs, train={"lr": 0.5}))
 
@@ -61,27 +70,23 @@ def test_a_run_continues_with_its_data_and_model_at_another_path(settings, input
 @pytest.mark.parametrize(
     ("file", "key"),
     [
-        ("a.jsonl", "data.train"),
-        ("b.jsonl", "data.train"),
-        ("c.jsonl", "data.replay.sources"),
+        ("a.jsonl", "data.train[0].path"),
+        ("b.jsonl", "data.train[1].sources[0].path"),
+        ("c.jsonl", "data.replay.sources[0].path"),
         ("hf/model.safetensors", "model.hf"),
         ("start/checkpoints/step_00000010/weights", "model.load"),
     ],
 )
-def test_other_content_at_another_path_is_another_run(settings, inputs, tmp_path, file, key):
-    prepare_output(settings(inputs))
-    note_inputs(settings(inputs), tmp_path / "run")
+def test_other_content_at_another_path_is_another_run(settings, inputs, begin, tmp_path, file, key):
     copy = shutil.copytree(inputs, tmp_path / "copy")
     (copy / file).write_text("other")
-    with pytest.raises(UserError, match="holds a run with other settings") as caught:
+    with pytest.raises(UserError, match="holds a run at step 1 with other settings") as caught:
         check_output(settings(copy))
     changed = [line.strip().partition(":")[0] for line in caught.value.message.splitlines()[1:]]
     assert changed == [key]
 
 
-def test_other_content_at_the_same_path_is_told_once(settings, inputs, tmp_path):
-    prepare_output(settings(inputs))
-    note_inputs(settings(inputs), tmp_path / "run")
+def test_other_content_at_the_same_path_is_told_once(settings, inputs, begin, tmp_path):
     (inputs / "b.jsonl").write_text("[3, 4]")
     assert check_output(settings(inputs)) == "resume"
     (told,) = note_inputs(settings(inputs), tmp_path / "run")
@@ -89,8 +94,8 @@ def test_other_content_at_the_same_path_is_told_once(settings, inputs, tmp_path)
     assert note_inputs(settings(inputs), tmp_path / "run") == []
 
 
-def test_a_run_of_an_earlier_version_without_notes_is_compared_by_its_paths(settings, inputs, tmp_path):
-    prepare_output(settings(inputs))
+def test_a_run_of_an_earlier_version_without_notes_is_compared_by_its_paths(settings, inputs, begin, tmp_path):
+    (tmp_path / "run" / "inputs.json").unlink()
     assert check_output(settings(inputs)) == "resume"
     with pytest.raises(UserError, match=r"model\.hf"):
         check_output(settings(inputs.rename(tmp_path / "moved")))

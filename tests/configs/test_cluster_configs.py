@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from megavlm.cli.main import main
 from megavlm.config import describe, yaml_files
 from megavlm.config.load import load_settings
-from megavlm.data.sources import open_sources
+from megavlm.sources.blend import open_sources
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]

@@ -4,11 +4,11 @@ import pytest
 
 from megavlm.base.errors import UserError
 from megavlm.data.answer_groups import draft_unit
-from megavlm.data.jsonl import JsonlFile
 from megavlm.data.row import IGNORE, Annotations
 from megavlm.records.records import rename_media
 from megavlm.records.remarks import REPEATED_PROMPT
 from megavlm.records.skipped_samples import UnfitSample
+from megavlm.sources.jsonl import JsonlFile
 
 PAIR = {"prompt": "<image>What is this?", "chosen": "A woman.", "rejected": "A dog, perhaps.", "images": ["large.jpg"]}
 JUDGED = {"prompt": "<image>What is this?", "completion": "A woman.", "label": True, "images": ["large.jpg"]}

@@ -9,12 +9,12 @@ from itertools import islice
 import psutil
 import pytest
 import torch
+from toy import read_samples
 
 from megavlm.base.errors import UserError
 from megavlm.config.settings import DataSettings
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
-from megavlm.data.sources import read_samples
 from megavlm.records.skipped_samples import TOO_LONG, UnfitSample
 
 

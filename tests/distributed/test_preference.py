@@ -194,12 +194,12 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out)
     from megavlm.config.settings import Settings
     from megavlm.convert import SHARDED_METADATA
     from megavlm.data.answer_groups import draft_unit
-    from megavlm.data.jsonl import JsonlFile
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
+    from megavlm.sources.jsonl import JsonlFile
     from megavlm.training.step import Step
 
     settings = Settings(**settings)
@@ -295,8 +295,8 @@ def test_a_step_is_that_of_plain_pytorch(layout, name, toys, files, expectations
 def test_a_pair_shares_its_pictures(toys, files):
     from megavlm.config.settings import DataSettings
     from megavlm.data.answer_groups import draft_unit
-    from megavlm.data.jsonl import JsonlFile
     from megavlm.data.renderer import Renderer
+    from megavlm.sources.jsonl import JsonlFile
 
     renderer = Renderer(toys.folder("dense"), DataSettings(seq_length=512))
     file = JsonlFile(files["pair"])

@@ -30,9 +30,10 @@ def run_score(settings: dict):
 
 def score_without(settings: dict, part: str | None) -> list[dict]:
     """Scores with one part of the model switched off."""
+    from toy import read_samples
+
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
-    from megavlm.data.sources import read_samples
     from megavlm.runtime.eval_rows import EvalRows
     from megavlm.runtime.forward import encode_window, logprobs_of
     from megavlm.runtime.scoring import fill_rows, sample_scores
@@ -52,7 +53,7 @@ def score_without(settings: dict, part: str | None) -> list[dict]:
         for layer in model.decoder.layers:
             layer.self_attention.q_layernorm = layer.self_attention.k_layernorm = torch.nn.Identity()
     renderer = Renderer(settings.model.hf, settings.data)
-    samples = read_samples(settings.data.eval, renderer, "tune")
+    samples = iter(read_samples(settings.data.eval, renderer, "tune"))
     rows = EvalRows(session, fill_rows(samples, renderer, settings.data), "scoring")
     scores = []
     for window, _ in rows:

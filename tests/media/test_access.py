@@ -12,14 +12,14 @@ import pytest
 from megavlm.base.errors import UserError
 from megavlm.cli.main import main
 from megavlm.config.settings import DataSettings
-from megavlm.data.jsonl import JsonlFile
 from megavlm.data.loader import build_loader
-from megavlm.data.shards import ShardFolder
-from megavlm.data.sources import media_access, open_file
 from megavlm.media.access import MediaAccess, is_public
 from megavlm.media.files import File
 from megavlm.media.pictures import Picture, find_picture
 from megavlm.media.videos import Video
+from megavlm.sources.blend import media_access, open_file
+from megavlm.sources.jsonl import JsonlFile
+from megavlm.sources.shards import ShardFolder
 
 
 @pytest.fixture

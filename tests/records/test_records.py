@@ -8,10 +8,10 @@ from hf_reference import talk
 
 from megavlm.base.errors import UserError
 from megavlm.commands.infer import _record
-from megavlm.data.jsonl import JsonlFile
 from megavlm.records.marks import without_marks
 from megavlm.records.records import check_record, rename_media
 from megavlm.records.remarks import LITERAL_MARK
+from megavlm.sources.jsonl import JsonlFile
 
 
 def text(renderer, draft):

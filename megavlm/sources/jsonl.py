@@ -7,9 +7,9 @@ from typing import Any
 
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import shortened
-from megavlm.data.line_index import line_spans
 from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.media.files import File, Find, is_folder
+from megavlm.sources.line_index import line_spans
 
 
 class JsonlFile:

@@ -1,20 +1,16 @@
 """The data sources of a run: files and folders of samples, and the share of each in the blend."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from megavlm.base.errors import UserError
 from megavlm.config.data_sections import DataSettings
-from megavlm.data.jsonl import JsonlFile
-from megavlm.data.renderer import Renderer
-from megavlm.data.row import Sample
-from megavlm.data.shards import ShardFolder
 from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.media.files import Find, is_folder
-from megavlm.records.records import Kind
+from megavlm.sources.jsonl import JsonlFile
+from megavlm.sources.shards import ShardFolder
 
 
 class SampleFile(Protocol):
@@ -99,22 +95,3 @@ def evenly(count: int, most: int) -> list[int]:
     """Up to `most` evenly spaced numbers from 0 to `count` - 1: the middles of as many intervals of equal length."""
     chosen = min(count, most)
     return [(2 * place + 1) * count // (2 * chosen) for place in range(chosen)]
-
-
-def read_samples(
-    path: str | Path,
-    renderer: Renderer,
-    kind: Kind,
-    *,
-    access: MediaAccess = ANY_LOCAL_FILE,
-    rank: int = 0,
-    num_ranks: int = 1,
-) -> Iterator[Sample]:
-    """Render the samples of a file one by one, in file order: those with index `rank`, `rank + num_ranks`, ….
-
-    Raises UserError with file and line at the first sample that cannot be used.
-    """
-    file = open_file(path, access)
-    for index in range(rank, len(file), num_ranks):
-        record, find = file.read(index)
-        yield renderer.encode(record, find, file.source(index), kind=kind, index=index)

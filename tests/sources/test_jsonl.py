@@ -1,4 +1,4 @@
-"""Random access to lines, and samples in file order."""
+"""Random access to the lines of a file."""
 
 import json
 import random
@@ -10,9 +10,8 @@ import pytest
 
 from megavlm.base import heartbeat
 from megavlm.base.errors import UserError
-from megavlm.data import line_index
-from megavlm.data.jsonl import JsonlFile
-from megavlm.data.sources import read_samples
+from megavlm.sources import line_index
+from megavlm.sources.jsonl import JsonlFile
 
 
 def lines(tmp_path, content: bytes) -> JsonlFile:
@@ -49,18 +48,6 @@ def test_line_that_does_not_parse(tmp_path, line):
     with pytest.raises(UserError, match=r"data\.jsonl:2: not valid JSON"):
         file.read(1)
     assert file.read(2)[0] == {}
-
-
-def test_samples_in_file_order(tmp_path, renderer):
-    texts = ["one", "two", "three", "four", "five"]
-    file = lines(tmp_path, "\n".join(json.dumps({"text": text}) for text in texts).encode())
-    samples = list(read_samples(file.path, renderer, "pretrain"))
-    assert [renderer.tokenizer.decode(sample.input_ids) for sample in samples] == [
-        f"{text}<|endoftext|>" for text in texts
-    ]
-    assert [sample.index for sample in samples] == [0, 1, 2, 3, 4]
-    mine = list(read_samples(file.path, renderer, "pretrain", rank=1, num_ranks=2))
-    assert [(sample.index, sample.source) for sample in mine] == [(1, f"{file.path}:2"), (3, f"{file.path}:4")]
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Sources of samples: JSONL files and folders of shards with random access, and their blend."""
