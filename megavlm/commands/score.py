@@ -18,8 +18,8 @@ from megavlm.runtime.weights import choose, tell
 def main(settings: Settings, reward: bool = False) -> int:
     """Writes ``scores.jsonl`` for ``data.eval`` in file order.
 
-    A line has ``index``, ``sample``, ``question``, ``media``, ``reference`` (see ``EvalSamples``), and ``logprobs``,
-    ``sum``, ``tokens`` or ``score``. What was loaded is in ``scores.json``.
+    A line has ``index``, ``sample``, ``question``, ``media``, ``reference``, for an answer of a pair also ``side``
+    (see ``EvalSamples``), and ``logprobs``, ``sum``, ``tokens`` or ``score``. What was loaded is in ``scores.json``.
 
     Args:
         settings: the settings of the run.
@@ -55,9 +55,20 @@ def main(settings: Settings, reward: bool = False) -> int:
     scores, skipped = evaluation.run("scoring", lambda samples: fill_rows(samples, renderer, data), compute)
     if session.is_first:
         if reward:
-            summary = f"mean score {sum(score['score'] for score in scores) / len(scores):.4f}"
+            summary = f"mean score {sum(score['score'] for score in scores) / len(scores):.4f}{_won(scores)}"
         else:
             mean = sum(score["sum"] for score in scores) / max(1, sum(score["tokens"] for score in scores))
             summary = f"mean log-probability {mean:.4f}"
         print(" · ".join(filter(None, (f"{len(scores)} samples", summary, skipped, str(evaluation.path)))))
     return 0
+
+
+def _won(scores: list[dict]) -> str:
+    """How many chosen answers have a higher score than the rejected ones of their pairs, if there are pairs."""
+    sides = [
+        {line["index"]: line["score"] for line in scores if line.get("side") == side} for side in ("chosen", "rejected")
+    ]
+    if not sides[0]:
+        return ""
+    won = sum(score > sides[1][index] for index, score in sides[0].items())
+    return f" · the chosen answer has the higher score in {won} of {len(sides[0])} pairs ({won / len(sides[0]):.1%})"

@@ -60,6 +60,17 @@ def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> 
     return draft
 
 
+def separate_answers(record: Any, source: str) -> list[tuple[str | None, Any]]:
+    """The answers of a record by their side: ("chosen", …) and ("rejected", …) of a pair, or (None, the record itself).
+
+    Raises UserError if the record is a pair that cannot be used.
+    """
+    if form_of(record) != "pair":
+        return [(None, record)]
+    chosen, rejected, _ = split_pair(_plain(record, "pair", source)[0], source)
+    return [("chosen", chosen), ("rejected", rejected)]
+
+
 def _plain(record: Any, kind: Kind, source: str) -> tuple[Any, bool]:
     """The record without the prompt in its answers, and whether they had it."""
     answers = ("chosen", "rejected") if kind == "pair" else ("completion",)

@@ -101,7 +101,7 @@ class Evaluation:
             if samples is None:
                 self._results.take([], [])
                 continue
-            done = [{"index": (i := line.pop("index")), **samples.about.pop(i), **line} for line in found if real]
+            done = [{**samples.about.pop(line.pop("index")), **line} for line in found if real]
             self._results.take(done, samples.take_skipped())
         self._results.take([], samples.take_skipped() if samples is not None else [])
         return self._results.publish(str(session.settings.data.eval))

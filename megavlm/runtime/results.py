@@ -14,9 +14,9 @@ from typing import Any
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
-from megavlm.data.eval_samples import SkippedEvalSample
 from megavlm.monitor.metrics import append_lines
 from megavlm.platform.collectives import gather_objects, on_first_rank
+from megavlm.records.skipped_samples import SkippedSample
 from megavlm.runtime.session import Session
 
 _TOLD = 3  # samples that could not be used and are shown on the terminal
@@ -47,11 +47,11 @@ class Results:
         host = session.groups.world_host
         self.done: set[int] = on_first_rank(lambda: self._open(json.loads(json.dumps(identity()))), host)
 
-    def take(self, found: list[dict[str, Any]], skipped: Sequence[SkippedEvalSample]) -> None:
+    def take(self, found: list[dict[str, Any]], skipped: Sequence[SkippedSample]) -> None:
         """Writes the results of all ranks. Call it on all ranks, those without results pass empty lists.
 
         Args:
-            found: each with ``index``.
+            found: each with ``index``; the two answers of a pair also with ``side``.
             skipped: samples that could not be used.
         """
         mine = [*found, *({"index": s.index, "sample": s.sample, "kind": s.kind, "cause": s.cause} for s in skipped)]
@@ -87,7 +87,7 @@ class Results:
             before = kept.pop(0)
             changed = {key: (before.get(key), now) for key, now in identity.items() if before.get(key) != now}
             if not changed:
-                self._lines = kept
+                self._lines = self._whole(kept)
                 print(f"continuing {self._partial}: {len(kept)} samples are done", flush=True)
             elif not self._session.settings.overwrite:
                 listed = "".join(f"\n  {key}: {old} there, {now} now" for key, (old, now) in changed.items())
@@ -98,6 +98,11 @@ class Results:
         begin = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (identity, *self._lines))
         write_text(self._partial, begin)
         return {line["index"] for line in self._lines}
+
+    def _whole(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The lines without those of pairs of which one answer is missing: both are read again."""
+        sides = Counter(line["index"] for line in lines if "side" in line)
+        return [line for line in lines if sides.get(line["index"], 2) == 2]
 
     def _read(self) -> list[dict[str, Any]]:
         """The lines of an interrupted start, without one that it had not written completely."""
@@ -121,7 +126,7 @@ class Results:
                 print(f"further skipped samples are listed only in {self._errors}", flush=True)
 
     def _sorted(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        lines = sorted(self._lines, key=lambda line: line["index"])
+        lines = sorted(self._lines, key=lambda line: (line["index"], line.get("side") == "rejected"))
         return [line for line in lines if "cause" not in line], [line for line in lines if "cause" in line]
 
     def _publish(self, what: str) -> None:

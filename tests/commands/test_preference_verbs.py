@@ -169,7 +169,7 @@ def test_settings_that_would_be_ignored(verb, changed, message):
 
 
 def test_a_reward_model_scores_what_is_chosen_higher(toys, pairs, config, tmp_path):
-    """Trained, used from its checkpoint on two ranks, exported, converted back, used again: the same scores."""
+    """Trained, used from its checkpoint on two ranks, exported, converted back, used on pairs: the same scores."""
     data = f"data.train={write_records(toys.root / 'pairs.jsonl', pairs)}"
     megavlm("rm", config, data, "train.lr=1e-3", "train.steps=12", "parallel.tensor=2", "--nproc", 2)
     lines = metrics_of(tmp_path / "run")
@@ -195,6 +195,14 @@ def test_a_reward_model_scores_what_is_chosen_higher(toys, pairs, config, tmp_pa
     assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
     megavlm("export", config, f"model.load={tmp_path / 'run'}", "--out", tmp_path / "hf")
     hf_to_mcore(tmp_path / "hf", tmp_path / "back", progress=False)
-    assert scores(tmp_path / "back", "back") == one
+    # the pairs as they are: both answers of each
+    held_out, output = f"data.eval={toys.root / 'pairs.jsonl'}", f"output={tmp_path / 'back-pairs'}"
+    done = megavlm("score", config, f"model.load={tmp_path / 'back'}", held_out, output, "--reward")
+    found = [json.loads(line) for line in (tmp_path / "back-pairs" / "scores.jsonl").read_text().splitlines()]
+    assert [(line["index"], line["side"]) for line in found] == [
+        (i, s) for i in range(8) for s in ("chosen", "rejected")
+    ]
+    assert [line["score"] for line in found] == pytest.approx(one, rel=1e-5, abs=1e-6)
+    assert "the chosen answer has the higher score in 8 of 8 pairs (100.0%)" in " ".join(done.stdout.split())
     done = megavlm("score", config, held, f"output={tmp_path / 'none'}", "--reward", status=2)
     assert "has no reward head" in done.stderr
