@@ -99,7 +99,8 @@ class RunMonitor:
     def tell_samples(self) -> None:
         """Says at the end how often the run has passed over each source, and which share of it was skipped."""
         for name, passes in self._samples.epochs.items():
-            self.say(f"{name}: {passes:.3g} passes over {self._samples.sizes[name]:,} samples")
+            size = self._samples.sizes[name]
+            self.say(f"{name}: {passes:.3g} passes over {size:,} sample{'s' * (size != 1)}")
         for text in self._errors.shares():
             self.say(text)
 

@@ -172,6 +172,9 @@ def test_the_table_holds(verb, interrupted, continued, commands, arguments, stra
     else:
         start(overrides)
 
+    if kept:
+        assert f"continued after step {kept}" in log.read_text()
+
     reference: tuple[str, ...] = () if overrides in ((), ("overwrite=true",)) or expected != SAME else overrides
     if continued == "more `train.steps`" and how.kept is not None:
         reference = (*overrides, f"train.schedule_steps={STEPS}")
