@@ -123,7 +123,7 @@ def test_verbs_that_build_a_model(place, verb, file, fault):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_files_of_an_earlier_start(place, capfd, fault):
     """config.yaml, which is looked at before a process starts."""
-    (place / "run").mkdir()
+    (place / "run/checkpoints/step_00000001").mkdir(parents=True)  # without one, the run begins again
     (place / "run/config.yaml").write_text("model: {hf: hf}\n")
     with spoiled(place / "run/config.yaml", fault):
         check_words(*run_here(capfd, *arguments_of("sft")), "run")

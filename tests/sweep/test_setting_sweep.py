@@ -48,7 +48,8 @@ UNLIMITED = {
         "as much work as was asked for",
     ),
     **dict.fromkeys(
-        ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "log.every", "train.galore_update_every"),
+        ("checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every", "log.every",
+         "train.galore_update_every"),
         "never, or always",
     ),
     **dict.fromkeys(
