@@ -102,17 +102,17 @@ def _check_data(settings: Settings, verb: str | None, console: Console) -> None:
     """Shows what the first samples of each source are like. Raises UserError if too many samples cannot be used."""
     sources = open_sources(settings.data)
     meant = intended(settings, sources, verb)
-    console.print(f"data for {meant.told}")
+    console.print(f"data for {meant.told}", soft_wrap=True)
     renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
     dataset = drafts_of(sources, renderer, meant.kind, settings)
     refused = []
     for number in range(len(sources)):
         line, skipped, error = _first_samples(dataset, number, renderer, meant.verb, settings.data.skip_limits)
-        console.print(line)
+        console.print(line, soft_wrap=True)
         if error is not None:
             refused.append(error)
         elif skipped:
-            console.print("\n".join(causes(skipped)), style="yellow", markup=False)
+            console.print("\n".join(causes(skipped)), style="yellow", markup=False, soft_wrap=True)
     if refused:
         raise UserError("\n".join(error.message for error in refused), refused[0].remedy)
 

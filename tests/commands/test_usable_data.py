@@ -131,6 +131,6 @@ def test_a_verb_that_is_named_refuses_what_it_would_ignore(run, model_folder):
     assert "--dry-run rm and --for dpo are two verbs" in error
     status, _, error = run("validate", [TALK], "--for", "sft")
     assert status == 2
-    assert "sft needs output" in error
+    assert "sft needs these settings: model.load (" in error
     with pytest.raises(UserError, match=r"align\.loss is not used by kto"):
         validate.main(Settings(model={"hf": model_folder}, align={"loss": "ipo"}), verb="kto")
