@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "adapters",
         "convert",
         "data",
+        "records",
         "sources",
         "model",
         "platform",

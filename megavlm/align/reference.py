@@ -23,7 +23,7 @@ from megavlm.align.reference_rows import AllAnswers, AnswerData, Progress, unimp
 from megavlm.align.sequences import answer_logprobs
 from megavlm.base.atomic_files import atomic_open
 from megavlm.base.errors import UserError
-from megavlm.checkpoint.fingerprint import digest_of, digest_of_folders
+from megavlm.checkpoint.fingerprint import digest_of, digest_of_folders, digest_of_paths
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.checkpoint.load_weights import load_weights
 from megavlm.config.requirements import required
@@ -229,7 +229,7 @@ def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:
     return {
         "kind": kind,
         "model": digest_of_folders(*folders),
-        "processor": digest_of([File(str(p)) for p in sorted(settings.model.hf.glob("*.json*"))]),
+        "processor": digest_of_paths(settings.model.hf.glob("*.json*")),
         "data": [
             [source.name, len(source.file), digest_of([File(path) for path in paths])]
             for source, paths in zip(sources, files, strict=True)

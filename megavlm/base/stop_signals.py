@@ -17,7 +17,7 @@ _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # A launcher passes a signal on to processes that have received it already, so that it arrives twice within moments.
 _ECHO_SECONDS = 1.0
 _NAMES = {signal.SIGINT: "Ctrl-C"}
-BEFORE_THE_FIRST_STEP = "ended by {} before the first step of this start; nothing was saved"
+BEFORE_THE_FIRST_STEP = "ended by {} before the first step of this start; no checkpoint was written"
 AT_ONCE = "ended by a second {}; the steps since the newest checkpoint are lost"
 
 

@@ -21,6 +21,11 @@ def digest_of(files: Iterable[File]) -> str:
     return found.hexdigest()[:32]
 
 
+def digest_of_paths(paths: Iterable[Path]) -> str:
+    """Returns ``digest_of`` local files, in the order of their names."""
+    return digest_of(File(str(path)) for path in sorted(paths))
+
+
 def digest_of_folders(*folders: Path) -> str:
     """Returns ``digest_of`` the weights in Hugging Face folders and all files in other folders."""
     paths = [

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megavlm.base.errors import UserError
-from megavlm.base.heartbeat import while_bytes_flow
+from megavlm.base.heartbeat import beat, while_bytes_flow
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.config.sections import ModelSettings
 from megavlm.convert import SHARDED_METADATA, vocabulary
@@ -38,6 +38,8 @@ def has_score_head(path: Path) -> bool:
 
 def start_words(model: ModelSettings) -> str:
     """What a command starts from, for people: "random weights", "Hugging Face folder X" or "checkpoint X"."""
+    if model.load is None:
+        return "nothing: training needs model.load"
     if model.start is None:
         return "random weights"
     if is_hf_folder(model.start):
@@ -128,6 +130,7 @@ def _copy_shares(source: HfSource, vlm: VLM, shards: dict) -> None:
         assert shard.data.untyped_storage().data_ptr() in parameters, f"{shard.key} is a copy of the parameter"
         whole = shard.data.detach()[(None,) * shard.prepend_axis_num]  # an expert is a box of the stacked experts
         source.copy_box(shard.key, shard.global_offset, whole)
+        beat(f"loading {shard.key}")
 
     in_threads(copy, list(nested_values(shards)))
 

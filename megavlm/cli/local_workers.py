@@ -26,17 +26,18 @@ FORWARDED = (signal.SIGTERM, signal.SIGUSR1)  # other signals are passed on to t
 _LOG_LINES = 40
 
 
-def run(arguments: Sequence[str], nproc: int, *, reads_terminal: bool = False) -> int:
+def run(arguments: Sequence[str], nproc: int, *, reads_terminal: bool = False, trains: bool = False) -> int:
     """Runs `megavlm ARGUMENTS` in `nproc` processes and waits for them.
 
     The first of SIGTERM, SIGUSR1, SIGHUP and Ctrl-C is forwarded to the workers as a request to stop; a second Ctrl-C
-    or SIGTERM ends them. With ``reads_terminal``, rank 0 has the standard input of this process.
+    or SIGTERM ends them. With ``reads_terminal``, rank 0 has the standard input of this process. ``trains`` says that
+    the workers finish their step before they stop.
 
     Returns:
         0 if all workers succeed; 2 if settings or data are invalid (one message is printed); 128 and the number of the
         signal if one ended the workers; otherwise 1.
     """
-    with tempfile.TemporaryDirectory(prefix="megavlm-") as name, _stop_signals() as stop:
+    with tempfile.TemporaryDirectory(prefix="megavlm-") as name, _stop_signals(trains) as stop:
         folder = Path(name)
         port = _free_port()
         stdin = [None if reads_terminal else subprocess.DEVNULL, *[subprocess.DEVNULL] * (nproc - 1)]
@@ -55,7 +56,8 @@ def is_worker() -> bool:
 class _Stop:
     """The signals received: the one to forward, and whether to end at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, trains: bool) -> None:
+        self.trains = trains
         self.requests = stop_signals.Requests(echo_seconds=0.1)
         self.pending: list[int] = []
         self.now: int | None = None
@@ -65,14 +67,14 @@ class _Stop:
         if meaning == "at once":
             self.now = number
         elif meaning == "first":
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and self.trains:
                 print("stopping after this step (press Ctrl-C again to stop at once)", file=sys.stderr)
             self.pending.append(number if number in FORWARDED else signal.SIGTERM)
 
 
 @contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    stop = _Stop()
+def _stop_signals(trains: bool) -> Iterator[_Stop]:
+    stop = _Stop(trains)
     before = {number: signal.signal(number, stop) for number in stop_signals.handled()}
     try:
         yield stop
@@ -112,7 +114,8 @@ def _wait(workers: list[subprocess.Popen], folder: Path, stop: _Stop) -> int:
             for worker in workers:
                 worker.send_signal(number)  # does nothing if the worker has ended
         if stop.now is not None:
-            failures.show(stop_signals.AT_ONCE.format(stop_signals.name_of(stop.now)))
+            words = stop_signals.AT_ONCE if stop.trains else "ended by {}"
+            failures.show(words.format(stop_signals.name_of(stop.now)))
             return stop_signals.status_of(stop.now)
         failure = failures.first(folder)
         codes = [worker.poll() for worker in workers]
@@ -135,7 +138,8 @@ def _vanished(rank: int, code: int, folder: Path, stop: _Stop) -> int:
         return code
     asked = stop.requests.first
     if asked is not None and (-code in FORWARDED or code - stop_signals.status_of(0) in FORWARDED):
-        failures.show(stop_signals.BEFORE_THE_FIRST_STEP.format(stop_signals.name_of(asked)))
+        words = stop_signals.BEFORE_THE_FIRST_STEP if stop.trains else "ended by {}"
+        failures.show(words.format(stop_signals.name_of(asked)))
         return stop_signals.status_of(asked)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     hint = "the kernel kills processes when the machine runs out of memory" if code == -signal.SIGKILL else None

@@ -109,7 +109,8 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
                 )
             _check(name, verb, settings, options, world_size or nproc or 1)
             if nproc and nproc > 1:
-                return local_workers.run(arguments, nproc, reads_terminal=verb.reads_terminal)
+                trains = name in METHODS
+                return local_workers.run(arguments, nproc, reads_terminal=verb.reads_terminal, trains=trains)
     module, _, function = verb.target.partition(":")
     quiet = True if local_workers.is_worker() else None  # the parent tells the user
     with stop_signals.watched(quiet=quiet) if name in METHODS else nullcontext():

@@ -6,6 +6,7 @@ from typing import Any
 
 from megavlm.base.errors import UserError
 from megavlm.config import yaml_files
+from megavlm.config.run_inputs import has_moved
 from megavlm.config.settings import Settings
 
 _RESULTS = ("answers*", "scores*")  # a folder with these alone and a config.yaml belongs to infer or score
@@ -64,7 +65,9 @@ def _start(given: Any, key: str, start: dict[str, Any], run: Path) -> Any:
     began = start.get(key)
     if given is None:
         return None if began is None else Path(began)
-    if began is not None and (str(given) == str(began) or Path(given).resolve() == Path(began).resolve()):
+    if began is not None and (
+        str(given) == str(began) or Path(given).resolve() == Path(began).resolve() or has_moved(began, given, run)
+    ):
         return given
     raise UserError(
         f"model.{key} is {given}, but output {run} holds a run, which this is neither a checkpoint nor the start of: "

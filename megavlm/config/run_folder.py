@@ -12,6 +12,7 @@ from typing import Any, Literal
 from megavlm.base import atomic_files
 from megavlm.base.errors import UserError
 from megavlm.config import changes, run_lock
+from megavlm.config.held_run import holds_run
 from megavlm.config.load import load_settings, resolved_yaml
 from megavlm.config.run_inputs import FILE, at_noted_paths
 from megavlm.config.settings import Settings
@@ -90,16 +91,19 @@ def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> St
     changes.check_change(options.change)
     if not folder.exists() or not any(_counts(path) for path in folder.iterdir()):
         return Start("new", new)
-    if options.restart and not _is_restarted_by_launcher():
-        return Start("replace", new)
-    if not (folder / "config.yaml").is_file():
+    replaced = Start("replace", new)
+    if not holds_run(folder):
         if settings.overwrite:
-            return Start("replace", new)
+            return _without_its_own_start(replaced)
         raise UserError(
             f"output {folder} is not empty and holds no run that could be continued", "choose another output"
         )
+    if options.restart and not _is_restarted_by_launcher():
+        return _without_its_own_start(replaced)
     if newest_step(folder) is None:
-        return Start("replace" if settings.overwrite else "again", new)
+        if not settings.overwrite or _is_restarted_by_launcher() or _is_same_run(folder, settings):
+            return Start("again", new)
+        return _without_its_own_start(replaced)
     try:
         before = load_settings(folder / "config.yaml")
     except UserError as error:
@@ -119,9 +123,10 @@ def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> St
         if not changes.is_allowed(key, options.change)
     }
     if not obstacles:
+        _check_schedule(after)
         return Start("resume", after, before, _all_changes(compared, here))
     if settings.overwrite:
-        return Start("replace", new)
+        return _without_its_own_start(replaced)
     remedy = _new_run(folder)
     if all(map(changes.is_changeable, obstacles)):
         remedy = f"to continue it with the new values: {changes.flags_for(obstacles)}; or {remedy}"
@@ -173,6 +178,41 @@ def record_changes(start: Start, step: int) -> None:
         with (_output(start.settings) / CHANGES_FILE).open("a", encoding="utf-8") as file:
             file.writelines(lines)
     _write_config(start)
+
+
+def _is_same_run(folder: Path, settings: Settings) -> bool:
+    """Whether a run without a checkpoint has the same settings, so that what it has prepared is of use."""
+    try:
+        before = load_settings(folder / "config.yaml")
+    except UserError:
+        return False
+    after = _with_schedule(settings, None)
+    return not changed_keys(_with_schedule(before, None), at_noted_paths(before, after, folder))
+
+
+def _without_its_own_start(start: Start) -> Start:
+    """The start, which would delete the files of an earlier run. Raises UserError if it needs some of them."""
+    settings = start.settings
+    folder = _output(settings).resolve()
+    needed = {"model.load": settings.model.load, "model.adapter": settings.model.adapter}
+    for key, path in {**needed, "align.reference": settings.align.reference}.items():
+        place = None if path is None else Path(path).resolve()
+        if place == folder or (place and any(place.is_relative_to(folder / name) for name in RUN_FILES)):
+            raise UserError(
+                f"{key} is {path}, which is in output {folder}, whose run would be deleted", "choose another output"
+            )
+    return start
+
+
+def _check_schedule(settings: Settings) -> None:
+    """Raises UserError if the schedule that a run has kept is too short for what is now asked for."""
+    train = settings.train
+    if train.schedule_steps is not None and train.warmup_steps > train.schedule_steps:
+        raise UserError(
+            f"train.warmup_steps is {train.warmup_steps}, but this run has a schedule of {train.schedule_steps} steps",
+            "lower warmup_steps, or give the schedule another length: train.schedule_steps=N "
+            "--change train.schedule_steps",
+        )
 
 
 def newest_step(folder: Path) -> int | None:

@@ -43,11 +43,10 @@ def at_noted_paths(before: Settings, now: Settings, output: Path) -> Settings:
         now: the settings of this start.
         output: the output folder.
     """
-    noted = _noted(output)
 
     def choose(old: Any, new: Any) -> Any:
-        known = None if old is None or new is None or old == new else noted.get(str(old))
-        return old if known is not None and known == _digest(str(new)) else new
+        is_other = old is not None and new is not None and old != new
+        return old if is_other and has_moved(old, new, output) else new
 
     def sources(old: list[DataSource], new: list[DataSource]) -> list[DataSource]:
         chosen = [
@@ -70,6 +69,12 @@ def at_noted_paths(before: Settings, now: Settings, output: Path) -> Settings:
             "data": data,
         }
     )
+
+
+def has_moved(old: str | Path, new: str | Path, output: Path) -> bool:
+    """Whether `new` has the content that the run in `output` has noted for its input `old`."""
+    known = _noted(output).get(str(old))
+    return known is not None and known == _digest(str(new))
 
 
 _MODEL = ("hf", "load", "adapter")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
+from megavlm.base.heartbeat import beat
 from megavlm.data.loader import RowLoader
 from megavlm.monitor.metrics import append_lines, drop_after, read_lines
 from megavlm.monitor.sample_counts import SampleCounts
@@ -162,6 +163,7 @@ class DataErrors:
 
     def _is_still_skipped(self, line: dict[str, Any]) -> bool:
         assert self._loader is not None
+        beat(f"reading {line['sample']} again")
         return self._loader.reread(self._names.index(line["source"]), line["index"]) is not None
 
     def _write(self, step: int, skipped_samples: list[SkippedSample]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from megavlm.checkpoint.fingerprint import describe_samples
+from megavlm.checkpoint.fingerprint import describe_samples, digest_of_paths
 from megavlm.config.requirements import required
 from megavlm.data.eval_samples import EvalSamples, meaningless_sample
 from megavlm.data.renderer import Renderer
@@ -58,6 +58,10 @@ class Evaluation:
             return {
                 "weights": f"{weights}, files {weights.digest()}",
                 "model.hf": str(settings.model.hf),
+                "files of model.hf": digest_of_paths(settings.model.hf.glob("*.j*")),
+                "model.kernels": settings.model.kernels,
+                "model.resize_vocabulary": settings.model.resize_vocabulary,
+                "adapter.quantize": settings.adapter.quantize,
                 "train.precision": settings.train.precision,
                 **{f"data.{key}": value for key, value in of_data.items()},
                 "content of data.eval": describe_samples(file),

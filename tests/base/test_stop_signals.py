@@ -51,7 +51,7 @@ def test_before_the_first_step_a_signal_ends_the_process_at_once_with_one_line(s
     process.send_signal(number)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 128 + number
-    assert err == f"error: ended by {name} before the first step of this start; nothing was saved\n"
+    assert err == f"error: ended by {name} before the first step of this start; no checkpoint was written\n"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import yaml
 
 from megavlm.base.errors import UserError
 from megavlm.config.held_run import of_run
+from megavlm.config.run_inputs import note_inputs
 from megavlm.config.settings import Settings
 
 
@@ -77,3 +78,15 @@ def test_a_run_of_adapters_gives_its_adapter_on_its_base(run, first):
     for change in ({"load": "other"}, {"adapter": "other"}):
         with pytest.raises(UserError, match="is neither a checkpoint nor the start of"):
             recipe(**change)
+
+
+def test_a_start_that_was_moved_is_known_by_its_content(run, tmp_path):
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "weights").write_text("weights")
+    recipe = run(load="start")
+    note_inputs(Settings(model={"hf": "hf", "load": "start"}), tmp_path / "runs/my")
+    (tmp_path / "start").rename(tmp_path / "moved")
+    assert str(recipe(load="moved").load) == "runs/my"
+    (tmp_path / "moved" / "weights").write_text("others")
+    with pytest.raises(UserError, match="is neither a checkpoint nor the start of"):
+        recipe(load="moved")

@@ -217,3 +217,48 @@ def test_result_files_are_not_written_over(settings, tmp_path):
     check_new(target, settings(overwrite=True))
     (tmp_path / "empty").mkdir()
     check_new(tmp_path / "empty", settings())
+
+
+def test_neither_restart_nor_a_new_run_touches_a_folder_without_a_run(settings):
+    folder = settings().output
+    atomic_files.write_text(folder / "checkpoints" / "mine", "of another trainer")
+    with pytest.raises(UserError, match="holds no run that could be continued"):
+        prepare_output(settings(), StartOptions(restart=True))
+    atomic_files.write_text(folder / "config.yaml", "of the answers")
+    (folder / "checkpoints").rename(folder / "kept")
+    atomic_files.write_text(folder / "answers.jsonl", "{}")
+    with pytest.raises(UserError, match="holds no run that could be continued"):  # but answers of some model
+        prepare_output(settings())
+    assert (folder / "kept" / "mine").exists()
+    assert (folder / "config.yaml").read_text() == "of the answers"
+
+
+@pytest.mark.parametrize(("values", "options"), [({"overwrite": True}, {}), ({}, {"restart": True})])
+@pytest.mark.parametrize("inside", ["", "checkpoints/step_00000020"])
+def test_a_run_does_not_delete_what_it_starts_from(settings, run, values, options, inside):
+    folder = run()
+    with pytest.raises(UserError, match=r"model\.load is .* whose run would be deleted"):
+        prepare_output(settings(model={"hf": "hf", "load": folder / inside}, **values), StartOptions(**options))
+    assert (folder / "checkpoints" / "step_00000020" / "x").exists()
+    beside = settings(model={"hf": "hf", "load": folder / "start"}, **values)  # which replacing leaves alone
+    assert check_output(beside, StartOptions(**options)) == "replace"
+
+
+def test_overwrite_keeps_what_the_same_run_has_prepared_before_its_first_checkpoint(settings, monkeypatch):
+    folder = settings().output
+    prepare_output(settings())
+    atomic_files.write_text(folder / "reference.safetensors.partial", "of hours")
+    assert prepare_output(settings(overwrite=True)).action == "again"
+    assert (folder / "reference.safetensors.partial").exists()
+    other = settings(overwrite=True, train={"lr": 0.5})
+    with monkeypatch.context() as restarted:
+        restarted.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert check_output(other) == "again"
+    assert check_output(other) == "replace"
+
+
+def test_a_warm_up_that_is_longer_than_the_schedule_of_the_run_is_refused(settings, run):
+    run(train={"steps": 50, "warmup_steps": 10})
+    longer = settings(train={"steps": 200, "warmup_steps": 60})
+    with pytest.raises(UserError, match="warmup_steps is 60, but this run has a schedule of 50 steps"):
+        check_output(longer, StartOptions(change=("train.warmup_steps",)))

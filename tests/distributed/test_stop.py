@@ -38,7 +38,7 @@ def test_before_the_first_step_one_line_says_that_nothing_was_saved(commands, sf
     log = output.with_suffix(".log").read_text()
     assert outcome.statuses == [128 + number], log
     told = [line for line in log.splitlines() if "error" in line or "Error" in line]
-    assert told == [f"error: ended by {name} before the first step of this start; nothing was saved"]
+    assert told == [f"error: ended by {name} before the first step of this start; no checkpoint was written"]
     assert not outcome.survivors
 
 
