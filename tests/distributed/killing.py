@@ -188,8 +188,9 @@ def _processes_of(sessions: list[int]) -> list[str]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(session) in sessions and state != "Z":
-                found.append((stat.parent / "cmdline").read_text().replace("\0", " "))
+            command = (stat.parent / "cmdline").read_text().replace("\0", " ")
+            if int(session) in sessions and state != "Z" and command:  # a process that is ending has none any more
+                found.append(command)
         except OSError:
             continue
     return found
