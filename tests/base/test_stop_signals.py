@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.base import stop_signals
+
 ROOT = Path(__file__).parents[2]
 JOB = """
 import sys, time
