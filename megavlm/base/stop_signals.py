@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -70,7 +70,12 @@ class StopSignals:
 
     Args:
         quiet: whether to print nothing, because another process tells the user.
+
+    Attributes:
+        speak: shows that the run is about to stop, where a progress bar is on the screen; None: plain standard error.
     """
+
+    speak: Callable[[str], None] | None = None
 
     def __init__(self, *, quiet: bool):
         self._quiet, self._requests, self._deferring = quiet, Requests(_ECHO_SECONDS), False
@@ -96,7 +101,7 @@ class StopSignals:
                 self._end(BEFORE_THE_FIRST_STEP, number)
             elif meaning == "first":
                 again = " (press Ctrl-C again to stop at once)" if number == signal.SIGINT else ""
-                self._say(f"stopping after this step{again}\n")
+                self._announce(f"stopping after this step{again}")
 
     def end_before_first_step(self) -> None:
         """Ends the process if a signal has asked for it. For a rank that lost another one to the same signal."""
@@ -109,6 +114,12 @@ class StopSignals:
         if not self._quiet and sys.stderr.isatty():
             self._say("\x1b[?25h")  # a progress bar hides the cursor
         os._exit(status_of(number))
+
+    def _announce(self, text: str) -> None:
+        if self.speak is None or self._quiet:
+            self._say(f"{text}\n")
+        else:  # in a thread, because it may wait for the main thread, and a second signal must not
+            threading.Thread(target=self.speak, args=(text,), daemon=True).start()
 
     def _say(self, text: str) -> None:
         if not self._quiet:

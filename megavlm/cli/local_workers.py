@@ -68,7 +68,9 @@ class _Stop:
             self.now = number
         elif meaning == "first":
             if number == signal.SIGINT and self.trains:
-                print("stopping after this step (press Ctrl-C again to stop at once)", file=sys.stderr)
+                # on a line of its own, because rank 0 may have a progress bar there
+                begin = "\n" if sys.stderr.isatty() else ""
+                print(f"{begin}stopping after this step (press Ctrl-C again to stop at once)", file=sys.stderr)
             self.pending.append(number if number in FORWARDED else signal.SIGTERM)
 
 

@@ -17,7 +17,8 @@ from megavlm.base.errors import UserError
 from megavlm.base.number_format import short
 from megavlm.checkpoint.load_weights import shapes_at_start, start_words
 from megavlm.commands.usable_data import drafts_of, intended, refusal
-from megavlm.config.requirements import check_files, check_stage
+from megavlm.config.requirements import check_files, check_stage, required
+from megavlm.config.run_folder import check_output, newest_step
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.convert.peft_names import targeted, tensor_shapes
@@ -146,8 +147,23 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
             ("run", f"{train.steps:,} steps = {short(tokens * train.steps)} tokens, {schedule}"),
         ]
     if settings.output is not None:
-        facts.append(("output", str(settings.output)))
+        facts.append(("output", f"{settings.output} · {_found_in(settings)}"))
     return facts
+
+
+def _found_in(settings: Settings) -> str:
+    """What a training run would do with the output folder."""
+    try:
+        action = check_output(settings)
+    except UserError as error:
+        return f"a run would be refused: {error.message}"
+    step = newest_step(required(settings.output, "output"))
+    return {
+        "new": "new",
+        "resume": f"continues after step {step}",
+        "again": "begins again, because there is no checkpoint yet",
+        "replace": "replaces what is there, because overwrite is true",
+    }[action]
 
 
 def _adapter(settings: Settings, shapes: Shapes) -> str:

@@ -130,6 +130,12 @@ def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> St
     remedy = _new_run(folder)
     if all(map(changes.is_changeable, obstacles)):
         remedy = f"to continue it with the new values: {changes.flags_for(obstacles)}; or {remedy}"
+        end, step = after.train.schedule_steps, newest_step(folder) or 0
+        if end is not None and step >= end:
+            remedy += (
+                f". The schedule has ended at step {end}, so the learning rate stays at min_lr: to give it another "
+                "length, add train.schedule_steps=N --change train.schedule_steps"
+            )
     message = f"output {folder} holds a run at step {newest_step(folder)} with other settings"
     raise UserError(f"{message}:{changes.listed(obstacles)}", remedy)
 
@@ -223,10 +229,19 @@ def newest_step(folder: Path) -> int | None:
 
 
 def check_new(path: Path, settings: Settings) -> None:
-    """Raises a UserError if a result file or folder exists and overwrite is false. An empty folder does not count."""
+    """Raises a UserError if a result file or folder exists and overwrite is false. An empty folder does not count.
+
+    ``path`` is in ``settings.output``, or is the value of --out.
+    """
     exists = any(path.iterdir()) if path.is_dir() else path.exists()
-    if exists and not settings.overwrite:
-        raise UserError(f"{path} exists already", "move it away, choose another output, or set overwrite=true")
+    if not exists or settings.overwrite:
+        return
+    output = settings.output
+    other = "choose another --out"
+    if output is not None and path.parent == output:
+        # another output alone would mean the weights that the run started from
+        other = f"write elsewhere: output=NEW{f' model.load={output}' if holds_run(output) else ''}"
+    raise UserError(f"{path} exists already", f"move it away, set overwrite=true, or {other}")
 
 
 def changed_keys(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:

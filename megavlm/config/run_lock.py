@@ -103,9 +103,12 @@ class RunLock:
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         age = max(0.0, time.time() - _modified(self._path))
+        remedy = "wait until it ends, or choose another output"
+        if holder.get("host") != socket.gethostname():  # here, the lock of a dead process is taken over
+            remedy += f"; if that process no longer exists, remove {self._path}"
         return UserError(
             f"output {self._path.parent} is in use by {_words(holder)}; its last sign of life was {age:.0f} s ago",
-            f"wait until it ends, or choose another output; if that process no longer exists, remove {self._path}",
+            remedy,
         )
 
     def _beat(self) -> None:

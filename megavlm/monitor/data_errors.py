@@ -185,7 +185,7 @@ class DataErrors:
             self._told[name] += 1
             if self._told[name] <= _TOLD:
                 self._say(f"{skipped.kind} sample skipped: {skipped.sample}: {skipped.cause}")
-            if self._told[name] == _TOLD:
+            if self._told[name] == _TOLD + 1:
                 self._say(f"further skipped samples of {name} are listed only in {self.path}")
         if lines:
             append_lines(self.path, lines)

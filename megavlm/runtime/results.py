@@ -122,7 +122,7 @@ class Results:
             self._told += 1
             if self._told <= _TOLD:
                 print(f"{line['kind']} sample skipped: {line['sample']}: {line['cause']}", flush=True)
-            if self._told == _TOLD:
+            if self._told == _TOLD + 1:
                 print(f"further skipped samples are listed only in {self._errors}", flush=True)
 
     def _sorted(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -53,10 +53,14 @@ class JsonlFile:
         """
         start, end = (int(bound) for bound in self._spans[index, :2])
         try:
-            return json.loads(self._file.read(start, end)), partial(self._access.find, self.path, self.source(index))
+            record = json.loads(self._file.read(start, end).rstrip())
+            return record, partial(self._access.find, self.path, self.source(index))
         except ValueError as error:  # also raised for bytes that are not UTF-8
+            cause = shortened(error)
+            if isinstance(error, json.JSONDecodeError):  # whose own words call every line "line 1"
+                cause = f"{error.msg} at column {error.colno}"
             raise UserError(
-                f"{self.source(index)}: not valid JSON: {shortened(error)}", "write one JSON object per line"
+                f"{self.source(index)}: not valid JSON: {cause}", "write one JSON object per line"
             ) from None
         except RecursionError:
             raise UserError(f"{self.source(index)}: its lists or objects are nested too deeply") from None

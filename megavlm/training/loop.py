@@ -49,6 +49,7 @@ def train(
         session, settings = run.session, run.session.settings
         shown = settings, run.title, header(session, run.loader), run.first_step, session.groups, run.loader
         with RunMonitor(*shown, is_first=session.is_first) as monitor:
+            signals.speak = monitor.say
             stop = StopSignal(session.groups.world_host, signals, settings.checkpoint.minutes)
             last, stopped = _run_steps(run, stop, hooks, monitor, watch.heartbeat)
             run.checkpoints.finish()
@@ -72,6 +73,8 @@ def _run_steps(
     steps, number = required(settings.train.steps, "train.steps"), run.first_step
     for remark in run.remarks:
         monitor.say(remark)
+    if number >= steps:
+        monitor.say(f"all {steps} steps of this run are done already; with a larger train.steps it goes on")
     if failure := monitor.data_failure():  # an earlier start ended for its data, which are still as they were
         monitor.finish(failed=True)
         raise failure

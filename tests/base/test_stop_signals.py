@@ -1,6 +1,7 @@
 """What the first and the second signal do to a process, in processes of their own."""
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from megavlm.base import stop_signals
 
 ROOT = Path(__file__).parents[2]
 JOB = """
@@ -85,3 +88,11 @@ def test_of_many_ranks_the_first_speaks(start):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=10)[1] == ""
     assert process.returncode == 130
+
+
+def test_a_run_with_a_progress_bar_is_told_through_it():
+    signals, told = stop_signals.StopSignals(quiet=False), queue.Queue()
+    signals.speak = told.put
+    signals.defer()
+    signals.receive(signal.SIGINT)
+    assert told.get(timeout=10) == "stopping after this step (press Ctrl-C again to stop at once)"

@@ -117,7 +117,7 @@ def refused(capsys, *arguments: str) -> str:
         (["sft", "run.yaml", "train.lr=null", "data.train=[]"], "sft needs these settings:\n  data.train ("),
         (["sft", "run.yaml", "stage=1"], "stage is 1, but sft has no stages: the setting would be ignored"),
         (["score", "run.yaml", "model.load=null"], "score needs model.load"),
-        (["infer", "run.yaml", "data.eval=null"], "infer needs data.eval"),
+        (["infer", "run.yaml", "data.eval=null"], "infer has no questions"),
         (["infer", "run.yaml", "--image", "x.png"], "--image and --video can only be used with --prompt"),
         (["infer", "run.yaml", "--prompt", "?", "--image", "x.png"], "file x.png does not exist"),
         (["export", "run.yaml"], "megavlm export needs --out DIR\n"),

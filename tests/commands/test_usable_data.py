@@ -8,6 +8,7 @@ from megavlm.base.errors import UserError
 from megavlm.cli.main import main
 from megavlm.commands import validate
 from megavlm.commands.usable_data import intended
+from megavlm.config.run_folder import prepare_output
 from megavlm.config.settings import Settings
 from megavlm.sources.blend import Source
 from megavlm.sources.jsonl import JsonlFile
@@ -134,3 +135,14 @@ def test_a_verb_that_is_named_refuses_what_it_would_ignore(run, model_folder):
     assert "sft needs these settings: model.load (" in error
     with pytest.raises(UserError, match=r"align\.loss is not used by kto"):
         validate.main(Settings(model={"hf": model_folder}, align={"loss": "ipo"}), verb="kto")
+
+
+def test_validate_says_what_a_run_would_do_with_its_output(tmp_path, model_folder):
+    settings = lambda **train: Settings(model={"hf": model_folder}, output=tmp_path / "run", train=train)
+    assert validate._found_in(settings()) == "new"
+    prepare_output(settings())
+    assert validate._found_in(settings()) == "begins again, because there is no checkpoint yet"
+    (tmp_path / "run" / "checkpoints" / "step_00000020").mkdir(parents=True)
+    assert validate._found_in(settings()) == "continues after step 20"
+    refused = validate._found_in(settings(lr=0.5))
+    assert refused.startswith(f"a run would be refused: output {tmp_path / 'run'} holds a run at step 20 with other")

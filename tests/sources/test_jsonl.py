@@ -42,11 +42,13 @@ def test_missing_file(tmp_path):
         JsonlFile(tmp_path)
 
 
-@pytest.mark.parametrize("line", [b'{"a": 1', b'{"a": "\xff"}', b"text", b"{} {}"])
+@pytest.mark.parametrize("line", [b'{"a": 1', b'{"a": "cut', b'{"a": "\xff"}', b"text", b"{} {}"])
 def test_line_that_does_not_parse(tmp_path, line):
     file = lines(tmp_path, b"{}\n" + line + b"\n{}\n")
-    with pytest.raises(UserError, match=r"data\.jsonl:2: not valid JSON"):
+    with pytest.raises(UserError, match=r"data\.jsonl:2: not valid JSON") as caught:
         file.read(1)
+    assert "line 1" not in caught.value.message
+    assert "control character" not in caught.value.message
     assert file.read(2)[0] == {}
 
 
