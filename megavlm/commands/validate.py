@@ -157,6 +157,8 @@ def _found_in(settings: Settings) -> str:
         action = check_output(settings)
     except UserError as error:
         return f"a run would be refused: {error.message}"
+    except OSError as error:
+        return f"a run would be refused: {error.strerror}"
     step = newest_step(required(settings.output, "output"))
     return {
         "new": "new",
