@@ -1,8 +1,9 @@
 """Checks of the arguments of all losses, and the mean for their metrics."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-def check_numbers(**options: float) -> None:
+def check_numbers(**options: float | None) -> None:
     """Raises ValueError unless all options are finite numbers in their ranges."""
     for name, value in options.items():
         # bool is a subclass of Real, and YAML reads a number without a dot, such as 1e-1, as text
@@ -28,6 +29,40 @@ def check_numbers(**options: float) -> None:
         fits, words = _RANGES.get(name, (lambda x: True, "of any size"))
         if not number or not fits(value):
             raise ValueError(f"{name} is {value!r}: it must be a finite number, {words}")
+
+
+class HasOptions(Protocol):
+    """An entry of a table of losses."""
+
+    @property
+    def options(self) -> dict[str, float | None]:
+        """The options and their defaults."""
+
+
+def entry_of[Entry: HasOptions](
+    table: Mapping[str, Entry], kind: str, name: str, options: Mapping[str, float | None]
+) -> Entry:
+    """Returns the loss with this name from a table.
+
+    Raises:
+        ValueError: there is none, it does not accept the options, or one of them is out of range. None is allowed where
+            it is the default.
+    """
+    loss = table.get(name)
+    if loss is None:
+        raise ValueError(f"{name!r} is not a {kind} loss: choose one of {', '.join(table)}")
+    for option in options:
+        if option not in loss.options:
+            takers = [other for other, entry in table.items() if option in entry.options]
+            raise ValueError(
+                f"{name} has no option {option}, only {', '.join(loss.options)}: remove the option"
+                + (f", or choose a loss that has it ({', '.join(takers)})" if takers else "")
+            )
+    given = {
+        option: value for option, value in options.items() if value is not None or loss.options[option] is not None
+    }
+    check_numbers(**given)
+    return loss
 
 
 def vectors(**tensors: Tensor | float | None) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavlm.align.losses.arguments import check_numbers
+from megavlm.align.losses.arguments import entry_of
 from megavlm.align.losses.divergence import KL_ESTIMATES, log_ratio
 from megavlm.align.losses.reductions import REDUCTIONS, answer_mean
 
@@ -95,18 +95,7 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
 
 def check_policy(name: str, options: Mapping[str, Any]) -> PolicyLoss:
     """Returns the loss with this name. Raises ValueError if there is none, or if it does not accept the options."""
-    loss = POLICY_LOSSES.get(name)
-    if loss is None:
-        raise ValueError(f"{name!r} is not a policy loss: choose one of {', '.join(POLICY_LOSSES)}")
-    for option in options:
-        if option not in loss.options:
-            takers = [other for other, entry in POLICY_LOSSES.items() if option in entry.options]
-            raise ValueError(
-                f"{name} has no option {option}, only {', '.join(loss.options)}: remove the option"
-                + (f", or choose a loss that has it ({', '.join(takers)})" if takers else "")
-            )
-    check_numbers(**{name: value for name, value in options.items() if value is not None})
-    return loss
+    return entry_of(POLICY_LOSSES, "policy", name, options)
 
 
 def token_losses(

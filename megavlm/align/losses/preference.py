@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid  # softplus would be wrong by 2e-9 beyond 20, where it uses its asymptote
 
-from megavlm.align.losses.arguments import check_numbers, mean, vectors
+from megavlm.align.losses.arguments import entry_of, mean, vectors
 
 # The loss, the implicit reward of the chosen answer and that of the rejected answer for each pair; [B] each.
 Result = tuple[Tensor, Tensor, Tensor]
@@ -108,18 +108,7 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
 
 def check_preference(name: str, options: Mapping[str, Any]) -> PreferenceLoss:
     """Returns the loss with this name. Raises ValueError if there is none, or if it does not accept the options."""
-    loss = PREFERENCE_LOSSES.get(name)
-    if loss is None:
-        raise ValueError(f"{name!r} is not a preference loss: choose one of {', '.join(PREFERENCE_LOSSES)}")
-    for option in options:
-        if option not in loss.options:
-            takers = [other for other, row in PREFERENCE_LOSSES.items() if option in row.options]
-            raise ValueError(
-                f"{name} has no option {option}, only {', '.join(loss.options)}: remove the option"
-                + (f", or choose a loss that has it ({', '.join(takers)})" if takers else "")
-            )
-    check_numbers(**options)
-    return loss
+    return entry_of(PREFERENCE_LOSSES, "preference", name, options)
 
 
 def preference_loss(
