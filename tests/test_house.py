@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "config",
         "base",
     ],
+    "rollout": ["data"],
     "plan": ["align", "training", "runtime", "optim", "adapters", "data", "model", "platform", "config"],
     "commands": [
         "plan",

@@ -1,0 +1,1 @@
+"""Sampled answers: the interface of engines and the built-in engine, which samples in the training weights."""
