@@ -8,7 +8,7 @@ from typing import Any
 from megavlm.align.registry import METHODS, MethodEntry
 
 RUN = ("model", "adapter", "data", "parallel", "vision", "train", "checkpoint", "log", "generate")
-RUN_REQUIRES = ("output", "data.train", "train.steps", "train.global_batch_size", "train.lr")
+RUN_REQUIRES = ("output", "data.train", "train.steps", "train.lr")
 READS = ("model.hf", "model.load", "model.adapter")
 START_FLAGS: dict[str, dict[str, Any]] = {
     "change": {
@@ -83,8 +83,8 @@ def _of_method(name: str, method: MethodEntry) -> Verb:
         "megavlm.commands.train:main",
         method.summary,
         method.example,
-        sections=(*RUN, "align") if method.aligns else RUN,
-        requires=(*method.requires, *RUN_REQUIRES),
+        sections=(*RUN, *(["align"] if method.aligns else []), *(["rollout", "reward"] if method.samples else [])),
+        requires=(*method.requires, *RUN_REQUIRES, *([] if method.samples else ["train.global_batch_size"])),
         reads=(*RUN_READS, *method.reads),
         writes="",
         flags=START_FLAGS,

@@ -6,6 +6,7 @@ from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.align_sections import AlignSettings
 from megavlm.config.data_sections import DataSettings, DataSource
+from megavlm.config.rollout_section import RolloutSettings
 from megavlm.config.section import Bool, FilePath, Int, Section
 from megavlm.config.sections import (
     CheckpointSettings,
@@ -28,6 +29,7 @@ __all__ = [
     "LogSettings",
     "ModelSettings",
     "ParallelSettings",
+    "RolloutSettings",
     "Settings",
     "TrainSettings",
     "VisionSettings",
@@ -51,6 +53,7 @@ class Settings(Section):
     vision: VisionSettings = VisionSettings()
     train: TrainSettings = TrainSettings()
     align: AlignSettings = AlignSettings()
+    rollout: RolloutSettings = RolloutSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
     generate: GenerateSettings = GenerateSettings()
@@ -102,6 +105,15 @@ class Settings(Section):
         return [
             p for p in self.model.freeze if p not in unfreeze_after or (step is not None and step <= unfreeze_after[p])
         ]
+
+    def rows_per_step(self, data_parallel: int) -> int:
+        """The number of rows of a step on each data-parallel rank.
+
+        Without ``train.global_batch_size`` it differs between steps, and this is the smallest number that fills the
+        pipeline.
+        """
+        size = self.train.global_batch_size
+        return self.parallel.pipeline if size is None else size // data_parallel
 
     @property
     def pad_multiple(self) -> int:

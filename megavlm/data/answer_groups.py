@@ -28,6 +28,7 @@ def likely_kind(file: SampleFile, otherwise: Kind) -> Kind:
 def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> Draft:
     """The draft of sample `index`, with ``followers`` for the kinds "pair" and "judged".
 
+    A prompt has the fields of its record, for rewards, and must fit in a row.
     For a pair, the draft has the chosen answer and its follower has the rejected one. The follower of a judged sample
     has the same prompt with the answer of the next sample in the file, if that answer differs.
 
@@ -35,6 +36,11 @@ def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> 
     """
     source = file.source(index)
     record, find = file.read(index)
+    if kind == "prompt":
+        draft = renderer.draft(record, find, source, kind=kind, index=index)
+        renderer.check_length(draft)
+        draft.annotations = Annotations(columns=record)
+        return draft
     if kind not in ("pair", "judged"):
         return renderer.draft(record, find, source, kind=kind, index=index)
     record, repeats = _plain(record, kind, source)

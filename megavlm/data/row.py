@@ -15,6 +15,19 @@ IGNORE = -100  # label of a position without a target (torch's convention)
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampledAnswer:
+    """What is known of an answer that the model has sampled, and that it learns from.
+
+    Attributes:
+        advantage: how much better it is than was to be expected; every token of the answer has this advantage.
+        logprobs: float32 [n], log-probability of each target when it was sampled, at the temperature of sampling.
+    """
+
+    advantage: float
+    logprobs: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Annotations:
     """Inputs of a loss other than tokens; a field is None if it does not apply to the sample.
 
@@ -24,6 +37,8 @@ class Annotations:
         desirable: for a judged answer (KTO), whether it is desirable.
         mismatched: whether the answer belongs to another prompt (for the KL term of KTO).
         ref_logprob: log-probability of the whole answer under the reference model.
+        sampled: for an answer that the model has sampled, what is known of it.
+        columns: for a prompt, the fields of its record, for rewards.
     """
 
     side: Literal["chosen", "rejected"] | None = None
@@ -31,6 +46,8 @@ class Annotations:
     desirable: bool | None = None
     mismatched: bool = False
     ref_logprob: float | None = None
+    sampled: SampledAnswer | None = None
+    columns: dict[str, Any] | None = None
 
     @property
     def is_further_answer(self) -> bool:

@@ -65,6 +65,10 @@ class StepRows:
     hosts: list[Row]
     full: list[Row | None]
 
+    def copy(self) -> "StepRows":
+        """The same rows, for one more pass over them: making windows of the copy does not release the pixels."""
+        return StepRows(self.hosts, list(self.full))
+
 
 class Feed:
     """Provides rows, and makes windows of micro-batches from them.

@@ -131,7 +131,7 @@ def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor)
     settings = run.session.settings
     began = time.perf_counter()
     run.stragglers.start()
-    result = run.step()
+    result = run.take_step()
     line = {
         **metrics_line(run.session, number, result, time.perf_counter() - began),
         **monitor.count_samples(number, result.counts, result.skipped_samples),

@@ -25,7 +25,7 @@ from megavlm.runtime.feed import Feed
 from megavlm.runtime.session import Session, start
 from megavlm.training.continuing import remarks_on
 from megavlm.training.method import Method
-from megavlm.training.step import Step
+from megavlm.training.step import Step, StepResult
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ class Run:
     Attributes:
         session: the models and their layout.
         title: heading on the terminal.
-        step: runs a training step.
+        step: updates the weights.
+        take_step: runs a training step: one update, unless the method has steps of its own.
         optimizers: the optimizers of the main model.
         checkpoints: writes the checkpoints of the run.
         rows: the source of the rows, on leaders; None on the other ranks.
@@ -50,6 +51,7 @@ class Run:
     session: Session
     title: str
     step: Step
+    take_step: Callable[[], StepResult]
     optimizers: Optimizers
     checkpoints: Checkpoints
     rows: RowSource | None
@@ -94,7 +96,7 @@ def build_run(
         heartbeat("loading the weights")
     prepared = method.prepare(session, heartbeat)
     heartbeat("preparing the method")
-    optimizers = Optimizers(session.vlm, settings.train)
+    optimizers = Optimizers(session.vlm, settings.train, prepared.updates)
     trained = {MAIN: TrainedModel(session.vlm, optimizers, session.adapters)}
     checkpoints = Checkpoints(output / "checkpoints", trained, prepared.rows, settings, origin)
     first_step = checkpoints.restore(checkpoint) if checkpoint else 0
@@ -103,11 +105,12 @@ def build_run(
     if checkpoint is not None:
         on_first_rank(partial(record_changes, begin, first_step), groups.world_host)
     stragglers = Stragglers(groups.world_host)
+    rows = stragglers.rows(iter(prepared.rows)) if prepared.rows is not None else None
     step = Step(
         session.vlm,
         optimizers,
-        Feed(session.vlm, stragglers.rows(iter(prepared.rows)) if prepared.rows is not None else None),
-        required(settings.train.global_batch_size, "train.global_batch_size") // groups.dp_size,
+        Feed(session.vlm, rows),
+        settings.rows_per_step(groups.dp_size),
         prepared.objective,
         settings.vision.window,
         settings.data.source_names,
@@ -117,6 +120,7 @@ def build_run(
         session,
         method.title,
         step,
+        prepared.make_step(step, rows) if prepared.make_step is not None else step,
         optimizers,
         checkpoints,
         prepared.rows,

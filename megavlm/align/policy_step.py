@@ -1,0 +1,138 @@
+"""A step of reinforcement learning: sample a batch of answers, judge them, and learn from them in several updates."""
+
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from megavlm.align.answer_rows import answer_rows
+from megavlm.align.policy_objective import Known, PolicyObjective
+from megavlm.align.rollouts import Judged, Rollouts, in_mini_batches
+from megavlm.base.heartbeat import beat
+from megavlm.data.eval_samples import meaningless_sample
+from megavlm.data.renderer import Renderer
+from megavlm.data.row import Row
+from megavlm.platform import Groups
+from megavlm.runtime.feed import Feed, StepRows
+from megavlm.runtime.session import Session
+from megavlm.training.start_weights import StartWeights
+from megavlm.training.step import Step, StepResult
+
+# Counts of work, which each update adds to; the other counts are those of the batch.
+_WORK = (
+    "tokens", "row_tokens", "target_tokens", "segment_squares", "patches", "frame_squares", "frames", "frames_encoded",
+)  # fmt: skip
+
+
+class PolicyStep:
+    """Runs steps of reinforcement learning on all ranks; the training loop calls it like a ``Step``.
+
+    Args:
+        session: the session of the run.
+        step: updates the weights.
+        rollouts: makes batches of answers.
+        objective: the objective of ``step``.
+        renderer: packs rows, on leaders; None elsewhere.
+        start: the reference model; None if the loss does not use it.
+
+    Attributes:
+        shown: the groups of the last step on this data-parallel rank, on leaders.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        step: Step,
+        rollouts: Rollouts,
+        objective: PolicyObjective,
+        renderer: Renderer | None,
+        start: StartWeights | None,
+    ):
+        self._session, self._step, self._rollouts, self._objective = session, step, rollouts, objective
+        self._renderer, self._start = renderer, start
+        self.shown: list[Judged] = []
+
+    def __call__(self) -> StepResult:
+        session, align = self._session, self._session.settings.align
+        session.vlm.train(False)
+        batch = self._rollouts.collect()
+        session.vlm.train()
+        self.shown, began = batch.shown, time.perf_counter()
+        parts = [self._rows(groups) for groups in in_mini_batches(batch.groups, align.mini_batches)]
+        known = [self._known(rows) for rows in parts]
+        results = []
+        for update in range(align.updates):
+            for rows, found in zip(parts, known, strict=True):
+                self._objective.known = found
+                is_last = update == align.updates - 1
+                results.append(self._step.update(rows if is_last else rows.copy()))
+                beat("an update of the weights")
+        self._objective.known = []
+        first = results[: align.mini_batches]
+        counts = _sums([result.counts for result in first]) | batch.counts
+        counts |= _sums([{name: result.counts[name] for name in _WORK} for result in results])
+        fields = _merged([result.fields for result in results], self._objective.max_names) | batch.fields
+        fields["seconds_update"] = time.perf_counter() - began
+        return StepResult(
+            sum(result.loss for result in results) / len(results),
+            results[0].lr,
+            _merged([result.norms for result in results], ()),
+            counts,
+            fields,
+            batch.skipped_samples,
+            next((result.trouble for result in results if result.trouble), None),
+        )
+
+    def _rows(self, groups: Sequence[Judged]) -> StepRows:
+        """Packs groups into rows, as many on each data-parallel rank. Call it on all ranks."""
+        settings, rows = self._session.settings, list[Row]()
+        if self._renderer is not None:
+            mask = settings.align.mask_truncated
+            most = settings.data.max_patches_per_row
+            rows = answer_rows([group.group for group in groups], self._renderer, most, mask_truncated=mask)
+        count = _most(len(rows), self._session.groups)
+        parallel = settings.parallel
+        # Interleaved stages need a multiple of the stages in each window.
+        multiple = math.lcm(parallel.pipeline, settings.vision.window or 1) if parallel.virtual_pipeline else 1
+        count = max(-(-count // multiple) * multiple, multiple)
+        if self._renderer is not None:
+            filling = self._renderer.pack([meaningless_sample(self._renderer)]) if len(rows) < count else None
+            rows += [filling] * (count - len(rows)) if filling is not None else []
+        return self._step.rows(Feed(self._session.vlm, iter(rows) if self._renderer is not None else None), count)
+
+    def _known(self, rows: StepRows) -> list[Known]:
+        """Computes what the loss needs beside the log-probabilities of each update, for each row."""
+        align, look = self._session.settings.align, partial(self._step.look_through, rows)
+        old: list[torch.Tensor] = []
+        reference: list[torch.Tensor] = []
+        if align.updates * align.mini_batches > 1:  # with one update, it is computed in the update itself
+            self._session.vlm.train(False)
+            old = look(self._objective.logprobs)
+            self._session.vlm.train()
+        if self._start is not None:
+            with self._start():
+                reference = look(self._objective.logprobs)
+        count = max(len(old), len(reference))
+        return [(old[n] if old else None, reference[n] if reference else None) for n in range(count)]
+
+
+def _most(value: int, groups: Groups) -> int:
+    most = torch.tensor([value])
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups.world_host)
+    return int(most.item())
+
+
+def _sums(many: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(values[name] for values in many) for name in many[0]}
+
+
+def _merged[T: float | None](many: Sequence[dict[str, T]], largest: Sequence[str]) -> dict[str, T]:
+    """The mean of each value over the updates, or the largest one of those that are named."""
+    merged = {}
+    for name in many[0]:
+        values = [values[name] for values in many if values[name] is not None]
+        merged[name] = (max(values) if name in largest else sum(values) / len(values)) if values else None
+    return merged

@@ -1,0 +1,269 @@
+"""One batch of reinforcement learning: prompts, sampled answers, their rewards and advantages."""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from megavlm.align.answer_rows import Group
+from megavlm.align.losses import advantages
+from megavlm.base.errors import UserError
+from megavlm.config.requirements import required
+from megavlm.data.answers import first_sample
+from megavlm.data.loader import RowLoader
+from megavlm.data.renderer import Renderer
+from megavlm.data.row import Row
+from megavlm.records.skipped_samples import SkippedSample
+from megavlm.rewards.overlong import overlong_penalty
+from megavlm.rewards.pool import RewardPool, Score
+from megavlm.rollout.engine import Answered, Engine, Prompt, Sampling
+from megavlm.runtime.session import Session
+from megavlm.training.step import raise_everywhere
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A prompt with its answers, their texts, scores, rewards and advantages (None: not judged)."""
+
+    answered: Answered
+    texts: list[str]
+    scores: list[Score]
+    rewards: list[float | None]
+    advantages: list[float]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether nothing can be learned from the group, because all its rewards are equal or unknown."""
+        return not any(self.advantages)
+
+    @property
+    def group(self) -> Group:
+        """What is learned from. An answer without a reward is left out."""
+        known = [n for n, reward in enumerate(self.rewards) if reward is not None]
+        answers = self.answered.answers
+        return Group(self.answered.prompt.sample, [answers[n] for n in known], [self.advantages[n] for n in known])
+
+
+@dataclass
+class Batch:
+    """The answers of a step on this data-parallel rank.
+
+    Attributes:
+        groups: the groups to learn from, on the leader; [] elsewhere.
+        shown: the groups that were sampled first, whatever became of them, on the leader.
+        fields: fields for metrics.jsonl, over all ranks.
+        counts: used/NAME, newly_read/NAME of each source and skipped_samples, over all ranks.
+        skipped_samples: the prompts of this data-parallel rank that were skipped.
+    """
+
+    groups: list[Judged] = field(default_factory=list)
+    shown: list[Judged] = field(default_factory=list)
+    fields: dict[str, float | None] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    skipped_samples: list[SkippedSample] = field(default_factory=list)
+
+
+class Rollouts:
+    """Makes batches. Create it on all ranks.
+
+    Args:
+        session: the session of the run.
+        engine: samples the answers.
+        sampling: how it samples.
+        renderer: decodes the answers.
+        loader: the loader of the prompts on the leader of each model-parallel group; None elsewhere.
+        rows: the rows of that loader, one prompt each.
+        rewards: judges the answers, on the same ranks.
+        advantage: the name of the advantage, and its options.
+        replacements: how many times flat groups are replaced in a step.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        engine: Engine,
+        sampling: Sampling,
+        renderer: Renderer,
+        loader: RowLoader | None,
+        rows: Iterator[Row] | None,
+        rewards: RewardPool | None,
+        advantage: tuple[str, dict[str, float]],
+        replacements: int,
+    ):
+        self._session, self._engine, self._sampling, self._renderer = session, engine, sampling, renderer
+        self._loader, self._rows, self._rewards = loader, rows, rewards
+        self._advantage, self._replacements = advantage, replacements
+        self._names = session.settings.data.source_names
+
+    def collect(self) -> Batch:
+        """Samples and judges the next batch. Call it on all ranks.
+
+        Groups from which nothing can be learned are replaced by new prompts if the settings say so: first those that
+        are missing are counted over all ranks, then as many prompts are sampled, and all of their answers are awaited.
+        So no answer is left out for its length.
+
+        Raises:
+            NoRows: on all ranks, if a rank has no prompts.
+            UserError: on all ranks, if too many rewards fail.
+        """
+        settings = self._session.settings.rollout
+        wanted, size = required(settings.prompts, "rollout.prompts"), self._session.groups.dp_size
+        batch, sums, missing = Batch(), Counter[str](), wanted
+        if self._loader is not None:
+            self._loader.begin_step()
+        for attempt in range(1 + self._replacements):
+            judged = self._judged(self._answered(self._prompts(-(-missing // size), batch, sums), sums), sums)
+            batch.shown += judged
+            keep_flat = self._replacements == 0
+            batch.groups += [group for group in judged if keep_flat or not group.is_flat]
+            if self._replacements == 0 or attempt == self._replacements:
+                break
+            missing = wanted - self._sum({"groups": len(batch.groups)})["groups"]
+            if missing <= 0:
+                break
+        self._count(batch, sums)
+        return batch
+
+    def _prompts(self, count: int, batch: Batch, sums: Counter[str]) -> list[Prompt]:
+        """The next prompts of this data-parallel rank on its leader, [] elsewhere."""
+        prompts: list[Prompt] = []
+        problem: UserError | None = None
+        if self._loader is not None and self._rows is not None:
+            groups, seed = self._session.groups, self._session.settings.train.seed
+            try:
+                for _ in range(count):
+                    number = self._loader.taken * groups.dp_size + groups.dp_rank
+                    row = next(self._rows)
+                    seeds = tuple(seed_of(seed, number, n) for n in range(self._session.settings.rollout.group_size))
+                    prompts.append(Prompt(first_sample(row), seeds))
+                    batch.skipped_samples += row.skipped_samples
+                    for name, new in zip(self._names, row.newly_read, strict=True):
+                        sums[f"newly_read/{name}"] += new
+                    sums[f"used/{self._names[row.source_ids[0]]}"] += 1
+                    for skipped in row.skipped_samples:
+                        sums[f"used/{self._names[skipped.source_id]}"] += 1
+            except UserError as error:
+                problem = error
+        raise_everywhere(problem, problem is not None, self._session.groups)
+        return prompts
+
+    def _answered(self, prompts: list[Prompt], sums: Counter[str]) -> list[Answered]:
+        """Samples, and gives each group to the rewards as soon as it is complete."""
+        began, number = time.perf_counter(), {id(prompt): n for n, prompt in enumerate(prompts)}
+        done: list[Answered | None] = [None] * len(prompts)
+        waiting = iter(prompts) if self._loader is not None else None
+        for answered in self._engine.generate(waiting, self._sampling):
+            place = number[id(answered.prompt)]
+            done[place] = answered
+            assert self._rewards is not None, "answers arrive on leaders, which have rewards"
+            columns = answered.prompt.sample.annotations.columns or {}
+            self._rewards.submit(
+                place,
+                self._texts(answered),
+                {name: [value] * len(answered.answers) for name, value in columns.items()},
+                answered.prompt.sample.source,
+            )
+        sums["seconds_rollout"] += time.perf_counter() - began
+        answers = [answered for answered in done if answered is not None]
+        assert len(answers) == len(done), "the engine answers every prompt"
+        return answers
+
+    def _texts(self, answered: Answered) -> list[str]:
+        tokens = [answer.tokens for answer in answered.answers]
+        return self._renderer.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def _judged(self, answered: list[Answered], sums: Counter[str]) -> list[Judged]:
+        began, judged = time.perf_counter(), []
+        problem: UserError | None = None
+        if self._rewards is not None:
+            try:
+                scores = dict(self._rewards.wait())
+                judged = [self._judge(group, scores[place]) for place, group in enumerate(answered)]
+            except UserError as error:
+                problem = error
+        raise_everywhere(problem, problem is not None, self._session.groups)
+        sums["seconds_reward"] += time.perf_counter() - began
+        return judged
+
+    def _judge(self, answered: Answered, scores: list[Score]) -> Judged:
+        cache, most = self._session.settings.align.overlong_cache, self._sampling.max_new_tokens
+        rewards: list[float | None] = []
+        for answer, score in zip(answered.answers, scores, strict=True):
+            late = overlong_penalty(len(answer.tokens), most, cache) if cache is not None else 0.0
+            rewards.append(None if score.total is None else score.total + late)
+        known = torch.tensor([float("nan") if r is None else r for r in rewards], dtype=torch.float64)
+        name, options = self._advantage
+        found = advantages(name, known, len(rewards), **options)
+        return Judged(answered, self._texts(answered), scores, rewards, found.tolist())
+
+    def _count(self, batch: Batch, sums: Counter[str]) -> None:
+        """Fills ``fields`` and ``counts`` with sums over all ranks."""
+        names = self._rewards.names if self._rewards is not None else []
+        for group in batch.shown:
+            rewards = [reward for reward in group.rewards if reward is not None]
+            sums["groups"] += 1
+            sums["flat"] += group.is_flat
+            sums["answers"] += len(group.rewards)
+            sums["reward"] += sum(rewards)
+            sums["squares"] += sum(reward**2 for reward in rewards)
+            sums["judged"] += len(rewards)
+            sums["failures"] += sum(len(score.failures) > 0 for score in group.scores)
+            sums["tokens"] += sum(len(answer.tokens) for answer in group.answered.answers)
+            sums["truncated"] += sum(answer.finish == "length" for answer in group.answered.answers)
+            for name in names:
+                parts = [p for score in group.scores if (p := score.parts.get(name)) is not None]
+                sums[f"part/{name}"] += sum(parts)
+                sums[f"parts/{name}"] += len(parts)
+        sums["skipped"] += len(batch.skipped_samples)
+        size = self._session.groups.dp_size
+        names = self._reward_names
+        keys = ["groups", "flat", "answers", "reward", "squares", "judged", "failures", "tokens", "truncated", "skipped"]
+        keys += [f"{kind}/{name}" for kind in ("part", "parts") for name in names]
+        keys += [f"{kind}/{name}" for kind in ("used", "newly_read") for name in self._names]
+        keys += ["seconds_rollout", "seconds_reward"]
+        here = {key: float(sums[key]) if self._loader is not None else 0.0 for key in keys}
+        found = self._sum(here)
+        judged, answers = max(found["judged"], 1), max(found["answers"], 1)
+        mean = found["reward"] / judged
+        seconds = found["seconds_rollout"] / size
+        batch.fields = {
+            "reward": mean if found["judged"] else None,
+            "reward_std": max(found["squares"] / judged - mean**2, 0.0) ** 0.5 if found["judged"] else None,
+            **{
+                f"reward/{name}": found[f"part/{name}"] / found[f"parts/{name}"] if found[f"parts/{name}"] else None
+                for name in names
+            },
+            "groups": int(found["groups"]),
+            "flat_groups": found["flat"] / max(found["groups"], 1),
+            "answers": int(found["answers"]),
+            "answer_tokens": found["tokens"] / answers,
+            "truncated_share": found["truncated"] / answers,
+            "reward_failures": int(found["failures"]),
+            "staleness": 0,
+            "seconds_rollout": seconds,
+            "seconds_reward": found["seconds_reward"] / size,
+            "seconds_sync": 0.0,
+            "rollout_tokens_per_second": found["tokens"] / seconds if seconds else None,
+        }
+        batch.counts = {key: value for key, value in found.items() if key.startswith(("used/", "newly_read/"))}
+        batch.counts["skipped_samples"] = found["skipped"]
+
+    def _sum(self, values: dict[str, float]) -> dict[str, float]:
+        sums = torch.tensor(list(values.values()), dtype=torch.float64)
+        dist.all_reduce(sums, group=self._session.groups.world_host)
+        return dict(zip(values, sums.tolist(), strict=True))
+
+
+def seed_of(*numbers: int) -> int:
+    """A number in 0 … 2⁶³ - 1 that differs for different numbers, such as (run, prompt, answer)."""
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
+
+
+def in_mini_batches(groups: Sequence[Judged], count: int) -> list[list[Judged]]:
+    """Divides groups into ``count`` parts that differ by at most one group; each keeps their order."""
+    return [list(groups[n * len(groups) // count : (n + 1) * len(groups) // count]) for n in range(count)]
