@@ -78,13 +78,16 @@ class Evaluation:
         what: str,
         rows_of: Callable[[Iterator[Sample]], Iterator[Row]],
         compute: Callable[[Window], list[dict[str, Any]]],
+        size: int = 1,
     ) -> tuple[list[dict[str, Any]], str]:
         """Reads all samples and publishes the results. Call it on all ranks.
 
         Args:
             what: label of the progress bar.
             rows_of: packs samples into rows.
-            compute: returns the results of a window of one row, each with ``index``, on the leader.
+            compute: returns the results of a window on the leader: one of each sample of its rows in their order, with
+                ``index``.
+            size: number of rows of a window.
 
         Returns:
             See ``Results.publish``.
@@ -100,12 +103,13 @@ class Evaluation:
             samples = EvalSamples(file, renderer, self._kind, mine, session.settings.data.workers)
             rows = rows_of(iter(samples))
         filler = lambda: next(rows_of(iter([meaningless_sample(renderer)])))
-        for window, real in EvalRows(session, rows, what, filler=filler):
+        for window, real in EvalRows(session, rows, what, size, filler):
             found = compute(window)
             if samples is None:
                 self._results.take([], [])
                 continue
-            done = [{**samples.about.pop(line.pop("index")), **line} for line in found if real]
+            count = sum(micro_batch.host.num_samples for micro_batch in window.micro_batches[:real])
+            done = [{**samples.about.pop(line.pop("index")), **line} for line in found[:count]]
             self._results.take(done, samples.take_skipped())
         self._results.take([], samples.take_skipped() if samples is not None else [])
         return self._results.publish(str(session.settings.data.eval))

@@ -21,12 +21,13 @@ from megavlm.runtime.session import Session
 
 
 def check_context(settings: Settings) -> None:
-    """Raises UserError for a layout with context parallelism, in which answers cannot be generated."""
-    if settings.parallel.context > 1:
-        raise UserError(
-            f"parallel.context is {settings.parallel.context}, but generation does not support context parallelism",
-            "set parallel.context=1 on the command line; checkpoints can be loaded in any layout",
-        )
+    """Raises UserError for a layout with a pipeline or context parallelism, in which answers cannot be generated."""
+    for name, size in (("context", settings.parallel.context), ("pipeline", settings.parallel.pipeline)):
+        if size > 1:
+            raise UserError(
+                f"parallel.{name} is {size}, but generation does not support it",
+                f"set parallel.{name}=1 on the command line; checkpoints can be loaded in any layout",
+            )
 
 
 class Answerer:
