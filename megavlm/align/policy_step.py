@@ -1,22 +1,18 @@
 """A step of reinforcement learning: sample a batch of answers, judge them, and learn from them in several updates."""
 
-import math
 import time
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
-from megavlm.align.answer_rows import answer_rows
+from megavlm.align.answer_rows import answer_rows, on_all_ranks
 from megavlm.align.policy_objective import Known, PolicyObjective
 from megavlm.align.rollouts import Judged, Rollouts, in_mini_batches
 from megavlm.base.heartbeat import beat
-from megavlm.data.eval_samples import meaningless_sample
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
-from megavlm.platform import Groups
-from megavlm.runtime.feed import Feed, StepRows
+from megavlm.runtime.feed import StepRows
 from megavlm.runtime.session import Session
 from megavlm.training.start_weights import StartWeights
 from megavlm.training.step import Step, StepResult
@@ -90,18 +86,9 @@ class PolicyStep:
         """Packs groups into rows, as many on each data-parallel rank. Call it on all ranks."""
         settings, rows = self._session.settings, list[Row]()
         if self._renderer is not None:
-            mask = settings.align.mask_truncated
-            most = settings.data.max_patches_per_row
+            mask, most = settings.align.mask_truncated, settings.data.max_patches_per_row
             rows = answer_rows([group.group for group in groups], self._renderer, most, mask_truncated=mask)
-        count = _most(len(rows), self._session.groups)
-        parallel = settings.parallel
-        # Interleaved stages need a multiple of the stages in each window.
-        multiple = math.lcm(parallel.pipeline, settings.vision.window or 1) if parallel.virtual_pipeline else 1
-        count = max(-(-count // multiple) * multiple, multiple)
-        if self._renderer is not None:
-            filling = self._renderer.pack([meaningless_sample(self._renderer)]) if len(rows) < count else None
-            rows += [filling] * (count - len(rows)) if filling is not None else []
-        return self._step.rows(Feed(self._session.vlm, iter(rows) if self._renderer is not None else None), count)
+        return on_all_ranks(rows, self._renderer, self._session.vlm, settings.vision.window)
 
     def _known(self, rows: StepRows) -> list[Known]:
         """Computes what the loss needs beside the log-probabilities of each update, for each row."""
@@ -117,12 +104,6 @@ class PolicyStep:
                 reference = look(self._objective.logprobs)
         count = max(len(old), len(reference))
         return [(old[n] if old else None, reference[n] if reference else None) for n in range(count)]
-
-
-def _most(value: int, groups: Groups) -> int:
-    most = torch.tensor([value])
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups.world_host)
-    return int(most.item())
 
 
 def _sums(many: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megavlm.align.answer_rows import Group
 from megavlm.align.losses import advantages
+from megavlm.align.reward_models import RewardModels
 from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
 from megavlm.data.answers import first_sample
@@ -18,8 +19,8 @@ from megavlm.data.loader import RowLoader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.records.skipped_samples import SkippedSample
-from megavlm.rewards.overlong import overlong_penalty
-from megavlm.rewards.pool import RewardPool, Score
+from megavlm.rewards.pool import RewardPool
+from megavlm.rewards.score import Score, columns_of, overlong_penalty, score
 from megavlm.rollout.engine import Answered, Engine, Prompt, Sampling
 from megavlm.runtime.session import Session
 from megavlm.training.step import raise_everywhere
@@ -78,6 +79,7 @@ class Rollouts:
         loader: the loader of the prompts on the leader of each model-parallel group; None elsewhere.
         rows: the rows of that loader, one prompt each.
         rewards: judges the answers, on the same ranks.
+        models: the reward models among the rewards.
         advantage: the name of the advantage, and its options.
         replacements: how many times flat groups are replaced in a step.
     """
@@ -91,12 +93,15 @@ class Rollouts:
         loader: RowLoader | None,
         rows: Iterator[Row] | None,
         rewards: RewardPool | None,
+        models: RewardModels,
         advantage: tuple[str, dict[str, float]],
         replacements: int,
     ):
         self._session, self._engine, self._sampling, self._renderer = session, engine, sampling, renderer
         self._loader, self._rows, self._rewards = loader, rows, rewards
         self._advantage, self._replacements = advantage, replacements
+        self._models = models
+        self._weights = {reward.key: reward.weight for reward in session.settings.reward}
         self._names = session.settings.data.source_names
 
     def collect(self) -> Batch:
@@ -160,13 +165,8 @@ class Rollouts:
             place = number[id(answered.prompt)]
             done[place] = answered
             assert self._rewards is not None, "answers arrive on leaders, which have rewards"
-            columns = answered.prompt.sample.annotations.columns or {}
-            self._rewards.submit(
-                place,
-                self._texts(answered),
-                {name: [value] * len(answered.answers) for name, value in columns.items()},
-                answered.prompt.sample.source,
-            )
+            about, texts = answered.prompt.sample.annotations, self._texts(answered)
+            self._rewards.submit(place, texts, columns_of(about.columns or {}, about.question, len(texts)))
         sums["seconds_rollout"] += time.perf_counter() - began
         answers = [answered for answered in done if answered is not None]
         assert len(answers) == len(done), "the engine answers every prompt"
@@ -177,32 +177,42 @@ class Rollouts:
         return self._renderer.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def _judged(self, answered: list[Answered], sums: Counter[str]) -> list[Judged]:
-        began, judged = time.perf_counter(), []
+        began, found, judged = time.perf_counter(), dict[Hashable, list[Score]](), list[Judged]()
         problem: UserError | None = None
         if self._rewards is not None:
             try:
-                scores = dict(self._rewards.wait())
-                judged = [self._judge(group, scores[place]) for place, group in enumerate(answered)]
+                found = dict(self._rewards.wait())
             except UserError as error:
                 problem = error
         raise_everywhere(problem, problem is not None, self._session.groups)
+        of_models = self._models.scores([
+            Group(group.prompt.sample, group.answers, [0.0] * len(group.answers)) for group in answered
+        ])  # fmt: skip
+        first = 0
+        for place, group in enumerate(answered):
+            scores = found[place]
+            for number, one in enumerate(scores):
+                parts = {name: values[first + number] for name, values in of_models.items()}
+                scores[number] = score({**one.parts, **parts}, one.failures, self._weights)
+            judged.append(self._judge(group, scores))
+            first += len(scores)
         sums["seconds_reward"] += time.perf_counter() - began
         return judged
 
     def _judge(self, answered: Answered, scores: list[Score]) -> Judged:
         cache, most = self._session.settings.align.overlong_cache, self._sampling.max_new_tokens
         rewards: list[float | None] = []
-        for answer, score in zip(answered.answers, scores, strict=True):
+        for answer, found in zip(answered.answers, scores, strict=True):
             late = overlong_penalty(len(answer.tokens), most, cache) if cache is not None else 0.0
-            rewards.append(None if score.total is None else score.total + late)
+            rewards.append(None if found.total is None else found.total + late)
         known = torch.tensor([float("nan") if r is None else r for r in rewards], dtype=torch.float64)
         name, options = self._advantage
-        found = advantages(name, known, len(rewards), **options)
-        return Judged(answered, self._texts(answered), scores, rewards, found.tolist())
+        of_answers = advantages(name, known, len(rewards), **options)
+        return Judged(answered, self._texts(answered), scores, rewards, of_answers.tolist())
 
     def _count(self, batch: Batch, sums: Counter[str]) -> None:
         """Fills ``fields`` and ``counts`` with sums over all ranks."""
-        names = self._rewards.names if self._rewards is not None else []
+        names = list(self._weights)
         for group in batch.shown:
             rewards = [reward for reward in group.rewards if reward is not None]
             sums["groups"] += 1
@@ -220,7 +230,6 @@ class Rollouts:
                 sums[f"parts/{name}"] += len(parts)
         sums["skipped"] += len(batch.skipped_samples)
         size = self._session.groups.dp_size
-        names = self._reward_names
         keys = ["groups", "flat", "answers", "reward", "squares", "judged", "failures", "tokens", "truncated", "skipped"]
         keys += [f"{kind}/{name}" for kind in ("part", "parts") for name in names]
         keys += [f"{kind}/{name}" for kind in ("used", "newly_read") for name in self._names]

@@ -8,7 +8,8 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import Annotations
 from megavlm.records.forms import form_of
 from megavlm.records.preference import split_judgement, split_pair, with_answer_of
-from megavlm.records.records import FIELDS, Kind
+from megavlm.records.questions import question_of
+from megavlm.records.records import FIELDS, Kind, check_record
 from megavlm.records.remarks import REPEATED_PROMPT
 from megavlm.records.repeated_prompt import without_repeated_prompt
 from megavlm.records.values import check_values
@@ -39,7 +40,8 @@ def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> 
     if kind == "prompt":
         draft = renderer.draft(record, find, source, kind=kind, index=index)
         renderer.check_length(draft)
-        draft.annotations = Annotations(columns=record)
+        question = question_of(check_record(record, kind, source))
+        draft.annotations = Annotations(columns=record, question=question)
         return draft
     if kind not in ("pair", "judged"):
         return renderer.draft(record, find, source, kind=kind, index=index)

@@ -21,10 +21,12 @@ class SampledAnswer:
     Attributes:
         advantage: how much better it is than was to be expected; every token of the answer has this advantage.
         logprobs: float32 [n], log-probability of each target when it was sampled, at the temperature of sampling.
+        number: number of the answer among those that were packed together.
     """
 
     advantage: float
     logprobs: Tensor
+    number: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class Annotations:
         ref_logprob: log-probability of the whole answer under the reference model.
         sampled: for an answer that the model has sampled, what is known of it.
         columns: for a prompt, the fields of its record, for rewards.
+        question: for a prompt, its last message as text.
     """
 
     side: Literal["chosen", "rejected"] | None = None
@@ -48,6 +51,7 @@ class Annotations:
     ref_logprob: float | None = None
     sampled: SampledAnswer | None = None
     columns: dict[str, Any] | None = None
+    question: str = ""
 
     @property
     def is_further_answer(self) -> bool:

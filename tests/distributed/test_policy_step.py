@@ -1,0 +1,206 @@
+"""Steps of reinforcement learning in several layouts, and the same in plain PyTorch on transformers' model.
+
+The answers are given, so that all that is computed from them is compared: two updates, so that the second has ratios of
+new to old probabilities other than 1, and a model that has moved away from its reference.
+"""
+
+import pytest
+import torch
+from parity import Toys, part_of, save_weights, settings_of, weights_of
+from toy import reference_inputs, reference_model
+
+from megavlm.align.losses import correction, policy_loss
+
+# (processes, toy model, parallel settings)
+LAYOUTS = {
+    "one process": (1, "dense", {}),
+    "DP2": (2, "dense", {}),
+    "TP2": (2, "dense", {"tensor": 2}),
+    "PP2 × VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}),
+    "CP2": (2, "dense", {"context": 2}),
+    "MoE EP2": (2, "moe", {"expert": 2}),
+}
+# name: (section align, temperature, learning rate). The rates are such that the second update clips some tokens.
+LOSSES = {
+    "grpo": ({"beta": 0.2}, 0.7, 0.5),
+    "dr_grpo": ({"correction": "token_truncate"}, 1.0, 2.0),
+    "dapo": ({"epsilon": 0.1}, 1.0, 0.5),
+    "gspo": ({"epsilon": 0.05, "epsilon_high": 0.08, "correction": "sequence_mask"}, 1.0, 1.0),
+    "sapo": ({}, 1.3, 0.5),
+    "cispo": ({"epsilon_high": 1.1, "correction": "token_mask"}, 1.0, 0.5),
+}
+PROMPTS, GROUP, MOST = (0, 1, 2, 3), 3, 9
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Toys:
+    return Toys(tmp_path_factory.mktemp("toys"))
+
+
+def given() -> list[list[tuple[list[int], list[float], float]]]:
+    """For each prompt its answers: tokens, log-probabilities of the sampler, and the advantage."""
+    draw = torch.Generator().manual_seed(3)
+    groups = []
+    for prompt in range(len(PROMPTS)):
+        lengths = torch.randint(1, MOST + 1, (GROUP,), generator=draw).tolist()
+        advantages = (torch.randn(GROUP, generator=draw) + 0.2 * prompt).tolist()
+        groups.append([
+            (
+                torch.randint(5, 60, (length,), generator=draw).tolist(),
+                (torch.randn(length, generator=draw) - 6).tolist(),
+                advantage,
+            )
+            for length, advantage in zip(lengths, advantages, strict=True)
+        ])  # fmt: skip
+    return groups
+
+
+def question(record: dict) -> dict:
+    """A conversation without its last answer."""
+    return {**record, "messages": record["messages"][:-1]}
+
+
+def expected(toys: Toys, kind: str, loss: str) -> tuple[list[float], dict[str, float], dict[str, torch.Tensor]]:
+    """The losses and norms of two updates (means), and the weights after them, with transformers."""
+    from transformers import AutoProcessor
+
+    align, temperature, lr = LOSSES[loss]
+    folder, answers = toys.folder(kind), [answer for group in given() for answer in group]
+    model, processor = reference_model(folder), AutoProcessor.from_pretrained(folder)
+    prompts = [
+        reference_inputs(processor, question(toys.records[n]), toys.root, add_generation_prompt=True)
+        for n in PROMPTS
+        for _ in range(GROUP)
+    ]
+    mask = torch.tensor([[float(t < len(tokens)) for t in range(MOST)] for tokens, _, _ in answers])
+    padded = lambda rows: torch.stack([torch.nn.functional.pad(row, (0, MOST - len(row))) for row in rows])
+
+    def logprobs() -> torch.Tensor:
+        rows = []
+        for inputs, (tokens, _, _) in zip(prompts, answers, strict=True):
+            ids = torch.cat([inputs["input_ids"], torch.tensor([tokens])], dim=1)
+            further = {
+                name: torch.cat([inputs[name], torch.full((1, len(tokens)), fill)], dim=1)
+                for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0))
+                if name in inputs
+            }
+            logits = model(**{**inputs, **further, "input_ids": ids}).logits[0, -len(tokens) - 1 : -1]
+            rows.append((logits / temperature).log_softmax(-1)[range(len(tokens)), tokens])
+        return padded(rows)
+
+    with torch.no_grad():
+        old = logprobs()
+    sampled = padded([torch.tensor(logs) for _, logs, _ in answers])
+    weights, _ = correction(align.get("correction", "off"), old, sampled, mask)
+    options = {name: value for name, value in align.items() if name not in ("beta", "correction")}
+    if loss == "dr_grpo":
+        options["max_length"] = MOST
+    losses, all_norms = [], []
+    for _ in range(2):
+        model.zero_grad()
+        advantage = torch.tensor([[a] for _, _, a in answers])
+        value, metrics = policy_loss(
+            loss, logprobs(), old, advantage, mask, old, beta=align.get("beta", 0.0), weights=weights, **options
+        )
+        value.backward()
+        losses.append(value.item())
+        squares = dict.fromkeys(("vision", "projector", "language"), 0.0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                squares[part_of(name)] += parameter.grad.double().square().sum().item()
+                parameter -= lr * parameter.grad
+        all_norms.append({part: square**0.5 for part, square in squares.items()})
+    norms = {part: sum(norms[part] for norms in all_norms) / 2 for part in all_norms[0]}
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    return losses, norms | {name: value.item() for name, value in metrics.items()}, after
+
+
+def step_in_layout(settings: dict, root, records: list[dict], out):
+    """Runs on every rank: a step with two updates; saves the weights to ``out``. Returns the result of the step."""
+    from megavlm.align.grpo import Policy
+    from megavlm.align.policy_objective import PolicyObjective
+    from megavlm.align.policy_step import PolicyStep
+    from megavlm.align.rollouts import Batch, Judged
+    from megavlm.config.settings import Settings
+    from megavlm.convert import SHARDED_METADATA
+    from megavlm.data.renderer import Renderer
+    from megavlm.media.files import in_folder
+    from megavlm.optim.optimizers import Optimizers
+    from megavlm.rollout.engine import Answer, Answered, Prompt
+    from megavlm.runtime.feed import Feed
+    from megavlm.runtime.session import start
+    from megavlm.training.start_weights import StartWeights
+    from megavlm.training.step import Step
+
+    settings = Settings(**settings)
+    session, groups = start(settings, training=True), None
+    groups, options = session.groups, Policy.of(settings).options
+    renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple) if groups.is_leader else None
+
+    class Given:
+        def collect(self) -> Batch:
+            judged = []
+            for number, (record, answers) in enumerate(zip(records, given(), strict=True)):
+                if renderer is None or number % groups.dp_size != groups.dp_rank:
+                    continue
+                sample = renderer.encode(record, in_folder(root), f"prompt {number}", kind="prompt", index=number)
+                made = [Answer(tokens, logs, logs, logs, "stop") for tokens, logs, _ in answers]
+                advantages = [advantage for _, _, advantage in answers]
+                answered = Answered(Prompt(sample, tuple(range(GROUP))), made)
+                judged.append(Judged(answered, [""] * GROUP, [], [0.0] * GROUP, advantages))
+            return Batch(judged, judged, {}, {}, [])
+
+    objective = PolicyObjective(options, 64, groups.language)
+    optimizers = Optimizers(session.vlm, settings.train, settings.align.updates)
+    step = Step(session.vlm, optimizers, Feed(session.vlm, None), 1, objective, settings.vision.window)
+    reference = StartWeights(session, offload=True) if options.beta else None
+    result = PolicyStep(session, step, Given(), objective, renderer, reference)()
+    save_weights(session.vlm.sharded_state_dict(dict(SHARDED_METADATA)), out, groups)
+    return result.loss, result.norms, result.counts, result.fields
+
+
+@pytest.fixture(scope="module")
+def expectations(toys):
+    made = {}
+
+    def expectation(kind: str, loss: str):
+        if (kind, loss) not in made:
+            made[kind, loss] = expected(toys, kind, loss)
+        return made[kind, loss]
+
+    return expectation
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_updates_are_those_of_plain_pytorch(layout, loss, toys, expectations, tmp_path, request):
+    """To 1e-5 for the loss, 3e-5 for norms and 1e-4 for weights, of their update, as in the other layout tests."""
+    from transformers.modeling_utils import load_state_dict
+
+    processes, kind, parallel = LAYOUTS[layout]
+    align, temperature, lr = LOSSES[loss]
+    losses, wanted, weights = expectations(kind, loss)
+    settings = settings_of(toys.folder(kind), parallel, seq_length=512, lr=lr, moe_aux_loss_coeff=0.0)
+    settings["model"]["load"] = str(toys.checkpoint(kind))
+    settings["train"]["global_batch_size"] = None
+    settings["align"] = {"loss": loss, "updates": 2, **align}
+    settings["rollout"] = {"group_size": GROUP, "max_new_tokens": MOST, "temperature": temperature}
+    world, out = request.getfixturevalue(f"world{processes}"), tmp_path / "mcore"
+    records = [toys.records[n] for n in PROMPTS]
+    result = world.run(step_in_layout, settings, toys.root, records, out)[0]
+    found, norms, counts, fields = result
+    assert found == pytest.approx(sum(losses) / 2, rel=1e-5)
+    for part in ("vision", "projector", "language"):
+        assert norms[f"grad_norm/{part}"] == pytest.approx(wanted[part], rel=3e-5), part
+    start, after = load_state_dict(str(toys.folder(kind) / "model.safetensors")), weights_of(out, toys.folder(kind))
+    for weight, value in after.items():
+        update = weights[weight] - start[weight]
+        assert (value - weights[weight]).norm() <= 1e-4 * update.norm() + 1e-9, weight
+    assert fields["ratio_max"] == pytest.approx(max(1.0, wanted["ratio_max"]), rel=1e-4)
+    # the first update clips nothing, and starts where the reference is
+    assert fields["clip_share"] == pytest.approx(wanted["clip_share"] / 2, rel=1e-4)
+    assert 0 < fields["clip_share"] < 0.5 or loss == "sapo"
+    if align.get("beta"):
+        assert fields["kl"] == pytest.approx(wanted["kl"] / 2, rel=1e-4)
+    assert counts["samples"] == len(PROMPTS) * GROUP
+    assert counts["frames_encoded"] == counts["frames"]
