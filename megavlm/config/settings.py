@@ -6,6 +6,7 @@ from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.align_sections import AlignSettings
 from megavlm.config.data_sections import DataSettings, DataSource
+from megavlm.config.reward_section import RewardPoolSettings, Rewards, RewardSettings
 from megavlm.config.section import Bool, FilePath, Int, Section
 from megavlm.config.sections import (
     CheckpointSettings,
@@ -28,6 +29,8 @@ __all__ = [
     "LogSettings",
     "ModelSettings",
     "ParallelSettings",
+    "RewardPoolSettings",
+    "RewardSettings",
     "Settings",
     "TrainSettings",
     "VisionSettings",
@@ -50,6 +53,12 @@ class Settings(Section):
     parallel: ParallelSettings = ParallelSettings()
     vision: VisionSettings = VisionSettings()
     train: TrainSettings = TrainSettings()
+    reward: Rewards = Field(
+        [],
+        description="only for methods that sample answers: how the answers are judged. A list of rewards, for example "
+        "[{name: math}, {python: rewards.py:short, weight: 0.1}]; an answer gets their weighted sum",
+    )
+    reward_pool: RewardPoolSettings = RewardPoolSettings()
     align: AlignSettings = AlignSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
