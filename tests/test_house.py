@@ -60,6 +60,7 @@ MAY_IMPORT = {
         "base",
     ],
     "rollout": ["data"],
+    "rewards": ["records", "config", "base"],
     "plan": ["align", "training", "runtime", "optim", "adapters", "data", "model", "platform", "config"],
     "commands": [
         "plan",

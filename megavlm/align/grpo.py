@@ -16,10 +16,9 @@ from megavlm.config.settings import Settings
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
-from megavlm.platform import on_gpu
 from megavlm.rewards.pool import RewardPool
-from megavlm.rollout.built_in import BuiltInEngine
 from megavlm.rollout.answerer import sampling_of
+from megavlm.rollout.built_in import BuiltInEngine
 from megavlm.runtime.session import Session
 from megavlm.training.memory_check import longest_row
 from megavlm.training.method import Prepared

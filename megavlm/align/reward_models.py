@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from megavlm.align.answer_rows import Group, answer_rows, on_all_ranks
+from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import has_score_head
-from megavlm.base.errors import UserError
 from megavlm.config.reward_section import RewardSettings
 from megavlm.data.renderer import Renderer
 from megavlm.model.language import LanguageModel

@@ -230,7 +230,18 @@ class Rollouts:
                 sums[f"parts/{name}"] += len(parts)
         sums["skipped"] += len(batch.skipped_samples)
         size = self._session.groups.dp_size
-        keys = ["groups", "flat", "answers", "reward", "squares", "judged", "failures", "tokens", "truncated", "skipped"]
+        keys = [
+            "groups",
+            "flat",
+            "answers",
+            "reward",
+            "squares",
+            "judged",
+            "failures",
+            "tokens",
+            "truncated",
+            "skipped",
+        ]
         keys += [f"{kind}/{name}" for kind in ("part", "parts") for name in names]
         keys += [f"{kind}/{name}" for kind in ("used", "newly_read") for name in self._names]
         keys += ["seconds_rollout", "seconds_reward"]

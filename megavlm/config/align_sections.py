@@ -81,7 +81,9 @@ class AlignSettings(Section):
         None, gt=0, description="only for the loss sapo: temperature for negative advantages; null: 1.05"
     )
     updates: Int = Field(
-        1, ge=1, description="only for grpo: how often each step learns from its answers; above 1 they become off-policy"
+        1,
+        ge=1,
+        description="only for grpo: how often each step learns from its answers; above 1 they become off-policy",
     )
     mini_batches: Int = Field(
         1,
@@ -96,7 +98,9 @@ class AlignSettings(Section):
         "differences are only measured",
     )
     correction_lowest: Float | None = Field(
-        None, ge=0, description="only with a correction that masks: smallest importance ratio; null: 0.5 for tokens, else 0"
+        None,
+        ge=0,
+        description="only with a correction that masks: smallest importance ratio; null: 0.5 for tokens, else 0",
     )
     correction_highest: Float | None = Field(
         None,

@@ -7,6 +7,7 @@ from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.align_sections import AlignSettings
 from megavlm.config.data_sections import DataSettings, DataSource
 from megavlm.config.rollout_section import RolloutSettings
+from megavlm.config.reward_section import RewardPoolSettings, Rewards, RewardSettings
 from megavlm.config.section import Bool, FilePath, Int, Section
 from megavlm.config.sections import (
     CheckpointSettings,
@@ -30,6 +31,8 @@ __all__ = [
     "ModelSettings",
     "ParallelSettings",
     "RolloutSettings",
+    "RewardPoolSettings",
+    "RewardSettings",
     "Settings",
     "TrainSettings",
     "VisionSettings",
@@ -52,6 +55,12 @@ class Settings(Section):
     parallel: ParallelSettings = ParallelSettings()
     vision: VisionSettings = VisionSettings()
     train: TrainSettings = TrainSettings()
+    reward: Rewards = Field(
+        [],
+        description="only for methods that sample answers: how the answers are judged. A list of rewards, for example "
+        "[{name: math}, {python: rewards.py:short, weight: 0.1}]; an answer gets their weighted sum",
+    )
+    reward_pool: RewardPoolSettings = RewardPoolSettings()
     align: AlignSettings = AlignSettings()
     rollout: RolloutSettings = RolloutSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

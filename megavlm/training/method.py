@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from megavlm.config.requirements import required
 from megavlm.data.loader import RowLoader, build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row

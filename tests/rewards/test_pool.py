@@ -1,0 +1,207 @@
+"""Rewards in worker processes: bad rewards cost only the answers that they fail for, and no process is left over."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megavlm.base.errors import RunFailure, UserError
+from megavlm.config.settings import RewardSettings
+from megavlm.rewards.pool import RewardPool, check_rewards
+
+FILE = Path(__file__).parent / "bad_rewards.py"
+SECONDS = 1.5  # a time-out; an innocent answer needs milliseconds and gets a third of it, also on a busy machine
+
+
+def python(function: str, **settings) -> RewardSettings:
+    return RewardSettings(python=f"{FILE}:{function}", **settings)
+
+
+class Unsendable:
+    def __reduce__(self):
+        raise pickle.PicklingError("a lock")
+
+
+# For each group: the answers, and the cause of each that must fail; "" for those that get 1.
+BAD = {
+    "fine": {"a": "", "b": ""},
+    "raise": {"a": "", "raise": "RuntimeError: the judge is out", "b": ""},
+    "exit": {"exit": "its process ended with status 3", "a": "", "b": ""},
+    "system exit": {"a": "", "system exit": "SystemExit: enough"},
+    "crash": {"a": "", "crash": "its process was killed by SIGSEGV"},
+    "slow": {"a": "", "sleep": "no result after", "b": ""},
+    "all slow": {"sleep": f"no result after {SECONDS} s"},
+    "nan": {"nan": "it returned nan, which is not a finite number", "a": ""},
+    "infinity": {"infinity": "it returned inf, which is not a finite number", "a": ""},
+    "text": {"text": "it returned '1', which is not a finite number", "a": ""},
+    "a function": {"a": "", "lambda": "it returned <function obey"},
+    "too few": {"short": "it returned 0 values for 1 answers", "a": ""},
+    "text instead": {"text instead": "it returned '111', not a list"},
+    "number instead": {"number instead": "it returned 1.0, not a list"},
+}
+
+
+@pytest.fixture(scope="module")
+def judged():
+    """The scores of all groups in BAD, which go through one pool together."""
+    rewards = [
+        python("obey", timeout=SECONDS, weight=2.0),
+        RewardSettings(name="exact"),
+        python("lengths", weight=0.5),
+        RewardSettings(model="runs/rm"),
+    ]
+    with RewardPool(rewards, workers=4) as pool:
+        for key, answers in BAD.items():
+            count = len(answers)
+            pool.submit(key, list(answers), {"answer": [3] * count, "prompts": ["xy"] * count})
+        pool.submit("unsendable", ["a"], {"answer": [Unsendable()]})
+        pool.submit("empty", [], {})
+        assert pool.pending == len(BAD) + 2
+        found = dict(pool.wait())
+        assert pool.pending == 0
+        assert pool.results() == []
+    return found
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_only_the_guilty_answer_fails(judged, key):
+    for (text, cause), found in zip(BAD[key].items(), judged[key], strict=True):
+        others = {"exact": 0.0, "lengths": len(text) + 2.0 + 3.0}
+        if cause:
+            assert found.total is None
+            assert found.parts == {"obey": None, **others}
+            assert [failure[: len("obey: ") + len(cause)] for failure in found.failures] == [f"obey: {cause}"]
+        else:
+            assert found.parts == {"obey": 1.0, **others}
+            assert (found.total, found.failures) == (2.0 + 0.5 * others["lengths"], [])
+
+
+def test_what_cannot_be_sent_fails_and_an_empty_group_is_returned(judged):
+    [found] = judged["unsendable"]
+    assert found.total is None
+    assert len(found.failures) == 3
+    assert "the record cannot be sent to a worker: PicklingError: a lock" in found.failures[0]
+    assert judged["empty"] == []
+
+
+def test_a_group_in_which_every_answer_ends_its_worker_is_given_up():
+    with RewardPool([python("obey", timeout=30)], workers=1) as pool:
+        pool.submit(0, ["exit"] * 5, {})
+        pool.submit(1, ["none"], {})
+        found = dict(pool.wait())
+    causes = [score.failures[0] for score in found[0]]
+    assert causes[:3] == ["obey: its process ended with status 3"] * 3
+    assert causes[3:] == ["obey: not tried after 3 other answers: its process ended with status 3"] * 2
+    assert (found[1][0].total, found[1][0].parts, found[1][0].failures) == (None, {"obey": None}, [])
+
+
+def processes() -> list[int]:
+    return [child.pid for child in psutil.Process().children(recursive=True)]
+
+
+def test_many_groups_leave_nothing_and_a_killed_worker_is_replaced():
+    before, handles = set(processes()), len(os.listdir("/proc/self/fd"))
+    with RewardPool([python("process_id")], workers=2) as pool:
+        for key in range(100):
+            pool.submit(key, ["a", "b"], {"text": ["x" * 1000] * 2})
+        first = {scores[0].total for _, scores in pool.wait()}
+        assert first <= {float(pid) for pid in processes()}
+        for pid in set(processes()) - before:
+            os.kill(pid, signal.SIGKILL)
+        seen = {}
+        for key in range(100):
+            pool.submit(key, ["a", "b"], {"text": ["x" * 1000] * 2})
+            seen.update(pool.results())
+        seen.update(pool.wait())
+        assert sorted(seen) == list(range(100))
+        assert not [score.failures for scores in seen.values() for score in scores if score.failures]
+        assert not first & {scores[0].total for scores in seen.values()}
+        assert len(set(processes()) - before) == 2
+        assert not pool._workers.keys() & {None}
+    assert set(processes()) <= before
+    assert len(os.listdir("/proc/self/fd")) <= handles
+
+
+def test_workers_end_with_a_killed_trainer():
+    code = f"""
+import os
+from megavlm.config.settings import RewardSettings
+from megavlm.rewards.pool import RewardPool
+pool = RewardPool([RewardSettings(python={f"{FILE}:process_id"!r})], workers=1)
+pool.submit(0, ["a"], {{}})
+print(int(pool.wait()[0][1][0].total), flush=True)
+pool.submit(1, ["a"], {{}})
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout, done.stderr
+    until = time.monotonic() + 30
+    while psutil.pid_exists(int(done.stdout)) and psutil.Process(int(done.stdout)).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until, "the worker has outlived its trainer"
+        time.sleep(0.05)
+
+
+def test_workers_import_neither_torch_nor_sympy():
+    code = "import sys, megavlm.rewards.worker; print(*{'torch', 'sympy', 'pydantic', 'numpy'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "function", "message", "remedy"),
+    [
+        ("def f(:\n", "f", "FILE:1 cannot be used: SyntaxError: ", "repair the file"),
+        ("import nothing_of_this_name\n", "f", "FILE:1 cannot be used: ModuleNotFoundError: No module", "repair"),
+        ("\n\nx = 1 / 0\n", "f", "FILE:3 cannot be used: ZeroDivisionError: division by zero", "repair"),
+        ("import sys\nsys.exit(1)\n", "f", "FILE:2 cannot be used: SystemExit: 1", "repair"),
+        ("def g(): ...\n", "f", "FILE has no function f", "its functions: g"),
+        ("f = 3\n", "f", "FILE has something that is no function as f", "its functions: none"),
+        ("import os\nos._exit(7)\n", "f", "their process ended with status 7", "must not end the process"),
+        (None, "f", "FILE does not exist", "relative paths start from"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_before_the_run(tmp_path, source, function, message, remedy):
+    path = tmp_path / "mine.py"
+    if source is not None:
+        path.write_text(source)
+    with pytest.raises(UserError) as error:
+        check_rewards([RewardSettings(name="exact"), RewardSettings(python=f"{path}:{function}", label="own")])
+    assert message.replace("FILE", str(path)) in error.value.message
+    assert "own" in error.value.message
+    assert remedy in error.value.remedy
+
+
+def test_usable_rewards_pass_and_a_file_imports_its_neighbours(tmp_path):
+    (tmp_path / "neighbour.py").write_text("half = 0.5\n")
+    (tmp_path / "mine.py").write_text(
+        "from neighbour import half\ndef f(completions): return [half for _ in completions]"
+    )
+    rewards = [RewardSettings(python=f"{tmp_path}/mine.py:f"), RewardSettings(name="math")]
+    check_rewards(rewards)
+    check_rewards([RewardSettings(model="runs/rm")])
+    with RewardPool(rewards, workers=1) as pool:
+        pool.submit("a", [r"\boxed{5}", r"\boxed{9^{9^{9^9}}}"], {"answer": [5, 5]})
+        [(_, scores)] = pool.wait()
+    assert scores[0].parts == {"f": 0.5, "math": 1.0}
+    assert scores[1].parts["math"] in (None, 0.0)
+
+
+def test_a_pool_whose_workers_cannot_start_says_so(tmp_path):
+    (tmp_path / "mine.py").write_text("import os\nos._exit(7)\n")
+    with RewardPool([RewardSettings(python=f"{tmp_path}/mine.py:f")], workers=1) as pool:
+        pool.submit("a", ["x"], {})
+        for _ in range(2):  # and says it again
+            with pytest.raises(RunFailure, match="3 reward workers in a row .* ended with status 7"):
+                pool.wait()
+
+
+def test_without_rewards_for_workers_groups_are_returned_at_once():
+    with RewardPool([RewardSettings(model="runs/rm")]) as pool:
+        pool.submit("a", ["x"], {})
+        [(key, [score])] = pool.wait()
+    assert (key, score.total, score.parts) == ("a", None, {})
