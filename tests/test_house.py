@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "adapters": ["convert", "model", "platform", "config", "base"],
     "optim": ["model", "platform", "config", "base"],
     "checkpoint": ["optim", "adapters", "convert", "data", "sources", "media", "model", "platform", "config", "base"],
-    "monitor": ["data", "records", "platform", "config", "base"],
+    "monitor": ["data", "sources", "records", "media", "platform", "config", "base"],
     "report": ["monitor", "data", "sources", "records", "media", "config", "base"],
     "runtime": [
         "monitor",
