@@ -9,6 +9,7 @@ from megavlm.align.losses.correction import CORRECTIONS
 from megavlm.align.policy_objective import PolicyObjective, PolicyOptions
 from megavlm.align.policy_step import PolicyStep
 from megavlm.align.preference_method import check_reference
+from megavlm.align.reward_models import RewardModels
 from megavlm.align.rollouts import Rollouts
 from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
@@ -23,7 +24,7 @@ from megavlm.runtime.session import Session
 from megavlm.training.memory_check import longest_row
 from megavlm.training.method import Prepared
 from megavlm.training.start_weights import StartWeights
-from megavlm.training.step import Step, StepResult
+from megavlm.training.step import Step
 
 LOSSES = tuple(name for name in POLICY_LOSSES if name != "ppo")
 REPLACEMENTS = 4
@@ -124,20 +125,24 @@ class PolicyMethod:
                 rows_per_step=-(-required(settings.rollout.prompts, "rollout.prompts") // groups.dp_size),
                 output=settings.output,
             )
-            rewards = RewardPool(settings.reward)
+            rewards = RewardPool(settings.reward, settings.reward_pool.workers)
         heartbeat("opening the prompts and the rewards")
+        models = RewardModels(session, settings.reward, renderer)
         beta, objective = self._policy.options.beta, self.bare_objective(session)
         start = StartWeights(session, offload=settings.align.offload_reference) if beta else None
+        heartbeat("loading the reward models and the reference model")
 
-        def make_step(step: Step, rows: Iterator[Row] | None) -> Callable[[], StepResult]:
+        def make_step(step: Step, rows: Iterator[Row] | None) -> PolicyStep:
+            engine = BuiltInEngine(session, settings.rollout.cache_gib, settings.rollout.max_sequences)
             rollouts = Rollouts(
                 session,
-                BuiltInEngine(session, settings.rollout.cache_gib, settings.rollout.max_sequences),
-                sampling_of(session, settings.rollout),
-                renderer or Renderer(settings.model.hf, settings.data),
+                engine,
+                sampling_of(settings, settings.rollout),
+                renderer,
                 loader,
                 rows,
                 rewards,
+                models,
                 self._policy.advantage,
                 self._policy.replacements,
             )

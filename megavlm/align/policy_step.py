@@ -1,17 +1,23 @@
 """A step of reinforcement learning: sample a batch of answers, judge them, and learn from them in several updates."""
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 
 from megavlm.align.answer_rows import answer_rows, on_all_ranks
 from megavlm.align.policy_objective import Known, PolicyObjective
-from megavlm.align.rollouts import Judged, Rollouts, in_mini_batches
+from megavlm.align.rollouts import Judged, Rollouts, failures_of, in_mini_batches, logged
+from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
+from megavlm.config.requirements import required
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
+from megavlm.monitor.reward_failures import RewardFailures
+from megavlm.monitor.run_monitor import RunMonitor
+from megavlm.platform.collectives import broadcast_object, gather_objects
 from megavlm.runtime.feed import StepRows
 from megavlm.runtime.session import Session
 from megavlm.training.start_weights import StartWeights
@@ -34,8 +40,6 @@ class PolicyStep:
         renderer: packs rows, on leaders; None elsewhere.
         start: the reference model; None if the loss does not use it.
 
-    Attributes:
-        shown: the groups of the last step on this data-parallel rank, on leaders.
     """
 
     def __init__(
@@ -49,14 +53,15 @@ class PolicyStep:
     ):
         self._session, self._step, self._rollouts, self._objective = session, step, rollouts, objective
         self._renderer, self._start = renderer, start
-        self.shown: list[Judged] = []
+        self._shown: list[Judged] = []  # the groups of the last step on this data-parallel rank, on leaders
+        self._failures: RewardFailures | None = None  # on rank 0
 
     def __call__(self) -> StepResult:
         session, align = self._session, self._session.settings.align
         session.vlm.train(False)
         batch = self._rollouts.collect()
         session.vlm.train()
-        self.shown, began = batch.shown, time.perf_counter()
+        self._shown, began = batch.shown, time.perf_counter()
         parts = [self._rows(groups) for groups in in_mini_batches(batch.groups, align.mini_batches)]
         known = [self._known(rows) for rows in parts]
         results = []
@@ -75,12 +80,30 @@ class PolicyStep:
         return StepResult(
             sum(result.loss for result in results) / len(results),
             results[0].lr,
-            _merged([result.norms for result in results], ()),
+            {name: sum(result.norms[name] for result in results) / len(results) for name in results[0].norms},
             counts,
             fields,
             batch.skipped_samples,
             next((result.trouble for result in results if result.trouble), None),
         )
+
+    def report(self, step: int, monitor: RunMonitor) -> UserError | None:
+        """Records answers and failed rewards; see ``MethodStep``. An error if too many rewards fail."""
+        session, settings = self._session, self._session.settings
+        judged = gather_objects(failures_of(self._shown), session.groups.world_host)
+        if not session.is_first:
+            return broadcast_object(None, session.groups.world_host)
+        if self._failures is None:
+            output, limit = required(settings.output, "output"), settings.reward_pool.max_failed_fraction
+            self._failures = RewardFailures(output, step - 1, limit, monitor.say)
+        self._failures.take(step, itertools.chain.from_iterable(judged))
+        if step % settings.rollout.log_every == 0 or step in (1, settings.train.steps):
+            monitor.record_rollouts(step, [logged(group) for group in self._shown])
+        return broadcast_object(self._failures.failure(), session.groups.world_host)
+
+    def close(self) -> None:
+        """Ends the engine and the processes of the rewards."""
+        self._rollouts.close()
 
     def _rows(self, groups: Sequence[Judged]) -> StepRows:
         """Packs groups into rows, as many on each data-parallel rank. Call it on all ranks."""
@@ -110,10 +133,10 @@ def _sums(many: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(values[name] for values in many) for name in many[0]}
 
 
-def _merged[T: float | None](many: Sequence[dict[str, T]], largest: Sequence[str]) -> dict[str, T]:
+def _merged(many: Sequence[Mapping[str, float | None]], largest: Sequence[str]) -> dict[str, float | None]:
     """The mean of each value over the updates, or the largest one of those that are named."""
-    merged = {}
+    merged: dict[str, float | None] = {}
     for name in many[0]:
-        values = [values[name] for values in many if values[name] is not None]
+        values = [value for one in many if (value := one[name]) is not None]
         merged[name] = (max(values) if name in largest else sum(values) / len(values)) if values else None
     return merged

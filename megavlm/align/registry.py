@@ -28,8 +28,8 @@ class MethodEntry:
         requires: settings that must be set for this method, in addition to those of every training run.
         reads: settings with paths of files that must exist, in addition to those of every training run.
         has_stages: whether the setting ``stage`` is for this method.
-        samples: whether it samples answers and reads the sections ``rollout`` and ``reward``; then the number of rows of
-            a step follows from the answers.
+        samples: whether it samples answers and reads the sections ``rollout`` and ``reward``; then the number of rows
+            of a step follows from the answers.
     """
 
     make: str

@@ -1,8 +1,9 @@
 """One batch of reinforcement learning: prompts, sampled answers, their rewards and advantages."""
 
 import hashlib
+import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,9 @@ from megavlm.config.requirements import required
 from megavlm.data.answers import first_sample
 from megavlm.data.loader import RowLoader
 from megavlm.data.renderer import Renderer
-from megavlm.data.row import Row
+from megavlm.data.row import Asked, Row
+from megavlm.monitor.reward_failures import JudgedAnswer
+from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup
 from megavlm.records.skipped_samples import SkippedSample
 from megavlm.rewards.pool import RewardPool
 from megavlm.rewards.score import Score, columns_of, overlong_penalty, score
@@ -25,13 +28,15 @@ from megavlm.rollout.engine import Answered, Engine, Prompt, Sampling
 from megavlm.runtime.session import Session
 from megavlm.training.step import raise_everywhere
 
+Sums = defaultdict[str, float]
+
 
 @dataclass(frozen=True)
 class Judged:
-    """A prompt with its answers, their texts, scores, rewards and advantages (None: not judged)."""
+    """A prompt with its answers and, for each, its text with special tokens, score, reward (or None), advantage."""
 
     answered: Answered
-    texts: list[str]
+    full_texts: list[str]
     scores: list[Score]
     rewards: list[float | None]
     advantages: list[float]
@@ -75,8 +80,8 @@ class Rollouts:
         session: the session of the run.
         engine: samples the answers.
         sampling: how it samples.
-        renderer: decodes the answers.
-        loader: the loader of the prompts on the leader of each model-parallel group; None elsewhere.
+        renderer: decodes the answers on the leader of each model-parallel group; None elsewhere.
+        loader: the loader of the prompts, on the same ranks.
         rows: the rows of that loader, one prompt each.
         rewards: judges the answers, on the same ranks.
         models: the reward models among the rewards.
@@ -89,7 +94,7 @@ class Rollouts:
         session: Session,
         engine: Engine,
         sampling: Sampling,
-        renderer: Renderer,
+        renderer: Renderer | None,
         loader: RowLoader | None,
         rows: Iterator[Row] | None,
         rewards: RewardPool | None,
@@ -117,11 +122,11 @@ class Rollouts:
         """
         settings = self._session.settings.rollout
         wanted, size = required(settings.prompts, "rollout.prompts"), self._session.groups.dp_size
-        batch, sums, missing = Batch(), Counter[str](), wanted
+        batch, sums, missing = Batch(), Sums(float), float(wanted)
         if self._loader is not None:
             self._loader.begin_step()
         for attempt in range(1 + self._replacements):
-            judged = self._judged(self._answered(self._prompts(-(-missing // size), batch, sums), sums), sums)
+            judged = self._judged(self._answered(self._prompts(math.ceil(missing / size), batch, sums), sums), sums)
             batch.shown += judged
             keep_flat = self._replacements == 0
             batch.groups += [group for group in judged if keep_flat or not group.is_flat]
@@ -133,7 +138,13 @@ class Rollouts:
         self._count(batch, sums)
         return batch
 
-    def _prompts(self, count: int, batch: Batch, sums: Counter[str]) -> list[Prompt]:
+    def close(self) -> None:
+        """Ends the engine and the processes of the rewards."""
+        self._engine.close()
+        if self._rewards is not None:
+            self._rewards.close()
+
+    def _prompts(self, count: int, batch: Batch, sums: Sums) -> list[Prompt]:
         """The next prompts of this data-parallel rank on its leader, [] elsewhere."""
         prompts: list[Prompt] = []
         problem: UserError | None = None
@@ -156,7 +167,7 @@ class Rollouts:
         raise_everywhere(problem, problem is not None, self._session.groups)
         return prompts
 
-    def _answered(self, prompts: list[Prompt], sums: Counter[str]) -> list[Answered]:
+    def _answered(self, prompts: list[Prompt], sums: Sums) -> list[Answered]:
         """Samples, and gives each group to the rewards as soon as it is complete."""
         began, number = time.perf_counter(), {id(prompt): n for n, prompt in enumerate(prompts)}
         done: list[Answered | None] = [None] * len(prompts)
@@ -165,18 +176,19 @@ class Rollouts:
             place = number[id(answered.prompt)]
             done[place] = answered
             assert self._rewards is not None, "answers arrive on leaders, which have rewards"
-            about, texts = answered.prompt.sample.annotations, self._texts(answered)
-            self._rewards.submit(place, texts, columns_of(about.columns or {}, about.question, len(texts)))
+            asked, texts = asked_of(answered), self._texts(answered)
+            self._rewards.submit(place, texts, columns_of(asked.columns, asked.question, len(texts)))
         sums["seconds_rollout"] += time.perf_counter() - began
         answers = [answered for answered in done if answered is not None]
         assert len(answers) == len(done), "the engine answers every prompt"
         return answers
 
-    def _texts(self, answered: Answered) -> list[str]:
+    def _texts(self, answered: Answered, *, special: bool = False) -> list[str]:
         tokens = [answer.tokens for answer in answered.answers]
-        return self._renderer.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        assert self._renderer is not None, "answers arrive on leaders"
+        return self._renderer.tokenizer.batch_decode(tokens, skip_special_tokens=not special)
 
-    def _judged(self, answered: list[Answered], sums: Counter[str]) -> list[Judged]:
+    def _judged(self, answered: list[Answered], sums: Sums) -> list[Judged]:
         began, found, judged = time.perf_counter(), dict[Hashable, list[Score]](), list[Judged]()
         problem: UserError | None = None
         if self._rewards is not None:
@@ -208,9 +220,9 @@ class Rollouts:
         known = torch.tensor([float("nan") if r is None else r for r in rewards], dtype=torch.float64)
         name, options = self._advantage
         of_answers = advantages(name, known, len(rewards), **options)
-        return Judged(answered, self._texts(answered), scores, rewards, of_answers.tolist())
+        return Judged(answered, self._texts(answered, special=True), scores, rewards, of_answers.tolist())
 
-    def _count(self, batch: Batch, sums: Counter[str]) -> None:
+    def _count(self, batch: Batch, sums: Sums) -> None:
         """Fills ``fields`` and ``counts`` with sums over all ranks."""
         names = list(self._weights)
         for group in batch.shown:
@@ -278,6 +290,13 @@ class Rollouts:
         return dict(zip(values, sums.tolist(), strict=True))
 
 
+def asked_of(answered: Answered) -> Asked:
+    """The record of a prompt."""
+    asked = answered.prompt.sample.annotations.asked
+    assert asked is not None, "prompts are drafted with their records"
+    return asked
+
+
 def seed_of(*numbers: int) -> int:
     """A number in 0 … 2⁶³ - 1 that differs for different numbers, such as (run, prompt, answer)."""
     text = ",".join(map(str, numbers)).encode()
@@ -287,3 +306,23 @@ def seed_of(*numbers: int) -> int:
 def in_mini_batches(groups: Sequence[Judged], count: int) -> list[list[Judged]]:
     """Divides groups into ``count`` parts that differ by at most one group; each keeps their order."""
     return [list(groups[n * len(groups) // count : (n + 1) * len(groups) // count]) for n in range(count)]
+
+
+def failures_of(groups: Sequence[Judged]) -> list[JudgedAnswer]:
+    """What is recorded of rewards that failed or did not apply."""
+    return [
+        JudgedAnswer(group.answered.prompt.sample.source, n, score.parts, score.failures, score.total is not None)
+        for group in groups
+        for n, score in enumerate(group.scores)
+    ]
+
+
+def logged(group: Judged) -> LoggedGroup:
+    """What a reader sees of a group."""
+    asked, answers = asked_of(group.answered), []
+    for answer, text, one, reward, advantage in zip(
+        group.answered.answers, group.full_texts, group.scores, group.rewards, group.advantages, strict=True
+    ):
+        shown = None if reward is None else advantage
+        answers.append(LoggedAnswer(text, reward, one.parts, shown, len(answer.tokens), answer.finish, one.failures))
+    return LoggedGroup(group.answered.prompt.sample.source, asked.question, asked.media, asked.reference, answers)

@@ -20,8 +20,8 @@ class AlignSettings(Section):
         None,
         ge=0,
         description="for dpo, kto and grpo: strength with which the policy is kept close to the reference model; "
-        "higher values keep it closer. null: 0.1 for dpo and kto, 2.5 for simpo; for grpo 0.03 with the loss grpo and 0 "
-        "with the others. 0, only for grpo: there is no reference model",
+        "higher values keep it closer. null: 0.1 for dpo and kto, 2.5 for simpo; for grpo 0.03 with the loss grpo and "
+        "0 with the others. 0, only for grpo: there is no reference model",
     )
     gamma: Float | None = Field(
         None,
@@ -65,8 +65,8 @@ class AlignSettings(Section):
     epsilon_high: Float | None = Field(
         None,
         gt=0,
-        description="only for the losses grpo, dr_grpo, dapo, gspo and cispo: how far the ratio may rise above 1; null: "
-        "epsilon, for dapo 0.28, for gspo 4e-4. For cispo it is the largest ratio itself; null: 5",
+        description="only for the losses grpo, dr_grpo, dapo, gspo and cispo: how far the ratio may rise above 1; "
+        "null: epsilon, for dapo 0.28, for gspo 4e-4. For cispo it is the largest ratio itself; null: 5",
     )
     dual_clip: Float | None = Field(
         None,
@@ -88,14 +88,14 @@ class AlignSettings(Section):
     mini_batches: Int = Field(
         1,
         ge=1,
-        description="only for grpo: number of parts into which the prompts of a step are divided; there is an update of "
-        "the weights for each",
+        description="only for grpo: number of parts into which the prompts of a step are divided; there is an update "
+        "of the weights for each",
     )
     correction: Literal["off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
         "off",
-        description="only for grpo: how differences between the log-probabilities of sampler and trainer are corrected. "
-        "truncate: the importance ratio is limited; mask: tokens or answers outside the limits are left out; off: the "
-        "differences are only measured",
+        description="only for grpo: how differences between the log-probabilities of sampler and trainer are "
+        "corrected. truncate: the importance ratio is limited; mask: tokens or answers outside the limits are left out; "
+        "off: the differences are only measured",
     )
     correction_lowest: Float | None = Field(
         None,

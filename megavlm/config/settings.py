@@ -6,8 +6,8 @@ from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.align_sections import AlignSettings
 from megavlm.config.data_sections import DataSettings, DataSource
-from megavlm.config.rollout_section import RolloutSettings
 from megavlm.config.reward_section import RewardPoolSettings, Rewards, RewardSettings
+from megavlm.config.rollout_section import RolloutSettings
 from megavlm.config.section import Bool, FilePath, Int, Section
 from megavlm.config.sections import (
     CheckpointSettings,
@@ -30,9 +30,9 @@ __all__ = [
     "LogSettings",
     "ModelSettings",
     "ParallelSettings",
-    "RolloutSettings",
     "RewardPoolSettings",
     "RewardSettings",
+    "RolloutSettings",
     "Settings",
     "TrainSettings",
     "VisionSettings",

@@ -5,10 +5,10 @@ from typing import Any
 from megavlm.base.errors import UserError
 from megavlm.data.draft import Draft
 from megavlm.data.renderer import Renderer
-from megavlm.data.row import Annotations
+from megavlm.data.row import Annotations, Asked
 from megavlm.records.forms import form_of
 from megavlm.records.preference import split_judgement, split_pair, with_answer_of
-from megavlm.records.questions import question_of
+from megavlm.records.questions import question_of, reference_of
 from megavlm.records.records import FIELDS, Kind, check_record
 from megavlm.records.remarks import REPEATED_PROMPT
 from megavlm.records.repeated_prompt import without_repeated_prompt
@@ -40,8 +40,10 @@ def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> 
     if kind == "prompt":
         draft = renderer.draft(record, find, source, kind=kind, index=index)
         renderer.check_length(draft)
-        question = question_of(check_record(record, kind, source))
-        draft.annotations = Annotations(columns=record, question=question)
+        checked = check_record(record, kind, source)
+        media, reference = [*checked.images, *checked.videos], reference_of(record)
+        asked = Asked(columns=record, question=question_of(checked), media=media, reference=reference)
+        draft.annotations = Annotations(asked=asked)
         return draft
     if kind not in ("pair", "judged"):
         return renderer.draft(record, find, source, kind=kind, index=index)

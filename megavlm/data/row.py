@@ -30,6 +30,23 @@ class SampledAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The record of a prompt, for rewards and readers.
+
+    Attributes:
+        columns: its fields, as written.
+        question: its last message as text.
+        media: its pictures, then its videos, as it names them.
+        reference: its reference answer, if it has one.
+    """
+
+    columns: dict[str, Any]
+    question: str
+    media: list[Any]
+    reference: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Annotations:
     """Inputs of a loss other than tokens; a field is None if it does not apply to the sample.
 
@@ -40,8 +57,7 @@ class Annotations:
         mismatched: whether the answer belongs to another prompt (for the KL term of KTO).
         ref_logprob: log-probability of the whole answer under the reference model.
         sampled: for an answer that the model has sampled, what is known of it.
-        columns: for a prompt, the fields of its record, for rewards.
-        question: for a prompt, its last message as text.
+        asked: for a prompt, its record.
     """
 
     side: Literal["chosen", "rejected"] | None = None
@@ -50,8 +66,7 @@ class Annotations:
     mismatched: bool = False
     ref_logprob: float | None = None
     sampled: SampledAnswer | None = None
-    columns: dict[str, Any] | None = None
-    question: str = ""
+    asked: Asked | None = None
 
     @property
     def is_further_answer(self) -> bool:

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from megavlm.base.errors import UserError
 from megavlm.data.loader import RowLoader, build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.row_source import RowSource
+from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.platform import on_gpu
 from megavlm.records.records import Kind
 from megavlm.runtime.session import Session
@@ -35,8 +37,25 @@ class Prepared:
     rows: RowSource | None
     longest_row: Callable[[], Row] | None
     loader: RowLoader | None = None
-    make_step: Callable[[Step, Iterator[Row] | None], Callable[[], StepResult]] | None = None
+    make_step: Callable[[Step, Iterator[Row] | None], "MethodStep"] | None = None
     updates: int = 1
+
+
+class MethodStep(Protocol):
+    """The steps of a method that does more in a step than one update. The loop calls it on all ranks."""
+
+    def __call__(self) -> StepResult:
+        """Runs a step."""
+
+    def report(self, step: int, monitor: RunMonitor) -> UserError | None:
+        """Shows and records what the last step has done besides its metrics.
+
+        Returns:
+            The error with which the run is to end after a checkpoint, the same on all ranks; None to go on.
+        """
+
+    def close(self) -> None:
+        """Ends processes and frees memory after the last step."""
 
 
 class Method(Protocol):

@@ -24,8 +24,8 @@ from megavlm.runtime.adapter_start import load_start
 from megavlm.runtime.feed import Feed
 from megavlm.runtime.session import Session, start
 from megavlm.training.continuing import remarks_on
-from megavlm.training.method import Method
-from megavlm.training.step import Step, StepResult
+from megavlm.training.method import Method, MethodStep
+from megavlm.training.step import Step
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Run:
         session: the models and their layout.
         title: heading on the terminal.
         step: updates the weights.
-        take_step: runs a training step: one update, unless the method has steps of its own.
+        method_step: the steps of the method, if it does more in a step than one update.
         optimizers: the optimizers of the main model.
         checkpoints: writes the checkpoints of the run.
         rows: the source of the rows, on leaders; None on the other ranks.
@@ -51,7 +51,7 @@ class Run:
     session: Session
     title: str
     step: Step
-    take_step: Callable[[], StepResult]
+    method_step: MethodStep | None
     optimizers: Optimizers
     checkpoints: Checkpoints
     rows: RowSource | None
@@ -120,7 +120,7 @@ def build_run(
         session,
         method.title,
         step,
-        prepared.make_step(step, rows) if prepared.make_step is not None else step,
+        prepared.make_step(step, rows) if prepared.make_step is not None else None,
         optimizers,
         checkpoints,
         prepared.rows,
