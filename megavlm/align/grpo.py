@@ -132,12 +132,25 @@ class PolicyMethod:
         start = StartWeights(session, offload=settings.align.offload_reference) if beta else None
         heartbeat("loading the reward models and the reference model")
 
+        tokenizer = (renderer or Renderer(settings.model.hf, settings.data)).tokenizer
+        stops = stop_tokens(settings.model.hf, tokenizer)
+
         def make_step(step: Step, rows: Iterator[Row] | None) -> PolicyStep:
-            engine = BuiltInEngine(session, settings.rollout.cache_gib, settings.rollout.max_sequences)
+            engine = BuiltinEngine(
+                session.vlm,
+                places=settings.rollout.max_sequences,
+                cache_gib=settings.rollout.cache_gib,
+                cache_setting="rollout.cache_gib",
+                prompt_tokens=settings.data.seq_length,
+                chunk_tokens=settings.train.logprob_chunk_tokens,
+                batch_invariant=settings.rollout.batch_invariant,
+                decode=tokenizer.decode,
+                special=tokenizer.all_special_ids,
+            )
             rollouts = Rollouts(
                 session,
                 engine,
-                sampling_of(settings, settings.rollout),
+                _sampling(session, stops),
                 renderer,
                 loader,
                 rows,
@@ -188,6 +201,19 @@ def method(settings: Settings) -> PolicyMethod:
             "lower align.mini_batches",
         )
     return PolicyMethod(settings)
+
+
+def _sampling(session: Session, stops: tuple[int, ...]) -> Sampling:
+    rollout = session.settings.rollout
+    return Sampling(
+        rollout.max_new_tokens,
+        rollout.temperature,
+        rollout.top_p,
+        rollout.top_k,
+        stop=stops,
+        stop_strings=tuple(rollout.stop),
+        banned=vision_tokens(session.shapes),
+    )
 
 
 def _limits(settings: Settings) -> dict[str, float]:
