@@ -86,7 +86,7 @@ METHODS = {
         reads=("align.reference",),
     ),
     "grpo": MethodEntry(
-        "megavlm.align.grpo:method",
+        "megavlm.reinforcement.grpo:method",
         "reinforcement learning from groups of sampled answers and their rewards",
         "megavlm grpo grpo.yaml align.loss=dapo train.lr=1e-6 output=runs/grpo --nproc 2",
         "prompt",

@@ -94,8 +94,8 @@ class AlignSettings(Section):
     correction: Literal["off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
         "off",
         description="only for grpo: how differences between the log-probabilities of sampler and trainer are "
-        "corrected. truncate: the importance ratio is limited; mask: tokens or answers outside the limits are left out; "
-        "off: the differences are only measured",
+        "corrected. truncate: the importance ratio is limited; mask: tokens or answers outside the limits are left "
+        "out; off: the differences are only measured",
     )
     correction_lowest: Float | None = Field(
         None,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from megavlm.base import stop_signals
-from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
 from megavlm.config.run_folder import StartOptions
 from megavlm.config.run_lock import RunLock
@@ -60,9 +59,7 @@ def train(
             monitor.tell_samples()
             monitor.say(f"stopped at step {last}" if stopped else f"done: {settings.train.steps} steps")
             monitor.finish()
-        for used in (run.rows, run.method_step):
-            if used is not None:
-                used.close()
+        run.close()
         dist.barrier()
     return 0
 
@@ -101,7 +98,7 @@ def _run_steps(
         run.checkpoints.poll()
         heartbeat(f"step {number}")
         (stopping, due), every = stop.decide(), settings.checkpoint.every
-        data_failure = monitor.data_failure() or _reported(run, number, monitor)
+        data_failure = monitor.data_failure() or run.report(number, monitor)
         saving = number == steps or stopping or due or bool(every and number % every == 0) or data_failure is not None
         failure = skipped.failure(number, result.trouble)
         if result.trouble and saving and not failure:
@@ -128,17 +125,12 @@ def _save_before(run: Run, number: int) -> None:
         run.checkpoints.save(number - 1)
 
 
-def _reported(run: Run, number: int, monitor: RunMonitor) -> UserError | None:
-    """Lets the method report on the step, and returns the error with which it ends the run, if any."""
-    return run.method_step.report(number, monitor) if run.method_step is not None else None
-
-
 def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -> StepResult:
     """Runs step ``number`` and the hooks that are due after it, and records its line of metrics."""
     settings = run.session.settings
     began = time.perf_counter()
     run.stragglers.start()
-    result = run.method_step() if run.method_step is not None else run.step()
+    result = run.take_step()
     line = {
         **metrics_line(run.session, number, result, time.perf_counter() - began),
         **monitor.count_samples(number, result.counts, result.skipped_samples),

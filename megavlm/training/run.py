@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megavlm.base.errors import RunFailure
+from megavlm.base.errors import RunFailure, UserError
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
 from megavlm.config.requirements import required
@@ -17,6 +17,7 @@ from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
 from megavlm.data.row import Row
 from megavlm.data.row_source import RowSource
+from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.monitor.stragglers import Stragglers
 from megavlm.optim.optimizers import Optimizers
 from megavlm.platform.collectives import on_first_rank
@@ -25,7 +26,7 @@ from megavlm.runtime.feed import Feed
 from megavlm.runtime.session import Session, start
 from megavlm.training.continuing import remarks_on
 from megavlm.training.method import Method, MethodStep
-from megavlm.training.step import Step
+from megavlm.training.step import Step, StepResult
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,20 @@ class Run:
     stragglers: Stragglers
     first_step: int
     remarks: list[str]
+
+    def take_step(self) -> StepResult:
+        """Runs the next step."""
+        return self.method_step() if self.method_step is not None else self.step()
+
+    def report(self, number: int, monitor: RunMonitor) -> UserError | None:
+        """Lets the method report on the step, and returns the error with which it ends the run, if any."""
+        return self.method_step.report(number, monitor) if self.method_step is not None else None
+
+    def close(self) -> None:
+        """Ends the processes of the run."""
+        for used in (self.rows, self.method_step):
+            if used is not None:
+                used.close()
 
 
 def build_run(

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megavlm.align.answer_rows import Group, answer_rows, on_all_ranks
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import has_score_head
@@ -13,6 +12,7 @@ from megavlm.config.reward_section import RewardSettings
 from megavlm.data.renderer import Renderer
 from megavlm.model.language import LanguageModel
 from megavlm.model.vlm import VLM
+from megavlm.reinforcement.answer_rows import Group, answer_rows, on_all_ranks
 from megavlm.runtime.feed import Feed, MicroBatch
 from megavlm.runtime.forward import forward_only, to_leader
 from megavlm.runtime.scoring import row_rewards

@@ -6,20 +6,21 @@ from dataclasses import dataclass
 from megavlm.align.losses import ADVANTAGES, POLICY_LOSSES, check_policy
 from megavlm.align.losses.advantages import options_of as advantage_options
 from megavlm.align.losses.correction import CORRECTIONS
-from megavlm.align.policy_objective import PolicyObjective, PolicyOptions
-from megavlm.align.policy_step import PolicyStep
 from megavlm.align.preference_method import check_reference
-from megavlm.align.reward_models import RewardModels
-from megavlm.align.rollouts import Rollouts
 from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
+from megavlm.reinforcement.policy_objective import PolicyObjective, PolicyOptions
+from megavlm.reinforcement.policy_step import PolicyStep
+from megavlm.reinforcement.reward_models import RewardModels
+from megavlm.reinforcement.rollouts import Rollouts
 from megavlm.rewards.pool import RewardPool
-from megavlm.rollout.answerer import sampling_of
-from megavlm.rollout.built_in import BuiltInEngine
+from megavlm.rollout.answerer import stop_tokens, vision_tokens
+from megavlm.rollout.builtin import BuiltinEngine
+from megavlm.rollout.engine import Sampling
 from megavlm.runtime.session import Session
 from megavlm.training.memory_check import longest_row
 from megavlm.training.method import Prepared

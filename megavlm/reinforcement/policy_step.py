@@ -7,9 +7,6 @@ from functools import partial
 
 import torch
 
-from megavlm.align.answer_rows import answer_rows, on_all_ranks
-from megavlm.align.policy_objective import Known, PolicyObjective
-from megavlm.align.rollouts import Judged, Rollouts, failures_of, in_mini_batches, logged
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
 from megavlm.config.requirements import required
@@ -18,6 +15,9 @@ from megavlm.data.row import Row
 from megavlm.monitor.reward_failures import RewardFailures
 from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.platform.collectives import broadcast_object, gather_objects
+from megavlm.reinforcement.answer_rows import answer_rows, on_all_ranks
+from megavlm.reinforcement.policy_objective import Known, PolicyObjective
+from megavlm.reinforcement.rollouts import Judged, Rollouts, failures_of, in_mini_batches, logged
 from megavlm.runtime.feed import StepRows
 from megavlm.runtime.session import Session
 from megavlm.training.start_weights import StartWeights

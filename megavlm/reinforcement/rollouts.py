@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from megavlm.align.answer_rows import Group
 from megavlm.align.losses import advantages
-from megavlm.align.reward_models import RewardModels
 from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
 from megavlm.data.answers import first_sample
@@ -22,6 +20,8 @@ from megavlm.data.row import Asked, Row
 from megavlm.monitor.reward_failures import JudgedAnswer
 from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup
 from megavlm.records.skipped_samples import SkippedSample
+from megavlm.reinforcement.answer_rows import Group
+from megavlm.reinforcement.reward_models import RewardModels
 from megavlm.rewards.pool import RewardPool
 from megavlm.rewards.score import Score, columns_of, overlong_penalty, score
 from megavlm.rollout.engine import Answered, Engine, Prompt, Sampling
