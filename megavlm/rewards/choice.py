@@ -5,6 +5,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
+from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
 from megavlm.rewards.functions import Reward
 from megavlm.rewards.texts import accepted, final_part, last_box, normalised
@@ -91,15 +92,15 @@ def _options(listed: Any, column: str) -> dict[str, str]:
             letter: re.sub(rf"^\s*\(?{letter}[.):]\s+", "", str(text))  # some data repeats the letter in the text
             for letter, text in zip(string.ascii_uppercase, listed, strict=False)
         }
-    raise ValueError(f"the field {column} of the record is {quoted(listed)}: not a list or mapping of options")
+    raise UserError(f"the field {column} of the record is {quoted(listed)}: not a list or mapping of options")
 
 
 def _letter_of(answer: str, options: Mapping[str, str]) -> str:
     for letter, option in options.items():
         if normalised(option) == normalised(answer):
             return letter
-    letter = chosen(answer, options)
-    if letter is None:
+    found = chosen(answer, options)
+    if found is None:
         listed = f"none of the options {quoted(list(options.values()))}" if options else "not the letter of an option"
-        raise ValueError(f"the answer {quoted(answer)} of the record is {listed}")
-    return letter
+        raise UserError(f"the answer {quoted(answer)} of the record is {listed}")
+    return found

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
 from megavlm.records.questions import reference_of
 
@@ -63,7 +64,7 @@ def accepted(columns: Mapping[str, Sequence[Any]], field: str, count: int) -> li
         count: number of completions.
 
     Raises:
-        ValueError: a record has something else as answer.
+        UserError: a record has something else as answer.
     """
     given = columns.get(field) or [None] * count
     messages = columns.get("messages") or [None] * count
@@ -76,7 +77,7 @@ def _accepted(value: Any, messages: Any, field: str) -> list[str] | None:
         return None if said is None else [said]
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(item, str | int | float) for item in values):
-        raise ValueError(
+        raise UserError(
             f"the field {field} of the record is {quoted(value)}: neither text nor number, nor a list of them"
         )
     return [str(item) for item in values]

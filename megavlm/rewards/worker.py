@@ -81,6 +81,8 @@ def _judge(function: Callable[..., Any], payload: bytes, answers: Sequence[int] 
             columns = {name: [column[index] for index in answers] for name, column in columns.items()}
         values, causes = checked(call(function, completions, columns), len(completions))
         return {"values": values, "causes": causes}
+    except UserError as error:
+        return {"error": error.message}
     except BaseException as error:  # a reward may raise anything, SystemExit and KeyboardInterrupt included
         return {"error": f"{type(error).__name__}: {shortened(error)}".removesuffix(": ")}
 
@@ -97,13 +99,13 @@ def checked(result: Any, count: int) -> tuple[list[float | None], dict[int, str]
         those that are no finite numbers.
 
     Raises:
-        TypeError, ValueError: the result is no list of that length.
+        UserError: the result is no list of that length.
     """
     if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
-        raise TypeError(f"it returned {quoted(result)}, not a list of numbers")
+        raise UserError(f"it returned {quoted(result)}, not a list of numbers")
     found = list(result)
     if len(found) != count:
-        raise ValueError(f"it returned {len(found)} values for {count} answers")
+        raise UserError(f"it returned {len(found)} values for {count} answers")
     values: list[float | None] = []
     causes = {}
     for position, value in enumerate(found):

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from megavlm.base.errors import UserError
 from megavlm.rewards.choice import choice
 from megavlm.rewards.functions import exact, format, length
 from megavlm.rewards.score import Score, columns_of, overlong_penalty, score
@@ -60,7 +61,7 @@ def test_a_record_without_an_answer_gets_none_and_one_with_an_assistant_message_
     assert judge(["yes", "yes"], messages=[said[:1], said]) == [None, 1]
     assert judge(["yes"], question=["?"]) == [None]
     assert exact(field="label", strict=False)(["yes"], label=["yes"], answer=["no"]) == [1]
-    with pytest.raises(ValueError, match="the field answer of the record is"):
+    with pytest.raises(UserError, match="the field answer of the record is"):
         judge(["yes"], answer=[{"text": "yes"}])
 
 
@@ -120,7 +121,7 @@ def test_choice_without_texts_and_with_letters_in_them():
     assert judge(["pear", "3"], answer=["B", "A"], options=[["A. apple", "B. pear"], ["3", "2"]]) == [1, 1]
     assert judge(["B"], options=[FRUIT]) == [None]
     for answer, listed in (("kiwi", FRUIT), ("E", FRUIT), ("B", "apple, pear")):
-        with pytest.raises(ValueError, match="of the record is"):
+        with pytest.raises(UserError, match="of the record is"):
             judge(["B"], answer=[answer], options=[listed])
 
 

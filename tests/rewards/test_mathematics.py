@@ -2,6 +2,7 @@
 
 import pytest
 
+from megavlm.base.errors import UserError
 from megavlm.rewards.mathematics import math, result_of
 
 ENDLESS = "1 " * 20_000
@@ -85,7 +86,7 @@ def test_unequal(judge, completion, answer):
 
 def test_several_right_answers_or_none(judge):
     assert judge(["1/2", "2"], answer=[["1", "0.5"], None]) == [1, None]
-    with pytest.raises(ValueError, match="is neither a number nor a formula"):
+    with pytest.raises(UserError, match="is neither a number nor a formula"):
         judge(["5"], answer=[""])
 
 

@@ -16,7 +16,7 @@ from megavlm.config.settings import RewardSettings
 from megavlm.rewards.pool import RewardPool, check_rewards
 
 FILE = Path(__file__).parent / "bad_rewards.py"
-SECONDS = 1.5  # a time-out; an innocent answer needs milliseconds and gets a third of it, also on a busy machine
+SECONDS = 2.0  # a time-out; an innocent answer gets half of it and needs milliseconds, also on a busy machine
 
 
 def python(function: str, **settings) -> RewardSettings:
@@ -35,8 +35,8 @@ BAD = {
     "exit": {"exit": "its process ended with status 3", "a": "", "b": ""},
     "system exit": {"a": "", "system exit": "SystemExit: enough"},
     "crash": {"a": "", "crash": "its process was killed by SIGSEGV"},
-    "slow": {"a": "", "sleep": "no result after", "b": ""},
-    "all slow": {"sleep": f"no result after {SECONDS} s"},
+    "slow": {"sleep": "no result after", "a": ""},
+    "all slow": {"sleep": "no result after 2 s"},
     "nan": {"nan": "it returned nan, which is not a finite number", "a": ""},
     "infinity": {"infinity": "it returned inf, which is not a finite number", "a": ""},
     "text": {"text": "it returned '1', which is not a finite number", "a": ""},
@@ -152,43 +152,29 @@ def test_workers_import_neither_torch_nor_sympy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "\n"
 
 
-@pytest.mark.parametrize(
-    ("source", "function", "message", "remedy"),
-    [
-        ("def f(:\n", "f", "FILE:1 cannot be used: SyntaxError: ", "repair the file"),
-        ("import nothing_of_this_name\n", "f", "FILE:1 cannot be used: ModuleNotFoundError: No module", "repair"),
-        ("\n\nx = 1 / 0\n", "f", "FILE:3 cannot be used: ZeroDivisionError: division by zero", "repair"),
-        ("import sys\nsys.exit(1)\n", "f", "FILE:2 cannot be used: SystemExit: 1", "repair"),
-        ("def g(): ...\n", "f", "FILE has no function f", "its functions: g"),
-        ("f = 3\n", "f", "FILE has something that is no function as f", "its functions: none"),
-        ("import os\nos._exit(7)\n", "f", "their process ended with status 7", "must not end the process"),
-        (None, "f", "FILE does not exist", "relative paths start from"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_refused_before_the_run(tmp_path, source, function, message, remedy):
-    path = tmp_path / "mine.py"
-    if source is not None:
-        path.write_text(source)
-    with pytest.raises(UserError) as error:
-        check_rewards([RewardSettings(name="exact"), RewardSettings(python=f"{path}:{function}", label="own")])
-    assert message.replace("FILE", str(path)) in error.value.message
-    assert "own" in error.value.message
-    assert remedy in error.value.remedy
-
-
-def test_usable_rewards_pass_and_a_file_imports_its_neighbours(tmp_path):
-    (tmp_path / "neighbour.py").write_text("half = 0.5\n")
-    (tmp_path / "mine.py").write_text(
-        "from neighbour import half\ndef f(completions): return [half for _ in completions]"
-    )
-    rewards = [RewardSettings(python=f"{tmp_path}/mine.py:f"), RewardSettings(name="math")]
-    check_rewards(rewards)
+def test_files_that_cannot_be_used_are_refused_before_the_run(tmp_path):
+    (tmp_path / "wrong.py").write_text("\n\ndef f(:\n")
+    (tmp_path / "ending.py").write_text("import os\nos._exit(7)\n")
+    for name, message in (
+        ("wrong", f"the reward own cannot be loaded: {tmp_path}/wrong.py:3 cannot be used: SyntaxError"),
+        ("ending", "the rewards exact, own cannot be loaded: their process ended with status 7"),
+    ):
+        own = RewardSettings(python=f"{tmp_path}/{name}.py:f", label="own")
+        with pytest.raises(UserError) as error:
+            check_rewards([RewardSettings(name="exact"), RewardSettings(model="runs/rm"), own])
+        assert message in error.value.message
+    check_rewards([python("obey"), RewardSettings(model="runs/rm")])
     check_rewards([RewardSettings(model="runs/rm")])
-    with RewardPool(rewards, workers=1) as pool:
-        pool.submit("a", [r"\boxed{5}", r"\boxed{9^{9^{9^9}}}"], {"answer": [5, 5]})
-        [(_, scores)] = pool.wait()
-    assert scores[0].parts == {"f": 0.5, "math": 1.0}
-    assert scores[1].parts["math"] in (None, 0.0)
+
+
+def test_a_comparison_without_end_is_killed():
+    with RewardPool([RewardSettings(name="math", timeout=1.0)], workers=1) as pool:
+        pool.submit("a", [r"\boxed{5}"], {"answer": [5]})
+        pool.submit("b", [r"\boxed{9^{9^{9^9}}}"], {"answer": [5]})
+        found = dict(pool.wait())
+    assert found["a"][0].parts == {"math": 1.0}
+    assert found["b"][0].parts == {"math": None}
+    assert found["b"][0].failures == ["math: no result after 1 s"]
 
 
 def test_a_pool_whose_workers_cannot_start_says_so(tmp_path):
@@ -196,7 +182,7 @@ def test_a_pool_whose_workers_cannot_start_says_so(tmp_path):
     with RewardPool([RewardSettings(python=f"{tmp_path}/mine.py:f")], workers=1) as pool:
         pool.submit("a", ["x"], {})
         for _ in range(2):  # and says it again
-            with pytest.raises(RunFailure, match="3 reward workers in a row .* ended with status 7"):
+            with pytest.raises(RunFailure, match=r"3 reward workers in a row .* ended with status 7"):
                 pool.wait()
 
 
