@@ -100,7 +100,8 @@ class Evaluation:
         if groups.is_leader:
             file = self._file()
             mine = [i for i in range(groups.dp_rank, len(file), groups.dp_size) if i not in self._results.done]
-            samples = EvalSamples(file, renderer, self._kind, mine, session.settings.data.workers)
+            workers, output = session.settings.data.workers, self.path.parent
+            samples = EvalSamples(file, renderer, self._kind, mine, workers, output, groups.dp_rank)
             rows = rows_of(iter(samples))
         filler = lambda: next(rows_of(iter([meaningless_sample(renderer)])))
         for window, real in EvalRows(session, rows, what, size, filler):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
