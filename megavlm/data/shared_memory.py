@@ -34,7 +34,7 @@ def sent[T](rows: Iterator[T]) -> Iterator[T | UserError]:
 
 
 def _shared(row: Any) -> Any:
-    """The row (or a list of samples) with all its tensors in shared memory. Raises RuntimeError if there is too little of it.
+    """The row, or list of samples, with all its tensors in shared memory. Raises RuntimeError if there is too little.
 
     torch would otherwise do this in a thread of the worker that only prints its errors; the trainer would wait for
     ever.

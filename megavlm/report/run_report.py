@@ -26,6 +26,7 @@ from megavlm.report.charts import Band, Curve, chart
 from megavlm.report.loss_plot import smooth
 from megavlm.report.page import render_page
 from megavlm.report.preferences import Preferences, method_charts
+from megavlm.report.run_data import changes_of, passes_of
 
 FILE_NAME = "report.html"
 TEMPLATE = "report.html.jinja"
@@ -237,7 +238,7 @@ def _existing(path: Path, folder: Path) -> Path | None:
 def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup]) -> str:
     return render_page(
         TEMPLATE,
-        filters={"total_of": Run.total},
+        filters={"total_of": Run.total, "passes": passes_of, "changes": changes_of, "yaml": _yaml},
         run=chain[-1],
         trained=trained,
         overview=_overview(trained),
