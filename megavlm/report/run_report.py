@@ -27,6 +27,7 @@ from megavlm.report.policy import is_rl, policy_charts
 from megavlm.report.preferences import method_charts
 from megavlm.report.rollouts import marked_tokens, shown_rollouts
 from megavlm.report.run import Run, access_of
+from megavlm.report.run_data import changes_of, passes_of
 
 FILE_NAME = "report.html"
 TEMPLATE = "report.html.jinja"
@@ -162,7 +163,13 @@ def _existing(path: Path, folder: Path) -> Path | None:
 def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup]) -> str:
     return render_page(
         TEMPLATE,
-        filters={"total_of": Run.total, "marked_tokens": marked_tokens},
+        filters={
+            "total_of": Run.total,
+            "marked_tokens": marked_tokens,
+            "passes": passes_of,
+            "changes": changes_of,
+            "yaml": _yaml,
+        },
         run=chain[-1],
         trained=trained,
         overview=_overview(trained),

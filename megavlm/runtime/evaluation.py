@@ -134,7 +134,8 @@ class Evaluation:
             return None
         file = self._file()
         mine = [i for i in range(groups.dp_rank, len(file), groups.dp_size) if i not in self._results.done]
-        return EvalSamples(file, self._renderer, self._kind, mine, session.settings.data.workers)
+        workers, output = session.settings.data.workers, self.path.parent
+        return EvalSamples(file, self._renderer, self._kind, mine, workers, output, groups.dp_rank)
 
     def _file(self) -> SampleFile:
         data = self._session.settings.data

@@ -155,10 +155,7 @@ def test_bf16_is_as_close_to_float32_as_in_transformers(toys, data, tmp_path, wo
     assert world1.run(run_score, settings) == [0]
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     ours = torch.cat([torch.tensor(line["logprobs"]) for line in lines])
-    exact, theirs = (
-        torch.cat(reference_scores(toys, "dense", dtype))
-        for dtype in (torch.float32, torch.bfloat16)
-    )
+    exact, theirs = (torch.cat(reference_scores(toys, "dense", dtype)) for dtype in (torch.float32, torch.bfloat16))
     rms = lambda scores: (scores - exact).square().mean().sqrt().item()
     print(f"\n| bf16 - float32, rms of {len(ours)} | {rms(ours):.1e} | transformers {rms(theirs):.1e} |")
     # The error of a log-probability is one draw, so an rms of n of them varies by 1 / √(2n): some 6 % of each here.
