@@ -18,6 +18,7 @@ MAX_LINES = 350
 MAY_IMPORT = {
     "base": [],
     "config": ["base"],
+    "output": ["config", "base"],
     "platform": [],
     "model": ["platform", "config", "base"],
     "media": ["base"],
@@ -31,8 +32,9 @@ MAY_IMPORT = {
     "optim": ["model", "platform", "config", "base"],
     "checkpoint": ["optim", "adapters", "convert", "data", "sources", "media", "model", "platform", "config", "base"],
     "monitor": ["data", "sources", "records", "media", "platform", "config", "base"],
-    "report": ["monitor", "data", "sources", "records", "media", "config", "base"],
+    "report": ["output", "monitor", "data", "sources", "records", "media", "config", "base"],
     "runtime": [
+        "output",
         "monitor",
         "checkpoint",
         "adapters",
@@ -45,7 +47,19 @@ MAY_IMPORT = {
         "config",
         "base",
     ],
-    "training": ["runtime", "monitor", "checkpoint", "optim", "data", "records", "model", "platform", "config", "base"],
+    "training": [
+        "runtime",
+        "output",
+        "monitor",
+        "checkpoint",
+        "optim",
+        "data",
+        "records",
+        "model",
+        "platform",
+        "config",
+        "base",
+    ],
     "align": [
         "training",
         "runtime",
@@ -78,6 +92,7 @@ MAY_IMPORT = {
     ],
     "plan": ["align", "training", "runtime", "optim", "adapters", "data", "model", "platform", "config"],
     "commands": [
+        "output",
         "plan",
         "align",
         "training",
@@ -95,7 +110,7 @@ MAY_IMPORT = {
         "config",
         "base",
     ],
-    "cli": ["align", "config", "base"],
+    "cli": ["align", "output", "config", "base"],
     "__main__": ["cli"],
     "demo": ["cli", "checkpoint", "convert", "config", "base"],
 }

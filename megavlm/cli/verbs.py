@@ -58,7 +58,7 @@ class Verb:
         positionals: arguments in addition to CONFIG.yaml: {keyword: argparse options}.
         flags: options of this verb: {keyword: argparse options}; `--image` is keyword `image`.
         local_workers: whether it accepts --nproc.
-        uses_run: whether it reads the weights of the run in `output`, if there is one (`megavlm.config.held_run`).
+        uses_run: whether it reads the weights of the run in `output`, if there is one (`megavlm.output.held_run`).
         reads_terminal: whether rank 0 reads from standard input, also with --nproc.
         fixed: further keyword arguments, the same in each call.
     """

@@ -18,7 +18,6 @@ from megavlm.base.number_format import short
 from megavlm.checkpoint.load_weights import shapes_at_start, start_words
 from megavlm.commands.usable_data import drafts_of, intended, refusal
 from megavlm.config.requirements import check_files, check_stage, required
-from megavlm.config.run_folder import check_output, newest_step
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.convert.peft_names import targeted, tensor_shapes
@@ -28,6 +27,7 @@ from megavlm.data.row import IGNORE
 from megavlm.data.rows import RowDataset
 from megavlm.model.flops import active_decoder_weights
 from megavlm.model.shapes import Shapes
+from megavlm.output.folder import check_output, newest_step
 from megavlm.records.remarks import told
 from megavlm.records.skipped_samples import SkippedSample, causes
 from megavlm.runtime.adapter_start import with_stored_adapter

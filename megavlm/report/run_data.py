@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.run_folder import CHANGES_FILE
+from megavlm.output.folder import CHANGES_FILE
 
 _PASSES = "epoch/"
 

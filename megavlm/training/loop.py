@@ -7,11 +7,11 @@ import torch.distributed as dist
 
 from megavlm.base import stop_signals
 from megavlm.config.requirements import required
-from megavlm.config.run_folder import StartOptions
-from megavlm.config.run_lock import RunLock
 from megavlm.config.settings import Settings
 from megavlm.monitor.hang_watch import HangWatch
 from megavlm.monitor.run_monitor import RunMonitor
+from megavlm.output.folder import StartOptions
+from megavlm.output.lock import RunLock
 from megavlm.training.hooks import Hook
 from megavlm.training.memory_check import check_memory
 from megavlm.training.method import Method

@@ -10,9 +10,6 @@ from megavlm.base.errors import RunFailure, UserError
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
 from megavlm.config.requirements import required
-from megavlm.config.run_folder import Start, StartOptions, prepare_output, record_changes
-from megavlm.config.run_inputs import note_inputs
-from megavlm.config.run_lock import RunLock
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
 from megavlm.data.row import Row
@@ -20,6 +17,9 @@ from megavlm.data.row_source import RowSource
 from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.monitor.stragglers import Stragglers
 from megavlm.optim.optimizers import Optimizers
+from megavlm.output.folder import Start, StartOptions, prepare_output, record_changes
+from megavlm.output.inputs import note_inputs
+from megavlm.output.lock import RunLock
 from megavlm.platform.collectives import on_first_rank
 from megavlm.runtime.adapter_start import load_start
 from megavlm.runtime.feed import Feed

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.config.changes import is_changeable, is_free
 from megavlm.config.load import load_settings, resolved_yaml
 from megavlm.config.settings import RewardSettings, Settings
+from megavlm.output.changes import is_changeable, is_free
 
 HF = "model: {hf: folder}\n"
 

@@ -6,10 +6,10 @@ import pytest
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megavlm.base.errors import RunFailure
-from megavlm.config.run_folder import StartOptions, plan_start, prepare_output
-from megavlm.config.run_lock import RunLock
 from megavlm.config.settings import Settings
 from megavlm.optim.optimizers import Optimizers
+from megavlm.output.folder import StartOptions, plan_start, prepare_output
+from megavlm.output.lock import RunLock
 from megavlm.training.continuing import remarks_on
 from megavlm.training.run import _prepare
 

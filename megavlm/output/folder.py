@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from megavlm.base import atomic_files
 from megavlm.base.errors import UserError
-from megavlm.config import changes, run_lock
-from megavlm.config.held_run import holds_run
 from megavlm.config.load import load_settings, resolved_yaml
-from megavlm.config.run_inputs import FILE, at_noted_paths
 from megavlm.config.settings import Settings
+from megavlm.output import changes, lock
+from megavlm.output.held_run import holds_run
+from megavlm.output.inputs import FILE, at_noted_paths
 
 CHANGES_FILE = "changes.jsonl"  # the changes of settings with which a run was continued
 # The files and folders that a run writes. Overwriting removes only these.
@@ -143,7 +143,7 @@ def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> St
 def check_output(settings: Settings, options: StartOptions = StartOptions()) -> str:
     """Returns the action of ``plan_start``. Raises a UserError also if a process is writing into the folder."""
     action = plan_start(settings, options).action
-    run_lock.check_unlocked(_output(settings))
+    lock.check_unlocked(_output(settings))
     return action
 
 
@@ -277,7 +277,7 @@ def _write_config(start: Start) -> None:
 
 def _counts(path: Path) -> bool:
     """Whether a file of the output folder shows that it is in use; not what a start leaves that has done nothing."""
-    return path.name not in (run_lock.FILE, "stacks", ".alive") and not path.name.startswith(".config.yaml.")
+    return path.name not in (lock.FILE, "stacks", ".alive") and not path.name.startswith(".config.yaml.")
 
 
 def _is_restarted_by_launcher() -> bool:
