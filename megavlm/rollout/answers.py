@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from megavlm.rollout.engine import Answer, Prompt, Sampling
+from megavlm.rollout.engine import Answer, Answered, Prompt, Sampling
 
 
 @dataclass(eq=False)
@@ -59,6 +59,11 @@ class Asked:
     def is_finished(self) -> bool:
         """Whether all its answers are."""
         return all(answer.finish is not None for answer in self.answers)
+
+    def answered(self) -> Answered:
+        """The result, on the leader that has read the prompt."""
+        assert self.prompt is not None
+        return Answered(self.prompt, [answer.result() for answer in self.answers])
 
 
 class Ending:

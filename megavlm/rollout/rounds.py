@@ -81,11 +81,13 @@ class Rounds:
             operations: dict[int, Operation] = {}
             for group in sorted(self._open):
                 with self._mode():
-                    operation, answered = self._begin(group)
+                    answered = self._end(group)
+                yield from answered
+                with self._mode():
+                    operation = self._begin(group) if group in self._open else None
                     if operation is not None:
                         operations[group] = operation
                         self._stages.run(0, group, operation)
-                yield from answered
             with self._mode():
                 for chunk in range(1, len(self._view.language)):
                     for group, operation in operations.items():
@@ -98,24 +100,31 @@ class Rounds:
         with torch.no_grad(), batch_invariant(self._invariant):
             yield
 
-    def _begin(self, group: int) -> tuple[Operation | None, list[Answered]]:
-        """Ends the group's operation of the previous round and begins the next one."""
+    def _end(self, group: int) -> list[Answered]:
+        """Ends the group's operation of the previous round, and closes the group if it was the last."""
         places, last = self._groups[group], self._last[group]
+        self._last[group] = None
         if last is not None:
             self._finished += places.add(self._stages.drawn(last))
         is_busy = not places.is_empty or not self._is_exhausted or (self._peers is not None and bool(self._finished))
-        self._last[group] = None
         if not self._anywhere(is_busy):
             self._open.discard(group)
-            return None, self._answered(places)
-        answered = self._answered(places)
+        finished, self._finished = self._finished, []
+        if self._source is None:
+            return []
+        if isinstance(self._source, Dealt):  # prompts of context-parallel ranks are handed to the first of them
+            return self._source.exchange(places.free, finished) if group in self._open else []
+        return [asked.answered() for asked in finished]
+
+    def _begin(self, group: int) -> Operation | None:
+        """Fills free places and makes the group's next row; None if there is nothing to compute."""
+        places = self._groups[group]
         places.let_in()
-        new = self._start_prompts(places)
-        operation = self._rows.make(new, places.growing)
+        operation = self._rows.make(self._start_prompts(places), places.growing)
         if operation is None and self._share_experts:
             operation = self._rows.padding()
         self._last[group] = operation
-        return operation, answered
+        return operation
 
     def _anywhere(self, flag: bool) -> bool:
         """Whether it is true on any rank that must go through the same operations."""
@@ -128,19 +137,6 @@ class Rounds:
         else:
             return flag
         return bool(box.item())
-
-    def _answered(self, places: Places) -> list[Answered]:
-        """The finished prompts; those of context-parallel ranks are handed to the first of them."""
-        finished, self._finished = self._finished, []
-        if isinstance(self._source, Dealt):
-            return self._source.exchange(places.free, finished)
-        if self._source is None:
-            return []
-        return [
-            Answered(asked.prompt, [answer.result() for answer in asked.answers])
-            for asked in finished
-            if asked.prompt is not None
-        ]
 
     def _start_prompts(self, places: Places) -> list[Asked]:
         """Starts prompts in free places. The leader chooses, and the other ranks follow."""
