@@ -23,6 +23,7 @@ def settings(tmp_path):
 def optimizers_after(steps, train):
     """With the schedule of the ``train`` section after this number of steps, and no parameters."""
     optimizers = object.__new__(Optimizers)
+    optimizers._updates_per_step = 1
     optimizers.scheduler = OptimizerParamScheduler(
         SimpleNamespace(param_groups=[]), 0.0, train.lr, train.min_lr, train.warmup_steps,
         train.schedule_steps, train.schedule, 0.1, 0.1, 1, "constant",
