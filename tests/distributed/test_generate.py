@@ -117,9 +117,7 @@ def test_greedy_answers_are_those_of_transformers(case, toys, tmp_path, request)
     records = mixed_questions(toys.root)
     data = write_records(toys.root / "mixed.jsonl", records)
     world = request.getfixturevalue(f"world{size}")
-    answers = answers_of(
-        toys, world, kind, data, tmp_path, parallel, range(50), max_new_tokens=6, batch_size=20
-    )
+    answers = answers_of(toys, world, kind, data, tmp_path, parallel, range(50), max_new_tokens=6, batch_size=20)
     assert answers == mixed_answers(toys, kind)
     assert len(set(answers)) > 25  # the questions matter
 

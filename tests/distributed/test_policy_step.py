@@ -180,7 +180,9 @@ def test_two_updates_are_those_of_plain_pytorch(layout, loss, toys, expectations
     processes, kind, parallel = LAYOUTS[layout]
     align, temperature, lr = LOSSES[loss]
     losses, wanted, weights = expectations(kind, loss)
-    settings = settings_of(toys.folder(kind), parallel, seq_length=512, lr=lr, moe_aux_loss_coeff=0.0)
+    # In short rows, one data-parallel rank has more of them than the other, which fills up.
+    seq_length = 192 if layout == "DP2" else 512
+    settings = settings_of(toys.folder(kind), parallel, seq_length=seq_length, lr=lr, moe_aux_loss_coeff=0.0)
     settings["model"]["load"] = str(toys.checkpoint(kind))
     settings["train"]["global_batch_size"] = None
     settings["align"] = {"loss": loss, "updates": 2, **align}
