@@ -70,7 +70,7 @@ Reinforcement learning adds these fields, over all answers of the step (rollouts
     reward_failures     answers whose reward failed; they are left out of their groups
     staleness           steps between the weights that sampled the answers and those that are updated
     seconds_rollout, seconds_reward, seconds_update, seconds_sync
-                        time for sampling, for waiting for rewards, for the update, and for giving the engine new weights
+                        time for sampling, for waiting for rewards, for the update, and for new weights of the engine
     rollout_tokens_per_second  sampled tokens / seconds_rollout, over all ranks
 
 train.kl_to_start adds kl_to_start, the divergence from the start model in nats per target, and nll, the loss without

@@ -111,8 +111,8 @@ _CHECKS = (
         "ratio_max",
         lambda value, first: value > HIGH_RATIO,
         lambda line, first: (
-            f"updates are too large: the probability of a token has changed by a factor of {number(line['ratio_max'], 3)} "
-            "since it was sampled"
+            "updates are too large: the probability of a token has changed by a factor of "
+            f"{number(line['ratio_max'], 3)} since it was sampled"
         ),
         "a lower train.lr, fewer updates per batch of answers, align.correction if the engine is not the trainer's "
         "own, a lower align.epsilon_high",
@@ -185,7 +185,7 @@ class RlWarnings:
 
 
 def history(lines: Iterable[Mapping[str, Any]]) -> list[tuple[RlWarning, int | None]]:
-    """All warnings of a run, in the order in which they were said, and the step at which each had gone away, if it has."""
+    """All warnings of a run in the order in which they were said, and the step at which each had gone away, if any."""
     watch = RlWarnings()
     ends: dict[RlWarning, int | None] = {}
     for line in lines:

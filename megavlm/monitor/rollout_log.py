@@ -4,7 +4,7 @@
     groups              up to MAX_GROUPS prompts of the step, each with:
       sample            "file:line" or "shard:number" of the record
       question          the last message that is not the assistant's, without marks of pictures
-      media             up to MAX_MEDIA pictures, then videos, as the record names them; of a list of frames, the middle one
+      media             up to MAX_MEDIA pictures, then videos, as the record names them; of frames, the middle
       reference         the reference answer; null if the record has none
       answers           up to MAX_ANSWERS answers, each with:
         text            the answer as sampled, special tokens included
@@ -17,8 +17,8 @@
       media_left_out, answers_left_out    how many are not in the line
 
 The file stays small, however long the run is. From longer texts the middle is left out: questions and answers have at
-most MAX_TEXT characters, references and failures MAX_SHORT_TEXT. As soon as the file has MAX_STEPS lines, every second
-one is removed, so that the rest are spread over the whole run.
+most MAX_TEXT characters, references and failures MAX_SHORT_TEXT. Once the file has MAX_STEPS lines, half of them are
+removed, such that the rest are spread over the whole run.
 """
 
 import json
@@ -104,7 +104,7 @@ class RolloutLog:
             return []
         kept = [_shortened(group) for group in groups[:MAX_GROUPS]]
         if self._num_steps >= MAX_STEPS:
-            lines = read_lines(self.path)[::2]
+            lines = _thinned(read_lines(self.path), MAX_STEPS // 2)
             write_text(self.path, "".join(_json(line) for line in lines))
             self._num_steps = len(lines)
         append_lines(self.path, [_json(asdict(LoggedStep(step, kept)))])
@@ -133,6 +133,15 @@ def read_rollouts(folder: str | Path) -> list[LoggedStep]:
 def media_of(record: Record) -> list[Any]:
     """The media of a record as ``LoggedGroup`` has them: its pictures, then its videos."""
     return [*record.images, *record.videos]
+
+
+def _thinned(lines: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` of the lines, the first and the last among them, at about equal distances in steps."""
+    kept = list(lines)
+    while len(kept) > count:
+        # the line whose neighbours are closest to each other
+        del kept[min(range(1, len(kept) - 1), key=lambda place: kept[place + 1]["step"] - kept[place - 1]["step"])]
+    return kept
 
 
 def _shortened(group: LoggedGroup) -> LoggedGroup:
@@ -172,7 +181,8 @@ def _cut(text: str, most: int) -> str:
     Halves of surrogate pairs, which no file can contain, become question marks.
     """
     if len(text) > most:
-        head, tail = text[: most * 2 // 3], text[len(text) - most // 4 :]
+        kept = most - 80  # characters for the remark
+        head, tail = text[: kept * 2 // 3], text[len(text) - kept // 3 :]
         text = f"{head}\n[… {len(text) - len(head) - len(tail):,} characters are left out here …]\n{tail}"
     return text.encode("utf-8", "replace").decode("utf-8")
 

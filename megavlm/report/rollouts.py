@@ -10,9 +10,9 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from megavlm.base.errors import UserError
-from megavlm.media.access import MediaAccess
 from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup, read_rollouts
 from megavlm.report.answers import thumbnail
+from megavlm.report.run import Run, existing
 from megavlm.sources.previews import looks_like_video, media_of, preview
 
 MAX_NEWEST = 4  # number of newest steps on the page, beside the first one
@@ -64,11 +64,11 @@ class ShownStep:
         return fmean(rewards) if rewards else None
 
 
-def shown_rollouts(folder: Path, access: MediaAccess) -> list[ShownStep]:
+def shown_rollouts(run: Run) -> list[ShownStep]:
     """The steps of rollouts.jsonl that are shown, newest first: the newest MAX_NEWEST ones and the first one."""
-    steps = read_rollouts(folder)
+    steps = read_rollouts(run.folder)
     chosen = [*steps[:1], *steps[1:][-MAX_NEWEST:]]
-    return [ShownStep(step.step, [_shown(group, access) for group in step.groups]) for step in reversed(chosen)]
+    return [ShownStep(step.step, [_shown(group, run) for group in step.groups]) for step in reversed(chosen)]
 
 
 def marked_tokens(text: str) -> Markup:
@@ -76,22 +76,24 @@ def marked_tokens(text: str) -> Markup:
     return Markup(_TOKEN.sub(lambda found: f'<i class="token">{found[0]}</i>', str(escape(text))))
 
 
-def _shown(group: LoggedGroup, access: MediaAccess) -> ShownGroup:
+def _shown(group: LoggedGroup, run: Run) -> ShownGroup:
     notes, pictures = [], []
     for named in group.media:
         try:
-            pictures.append(_thumbnail(named, group.sample, access))
+            pictures.append(_thumbnail(named, group.sample, run))
         except UserError as error:
             notes.append(str(error))
-    if group.media_left_out:
-        notes.append(f"{group.media_left_out} more pictures and videos are not shown")
-    if group.answers_left_out:
-        notes.append(f"{group.answers_left_out} more answers are not shown")
+    for count, what in ((group.media_left_out, "pictures and videos"), (group.answers_left_out, "answers")):
+        if count:
+            notes.append(f"not shown: {count} more {what}")
     return ShownGroup(group, _best_first(group.answers), pictures, notes)
 
 
-def _thumbnail(named: Any, sample: str, access: MediaAccess) -> str:
-    return thumbnail(preview(named, looks_like_video(named), media_of(sample, access), sample))
+def _thumbnail(named: Any, sample: str, run: Run) -> str:
+    file, _, number = sample.rpartition(":")
+    found = existing(Path(file), run.folder)  # relative to the folder in which the run was started
+    find = media_of(f"{found or file}:{number}", run.access)
+    return thumbnail(preview(named, looks_like_video(named), find, sample))
 
 
 def _best_first(answers: Sequence[LoggedAnswer]) -> list[LoggedAnswer]:

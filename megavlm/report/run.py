@@ -98,3 +98,12 @@ def access_of(data: dict[str, Any]) -> MediaAccess:
     """Which media records may name, by the ``data`` section of a config.yaml."""
     roots = data.get("media_roots")
     return MediaAccess(tuple(roots) if roots else None, tuple(data.get("media_protocols") or ()))
+
+
+def existing(path: Path, folder: Path) -> Path | None:
+    """A path from the settings of a run, if it exists. It is relative to the folder in which the run was started.
+
+    That folder is assumed to be the current folder, or a parent of the output folder.
+    """
+    starts = [Path.cwd(), *folder.absolute().parents]
+    return next((start / path for start in starts if (start / path).exists()), None)

@@ -26,7 +26,7 @@ from megavlm.report.page import render_page
 from megavlm.report.policy import is_rl, policy_charts
 from megavlm.report.preferences import method_charts
 from megavlm.report.rollouts import marked_tokens, shown_rollouts
-from megavlm.report.run import Run, access_of
+from megavlm.report.run import Run, access_of, existing
 from megavlm.report.run_data import changes_of, passes_of
 
 FILE_NAME = "report.html"
@@ -95,7 +95,7 @@ def find_answers(chain: list[Run]) -> list[AnswerSource]:
         if place is None:
             continue
         eval_path = data.get("eval")
-        questions = _existing(Path(eval_path), folder) if eval_path else None
+        questions = existing(Path(eval_path), folder) if eval_path else None
         is_own = trained is None or place == trained
         source = read_source(folder, questions, access_of(data), weights=_words(weights), is_own=is_own)
         if source is not None:
@@ -112,10 +112,10 @@ def _place(weights: dict[str, Any], folder: Path, places: dict[Path, int], start
     run = weights.get("run")
     path = _run_folder(named, folder)
     if run:  # which may be this folder
-        path = _existing(Path(run), folder) or folder.absolute().parent / Path(run).name
+        path = existing(Path(run), folder) or folder.absolute().parent / Path(run).name
     if path is not None:
         return places.get(path.resolve())
-    loaded = _existing(Path(named), folder) if named else None
+    loaded = existing(Path(named), folder) if named else None
     return -1 if loaded is not None and start is not None and loaded.resolve() == start else None
 
 
@@ -130,7 +130,7 @@ def _words(weights: dict[str, Any]) -> str:
 def _loaded(run: Run) -> Path | None:
     """The checkpoint from which a run started; None if there is none."""
     load = run.setting("model.load")
-    path = _existing(Path(load), run.folder) if load else None
+    path = existing(Path(load), run.folder) if load else None
     return path.resolve() if path else None
 
 
@@ -146,18 +146,9 @@ def _run_folder(load: str | None, folder: Path) -> Path | None:
     named = Path(*parts[:at]) if at else None
     if named is None:
         return None
-    path = _existing(named, folder) or folder.absolute().parent / named.name
+    path = existing(named, folder) or folder.absolute().parent / named.name
     is_run = (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file()
     return path if is_run and path.resolve() != folder.resolve() else None
-
-
-def _existing(path: Path, folder: Path) -> Path | None:
-    """A path from the settings of a run, if it exists. It is relative to the folder in which the run was started.
-
-    That folder is assumed to be the current folder, or a parent of the output folder.
-    """
-    starts = [Path.cwd(), *folder.absolute().parents]
-    return next((start / path for start in starts if (start / path).exists()), None)
 
 
 def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup]) -> str:
@@ -177,7 +168,7 @@ def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup]) ->
         settings=_settings(chain),
         answers=answers,
         warnings=history(trained[-1].lines) if trained else [],
-        rollouts=shown_rollouts(chain[-1].folder, chain[-1].access),
+        rollouts=shown_rollouts(chain[-1]),
     )
 
 
