@@ -71,7 +71,7 @@ def found(world2, request):
         for item in request.session.items
         if "found" in getattr(item, "fixturenames", ())
     ]
-    first, second = world2.run(dry_runs, cases)
+    first, second = world2.run(dry_runs, cases, timeout=900)  # all the slow ones together, on a busy machine
     return first | second
 
 

@@ -17,7 +17,7 @@ SEQ_LENGTH = 256
 def score_settings(folder, checkpoint, data, output, parallel=None):
     return {
         "model": {"hf": str(folder), "load": str(checkpoint)},
-        "data": {"eval": str(data), "seq_length": SEQ_LENGTH},
+        "data": {"eval": str(data), "seq_length": SEQ_LENGTH, "workers": 0},
         "parallel": parallel or {},
         "train": {"precision": "fp32", "logprob_chunk_tokens": 10},
         "output": str(output),
