@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import os
+import subprocess
 import sys
 import time
 
@@ -41,3 +42,8 @@ async def lengths(completions, prompts, answer):
 
 def process_id(completions, **columns):
     return [os.getpid()] * len(completions)
+
+
+def child(completions, **columns):
+    """Starts a process that outlives the call."""
+    return [subprocess.Popen(["sleep", "600"]).pid for _ in completions]
