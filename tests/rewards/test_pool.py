@@ -168,7 +168,7 @@ pool.submit(1, ["sleep"], {{}})
 time.sleep(0.5)
 os.kill(os.getpid(), 9)
 """
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=90)
     assert ends(int(done.stdout))
 
 
@@ -203,12 +203,15 @@ def test_a_comparison_without_end_is_killed():
 
 
 def test_a_pool_whose_workers_cannot_start_says_so(tmp_path):
-    (tmp_path / "mine.py").write_text("import os\nos._exit(7)\n")
+    (tmp_path / "mine.py").write_text(
+        f"import os\nprint(end='.', file=open('{tmp_path}/starts', 'a'), flush=True)\nos._exit(7)\n"
+    )
     with RewardPool([RewardSettings(python=f"{tmp_path}/mine.py:f")], workers=1) as pool:
         pool.submit("a", ["x"], {})
         for _ in range(2):  # and says it again
             with pytest.raises(RunFailure, match=r"3 reward workers in a row .* ended with status 7"):
                 pool.wait()
+    assert len((tmp_path / "starts").read_text()) == 3
 
 
 def test_without_rewards_for_workers_groups_are_returned_at_once():
