@@ -116,7 +116,7 @@ def test_choice(completion, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["(A) (B) (C) (D)", "**A** **D**", "an apple or a pear", "The answer is B, C", ENDLESS]
+    "text", ["(A) (B) (C) (D)", "A. B. C. D.", "**A** **D**", "an apple or a pear", "The answer is B, C", ENDLESS]
 )
 def test_who_chooses_several_options_or_none_chooses_none(text):
     assert chosen(text, dict(zip("ABCD", FRUIT, strict=True))) is None
