@@ -62,9 +62,10 @@ def chosen(completion: str, options: Mapping[str, str]) -> str | None:
     said = list(_SAID.finditer(text))
     if said:
         return None if _HEDGE.match(text, said[-1].end()) else _known(said[-1][1], options)
-    if leading := _LEADING.match(text):
-        return _known(leading[1], options)
     marked = {found[1] or found[2] for found in _MARKED.finditer(text)}
+    if leading := _LEADING.match(text):
+        is_list = _LEADING.match(text[leading.end() :].lstrip()) or marked - {leading[1]}  # "(A) (B)"
+        return None if is_list else _known(leading[1], options)
     named = {letter for letter, option in options.items() if _names(text, option)}
     for letters in (marked, named):
         if letters:

@@ -24,7 +24,7 @@ _DEEPEST = 20  # brackets within each other; it takes 14 seconds for 400
 _MEMORY = 2 * 2**30  # bytes that the comparisons of a group may take
 _SAID = re.compile(r"\b(?:answer|result)\b(?:\s+is\b)?[\s:=*]*|####", re.IGNORECASE)  # #### as in GSM8K
 _PROSE = re.compile(r"(?<!\\)\b[^\W\d_]{2,}|\d\s+\d")  # two letters that are no command, or a row of numbers
-_WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s-]+[^\W\d_]+)*")
+_WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s-]+[^\W\d_]+)*")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
 _SCIENTIFIC = re.compile(r"(?<![\w.])(-?\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})(?!\w)")  # LaTeX would read 1e3 as 1·e·3
 

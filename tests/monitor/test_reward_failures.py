@@ -58,11 +58,14 @@ def test_too_many_failures_end_the_run(tmp_path, said):
     assert "of the last 397 answers, 100 (25.2 %) got no reward because a reward failed" in error.message
     assert "reward_pool.max_failed_fraction = 0.25\n  100 × a: it raised" in error.message
     assert str(tmp_path / FILE_NAME) in error.remedy
-    failures.take(4, [good] * 1000)  # only the last 1000 count
+    failures.take(4, [good] * 9000)
     assert failures.failure() is None
-    failures.take(5, [JudgedAnswer("s", 0, {"a": None}, ["a: x"], is_counted=True)] * 900)
+    failures.take(5, [bad] * 1000)  # only the last 1000 count
+    assert "of the last 1,000 answers, 1,000 (100.0 %)" in failures.failure().message
+    failures.take(6, [good] * 1000)
+    failures.take(7, [JudgedAnswer("s", 0, {"a": None}, ["a: x"], is_counted=True)] * 900)
     assert failures.failure() is None  # weight 0: the answers have a total
-    assert len(lines(tmp_path)) == 99 + 1 + 100  # a step lists 100 at most
+    assert len(lines(tmp_path)) == 99 + 1 + 100 + 100  # a step lists 100 at most
 
 
 def test_any_failure_is_too_many_if_none_is_allowed(tmp_path, said):

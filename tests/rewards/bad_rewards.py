@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import os
+import subprocess
 import sys
 import time
 
@@ -20,7 +21,7 @@ def obey(completions, **columns):
             case "crash":
                 ctypes.string_at(0)
             case "sleep":
-                time.sleep(60)
+                time.sleep(600)
         values.append(
             {"nan": float("nan"), "infinity": float("inf"), "text": "1", "none": None, "lambda": obey}.get(text, 1.0)
         )
@@ -41,3 +42,8 @@ async def lengths(completions, prompts, answer):
 
 def process_id(completions, **columns):
     return [os.getpid()] * len(completions)
+
+
+def child(completions, **columns):
+    """Starts a process that outlives the call."""
+    return [subprocess.Popen(["sleep", "600"]).pid for _ in completions]

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from megavlm.base.errors import UserError
-from megavlm.rewards.choice import choice
+from megavlm.rewards.choice import choice, chosen
 from megavlm.rewards.functions import exact, format, length
 from megavlm.rewards.score import Score, columns_of, overlong_penalty, score
 
@@ -115,6 +115,13 @@ def test_choice(completion, value):
     assert judge([completion], answer=["(B)"], choices=[dict(zip("abcd", FRUIT, strict=True))]) == [value]
 
 
+@pytest.mark.parametrize(
+    "text", ["(A) (B) (C) (D)", "A. B. C. D.", "**A** **D**", "an apple or a pear", "The answer is B, C", ENDLESS]
+)
+def test_who_chooses_several_options_or_none_chooses_none(text):
+    assert chosen(text, dict(zip("ABCD", FRUIT, strict=True))) is None
+
+
 def test_choice_without_texts_and_with_letters_in_them():
     judge = choice(field="answer", choices="options")
     assert judge(["It is B", "The answer is B", "B"], answer=["B."] * 3) == [0, 1, 1]
@@ -151,7 +158,8 @@ def test_format(completion, value):
 
 
 def test_format_of_ones_own_and_after_a_prompt_that_opens():
-    assert format(pattern=r"\d+\.(.*)", prompt_opens=False)(["12. a\nb<|im_end|>", "x 12.", "12"]) == [1, 0, 0]
+    answers = ["12. a\nb.<|im_end|>", "x 12. a.", "12. a. b"]
+    assert format(pattern=r"\d+\.(.*)\.", prompt_opens=False)(answers) == [1, 0, 0]
     opened = format(pattern=None, prompt_opens=True)
     assert opened(["hm</think><answer>5</answer>", "<think>hm</think><answer>5</answer>"]) == [1, 0]
 

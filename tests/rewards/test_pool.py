@@ -101,19 +101,25 @@ def test_a_group_in_which_every_answer_ends_its_worker_is_given_up():
     assert (found[1][0].total, found[1][0].parts, found[1][0].failures) == (None, {"obey": None}, [])
 
 
-def processes() -> list[int]:
-    return [child.pid for child in psutil.Process().children(recursive=True)]
+def processes() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def ends(pid: int) -> bool:
+    """Whether a process ends within half a minute."""
+    until = time.monotonic() + 30
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_many_groups_leave_nothing_and_a_killed_worker_is_replaced():
-    before, handles = set(processes()), len(os.listdir("/proc/self/fd"))
-    with RewardPool([python("process_id")], workers=2) as pool:
-        for key in range(100):
-            pool.submit(key, ["a", "b"], {"text": ["x" * 1000] * 2})
-        first = {scores[0].total for _, scores in pool.wait()}
-        assert first <= {float(pid) for pid in processes()}
-        for pid in set(processes()) - before:
-            os.kill(pid, signal.SIGKILL)
+    before, handles = processes(), len(os.listdir("/proc/self/fd"))
+
+    def judge(pool: RewardPool) -> set[int]:
+        """Has 100 groups judged. Returns the process ids of the workers that did it."""
         seen = {}
         for key in range(100):
             pool.submit(key, ["a", "b"], {"text": ["x" * 1000] * 2})
@@ -121,30 +127,49 @@ def test_many_groups_leave_nothing_and_a_killed_worker_is_replaced():
         seen.update(pool.wait())
         assert sorted(seen) == list(range(100))
         assert not [score.failures for scores in seen.values() for score in scores if score.failures]
-        assert not first & {scores[0].total for scores in seen.values()}
-        assert len(set(processes()) - before) == 2
-        assert not pool._workers.keys() & {None}
-    assert set(processes()) <= before
+        return {int(scores[0].parts["process_id"]) for scores in seen.values()}
+
+    with RewardPool([python("process_id")], workers=2) as pool:
+        first = judge(pool)
+        workers = processes() - before
+        assert first <= workers
+        for pid in workers:
+            for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # of a job that is stopped
+                os.kill(pid, stop)
+        assert judge(pool) <= workers
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        assert not judge(pool) & workers
+        assert len(processes() - before) == 2
+    assert processes() <= before
     assert len(os.listdir("/proc/self/fd")) <= handles
 
 
+def test_what_a_reward_has_started_ends_with_its_worker():
+    with RewardPool([python("child")], workers=1) as pool:
+        pool.submit(0, ["a"], {})
+        [(_, [score])] = pool.wait()
+        started = int(score.total)
+        assert psutil.pid_exists(started)
+    assert ends(started)
+
+
 def test_workers_end_with_a_killed_trainer():
+    """Even in the middle of a call, when they do not notice that their connection is closed."""
     code = f"""
-import os
+import os, time
 from megavlm.config.settings import RewardSettings
 from megavlm.rewards.pool import RewardPool
-pool = RewardPool([RewardSettings(python={f"{FILE}:process_id"!r})], workers=1)
+rewards = [RewardSettings(python={str(FILE)!r} + ":" + name) for name in ("process_id", "obey")]
+pool = RewardPool(rewards, workers=1)
 pool.submit(0, ["a"], {{}})
-print(int(pool.wait()[0][1][0].total), flush=True)
-pool.submit(1, ["a"], {{}})
+print(int(pool.wait()[0][1][0].parts["process_id"]), flush=True)
+pool.submit(1, ["sleep"], {{}})
+time.sleep(0.5)
 os.kill(os.getpid(), 9)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout, done.stderr
-    until = time.monotonic() + 30
-    while psutil.pid_exists(int(done.stdout)) and psutil.Process(int(done.stdout)).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < until, "the worker has outlived its trainer"
-        time.sleep(0.05)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=90)
+    assert ends(int(done.stdout))
 
 
 def test_workers_import_neither_torch_nor_sympy():
@@ -178,12 +203,15 @@ def test_a_comparison_without_end_is_killed():
 
 
 def test_a_pool_whose_workers_cannot_start_says_so(tmp_path):
-    (tmp_path / "mine.py").write_text("import os\nos._exit(7)\n")
+    (tmp_path / "mine.py").write_text(
+        f"import os\nprint(end='.', file=open('{tmp_path}/starts', 'a'), flush=True)\nos._exit(7)\n"
+    )
     with RewardPool([RewardSettings(python=f"{tmp_path}/mine.py:f")], workers=1) as pool:
         pool.submit("a", ["x"], {})
         for _ in range(2):  # and says it again
             with pytest.raises(RunFailure, match=r"3 reward workers in a row .* ended with status 7"):
                 pool.wait()
+    assert len((tmp_path / "starts").read_text()) == 3
 
 
 def test_without_rewards_for_workers_groups_are_returned_at_once():
