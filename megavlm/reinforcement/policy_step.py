@@ -16,8 +16,9 @@ from megavlm.monitor.reward_failures import RewardFailures
 from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.platform.collectives import broadcast_object, gather_objects
 from megavlm.reinforcement.answer_rows import answer_rows, on_all_ranks
+from megavlm.reinforcement.judged import Judged, failures_of, logged
 from megavlm.reinforcement.policy_objective import Known, PolicyObjective
-from megavlm.reinforcement.rollouts import Judged, Rollouts, failures_of, in_mini_batches, logged
+from megavlm.reinforcement.rollouts import Rollouts, in_mini_batches
 from megavlm.runtime.feed import StepRows
 from megavlm.runtime.session import Session
 from megavlm.training.start_weights import StartWeights

@@ -3,9 +3,7 @@
 import hashlib
 import math
 import time
-from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -16,61 +14,16 @@ from megavlm.config.requirements import required
 from megavlm.data.answers import first_sample
 from megavlm.data.loader import RowLoader
 from megavlm.data.renderer import Renderer
-from megavlm.data.row import Asked, Row
-from megavlm.monitor.reward_failures import JudgedAnswer
-from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup
-from megavlm.records.skipped_samples import SkippedSample
+from megavlm.data.row import Row
 from megavlm.reinforcement.answer_rows import Group
+from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, fields_of, keys_of
+from megavlm.reinforcement.judged import Batch, Judged, asked_of
 from megavlm.reinforcement.reward_models import RewardModels
 from megavlm.rewards.pool import RewardPool
 from megavlm.rewards.score import Score, columns_of, overlong_penalty, score
 from megavlm.rollout.engine import Answered, Engine, Prompt, Sampling
 from megavlm.runtime.session import Session
 from megavlm.training.step import raise_everywhere
-
-Sums = defaultdict[str, float]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A prompt with its answers and, for each, its text with special tokens, score, reward (or None), advantage."""
-
-    answered: Answered
-    full_texts: list[str]
-    scores: list[Score]
-    rewards: list[float | None]
-    advantages: list[float]
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether nothing can be learned from the group, because all its rewards are equal or unknown."""
-        return not any(self.advantages)
-
-    @property
-    def group(self) -> Group:
-        """What is learned from. An answer without a reward is left out."""
-        known = [n for n, reward in enumerate(self.rewards) if reward is not None]
-        answers = self.answered.answers
-        return Group(self.answered.prompt.sample, [answers[n] for n in known], [self.advantages[n] for n in known])
-
-
-@dataclass
-class Batch:
-    """The answers of a step on this data-parallel rank.
-
-    Attributes:
-        groups: the groups to learn from, on the leader; [] elsewhere.
-        shown: the groups that were sampled first, whatever became of them, on the leader.
-        fields: fields for metrics.jsonl, over all ranks.
-        counts: used/NAME, newly_read/NAME of each source and skipped_samples, over all ranks.
-        skipped_samples: the prompts of this data-parallel rank that were skipped.
-    """
-
-    groups: list[Judged] = field(default_factory=list)
-    shown: list[Judged] = field(default_factory=list)
-    fields: dict[str, float | None] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
-    skipped_samples: list[SkippedSample] = field(default_factory=list)
 
 
 class Rollouts:
@@ -224,77 +177,18 @@ class Rollouts:
 
     def _count(self, batch: Batch, sums: Sums) -> None:
         """Fills ``fields`` and ``counts`` with sums over all ranks."""
-        names = list(self._weights)
-        for group in batch.shown:
-            rewards = [reward for reward in group.rewards if reward is not None]
-            sums["groups"] += 1
-            sums["flat"] += group.is_flat
-            sums["answers"] += len(group.rewards)
-            sums["reward"] += sum(rewards)
-            sums["squares"] += sum(reward**2 for reward in rewards)
-            sums["judged"] += len(rewards)
-            sums["failures"] += sum(len(score.failures) > 0 for score in group.scores)
-            sums["tokens"] += sum(len(answer.tokens) for answer in group.answered.answers)
-            sums["truncated"] += sum(answer.finish == "length" for answer in group.answered.answers)
-            for name in names:
-                parts = [p for score in group.scores if (p := score.parts.get(name)) is not None]
-                sums[f"part/{name}"] += sum(parts)
-                sums[f"parts/{name}"] += len(parts)
-        sums["skipped"] += len(batch.skipped_samples)
-        size = self._session.groups.dp_size
-        keys = [
-            "groups",
-            "flat",
-            "answers",
-            "reward",
-            "squares",
-            "judged",
-            "failures",
-            "tokens",
-            "truncated",
-            "skipped",
-        ]
-        keys += [f"{kind}/{name}" for kind in ("part", "parts") for name in names]
-        keys += [f"{kind}/{name}" for kind in ("used", "newly_read") for name in self._names]
-        keys += ["seconds_rollout", "seconds_reward"]
-        here = {key: float(sums[key]) if self._loader is not None else 0.0 for key in keys}
-        found = self._sum(here)
-        judged, answers = max(found["judged"], 1), max(found["answers"], 1)
-        mean = found["reward"] / judged
-        seconds = found["seconds_rollout"] / size
-        batch.fields = {
-            "reward": mean if found["judged"] else None,
-            "reward_std": max(found["squares"] / judged - mean**2, 0.0) ** 0.5 if found["judged"] else None,
-            **{
-                f"reward/{name}": found[f"part/{name}"] / found[f"parts/{name}"] if found[f"parts/{name}"] else None
-                for name in names
-            },
-            "groups": int(found["groups"]),
-            "flat_groups": found["flat"] / max(found["groups"], 1),
-            "answers": int(found["answers"]),
-            "answer_tokens": found["tokens"] / answers,
-            "truncated_share": found["truncated"] / answers,
-            "reward_failures": int(found["failures"]),
-            "staleness": 0,
-            "seconds_rollout": seconds,
-            "seconds_reward": found["seconds_reward"] / size,
-            "seconds_sync": 0.0,
-            "rollout_tokens_per_second": found["tokens"] / seconds if seconds else None,
-        }
-        batch.counts = {key: value for key, value in found.items() if key.startswith(("used/", "newly_read/"))}
-        batch.counts["skipped_samples"] = found["skipped"]
+        rewards = list(self._weights)
+        add_batch(sums, batch, rewards)
+        is_leader = self._loader is not None
+        found = self._sum({key: sums[key] if is_leader else 0.0 for key in keys_of(rewards, self._names)})
+        batch.fields = fields_of(found, rewards, self._session.groups.dp_size)
+        batch.counts = counts_of(found)
 
-    def _sum(self, values: dict[str, float]) -> dict[str, float]:
+    def _sum(self, values: dict[str, float]) -> Sums:
+        """The sums of the values over all ranks."""
         sums = torch.tensor(list(values.values()), dtype=torch.float64)
         dist.all_reduce(sums, group=self._session.groups.world_host)
-        return dict(zip(values, sums.tolist(), strict=True))
-
-
-def asked_of(answered: Answered) -> Asked:
-    """The record of a prompt."""
-    asked = answered.prompt.sample.annotations.asked
-    assert asked is not None, "prompts are drafted with their records"
-    return asked
+        return Sums(float, zip(values, sums.tolist(), strict=True))
 
 
 def seed_of(*numbers: int) -> int:
@@ -306,23 +200,3 @@ def seed_of(*numbers: int) -> int:
 def in_mini_batches(groups: Sequence[Judged], count: int) -> list[list[Judged]]:
     """Divides groups into ``count`` parts that differ by at most one group; each keeps their order."""
     return [list(groups[n * len(groups) // count : (n + 1) * len(groups) // count]) for n in range(count)]
-
-
-def failures_of(groups: Sequence[Judged]) -> list[JudgedAnswer]:
-    """What is recorded of rewards that failed or did not apply."""
-    return [
-        JudgedAnswer(group.answered.prompt.sample.source, n, score.parts, score.failures, score.total is not None)
-        for group in groups
-        for n, score in enumerate(group.scores)
-    ]
-
-
-def logged(group: Judged) -> LoggedGroup:
-    """What a reader sees of a group."""
-    asked, answers = asked_of(group.answered), []
-    for answer, text, one, reward, advantage in zip(
-        group.answered.answers, group.full_texts, group.scores, group.rewards, group.advantages, strict=True
-    ):
-        shown = None if reward is None else advantage
-        answers.append(LoggedAnswer(text, reward, one.parts, shown, len(answer.tokens), answer.finish, one.failures))
-    return LoggedGroup(group.answered.prompt.sample.source, asked.question, asked.media, asked.reference, answers)

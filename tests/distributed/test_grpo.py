@@ -7,7 +7,6 @@ from pathlib import Path
 import forked_command
 import pytest
 from killing import Commands, Kill
-from parity import LR
 from test_kill import is_continued
 from toy import toy_records, write_records
 
@@ -36,7 +35,7 @@ def grpo(toys, tmp_path_factory):
             "data": {"train": [{"path": str(data)}], "seq_length": 256, "workers": 1},
             "train": {
                 "optimizer": "adam",
-                "lr": LR / 100,
+                "lr": 1e-4,
                 "precision": "fp32",
                 "warmup_steps": 1,
                 "memory_check": False,
@@ -83,7 +82,7 @@ def test_every_layout_samples_the_same_answers_and_learns_the_same(commands, grp
     for name, (others, other_groups) in found.items():
         texts = {group["sample"].rpartition(":")[2]: group["answers"] for group in other_groups[0]}
         mine = {group["sample"].rpartition(":")[2]: group["answers"] for group in groups[0]}
-        assert all(texts[sample] == pytest.approx(mine[sample]) for sample in texts), name  # DP2: those of rank 0
+        assert all(texts[sample] == mine[sample] for sample in texts), name  # with DP2, those of rank 0
         for line, other in zip(lines, others, strict=True):
             for field in ("reward", "reward_std", "answer_tokens", "target_tokens", "samples", "flat_groups"):
                 assert other[field] == pytest.approx(line[field], rel=1e-6), (name, field)

@@ -123,9 +123,9 @@ def step_in_layout(settings: dict, root, records: list[dict], out):
     from megavlm.media.files import in_folder
     from megavlm.optim.optimizers import Optimizers
     from megavlm.reinforcement.grpo import Policy
+    from megavlm.reinforcement.judged import Batch, Judged
     from megavlm.reinforcement.policy_objective import PolicyObjective
     from megavlm.reinforcement.policy_step import PolicyStep
-    from megavlm.reinforcement.rollouts import Batch, Judged
     from megavlm.rollout.engine import Answer, Answered, Prompt
     from megavlm.runtime.feed import Feed
     from megavlm.runtime.session import start
