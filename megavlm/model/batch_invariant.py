@@ -1,9 +1,10 @@
 """A mode in which the numbers of a token do not depend on what is computed beside it, at whatever cost in speed.
 
 Libraries choose the order of a sum by the shape of a call, so the same token may get other last bits in a prompt, as
-the newest token of an answer and in a packed row of training. Here matrix products and long sums are computed row by
-row, and attention query by query, always in calls of the same shape. In one process the log-probabilities of sampling
-and of a forward pass of training are then equal to the bit. (A mode for tests and for the search for differences.)
+the newest token of an answer and in a packed row of training. Here matrix products, long sums and activations are
+computed row by row, and attention query by query, always in calls of the same shape. In one process the
+log-probabilities of sampling and of a forward pass of training are then equal to the bit. (A mode for tests, and to
+find out what another difference comes from.)
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
+_LONG = 16384  # PyTorch divides a sum among threads from 32,768 numbers on
 _active = 0
 
 
@@ -39,7 +41,7 @@ def batch_invariant(on: bool = True) -> Iterator[None]:
 
 
 class _RowByRow(TorchDispatchMode):
-    """Replaces the operations that sum over many numbers."""
+    """Replaces operations whose last bits depend on the shape of their arguments."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -61,13 +63,20 @@ def _addmm(func: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
 
 
 def _reduction(func: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
-    """A reduction over the last dimension."""
+    """A reduction over the last dimension. Only long rows are divided among threads, in a way that depends on all."""
     x, dims, *rest = args
-    if x.dim() < 2 or [dim % x.dim() for dim in dims or []] != [x.dim() - 1]:
+    if x.dim() < 2 or x.shape[-1] < _LONG or [dim % x.dim() for dim in dims or []] != [x.dim() - 1]:
         return func(*args, **kwargs)
     rows = x.reshape(-1, x.shape[-1])
     out = _stacked([func(row[None].clone(), [1], *rest, **kwargs) for row in rows], lambda: func(rows, [1], *rest))
     return out.view(*x.shape[:-1], *out.shape[1:])
+
+
+def _activation(func: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
+    """An elementwise function whose last bits depend on whether an element is in a whole vector or at an end."""
+    x = args[0]
+    rows = x.reshape(-1, x.shape[-1])
+    return _stacked([func(row[None].clone(), **kwargs) for row in rows], lambda: func(rows, **kwargs)).view(x.shape)
 
 
 def _stacked(rows: list[Tensor], otherwise: Callable[[], Tensor]) -> Tensor:
@@ -79,6 +88,9 @@ _REPLACED: dict[Any, Callable[[Callable[..., Tensor], tuple, dict], Tensor]] = {
     _aten.addmm.default: _addmm,
     _aten.sum.dim_IntList: _reduction,
     _aten.mean.dim: _reduction,
+    _aten.silu.default: _activation,
+    _aten.gelu.default: _activation,
+    _aten.sigmoid.default: _activation,
 }
 
 

@@ -75,6 +75,9 @@ def test_the_recipe_that_trained_answers_from_what_it_trained(toys, tuned):
         "temperature": 0.0,
         "top_p": 1.0,
         "top_k": 0,
+        "samples": 1,
+        "stop": [],
+        "batch_invariant": False,
         "seed": 1234,
     }
     assert not list(run.glob("*.partial"))

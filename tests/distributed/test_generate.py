@@ -110,6 +110,12 @@ CASES = {
 }
 
 
+@functools.cache
+def mixed_answers(toys, kind) -> tuple[str, ...]:
+    """The reference of all layouts, computed once."""
+    return tuple(reference_answers(toys.folder(kind), mixed_questions(toys.root), toys.root, 6))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_answers_are_those_of_transformers(case, toys, tmp_path, request):
     """Fifty prompts; six tokens of each are enough to go through prefill, decoding and an early end."""
@@ -118,15 +124,5 @@ def test_greedy_answers_are_those_of_transformers(case, toys, tmp_path, request)
     data = write_records(toys.root / "mixed.jsonl", records)
     world = request.getfixturevalue(f"world{size}")
     answers = answers_of(toys, world, kind, data, tmp_path, parallel, range(50), max_new_tokens=6, batch_size=20)
-    assert answers == mixed_answers(toys, kind)
+    assert answers == list(mixed_answers(toys, kind))
     assert len(set(answers)) > 25  # the questions matter
-
-
-@functools.cache
-def _mixed(toys, kind) -> tuple[str, ...]:
-    return tuple(reference_answers(toys.folder(kind), mixed_questions(toys.root), toys.root, 6))
-
-
-def mixed_answers(toys, kind) -> list[str]:
-    """The reference of all layouts, computed once."""
-    return list(_mixed(toys, kind))
