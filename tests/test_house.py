@@ -82,6 +82,7 @@ MAY_IMPORT = {
         "align",
         "training",
         "rollout",
+        "rewards",
         "runtime",
         "report",
         "checkpoint",
@@ -95,7 +96,7 @@ MAY_IMPORT = {
         "config",
         "base",
     ],
-    "cli": ["align", "config", "base"],
+    "cli": ["align", "rewards", "config", "base"],
     "__main__": ["cli"],
     "demo": ["cli", "checkpoint", "convert", "config", "base"],
 }

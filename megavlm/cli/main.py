@@ -27,6 +27,7 @@ from megavlm.config import held_run, layout, requirements, run_folder
 from megavlm.config.load import load_settings
 from megavlm.config.run_folder import StartOptions
 from megavlm.config.settings import Settings
+from megavlm.rewards.pool import check_rewards
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,6 +144,8 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
         layout.check_world_size(settings.parallel, world_size, batch)
     if int(os.environ.get("RANK", 0)) > 0:
         return  # rank 0 may already be writing to the output folder
+    if name in METHODS and METHODS[name].samples:
+        check_rewards(settings.reward)
     if "out" in options:
         run_folder.check_new(options["out"], settings)
     if verb.writes == "":
