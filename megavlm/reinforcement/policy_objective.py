@@ -100,6 +100,8 @@ class PolicyObjective:
         old, reference = cast(Known, micro_batch.found) if micro_batch.found is not None else (None, None)
         # With a single update, the weights that have sampled are the present ones.
         old, mask = logprobs.detach() if old is None else old, answers.mask
+        if options.beta and reference is None:  # the memory check and the dry run, which compute nothing beforehand
+            reference = logprobs.detach()
         losses, ratio, limited, divergence = token_losses(
             options.loss,
             logprobs,

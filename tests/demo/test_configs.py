@@ -11,8 +11,8 @@ from megavlm.config.load import load_settings
 from megavlm.demo.commands import DEFAULT_OUT, OUT_VARIABLE
 from megavlm.demo.data import HELDOUT_FILE, PHOTOGRAPH_PIXELS, TRAIN_FILES
 from megavlm.demo.model_folder import TEXT
-from megavlm.demo.run import STAGES
 from megavlm.demo.rl import RL
+from megavlm.demo.run import STAGES
 from megavlm.demo.tune import TUNE
 
 # Those of the other demos: where each starts, below the demo's folder.
