@@ -147,7 +147,7 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
         share = f"{-(-prompts // data_parallel) * group_size:,} per data-parallel rank"
         facts += [
             ("step", f"{count} of at most {settings.rollout.max_new_tokens:,} tokens, at most {share}"),
-            ("run", f"{train.steps:,} steps = {short(prompts * train.steps)} prompts, {schedule}"),
+            ("run", f"{train.steps:,} steps = {prompts * train.steps:,} prompts, {schedule}"),
         ]
     elif train.global_batch_size and train.steps:
         tokens = train.global_batch_size * data.seq_length
