@@ -153,9 +153,9 @@ def _table(stats: SourceStats) -> Group:
     title = Text.assemble((stats.name, "bold"), "  ", (stats.path, "dim"))
     shares = Text(f"{percent(stats.share)} of the samples of the blend")
     if stats.token_share is not None:
-        shares.append(
-            f", about {percent(stats.token_share)} of its tokens, {percent(stats.target_share)} of its targets"
-        )
+        shares.append(f", about {percent(stats.token_share)} of its tokens")
+        if stats.target_share is not None:  # prompts have no targets
+            shares.append(f", {percent(stats.target_share)} of its targets")
     looked = Text(f"{stats.looked_at:,} of {stats.count:,} samples inspected")
     lines: list[Any] = [title, shares, looked]
     if stats.usable:
