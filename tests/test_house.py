@@ -97,6 +97,7 @@ MAY_IMPORT = {
         "align",
         "training",
         "rollout",
+        "rewards",
         "runtime",
         "report",
         "checkpoint",
@@ -110,7 +111,7 @@ MAY_IMPORT = {
         "config",
         "base",
     ],
-    "cli": ["align", "output", "config", "base"],
+    "cli": ["align", "rewards", "output", "config", "base"],
     "__main__": ["cli"],
     "demo": ["cli", "checkpoint", "convert", "config", "base"],
 }

@@ -92,6 +92,7 @@ METHODS = {
         "prompt",
         aligns=True,
         requires=("model.load", "rollout.prompts", "reward"),
+        reads=("reward",),
         samples=True,
     ),
 }

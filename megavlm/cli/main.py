@@ -28,6 +28,7 @@ from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings
 from megavlm.output import folder, held_run
 from megavlm.output.folder import StartOptions
+from megavlm.rewards.pool import check_rewards
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,6 +145,8 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
         layout.check_world_size(settings.parallel, world_size, batch)
     if int(os.environ.get("RANK", 0)) > 0:
         return  # rank 0 may already be writing to the output folder
+    if name in METHODS and METHODS[name].samples:
+        check_rewards(settings.reward)
     if "out" in options:
         folder.check_new(options["out"], settings)
     if verb.writes == "":

@@ -49,8 +49,10 @@ class _Check:
     quiet: int = 5
 
 
-# Entropy falls in every run that succeeds, often to half. At a quarter, the answers of a group are nearly the same one.
+# Entropy falls in every run that succeeds, often to half. At a quarter, the answers of a group are nearly the same one,
+# unless a model that knew little began with several nats per token: half a nat is more than most models start with.
 LOW_ENTROPY = 0.25
+ENOUGH_ENTROPY = 0.5
 # Of ten groups, one teaches something; the run then pays for ten times as many answers as it learns from.
 MANY_FLAT_GROUPS = 0.9
 # On average, each token is e times as likely as under the reference: the policy has become another model. Short answers
@@ -68,7 +70,7 @@ MANY_TRUNCATED = 0.25
 _CHECKS = (
     _Check(
         "entropy",
-        lambda value, first: 0 <= value < LOW_ENTROPY * first,
+        lambda value, first: 0 <= value < min(LOW_ENTROPY * first, ENOUGH_ENTROPY),
         lambda line, first: (
             f"the entropy has collapsed: {number(line['entropy'], 3)} nats per token, "
             f"{percent(line['entropy'] / first, 0)} of the {number(first, 3)} at the start, so the answers to a prompt "

@@ -79,6 +79,7 @@ class PolicyObjective:
         return self.reduction.count(torch.stack(lengths)).item() if lengths else 0.0
 
     def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
+        self._largest.zero_()  # the memory check leaves some, because nobody asks for the fields of its loss
         return self.known
 
     def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
@@ -99,6 +100,8 @@ class PolicyObjective:
         old, reference = cast(Known, micro_batch.found) if micro_batch.found is not None else (None, None)
         # With a single update, the weights that have sampled are the present ones.
         old, mask = logprobs.detach() if old is None else old, answers.mask
+        if options.beta and reference is None:  # the memory check and the dry run, which compute nothing beforehand
+            reference = logprobs.detach()
         losses, ratio, limited, divergence = token_losses(
             options.loss,
             logprobs,
@@ -132,7 +135,6 @@ class PolicyObjective:
         """Means over the targets, and the largest values of all ranks. Call it on all ranks."""
         largest = self._largest.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        self._largest.zero_()
         tokens = max(counts["target_tokens"], 1)
         means = {name: total / tokens for name, total in zip(self.sum_names, sums[1:], strict=True)}
         return means | dict(zip(self.max_names, largest.tolist(), strict=True))

@@ -52,6 +52,7 @@ class PolicyStep:
         renderer: Renderer | None,
         start: StartWeights | None,
     ):
+        assert (start is not None) == (objective.options.beta > 0), "a loss with a divergence needs the reference"
         self._session, self._step, self._rollouts, self._objective = session, step, rollouts, objective
         self._renderer, self._start = renderer, start
         self._shown: list[Judged] = []  # the groups of the last step on this data-parallel rank, on leaders

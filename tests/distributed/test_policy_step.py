@@ -4,8 +4,11 @@ The answers are given, so that all that is computed from them is compared: two u
 new to old probabilities other than 1, and a model that has moved away from its reference.
 """
 
+from functools import partial
+
 import pytest
 import torch
+import torch.distributed as dist
 from parity import Toys, part_of, save_weights, settings_of, weights_of
 from toy import reference_inputs, reference_model
 
@@ -91,7 +94,7 @@ def expected(toys: Toys, kind: str, loss: str) -> tuple[list[float], dict[str, f
     with torch.no_grad():
         old = logprobs()
     sampled = padded([torch.tensor(logs) for _, logs, _ in answers])
-    weights, _ = correction(align.get("correction", "off"), old, sampled, mask)
+    weights, mismatch = correction(align.get("correction", "off"), old, sampled, mask)
     options = {name: value for name, value in align.items() if name not in ("beta", "correction")}
     if loss == "dr_grpo":
         options["max_length"] = MOST
@@ -112,7 +115,7 @@ def expected(toys: Toys, kind: str, loss: str) -> tuple[list[float], dict[str, f
         all_norms.append({part: square**0.5 for part, square in squares.items()})
     norms = {part: sum(norms[part] for norms in all_norms) / 2 for part in all_norms[0]}
     after = {name: value.clone() for name, value in model.state_dict().items()}
-    return losses, norms | {name: value.item() for name, value in metrics.items()}, after
+    return losses, norms | {name: value.item() for name, value in (metrics | mismatch).items()}, after
 
 
 def step_in_layout(settings: dict, root, records: list[dict], out):
@@ -129,6 +132,7 @@ def step_in_layout(settings: dict, root, records: list[dict], out):
     from megavlm.rollout.engine import Answer, Answered, Prompt
     from megavlm.runtime.feed import Feed
     from megavlm.runtime.session import start
+    from megavlm.training.memory_check import check_memory, longest_row
     from megavlm.training.start_weights import StartWeights
     from megavlm.training.step import Step
 
@@ -154,6 +158,8 @@ def step_in_layout(settings: dict, root, records: list[dict], out):
     optimizers = Optimizers(session.vlm, settings.train, settings.align.updates)
     step = Step(session.vlm, optimizers, Feed(session.vlm, None), 1, objective, settings.vision.window)
     reference = StartWeights(session, offload=True) if options.beta else None
+    if dist.get_world_size() == 1:  # what was never sampled leaves no trace in the metrics of the step
+        check_memory(step, partial(longest_row, renderer), settings)
     result = PolicyStep(session, step, Given(), objective, renderer, reference)()
     save_weights(session.vlm.sharded_state_dict(dict(SHARDED_METADATA)), out, groups)
     return result.loss, result.norms, result.counts, result.fields
@@ -198,6 +204,7 @@ def test_two_updates_are_those_of_plain_pytorch(layout, loss, toys, expectations
     for weight, value in after.items():
         update = weights[weight] - start[weight]
         assert (value - weights[weight]).norm() <= 1e-4 * update.norm() + 1e-9, weight
+    assert fields["mismatch_max"] == pytest.approx(wanted["mismatch_max"], rel=1e-4)
     assert fields["ratio_max"] == pytest.approx(max(1.0, wanted["ratio_max"]), rel=1e-4)
     # the first update clips nothing, and starts where the reference is
     assert fields["clip_share"] == pytest.approx(wanted["clip_share"] / 2, rel=1e-4)
