@@ -12,11 +12,12 @@ from megavlm.base.heartbeat import beat
 from megavlm.config.requirements import required
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
+from megavlm.model.batch_invariant import batch_invariant
 from megavlm.monitor.reward_failures import RewardFailures
 from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.platform.collectives import broadcast_object, gather_objects
 from megavlm.reinforcement.answer_rows import answer_rows, on_all_ranks
-from megavlm.reinforcement.judged import Judged, failures_of, logged
+from megavlm.reinforcement.judged import Batch, Judged, failures_of, logged
 from megavlm.reinforcement.policy_objective import Known, PolicyObjective
 from megavlm.reinforcement.rollouts import Rollouts, in_mini_batches
 from megavlm.runtime.feed import StepRows
@@ -64,16 +65,8 @@ class PolicyStep:
         batch = self._rollouts.collect()
         session.vlm.train()
         self._shown, began = batch.shown, time.perf_counter()
-        parts = [self._rows(groups) for groups in in_mini_batches(batch.groups, align.mini_batches)]
-        known = [self._known(rows) for rows in parts]
-        results = []
-        for update in range(align.updates):
-            for rows, found in zip(parts, known, strict=True):
-                self._objective.known = found
-                is_last = update == align.updates - 1
-                results.append(self._step.update(rows if is_last else rows.copy()))
-                beat("an update of the weights")
-        self._objective.known = []
+        with batch_invariant(self._session.settings.rollout.batch_invariant):
+            results = self._learn(batch)
         first = results[: align.mini_batches]
         counts = _sums([result.counts for result in first]) | batch.counts
         counts |= _sums([{name: result.counts[name] for name in _WORK} for result in results])
@@ -88,6 +81,23 @@ class PolicyStep:
             batch.skipped_samples,
             next((result.trouble for result in results if result.trouble), None),
         )
+
+    def _learn(self, batch: Batch) -> list[StepResult]:
+        """Updates the weights with each mini-batch, as often as the settings say. Returns the results in order."""
+        align = self._session.settings.align
+        parts = [self._rows(groups) for groups in in_mini_batches(batch.groups, align.mini_batches)]
+        for rows in parts:
+            rows.encoded = []  # a frozen tower encodes the frames of each mini-batch once for all passes
+        known = [self._known(rows) for rows in parts]
+        results: list[StepResult] = []
+        for update in range(align.updates):
+            for rows, found in zip(parts, known, strict=True):
+                self._objective.known = found
+                is_last = update == align.updates - 1
+                results.append(self._step.update(rows if is_last else rows.copy()))
+                beat("an update of the weights")
+        self._objective.known = []
+        return results
 
     def report(self, step: int, monitor: RunMonitor) -> UserError | None:
         """Records answers and failed rewards; see ``MethodStep``. An error if too many rewards fail."""

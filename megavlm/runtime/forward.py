@@ -75,13 +75,14 @@ def forward_only(vlm: VLM, window: Window, read: Callable[[LanguageModel, Tensor
 
     Args:
         vlm: the model.
-        window: the window; its frames are encoded first.
+        window: the window; its frames are encoded first, unless they are already.
         read: computes a tensor from the last chunk, the hidden states [t, 1, hidden] and the micro-batch.
 
     Returns:
         On the ranks of the last pipeline stage, the result of ``read`` for each micro-batch; [] on the other ranks.
     """
-    encode_window(vlm, window)
+    if window.frames is not None:
+        encode_window(vlm, window)
     prepare_schedule(vlm.decoder_config)
 
     def forward_step(micro_batches: Iterator[MicroBatch], model: LanguageModel) -> tuple[Tensor, Callable | None]:

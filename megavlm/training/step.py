@@ -170,10 +170,11 @@ class Step:
         # averages over all ranks.
         tower_scale = dist.get_world_size() / (self.groups.dp_size * self.vlm.parallel.context)
         totals = torch.zeros(self.objective.num_sums, dtype=torch.float32, device=device())
-        for window in self.feed.windows(rows, self._window_of(num_rows)):
+        for window in self._windows(rows):
             for micro_batch in window.micro_batches:
                 micro_batch.found = found[micro_batch.number] if found else None
-            encode_window(self.vlm, window, self._tower_timer)
+            if window.frames is not None:
+                encode_window(self.vlm, window, self._tower_timer)
             losses = self._forward_backward(window, counts["weight"], num_rows)
             if losses:  # this is a rank of the last pipeline stage
                 row_losses += zip((m.host for m in window.micro_batches), (sums[0] for sums in losses), strict=True)
@@ -193,9 +194,19 @@ class Step:
     def look_through(self, rows: StepRows, read: Read) -> list[Tensor]:
         """Returns the result of ``read`` for each row on the last pipeline stage, else [] (see ``forward_only``)."""
         results: list[Tensor] = []
-        for window in self.feed.windows(rows.copy(), self._window_of(len(rows.hosts))):
+        for window in self._windows(rows.copy()):
             results += forward_only(self.vlm, window, read)
         return results
+
+    def _windows(self, rows: StepRows) -> Iterator[Window]:
+        """The windows of the rows, with their features if an earlier pass has kept them (see ``StepRows``)."""
+        if rows.encoded:
+            yield from rows.encoded
+            return
+        for window in self.feed.windows(rows, self._window_of(len(rows.hosts))):
+            if rows.encoded is not None and not self.vlm.tower.is_trained:
+                rows.encoded.append(window)
+            yield window
 
     def _forward_backward(self, window: Window, weight: float, num_rows: int) -> list[Tensor]:
         """Computes the gradients of the decoder and of the features.

@@ -161,3 +161,13 @@ def test_a_prompt_that_leaves_no_room_is_dropped_and_told(grpo, toys, tmp_path):
     line = json.loads((output / "data_errors.jsonl").read_text().splitlines()[0])
     assert line["sample"].endswith(":2")
     assert "rollout.max_new_tokens = 256 - 5" in line["cause"]
+
+
+def test_sampler_and_trainer_agree_to_the_bit_in_batch_invariant_mode(grpo, tmp_path):
+    output = tmp_path / "invariant"
+    overrides = ["train.steps=1", "train.warmup_steps=0", "rollout.prompts=1", "data.workers=0", "align.updates=2"]
+    result = forked_command.run(grpo(output, ["rollout.batch_invariant=true", *overrides]))
+    assert result.returncode == 0, result.stdout + result.stderr
+    line = read_metrics(output)[0]
+    assert line["mismatch_max"] == 0.0
+    assert line["ratio_max"] > 1  # of the second update

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parity import Toys, part_of, save_weights, settings_of, weights_of
+from test_preference import first_head
 from toy import reference_inputs, reference_model
 
 from megavlm.align.losses import correction, policy_loss
@@ -63,31 +64,33 @@ def question(record: dict) -> dict:
     return {**record, "messages": record["messages"][:-1]}
 
 
-def expected(toys: Toys, kind: str, loss: str) -> tuple[list[float], dict[str, float], dict[str, torch.Tensor]]:
+def answered(processor, toys: Toys, number: int, tokens: list[int]) -> dict[str, torch.Tensor]:
+    """The inputs of transformers' model for the question of a toy record, followed by an answer."""
+    inputs = reference_inputs(processor, question(toys.records[number]), toys.root, add_generation_prompt=True)
+    added = {"input_ids": torch.tensor([tokens])}
+    added |= {
+        name: torch.full((1, len(tokens)), fill) for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0))
+    }
+    return {name: torch.cat([value, added[name]], dim=1) if name in added else value for name, value in inputs.items()}
+
+
+def expected(
+    toys: Toys, kind: str, loss: str, frozen: tuple[str, ...] = ()
+) -> tuple[list[float], dict[str, float], dict[str, torch.Tensor]]:
     """The losses and norms of two updates (means), and the weights after them, with transformers."""
     from transformers import AutoProcessor
 
     align, temperature, lr = LOSSES[loss]
     folder, answers = toys.folder(kind), [answer for group in given() for answer in group]
     model, processor = reference_model(folder), AutoProcessor.from_pretrained(folder)
-    prompts = [
-        reference_inputs(processor, question(toys.records[n]), toys.root, add_generation_prompt=True)
-        for n in PROMPTS
-        for _ in range(GROUP)
-    ]
     mask = torch.tensor([[float(t < len(tokens)) for t in range(MOST)] for tokens, _, _ in answers])
     padded = lambda rows: torch.stack([torch.nn.functional.pad(row, (0, MOST - len(row))) for row in rows])
 
     def logprobs() -> torch.Tensor:
         rows = []
-        for inputs, (tokens, _, _) in zip(prompts, answers, strict=True):
-            ids = torch.cat([inputs["input_ids"], torch.tensor([tokens])], dim=1)
-            further = {
-                name: torch.cat([inputs[name], torch.full((1, len(tokens)), fill)], dim=1)
-                for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0))
-                if name in inputs
-            }
-            logits = model(**{**inputs, **further, "input_ids": ids}).logits[0, -len(tokens) - 1 : -1]
+        for number, (tokens, _, _) in enumerate(answers):
+            inputs = answered(processor, toys, PROMPTS[number // GROUP], tokens)
+            logits = model(**inputs).logits[0, -len(tokens) - 1 : -1]
             rows.append((logits / temperature).log_softmax(-1)[range(len(tokens)), tokens])
         return padded(rows)
 
@@ -110,6 +113,8 @@ def expected(toys: Toys, kind: str, loss: str) -> tuple[list[float], dict[str, f
         squares = dict.fromkeys(("vision", "projector", "language"), 0.0)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
+                if part_of(name) in frozen:
+                    continue
                 squares[part_of(name)] += parameter.grad.double().square().sum().item()
                 parameter -= lr * parameter.grad
         all_norms.append({part: square**0.5 for part, square in squares.items()})
@@ -213,3 +218,81 @@ def test_two_updates_are_those_of_plain_pytorch(layout, loss, toys, expectations
         assert fields["kl"] == pytest.approx(wanted["kl"] / 2, rel=1e-4)
     assert counts["samples"] == len(PROMPTS) * GROUP
     assert counts["frames_encoded"] == counts["frames"]
+
+
+@pytest.mark.parametrize("layout", ["one process", "PP2 × VPP2"])
+def test_a_frozen_tower_encodes_once_for_all_passes(layout, toys, tmp_path, request):
+    """Old and reference log-probabilities and both updates use the features of the first pass."""
+    processes, kind, parallel = LAYOUTS[layout]
+    frozen = ("vision", "projector")
+    losses, wanted, weights = expected(toys, kind, "grpo", frozen)
+    settings = settings_of(toys.folder(kind), parallel, seq_length=512, lr=LOSSES["grpo"][2], moe_aux_loss_coeff=0.0)
+    settings["model"] |= {"load": str(toys.checkpoint(kind)), "freeze": list(frozen)}
+    settings["train"]["global_batch_size"] = None
+    settings["align"] = {"loss": "grpo", "updates": 2, **LOSSES["grpo"][0]}
+    settings["rollout"] = {"group_size": GROUP, "max_new_tokens": MOST, "temperature": LOSSES["grpo"][1]}
+    world, out = request.getfixturevalue(f"world{processes}"), tmp_path / "mcore"
+    records = [toys.records[n] for n in PROMPTS]
+    loss, norms, counts, _ = world.run(step_in_layout, settings, toys.root, records, out)[0]
+    assert loss == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert norms["grad_norm/language"] == pytest.approx(wanted["language"], rel=3e-5)
+    assert counts["frames"] > counts["frames_encoded"] == 0  # of both updates
+    name = "model.language_model.layers.0.mlp.down_proj.weight"
+    assert (weights_of(out, toys.folder(kind))[name] - weights[name]).norm() <= 1e-4 * weights[name].norm()
+
+
+def scores_in_layout(settings: dict, root, records: list[dict]):
+    """Runs on every rank: the scores of the given answers by a reward model; [] on ranks that are no leaders."""
+    from megavlm.checkpoint.load_weights import load_weights
+    from megavlm.config.settings import Settings
+    from megavlm.data.renderer import Renderer
+    from megavlm.media.files import in_folder
+    from megavlm.model.vlm import VLM
+    from megavlm.reinforcement.answer_rows import Group
+    from megavlm.reinforcement.reward_models import RewardModels
+    from megavlm.rollout.engine import Answer
+    from megavlm.runtime.session import start
+
+    settings = Settings(**settings)
+    session = start(settings, training=True)
+    groups = session.groups
+    renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple) if groups.is_leader else None
+    models = RewardModels(session, [], renderer)
+    vlm = VLM(session.shapes, settings, groups, score_head=True).train(False)
+    load_weights(settings.model.load, vlm)
+    for chunk in vlm.language:
+        if hasattr(chunk, "score_head"):
+            chunk.score_head.weight.data.copy_(first_head(chunk.score_head.weight.shape[1]))
+    models._models["taste"] = vlm
+    asked = []
+    for number, (record, answers) in enumerate(zip(records, given(), strict=True)):
+        if renderer is not None and number % groups.dp_size == groups.dp_rank:
+            sample = renderer.encode(record, in_folder(root), f"prompt {number}", kind="prompt", index=number)
+            made = [Answer(tokens, logs, logs, logs, "stop") for tokens, logs, _ in answers]
+            asked.append(Group(sample, made, [0.0] * GROUP))
+    return models.scores(asked)["taste"], groups.dp_rank
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "MoE EP2"])
+def test_a_reward_model_scores_the_answers(layout, toys, request):
+    """To 1e-5 of scores of the size of 1: the score at the last token, by transformers' hidden states."""
+    from transformers import AutoProcessor
+
+    processes, kind, parallel = LAYOUTS[layout]
+    settings = settings_of(toys.folder(kind), parallel, seq_length=192, lr=0.1)
+    settings["model"]["load"] = str(toys.checkpoint(kind))
+    settings["train"]["global_batch_size"] = None
+    records = [toys.records[n] for n in PROMPTS]
+    ranks = request.getfixturevalue(f"world{processes}").run(scores_in_layout, settings, toys.root, records)
+    model, processor = reference_model(toys.folder(kind)), AutoProcessor.from_pretrained(toys.folder(kind))
+    head = first_head(model.config.text_config.hidden_size)[0]
+    for scores, dp_rank in ranks:
+        if not scores:
+            continue
+        size = 2 if layout == "DP2" else 1
+        wanted = [
+            (model.model(**answered(processor, toys, n, tokens)).last_hidden_state[0, -1] @ head).item()
+            for n, answers in list(zip(PROMPTS, given(), strict=True))[dp_rank::size]
+            for tokens, _, _ in answers
+        ]
+        assert scores == pytest.approx(wanted, abs=1e-5)
