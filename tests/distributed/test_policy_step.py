@@ -120,15 +120,15 @@ def expected(toys: Toys, kind: str, loss: str) -> tuple[list[float], dict[str, f
 
 def step_in_layout(settings: dict, root, records: list[dict], out):
     """Runs on every rank: a step with two updates; saves the weights to ``out``. Returns the result of the step."""
-    from megavlm.reinforcement.grpo import Policy
-    from megavlm.reinforcement.policy_objective import PolicyObjective
-    from megavlm.reinforcement.policy_step import PolicyStep
-    from megavlm.reinforcement.rollouts import Batch, Judged
     from megavlm.config.settings import Settings
     from megavlm.convert import SHARDED_METADATA
     from megavlm.data.renderer import Renderer
     from megavlm.media.files import in_folder
     from megavlm.optim.optimizers import Optimizers
+    from megavlm.reinforcement.grpo import Policy
+    from megavlm.reinforcement.policy_objective import PolicyObjective
+    from megavlm.reinforcement.policy_step import PolicyStep
+    from megavlm.reinforcement.rollouts import Batch, Judged
     from megavlm.rollout.engine import Answer, Answered, Prompt
     from megavlm.runtime.feed import Feed
     from megavlm.runtime.session import start
