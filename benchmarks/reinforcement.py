@@ -5,8 +5,8 @@
 The folder DIR of ``make demo`` has the pretrained model and the data. A model that often errs is fine-tuned once, as in
 ``make demo-rl``. GRPO goes on from it with each seed, which decides the order of the questions and the sampled answers,
 and 360 held-out questions are answered greedily. Each other loss and advantage learns for ten steps with the first
-seed; their rewards at the beginning and at the end are compared. What a former call has left in ``--work`` is not run
-again.
+seed and two updates in a step; their rewards at the beginning and at the end are compared. What a former call has left
+in ``--work`` is not run again.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from pathlib import Path
 from benchmarks.ranks import versions
 from megavlm.demo.answers import accuracy_of
 from megavlm.demo.commands import CONFIGS, DEFAULT_OUT, NPROC, run
-from megavlm.demo.rl import OTHER_STEPS, OTHERS, rewards_at_ends
+from megavlm.demo.rl import OTHER_SETTINGS, OTHER_STEPS, OTHERS, rewards_at_ends
 from megavlm.demo.run import Demo
 
 
 def measure(demo: Demo, work: Path, seeds: list[int]) -> dict:
     weak, grpo = CONFIGS / "weak.yaml", CONFIGS / "grpo.yaml"
     start, load = work / "weak", f"model.load={work / 'weak'}"
-    if not (start / "report.html").is_file():
+    if not (start / "checkpoints").is_dir():
         run("megavlm", "sft", weak, f"output={start}", *NPROC)
     before = _accuracy(demo, weak, start)
     after, seconds, rewards = [], [], {}
@@ -38,8 +38,8 @@ def measure(demo: Demo, work: Path, seeds: list[int]) -> dict:
         after.append(_accuracy(demo, grpo, output))
         rewards[f"grpo, seed {seed}"] = rewards_at_ends(output)
     for name, settings in OTHERS.items():
-        output = work / name
-        _train(grpo, output, load, *settings, f"train.seed={seeds[0]}", f"train.steps={OTHER_STEPS}")
+        output, seed = work / name, f"train.seed={seeds[0]}"
+        _train(grpo, output, load, *settings, *OTHER_SETTINGS, seed, f"train.steps={OTHER_STEPS}", steps=OTHER_STEPS)
         rewards[name] = rewards_at_ends(output)
     return {
         "seeds": seeds,
@@ -51,9 +51,9 @@ def measure(demo: Demo, work: Path, seeds: list[int]) -> dict:
     }
 
 
-def _train(config: Path, output: Path, *settings: str) -> float:
+def _train(config: Path, output: Path, *settings: str, steps: int = 30) -> float:
     """Trains unless that is done. Returns the seconds of all steps."""
-    if not (output / "report.html").is_file():
+    if not (output / "checkpoints" / f"step_{steps:08d}").is_dir():
         run("megavlm", "grpo", config, *settings, f"output={output}", *NPROC)
     return sum(json.loads(line)["seconds"] for line in (output / "metrics.jsonl").read_text().splitlines())
 

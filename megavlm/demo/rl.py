@@ -26,6 +26,8 @@ OTHERS = {  # what else can learn, and its settings
     "cispo": ("align.loss=cispo",),
     "rloo": ("align.advantage=rloo",),
 }
+# With a single update of the weights in a step, some of these losses have the same gradient as GRPO.
+OTHER_SETTINGS = ("align.mini_batches=2",)
 OTHER_STEPS = 10
 REQUIRED_REWARD_GAIN = 0.1  # of the mean reward in the steps of another method
 AVERAGED = 2  # number of steps at each end whose rewards are averaged
@@ -74,8 +76,8 @@ class Reinforcement:
 
     def learn_otherwise(self, name: str) -> None:
         """Trains the model of `start` for some steps with a key of `OTHERS`."""
-        steps, output = f"train.steps={OTHER_STEPS}", f"output={self.out / name}"
-        run("megavlm", "grpo", CONFIGS / "grpo.yaml", *OTHERS[name], steps, output, *NPROC)
+        settings = (*OTHERS[name], *OTHER_SETTINGS, f"train.steps={OTHER_STEPS}", f"output={self.out / name}")
+        run("megavlm", "grpo", CONFIGS / "grpo.yaml", *settings, *NPROC)
 
     def check(self, others: Sequence[str]) -> bool:
         """Prints each result and its bound. Returns whether all results are within their bounds."""
