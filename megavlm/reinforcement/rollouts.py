@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megavlm.align.losses import advantages
 from megavlm.base.errors import UserError
+from megavlm.base.heartbeat import beat
 from megavlm.config.requirements import required
 from megavlm.data.answers import first_sample
 from megavlm.data.loader import RowLoader
@@ -23,7 +24,7 @@ from megavlm.rewards.pool import RewardPool
 from megavlm.rewards.score import Score, columns_of, overlong_penalty, score
 from megavlm.rollout.engine import Answered, Engine, Prompt, Sampling
 from megavlm.runtime.session import Session
-from megavlm.training.step import raise_everywhere
+from megavlm.training.step import NoRows, raise_everywhere
 
 
 class Rollouts:
@@ -79,7 +80,7 @@ class Rollouts:
         if self._loader is not None:
             self._loader.begin_step()
         for attempt in range(1 + self._replacements):
-            judged = self._judged(self._answered(self._prompts(math.ceil(missing / size), batch, sums), sums), sums)
+            judged = self._judged(self._answered(math.ceil(missing / size), batch, sums), sums)
             batch.shown += judged
             keep_flat = self._replacements == 0
             batch.groups += [group for group in judged if keep_flat or not group.is_flat]
@@ -97,44 +98,43 @@ class Rollouts:
         if self._rewards is not None:
             self._rewards.close()
 
-    def _prompts(self, count: int, batch: Batch, sums: Sums) -> list[Prompt]:
-        """The next prompts of this data-parallel rank on its leader, [] elsewhere."""
-        prompts: list[Prompt] = []
-        problem: UserError | None = None
-        if self._loader is not None and self._rows is not None:
-            groups, seed = self._session.groups, self._session.settings.train.seed
-            try:
-                for _ in range(count):
-                    number = self._loader.taken * groups.dp_size + groups.dp_rank
-                    row = next(self._rows)
-                    seeds = tuple(seed_of(seed, number, n) for n in range(self._session.settings.rollout.group_size))
-                    prompts.append(Prompt(first_sample(row), seeds))
-                    batch.skipped_samples += row.skipped_samples
-                    for name, new in zip(self._names, row.newly_read, strict=True):
-                        sums[f"newly_read/{name}"] += new
-                    sums[f"used/{self._names[row.source_ids[0]]}"] += 1
-                    for skipped in row.skipped_samples:
-                        sums[f"used/{self._names[skipped.source_id]}"] += 1
-            except UserError as error:
-                problem = error
-        raise_everywhere(problem, problem is not None, self._session.groups)
-        return prompts
+    def _prompts(self, count: int, places: dict[int, int], batch: Batch, sums: Sums) -> Iterator[Prompt]:
+        """The next prompts of this data-parallel rank, read while others are answered.
 
-    def _answered(self, prompts: list[Prompt], sums: Sums) -> list[Answered]:
-        """Samples, and gives each group to the rewards as soon as it is complete."""
-        began, number = time.perf_counter(), {id(prompt): n for n, prompt in enumerate(prompts)}
-        done: list[Answered | None] = [None] * len(prompts)
-        waiting = iter(prompts) if self._loader is not None else None
-        for answered in self._engine.generate(waiting, self._sampling):
-            place = number[id(answered.prompt)]
-            done[place] = answered
-            assert self._rewards is not None, "answers arrive on leaders, which have rewards"
-            asked, texts = asked_of(answered), self._texts(answered)
-            self._rewards.submit(place, texts, columns_of(asked.columns, asked.question, len(texts)))
+        ``places`` gets the place of each by its id. Raises UserError if there are none.
+        """
+        assert self._loader is not None and self._rows is not None, "leaders have prompts"
+        groups, settings = self._session.groups, self._session.settings
+        for place in range(count):
+            number = self._loader.taken * groups.dp_size + groups.dp_rank  # among the prompts of all ranks
+            row = next(self._rows)
+            batch.skipped_samples += row.skipped_samples
+            for name, new in zip(self._names, row.newly_read, strict=True):
+                sums[f"newly_read/{name}"] += new
+            for source in (row.source_ids[0], *(skipped.source_id for skipped in row.skipped_samples)):
+                sums[f"used/{self._names[source]}"] += 1
+            seeds = tuple(seed_of(settings.train.seed, number, n) for n in range(settings.rollout.group_size))
+            prompt = Prompt(first_sample(row), seeds)
+            places[id(prompt)] = place
+            yield prompt
+
+    def _answered(self, count: int, batch: Batch, sums: Sums) -> list[Answered]:
+        """Samples, and gives each group to the rewards as soon as it is complete. Returns the groups in order."""
+        began, is_leader, places = time.perf_counter(), self._loader is not None, dict[int, int]()
+        done: dict[int, Answered] = {}
+        prompts = self._prompts(count, places, batch, sums) if is_leader else None
+        try:
+            for answered in self._engine.generate(prompts, self._sampling):
+                place = places[id(answered.prompt)]
+                done[place] = answered
+                assert self._rewards is not None, "answers arrive on leaders, which have rewards"
+                asked, texts = asked_of(answered), self._texts(answered)
+                self._rewards.submit(place, texts, columns_of(asked.columns, asked.question, len(texts)))
+        except UserError as error:  # the engine raises it on all ranks
+            raise NoRows(error) from error
         sums["seconds_rollout"] += time.perf_counter() - began
-        answers = [answered for answered in done if answered is not None]
-        assert len(answers) == len(done), "the engine answers every prompt"
-        return answers
+        assert len(done) == count * is_leader, "the engine answers every prompt"
+        return [done[place] for place in sorted(done)]
 
     def _texts(self, answered: Answered, *, special: bool = False) -> list[str]:
         tokens = [answer.tokens for answer in answered.answers]
@@ -146,7 +146,10 @@ class Rollouts:
         problem: UserError | None = None
         if self._rewards is not None:
             try:
-                found = dict(self._rewards.wait())
+                while self._rewards.pending:
+                    results = self._rewards.results()
+                    found |= dict(results)
+                    beat("the rewards") if results else time.sleep(0.002)
             except UserError as error:
                 problem = error
         raise_everywhere(problem, problem is not None, self._session.groups)
