@@ -53,11 +53,7 @@ class BuiltinEngine:
         self._batch_invariant, self._decode, self._special, self._timer = batch_invariant, decode, special, timer
 
     def generate(self, prompts: Iterator[Prompt] | None, sampling: Sampling) -> Iterator[Answered]:
-        """Answers prompts; see ``Engine.generate``.
-
-        An exception that reading a prompt raises is raised on all ranks, after the prompts that were read before it
-        have been answered.
-        """
+        """Answers prompts; see ``Engine.generate``."""
         source = self._source(prompts)
         stages = Stages(self._view, sampling, self._chunk_tokens, self._timer)
         rounds = Rounds(

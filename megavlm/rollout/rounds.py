@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megavlm.base.heartbeat import beat
 from megavlm.model.batch_invariant import batch_invariant
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
@@ -118,6 +119,7 @@ class Rounds:
 
     def _begin(self, group: int) -> Operation | None:
         """Fills free places and makes the group's next row; None if there is nothing to compute."""
+        beat("sampling")
         places = self._groups[group]
         places.let_in()
         operation = self._rows.make(self._start_prompts(places), places.growing)

@@ -50,7 +50,7 @@ class Stages:
         """
         chunk = self._view.language[number]
         if not chunk.pre_process:
-            chunk.set_input_tensor(self._receive_hidden(operation, number, group))
+            chunk.set_input_tensor(self._receive_hidden(operation))
         visual, deepstack = None, None
         if operation.micro_batch is not None:
             visual, deepstack = feature_planes(self._view, chunk, operation.micro_batch)
@@ -59,7 +59,10 @@ class Stages:
                 operation.input_ids, operation.position_ids, operation.row, visual=visual, deepstack=deepstack
             )
         if not chunk.post_process:
-            self._send(("hidden", number, group), hidden, self._group, (self._group.rank() + 1) % self._group.size())
+            if self.is_last:
+                self._send(("hidden", number, group), hidden.cpu(), self._host, self._rank_of(0))
+            else:
+                self._send(("hidden", number, group), hidden, self._group, self._group.rank() + 1)
             return
         if not operation.draws:
             return
@@ -102,14 +105,21 @@ class Stages:
             parts.append(torch.stack([value.double() for value in values]))
         return torch.cat(parts, dim=1).cpu()
 
-    def _receive_hidden(self, operation: Operation, number: int, group: int) -> Tensor:
-        config = self._view.decoder_config
+    def _receive_hidden(self, operation: Operation) -> Tensor:
+        """The hidden states of the chunk before. With virtual stages they come from the last stage to the first.
+
+        These go over the host network: with two stages there would otherwise be messages in both directions between
+        the same two devices, which NCCL handles in one order, and each stage could wait for the other.
+        """
+        config, rank = self._view.decoder_config, self._group.rank()
         slices = self._view.parallel.tensor if config.sequence_parallel else 1
-        hidden = torch.empty(
-            operation.width // slices, 1, config.hidden_size, dtype=config.pipeline_dtype, device=device()
-        )
-        dist.recv(hidden, group=self._group, group_src=(self._group.rank() - 1) % self._group.size())
-        return hidden
+        shape = operation.width // slices, 1, config.hidden_size
+        hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=device() if rank else "cpu")
+        if rank:
+            dist.recv(hidden, group=self._group, group_src=rank - 1)
+        else:
+            dist.recv(hidden, group=self._host, group_src=self._rank_of(self._group.size() - 1))
+        return to_device(hidden, device())
 
     def _rank_of(self, stage: int) -> int:
         """The rank of another stage with the same tensor index; ranks count tensor fastest."""
