@@ -103,7 +103,8 @@ class Rollouts:
 
         ``places`` gets the place of each by its id. Raises UserError if there are none.
         """
-        assert self._loader is not None and self._rows is not None, "leaders have prompts"
+        assert self._loader is not None, "leaders have prompts"
+        assert self._rows is not None, "leaders have prompts"
         groups, settings = self._session.groups, self._session.settings
         for place in range(count):
             number = self._loader.taken * groups.dp_size + groups.dp_rank  # among the prompts of all ranks
