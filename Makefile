@@ -1,6 +1,7 @@
 # Everything a clone needs, each target with its own set-up in .venv (once; again when the two files below change).
 #   make demo       train and try a tiny Qwen3-VL on this machine
 #   make demo-tune  a reward model, DPO and LoRA on it, each held to a bound
+#   make demo-rl    reinforcement learning from answers that it samples, held to a bound
 #   make test       style, types and the tests that need neither a GPU nor more than about a minute each
 #   make test-all   all tests; those for a GPU are skipped where there is none
 #   make lint       style and types alone
@@ -14,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 PYTHON ?=
 
-.PHONY: demo demo-tune test test-all lint docs clean
+.PHONY: demo demo-tune demo-rl test test-all lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -22,6 +23,9 @@ demo: $(INSTALLED)
 
 demo-tune: $(INSTALLED)
 	$(BIN)/python -m megavlm.demo.tune
+
+demo-rl: $(INSTALLED)
+	$(BIN)/python -m megavlm.demo.rl
 
 test: lint
 	$(PYTEST) -m "not slow and not gpu"

@@ -49,7 +49,7 @@ def unimportant_row(renderer: Renderer) -> Row:
     return renderer.complete_row([draft])
 
 
-class AllAnswers(WorkerRows):
+class AllAnswers(WorkerRows[Row]):
     """Samples packed in order, without those that cannot be used; data-parallel ranks and their workers divide them.
 
     Args:

@@ -28,6 +28,8 @@ class MethodEntry:
         requires: settings that must be set for this method, in addition to those of every training run.
         reads: settings with paths of files that must exist, in addition to those of every training run.
         has_stages: whether the setting ``stage`` is for this method.
+        samples: whether it samples answers and reads the sections ``rollout`` and ``reward``; then the number of rows
+            of a step follows from the answers.
     """
 
     make: str
@@ -38,6 +40,7 @@ class MethodEntry:
     requires: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     has_stages: bool = False
+    samples: bool = False
 
 
 METHODS = {
@@ -82,6 +85,16 @@ METHODS = {
         requires=("model.load",),
         reads=("align.reference",),
     ),
+    "grpo": MethodEntry(
+        "megavlm.reinforcement.grpo:method",
+        "reinforcement learning from groups of sampled answers and their rewards",
+        "megavlm grpo grpo.yaml align.loss=dapo train.lr=1e-6 output=runs/grpo --nproc 2",
+        "prompt",
+        aligns=True,
+        requires=("model.load", "rollout.prompts", "reward"),
+        reads=("reward",),
+        samples=True,
+    ),
 }
 
 
@@ -99,3 +112,8 @@ def check_method(name: str, settings: Settings) -> None:
         raise UserError(
             f"stage is {settings.stage}, but {name} has no stages: the setting would be ignored", "set stage to null"
         )
+    if METHODS[name].samples:
+        return
+    for section in ("rollout", "reward"):
+        if settings.is_changed(section):
+            raise UserError(f"the section {section} is not used by {name}, so it would be ignored", f"remove {section}")

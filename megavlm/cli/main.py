@@ -23,10 +23,12 @@ from megavlm.base.imports import no_collection
 from megavlm.cli import environment, failures, local_workers
 from megavlm.cli.arguments import wrong
 from megavlm.cli.verbs import VERBS, Verb, positive
-from megavlm.config import held_run, layout, requirements, run_folder
+from megavlm.config import layout, requirements
 from megavlm.config.load import load_settings
-from megavlm.config.run_folder import StartOptions
 from megavlm.config.settings import Settings
+from megavlm.output import folder, held_run
+from megavlm.output.folder import StartOptions
+from megavlm.rewards.pool import check_rewards
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,12 +145,14 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
         layout.check_world_size(settings.parallel, world_size, batch)
     if int(os.environ.get("RANK", 0)) > 0:
         return  # rank 0 may already be writing to the output folder
+    if name in METHODS and METHODS[name].samples:
+        check_rewards(settings.reward)
     if "out" in options:
-        run_folder.check_new(options["out"], settings)
+        folder.check_new(options["out"], settings)
     if verb.writes == "":
-        run_folder.check_output(settings, StartOptions(options["restart"], tuple(options["change"])))
+        folder.check_output(settings, StartOptions(options["restart"], tuple(options["change"])))
     elif verb.writes and not one_prompt:
-        run_folder.check_new(requirements.required(settings.output, "output") / verb.writes, settings)
+        folder.check_new(requirements.required(settings.output, "output") / verb.writes, settings)
 
 
 class _Parser(argparse.ArgumentParser):

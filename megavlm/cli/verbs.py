@@ -8,7 +8,7 @@ from typing import Any
 from megavlm.align.registry import METHODS, MethodEntry
 
 RUN = ("model", "adapter", "data", "parallel", "vision", "train", "checkpoint", "log", "generate")
-RUN_REQUIRES = ("output", "data.train", "train.steps", "train.global_batch_size", "train.lr")
+RUN_REQUIRES = ("output", "data.train", "train.steps", "train.lr")
 READS = ("model.hf", "model.load", "model.adapter")
 START_FLAGS: dict[str, dict[str, Any]] = {
     "change": {
@@ -58,7 +58,7 @@ class Verb:
         positionals: arguments in addition to CONFIG.yaml: {keyword: argparse options}.
         flags: options of this verb: {keyword: argparse options}; `--image` is keyword `image`.
         local_workers: whether it accepts --nproc.
-        uses_run: whether it reads the weights of the run in `output`, if there is one (`megavlm.config.held_run`).
+        uses_run: whether it reads the weights of the run in `output`, if there is one (`megavlm.output.held_run`).
         reads_terminal: whether rank 0 reads from standard input, also with --nproc.
         fixed: further keyword arguments, the same in each call.
     """
@@ -83,8 +83,8 @@ def _of_method(name: str, method: MethodEntry) -> Verb:
         "megavlm.commands.train:main",
         method.summary,
         method.example,
-        sections=(*RUN, "align") if method.aligns else RUN,
-        requires=(*method.requires, *RUN_REQUIRES),
+        sections=(*RUN, *(["align"] if method.aligns else []), *(["rollout", "reward"] if method.samples else [])),
+        requires=(*method.requires, *RUN_REQUIRES, *([] if method.samples else ["train.global_batch_size"])),
         reads=(*RUN_READS, *method.reads),
         writes="",
         flags=START_FLAGS,

@@ -13,7 +13,7 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import Sample
 from megavlm.media.files import File
 from megavlm.records.questions import marked
-from megavlm.runtime.generation import Answerer, check_context
+from megavlm.rollout.answerer import Answerer
 from megavlm.runtime.session import start
 from megavlm.runtime.weights import choose, tell
 
@@ -39,7 +39,11 @@ def main(settings: Settings, image: Sequence[Path] = (), video: Sequence[Path] =
     Raises:
         UserError: the settings do not fit; a mistake in the conversation is told, and the conversation goes on.
     """
-    check_context(settings)
+    if settings.generate.samples > 1:
+        raise UserError(
+            f"generate.samples is {settings.generate.samples}, but a conversation goes on from one answer",
+            "set generate.samples to 1, or use megavlm infer",
+        )
     settings, weights = choose(settings)
     session = start(settings, training=False)
     tell(weights, session, sys.stderr)
@@ -50,8 +54,8 @@ def main(settings: Settings, image: Sequence[Path] = (), video: Sequence[Path] =
             _prepare_terminal()
             talk.add("image", *image)
             talk.add("video", *video)
-        while (answer := answerer.answer(lambda: None if leaving.asked else _next(talk, leaving))) is not None:
-            if session.is_first:
+        while (answers := answerer.answer(lambda: None if leaving.asked else _next(talk, leaving))) is not None:
+            for answer in answers:  # one on rank 0, none elsewhere
                 talk.answered(answer)
                 print(answer, flush=True)
     return 0

@@ -17,7 +17,7 @@ from rich.text import Text
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import percent
-from megavlm.commands.usable_data import drafts_of, intended, refusal
+from megavlm.commands.usable_data import drafts_of, intended, refusal, renderer_of
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.convert.new_output import new_folder
@@ -67,7 +67,7 @@ def main(settings: Settings, out: Path | None = None, samples: int = 200, verb: 
     model_shapes(settings.model)  # raises if the tokenizer does not belong to the model
     sources = open_sources(settings.data)
     meant = intended(settings, sources, verb)
-    renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
+    renderer = renderer_of(settings, meant.kind)
     console = Console(highlight=False, soft_wrap=True)  # the terminal breaks long lines, so that paths can be copied
 
     console.print(Text(f"data for {meant.told}"))
@@ -75,12 +75,14 @@ def main(settings: Settings, out: Path | None = None, samples: int = 200, verb: 
     looks = _look(dataset, samples, console)
     cards = _cards(looks, renderer, console)
     stats = blend_stats(looks, renderer)
-    rows = pack_rows(looks, settings.data, settings.pad_multiple, settings.train.seed)
+    packs = meant.kind != "prompt"  # what is packed are the answers, which do not exist yet
+    rows = pack_rows(looks, settings.data, settings.pad_multiple, settings.train.seed) if packs else None
 
     for of_source in stats:
         console.print(_table(of_source))
         console.print()
-    console.print(_rows_text(rows, settings.data.seq_length, UNITS.get(meant.kind, "samples")))
+    if packs:
+        console.print(_rows_text(rows, settings.data.seq_length, UNITS.get(meant.kind, "samples")))
     with new_folder(out, overwrite=False, mark=SUMMARY) as folder:
         write_page(folder / PAGE, settings, meant.kind, looks, stats, rows, cards)
         write_text(folder / SUMMARY, _summary(settings, meant.kind, stats, rows))
@@ -151,9 +153,9 @@ def _table(stats: SourceStats) -> Group:
     title = Text.assemble((stats.name, "bold"), "  ", (stats.path, "dim"))
     shares = Text(f"{percent(stats.share)} of the samples of the blend")
     if stats.token_share is not None:
-        shares.append(
-            f", about {percent(stats.token_share)} of its tokens, {percent(stats.target_share)} of its targets"
-        )
+        shares.append(f", about {percent(stats.token_share)} of its tokens")
+        if stats.target_share is not None:  # prompts have no targets
+            shares.append(f", {percent(stats.target_share)} of its targets")
     looked = Text(f"{stats.looked_at:,} of {stats.count:,} samples inspected")
     lines: list[Any] = [title, shares, looked]
     if stats.usable:

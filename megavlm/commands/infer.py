@@ -8,8 +8,8 @@ from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
 from megavlm.media.files import File
 from megavlm.records.questions import marked
+from megavlm.rollout.answerer import Answerer
 from megavlm.runtime.evaluation import Evaluation
-from megavlm.runtime.generation import Answerer, check_context
 from megavlm.runtime.session import start
 from megavlm.runtime.weights import choose, tell
 
@@ -17,27 +17,29 @@ from megavlm.runtime.weights import choose, tell
 def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = (), video: Sequence[Path] = ()) -> int:
     """Writes ``answers.jsonl`` for ``data.eval`` in file order, or prints the answer to ``prompt``.
 
-    A line has ``index``, ``sample``, ``question``, ``media``, ``reference`` (see ``EvalSamples``) and ``answer``. What
-    was loaded and the settings of sampling are in ``answers.json``.
+    A line has ``index``, ``sample``, ``question``, ``media``, ``reference`` (see ``EvalSamples``) and ``answer``, or
+    ``answers`` if ``generate.samples`` asks for several. What was loaded and the settings of sampling are in
+    ``answers.json``.
     """
-    check_context(settings)
     settings, weights = choose(settings)
     session = start(settings, training=False)
     renderer = Renderer(settings.model.hf, settings.data)
     if prompt is not None:
         tell(weights, session, sys.stderr)
         record = _record(prompt, image, video)
-        answer = Answerer(session, renderer).answer(lambda: renderer.encode(record, File, "--prompt", kind="prompt"))
-        if session.is_first:
+        answers = Answerer(session, renderer).answer(lambda: renderer.encode(record, File, "--prompt", kind="prompt"))
+        for answer in answers or ():  # on rank 0
             print(answer)
         return 0
     tell(weights, session)
-    sampling = settings.generate.model_dump(mode="json", exclude={"batch_size"}) | {"seed": settings.train.seed}
+    sampling = settings.generate.model_dump(mode="json", exclude={"batch_size", "cache_gib"}) | {
+        "seed": settings.train.seed
+    }
     evaluation = Evaluation(session, weights, renderer, "answers.jsonl", "prompt", {"sampling": sampling})
-    answerer = Answerer(session, renderer, evaluation.done)
-    answers, skipped = evaluation.run("answering", answerer.rows, answerer.answers)
+    lines, skipped = evaluation.stream("answering", Answerer(session, renderer).answers)
     if session.is_first:
-        print(" · ".join(filter(None, (f"{len(answers)} answers", skipped, str(evaluation.path)))))
+        count = len(lines) * settings.generate.samples
+        print(" · ".join(filter(None, (f"{count} answers", skipped, str(evaluation.path)))))
     return 0
 
 

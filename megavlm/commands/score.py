@@ -1,16 +1,17 @@
 """`megavlm score`: log-probabilities of all target tokens of a data file, or the scores of a reward model."""
 
-import torch
+from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.load_weights import has_score_head, shapes_at_start
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import Adapter
 from megavlm.data.renderer import Renderer
+from megavlm.model.language import LanguageModel
 from megavlm.runtime.evaluation import Evaluation
-from megavlm.runtime.feed import Window
-from megavlm.runtime.forward import encode_window, logprobs_of, scores_of
-from megavlm.runtime.scoring import fill_rows, sample_scores
+from megavlm.runtime.feed import MicroBatch, Window
+from megavlm.runtime.forward import forward_only, to_leader
+from megavlm.runtime.scoring import fill_rows, row_logprobs, row_rewards, sample_scores
 from megavlm.runtime.session import start
 from megavlm.runtime.weights import choose, tell
 
@@ -41,18 +42,26 @@ def main(settings: Settings, reward: bool = False) -> int:
     renderer = Renderer(model.hf, data, settings.pad_multiple)
     evaluation = Evaluation(session, weights, renderer, "scores.jsonl", "tune", {"score": {"reward": reward}})
 
-    def compute(window: Window) -> list[dict]:
-        with torch.no_grad():
-            encode_window(session.vlm, window)
-        micro_batch = window.micro_batches[0]
-        if reward:
-            values = scores_of(session.vlm, micro_batch).tolist()
-            return [{"index": i, "score": v} for i, v in zip(micro_batch.host.indices, values, strict=True)]
-        return sample_scores(
-            micro_batch.host, logprobs_of(session.vlm, micro_batch, settings.train.logprob_chunk_tokens)
-        )
+    chunk_tokens, sequence_parallel = settings.train.logprob_chunk_tokens, settings.parallel.sequence_parallel
 
-    scores, skipped = evaluation.run("scoring", lambda samples: fill_rows(samples, renderer, data), compute)
+    def read(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        if reward:
+            return row_rewards(chunk, hidden, micro_batch, session.groups, sequence_parallel)
+        return row_logprobs(chunk, hidden, micro_batch, session.groups, chunk_tokens)
+
+    def compute(window: Window) -> list[dict]:
+        found = []
+        results = to_leader(session.vlm, forward_only(session.vlm, window, read))
+        for micro_batch, result in zip(window.micro_batches, results, strict=False):  # none but on the leader
+            host = micro_batch.host
+            if reward:
+                found += [{"index": i, "score": v} for i, v in zip(host.indices, result.tolist(), strict=True)]
+            else:
+                found += sample_scores(host, result)
+        return found
+
+    rows_of = lambda samples: fill_rows(samples, renderer, data)
+    scores, skipped = evaluation.run("scoring", rows_of, compute, size=settings.parallel.pipeline)
     if session.is_first:
         if reward:
             summary = f"mean score {sum(score['score'] for score in scores) / len(scores):.4f}{_won(scores)}"

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from megavlm.align.registry import make_method
 from megavlm.base.heartbeat import while_bytes_flow
 from megavlm.config.requirements import required
-from megavlm.config.run_folder import StartOptions
 from megavlm.config.settings import Settings
+from megavlm.output.folder import StartOptions
 from megavlm.report.loss_plot import write_loss_plot
 from megavlm.report.run_report import write_report
 from megavlm.training.hooks import Hook

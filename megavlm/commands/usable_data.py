@@ -49,6 +49,9 @@ def intended(settings: Settings, sources: Sequence[Source], verb: str | None) ->
         return Intended(verb)
     if settings.stage is not None:
         return Intended("pretrain", "stage")
+    for name, is_set in {"rollout.prompts": settings.rollout.prompts, "reward": settings.reward}.items():
+        if is_set:
+            return Intended("grpo", name)
     align = settings.align
     changed = [name for name in type(align).model_fields if align.is_changed(name)]
     kind = likely_kind(sources[0].file, "tune") if sources else "tune"
@@ -61,6 +64,13 @@ def intended(settings: Settings, sources: Sequence[Source], verb: str | None) ->
         is_kto = kind == "judged" and not only_dpo
         return Intended("kto" if is_kto else "dpo", f"align.{changed[0]}" + (" and the data" if is_kto else ""))
     return Intended({"pair": "dpo", "judged": "kto"}.get(kind, "sft"), "the data")
+
+
+def renderer_of(settings: Settings, kind: Kind) -> Renderer:
+    """The renderer with which samples of this kind are drafted in training; prompts leave room for an answer."""
+    if kind == "prompt":
+        return Renderer.of_prompts(settings.model.hf, settings.data, settings.rollout.max_new_tokens)
+    return Renderer(settings.model.hf, settings.data, settings.pad_multiple)
 
 
 def drafts_of(sources: Sequence[Source], renderer: Renderer, kind: Kind, settings: Settings) -> RowDataset:

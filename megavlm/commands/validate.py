@@ -12,13 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megavlm.align.registry import make_method
+from megavlm.align.registry import METHODS, make_method
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import short
 from megavlm.checkpoint.load_weights import shapes_at_start, start_words
-from megavlm.commands.usable_data import drafts_of, intended, refusal
+from megavlm.commands.usable_data import drafts_of, intended, refusal, renderer_of
 from megavlm.config.requirements import check_files, check_stage, required
-from megavlm.config.run_folder import check_output, newest_step
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.convert.peft_names import targeted, tensor_shapes
@@ -28,8 +27,10 @@ from megavlm.data.row import IGNORE
 from megavlm.data.rows import RowDataset
 from megavlm.model.flops import active_decoder_weights
 from megavlm.model.shapes import Shapes
+from megavlm.output.folder import check_output, newest_step
 from megavlm.records.remarks import told
 from megavlm.records.skipped_samples import SkippedSample, causes
+from megavlm.rewards.pool import check_rewards
 from megavlm.runtime.adapter_start import with_stored_adapter
 from megavlm.runtime.session import check_shapes
 from megavlm.sources.blend import evenly, open_sources
@@ -64,7 +65,7 @@ def main(
             cannot be used.
     """
     if not no_files:
-        check_files(settings, ("model.hf", "model.load", "model.adapter", "data.train", "data.eval"))
+        check_files(settings, ("model.hf", "model.load", "model.adapter", "data.train", "data.eval", "reward"))
     shapes = model_shapes(settings.model) if no_files else shapes_at_start(settings.model)
     if not no_files:
         settings = with_stored_adapter(settings, shapes)
@@ -88,11 +89,12 @@ def main(
         from megavlm.plan import dry_run as dry  # imported here because Megatron takes seconds to import
 
         for held in dry.dry_run(settings, dry_run, world_size):
-            for thing in _summary(held):
+            for thing in _summary(held, settings if METHODS[dry_run].samples else None):
                 console.print(thing, soft_wrap=isinstance(thing, str))
     if no_files:
         console.print("[dim]settings, shapes and layout are valid; files were not checked[/]")
         return 0
+    check_rewards(settings.reward)
     if settings.data.train:
         _check_data(settings, verb or dry_run, console)
     console.print("[green]ready[/]")
@@ -104,7 +106,7 @@ def _check_data(settings: Settings, verb: str | None, console: Console) -> None:
     sources = open_sources(settings.data)
     meant = intended(settings, sources, verb)
     console.print(f"data for {meant.told}", soft_wrap=True)
-    renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
+    renderer = renderer_of(settings, meant.kind)
     dataset = drafts_of(sources, renderer, meant.kind, settings)
     refused = []
     for number in range(len(sources)):
@@ -138,10 +140,18 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     ]
     if settings.adapter.type or settings.model.adapter:
         facts.append(("adapter", _adapter(settings, shapes)))
-    if train.global_batch_size and train.steps:
+    schedule = "no lr" if train.lr is None else f"lr {train.lr:g} → {train.min_lr:g} ({train.schedule})"
+    if settings.rollout.prompts and train.steps:
+        prompts, group_size = settings.rollout.prompts, settings.rollout.group_size
+        count = f"{prompts} prompts × {group_size} answers = {prompts * group_size:,} answers"
+        share = f"{-(-prompts // data_parallel) * group_size:,} per data-parallel rank"
+        facts += [
+            ("step", f"{count} of at most {settings.rollout.max_new_tokens:,} tokens, at most {share}"),
+            ("run", f"{train.steps:,} steps = {prompts * train.steps:,} prompts, {schedule}"),
+        ]
+    elif train.global_batch_size and train.steps:
         tokens = train.global_batch_size * data.seq_length
         rows = f"{train.global_batch_size} rows × {data.seq_length:,} tokens = {short(tokens)} tokens"
-        schedule = "no lr" if train.lr is None else f"lr {train.lr:g} → {train.min_lr:g} ({train.schedule})"
         facts += [
             ("step", f"{rows}, {train.global_batch_size // data_parallel} rows per data-parallel rank"),
             ("run", f"{train.steps:,} steps = {short(tokens * train.steps)} tokens, {schedule}"),
@@ -178,8 +188,8 @@ def _adapter(settings: Settings, shapes: Shapes) -> str:
     return f"{adapter.type} on {len(linears)} linear layers: {short(count)} weights, from {start or 'new values'}{base}"
 
 
-def _summary(held: "Held") -> Iterator[Table | str]:
-    """The number of parameters and bytes on a rank."""
+def _summary(held: "Held", sampled: Settings | None) -> Iterator[Table | str]:
+    """The number of parameters and bytes on a rank. ``sampled``: the settings if the verb samples answers."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in (f"rank {held.rank}", "parameters", "trainable"):
         table.add_column(name, justify="left" if name.startswith("rank") else "right")
@@ -188,7 +198,10 @@ def _summary(held: "Held") -> Iterator[Table | str]:
     yield table
     sizes = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer}
     listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
-    yield f"GiB: {listed} = {sum(sizes.values()) / 2**30:.2f}, without activations"
+    others = "activations"
+    if sampled is not None:
+        others += f", {sampled.rollout.cache_gib:g} for keys and values (rollout.cache_gib), and a reference model"
+    yield f"GiB: {listed} = {sum(sizes.values()) / 2**30:.2f}, without {others}"
     if held.reached is None:
         yield (
             "[dim]no forward pass: the number of tokens of an expert depends on the values of the weights, which a dry "
@@ -239,10 +252,11 @@ def _first_samples(
     tokens = [len(sample.input_ids) for sample in samples]
     visual = sum(len(sample.visual_positions) for sample in samples)
     targets = sum(int((sample.labels != IGNORE).sum()) for sample in samples)
-    of_pairs = " answers" if dataset.kind in ("pair", "judged") else ""
+    named = {"pair": "answers", "judged": "answers", "prompt": "prompts"}.get(dataset.kind, "usable")
+    share_of_targets = f" {targets / sum(tokens):.0%} targets," if dataset.kind != "prompt" else ""
     line = (
-        f"{summary} {len(samples)}{of_pairs or ' usable'} have {min(tokens)} to {max(tokens)} tokens, "
-        f"{visual / sum(tokens):.0%} visual, {targets / sum(tokens):.0%} targets, "
+        f"{summary} {len(samples)} {named} have {min(tokens)} to {max(tokens)} tokens, "
+        f"{visual / sum(tokens):.0%} visual,{share_of_targets} "
         f"{sum(s.num_images for s in samples)} pictures, {sum(s.num_videos for s in samples)} videos"
         + "".join(f"; {sentence}" for sentence in told(remarks))
     )

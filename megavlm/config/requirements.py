@@ -35,12 +35,14 @@ def check_required(settings: Settings, keys: Iterable[str], verb: str) -> None:
 def check_files(settings: Settings, keys: Iterable[str]) -> None:
     """Raises a UserError that names all files of `keys` (model.hf, model.load, data.train, …) that do not exist.
 
-    data.train includes the replay sources. URLs are not checked.
+    data.train includes the replay sources; reward means the models and Python files of rewards. URLs are not checked.
     """
     paths: dict[str, Path | str | None] = {}
     for key in keys:
         if key == "data.train":
             paths |= {name: source.path for name, source in settings.data.leaves.items()}
+        elif key == "reward":
+            paths |= {f"the file of the reward {reward.key}": reward.model or reward.file for reward in settings.reward}
         else:
             paths[key] = settings.model.start if key == "model.load" else attrgetter(key)(settings)
     missing = {key: path for key, path in paths.items() if isinstance(path, Path) and not _exists(path, key)}

@@ -6,7 +6,7 @@ of processes in `layout.py`.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -243,8 +243,26 @@ class GenerateSettings(Section):
         1.0, gt=0, le=1, description="sample from the most likely tokens whose probabilities sum to this; 1: all tokens"
     )
     top_k: Int = Field(0, ge=0, description="sample from this number of most likely tokens; 0: all tokens")
+    samples: Int = Field(1, ge=1, description="number of answers to each question")
+    stop: list[Annotated[Str, Field(min_length=1)]] = Field(
+        [], description="texts that end an answer; the answer is what stands before the first of them"
+    )
     batch_size: Int = Field(
-        16, ge=1, description="number of prompts that each data-parallel rank answers at the same time"
+        16,
+        ge=1,
+        description="number of answers that a data-parallel rank works on at the same time (with parallel.context: "
+        "each of its context-parallel ranks)",
+    )
+    cache_gib: Float = Field(
+        8.0,
+        gt=0,
+        description="memory in GiB for keys and values on a rank; answers wait until there is memory for their longest "
+        "length",
+    )
+    batch_invariant: Bool = Field(
+        False,
+        description="whether an answer's log-probabilities are equal to the bit whatever is computed at the same time, "
+        "on one process; many times slower",
     )
 
     @field_validator("temperature")
@@ -258,6 +276,12 @@ class GenerateSettings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "GenerateSettings":
+        if self.temperature == 0 and self.samples > 1:
+            raise UserError(
+                f"generate.samples is {self.samples}, but generate.temperature is 0 (greedy): all answers to a "
+                "question would be the same",
+                "set generate.temperature above 0 or remove samples",
+            )
         for name in ("top_p", "top_k"):
             if self.temperature == 0 and self.is_changed(name):
                 raise UserError(

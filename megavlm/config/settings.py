@@ -6,6 +6,8 @@ from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.align_sections import AlignSettings
 from megavlm.config.data_sections import DataSettings, DataSource
+from megavlm.config.reward_section import RewardPoolSettings, Rewards, RewardSettings
+from megavlm.config.rollout_section import RolloutSettings
 from megavlm.config.section import Bool, FilePath, Int, Section
 from megavlm.config.sections import (
     CheckpointSettings,
@@ -28,6 +30,9 @@ __all__ = [
     "LogSettings",
     "ModelSettings",
     "ParallelSettings",
+    "RewardPoolSettings",
+    "RewardSettings",
+    "RolloutSettings",
     "Settings",
     "TrainSettings",
     "VisionSettings",
@@ -50,7 +55,14 @@ class Settings(Section):
     parallel: ParallelSettings = ParallelSettings()
     vision: VisionSettings = VisionSettings()
     train: TrainSettings = TrainSettings()
+    reward: Rewards = Field(
+        [],
+        description="only for methods that sample answers: how the answers are judged. A list of rewards, for example "
+        "[{name: math}, {python: rewards.py:short, weight: 0.1}]; an answer gets their weighted sum",
+    )
+    reward_pool: RewardPoolSettings = RewardPoolSettings()
     align: AlignSettings = AlignSettings()
+    rollout: RolloutSettings = RolloutSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
     generate: GenerateSettings = GenerateSettings()
@@ -102,6 +114,15 @@ class Settings(Section):
         return [
             p for p in self.model.freeze if p not in unfreeze_after or (step is not None and step <= unfreeze_after[p])
         ]
+
+    def rows_per_step(self, data_parallel: int) -> int:
+        """The number of rows of a step on each data-parallel rank.
+
+        Without ``train.global_batch_size`` it differs between steps, and this is the smallest number that fills the
+        pipeline.
+        """
+        size = self.train.global_batch_size
+        return self.parallel.pipeline if size is None else size // data_parallel
 
     @property
     def pad_multiple(self) -> int:

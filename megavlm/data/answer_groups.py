@@ -5,10 +5,11 @@ from typing import Any
 from megavlm.base.errors import UserError
 from megavlm.data.draft import Draft
 from megavlm.data.renderer import Renderer
-from megavlm.data.row import Annotations
+from megavlm.data.row import Annotations, Asked
 from megavlm.records.forms import form_of
 from megavlm.records.preference import split_judgement, split_pair, with_answer_of
-from megavlm.records.records import FIELDS, Kind
+from megavlm.records.questions import question_of, reference_of
+from megavlm.records.records import FIELDS, Kind, check_record
 from megavlm.records.remarks import REPEATED_PROMPT
 from megavlm.records.repeated_prompt import without_repeated_prompt
 from megavlm.records.values import check_values
@@ -28,6 +29,7 @@ def likely_kind(file: SampleFile, otherwise: Kind) -> Kind:
 def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> Draft:
     """The draft of sample `index`, with ``followers`` for the kinds "pair" and "judged".
 
+    A prompt has the fields of its record, for rewards, and must fit in a row.
     For a pair, the draft has the chosen answer and its follower has the rejected one. The follower of a judged sample
     has the same prompt with the answer of the next sample in the file, if that answer differs.
 
@@ -35,6 +37,14 @@ def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> 
     """
     source = file.source(index)
     record, find = file.read(index)
+    if kind == "prompt":
+        draft = renderer.draft(record, find, source, kind=kind, index=index)
+        renderer.check_length(draft)
+        checked = check_record(record, kind, source)
+        media, reference = [*checked.images, *checked.videos], reference_of(record)
+        asked = Asked(columns=record, question=question_of(checked), media=media, reference=reference)
+        draft.annotations = Annotations(asked=asked)
+        return draft
     if kind not in ("pair", "judged"):
         return renderer.draft(record, find, source, kind=kind, index=index)
     record, repeats = _plain(record, kind, source)

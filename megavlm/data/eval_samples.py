@@ -1,22 +1,21 @@
 """The samples of a file that is read once, in its order: rendered in worker processes, passing over the bad ones."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import IterableDataset
-
 from megavlm.data.answer_groups import separate_answers
+from megavlm.data.current_sample import RECORD, reading
+from megavlm.data.fatal_samples import FatalSamples
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Sample
-from megavlm.data.shared_memory import received, sent
-from megavlm.data.worker_processes import in_workers
+from megavlm.data.worker_processes import WorkerRows, rows_from_workers
 from megavlm.media.files import File, Find
 from megavlm.records.questions import question_of, reference_of
 from megavlm.records.records import Kind, check_record
 from megavlm.records.skipped_samples import SkippedSample
-from megavlm.sources.blend import SampleFile
+from megavlm.sources.blend import SampleFile, Source
 
 
 @dataclass(kw_only=True)
@@ -32,6 +31,7 @@ class EvalSample(Sample):
 class EvalSamples:
     """An iterator over the usable samples of a file on one data-parallel rank, in the order of the file.
 
+    A sample that kills the process that reads it is passed over (see ``rows_from_workers`` and ``FatalSamples``).
     ``about`` of a sample has ``index`` (its number in the file), ``sample`` ("file:line"), ``question``, ``media``
     (pictures, then videos, as in the record) and, if the record has a reference answer, ``reference``. With the kind
     "tune", a preference pair is two samples: ``about`` of each also has ``side``, "chosen" or "rejected".
@@ -42,24 +42,40 @@ class EvalSamples:
         kind: "prompt" or "tune".
         indices: the numbers of the samples to read.
         workers: number of processes that render them; 0: this process.
+        output: the folder that keeps the list of samples that have killed a process; None: it is not kept.
+        rank: this data-parallel rank.
 
     Attributes:
         about: what is known of each sample that was read, by ``EvalSample.index``.
     """
 
-    def __init__(self, file: SampleFile, renderer: Renderer, kind: Kind, indices: Sequence[int], workers: int):
+    def __init__(
+        self,
+        file: SampleFile,
+        renderer: Renderer,
+        kind: Kind,
+        indices: Sequence[int],
+        workers: int,
+        output: Path | None = None,
+        rank: int = 0,
+    ):
         self.about: dict[int, dict[str, Any]] = {}
         self._skipped: list[SkippedSample] = []
-        self._loader = in_workers(_Rendering(file, renderer, kind, indices), min(workers, len(indices)))
+        self._workers = min(workers, len(indices))
+        fatal = FatalSamples([Source("data.eval", file, 1.0)], self._workers, output, rank, prefix="eval_")
+        self._rendered = _Rendered(file, renderer, kind, indices, max(self._workers, 1), fatal)
 
     def __iter__(self) -> Iterator[Sample]:
-        items: Iterator[Any] = received(iter(self._loader))
-        for item in items:
-            if isinstance(item, SkippedSample):
-                self._skipped.append(item)
-            else:
-                self.about[item.index] = item.about
-                yield item
+        try:
+            for found in rows_from_workers(self._rendered, self._workers):
+                for item in found:
+                    if isinstance(item, SkippedSample):
+                        self._skipped.append(item)
+                    else:
+                        self.about[item.index] = item.about
+                        yield item
+        finally:
+            self._rendered.fatal.notes.close()
 
     def take_skipped(self) -> list[SkippedSample]:
         """The samples that were passed over since the last call."""
@@ -72,33 +88,45 @@ def meaningless_sample(renderer: Renderer) -> Sample:
     return renderer.encode({"text": "."}, File, "no file", kind="prompt")
 
 
-@dataclass(eq=False)
-class _Rendering(IterableDataset):
-    """Each worker renders every n-th of the samples; torch takes one item of each worker in turn."""
+class _Rendered(WorkerRows[list[EvalSample | SkippedSample]]):
+    """What each number of the file gives: a sample, the two of a pair, or the reason why there is none.
 
-    file: SampleFile
-    renderer: Renderer
-    kind: Kind
-    indices: Sequence[int] = field(default_factory=tuple)
+    Each worker renders every n-th number; torch takes one item of each worker in turn, so that they come in order.
+    """
 
-    def __iter__(self) -> Iterator[Any]:
-        info = torch.utils.data.get_worker_info()
-        items: Iterator[Any] = self._items(self.indices if info is None else self.indices[info.id :: info.num_workers])
-        yield from sent(items)
+    def __init__(
+        self,
+        file: SampleFile,
+        renderer: Renderer,
+        kind: Kind,
+        indices: Sequence[int],
+        workers: int,
+        fatal: FatalSamples,
+    ):
+        self.file, self.renderer, self.kind, self.indices = file, renderer, kind, indices
+        self.workers, self.fatal = workers, fatal
+        self._done = 0  # numbers whose samples have been taken
 
-    def _items(self, indices: Sequence[int]) -> Iterator[EvalSample | SkippedSample]:
-        for index in indices:
+    def taken(self, row: list[EvalSample | SkippedSample]) -> None:
+        """See ``WorkerRows``."""
+        self._done += 1
+
+    def rows_of(self, process: int) -> Iterator[list[EvalSample | SkippedSample]]:
+        """See ``WorkerRows``."""
+        for index in self.indices[self._done :][process :: self.workers]:
             name = self.file.source(index)
             try:
-                record, find = self.file.read(index)
-                answers = separate_answers(record, name) if self.kind == "tune" else [(None, record)]
-                samples = [self._sample(one, find, index, side) for side, one in answers]
+                self.fatal.check(RECORD, 0, index)
+                with reading(RECORD, 0, index):
+                    record, find = self.file.read(index)
+                    answers = separate_answers(record, name) if self.kind == "tune" else [(None, record)]
+                    samples = [self._sample(one, find, index, side) for side, one in answers]
             except MemoryError:
                 raise
             except Exception as error:  # whatever a file contains, an error in it must cost only this sample
-                yield SkippedSample.of(0, name, error, index)
+                yield [SkippedSample.of(0, name, error, index)]
             else:
-                yield from samples
+                yield [*samples]
 
     def _sample(self, record: Any, find: Find, index: int, side: str | None) -> EvalSample:
         name = self.file.source(index)

@@ -16,7 +16,6 @@ from megavlm.sources.blend import Source
 FOLDER = "fatal_samples"  # within the output folder
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
 """Signals that do not come from what the process itself did."""
-_LIST = "list.jsonl"
 _PARTS = {"record": RECORD, "pixels": PIXELS}
 _log = logging.getLogger(__name__)
 
@@ -34,16 +33,24 @@ class FatalSamples:
         num_workers: number of worker processes of this rank; 0: this process reads.
         output: the run's folder, which keeps the list; None: nothing is kept after this process.
         rank: the data-parallel rank, for the name of its file.
+        prefix: begins the names of the files, where others that read other data use the same folder.
     """
 
-    def __init__(self, sources: Sequence[Source], num_workers: int, output: Path | None = None, rank: int = 0):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        num_workers: int,
+        output: Path | None = None,
+        rank: int = 0,
+        prefix: str = "",
+    ):
         self._sources = sources
-        self.path = None if output is None else output / FOLDER / _LIST
+        self.path = None if output is None else output / FOLDER / f"{prefix}list.jsonl"
         self._causes: dict[Reading, str] = {}
         self._suspected: Counter[Reading] = Counter()
         for line in self._lines():
             self._count(line)
-        file = None if self.path is None else self.path.with_name(f"rank{rank}.note")
+        file = None if self.path is None else self.path.with_name(f"{prefix}rank{rank}.note")
         left = None if file is None else Notes.left_in(file)
         if left is not None and self._exists(left):
             self._suspect(left)

@@ -43,9 +43,16 @@ class Renderer:
         settings: the ``data`` section: seq_length, too_long, append_eos, and the limits of pictures and videos.
         pad_multiple: each sample is padded to a multiple of this many tokens (``Settings.pad_multiple``).
 
+    Attributes:
+        room: what limits the length of a sample, with {} for the number of tokens, for messages.
+        shorten: what else makes a sample fit, for messages.
+
     Raises:
         UserError: the folder has no Qwen3-VL processor, or the limits contradict each other.
     """
+
+    room = "a row has data.seq_length = {}"
+    shorten = "set data.too_long=truncate"
 
     def __init__(self, hf_dir: str | Path, settings: DataSettings, pad_multiple: int = 1):
         # The tokenizer's threads do not survive the fork of workers, and one text at a time does not need them.
@@ -59,6 +66,15 @@ class Renderer:
         self._end_of_text = _end_of_text(self.tokenizer) if settings.append_eos else ""
         self.pad_id = next(id for id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if id is not None)
         self._template = ChatTemplate(self.processor) if self.processor.chat_template else None
+
+    @classmethod
+    def of_prompts(cls, hf_dir: str | Path, settings: DataSettings, max_new_tokens: int) -> "Renderer":
+        """Makes a renderer of prompts, whose rows leave room for an answer of ``max_new_tokens``."""
+        room = settings.model_copy(update={"seq_length": settings.seq_length - max_new_tokens})
+        renderer = cls(hf_dir, room)
+        renderer.room = f"data.seq_length - rollout.max_new_tokens = {settings.seq_length} - {max_new_tokens} = {{}}"
+        renderer.shorten = "lower rollout.max_new_tokens"
+        return renderer
 
     def encode(self, record: dict, find: Find, source: str, *, kind: Kind, index: int = 0) -> Sample:
         """Render one record completely. Arguments and errors are those of ``draft`` and ``complete``."""
@@ -237,6 +253,10 @@ class Renderer:
         if not draft.weights[1:].any():
             message = f"{draft.source}: the sample has no target token, so it does not contribute to the loss"
             raise UnfitSample(NO_TARGET, message, "remove the sample")
+        self.check_length(draft)
+
+    def check_length(self, draft: Draft) -> None:
+        """Raises UnfitSample if a draft is longer than a row together with its followers."""
         if draft.padded_length(self.pad_multiple) > self.seq_length:
             drafts = (draft, *draft.followers)
             visual = sum(int(d.repeats[self._is_visual(d.token_ids)].sum()) for d in drafts)
@@ -244,8 +264,8 @@ class Renderer:
             raise UnfitSample(
                 TOO_LONG,
                 f"{draft.source}: the sample has {sum(d.length for d in drafts)} tokens ({visual} of them visual), but "
-                f"a row has data.seq_length = {self.seq_length}",
-                f"raise data.seq_length, {smaller}or set data.too_long=truncate",
+                f"{self.room.format(self.seq_length)}",
+                f"raise data.seq_length, {smaller}or {self.shorten}",
             )
 
     def _is_visual(self, token_ids: np.ndarray) -> np.ndarray:

@@ -15,6 +15,38 @@ IGNORE = -100  # label of a position without a target (torch's convention)
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampledAnswer:
+    """What is known of an answer that the model has sampled, and that it learns from.
+
+    Attributes:
+        advantage: how much better it is than was to be expected; every token of the answer has this advantage.
+        logprobs: float32 [n], log-probability of each target when it was sampled, at the temperature of sampling.
+        number: number of the answer among those that were packed together.
+    """
+
+    advantage: float
+    logprobs: Tensor
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The record of a prompt, for rewards and readers.
+
+    Attributes:
+        columns: its fields, as written.
+        question: its last message as text.
+        media: its pictures, then its videos, as it names them.
+        reference: its reference answer, if it has one.
+    """
+
+    columns: dict[str, Any]
+    question: str
+    media: list[Any]
+    reference: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Annotations:
     """Inputs of a loss other than tokens; a field is None if it does not apply to the sample.
 
@@ -24,6 +56,8 @@ class Annotations:
         desirable: for a judged answer (KTO), whether it is desirable.
         mismatched: whether the answer belongs to another prompt (for the KL term of KTO).
         ref_logprob: log-probability of the whole answer under the reference model.
+        sampled: for an answer that the model has sampled, what is known of it.
+        asked: for a prompt, its record.
     """
 
     side: Literal["chosen", "rejected"] | None = None
@@ -31,6 +65,8 @@ class Annotations:
     desirable: bool | None = None
     mismatched: bool = False
     ref_logprob: float | None = None
+    sampled: SampledAnswer | None = None
+    asked: Asked | None = None
 
     @property
     def is_further_answer(self) -> bool:

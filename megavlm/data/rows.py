@@ -23,7 +23,7 @@ from megavlm.sources.blend import Source
 _MOST_SKIPPED = 1000  # after this many consecutive skipped samples, a source is considered unusable
 
 
-class RowDataset(WorkerRows):
+class RowDataset(WorkerRows[Row]):
     """Rows of packed samples. Each worker process runs one copy of this data set.
 
     A row is filled from a buffer of drafts, which is refilled after each row. The buffer is small at first and grows

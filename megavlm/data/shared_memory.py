@@ -5,20 +5,18 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from megavlm.base.errors import RunFailure, UserError
-from megavlm.data.row import Row
 
 _FOLDER = "/dev/shm"
-# What torch says in a worker that cannot allocate shared memory, and in the trainer if a worker has died.
+# What torch says in a worker that cannot allocate shared memory.
 _REFUSED = re.compile(r"shared memory|/torch_\d+|unable to (resize|stretch) file")
-_DIED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: \w+( \w+)*|exited unexpectedly)")
 
 
-def sent(rows: Iterator[Row]) -> Iterator[Row | UserError]:
+def sent[T](rows: Iterator[T]) -> Iterator[T | UserError]:
     """Yields rows in a data worker (or the trainer). If no further row can be made, the last item is the error.
 
     The error is yielded because an exception raised in a worker process arrives only as the text of a traceback.
@@ -35,46 +33,17 @@ def sent(rows: Iterator[Row]) -> Iterator[Row | UserError]:
         yield too_little(str(error))
 
 
-def received(items: Iterator[Row | UserError]) -> Iterator[Row]:
-    """Yields the rows of ``sent`` in the trainer. Raises the error that it yields, and RunFailure if a worker died."""
-    while True:
-        with death_explained():
-            item = next(items, None)
-        if item is None:
-            return
-        if isinstance(item, UserError):
-            raise item
-        yield item
-
-
-@contextmanager
-def death_explained() -> Iterator[None]:
-    """Converts the exception with which torch reports a dead worker, which may come at any time, to a RunFailure."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = f"{error.__cause__ or error.__context__ or ''} {error}"  # the cause names the signal
-        found = _DIED.search(text)
-        if found is None:
-            raise
-        if "Bus error" in text:  # a page was written for which there is no shared memory any more
-            raise too_little(found[0]) from error
-        raise RunFailure(
-            f"a data worker died: {found[0]}",
-            "the kernel kills processes when the machine runs out of memory: lower data.workers or data.packing_buffer",
-        ) from error
-
-
-def _shared(row: Row) -> Row:
-    """The row with all its tensors in shared memory. Raises RuntimeError if there is too little of it.
+def _shared(row: Any) -> Any:
+    """The row, or list of samples, with all its tensors in shared memory. Raises RuntimeError if there is too little.
 
     torch would otherwise do this in a thread of the worker that only prints its errors; the trainer would wait for
     ever.
     """
-    for field in dataclasses.fields(row):
-        value = getattr(row, field.name)
-        if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes():
-            value.share_memory_()
+    for part in row if isinstance(row, list) else [row]:
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes():
+                value.share_memory_()
     return row
 
 

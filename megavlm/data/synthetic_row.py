@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megavlm.data.positions import mrope_positions
-from megavlm.data.row import IGNORE, Annotations, Sample
+from megavlm.data.row import IGNORE, Annotations, Sample, SampledAnswer
 
 
 def synthetic_samples(
@@ -25,6 +25,7 @@ def synthetic_samples(
             methods need.
     """
     is_target = torch.arange(len(tokens)) < len(tokens) - 1
+    sampled = SampledAnswer(advantage=1.0, logprobs=torch.zeros(len(tokens) - 1), number=0)
     sample = Sample(
         input_ids=tokens,
         labels=torch.where(is_target, tokens.roll(-1), IGNORE),
@@ -37,9 +38,9 @@ def synthetic_samples(
         num_videos=0,
         source="synthetic",
         index=0,
-        annotations=Annotations(side="chosen", margin=0.0, desirable=True, ref_logprob=0.0),
+        annotations=Annotations(side="chosen", margin=0.0, desirable=True, ref_logprob=0.0, sampled=sampled),
     )
     if answers == 1:
         return [sample]
-    further = Annotations(side="rejected", mismatched=True, ref_logprob=0.0)
+    further = Annotations(side="rejected", mismatched=True, ref_logprob=0.0, sampled=sampled)
     return [sample, replace(sample, shares_media=True, patches=patches[:0], annotations=further)]

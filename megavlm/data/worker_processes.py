@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from megavlm.base.errors import RunFailure, UserError
 from megavlm.base.processes import end_with_parent
 from megavlm.data.fatal_samples import FROM_OUTSIDE, FatalSamples, death_of
-from megavlm.data.row import Row
 from megavlm.data.shared_memory import sent, too_little
 
 _PATIENCE = 2.0  # seconds to wait for the end of a process that should end or has probably died
@@ -29,8 +28,8 @@ _MOST_DEATHS = 3  # consecutive deaths of workers, without a row in between, tha
 _log = logging.getLogger(__name__)
 
 
-class WorkerRows(IterableDataset[Row | UserError]):
-    """Rows that worker processes make. Iterate over them with ``rows_from_workers``.
+class WorkerRows[T](IterableDataset[T | UserError]):
+    """Rows, or other data classes, that worker processes make. Iterate over them with ``rows_from_workers``.
 
     Attributes:
         fatal: the samples that are passed over, and the notes of what each worker reads.
@@ -39,17 +38,17 @@ class WorkerRows(IterableDataset[Row | UserError]):
     fatal: FatalSamples
 
     @abstractmethod
-    def rows_of(self, process: int) -> Iterator[Row]:
+    def rows_of(self, process: int) -> Iterator[T]:
         """The rows of worker process number `process` of this rank (0 if there are no workers).
 
         They begin after those that have been ``taken``.
         """
 
     @abstractmethod
-    def taken(self, row: Row) -> None:
+    def taken(self, row: T) -> None:
         """The trainer has taken this row; called there, so that workers that start later continue after it."""
 
-    def __iter__(self) -> Iterator[Row | UserError]:
+    def __iter__(self) -> Iterator[T | UserError]:
         """Yields rows. If no further row can be made, the last item is the error that says why."""
         info = get_worker_info()
         if info is not None:
@@ -57,9 +56,9 @@ class WorkerRows(IterableDataset[Row | UserError]):
         yield from sent(self.rows_of(info.id if info is not None else 0))
 
 
-def rows_from_workers(
-    rows: WorkerRows, num_workers: int, *, ahead: int | None = None, pin_memory: bool = False
-) -> Generator[Row]:
+def rows_from_workers[T](
+    rows: WorkerRows[T], num_workers: int, *, ahead: int | None = None, pin_memory: bool = False
+) -> Generator[T]:
     """Yields the rows of ``num_workers`` forked processes (0: of this process). Close it to end the processes.
 
     If a process dies, all are started again and continue after the rows that have been taken. The sample that the dead
@@ -77,7 +76,7 @@ def rows_from_workers(
     """
     deaths = 0
     while True:
-        workers = _Workers(in_workers(rows, num_workers, ahead=ahead, pin_memory=pin_memory))
+        workers = _Workers[T](_loader(rows, num_workers, ahead=ahead, pin_memory=pin_memory))
         died = None
         try:
             for item in workers:
@@ -138,19 +137,19 @@ class _WorkerDied(Exception):
         self.process, self.status = process, status
 
 
-class _Workers:
+class _Workers[T]:
     """The items of a loader. A dead process is noticed only while an item is awaited, as _WorkerDied.
 
     torch would raise a RuntimeError at any moment, in the middle of a training step, from its handler of SIGCHLD.
     """
 
-    def __init__(self, loader: DataLoader[Row | UserError]):
+    def __init__(self, loader: DataLoader[T | UserError]):
         self._loader, self._awaited = loader, False
         self._processes: list[BaseProcess] = []
         self._handles = loader.num_workers > 0 and threading.current_thread() is threading.main_thread()
         self._previous = signal.getsignal(signal.SIGCHLD)
 
-    def __iter__(self) -> Iterator[Row | UserError]:
+    def __iter__(self) -> Iterator[T | UserError]:
         try:
             items = self._start()
             while True:
@@ -169,7 +168,7 @@ class _Workers:
         finally:
             self._awaited = False
 
-    def _start(self) -> Iterator[Row | UserError]:
+    def _start(self) -> Iterator[T | UserError]:
         before = set(multiprocessing.active_children())
         try:
             return iter(self._loader)
@@ -204,19 +203,9 @@ class _Workers:
                     process.kill()
 
 
-def in_workers(
-    dataset: IterableDataset, num_workers: int, *, ahead: int | None = None, pin_memory: bool = False
-) -> DataLoader:
-    """A loader of the items of ``dataset``, which ``num_workers`` forked processes make (0: this process).
-
-    Args:
-        dataset: each worker iterates over it and finds its number with ``torch.utils.data.get_worker_info``.
-        num_workers: number of processes.
-        ahead: number of items that a worker makes in advance; None: torch's default.
-        pin_memory: whether items are put into page-locked memory, for training on a GPU.
-    """
+def _loader(rows: WorkerRows, num_workers: int, *, ahead: int | None, pin_memory: bool) -> DataLoader:
     return DataLoader(
-        dataset,
+        rows,
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=ahead if num_workers else None,

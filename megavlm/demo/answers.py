@@ -32,6 +32,12 @@ def count_right(answers: list[str], expected: list[str]) -> int:
     return sum(answer.strip() == right for answer, right in zip(answers, expected, strict=True))
 
 
+def accuracy_of(folder: Path, questions: Path) -> float:
+    """The share of right answers in the answers.jsonl of a folder. Raises ValueError as `read_answers`."""
+    expected = expected_answers(questions)
+    return count_right(read_answers(folder / "answers.jsonl", len(expected)), expected) / len(expected)
+
+
 def transformers_answers(folder: Path, questions: Path, max_new_tokens: int) -> list[str]:
     """Greedy answers of `Qwen3VLForConditionalGeneration` from a Hugging Face folder, in fp32.
 

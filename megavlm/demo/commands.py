@@ -59,6 +59,17 @@ def run(*command: str | Path) -> None:
     console.print(Text(f"({minutes(time.perf_counter() - began)})", "dim"))
 
 
+def at_least(what: str, measured: float, bound: float) -> bool:
+    """Prints a share and the bound that it must reach. Returns whether it does."""
+    return result(what, measured, "≥", bound, measured >= bound - 1e-9)  # tolerates rounding errors in computed bounds
+
+
+def result(what: str, measured: float, sign: str, bound: float, kept: bool) -> bool:
+    """Prints a share, its bound and whether it is kept, which is returned."""
+    console.print(f"  {what:50} {measured:6.1%}   {sign} {bound:5.1%}   {'kept' if kept else 'MISSED'}")
+    return kept
+
+
 def minutes(seconds: float) -> str:
     """A duration as text."""
     return f"{int(seconds // 60)} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.0f} s"

@@ -99,6 +99,20 @@ class Demo:
         for stage in STAGES[:-1]:
             run("megavlm", "pretrain", CONFIGS / f"{stage}.yaml", *NPROC)
 
+    def begin(self, folder: Path, overwrite: bool) -> None:
+        """Makes the folder of a further demo. Uses the pretrained model of this one, or trains it."""
+        if folder.exists():
+            if not overwrite:
+                raise UserError(f"{folder} exists already", "use --overwrite to replace it, or choose another --out")
+            shutil.rmtree(folder)
+        if self.is_pretrained():
+            console.print(f"continuing from {self.start}")
+            show_variable(self.out)
+        else:
+            self.prepare(overwrite)
+            self.pretrain()
+        folder.mkdir()
+
     def is_pretrained(self) -> bool:
         """Whether the folder has the results of `prepare` and the last checkpoint of the four stages."""
         last = load_settings(CONFIGS / f"{STAGES[-2]}.yaml")

@@ -9,21 +9,12 @@ are within their bounds; 1 if not, or if a command fails; 2 if the output folder
 
 import argparse
 import math
-import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from megavlm.base.errors import UserError
-from megavlm.demo.commands import (
-    CONFIGS,
-    DEFAULT_OUT,
-    NPROC,
-    console,
-    run,
-    show_variable,
-    status_of,
-)
+from megavlm.demo.commands import CONFIGS, DEFAULT_OUT, NPROC, at_least, console, result, run, status_of
 from megavlm.demo.run import Demo
 
 TUNE = "tune"  # the folder of the results, inside the demo's folder
@@ -65,17 +56,7 @@ class Tune:
 
     def prepare(self, overwrite: bool) -> None:
         """Uses the pretrained model of the demo, or trains it."""
-        if self.out.exists():
-            if not overwrite:
-                raise UserError(f"{self.out} exists already", "use --overwrite to replace it, or choose another --out")
-            shutil.rmtree(self.out)
-        if self.demo.is_pretrained():
-            console.print(f"continuing from {self.demo.start}")
-            show_variable(self.demo.out)
-        else:
-            self.demo.prepare(overwrite)
-            self.demo.pretrain()
-        self.out.mkdir()
+        self.demo.begin(self.out, overwrite)
 
     def reward_model(self) -> None:
         """Trains a reward model on pairs of digits, and scores each digit as the answer to each held-out question."""
@@ -124,16 +105,12 @@ class Tune:
 
     def check(self) -> bool:
         """Prints each result and its bound. Returns whether all results are within their bounds."""
-        from megavlm.demo.answers import count_right, expected_answers, read_answers
+        from megavlm.demo.answers import accuracy_of, expected_answers
         from megavlm.demo.data import read_records
         from megavlm.demo.pairs import DIGITS, count_won
 
-        expected = expected_answers(self.heldout)
+        expected, accuracy = expected_answers(self.heldout), partial(accuracy_of, questions=self.heldout)
         total = len(expected)
-
-        def accuracy(folder: Path) -> float:
-            return count_right(read_answers(folder / "answers.jsonl", total), expected) / total
-
         scores = [line["score"] for line in read_records(self.out / "rm_scores" / "scores.jsonl")]
         won = count_won(scores, expected) / (total * (len(DIGITS) - 1))
         before, after = accuracy(self.out / "mediocre_answers"), accuracy(self.out / "dpo_answers")
@@ -141,10 +118,10 @@ class Tune:
         share = count_weights(self.out / "lora") / count_weights(self.demo.start)
         console.print(f"\nresults on {total} handwritten digits that were not used for training")
         kept = [
-            _at_least("reward model: pairs won by the right digit", won, REQUIRED_PAIR_ACCURACY),
-            _at_least(f"DPO: right answers, {before:.1%} before", after, before + REQUIRED_DPO_SHARE * (1 - before)),
-            _at_least(f"LoRA: right answers, {full:.1%} with all weights", lora, full - ALLOWED_LORA_LOSS),
-            _row("LoRA: share of trainable weights", share, "<", ALLOWED_LORA_SHARE, share < ALLOWED_LORA_SHARE),
+            at_least("reward model: pairs won by the right digit", won, REQUIRED_PAIR_ACCURACY),
+            at_least(f"DPO: right answers, {before:.1%} before", after, before + REQUIRED_DPO_SHARE * (1 - before)),
+            at_least(f"LoRA: right answers, {full:.1%} with all weights", lora, full - ALLOWED_LORA_LOSS),
+            result("LoRA: share of trainable weights", share, "<", ALLOWED_LORA_SHARE, share < ALLOWED_LORA_SHARE),
         ]
         return all(kept)
 
@@ -158,15 +135,6 @@ def count_weights(run_folder: Path) -> int:
     assert checkpoint is not None, f"{run_folder} has no checkpoint"
     tensors = McoreCheckpoint(checkpoint).tensors
     return sum(math.prod(shape) for name, (shape, _) in tensors.items() if not name.startswith("optimizer."))
-
-
-def _at_least(what: str, measured: float, bound: float) -> bool:
-    return _row(what, measured, "≥", bound, measured >= bound - 1e-9)  # tolerates rounding errors in computed bounds
-
-
-def _row(what: str, measured: float, sign: str, bound: float, kept: bool) -> bool:
-    console.print(f"  {what:50} {measured:6.1%}   {sign} {bound:5.1%}   {'kept' if kept else 'MISSED'}")
-    return kept
 
 
 if __name__ == "__main__":  # processes started by spawn import this file again

@@ -155,12 +155,13 @@ class LanguageModel(LanguageModule):
         )
 
     def token_logprobs(
-        self, hidden: Tensor, targets: Targets, chunk_tokens: int, entropy: bool = False
+        self, hidden: Tensor, targets: Targets, chunk_tokens: int, entropy: bool = False, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
         """The log-probabilities of a row's targets; see ``megavlm.model.token_logprobs``."""
         return token_logprobs(
             hidden.squeeze(1), self.output_weight, targets, self.tp_group,
             sequence_parallel=self.config.sequence_parallel, chunk_tokens=chunk_tokens, entropy=entropy,
+            temperature=temperature,
         )  # fmt: skip
 
     def token_kl(

@@ -30,7 +30,7 @@ def runs_of(lengths: list[int]) -> list[tuple[int, int, int]]:
 
 
 class Cache(Protocol):
-    """A key/value cache (``megavlm.model.generate.KeyValueCache``)."""
+    """Attention to stored keys and values while sampling (``megavlm.rollout.attention.StepAttention``)."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, row: "PackedRow", scale: float) -> Tensor:
         """Stores keys and values and computes attention to all that are stored."""
@@ -51,7 +51,7 @@ class PackedRow(PackedSeqParams):
         from_parts: with context parallelism, int64 [T] on the device: for each token of the row its index among the
             tokens of all context ranks, end to end.
         to_parts: the inverse of ``from_parts``.
-        cache: key/value cache while generating; otherwise None.
+        cache: attention to stored keys and values while sampling; otherwise None.
     """
 
     lengths: list[int] = field(default_factory=list)

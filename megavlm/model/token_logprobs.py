@@ -67,6 +67,7 @@ def token_logprobs(
     sequence_parallel: bool,
     chunk_tokens: int,
     entropy: bool = False,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes log p(target) for every target of a row. The result is the same on every rank of ``group``.
 
@@ -78,12 +79,13 @@ def token_logprobs(
         sequence_parallel: whether the ranks have different slices of the row.
         chunk_tokens: number of targets whose logits exist at a time.
         entropy: whether to return the entropy of each distribution in nats, too (without gradient).
+        temperature: p is the softmax of the logits divided by this positive number.
 
     Returns:
         The log-probabilities, float32 [slices, m], and the entropies in the same shape or None.
     """
     return _TokenLogprobs.apply(
-        hidden, weight, targets.local, targets.tokens, group, sequence_parallel, chunk_tokens, entropy
+        hidden, weight, targets.local, targets.tokens, group, sequence_parallel, chunk_tokens, entropy, temperature
     )
 
 
@@ -148,6 +150,7 @@ class _Context(torch.autograd.function.FunctionCtx):
     gather: bool
     chunk: int
     first: int
+    temperature: float
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
@@ -164,8 +167,9 @@ class _TokenLogprobs(torch.autograd.Function):
         sequence_parallel: bool,
         chunk_tokens: int,
         entropy: bool,
+        temperature: float,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.group, ctx.gather = group, sequence_parallel and group.size() > 1
+        ctx.group, ctx.gather, ctx.temperature = group, sequence_parallel and group.size() > 1, temperature
         ctx.chunk = max(1, chunk_tokens // tokens.shape[0])
         ctx.first = group.rank() * weight.shape[0]  # first vocabulary entry of this rank
         logprobs = torch.empty(tokens.shape, dtype=torch.float32, device=hidden.device)
@@ -174,7 +178,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, tokens.shape[1], ctx.chunk):
             part = slice(start, start + ctx.chunk)
             states = _chunk_states(ctx, hidden, local[part])
-            logits = (states @ weight.t()).float()  # [slices * c, vocabulary / ranks]
+            logits = _scaled(ctx, (states @ weight.t()).float())  # [slices * c, vocabulary / ranks]
             top = logits.max(-1).values
             if group.size() > 1:
                 dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
@@ -207,15 +211,15 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, tokens.shape[1], ctx.chunk):
             part = slice(start, start + ctx.chunk)
             states = _chunk_states(ctx, hidden, local[part])
-            grad = grad_logprobs[:, part].reshape(-1, 1)
-            logits = (states @ weight.t()).float()
+            grad = _scaled(ctx, grad_logprobs[:, part].reshape(-1, 1))
+            logits = _scaled(ctx, (states @ weight.t()).float())
             grad_logits = (logits - log_z[:, part].reshape(-1, 1)).exp_().mul_(-grad)
             index, inside = _in_shard(ctx, tokens[:, part], weight.shape[0])
             grad_logits.scatter_add_(1, index[:, None], grad * inside[:, None])
             _add_gradients(ctx, grad_logits, states, weight, local[part], grad_hidden, grad_weight)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 7
 
 
 class _TokenKl(torch.autograd.Function):
@@ -303,6 +307,10 @@ def _log_sums(ctx: _Context, logits: Tensor) -> Tensor:
     sums = (logits - top[:, None]).exp_().sum(-1)
     dist.all_reduce(sums, group=ctx.group)
     return top + sums.log()
+
+
+def _scaled(ctx: _Context, values: Tensor) -> Tensor:
+    return values if ctx.temperature == 1.0 else values / ctx.temperature
 
 
 def _gathered(ctx: _Context, states: Tensor) -> Tensor:

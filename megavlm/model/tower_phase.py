@@ -65,7 +65,8 @@ class TowerPhase:
         return any(p.requires_grad for p in self.vision.parameters())
 
     @property
-    def _is_trained(self) -> bool:
+    def is_trained(self) -> bool:
+        """Whether a weight of tower or projector is trained now."""
         return self._vision_is_trained or any(p.requires_grad for p in self.projector.parameters())
 
     def encode(self, frames: Frames, exchange: Exchange, timer: Timer = nullcontext) -> list[tuple[Tensor, Tensor]]:
@@ -83,7 +84,7 @@ class TowerPhase:
         """
         self._exchange, self._chunks, self._outputs = exchange, _chunks(frames, self.chunk_patches), []
         self.frames_encoded += len(frames.lengths)
-        training = self._is_trained and torch.is_grad_enabled()
+        training = self.is_trained and torch.is_grad_enabled()
         with timer(), torch.set_grad_enabled(training and not self.recompute):
             outputs = [self._encode(chunk) for chunk in self._chunks]
         empty = torch.empty(self.num_planes, 0, self.hidden, device=device(), dtype=self._dtype)
@@ -104,7 +105,7 @@ class TowerPhase:
 
         Autograd puts the parameters' gradients into the main gradients of the modules' DDP wrappers.
         """
-        if not self._is_trained:
+        if not self.is_trained:
             self._features = []
             return
         grad = self._return_gradients().mul_(scale)  # [num_planes, N_own, hidden]

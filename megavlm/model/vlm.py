@@ -139,7 +139,7 @@ class VLM:
 
     def _shares(self) -> list[RankShare]:
         """What each rank of the group that shares the frames needs."""
-        shares = self._shares_of_a_row()
+        shares = self.shares_of_a_row()
         if not self.balanced_over_world:
             return shares
         by_rank = {
@@ -149,7 +149,7 @@ class VLM:
         }
         return [by_rank[rank] for rank in range(len(by_rank))]
 
-    def _shares_of_a_row(self) -> list[RankShare]:
+    def shares_of_a_row(self) -> list[RankShare]:
         """The shares in a model-parallel group, whose ranks count tensor fastest, then context, then pipeline."""
         parallel = self.parallel
         shares = []

@@ -54,6 +54,25 @@ Methods that compare answers (dpo, rm, kto) add these fields, over all pairs or 
     z0                  kto: the reference point between both kinds
     scores/mean, scores/std  rm: mean and standard deviation of the scores
 
+Reinforcement learning adds these fields, over all answers of the step (rollouts.jsonl has some of the answers):
+
+    reward, reward_std  mean and standard deviation of the rewards
+    reward/NAME         mean of one reward, before its weight
+    flat_groups         share of the groups whose answers all got the same reward, so that they teach nothing; 0 to 1
+    kl                  divergence from the reference model, in nats per token
+    entropy             entropy of the policy, in nats per token
+    clip_share          share of the tokens whose ratio was clipped, 0 to 1
+    ratio_max           largest probability ratio between the weights of the update and those that sampled
+    mismatch_kl         divergence of the trainer from the engine that sampled, in nats per token, for the same weights
+    mismatch_max        largest difference of their log-probabilities of a token, in nats
+    answer_tokens       mean length of the answers in tokens
+    truncated_share     share of the answers that rollout.max_new_tokens has cut off, 0 to 1
+    reward_failures     answers whose reward failed; they are left out of their groups
+    staleness           steps between the weights that sampled the answers and those that are updated
+    seconds_rollout, seconds_reward, seconds_update, seconds_sync
+                        time for sampling, for waiting for rewards, for the update, and for new weights of the engine
+    rollout_tokens_per_second  sampled tokens / seconds_rollout, over all ranks
+
 train.kl_to_start adds kl_to_start, the divergence from the start model in nats per target, and nll, the loss without
 it.
 
@@ -144,7 +163,7 @@ class MetricsWriter:
             return
         missing = [name for name in REQUIRED if name not in line]
         assert not missing, f"metrics of a step lack {', '.join(missing)}"
-        text = json.dumps({name: _plain(value) for name, value in line.items()}, allow_nan=False)
+        text = json.dumps({name: plain(value) for name, value in line.items()}, allow_nan=False)
         try:
             self._file.write(text + "\n")
             self._file.flush()
@@ -235,7 +254,8 @@ def _parse(text: str) -> list[tuple[str, dict[str, Any]]]:
     return lines
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON can have it: scalars of torch and numpy become numbers; NaN and infinity become None."""
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

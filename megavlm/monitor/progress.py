@@ -159,11 +159,7 @@ def _facts(line: Mapping[str, Any]) -> list[tuple[str, str, str, int]]:
     """(name, value, style, width in a plain line) for each number that is shown."""
     details = [
         ("loss", number(line["loss"]), "bold green", 6),
-        *(
-            (name, text(line[field]), "bold", width)
-            for field, name, text, width in _OF_METHODS
-            if field in line  # a method that compares answers, or train.kl_to_start
-        ),
+        *((name, text(line[field]), "bold", width) for field, name, text, width in _OF_METHODS if field in line),
         ("lr", f"{line['lr']:.2e}", "", 8),
         ("grad norm", number(line["grad_norm"], 3), "", 6),
         ("tokens/s", short(line["tokens_per_second"]), "", 5),
@@ -175,9 +171,13 @@ def _facts(line: Mapping[str, Any]) -> list[tuple[str, str, str, int]]:
     return [fact for fact in details if not (fact[0] == "MFU" and line["mfu"] is None)]
 
 
-# Fields of single methods that are worth a look in each step: field, name, format, width in a plain line.
+# Fields of single methods that are worth a look in each step (of those that compare answers, train.kl_to_start, and
+# reinforcement learning): field, name, format, width in a plain line.
 _OF_METHODS: list[tuple[str, str, Callable[[float | None], str], int]] = [
     ("accuracy", "accuracy", percent, 7),
     ("margin", "margin", number, 6),
     ("kl_to_start", "KL", number, 6),
+    ("reward", "reward", number, 6),
+    ("answer_tokens", "answer tokens", short, 5),
+    ("truncated_share", "cut off", percent, 7),
 ]

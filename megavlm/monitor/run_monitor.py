@@ -1,15 +1,17 @@
-"""All outputs of a run during training: the terminal, metrics.jsonl, wandb and data_errors.jsonl."""
+"""All outputs of a run during training: the terminal, metrics.jsonl, wandb, data_errors.jsonl and rollouts.jsonl."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
 from megavlm.monitor.data_errors import DataErrors
-from megavlm.monitor.metrics import MetricsWriter
+from megavlm.monitor.metrics import MetricsWriter, read_metrics
 from megavlm.monitor.progress import Progress
+from megavlm.monitor.rl_warnings import RlWarnings
+from megavlm.monitor.rollout_log import LoggedGroup, RolloutLog
 from megavlm.monitor.sample_counts import SampleCounts
 from megavlm.monitor.wandb_log import WandbLog
 from megavlm.platform import Groups
@@ -48,6 +50,8 @@ class RunMonitor:
         steps = required(settings.train.steps, "train.steps")
         self._progress = Progress(steps, first_step, title, header, enabled=is_first)
         self._metrics = MetricsWriter(self._output, first_step, enabled=is_first)
+        self._rollouts = RolloutLog(self._output, first_step, enabled=is_first)
+        self._warnings = RlWarnings(read_metrics(self._output) if is_first else ())
 
     def __enter__(self) -> "RunMonitor":
         settings, data = self._settings, self._settings.data
@@ -114,11 +118,20 @@ class RunMonitor:
         return self._errors.failure()
 
     def record(self, line: Mapping[str, float | int | None], *, logged: bool) -> None:
-        """Shows the line of a step on the terminal and, if ``logged``, writes it to metrics.jsonl and wandb."""
+        """Shows the line of a step on the terminal and, if ``logged``, writes it to metrics.jsonl and wandb.
+
+        What such lines tell of reinforcement learning that goes wrong is said in words (see ``RlWarnings``).
+        """
         if logged:
             self._metrics.write(line)
             self._wandb.log(line)
         self._progress.update(line)
+        for warning in self._warnings.take(line) if logged else ():
+            self.say(f"warning: {warning}")
+
+    def record_rollouts(self, step: int, groups: Sequence[LoggedGroup]) -> None:
+        """Writes sampled answers of a step to rollouts.jsonl and wandb. Only what rank 0 hands over counts."""
+        self._wandb.log_rollouts(step, self._rollouts.write(step, groups))
 
     def finish(self, *, failed: bool = False) -> None:
         """Ends the wandb run; ``failed`` marks it as failed."""

@@ -1,16 +1,19 @@
-"""Logs the lines of metrics.jsonl to Weights & Biases. Errors of W&B never interrupt training."""
+"""Logs metrics.jsonl and sampled answers to Weights & Biases. Errors of W&B never interrupt training."""
 
 import configparser
 import netrc
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
+from megavlm.monitor.rollout_log import LoggedGroup
+from megavlm.monitor.rollout_table import rollout_table
+from megavlm.sources.blend import media_access
 
 if TYPE_CHECKING:
     import wandb
@@ -40,7 +43,7 @@ class WandbLog:
         enabled: bool = True,
         warn: Callable[[str], None] = print,
     ):
-        self._warn = warn
+        self._warn, self._access = warn, media_access(settings.data)
         self._run: wandb.Run | None = None
         self._folder = required(settings.output, "output") / FOLDER
         self.mode = _resolve(settings.log.wandb.mode) if enabled else "off"
@@ -51,12 +54,12 @@ class WandbLog:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Logs one line of metrics.jsonl."""
-        if self._run is None:
-            return
-        try:
-            self._run.log({name: value for name, value in line.items() if value is not None})
-        except Exception as error:
-            self._give_up("cannot log", error)
+        self._log(lambda: {name: value for name, value in line.items() if value is not None})
+
+    def log_rollouts(self, step: int, groups: Sequence[LoggedGroup]) -> None:
+        """Logs sampled answers of a step, as they stand in rollouts.jsonl, as the table "rollouts"."""
+        if groups:
+            self._log(lambda: {"step": step, "rollouts": rollout_table(groups, self._access)})
 
     def finish(self, exit_code: int = 0) -> None:
         """Ends the run; an online run first uploads its last lines. An `exit_code` other than 0 marks it as failed."""
@@ -110,6 +113,14 @@ class WandbLog:
             self._warn(f"warning: wandb cannot start {mode} ({_first_line(error)}); {remedy}")
             return False
         return True
+
+    def _log(self, values: Callable[[], dict[str, Any]]) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log(values())
+        except Exception as error:
+            self._give_up("cannot log", error)
 
     def _run_id(self) -> str:
         """The id of an earlier part of this run, or a new id."""

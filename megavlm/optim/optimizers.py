@@ -34,6 +34,7 @@ class Optimizers:
     Args:
         vlm: the model.
         train: the ``train`` section.
+        updates_per_step: number of updates of the weights in a step of the run; the schedule counts updates.
 
     Attributes:
         ddp: for each trainable part, one DistributedDataParallel per module (several with virtual pipelining).
@@ -43,9 +44,9 @@ class Optimizers:
         unfrozen_at: for each part that was unfrozen during the run, the number of updates before that.
     """
 
-    def __init__(self, vlm: VLM, train: TrainSettings):
+    def __init__(self, vlm: VLM, train: TrainSettings, updates_per_step: int = 1):
         steps = required(train.steps, "train.steps")
-        self.train, self._vlm = train, vlm
+        self.train, self._vlm, self._updates_per_step = train, vlm, updates_per_step
         # GaLore needs whole matrices, but Megatron's DistributedOptimizer splits them, and it does not support SGD.
         sharded = train.optimizer == "adam"
         self._config = OptimizerConfig(
@@ -74,12 +75,12 @@ class Optimizers:
             init_lr=0.0,
             max_lr=train.lr,
             min_lr=train.min_lr,
-            lr_warmup_steps=train.warmup_steps,
-            lr_decay_steps=_decay_steps(train),
+            lr_warmup_steps=train.warmup_steps * updates_per_step,
+            lr_decay_steps=_decay_steps(train) * updates_per_step,
             lr_decay_style=train.schedule,
             start_wd=train.weight_decay,
             end_wd=train.weight_decay,
-            wd_incr_steps=steps,
+            wd_incr_steps=steps * updates_per_step,
             wd_incr_style="constant",
         )
 
@@ -137,7 +138,8 @@ class Optimizers:
         """The learning rate of the next step with another ``train`` section, at the same position in its schedule."""
         other = copy.copy(self.scheduler)
         other.max_lr, other.min_lr = required(train.lr, "train.lr"), train.min_lr
-        other.lr_warmup_steps, other.lr_decay_steps = train.warmup_steps, _decay_steps(train)
+        other.lr_warmup_steps = train.warmup_steps * self._updates_per_step
+        other.lr_decay_steps = _decay_steps(train) * self._updates_per_step
         other.lr_decay_style = train.schedule
         return other.get_lr({})
 
@@ -191,15 +193,16 @@ class Optimizers:
         """Clips the gradients in the buffers, applies them, and advances the schedule.
 
         If the loss or a gradient is NaN or infinite on any rank, all ranks skip this: weights, optimizer state and
-        schedule do not change, and ``non_finite`` of the result lists the affected values.
+        schedule do not change, and ``non_finite`` of the result lists the affected values. They do not change either if
+        there is nothing to learn from.
 
         Args:
             totals: [sums] on the device, the objective's sums over the global batch.
-            weight: the divisor of the loss.
+            weight: the divisor of the loss; 0 if there is nothing to learn from.
         """
         self.optimizer.prepare_grads()
         stats = read_grad_stats(totals, weight, self._squares())
-        if stats.non_finite:
+        if stats.non_finite or not weight:
             return stats
         if self.train.clip_grad > 0:
             norm = stats.norms["grad_norm"]

@@ -138,7 +138,7 @@ def _pass(session: Session, method: Method, optimizers: Optimizers) -> dict[str,
     reached: set[torch.Tensor] = set()
     for parameter in (p for ps in _parameters(session.vlm).values() for p in ps if p.requires_grad):
         parameter.register_post_accumulate_grad_hook(reached.add)
-    step.gradients(feed, num_rows)
+    step.gradients(feed.rows(num_rows))
     # a word embedding that two stages share gets the sum of the gradients of both
     reached |= {p for ps in _parameters(session.vlm).values() for p in ps if getattr(p, "shared_embedding", False)}
     return {

@@ -33,6 +33,23 @@ class ParallelSizes(Protocol):
 
 
 @dataclass(frozen=True)
+class SamplingGroups:
+    """The process groups of sampling, in which context-parallel ranks are further data-parallel ranks.
+
+    Attributes:
+        model_parallel: the TP × PP ranks that sample together.
+        model_parallel_host: the same ranks on gloo.
+        members: the ranks of each of these groups.
+        peers_host: on gloo, the context-parallel ranks that share a row in training; None without context parallelism.
+    """
+
+    model_parallel: dist.ProcessGroup
+    model_parallel_host: dist.ProcessGroup
+    members: list[list[int]]
+    peers_host: dist.ProcessGroup | None
+
+
+@dataclass(frozen=True)
 class Groups:
     """The process groups of a run.
 
@@ -45,6 +62,7 @@ class Groups:
         data_peers_host: on gloo, the ranks that have the same index in their model-parallel groups, one for each
             data-parallel rank; None unless ``init`` was asked for it.
         members: the ranks of each model-parallel group, in the order of the data-parallel ranks.
+        sampling: the groups of sampling.
         dp_rank, dp_size: data-parallel rank of this process; number of data-parallel ranks.
     """
 
@@ -55,6 +73,7 @@ class Groups:
     world_host: dist.ProcessGroup
     data_peers_host: dist.ProcessGroup | None
     members: list[list[int]]
+    sampling: SamplingGroups
     dp_rank: int
     dp_size: int
 
@@ -99,7 +118,7 @@ def init(
     seed_everything(seed)
 
     language = ProcessGroupCollection.use_mpu_process_groups()
-    ranks = _model_parallel_ranks(parallel)
+    ranks = _ranks(parallel, "tp-cp-pp")
     mine = next(group for group in ranks if dist.get_rank() in group)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     model_parallel, _ = dist.new_subgroups_by_enumeration(ranks, timeout, backend())
@@ -115,6 +134,7 @@ def init(
         model_parallel_host=host,
         data_peers_host=peers,
         members=ranks,
+        sampling=_sampling_groups(parallel, timeout, SamplingGroups(model_parallel, host, ranks, None)),
         world_host=dist.new_group(timeout=timeout, backend=host_backend()) if on_gpu() else _world(),
         dp_rank=ranks.index(mine),
         dp_size=len(ranks),
@@ -139,8 +159,23 @@ def _world() -> dist.ProcessGroup:
     return world
 
 
-def _model_parallel_ranks(parallel: ParallelSizes) -> list[list[int]]:
-    """Ranks of each TP × CP × PP group, in the order of the data-parallel ranks. Megatron orders tp-cp-ep-dp-pp."""
+def _sampling_groups(
+    parallel: ParallelSizes, timeout: datetime.timedelta, without_context: SamplingGroups
+) -> SamplingGroups:
+    if parallel.context == 1:
+        return without_context
+    ranks = _ranks(parallel, "tp-pp")
+    together, _ = dist.new_subgroups_by_enumeration(ranks, timeout, backend())
+    host, _ = dist.new_subgroups_by_enumeration(ranks, timeout, host_backend()) if on_gpu() else (together, None)
+    peers, _ = dist.new_subgroups_by_enumeration(_ranks(parallel, "cp"), timeout, host_backend())
+    return SamplingGroups(together, host, ranks, peers)
+
+
+def _ranks(parallel: ParallelSizes, kinds: str) -> list[list[int]]:
+    """Ranks of each group over some kinds of parallelism, such as "tp-cp-pp", in the order of the data-parallel ranks.
+
+    Megatron orders tp-cp-ep-dp-pp.
+    """
     from megatron.core.parallel_state import RankGenerator
 
     world = dist.get_world_size()
@@ -148,7 +183,7 @@ def _model_parallel_ranks(parallel: ParallelSizes) -> list[list[int]]:
     generator = RankGenerator(
         tp=parallel.tensor, ep=1, dp=data, pp=parallel.pipeline, cp=parallel.context, order="tp-cp-ep-dp-pp"
     )
-    return generator.get_ranks("tp-cp-pp")
+    return generator.get_ranks(kinds)
 
 
 def _tower_collection() -> "ProcessGroupCollection":

@@ -12,6 +12,7 @@ _FORMS = {
     "judged": (("completion",), "a labelled answer, which kto reads"),
     "conversation": (("messages",), "a conversation, which sft reads"),
     "document": (("text",), "a document, which pretrain and sft read"),
+    "question": (("prompt", "problem"), "a question, which grpo and infer read"),
     "sharegpt": (("conversations",), "a conversation as ShareGPT and LLaVA write it"),
 }
 # How the forms are written that verbs read.

@@ -26,6 +26,7 @@ from megavlm.base.quoting import quoted
 from megavlm.records.boxes import Box, fill_marks
 from megavlm.records.forms import form_of, other_form
 from megavlm.records.marks import MARKS, Places
+from megavlm.records.prompts import ASKING, as_conversation
 from megavlm.records.skipped_samples import NO_TARGET, UnfitSample
 from megavlm.records.values import check_values, is_number, kind_of
 
@@ -98,7 +99,9 @@ def check_record(raw: Any, kind: Kind, source: str) -> Record:
     """
     if not isinstance(raw, dict):
         raise UserError(f"{source}: a line must be a JSON object, found {kind_of(raw)}")
-    check_values(raw, FIELDS, source)
+    check_values(raw, (*FIELDS, *ASKING) if kind == "prompt" else FIELDS, source)
+    if kind == "prompt":
+        raw = as_conversation(raw, source)
     is_missing = "messages" not in raw and "text" not in raw
     if is_missing and form_of(raw) is not None:
         raise other_form(raw, "messages", (), source)

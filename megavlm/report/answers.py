@@ -14,11 +14,9 @@ from PIL import Image, ImageOps
 
 from megavlm.base.errors import UserError
 from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
-from megavlm.media.files import Find
-from megavlm.media.pictures import find_picture
-from megavlm.media.videos import find_video
 from megavlm.records.questions import question_of, reference_of
 from megavlm.records.records import check_record
+from megavlm.sources.previews import preview
 
 FILE_NAME = "answers.jsonl"
 NOTE_FILE = "answers.json"
@@ -231,21 +229,10 @@ def _sample(
     find = partial(sources[-1].access.find, str(file), name)
     for named, is_video in media[:MAX_PICTURES]:
         try:
-            sample.pictures.append(thumbnail(_picture(named, is_video, find, name)))
+            sample.pictures.append(thumbnail(preview(named, is_video, find, name)))
         except UserError as error:
             sample.note = str(error)
     return sample
-
-
-def _picture(named: Any, is_video: bool, find: Find, source: str) -> Image.Image:
-    """The picture, or the middle frame of a video."""
-    if is_video:
-        video = find_video(named, find, source, sampled_fps=1.0)
-        frames = video.probe()
-        pixels = next(video.pixels(frames.take([len(frames) // 2])))
-    else:
-        pixels = find_picture(named, find, source).pixels()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def _normal(text: str) -> str:

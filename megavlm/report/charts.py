@@ -81,7 +81,10 @@ def chart(
     if not curves:
         return Markup("")
     values = [value for curve in curves for value in curve.values if value is not None and _usable(value, log)]
-    y = _Axis(min(0, *values) if from_zero and not log else min(values), max(values), log)
+    low, high = min(values), max(values)
+    if from_zero and not log:
+        low, high = min(0, low), high if low or high else 1
+    y = _Axis(low, high, log)
     left, right = (bands[0].start, bands[-1].end) if bands else (steps[0], steps[-1])
     x = _Axis(left, right if right > left else left + 1, rounded=False)
 

@@ -15,7 +15,7 @@ from megavlm.report.page import render_page
 
 TEMPLATE = "inspect.html.jinja"
 MAX_FAULTS = 100  # number of skipped samples of one kind that are listed for a source
-UNITS = {"pair": "pairs"}  # what a sample is called, by its kind
+UNITS = {"pair": "pairs", "prompt": "prompts"}  # what a sample is called, by its kind
 COLORS = ("loss", "lr", "speed", "projector", "language", "vision", "bad", "soft")  # the page's colours of the sources
 
 
@@ -36,7 +36,7 @@ def write_page(
         kind: the kind of the samples.
         looks: the inspected samples of each source.
         stats: the statistics of each source, in the same order.
-        rows: the statistics of packed rows, None if no sample can be used.
+        rows: the statistics of packed rows, None if no sample can be used, or for prompts.
         cards: the samples to show of each source, in the same order.
     """
     lengths = [[num_tokens(draft) for draft in look.drafts] for look in looks]

@@ -1,4 +1,6 @@
-"""loss.png: the loss, learning rate and gradient norms of one run; and accuracy and margin if it compares answers."""
+"""loss.png: the loss, learning rate and gradient norms of one run; below the loss, what its method measures of answers:
+accuracy and margin if it compares them, reward and length if it samples them.
+"""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -20,7 +22,13 @@ COLORS = {
     "language": "#7c3aed",
     "accuracy": "#059669",
     "margin": "#7c3aed",
+    "reward": "#059669",
+    "answer_tokens": "#7c3aed",
 }
+# The fields of a panel below the loss, on its left and its right axis: of methods that compare answers, and of
+# reinforcement learning.
+_PANELS = (("accuracy", "margin"), ("reward", "answer_tokens"))
+_LABELS = {"accuracy": "accuracy, %", "answer_tokens": "answer tokens"}
 
 
 def smooth(values: Sequence[float | None], reach: int | None = None) -> list[float | None]:
@@ -43,7 +51,7 @@ def smooth(values: Sequence[float | None], reach: int | None = None) -> list[flo
 def write_loss_plot(output_dir: str | Path, title: str | None = None) -> Path | None:
     """Draws loss and learning rate above gradient norms, from metrics.jsonl of an output folder.
 
-    For dpo, kto and rm, accuracy and margin are drawn between them.
+    For dpo, kto and rm, accuracy and margin are drawn between them; for reinforcement learning, reward and length.
 
     Returns:
         The file, which is replaced atomically; None if there are no metrics.
@@ -63,10 +71,10 @@ def _draw(lines: list[dict[str, Any]], title: str) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    compares = any(line.get("accuracy") is not None for line in lines)
-    figure = Figure(figsize=(9, 8.2 if compares else 6.2), layout="constrained")
+    panels = [fields for fields in _PANELS if any(line.get(fields[0]) is not None for line in lines)]
+    figure = Figure(figsize=(9, 6.2 + 2 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)  # uses neither a display nor pyplot's global state
-    heights = [2, 1, 1] if compares else [2, 1]
+    heights = [2, *(1 for _ in panels), 1]
     loss_axes, *between, norm_axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     steps = [line["step"] for line in lines]
 
@@ -108,16 +116,17 @@ def _draw(lines: list[dict[str, Any]], title: str) -> "Figure":
     norm_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     twins = [lr_axes]
-    for accuracy_axes in between:
-        shares = [100 * value for value in average("accuracy")]
-        accuracy_axes.plot(steps, shares, color=COLORS["accuracy"], linewidth=2, marker=marker, label="accuracy, %")
-        accuracy_axes.set_ylabel("accuracy, %", color=COLORS["accuracy"])
-        accuracy_axes.set_ylim(0, 104)
-        twins.append(margin_axes := accuracy_axes.twinx())
-        margin_axes.plot(steps, average("margin"), color=COLORS["margin"], linewidth=1.4, marker=marker, label="margin")
-        margin_axes.set_ylabel("margin", color=COLORS["margin"])
-        handles = [*accuracy_axes.get_lines(), *margin_axes.get_lines()]
-        accuracy_axes.legend(handles=handles, frameon=False, ncols=2, loc="lower right", fontsize=9)
+    for left_axes, fields in zip(between, panels, strict=True):
+        twins.append(right_axes := left_axes.twinx())
+        for axes, field, width in zip((left_axes, right_axes), fields, (2, 1.4), strict=True):
+            label, values = _LABELS.get(field, field), average(field)
+            if field == "accuracy":
+                values = [100 * value for value in values]
+                axes.set_ylim(0, 104)
+            axes.plot(steps, values, color=COLORS[field], linewidth=width, marker=marker, label=label)
+            axes.set_ylabel(label, color=COLORS[field])
+        handles = [*left_axes.get_lines(), *right_axes.get_lines()]
+        left_axes.legend(handles=handles, frameon=False, ncols=2, loc="lower right", fontsize=9)
 
     for axes in (loss_axes, *between, norm_axes, *twins):
         axes.spines[["top"]].set_visible(False)

@@ -9,101 +9,28 @@ that `megavlm infer` has written to one of these folders, or to a folder next to
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import percent, short
-from megavlm.media.access import MediaAccess
-from megavlm.monitor.metrics import PARTS, read_metrics
+from megavlm.monitor.rl_warnings import history
 from megavlm.report.answers import AnswerGroup, AnswerSource, group_answers, read_note, read_source
 from megavlm.report.charts import Band, Curve, chart
 from megavlm.report.loss_plot import smooth
 from megavlm.report.page import render_page
-from megavlm.report.preferences import Preferences, method_charts
+from megavlm.report.policy import is_rl, policy_charts
+from megavlm.report.preferences import method_charts
+from megavlm.report.rollouts import marked_tokens, shown_rollouts
+from megavlm.report.run import Run, access_of, existing
+from megavlm.report.run_data import changes_of, passes_of
 
 FILE_NAME = "report.html"
 TEMPLATE = "report.html.jinja"
-
-
-@dataclass
-class Run:
-    """The configuration and the metrics of a run, read from its output folder.
-
-    Attributes:
-        folder: the output folder.
-        config: its config.yaml; {} if there is none.
-        lines: its metrics, oldest first; [] if nothing was trained.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    lines: list[dict[str, Any]]
-
-    @classmethod
-    def read(cls, folder: Path) -> "Run":
-        """Reads an output folder. Raises UserError if config.yaml is not valid YAML."""
-        file = folder / "config.yaml"
-        config = None
-        if file.is_file():
-            try:
-                config = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except yaml.YAMLError as error:
-                raise UserError(f"{file} is not valid YAML: {error}") from None
-        return cls(folder, config if isinstance(config, dict) else {}, read_metrics(folder))
-
-    def setting(self, key: str) -> Any:
-        """The value of a dotted key; None if it is not set."""
-        value: Any = self.config
-        for name in key.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        return value
-
-    @property
-    def name(self) -> str:
-        """The name in the report: the stage of pretraining, or the name of the folder."""
-        stage = self.setting("stage")
-        return self.folder.absolute().name if stage is None else f"stage {stage}"
-
-    @property
-    def trained_parts(self) -> list[str]:
-        """The parts that are trained: those that are not frozen, or are unfrozen during the run."""
-        frozen = set(self.setting("model.freeze") or []) - set(self.setting("train.unfreeze_after") or {})
-        return [part for part in PARTS if part not in frozen]
-
-    def column(self, name: str) -> list[float | None]:
-        """One field of all lines; None for lines without it."""
-        return [line.get(name) for line in self.lines]
-
-    def total(self, name: str) -> float:
-        """Sum of a field over all steps. If only each k-th step has a line, this line counts for k steps."""
-        known = [value for value in self.column(name) if value is not None]
-        return sum(known) * self.lines[-1]["step"] / len(self.lines) if self.lines else 0.0
-
-    def typical(self, name: str) -> float | None:
-        """Median of a field. If there are several lines, the first is ignored, because it includes the start-up."""
-        known = [value for value in self.column(name)[min(1, len(self.lines) - 1) :] if value is not None]
-        return median(known) if known else None
-
-    def first_and_last(self, name: str) -> tuple[float | None, float | None]:
-        """The first value of a field, and its moving average at the end; None if there are no values."""
-        known = [value for value in self.column(name) if value is not None]
-        return (known[0], smooth(known)[-1]) if known else (None, None)
-
-    @property
-    def first_and_last_loss(self) -> tuple[float | None, float | None]:
-        """The first loss, and the moving average of the loss at the end."""
-        return self.first_and_last("loss")
-
-    @property
-    def preferences(self) -> Preferences | None:
-        """What accuracy and margin of this run are; None if it does not compare answers."""
-        return Preferences.of(self.lines)
 
 
 def write_report(output_dir: str | Path) -> Path:
@@ -167,11 +94,10 @@ def find_answers(chain: list[Run]) -> list[AnswerSource]:
             place = own_place
         if place is None:
             continue
-        eval_path, roots = data.get("eval"), data.get("media_roots")
-        access = MediaAccess(tuple(roots) if roots else None, tuple(data.get("media_protocols") or ()))
-        questions = _existing(Path(eval_path), folder) if eval_path else None
+        eval_path = data.get("eval")
+        questions = existing(Path(eval_path), folder) if eval_path else None
         is_own = trained is None or place == trained
-        source = read_source(folder, questions, access, weights=_words(weights), is_own=is_own)
+        source = read_source(folder, questions, access_of(data), weights=_words(weights), is_own=is_own)
         if source is not None:
             found.append(((place, weights.get("step") or 0), source))
     return [source for _, source in sorted(found, key=lambda item: item[0])]
@@ -186,10 +112,10 @@ def _place(weights: dict[str, Any], folder: Path, places: dict[Path, int], start
     run = weights.get("run")
     path = _run_folder(named, folder)
     if run:  # which may be this folder
-        path = _existing(Path(run), folder) or folder.absolute().parent / Path(run).name
+        path = existing(Path(run), folder) or folder.absolute().parent / Path(run).name
     if path is not None:
         return places.get(path.resolve())
-    loaded = _existing(Path(named), folder) if named else None
+    loaded = existing(Path(named), folder) if named else None
     return -1 if loaded is not None and start is not None and loaded.resolve() == start else None
 
 
@@ -204,7 +130,7 @@ def _words(weights: dict[str, Any]) -> str:
 def _loaded(run: Run) -> Path | None:
     """The checkpoint from which a run started; None if there is none."""
     load = run.setting("model.load")
-    path = _existing(Path(load), run.folder) if load else None
+    path = existing(Path(load), run.folder) if load else None
     return path.resolve() if path else None
 
 
@@ -220,30 +146,29 @@ def _run_folder(load: str | None, folder: Path) -> Path | None:
     named = Path(*parts[:at]) if at else None
     if named is None:
         return None
-    path = _existing(named, folder) or folder.absolute().parent / named.name
+    path = existing(named, folder) or folder.absolute().parent / named.name
     is_run = (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file()
     return path if is_run and path.resolve() != folder.resolve() else None
-
-
-def _existing(path: Path, folder: Path) -> Path | None:
-    """A path from the settings of a run, if it exists. It is relative to the folder in which the run was started.
-
-    That folder is assumed to be the current folder, or a parent of the output folder.
-    """
-    starts = [Path.cwd(), *folder.absolute().parents]
-    return next((start / path for start in starts if (start / path).exists()), None)
 
 
 def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup]) -> str:
     return render_page(
         TEMPLATE,
-        filters={"total_of": Run.total},
+        filters={
+            "total_of": Run.total,
+            "marked_tokens": marked_tokens,
+            "passes": passes_of,
+            "changes": changes_of,
+            "yaml": _yaml,
+        },
         run=chain[-1],
         trained=trained,
         overview=_overview(trained),
         charts=[_charts(run) for run in trained],
         settings=_settings(chain),
         answers=answers,
+        warnings=history(trained[-1].lines) if trained else [],
+        rollouts=shown_rollouts(chain[-1]),
     )
 
 
@@ -261,15 +186,17 @@ def _overview(runs: list[Run]) -> str:
     return chart("Loss", steps, [Curve("loss", losses, "loss", average)], bands=bands, kind="tall")
 
 
-def _charts(run: Run) -> list[str]:
-    """The charts of one run that have values."""
+def _charts(run: Run) -> list[tuple[str, list[Markup]]]:
+    """The charts of one run that have values, under headings; "" if there is only one group."""
     steps = [line["step"] for line in run.lines]
     norms = [Curve.smoothed(part, run.column(f"grad_norm/{part}"), part) for part in run.trained_parts]
     if len(norms) > 1:
         norms.insert(0, Curve.smoothed("whole", run.column("grad_norm"), "text"))
     speed, mfu = run.column("tokens_per_second"), run.column("mfu")
+    loss = Curve.smoothed("loss", run.column("loss"), "loss")
+    rl = is_rl(run.lines)
     charts = [
-        chart("Loss", steps, [Curve.smoothed("loss", run.column("loss"), "loss")], kind="large"),
+        chart("Loss", steps, [loss], kind="" if rl else "large"),
         *method_charts(run.lines),
         chart("Gradient norm", steps, norms, log=True),
         chart("Learning rate", steps, [Curve("learning rate", run.column("lr"), "lr")], from_zero=True),
@@ -277,7 +204,8 @@ def _charts(run: Run) -> list[str]:
         chart("MFU", steps, [Curve.smoothed("MFU", mfu, "speed")], from_zero=True, label=percent),
         chart("Peak memory, GiB", steps, [Curve("GiB", run.column("memory_gib"), "soft")], from_zero=True),
     ]
-    return [drawn for drawn in charts if drawn]
+    groups = [*policy_charts(run.lines), ("Training", charts)] if rl else [("", charts)]
+    return [(heading, [drawn for drawn in group if drawn]) for heading, group in groups]
 
 
 def _settings(chain: list[Run]) -> list[tuple[Run, list[tuple[str, str, bool]]]]:

@@ -36,8 +36,8 @@ class Prompt:
 
     Attributes:
         sample: the rendered prompt (kind "prompt") with its pixels.
-        seeds: one for each answer, in 0 … 2⁶³ - 1. The tokens of an answer depend on the weights, the prompt and its
-            seed alone: not on what else is answered at the same time, nor on the number of ranks.
+        seeds: one for each answer, at least one, in 0 … 2⁶³ - 1. The tokens of an answer depend on the weights, the
+            prompt and its seed alone: not on what else is answered at the same time, nor on the number of ranks.
     """
 
     sample: Sample
@@ -90,6 +90,8 @@ class Engine(Protocol):
 
         Raises:
             UserError: on all ranks, if a prompt can never fit in the memory that the settings allow.
+            Exception: on all ranks, what reading a prompt raises. In both cases the prompts that were read before are
+                answered first.
         """
 
     def sync(self) -> None:

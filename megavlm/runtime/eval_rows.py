@@ -17,6 +17,8 @@ from megavlm.platform.collectives import gather_objects
 from megavlm.runtime.feed import Feed, StepRows, Window
 from megavlm.runtime.session import Session
 
+PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+
 
 class EvalRows:
     """Iterates over (window, number of its rows that count).
@@ -46,9 +48,8 @@ class EvalRows:
 
     def __iter__(self) -> Iterator[tuple[Window, int]]:
         session, size = self._session, self._size
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         feed, last = Feed(session.vlm, self._rows), StepRows([], [])
-        with Progress(*columns, disable=not session.is_first) as bar:
+        with Progress(*PROGRESS, disable=not session.is_first) as bar:
             task = bar.add_task(self._what, total=None)
             for done in itertools.count(1):
                 rows = feed.rows(size)

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+from rich.progress import Progress
+
 from megavlm.checkpoint.fingerprint import describe_samples, digest_of_paths
 from megavlm.config.requirements import required
 from megavlm.data.eval_samples import EvalSamples, meaningless_sample
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row, Sample
-from megavlm.runtime.eval_rows import EvalRows, note_settings
+from megavlm.runtime.eval_rows import PROGRESS, EvalRows, note_settings
 from megavlm.runtime.feed import Window
 from megavlm.runtime.results import Results
 from megavlm.runtime.session import Session
@@ -29,9 +31,6 @@ class Evaluation:
         name: the name of the file of results in ``output``.
         kind: "prompt" or "tune".
         made_with: settings of the verb on which the results depend, recorded beside them.
-
-    Attributes:
-        done: the number of samples that an interrupted start has done.
 
     Raises:
         UserError: see ``Results``; ``data.eval`` cannot be read.
@@ -69,7 +68,6 @@ class Evaluation:
             }
 
         self._results = Results(session, self.path, note, identity)
-        self.done = len(self._results.done)
         if session.is_first:
             note_settings(settings)
 
@@ -78,13 +76,16 @@ class Evaluation:
         what: str,
         rows_of: Callable[[Iterator[Sample]], Iterator[Row]],
         compute: Callable[[Window], list[dict[str, Any]]],
+        size: int = 1,
     ) -> tuple[list[dict[str, Any]], str]:
         """Reads all samples and publishes the results. Call it on all ranks.
 
         Args:
             what: label of the progress bar.
             rows_of: packs samples into rows.
-            compute: returns the results of a window of one row, each with ``index``, on the leader.
+            compute: returns the results of a window on the leader: one of each sample of its rows in their order, with
+                ``index``.
+            size: number of rows of a window.
 
         Returns:
             See ``Results.publish``.
@@ -92,23 +93,49 @@ class Evaluation:
         Raises:
             UserError: no sample can be used; the disk is full.
         """
-        session, groups, renderer = self._session, self._session.groups, self._renderer
-        samples, rows = None, None
-        if groups.is_leader:
-            file = self._file()
-            mine = [i for i in range(groups.dp_rank, len(file), groups.dp_size) if i not in self._results.done]
-            samples = EvalSamples(file, renderer, self._kind, mine, session.settings.data.workers)
-            rows = rows_of(iter(samples))
+        session, renderer, samples = self._session, self._renderer, self._samples()
+        rows = rows_of(iter(samples)) if samples is not None else None
         filler = lambda: next(rows_of(iter([meaningless_sample(renderer)])))
-        for window, real in EvalRows(session, rows, what, filler=filler):
+        for window, real in EvalRows(session, rows, what, size, filler):
             found = compute(window)
             if samples is None:
                 self._results.take([], [])
                 continue
-            done = [{**samples.about.pop(line.pop("index")), **line} for line in found if real]
+            count = sum(micro_batch.host.num_samples for micro_batch in window.micro_batches[:real])
+            done = [{**samples.about.pop(line.pop("index")), **line} for line in found[:count]]
             self._results.take(done, samples.take_skipped())
         self._results.take([], samples.take_skipped() if samples is not None else [])
         return self._results.publish(str(session.settings.data.eval))
+
+    def stream(
+        self, what: str, results_of: Callable[[Iterator[Sample] | None], Iterator[dict[str, Any]]]
+    ) -> tuple[list[dict[str, Any]], str]:
+        """As ``run``, for results that come one by one, in any order and on each rank at other times.
+
+        Args:
+            what: label of the progress bar.
+            results_of: yields a result with ``index`` for each sample; the samples are None except on leaders.
+        """
+        samples = self._samples()
+        with Progress(*PROGRESS, disable=not self._session.is_first) as bar:
+            task = bar.add_task(what, total=None)
+            for line in results_of(iter(samples) if samples is not None else None):
+                assert samples is not None, "results come on leaders"
+                about = samples.about.pop(line.pop("index"))
+                self._results.keep([{**about, **line}], samples.take_skipped())
+                bar.update(task, advance=1)
+        self._results.take([], samples.take_skipped() if samples is not None else [])
+        return self._results.publish(str(self._session.settings.data.eval))
+
+    def _samples(self) -> EvalSamples | None:
+        """The samples of this data-parallel rank that are not done yet, on its leader."""
+        session, groups = self._session, self._session.groups
+        if not groups.is_leader:
+            return None
+        file = self._file()
+        mine = [i for i in range(groups.dp_rank, len(file), groups.dp_size) if i not in self._results.done]
+        workers, output = session.settings.data.workers, self.path.parent
+        return EvalSamples(file, self._renderer, self._kind, mine, workers, output, groups.dp_rank)
 
     def _file(self) -> SampleFile:
         data = self._session.settings.data

@@ -60,10 +60,17 @@ class StepRows:
     Attributes:
         hosts: the rows without their pixels, on every rank of the model-parallel group.
         full: the rows with their pixels, only on the leader. An entry becomes None when its window is made.
+        encoded: None, or the windows with their features, for further passes. They are filled in the first pass if the
+            list is empty, and only as long as neither tower nor projector is trained.
     """
 
     hosts: list[Row]
     full: list[Row | None]
+    encoded: list[Window] | None = None
+
+    def copy(self) -> "StepRows":
+        """The same rows, for one more pass over them: making windows of the copy does not release the pixels."""
+        return StepRows(self.hosts, list(self.full), self.encoded)
 
 
 class Feed:

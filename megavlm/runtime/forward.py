@@ -1,10 +1,10 @@
 """Runs micro-batches through the tower and this rank's part of the decoder, outside a training step."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -13,6 +13,7 @@ from megavlm.model.language import LanguageModel
 from megavlm.model.tower_phase import Timer
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
+from megavlm.platform.collectives import gather_objects
 from megavlm.runtime.feed import MicroBatch, Window
 
 
@@ -74,13 +75,14 @@ def forward_only(vlm: VLM, window: Window, read: Callable[[LanguageModel, Tensor
 
     Args:
         vlm: the model.
-        window: the window; its frames are encoded first.
+        window: the window; its frames are encoded first, unless they are already.
         read: computes a tensor from the last chunk, the hidden states [t, 1, hidden] and the micro-batch.
 
     Returns:
         On the ranks of the last pipeline stage, the result of ``read`` for each micro-batch; [] on the other ranks.
     """
-    encode_window(vlm, window)
+    if window.frames is not None:
+        encode_window(vlm, window)
     prepare_schedule(vlm.decoder_config)
 
     def forward_step(micro_batches: Iterator[MicroBatch], model: LanguageModel) -> tuple[Tensor, Callable | None]:
@@ -101,32 +103,19 @@ def forward_only(vlm: VLM, window: Window, read: Callable[[LanguageModel, Tensor
     )
 
 
-@torch.no_grad()
-def logprobs_of(vlm: VLM, micro_batch: MicroBatch, chunk_tokens: int) -> Tensor:
-    """Returns the log-probability of each target of a row, and 0 at other positions: float32 [T] on the host.
+def to_leader(vlm: VLM, results: list[Tensor]) -> list[Tensor]:
+    """Sends what ``forward_only`` has returned to the leader. Call it on all ranks.
 
-    It requires a layout with one pipeline stage.
+    Args:
+        vlm: the model.
+        results: the results on this rank, the same on all ranks of the last pipeline stage.
+
+    Returns:
+        On the leader, the results in host memory; [] on the other ranks.
     """
-    hidden = forward_chunk(vlm, vlm.language[0], micro_batch)
-    logprobs, _ = vlm.language[0].token_logprobs(hidden, micro_batch.targets, chunk_tokens)
-    row_index = micro_batch.targets.row_index
-    row = torch.zeros(len(micro_batch.host.labels))
-    row[row_index[row_index >= 0]] = logprobs.cpu()[row_index >= 0]
-    if vlm.parallel.context > 1:  # each context-parallel rank has only the targets of its part of the row
-        row = row.to(device())
-        dist.all_reduce(row, group=vlm.groups.language.cp)
-    return row.cpu()
-
-
-@torch.no_grad()
-def scores_of(vlm: VLM, micro_batch: MicroBatch) -> Tensor:
-    """Returns the reward head's score at the last target of each sample: float32 [samples] on the host.
-
-    It requires a layout with one pipeline stage.
-    """
-    hidden = forward_chunk(vlm, vlm.language[0], micro_batch)
-    scores = vlm.language[0].scores(hidden, micro_batch.last_targets)
-    groups = vlm.groups.language
-    for group in (groups.cp, *([groups.tp] if vlm.parallel.sequence_parallel else [])):
-        dist.all_reduce(scores, group=group)
-    return scores.cpu()
+    groups = vlm.groups
+    is_first_of_stage = groups.language.tp.rank() == 0 and groups.language.cp.rank() == 0
+    mine = [result.cpu() for result in results] if is_first_of_stage else []
+    if vlm.parallel.pipeline == 1:
+        return mine
+    return list(itertools.chain.from_iterable(gather_objects(mine, groups.model_parallel_host)))

@@ -5,12 +5,14 @@
 note, and ``NAME_errors.jsonl`` lists the samples that could not be used, if there are any.
 """
 
+import glob
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
@@ -41,6 +43,8 @@ class Results:
     def __init__(self, session: Session, path: Path, note: dict[str, Any], identity: Callable[[], dict[str, Any]]):
         self.path, self._note, self._session = path, note, session
         self._partial = path.with_name(f"{path.name}.partial")
+        self._own = self._partial.with_name(f"{self._partial.name}-{dist.get_rank()}")
+        self._kept: list[dict[str, Any]] = []  # what this rank has, and rank 0 has not
         self._errors = path.with_name(f"{path.stem}_errors.jsonl")
         self._lines: list[dict[str, Any]] = []  # on rank 0
         self._told = 0
@@ -54,8 +58,26 @@ class Results:
             found: each with ``index``; the two answers of a pair also with ``side``.
             skipped: samples that could not be used.
         """
-        mine = [*found, *({"index": s.index, "sample": s.sample, "kind": s.kind, "cause": s.cause} for s in skipped)]
-        lines = [line for lines in gather_objects(mine, self._session.groups.world_host) for line in lines]
+        mine, self._kept = self._kept + _lines(found, skipped), []
+        self._write([line for lines in gather_objects(mine, self._session.groups.world_host) for line in lines])
+
+    def keep(self, found: list[dict[str, Any]], skipped: Sequence[SkippedSample]) -> None:
+        """Writes the results of this rank, whatever the others do; ``take`` must follow when all are done.
+
+        Rank 0 writes them to the file of all ranks. Every other rank writes to one of its own, ``NAME.partial-RANK``,
+        which is read after an interruption and otherwise not needed.
+
+        Args:
+            found, skipped: as for ``take``.
+        """
+        lines = _lines(found, skipped)
+        if self._session.is_first:
+            self._write(lines)
+        elif lines:
+            append_lines(self._own, [json.dumps(line, ensure_ascii=False) + "\n" for line in lines])
+            self._kept += lines
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
         if lines:
             self._tell(lines)
             append_lines(self._partial, [json.dumps(line, ensure_ascii=False) + "\n" for line in lines])
@@ -97,6 +119,8 @@ class Results:
                 )
         begin = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (identity, *self._lines))
         write_text(self._partial, begin)
+        for file in self._of_other_ranks():
+            file.unlink()
         return {line["index"] for line in self._lines}
 
     def _whole(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -107,8 +131,10 @@ class Results:
     def _read(self) -> list[dict[str, Any]]:
         """The lines of an interrupted start, without one that it had not written completely."""
         lines: list[dict[str, Any]] = []
-        if self._partial.is_file():
-            for text in self._partial.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if not self._partial.is_file():
+            return lines
+        for file in [self._partial, *self._of_other_ranks()]:
+            for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     line = json.loads(text)
                 except ValueError:
@@ -116,6 +142,9 @@ class Results:
                 if isinstance(line, dict) and ("index" in line or not lines):
                     lines.append(line)
         return lines
+
+    def _of_other_ranks(self) -> list[Path]:
+        return sorted(self._partial.parent.glob(f"{glob.escape(self._partial.name)}-*"))
 
     def _tell(self, lines: list[dict[str, Any]]) -> None:
         for line in (line for line in lines if "cause" in line):
@@ -145,7 +174,12 @@ class Results:
         self.path.unlink(missing_ok=True)  # the note must never stand beside the results of others
         write_text(self.path.with_suffix(".json"), json.dumps(self._note, ensure_ascii=False, indent=1) + "\n")
         write_text(self.path, text(usable))
-        os.unlink(self._partial)
+        for file in [self._partial, *self._of_other_ranks()]:
+            file.unlink()
+
+
+def _lines(found: list[dict[str, Any]], skipped: Sequence[SkippedSample]) -> list[dict[str, Any]]:
+    return [*found, *({"index": s.index, "sample": s.sample, "kind": s.kind, "cause": s.cause} for s in skipped)]
 
 
 def _counted(bad: list[dict[str, Any]]) -> str:

@@ -167,11 +167,6 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
         data_peers=share_frames,
     )
     check_shapes(settings, shapes, dist.get_world_size(), training=training)
-    if settings.parallel.pipeline > 1 and not training:
-        raise UserError(
-            f"parallel.pipeline is {settings.parallel.pipeline}, but scoring and generation require one pipeline stage",
-            "set parallel.pipeline=1 on the command line; a checkpoint can be loaded in any layout",
-        )
     path = find_checkpoint(settings.model.start) if load and settings.model.start is not None else None
     if path is not None and not score_head and dist.get_rank() == 0 and has_score_head(path):
         _log.warning("%s has a reward head, which is not used here", path)

@@ -7,9 +7,9 @@ from typing import Any, TextIO
 from megavlm.base.errors import RunFailure
 from megavlm.checkpoint.fingerprint import digest_of_folders
 from megavlm.checkpoint.folders import find_checkpoint
-from megavlm.config.held_run import of_run
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
+from megavlm.output.held_run import of_run
 from megavlm.platform.collectives import all_gather_objects
 from megavlm.runtime.session import Session
 

@@ -78,7 +78,7 @@ class ShardFolder:
         shard, number = self._locate(index)
         try:
             parts = _parts(shard, number)
-            return _record(parts), partial(self._find, index, parts)
+            return _record(parts), partial(_find, parts, shard, self.source(index), self._access)
         except Exception as error:  # of the tar file, its index, its JSON, or fsspec
             missing = isinstance(error, FileNotFoundError)
             found = "the shard does not exist" if missing else f"cannot be read: {shortened(error)}"
@@ -86,16 +86,25 @@ class ShardFolder:
                 f"{self.source(index)}: {found}", f"build the index again with: megavlm data prepare {self.path}"
             ) from None
 
-    def _find(self, index: int, parts: dict[str, File], named: str) -> File:
-        """The member with this part or full name; if there is none, a file relative to the folder of the shard."""
-        part = _part(parts, named)
-        return parts[part] if part is not None else self._access.find(self._locate(index)[0], self.source(index), named)
-
     def _locate(self, index: int) -> tuple[str, int]:
         """The shard of a sample, and the number of the sample in this shard, from 0."""
         number = bisect_right(self._ends, index)
         first = self._ends[number - 1] if number else 0
         return f"{self.path}/{self._shards[number]}", index - first
+
+
+def find_in_shard(shard: str, number: int, source: str, access: MediaAccess) -> Find:
+    """The function that locates the media of sample `number` (from 0) of a shard. Raises UserError if unreadable."""
+    try:
+        return partial(_find, _parts(shard, number), shard, source, access)
+    except Exception as error:  # of the tar file, its index, or fsspec
+        raise UserError(f"{source}: cannot be read: {shortened(error)}") from None
+
+
+def _find(parts: dict[str, File], shard: str, source: str, access: MediaAccess, named: str) -> File:
+    """The member with this part or full name; if there is none, a file relative to the folder of the shard."""
+    part = _part(parts, named)
+    return parts[part] if part is not None else access.find(shard, source, named)
 
 
 def _check_counts(counts: Any) -> None:

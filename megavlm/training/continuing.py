@@ -1,8 +1,8 @@
 """Says how a start continues the run in the output folder: changed settings, and what becomes of the learning rate."""
 
-from megavlm.config.changes import text
-from megavlm.config.run_folder import Start
 from megavlm.optim.optimizers import Optimizers
+from megavlm.output.changes import text
+from megavlm.output.folder import Start
 
 _SCHEDULE = ("train.lr", "train.min_lr", "train.warmup_steps", "train.schedule", "train.schedule_steps")
 

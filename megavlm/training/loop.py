@@ -7,11 +7,11 @@ import torch.distributed as dist
 
 from megavlm.base import stop_signals
 from megavlm.config.requirements import required
-from megavlm.config.run_folder import StartOptions
-from megavlm.config.run_lock import RunLock
 from megavlm.config.settings import Settings
 from megavlm.monitor.hang_watch import HangWatch
 from megavlm.monitor.run_monitor import RunMonitor
+from megavlm.output.folder import StartOptions
+from megavlm.output.lock import RunLock
 from megavlm.training.hooks import Hook
 from megavlm.training.memory_check import check_memory
 from megavlm.training.method import Method
@@ -59,8 +59,7 @@ def train(
             monitor.tell_samples()
             monitor.say(f"stopped at step {last}" if stopped else f"done: {settings.train.steps} steps")
             monitor.finish()
-        if run.rows is not None:
-            run.rows.close()
+        run.close()
         dist.barrier()
     return 0
 
@@ -99,7 +98,7 @@ def _run_steps(
         run.checkpoints.poll()
         heartbeat(f"step {number}")
         (stopping, due), every = stop.decide(), settings.checkpoint.every
-        data_failure = monitor.data_failure()
+        data_failure = monitor.data_failure() or run.report(number, monitor)
         saving = number == steps or stopping or due or bool(every and number % every == 0) or data_failure is not None
         failure = skipped.failure(number, result.trouble)
         if result.trouble and saving and not failure:
@@ -131,7 +130,7 @@ def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor)
     settings = run.session.settings
     began = time.perf_counter()
     run.stragglers.start()
-    result = run.step()
+    result = run.take_step()
     line = {
         **metrics_line(run.session, number, result, time.perf_counter() - began),
         **monitor.count_samples(number, result.counts, result.skipped_samples),

@@ -52,7 +52,7 @@ def check_memory(step: Step, longest_row: Callable[[], Row] | None, settings: Se
             rows = [longest_row()] * num_rows if longest_row is not None else None
             reserved = _optimizer_state_to_come(step)
             with _unfrozen(step):
-                step.gradients(Feed(step.vlm, iter(rows) if rows is not None else None), num_rows)
+                step.gradients(step.rows(Feed(step.vlm, iter(rows) if rows is not None else None), num_rows))
             peak = _largest(memory_gib(), step)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

@@ -1,20 +1,22 @@
 """The interface of training methods: a method provides an objective and rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from megavlm.config.requirements import required
+from megavlm.base.errors import UserError
 from megavlm.data.loader import RowLoader, build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.row_source import RowSource
+from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.platform import on_gpu
 from megavlm.records.records import Kind
 from megavlm.runtime.session import Session
 from megavlm.training.memory_check import longest_row
 from megavlm.training.objective import Objective
+from megavlm.training.step import Step, StepResult
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,34 @@ class Prepared:
         rows: the rows to train on, on the leader of each model-parallel group; None on the other ranks.
         longest_row: makes the longest row that the settings allow, for the memory check; on the same ranks as ``rows``.
         loader: the loader behind ``rows``, on the same ranks, if they come from files. It counts their samples.
+        make_step: makes what the loop calls for each step, from what updates the weights and the iterator over
+            ``rows``; None: each step is one update with the next ``train.global_batch_size`` rows.
+        updates: number of updates of the weights in a step.
     """
 
     objective: Objective
     rows: RowSource | None
     longest_row: Callable[[], Row] | None
     loader: RowLoader | None = None
+    make_step: Callable[[Step, Iterator[Row] | None], "MethodStep"] | None = None
+    updates: int = 1
+
+
+class MethodStep(Protocol):
+    """The steps of a method that does more in a step than one update. The loop calls it on all ranks."""
+
+    def __call__(self) -> StepResult:
+        """Runs a step."""
+
+    def report(self, step: int, monitor: RunMonitor) -> UserError | None:
+        """Shows and records what the last step has done besides its metrics.
+
+        Returns:
+            The error with which the run is to end after a checkpoint, the same on all ranks; None to go on.
+        """
+
+    def close(self) -> None:
+        """Ends processes and frees memory after the last step."""
 
 
 class Method(Protocol):
@@ -86,7 +110,7 @@ class FileRows:
             dp_rank=groups.dp_rank,
             dp_size=groups.dp_size,
             seed=settings.train.seed,
-            rows_per_step=required(settings.train.global_batch_size, "train.global_batch_size") // groups.dp_size,
+            rows_per_step=settings.rows_per_step(groups.dp_size),
             pin_memory=on_gpu(),
             output=settings.output,
         )

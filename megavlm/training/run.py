@@ -6,26 +6,27 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megavlm.base.errors import RunFailure
+from megavlm.base.errors import RunFailure, UserError
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.checkpoint.manager import MAIN, Checkpoints, TrainedModel
 from megavlm.config.requirements import required
-from megavlm.config.run_folder import Start, StartOptions, prepare_output, record_changes
-from megavlm.config.run_inputs import note_inputs
-from megavlm.config.run_lock import RunLock
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
 from megavlm.data.row import Row
 from megavlm.data.row_source import RowSource
+from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.monitor.stragglers import Stragglers
 from megavlm.optim.optimizers import Optimizers
+from megavlm.output.folder import Start, StartOptions, prepare_output, record_changes
+from megavlm.output.inputs import note_inputs
+from megavlm.output.lock import RunLock
 from megavlm.platform.collectives import on_first_rank
 from megavlm.runtime.adapter_start import load_start
 from megavlm.runtime.feed import Feed
 from megavlm.runtime.session import Session, start
 from megavlm.training.continuing import remarks_on
-from megavlm.training.method import Method
-from megavlm.training.step import Step
+from megavlm.training.method import Method, MethodStep
+from megavlm.training.step import Step, StepResult
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ class Run:
     Attributes:
         session: the models and their layout.
         title: heading on the terminal.
-        step: runs a training step.
+        step: updates the weights.
+        method_step: the steps of the method, if it does more in a step than one update.
         optimizers: the optimizers of the main model.
         checkpoints: writes the checkpoints of the run.
         rows: the source of the rows, on leaders; None on the other ranks.
@@ -50,6 +52,7 @@ class Run:
     session: Session
     title: str
     step: Step
+    method_step: MethodStep | None
     optimizers: Optimizers
     checkpoints: Checkpoints
     rows: RowSource | None
@@ -58,6 +61,20 @@ class Run:
     stragglers: Stragglers
     first_step: int
     remarks: list[str]
+
+    def take_step(self) -> StepResult:
+        """Runs the next step."""
+        return self.method_step() if self.method_step is not None else self.step()
+
+    def report(self, number: int, monitor: RunMonitor) -> UserError | None:
+        """Lets the method report on the step, and returns the error with which it ends the run, if any."""
+        return self.method_step.report(number, monitor) if self.method_step is not None else None
+
+    def close(self) -> None:
+        """Ends the processes of the run."""
+        for used in (self.rows, self.method_step):
+            if used is not None:
+                used.close()
 
 
 def build_run(
@@ -94,7 +111,7 @@ def build_run(
         heartbeat("loading the weights")
     prepared = method.prepare(session, heartbeat)
     heartbeat("preparing the method")
-    optimizers = Optimizers(session.vlm, settings.train)
+    optimizers = Optimizers(session.vlm, settings.train, prepared.updates)
     trained = {MAIN: TrainedModel(session.vlm, optimizers, session.adapters)}
     checkpoints = Checkpoints(output / "checkpoints", trained, prepared.rows, settings, origin)
     first_step = checkpoints.restore(checkpoint) if checkpoint else 0
@@ -103,11 +120,12 @@ def build_run(
     if checkpoint is not None:
         on_first_rank(partial(record_changes, begin, first_step), groups.world_host)
     stragglers = Stragglers(groups.world_host)
+    rows = stragglers.rows(iter(prepared.rows)) if prepared.rows is not None else None
     step = Step(
         session.vlm,
         optimizers,
-        Feed(session.vlm, stragglers.rows(iter(prepared.rows)) if prepared.rows is not None else None),
-        required(settings.train.global_batch_size, "train.global_batch_size") // groups.dp_size,
+        Feed(session.vlm, rows),
+        settings.rows_per_step(groups.dp_size),
         prepared.objective,
         settings.vision.window,
         settings.data.source_names,
@@ -117,6 +135,7 @@ def build_run(
         session,
         method.title,
         step,
+        prepared.make_step(step, rows) if prepared.make_step is not None else None,
         optimizers,
         checkpoints,
         prepared.rows,

@@ -9,6 +9,7 @@ from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import load_weights
 from megavlm.config.requirements import required
 from megavlm.model.vlm import PARTS
+from megavlm.platform import host_buffer
 from megavlm.runtime.session import Session
 
 
@@ -17,15 +18,19 @@ class StartWeights:
 
     Weights that stay frozen, such as the base model of adapters, are not copied. Create it on all ranks, before a
     checkpoint is restored, because the model has the start weights afterwards.
+
+    Args:
+        session: the session of the run.
+        offload: whether the copy is in host memory while it is not used.
     """
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Session, *, offload: bool = False):
         vlm, settings = session.vlm, session.settings
         if session.adapters is None:  # with adapters, ``build_run`` has loaded them even if the run will be resumed
             load_weights(find_checkpoint(required(settings.model.start, "model.load")), vlm)
         self._vlm = vlm
         self._copies: dict[Tensor, Tensor] = {
-            parameter: parameter.detach().clone()
+            parameter: _in_host_memory(parameter) if offload else parameter.detach().clone()
             for part in PARTS
             for module in vlm.modules_of(part)
             for parameter in module.parameters()
@@ -34,14 +39,14 @@ class StartWeights:
 
     def of(self, parameter: Tensor) -> Tensor:
         """Returns the value of a parameter at the start of training."""
-        return self._copies.get(parameter, parameter).detach()
+        return self._copies.get(parameter, parameter).detach().to(parameter.device)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Within the block, the model has the start weights and is in eval mode. Nothing is copied."""
+        """Within the block, the model has the start weights and is in eval mode. Nothing is copied on the device."""
         now = {parameter: parameter.data for parameter in self._copies}
         for parameter, copy in self._copies.items():
-            parameter.data = copy
+            parameter.data = copy.to(parameter.device, non_blocking=True)
         self._vlm.train(False)
         try:
             yield
@@ -49,3 +54,9 @@ class StartWeights:
             for parameter, data in now.items():
                 parameter.data = data
             self._vlm.train()
+
+
+def _in_host_memory(parameter: Tensor) -> Tensor:
+    """A copy in host memory, page-locked if there is a GPU."""
+    flat = host_buffer(1, parameter.numel(), parameter.dtype)
+    return flat.view(parameter.shape).copy_(parameter.detach())

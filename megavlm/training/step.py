@@ -18,7 +18,7 @@ from megavlm.data.row import Row
 from megavlm.model.tower_phase import Timer
 from megavlm.model.vlm import VLM
 from megavlm.optim.optimizers import Optimizers
-from megavlm.platform import device
+from megavlm.platform import Groups, device
 from megavlm.platform.collectives import all_gather_objects
 from megavlm.records.remarks import WORDS
 from megavlm.records.skipped_samples import SkippedSample
@@ -28,6 +28,14 @@ from megavlm.training.objective import Objective, Read, count_sources
 from megavlm.training.skipped_steps import describe
 
 _WINDOW = 4  # rows: enough frames for an even distribution over ranks, few enough for their features to fit
+
+
+def raise_everywhere(problem: UserError | None, failed: bool, groups: Groups) -> None:
+    """Raises NoRows on all ranks if one of them has ``failed``, with the ``problem`` of the first that has one."""
+    here = torch.tensor([int(failed)])
+    dist.all_reduce(here, op=dist.ReduceOp.MAX, group=groups.world_host)
+    if here.item():
+        raise NoRows(next(filter(None, all_gather_objects(problem, groups.world_host))))
 
 
 class NoRows(UserError):
@@ -110,14 +118,39 @@ class Step:
         self.vlm, self.optimizers, self.feed = vlm, optimizers, feed
         self.num_micro_batches, self.objective = num_micro_batches, objective
         self.groups, self.source_names = vlm.groups, list(source_names)
-        self.window = window or (_WINDOW if vlm.parallel.pipeline == 1 else num_micro_batches)
-        self._tower_timer = tower_timer
+        self._window, self._tower_timer = window, tower_timer
         self._schedule = get_forward_backward_func()
         prepare_schedule(vlm.decoder_config)
 
+    @property
+    def window(self) -> int:
+        """The number of micro-batches whose features exist at the same time in a step of ``num_micro_batches``."""
+        return self._window_of(self.num_micro_batches)
+
+    def _window_of(self, num_rows: int) -> int:
+        return self._window or (_WINDOW if self.vlm.parallel.pipeline == 1 else num_rows)
+
     def __call__(self) -> StepResult:
+        return self.update(self.rows(self.feed, self.num_micro_batches))
+
+    def rows(self, feed: Feed, num_rows: int) -> StepRows:
+        """Reads the next rows of ``feed``, at least one.
+
+        Raises NoRows, on all ranks, if a rank cannot read its rows.
+        """
+        rows, problem = None, None
+        try:
+            rows = feed.rows(num_rows)
+        except UserError as error:
+            problem = error
+        raise_everywhere(problem, rows is None, self.groups)
+        assert rows is not None, "the rows of training do not end"
+        return rows
+
+    def update(self, rows: StepRows) -> StepResult:
+        """Updates the weights once. The pixels of the rows are released."""
         lr, part_lrs = self.optimizers.lr, self.optimizers.part_lrs
-        found = self.gradients(self.feed, self.num_micro_batches)
+        found = self.gradients(rows)
         stats = self.optimizers.step(found.sums, found.counts["weight"])
         trouble = describe(stats.non_finite, found.row_losses, self.groups) if stats.non_finite else None
         fields = self.objective.fields(stats.sums, found.counts)
@@ -125,32 +158,23 @@ class Step:
             fields |= {f"lr/{part}": value for part, value in part_lrs.items()}
         return StepResult(stats.loss, lr, stats.norms, found.counts, fields, found.skipped_samples, trouble)
 
-    def gradients(self, feed: Feed, num_rows: int) -> Gradients:
-        """Runs the next rows of ``feed`` forward and backward. The optimizers' buffers get the reduced gradients.
-
-        Raises NoRows, on all ranks, if a rank cannot read its rows; then nothing has been changed.
-        """
-        rows, problem = None, None
-        try:
-            rows = feed.rows(num_rows)
-        except UserError as error:
-            problem = error
-        counts = self._count([] if rows is None else rows.hosts)
-        if counts.pop("without_rows"):  # on any rank
-            raise NoRows(next(filter(None, all_gather_objects(problem, self.groups.world_host))))
-        assert rows is not None, "the rows of training do not end"
+    def gradients(self, rows: StepRows) -> Gradients:
+        """Runs rows forward and backward. The optimizers' buffers get the reduced gradients."""
+        num_rows = len(rows.hosts)
+        counts = self._count(rows.hosts)
         row_losses: list[tuple[Row, Tensor]] = []
         self.optimizers.zero_grad()
-        found = self.objective.look_ahead(partial(self._look_through, rows))
+        found = self.objective.look_ahead(partial(self.look_through, rows))
         self.vlm.tower.frames_encoded = 0
         # The features' gradients are scaled for an average over data- and context-parallel ranks, but the tower's DDP
         # averages over all ranks.
         tower_scale = dist.get_world_size() / (self.groups.dp_size * self.vlm.parallel.context)
         totals = torch.zeros(self.objective.num_sums, dtype=torch.float32, device=device())
-        for window in feed.windows(rows, self.window):
+        for window in self._windows(rows):
             for micro_batch in window.micro_batches:
                 micro_batch.found = found[micro_batch.number] if found else None
-            encode_window(self.vlm, window, self._tower_timer)
+            if window.frames is not None:
+                encode_window(self.vlm, window, self._tower_timer)
             losses = self._forward_backward(window, counts["weight"], num_rows)
             if losses:  # this is a rank of the last pipeline stage
                 row_losses += zip((m.host for m in window.micro_batches), (sums[0] for sums in losses), strict=True)
@@ -167,12 +191,22 @@ class Step:
         skipped_samples = [skipped for row in rows.hosts for skipped in row.skipped_samples]
         return Gradients(totals, counts, skipped_samples, row_losses)
 
-    def _look_through(self, rows: StepRows, read: Read) -> list[Tensor]:
+    def look_through(self, rows: StepRows, read: Read) -> list[Tensor]:
         """Returns the result of ``read`` for each row on the last pipeline stage, else [] (see ``forward_only``)."""
         results: list[Tensor] = []
-        for window in self.feed.windows(StepRows(rows.hosts, list(rows.full)), self.window):
+        for window in self._windows(rows.copy()):
             results += forward_only(self.vlm, window, read)
         return results
+
+    def _windows(self, rows: StepRows) -> Iterator[Window]:
+        """The windows of the rows, with their features if an earlier pass has kept them (see ``StepRows``)."""
+        if rows.encoded:
+            yield from rows.encoded
+            return
+        for window in self.feed.windows(rows, self._window_of(len(rows.hosts))):
+            if rows.encoded is not None and not self.vlm.tower.is_trained:
+                rows.encoded.append(window)
+            yield window
 
     def _forward_backward(self, window: Window, weight: float, num_rows: int) -> list[Tensor]:
         """Computes the gradients of the decoder and of the features.
@@ -241,7 +275,6 @@ class Step:
             "skipped_samples": len(skipped_samples),
             **{name: sum(row.remarks.count(name) for row in rows) for name in WORDS},
             **count_sources(rows, self.source_names),
-            "without_rows": float(not rows),
         }
         if not self.groups.is_leader:  # the ranks of a model-parallel group have the same rows, which count once
             here = dict.fromkeys(here, 0.0)

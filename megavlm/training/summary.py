@@ -61,9 +61,16 @@ def header(session: Session, loader: RowLoader | None) -> dict[str, str]:
         "trainable": " · ".join(f"{part} {_trained(session, part)}" for part in PARTS) + share,
         "layout": " × ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process",
         "data": _data(settings, loader),
-        "rows": f"{settings.train.global_batch_size} per step, {settings.data.seq_length} tokens each",
+        "rows": _rows(settings),
         "output": str(settings.output),
     }
+
+
+def _rows(settings: Settings) -> str:
+    tokens, rollout = f"{settings.data.seq_length} tokens each", settings.rollout
+    if settings.train.global_batch_size is not None:
+        return f"{settings.train.global_batch_size} per step, {tokens}"
+    return f"as many as {rollout.prompts} prompts × {rollout.group_size} answers per step need, {tokens}"
 
 
 def _data(settings: Settings, loader: RowLoader | None) -> str:

@@ -11,8 +11,8 @@ from test_train_verbs import megavlm, sft_config
 from toy import write_records
 
 from megavlm.cli.main import main
-from megavlm.config.held_run import holds_run
 from megavlm.convert import mcore_to_hf
+from megavlm.output.held_run import holds_run
 from megavlm.report.run_report import write_report
 
 ASKED = f"generate.max_new_tokens={NEW_TOKENS}"
@@ -75,6 +75,9 @@ def test_the_recipe_that_trained_answers_from_what_it_trained(toys, tuned):
         "temperature": 0.0,
         "top_p": 1.0,
         "top_k": 0,
+        "samples": 1,
+        "stop": [],
+        "batch_invariant": False,
         "seed": 1234,
     }
     assert not list(run.glob("*.partial"))

@@ -144,7 +144,7 @@ def test_bad_data_ends_with_status_2_and_one_message(toys, tmp_path):
     broken = [toys.records[0], {**toys.records[1], "images": toys.records[1]["images"][:2]}]
     data = write_records(toys.root / "broken.jsonl", broken * 4)
     changes = (f"data.train=[{{path: {data}}}]", "data.max_bad_fraction=0", "parallel.tensor=2")
-    done = megavlm("sft", config, "--nproc", 2, *changes, status=2, from_outside=True)
+    done = megavlm("sft", config, "--nproc", 2, *changes, status=2)
     assert done.stderr.count("error:") == 1
     assert "broken.jsonl:2" in done.stderr
     assert "Traceback" not in done.stderr

@@ -8,8 +8,8 @@ from megavlm.base.errors import UserError
 from megavlm.cli.main import main
 from megavlm.commands import validate
 from megavlm.commands.usable_data import intended
-from megavlm.config.run_folder import prepare_output
 from megavlm.config.settings import Settings
+from megavlm.output.folder import prepare_output
 from megavlm.sources.blend import Source
 from megavlm.sources.jsonl import JsonlFile
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from megavlm.config import describe
-from megavlm.config.settings import DataSource, Settings
+from megavlm.config.settings import DataSource, RewardSettings, Settings
 
 HF = "model: {hf: folder}\n"
 
@@ -128,6 +128,8 @@ def numbers(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str
         annotation, inner = str(field.annotation), section or item
         if inner is DataSource:
             yield from (f"{key}=[{{path: a, {name}: VALUE}}]" for name in ("weight", "epochs"))
+        elif inner is RewardSettings:
+            yield from (f"{key}=[{{name: exact, {name}: VALUE}}]" for name in ("weight", "timeout"))
         elif inner is not None:
             yield from numbers(inner, key + ".")
         elif get_origin(field.annotation) is dict and "float" in annotation:

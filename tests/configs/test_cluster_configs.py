@@ -15,8 +15,8 @@ from megavlm.sources.blend import open_sources
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]
 STAGES = [f"pretrain/stage{stage}.yaml" for stage in range(4)]
-METHODS = ["sft", "rm", "dpo", "kto"]
-RECIPES = [*STAGES, *(f"tune/{method}{tuner}.yaml" for method in METHODS for tuner in ("", "-lora"))]
+METHODS = ["tune/sft", "tune/rm", "tune/dpo", "tune/kto", "align/grpo"]
+RECIPES = [*STAGES, *(f"{method}{tuner}.yaml" for method in METHODS for tuner in ("", "-lora"))]
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +35,8 @@ def intended_world(model: str) -> int:
 def test_the_lists_above_are_what_the_folders_hold() -> None:
     assert sorted(MODELS) == sorted(path.stem for path in CONFIGS.glob("models/*.yaml"))
     assert sorted(MODELS) == sorted(path.parent.name for path in CONFIGS.glob("models/*/config.json"))
-    found = [
-        path.relative_to(CONFIGS).as_posix() for folder in ("pretrain", "tune") for path in CONFIGS.glob(f"{folder}/*")
-    ]
+    folders = ("pretrain", "tune", "align")
+    found = [path.relative_to(CONFIGS).as_posix() for folder in folders for path in CONFIGS.glob(f"{folder}/*")]
     assert sorted(RECIPES) == sorted(found)
 
 
@@ -90,13 +89,13 @@ def test_stages_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_is_trained_where_the_weights_are_and_each_starts_from_the_one_of_sft(method: str) -> None:
-    full, lora = (load_settings(CONFIGS / f"tune/{method}{tuner}.yaml") for tuner in ("", "-lora"))
+    full, lora = (load_settings(CONFIGS / f"{method}{tuner}.yaml") for tuner in ("", "-lora"))
     assert lora.adapter.type == "lora"
     assert lora.train.lr == pytest.approx(10 * full.train.lr)
-    assert lora.output.name == f"{method}-lora"
+    assert lora.output.name == f"{Path(method).name}-lora"
     start = load_settings(CONFIGS / "tune/sft.yaml").model.load
     assert lora.model.load == start
-    assert lora.model.adapter == (None if method == "sft" else lora.output.parent / "sft-lora")
+    assert lora.model.adapter == (None if method == "tune/sft" else lora.output.parent / "sft-lora")
     theirs = {"model", "adapter", "train", "output"}
     assert lora.model_dump(exclude=theirs) == full.model_dump(exclude=theirs)
 

@@ -13,9 +13,11 @@ import torch
 from megavlm.base.errors import RunFailure
 from megavlm.config.settings import DataSettings
 from megavlm.data import rows as rows_module
+from megavlm.data.eval_samples import EvalSamples
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.records.skipped_samples import BROKEN
+from megavlm.sources.blend import open_file
 
 FATAL = 7  # the index of the sample that kills
 
@@ -156,3 +158,45 @@ def test_many_fatal_samples_in_a_row_end_the_run_in_words_and_the_next_start_goe
             continue
     else:
         pytest.fail("the starts pass over no samples")
+
+
+@pytest.fixture
+def read_once(texts, renderer, tmp_path, monkeypatch):
+    """read_once(workers): (the numbers of the samples that were read, {line: cause} of the others)."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+
+    def read_once(workers):
+        samples = EvalSamples(open_file(texts), renderer, "prompt", range(20), workers, tmp_path / "run")
+        numbers = [samples.about[sample.index]["index"] for sample in samples]
+        return numbers, {s.sample.rpartition(":")[2]: s.cause for s in samples.take_skipped()}
+
+    return read_once
+
+
+OTHERS = [index for index in range(20) if index != FATAL]
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_a_sample_that_kills_its_worker_costs_only_itself_when_a_file_is_read_once(
+    read_once, monkeypatch, caplog, tmp_path, number
+):
+    when_read(monkeypatch, "pixels", {2 * FATAL}, dies(number))  # numbers of EvalSample
+    numbers, causes = read_once(2)
+    assert numbers == OTHERS
+    assert list(causes) == [str(FATAL + 1)]
+    assert f"was killed by signal {int(number)} ({number.name}" in causes[str(FATAL + 1)]
+    assert len(caplog.records) == (2 if number == signal.SIGKILL else 1)
+    assert [path.name for path in (tmp_path / "run" / "fatal_samples").iterdir()] == ["eval_list.jsonl"]
+    caplog.clear()
+    assert read_once(2) == (numbers, causes)
+    assert not caplog.records  # nothing died again
+
+
+def test_a_file_that_is_read_once_without_workers_is_read_at_the_third_start(read_once, monkeypatch):
+    when_read(monkeypatch, "pixels", {2 * FATAL}, dies())
+    for _ in range(2):
+        child = multiprocessing.get_context("fork").Process(target=read_once, args=(0,))
+        child.start()
+        child.join(60)
+        assert child.exitcode == -signal.SIGSEGV
+    assert read_once(0) == (OTHERS, {str(FATAL + 1): "the process died twice while reading it"})

@@ -13,7 +13,6 @@ from megavlm.config.settings import DataSettings
 from megavlm.data import worker_processes
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
-from megavlm.data.shared_memory import death_explained
 
 
 @pytest.fixture
@@ -59,14 +58,6 @@ def test_a_worker_that_is_killed_is_said_in_words(next_row, monkeypatch, number,
     monkeypatch.setattr(Renderer, "complete_row", lambda *_: os.kill(os.getpid(), number))
     with pytest.raises(RunFailure, match=message):
         next_row(lambda: None)
-
-
-def test_the_death_of_a_worker_is_told_wherever_torch_raises_it():
-    """Its signal handler raises in the middle of a step."""
-    with pytest.raises(RunFailure, match="a data worker died"), death_explained():
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    with pytest.raises(RuntimeError, match="anything else"), death_explained():
-        raise RuntimeError("anything else")
 
 
 def test_rows_of_workers_are_in_shared_memory(next_row):

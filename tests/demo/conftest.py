@@ -29,6 +29,16 @@ def own_environment(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def pretrained(tmp_path, demo_data, demo_model) -> Path:
+    """The folder of a demo that has been pretrained."""
+    out = tmp_path / "out"
+    (out / "stage3" / "checkpoints" / "step_00000006").mkdir(parents=True)
+    (out / "data").symlink_to(demo_data)
+    (out / "model").symlink_to(demo_model)
+    return out
+
+
 @dataclass
 class Started:
     """Commands that would have been run, and the verb of the one that fails."""

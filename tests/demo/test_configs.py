@@ -11,11 +11,14 @@ from megavlm.config.load import load_settings
 from megavlm.demo.commands import DEFAULT_OUT, OUT_VARIABLE
 from megavlm.demo.data import HELDOUT_FILE, PHOTOGRAPH_PIXELS, TRAIN_FILES
 from megavlm.demo.model_folder import TEXT
+from megavlm.demo.rl import RL
 from megavlm.demo.run import STAGES
 from megavlm.demo.tune import TUNE
 
-# Those of the tuning demo: where each starts, below the demo's folder.
+# Those of the other demos: where each starts, below the demo's folder.
 TUNE_STARTS = {"rm": "stage3", "mediocre": "stage3", "dpo": f"{TUNE}/mediocre", "lora": "stage3"}
+RL_STARTS = {"weak": "stage3", "grpo": f"{RL}/weak"}
+STARTS = TUNE_STARTS | RL_STARTS
 CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
 
 
@@ -33,19 +36,19 @@ def test_config_has_its_place_in_the_chain(stage):
     assert settings.output == out / stage
 
 
-@pytest.mark.parametrize("name", TUNE_STARTS)
+@pytest.mark.parametrize("name", STARTS)
 def test_tuning_config_has_its_place(name):
     settings = load_settings(CONFIGS / f"{name}.yaml")
-    assert settings.model.load == Path(DEFAULT_OUT) / TUNE_STARTS[name]
-    assert settings.output == Path(DEFAULT_OUT) / TUNE / name
+    assert settings.model.load == Path(DEFAULT_OUT) / STARTS[name]
+    assert settings.output == Path(DEFAULT_OUT) / (TUNE if name in TUNE_STARTS else RL) / name
 
 
-@pytest.mark.parametrize("name", [*STAGES, *TUNE_STARTS])
+@pytest.mark.parametrize("name", [*STAGES, *STARTS])
 def test_config_suits_two_processes(name):
     settings = load_settings(CONFIGS / f"{name}.yaml")
     assert settings.model.hf == Path(DEFAULT_OUT) / "model"
-    assert settings.parallel.tensor == 2
-    assert settings.parallel.sequence_parallel
+    assert settings.parallel.tensor == (1 if name == "grpo" else 2)
+    assert settings.parallel.sequence_parallel == (settings.parallel.tensor == 2)
     data_parallel = check_layout(
         settings.parallel,
         2,
@@ -57,7 +60,7 @@ def test_config_suits_two_processes(name):
         seq_length=settings.data.seq_length,
         global_batch_size=settings.train.global_batch_size,
     )
-    assert data_parallel == 1
+    assert data_parallel == 2 / settings.parallel.tensor
 
 
 def test_only_stage_0_freezes_and_rows_grow():
@@ -76,11 +79,11 @@ def test_heldout_questions_are_in_no_training_list():
     assert settings.data.eval.stem == HELDOUT_FILE
 
 
-@pytest.mark.parametrize("name", TUNE_STARTS)
+@pytest.mark.parametrize("name", STARTS)
 def test_tuning_learns_from_questions_and_pairs_of_them(name):
     settings = load_settings(CONFIGS / f"{name}.yaml")
-    learned = {"rm": "pairs", "mediocre": "questions", "dpo": "sampled_pairs", "lora": "questions"}
-    assert [source.path.stem for source in settings.data.train] == [learned[name]]
+    learned = {"rm": "pairs", "dpo": "sampled_pairs"}
+    assert [source.path.stem for source in settings.data.train] == [learned.get(name, "questions")]
     assert settings.data.eval.stem == ("all_answers" if name == "rm" else HELDOUT_FILE)
 
 

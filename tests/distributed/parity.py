@@ -14,10 +14,12 @@ from toy import reference_inputs, reference_model, toy_folder, toy_records
 VARYING = {
     *("seconds", "seconds_checkpoint", "seconds_data", "seconds_tower", "seconds_tower_max", "slowest_rank"),
     *("tower_imbalance", "tokens_per_second", "model_tflops", "mfu", "memory_gib"),
+    *("seconds_rollout", "seconds_reward", "seconds_update", "seconds_sync", "rollout_tokens_per_second"),
 }
 ROWS = ((0, 1, 2), (3, 5), (4, 6), (7,))  # toy records in each row of a step; the second row has no picture
 # So large a rate that updates stand above the rounding of the weights they are added to, and small enough to train.
-STEPS, LR = 3, 0.2
+# The second step shows that the update has reached every copy of a weight; plain SGD keeps no other state.
+STEPS, LR = 2, 0.2
 AUX = 0.05  # of the experts' balancing loss: a tenth of the router's gradient in the toy
 
 
@@ -138,17 +140,14 @@ def targets_of(processor, record: dict, root: Path) -> torch.Tensor:
     return torch.tensor(places)
 
 
-def train_layout(
-    folder: Path, checkpoint: Path, root: Path, records: list[dict], settings: dict, out: Path, rows_of_step=ROWS
-):
-    """Runs on every rank of a world: trains the toy in one layout; saves the weights to ``out``.
+def train_layout(folder: Path, checkpoint: Path, root: Path, records: list[dict], settings: dict, rows_of_step=ROWS):
+    """Runs on every rank of a world: trains the toy in one layout.
 
-    Returns [(loss, norms, counts)] of the steps.
+    Returns [(loss, norms, counts)] of the steps, and the ``pieces_of`` the weights after them.
     """
     from megavlm import platform
     from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
-    from megavlm.convert import SHARDED_METADATA
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.optim.optimizers import Optimizers
@@ -167,7 +166,8 @@ def train_layout(
     rows = packed_rows(folder, root, records, settings, rows_of_step) if groups.is_leader else []
     each = len(rows_of_step) // groups.dp_size
     mine = rows[groups.dp_rank * each : (groups.dp_rank + 1) * each]
-    feed = Feed(vlm, iter(mine * STEPS) if groups.is_leader else None)
+    steps = settings.train.steps
+    feed = Feed(vlm, iter(mine * steps) if groups.is_leader else None)
     objective = CrossEntropy(["data"], settings.train.logprob_chunk_tokens)
     if settings.train.kl_to_start:
         start = StartWeights(Session(settings, vlm.shapes, groups, {MAIN: Model(vlm)}))
@@ -182,11 +182,10 @@ def train_layout(
         settings.vision.window,
     )
     results = []
-    for number in range(1, STEPS + 1):
+    for number in range(1, steps + 1):
         optimizers.unfreeze(number)
         results.append(step())
-    save_weights(vlm.sharded_state_dict(dict(SHARDED_METADATA)), out, groups)
-    return [(result.loss, result.norms, result.counts) for result in results]
+    return [(result.loss, result.norms, result.counts) for result in results], pieces_of(vlm)
 
 
 def save_weights(state: dict, out: Path, groups) -> None:
@@ -214,17 +213,54 @@ def settings_of(folder: Path, parallel: dict, *, freeze: tuple[str, ...] = (), m
     }  # fmt: skip
 
 
-def weights_of(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """Weights of a Megatron checkpoint by Hugging Face name, through the project's own conversion table."""
-    from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+def pieces_of(vlm) -> list[tuple]:
+    """What this rank would write of the weights into a checkpoint: (key, global shape, global offset, values).
+
+    A checkpoint on a disk takes longer than the steps of a toy; tests/distributed/test_checkpoint.py has those.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+
+    from megavlm.convert import SHARDED_METADATA
+
+    state = vlm.sharded_state_dict(dict(SHARDED_METADATA))
+    apply_factories(state)
+    shards = [x for x in nested_values(state) if isinstance(x, ShardedTensor) and is_main_replica(x.replica_id)]
+    return [
+        (x.key, x.global_shape, x.global_offset, x.data.detach().view((1,) * x.prepend_axis_num + x.local_shape))
+        for x in shards
+    ]
+
+
+def put_together(ranks: list[list[tuple]]) -> dict[str, torch.Tensor]:
+    """The weights by Megatron's keys, from the ``pieces_of`` all ranks, which must be everything once."""
+    weights: dict[str, torch.Tensor] = {}
+    for key, shape, offset, values in (piece for pieces in ranks for piece in pieces):
+        whole = weights.setdefault(key, torch.full(shape, torch.nan))
+        place = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
+        assert whole[place].isnan().all(), f"{key}: two ranks have the same piece"
+        whole[place] = values
+    assert not (holes := [key for key, whole in weights.items() if whole.isnan().any()]), f"{holes}: a piece is missing"
+    return weights
+
+
+def named_as_in_hf(weights: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+    """Weights by Hugging Face name, through the project's own conversion table."""
     from megavlm.convert.names import table
     from megavlm.model.shapes import Shapes
 
-    stored, weights = McoreCheckpoint(checkpoint), {}
+    named = {}
     for entry in table(Shapes.from_hf(folder)):
-        tensor = stored.read(entry.key)
-        weights |= dict(zip(entry.hf, entry.layout.to_hf(tensor, list(entry.hf.values())), strict=True))
-    return weights
+        named |= dict(zip(entry.hf, entry.layout.to_hf(weights[entry.key], list(entry.hf.values())), strict=True))
+    return named
+
+
+def weights_of(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a Megatron checkpoint by Hugging Face name."""
+    from megavlm.convert.mcore_checkpoint import McoreCheckpoint
+
+    stored = McoreCheckpoint(checkpoint)
+    return named_as_in_hf({key: stored.read(key) for key in stored.tensors}, folder)
 
 
 def with_other_output(folder: Path) -> Path:
@@ -275,10 +311,12 @@ class Toys:
             hf_to_mcore(self.folder(kind), path, progress=False)
         return path
 
-    def reference(self, kind: str, freeze: tuple[str, ...] = ()) -> Trained:
-        if (kind, freeze) not in self._references:
+    def reference(self, kind: str, freeze: tuple[str, ...] = (), **options) -> Trained:
+        """``train_reference`` on the ``ROWS``, with these options of it."""
+        key = kind, freeze, json.dumps(options, sort_keys=True)
+        if key not in self._references:
             aux = AUX if kind.startswith("moe") else 0.0
-            self._references[kind, freeze] = train_reference(
-                self.folder(kind), self.records, self.root, freeze, rows=ROWS, aux=aux
+            self._references[key] = train_reference(
+                self.folder(kind), self.records, self.root, freeze, rows=ROWS, aux=aux, **options
             )
-        return self._references[kind, freeze]
+        return self._references[key]

@@ -11,37 +11,37 @@ from toy import write_records
 BROKEN = {"messages": "none"}
 
 
-def run_some(settings: dict, rows: int) -> int:
-    """infer that is interrupted before row number ``rows`` + 1; returns the number of rows that were computed."""
-    from megavlm.runtime import generation
+def run_some(settings: dict, prompts: int) -> int:
+    """infer that is interrupted before prompt number ``prompts`` + 1; returns the number of prompts that it began."""
+    from megavlm.rollout.rows import RowMaker
 
-    original, count = generation._generate, 0
+    original, count = RowMaker._encoded, 0
 
-    def counted(*arguments):
+    def counted(self, new, width):
         nonlocal count
-        count += 1
-        if count > rows:
+        count += len(new)
+        if count > prompts:
             raise RuntimeError("the power is gone")
-        return original(*arguments)
+        return original(self, new, width)
 
-    generation._generate = counted
+    RowMaker._encoded = counted
     try:
         run_infer(settings)
     finally:
-        generation._generate = original
+        RowMaker._encoded = original
     return count
 
 
 @pytest.fixture
 def asked(toys, tmp_path):
-    """Settings of infer, one question a row, with two samples that cannot be used."""
+    """Settings of infer, one question at a time, sampled, with two samples that cannot be used."""
     records = questions_of(toys.records)
     data = write_records(toys.root / "continued.jsonl", [records[0], BROKEN, *records[1:4], BROKEN])
     return {
         "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense"))},
         "data": {"eval": str(data), "workers": 0},
         "train": {"precision": "fp32"},
-        "generate": {"max_new_tokens": 4, "batch_size": 1},
+        "generate": {"max_new_tokens": 4, "batch_size": 2, "samples": 2, "temperature": 1.0},
         "output": str(tmp_path / "out"),
     }
 
@@ -56,7 +56,7 @@ def test_an_interrupted_run_continues_where_it_stopped(asked, tmp_path, world1, 
     with partial.open("a") as torn:
         torn.write('{"index": 3, "ans')
 
-    other = {**asked, "generate": {"max_new_tokens": 5, "batch_size": 1}}
+    other = {**asked, "generate": {**asked["generate"], "max_new_tokens": 5}}
     with pytest.raises(RankError, match="was begun with something else") as caught:
         world1.run(run_infer, other)
     assert "sampling.max_new_tokens: 4 there, 5 now" in str(caught.value)
@@ -70,6 +70,22 @@ def test_an_interrupted_run_continues_where_it_stopped(asked, tmp_path, world1, 
     for name in ("answers.jsonl", "answers_errors.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not partial.exists()
+    for line in (out / "answers.jsonl").read_text().splitlines():
+        one, other = json.loads(line)["answers"]
+        assert one != other
+
+
+def test_what_other_ranks_had_done_is_not_done_again(asked, world1, world2, tmp_path):
+    """An interrupted start of two processes is continued by one; the second has written to a file of its own."""
+    assert world1.run(run_some, {**asked, "output": str(tmp_path / "whole")}, 9) == [4]
+    with pytest.raises(RankError, match="the power is gone"):
+        world2.run(run_some, asked, 1)
+    out = tmp_path / "out"
+    assert (out / "answers.jsonl.partial-1").exists()
+    assert world1.run(run_some, asked, 9) == [2]
+    for name in ("answers.jsonl", "answers_errors.jsonl"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(out.glob("*.partial*"))
 
 
 def test_ranks_without_a_usable_sample_compute_with_the_others(toys, tmp_path, world2):

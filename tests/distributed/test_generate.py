@@ -1,12 +1,14 @@
-"""`megavlm infer` answers what transformers' own generation answers: batched, with pictures and video."""
+"""`megavlm infer` answers what transformers' own generation answers, in any layout."""
 
+import functools
 import json
 
 import pytest
 import torch
-from toy import reference_inputs, reference_model, write_records
+from toy import picture, reference_inputs, reference_model, write_records
 
 NEW_TOKENS = 12
+BANNED = ("image_pad", "video_pad", "vision_start", "vision_end")
 
 
 def run_infer(settings: dict):
@@ -21,21 +23,51 @@ def questions_of(records: list[dict]) -> list[dict]:
     return [{**record, "messages": record["messages"][:-1]} for record in records]
 
 
-def reference_answers(folder, questions, root) -> list[str]:
+def mixed_questions(root) -> list[dict]:
+    """Fifty questions of different lengths: no picture, one, several, a video."""
+    names = ("chelsea", "coffee", "rocket", "astronaut", "page")
+    words = ("What", "is", "this", "thing", "here", "and", "why", "do", "you", "ask")
+    questions = []
+    for number in range(50):
+        text = " ".join(words[(number * 3 + k) % 10] for k in range(1 + number % 7)) + "?"
+        sizes = [(32 * (1 + (number + k) % 3), 32 * (1 + (number + 2 * k) % 2)) for k in range(4)]
+        stills = [picture(root, names[(number + k) % 5], size) for k, size in enumerate(sizes)]
+        clip = [picture(root, names[(number + k // 2) % 5], (64, 32)) for k in range(4)]
+        kind = number % 4
+        content = ["", "<image>", "<image>" * (2 + number % 3), "<video>"][kind] + text
+        question = {"messages": [{"role": "user", "content": content}]}
+        if kind in (1, 2):
+            question["images"] = stills[: content.count("<image>")]
+        if kind == 3:
+            question["videos"] = [{"frames": clip, "fps": 2.0}]
+        questions.append(question)
+    return questions
+
+
+@functools.cache
+def loaded_reference(folder):
     from transformers import AutoProcessor
 
-    model, processor = reference_model(folder), AutoProcessor.from_pretrained(folder)
+    return reference_model(folder), AutoProcessor.from_pretrained(folder)
+
+
+def reference_answers(folder, questions, root, new_tokens=NEW_TOKENS) -> list[str]:
+    """transformers' greedy answers, all in one batch: the prompts are padded on the left."""
+    model, processor = loaded_reference(folder)
+    inputs = [reference_inputs(processor, question, root, add_generation_prompt=True) for question in questions]
+    longest = max(one["input_ids"].shape[1] for one in inputs)
+    pad = lambda name, value: torch.cat(
+        [torch.nn.functional.pad(one[name], (longest - one[name].shape[1], 0), value=value) for one in inputs]
+    )
+    batch = {"input_ids": pad("input_ids", 0)} | {n: pad(n, 0) for n in ("attention_mask", "mm_token_type_ids")}
+    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+        if parts := [one[name] for one in inputs if name in one]:
+            batch[name] = torch.cat(parts)
     # a vision token in an answer has no picture behind it: neither side may emit one
-    banned = [[processor.tokenizer.convert_tokens_to_ids(f"<|{name}|>")] for name in
-              ("image_pad", "video_pad", "vision_start", "vision_end")]  # fmt: skip
-    answers = []
-    for question in questions:
-        inputs = reference_inputs(processor, question, root, add_generation_prompt=True)
-        with torch.no_grad():
-            out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, bad_words_ids=banned)
-        new = out[0, inputs["input_ids"].shape[1] :]
-        answers.append(processor.tokenizer.decode(new, skip_special_tokens=True))
-    return answers
+    banned = [[processor.tokenizer.convert_tokens_to_ids(f"<|{name}|>")] for name in BANNED]
+    with torch.no_grad():
+        out = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, bad_words_ids=banned)
+    return processor.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
 
 
 @pytest.fixture(scope="session")
@@ -44,62 +76,53 @@ def questions(toys):
     return records, write_records(toys.root / "questions.jsonl", records)
 
 
-def answers_of(toys, world, kind, data, out, parallel, indices=range(8), **generate) -> list[str]:
+def lines_of(toys, world, kind, data, out, parallel, **generate) -> list[dict]:
     settings = {
         "model": {"hf": str(toys.folder(kind)), "load": str(toys.checkpoint(kind))},
-        "data": {"eval": str(data)},
+        "data": {"eval": str(data), "workers": 0},
         "parallel": parallel,
         "train": {"precision": "fp32"},
         "generate": {"max_new_tokens": NEW_TOKENS, "batch_size": 3, **generate},
         "output": str(out),
     }
     assert world.run(run_infer, settings) == [0] * world.world_size
-    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert not list(out.glob("*.partial*"))
+    return [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+
+
+def answers_of(toys, world, kind, data, out, parallel, indices=range(8), **generate) -> list[str]:
+    lines = lines_of(toys, world, kind, data, out, parallel, **generate)
     assert [line["index"] for line in lines] == list(indices)
     return [line["answer"] for line in lines]
 
 
 CASES = {
     "dense": (1, "dense", {}),
-    "dense, TP2": (2, "dense", {"tensor": 2}),
-    "dense, DP2": (2, "dense", {}),
-    "MoE, EP2": (2, "moe", {"expert": 2}),
+    "TP2": (2, "dense", {"tensor": 2}),
+    "DP2": (2, "dense", {}),
+    "PP2": (2, "dense", {"pipeline": 2}),
+    "PP2 VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}),
+    "CP2": (2, "dense", {"context": 2}),
     "YaRN, TP2": (2, "yarn", {"tensor": 2}),
+    "MoE, EP2": (2, "moe", {"expert": 2}),
+    "MoE, CP2 EP2 PP2": (4, "moe", {"context": 2, "expert": 2, "pipeline": 2}),
+    "MoE, TP2 PP2 EP2": (4, "moe", {"tensor": 2, "pipeline": 2, "expert": 2}),
 }
 
 
+@functools.cache
+def mixed_answers(toys, kind) -> tuple[str, ...]:
+    """The reference of all layouts, computed once."""
+    return tuple(reference_answers(toys.folder(kind), mixed_questions(toys.root), toys.root, 6))
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_answers_are_those_of_transformers(case, toys, questions, tmp_path, request):
+def test_greedy_answers_are_those_of_transformers(case, toys, tmp_path, request):
+    """Fifty prompts; six tokens of each are enough to go through prefill, decoding and an early end."""
     size, kind, parallel = CASES[case]
-    records, data = questions
-    answers = answers_of(toys, request.getfixturevalue(f"world{size}"), kind, data, tmp_path, parallel)
-    assert answers == reference_answers(toys.folder(kind), records, toys.root)
-    assert len(set(answers)) > 4  # the questions matter
-
-
-def test_sampling_narrowed_to_one_token_is_greedy(toys, questions, tmp_path, world2):
-    _, data = questions
-    greedy = answers_of(toys, world2, "dense", data, tmp_path / "greedy", {"tensor": 2})
-    narrow = answers_of(toys, world2, "dense", data, tmp_path / "k", {"tensor": 2}, temperature=0.7, top_k=1)
-    assert narrow == greedy
-    narrow = answers_of(toys, world2, "dense", data, tmp_path / "p", {"tensor": 2}, temperature=0.7, top_p=1e-6)
-    assert narrow == greedy
-    wide = answers_of(toys, world2, "dense", data, tmp_path / "wide", {"tensor": 2}, temperature=1.0)
-    assert wide != greedy
-
-
-def test_sampled_tokens_follow_the_distribution():
-    from megavlm.model.generate import Sampling, choose
-
-    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().repeat(20000, 1)
-    generator = torch.Generator().manual_seed(1)
-
-    def shares(**options):
-        tokens = choose(logits, Sampling(max_new_tokens=1, **options), generator)
-        return torch.bincount(tokens, minlength=4) / len(tokens)
-
-    # 20,000 draws: a share of one half has a standard deviation of 0.0035
-    assert torch.allclose(shares(temperature=1.0), torch.tensor([0.5, 0.25, 0.15, 0.1]), atol=0.015)
-    assert torch.allclose(shares(temperature=1.0, top_p=0.7), torch.tensor([2 / 3, 1 / 3, 0, 0]), atol=0.015)
-    assert torch.allclose(shares(temperature=1.0, top_k=3), torch.tensor([5, 2.5, 1.5, 0]) / 9, atol=0.015)
-    assert torch.allclose(shares(temperature=1.0, banned=[0]), torch.tensor([0, 0.5, 0.3, 0.2]), atol=0.015)
+    records = mixed_questions(toys.root)
+    data = write_records(toys.root / "mixed.jsonl", records)
+    world = request.getfixturevalue(f"world{size}")
+    answers = answers_of(toys, world, kind, data, tmp_path, parallel, range(50), max_new_tokens=6, batch_size=20)
+    assert answers == list(mixed_answers(toys, kind))
+    assert len(set(answers)) > 25  # the questions matter

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from parity import AUX, ROWS, Toys, Trained, settings_of, train_layout, train_reference, weights_of
+from parity import ROWS, Toys, Trained, named_as_in_hf, put_together, settings_of, train_layout, train_reference
 from toy import picture
 
 # name: (processes, model, parallel settings); each runs without and with recompute of tower and decoder
@@ -56,41 +56,43 @@ VARIANTS = {
 
 
 def compare(
-    toys: Toys, world, kind: str, settings: dict, reference: Trained, out, frozen=(), records=None, rows=ROWS
+    toys: Toys, world, kind: str, settings: dict, reference: Trained, frozen=(), records=None, rows=ROWS
 ) -> dict:
     """Trains in a layout; returns the largest relative differences from ``reference``, and the last step's counts."""
     from transformers.modeling_utils import load_state_dict
 
     folder = toys.folder(kind)
     checkpoint, records = toys.checkpoint(kind), toys.records if records is None else records
-    ranks = world.run(train_layout, folder, checkpoint, toys.root, records, settings, out, rows)
-    start, after = load_state_dict(str(folder / "model.safetensors")), weights_of(out, folder)
-    differences = {"loss": 0.0, "grad_norm": 0.0, "weights": 0.0}
-    for (loss, norms, counts), (expected_loss, expected_norms) in zip(ranks[0], reference.steps, strict=True):
+    ranks = world.run(train_layout, folder, checkpoint, toys.root, records, settings, rows)
+    steps, pieces = ranks[0][0], [pieces for _, pieces in ranks]
+    start, after = load_state_dict(str(folder / "model.safetensors")), named_as_in_hf(put_together(pieces), folder)
+    found: dict[str, list[float]] = {"loss": [], "grad_norm": [], "weights": []}
+    for (loss, norms, counts), (expected_loss, expected_norms) in zip(steps, reference.steps, strict=True):
         assert counts["frames_encoded"] == counts["frames"]
-        differences["loss"] = max(differences["loss"], abs(loss / expected_loss - 1))
+        found["loss"].append(abs(loss / expected_loss - 1))
         total = sum(norm**2 for norm in expected_norms.values()) ** 0.5
-        differences["grad_norm"] = max(differences["grad_norm"], abs(norms["grad_norm"] / total - 1))
+        found["grad_norm"].append(abs(norms["grad_norm"] / total - 1))
         for part, expected in expected_norms.items():
             if expected == 0:
                 assert norms[f"grad_norm/{part}"] == 0.0
             else:
-                differences["grad_norm"] = max(differences["grad_norm"], abs(norms[f"grad_norm/{part}"] / expected - 1))
+                found["grad_norm"].append(abs(norms[f"grad_norm/{part}"] / expected - 1))
     for part in frozen:
-        assert all(norms[f"grad_norm/{part}"] == 0.0 for _, norms, _ in ranks[0])
+        assert all(norms[f"grad_norm/{part}"] == 0.0 for _, norms, _ in steps)
     for name, value in after.items():
         expected = reference.weights[name]
         update = (expected - start[name]).norm()
         if update == 0:
             assert torch.equal(value, start[name]), f"{name} is frozen but moved"
         else:
-            differences["weights"] = max(differences["weights"], ((value - expected).norm() / update).item())
-    return {**differences, "counts": ranks[0][-1][2]}
+            found["weights"].append(((value - expected).norm() / update).item())
+    largest = {name: torch.tensor(values).max().item() for name, values in found.items()}  # NaN if one is
+    return {**largest, "counts": steps[-1][2]}
 
 
 def check(differences: dict) -> None:
     """Float32 sums in another order: the loss keeps 7 digits; a gradient whose terms nearly cancel (biases of keys,
-    patch embedding) 4 or 5, and so its update. Three steps at a large rate enlarge what the first one left.
+    patch embedding) 4 or 5, and so its update. A second step at a large rate enlarges what the first one left.
     """
     assert differences["loss"] < 1e-5
     assert differences["grad_norm"] < 3e-5
@@ -103,41 +105,41 @@ def row_of_table(name: str, differences: dict) -> str:
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout(name, recompute, toys, tmp_path, request):
+def test_layout(name, recompute, toys, request):
     size, kind, parallel = LAYOUTS[name]
     settings = settings_of(toys.folder(kind), parallel, moe=kind == "moe", **RECOMPUTE[recompute])
     world = request.getfixturevalue(f"world{size}")
-    differences = compare(toys, world, kind, settings, toys.reference(kind), tmp_path / "out")
+    differences = compare(toys, world, kind, settings, toys.reference(kind))
     print(row_of_table(f"{name}, {recompute}", differences))
     check(differences)
     assert differences["counts"]["frames"] == 11
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variant(name, toys, tmp_path, request):
+def test_variant(name, toys, request):
     size, kind, parallel, others = VARIANTS[name]
     settings = settings_of(toys.folder(kind), parallel, moe=kind == "moe", **others)
     world = request.getfixturevalue(f"world{size}")
-    differences = compare(toys, world, kind, settings, toys.reference(kind), tmp_path / "out")
+    differences = compare(toys, world, kind, settings, toys.reference(kind))
     print(row_of_table(name, differences))
     check(differences)
 
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"context": 2}], ids=["TP2", "CP2"])
 @pytest.mark.parametrize("freeze", [("vision",), ("projector",), ("language",), ("vision", "language")], ids="+".join)
-def test_frozen_parts(freeze, parallel, toys, tmp_path, world2):
+def test_frozen_parts(freeze, parallel, toys, world2):
     settings = settings_of(toys.folder("dense"), parallel, freeze=freeze, vision={"recompute": True})
     reference = toys.reference("dense", freeze)
-    check(compare(toys, world2, "dense", settings, reference, tmp_path / "out", freeze))
+    check(compare(toys, world2, "dense", settings, reference, freeze))
 
 
 @pytest.mark.parametrize("layout", [(1, {}), (2, {"pipeline": 2})], ids=["one process", "PP2"])
-def test_parts_with_learning_rates_of_their_own(layout, toys, tmp_path, request):
+def test_parts_with_learning_rates_of_their_own(layout, toys, request):
     size, parallel = layout
     scale = {"vision": 0.5, "projector": 2.0}
     settings = settings_of(toys.folder("dense"), parallel, lr_scale=scale)
-    reference = train_reference(toys.folder("dense"), toys.records, toys.root, rows=ROWS, lr_scale=scale)
-    check(compare(toys, request.getfixturevalue(f"world{size}"), "dense", settings, reference, tmp_path / "out"))
+    reference = toys.reference("dense", lr_scale=scale)
+    check(compare(toys, request.getfixturevalue(f"world{size}"), "dense", settings, reference))
 
 
 THAWING = {
@@ -152,39 +154,29 @@ THAWING = {
 
 
 @pytest.mark.parametrize("name", THAWING)
-def test_thaw(name, toys, tmp_path, request):
+def test_thaw(name, toys, request):
     """The decoder learns from the second step on, the tower in the third alone; until then their norms are 0."""
     size, kind, parallel, others = THAWING[name]
     freeze, unfreeze = ("vision", "language"), {"language": 1, "vision": 2}
-    moe, scale = kind == "moe", others.get("lr_scale")
-    settings = settings_of(toys.folder(kind), parallel, freeze=freeze, moe=moe, unfreeze_after=unfreeze, **others)
-    reference = train_reference(
-        toys.folder(kind),
-        toys.records,
-        toys.root,
-        freeze,
-        rows=ROWS,
-        aux=AUX * moe,
-        lr_scale=scale,
-        unfreeze_after=unfreeze,
-    )
+    options = {"unfreeze_after": unfreeze, "steps": 3}
+    settings = settings_of(toys.folder(kind), parallel, freeze=freeze, moe=kind == "moe", **options, **others)
+    reference = toys.reference(kind, freeze, lr_scale=others.get("lr_scale"), **options)
     assert [[part for part, norm in norms.items() if norm == 0] for _, norms in reference.steps] == [
         ["vision", "language"], ["vision"], [],
     ]  # fmt: skip
-    check(compare(toys, request.getfixturevalue(f"world{size}"), kind, settings, reference, tmp_path / "out"))
+    check(compare(toys, request.getfixturevalue(f"world{size}"), kind, settings, reference))
 
 
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def test_a_world_leaves_nothing_behind(toys, tmp_path, world2):
+def test_a_world_leaves_nothing_behind(toys, world2):
     """A process group has gloo threads, which poll: a world that stayed alive would slow down all that come after."""
     settings = settings_of(toys.folder("moe"), {"expert": 2}, moe=True)
     counts = []
-    for out in ("first", "second"):
-        arguments = toys.folder("moe"), toys.checkpoint("moe"), toys.root, toys.records, settings, tmp_path / out
-        world2.run(train_layout, *arguments)
+    for _ in range(2):
+        world2.run(train_layout, toys.folder("moe"), toys.checkpoint("moe"), toys.root, toys.records, settings)
         counts.append(world2.run(threads)[0])
     assert counts[1] <= counts[0] + 10  # of some 50 for each world
 
@@ -223,18 +215,23 @@ ODD_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("step", ODD_STEPS)
-@pytest.mark.parametrize("layout", ODD_LAYOUTS)
-def test_odd_steps(layout, step, toys, tmp_path, world4):
-    """Ranks without a frame, steps without any, one frame for four ranks, many tiny ones."""
-    made, rows = ODD_STEPS[step]
+@pytest.fixture(scope="module", params=ODD_STEPS)
+def odd_step(request, toys):
+    """(records, rows, reference)."""
+    made, rows = ODD_STEPS[request.param]
     records = [
         _say(question, answer, [picture(toys.root, name, (width, height)) for name, width, height in images])
         for question, answer, images in made
     ]
-    reference = train_reference(toys.folder("dense"), records, toys.root)
+    return records, rows, train_reference(toys.folder("dense"), records, toys.root)
+
+
+@pytest.mark.parametrize("layout", ODD_LAYOUTS)
+def test_odd_steps(layout, odd_step, toys, world4):
+    """Ranks without a frame, steps without any, one frame for four ranks, many tiny ones."""
+    records, rows, reference = odd_step
     vision = {"balance": "world"} if "world" in layout else {}
     settings = settings_of(
         toys.folder("dense"), ODD_LAYOUTS[layout], global_batch_size=len(rows), seq_length=512, vision=vision
     )
-    check(compare(toys, world4, "dense", settings, reference, tmp_path / "out", records=records, rows=rows))
+    check(compare(toys, world4, "dense", settings, reference, records=records, rows=rows))

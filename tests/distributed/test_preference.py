@@ -5,10 +5,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from parity import Toys, part_of, save_weights, settings_of, targets_of, weights_of
+from parity import Toys, named_as_in_hf, part_of, pieces_of, put_together, settings_of, targets_of
 from toy import reference_inputs, reference_model
-
-from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 
 # (processes, toy model, parallel settings)
 LAYOUTS = {
@@ -186,13 +184,12 @@ def expected(toys: Toys, kind: str, name: str) -> Expected:
     return Expected(loss.item(), {part: square**0.5 for part, square in squares.items()}, weights, refs, head)
 
 
-def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out):
-    """Runs on every rank: one step; saves the weights to ``out``. Returns (loss, norms, counts, fields)."""
+def step_in_layout(folder, checkpoint, root, records, settings, name, refs):
+    """Runs on every rank: one step. Returns (loss, norms, counts, fields, ``pieces_of`` the weights)."""
     from megavlm import platform
     from megavlm.align.objectives import JudgedObjective, PairObjective, RewardObjective
     from megavlm.checkpoint.load_weights import load_weights
     from megavlm.config.settings import Settings
-    from megavlm.convert import SHARDED_METADATA
     from megavlm.data.answer_groups import draft_unit
     from megavlm.data.renderer import Renderer
     from megavlm.model.shapes import Shapes
@@ -228,8 +225,7 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs, out)
     else:
         objective = PairObjective(name, LOSSES[name], 64, groups.language)
     result = Step(vlm, Optimizers(vlm, settings.train), feed, each, objective, settings.vision.window)()
-    save_weights(vlm.sharded_state_dict(dict(SHARDED_METADATA)), out, groups)
-    return result.loss, result.norms, result.counts, result.fields
+    return result.loss, result.norms, result.counts, result.fields, pieces_of(vlm)
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +254,7 @@ def expectations(toys):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_is_that_of_plain_pytorch(layout, name, toys, files, expectations, tmp_path, request):
+def test_a_step_is_that_of_plain_pytorch(layout, name, toys, files, expectations, request):
     """To 1e-5 for the loss, 3e-5 for norms and 1e-4 for weights, of their update, as in the other layout tests."""
     from transformers.modeling_utils import load_state_dict
 
@@ -272,20 +268,19 @@ def test_a_step_is_that_of_plain_pytorch(layout, name, toys, files, expectations
         moe_aux_loss_coeff=0.0,
         **({"vision": {"window": 2}} if layout == "CP2" else {}),
     )
-    file, out = files["kto" if name == "kto" else "pair"], tmp_path / "mcore"
-    ranks = world.run(
-        step_in_layout, toys.folder(kind), toys.checkpoint(kind), toys.root, file, settings, name, reference.refs, out
-    )
-    loss, norms, counts, fields = ranks[0]
+    file, folder = files["kto" if name == "kto" else "pair"], toys.folder(kind)
+    ranks = world.run(step_in_layout, folder, toys.checkpoint(kind), toys.root, file, settings, name, reference.refs)
+    loss, norms, counts, fields, _ = ranks[0]
     assert loss == pytest.approx(reference.loss, rel=1e-5)
     for part, norm in reference.norms.items():
         assert norms[f"grad_norm/{part}"] == pytest.approx(norm, rel=3e-5), part
-    start, after = load_state_dict(str(toys.folder(kind) / "model.safetensors")), weights_of(out, toys.folder(kind))
+    weights = put_together([pieces for *_, pieces in ranks])
+    start, after = load_state_dict(str(folder / "model.safetensors")), named_as_in_hf(weights, folder)
     for weight, value in after.items():
         update = reference.weights[weight] - start[weight]
         assert (value - reference.weights[weight]).norm() <= 1e-4 * update.norm() + 1e-9, weight
     if name == "rm":
-        head, before = McoreCheckpoint(out).read("language.score_head.weight"), first_head(reference.head.shape[1])
+        head, before = weights["language.score_head.weight"], first_head(reference.head.shape[1])
         assert (head - reference.head).norm() <= 1e-4 * (reference.head - before).norm()
     assert counts["frames_encoded"] == counts["frames"] == 11  # of the prompts: once for both answers
     assert counts["samples"] == 16

@@ -16,7 +16,8 @@ from megavlm.align.registry import METHODS
 ROOT = Path(__file__).parents[2]
 STAGES = {f"stage{n}": ["pretrain", f"configs/pretrain/stage{n}.yaml"] for n in range(4)}
 TUNING = [name for name, method in METHODS.items() if not method.has_stages]
-JOBS = {**STAGES, **{name: [name, f"configs/tune/{name}.yaml"] for name in TUNING}}
+RECIPES = {name: f"configs/{'align' if METHODS[name].samples else 'tune'}/{name}.yaml" for name in TUNING}
+JOBS = {**STAGES, **{name: [name, recipe] for name, recipe in RECIPES.items()}}
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -73,9 +74,9 @@ def test_dry_run_shows_each_rank(job: str) -> None:
     assert len({rank["env"]["MASTER_PORT"] for rank in ranks}) == 1
 
 
-@pytest.mark.parametrize("job", ["sft", "rm", "dpo", "kto"])
+@pytest.mark.parametrize("job", TUNING)
 def test_the_tuner_chooses_the_recipe(job: str) -> None:
-    for tuner, config in {"lora": f"configs/tune/{job}-lora.yaml", "full": f"configs/tune/{job}.yaml"}.items():
+    for tuner, config in {"lora": RECIPES[job].replace(".yaml", "-lora.yaml"), "full": RECIPES[job]}.items():
         srun, ranks = dry_run(job, "train.lr=1e-5", MEGAVLM_TUNER=tuner)
         assert srun[-3:] == [job, config, "train.lr=1e-5"]
         assert ranks[-1]["command"][-3:] == srun[-3:]

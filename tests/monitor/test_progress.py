@@ -77,11 +77,19 @@ def test_accuracy_and_margin_of_preference_tuning_are_shown(terminal):
     assert terminal or "margin –" in first
 
 
+def test_reward_length_and_share_of_cut_answers_of_reinforcement_learning_are_shown():
+    with Progress(2, stream=(stream := io.StringIO())) as shown:
+        shown.update(line(1, reward=0.4125, answer_tokens=212.34, truncated_share=0.0625))
+    for fact in ("reward 0.4125", "answer tokens 212", "cut off 6.2 %"):
+        assert fact in stream.getvalue()
+
+
 def test_a_run_that_compares_nothing_shows_no_accuracy():
     text = run(io.StringIO())
     assert "accuracy" not in text
     assert "margin" not in text
     assert "KL" not in text
+    assert "reward" not in text
 
 
 def test_other_ranks_are_silent():

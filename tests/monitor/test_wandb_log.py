@@ -1,12 +1,16 @@
 """Weights & Biases: off unless one is logged in or asks for it; quiet, inside the output folder, never in the way."""
 
+import io
+import json
 import os
 import sys
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from megavlm.config.settings import Settings
+from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup
 from megavlm.monitor.wandb_log import WandbLog, is_logged_in
 
 LINE = {"step": 1, "loss": 0.5, "mfu": None}
@@ -62,13 +66,24 @@ def fake(monkeypatch, **options):
     return module
 
 
-def test_offline_for_real(tmp_path, capfd):
-    """The package itself: a file that has the numbers, one id over a resume, silence, nothing in the home folder."""
+def test_offline_for_real(tmp_path, capfd, media):
+    """The package itself: files that have the numbers and sampled answers with their picture; one id over a resume;
+    silence; nothing in the home folder.
+    """
     output = tmp_path / "run"
+    answers = [
+        LoggedAnswer("<b>\U0001f408</b>", 0.5, {"exact": 1, "math": None}, None, 3, "length", ["math: died", "more"]),
+        LoggedAnswer("", None, {"format": 0.25}, -1.5, 0, "stop"),
+    ]
+    groups = [
+        LoggedGroup(f"{media.base}/a.jsonl:3", "Which?", ["large.jpg"], "a cat", answers),
+        LoggedGroup(f"{media.base}/a.jsonl:4", "", ["gone.jpg"], None, answers[1:]),
+    ]
     for _ in range(2):
         run = WandbLog(settings("offline", output))
         assert run.mode == "offline"
         assert str(output) in run.description
+        run.log_rollouts(7, groups)
         run.log({"step": 7, "loss": 0.123456789})
         run.finish()
     captured = capfd.readouterr()
@@ -78,6 +93,20 @@ def test_offline_for_real(tmp_path, capfd):
     assert {file.stem for file in files} == {f"run-{(output / 'wandb/run_id').read_text().strip()}"}
     assert all(b"0.123456789" in file.read_bytes() for file in files)
     assert not list((tmp_path / "home").iterdir())
+    (file, _) = output.glob("wandb/offline-run-*/files/media/table/rollouts_*.table.json")
+    table = json.loads(file.read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row.pop("first picture") for row in rows] == ["Image", "Image", None]
+    staged = [path.read_bytes() for path in output.glob("wandb/data/artifacts/staging/*")]
+    (picture, _) = [content for content in staged if content.startswith(b"\x89PNG")]  # one for each start
+    with Image.open(io.BytesIO(picture)) as stored:
+        assert stored.size == (320, 320)
+    assert rows[0] == {
+        "sample": groups[0].sample, "question": "Which?", "reference": "a cat", "answer": "<b>\U0001f408</b>",
+        "reward": 0.5, "reward/exact": 1.0, "reward/math": None, "reward/format": None, "advantage": None, "tokens": 3,
+        "finish": "length", "failures": "math: died; more",
+    }  # fmt: skip
+    assert [row["advantage"] for row in rows] == [None, -1.5, -1.5]
 
 
 def test_off_imports_nothing(monkeypatch, tmp_path):
@@ -92,7 +121,9 @@ def test_off_imports_nothing(monkeypatch, tmp_path):
 def test_other_ranks_do_nothing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     warnings = []
-    WandbLog(settings("offline", tmp_path), enabled=False, warn=warnings.append).log(LINE)
+    run = WandbLog(settings("offline", tmp_path), enabled=False, warn=warnings.append)
+    run.log(LINE)
+    run.log_rollouts(1, [LoggedGroup("a:1", "", [], None, [])])
     assert warnings == []
 
 

@@ -64,6 +64,9 @@ def test_long_curve_is_thinned_and_keeps_its_spike():
 def test_degenerate_curves_are_drawn():
     flat = chart("Memory", [1, 2], [Curve("GiB", [1.5, 1.5], "soft")])
     assert {y for _, y in points(*paths(flat, "line"))} == {500.0}
+    zeros = chart("Staleness", [1, 2], [Curve("steps", [0.0, 0.0], "soft")], from_zero=True)
+    assert {y for _, y in points(*paths(zeros, "line"))} == {1000.0}
+    assert labels(zeros, "y")[::5] == ["0", "1"]
     assert "h0" in chart("Loss", [1], [Curve("loss", [2.0], "loss")])
     assert paths(chart("Norm", [1, 2], [Curve("norm", [0.5, 0.5], "text")], log=True), "line")
     assert chart("MFU", [1, 2], [Curve("MFU", [None, None], "speed")]) == ""

@@ -48,20 +48,21 @@ def test_nothing_to_draw(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_accuracy_and_margin_are_drawn_below_the_loss(tmp_path):
+def test_what_a_method_measures_of_answers_is_drawn_below_the_loss(tmp_path):
     """In colours that no other curve has, on a panel of their own."""
-    write_run(tmp_path / "sft", [1.0, 0.5, 0.25])
-    compared = {"accuracy": 0.75, "margin": 0.5}
-    write_run(tmp_path / "dpo", [1.0, 0.5, 0.25], **compared)
-    pictures = {}
-    for name in ("sft", "dpo"):
+    measured = {
+        "sft": {},
+        "dpo": {"accuracy": 0.75, "margin": 0.5},
+        "grpo": {"reward": 0.75, "answer_tokens": 120.0},
+    }
+    green, colors = (0x05, 0x96, 0x69), {}
+    for name, fields in measured.items():
+        write_run(tmp_path / name, [1.0, 0.5, 0.25], **fields)
         with Image.open(write_loss_plot(tmp_path / name)) as picture:
-            pictures[name] = picture.convert("RGB")
-    green = (0x05, 0x96, 0x69)
-    assert pictures["dpo"].size == (1350, 1230)
-    drawn = [color for _, color in pictures["dpo"].crop((0, 620, 1350, 920)).getcolors(1 << 24)]
-    assert green in drawn
-    assert green not in [color for _, color in pictures["sft"].getcolors(1 << 24)]
+            assert picture.size == (1350, 1230 if fields else 930)
+            panel = picture.convert("RGB").crop((0, 620, 1350, 920) if fields else (0, 0, 1350, 930))
+            colors[name] = {color for _, color in panel.getcolors(1 << 24)}
+    assert [name for name in measured if green in colors[name]] == ["dpo", "grpo"]
 
 
 def test_a_first_step_without_answers_of_both_kinds_is_drawn(tmp_path):

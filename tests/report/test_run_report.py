@@ -102,6 +102,20 @@ def test_page_has_everything_and_needs_nothing(runs):
     assert "Undefined" not in page
 
 
+def test_passes_over_sources_and_changed_settings_are_shown(tmp_path):
+    write_run(tmp_path / "run", steps=1)
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        for step, passes in ((2, {"charts": 0.5, "gone": 1.25}), (3, {"charts": 1.0 / 3, "talks": 2.0})):
+            line = {**dict.fromkeys(REQUIRED, 1.0), "step": step} | {f"epoch/{k}": v for k, v in passes.items()}
+            file.write(json.dumps(line) + "\n")
+    change = {"step": 2, "time": "2026-01-02 03:04:05", "setting": "train.lr", "old": 1e-5, "new": None}
+    (tmp_path / "run/changes.jsonl").write_text(json.dumps(change) + "\n[]\n{\n")
+    words = " ".join(re.sub(r"<[^>]*>", "", write_report(tmp_path / "run").read_text()).split())
+    assert "passes over its data: charts 0.333 · gone 1.25 · talks 2" in words
+    assert words.count("continued after step") == 1
+    assert "continued after step 2 (2026-01-02 03:04:05) with train.lr null instead of 1.0e-05" in words
+
+
 def test_pictures_are_thumbnails_of_the_right_ones(runs):
     page = write_report(runs / "sft").read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)

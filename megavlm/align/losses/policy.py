@@ -201,7 +201,8 @@ def policy_loss(
     )
     if POLICY_LOSSES[name].reduction != "constant" and max_length is not None:
         raise ValueError(f"{name} has no option max_length: only dr_grpo divides by a constant length")
-    shares, count = REDUCTIONS[POLICY_LOSSES[name].reduction](mask, max_length or shape[1])
+    reduction, lengths = REDUCTIONS[POLICY_LOSSES[name].reduction], mask.sum(-1, keepdim=True)
+    shares, count = reduction.weights(mask, lengths, max_length or shape[1]), reduction.count(lengths[:, 0])
     shares = shares if weights is None else shares * weights.detach()
     tokens = mask.sum().clamp(min=1)
     metrics = {

@@ -10,6 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megavlm.model.batch_invariant import attend_one, is_batch_invariant
 from megavlm.model.kernels.context import context_attention
 from megavlm.model.packed import PackedRow
 
@@ -29,6 +30,8 @@ def segment_attention(
     Returns:
         [T, heads, head_dim].
     """
+    if is_batch_invariant() and causal:
+        return _one_by_one(query, key, value, row, scale)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
@@ -47,6 +50,16 @@ def segment_attention(
         o = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         out.append(o.transpose(1, 2).flatten(0, 1))
     return torch.cat(out) if len(out) != 1 else out[0]
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float) -> Tensor:
+    """Causal attention in calls of the shape that sampling makes for each new token."""
+    out, start = [query[:0]], 0
+    for length in row.lengths:
+        for end in range(start + 1, start + length + 1):
+            out.append(attend_one(query[end - 1], key[start:end], value[start:end], scale)[None])
+        start += length
+    return torch.cat(out)
 
 
 def scale_of(config: TransformerConfig) -> float:

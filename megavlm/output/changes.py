@@ -15,6 +15,7 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "log",
     "generate",
+    "reward_pool",
     "output",
     "overwrite",
     "data.eval",
@@ -45,6 +46,7 @@ CHANGEABLE = (
     "train.clip_grad",
     "data.train",  # only the blend: weights and epochs of the same sources
     "data.replay",  # the same, and the share
+    "reward",
 )
 _BLEND = re.compile(r"data\.(train|replay)\b.*\.(weight|epochs|share)")
 _LONGEST = 60  # characters of a value in a message

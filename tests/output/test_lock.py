@@ -10,8 +10,8 @@ import time
 import pytest
 
 from megavlm.base.errors import UserError
-from megavlm.config import run_lock
-from megavlm.config.run_lock import RunLock, check_unlocked
+from megavlm.output import lock as lock_module
+from megavlm.output.lock import RunLock, check_unlocked
 
 
 def hold(folder, ready, child):
@@ -45,7 +45,7 @@ def holder(tmp_path):
 
 
 def test_a_second_start_is_refused_with_host_and_process(tmp_path, holder, monkeypatch):
-    monkeypatch.setattr(run_lock, "_RELEASE_SECONDS", 0.2)
+    monkeypatch.setattr(lock_module, "_RELEASE_SECONDS", 0.2)
     process = holder()
     for start in (lambda: check_unlocked(tmp_path / "run"), lambda: RunLock(tmp_path / "run").take()):
         with pytest.raises(UserError) as caught:
@@ -77,7 +77,7 @@ def of_another_host(folder, age):
 
 def test_the_lock_of_another_host_holds_as_long_as_it_is_renewed(tmp_path, monkeypatch):
     file = of_another_host(tmp_path / "run", age=100)
-    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: os.utime(file))  # it gives a sign of life
+    monkeypatch.setattr(lock_module.time, "sleep", lambda seconds: os.utime(file))  # it gives a sign of life
     with pytest.raises(UserError, match=r"is in use by process 4711 on gpu07; its last sign of life was 0 s ago"):
         RunLock(tmp_path / "run").take()
     assert "gpu07" in file.read_text()
@@ -87,7 +87,7 @@ def test_the_lock_of_another_host_holds_as_long_as_it_is_renewed(tmp_path, monke
 def test_the_lock_of_a_dead_host_is_taken_over(tmp_path, monkeypatch, age):
     """At once if it was not renewed for long; otherwise after waiting for a sign of life."""
     file = of_another_host(tmp_path / "run", age)
-    monkeypatch.setattr(run_lock, "DEAD_SECONDS", 0.3)
+    monkeypatch.setattr(lock_module, "DEAD_SECONDS", 0.3)
     began = time.monotonic()
     with RunLock(tmp_path / "run") as lock:
         lock.take()
@@ -96,7 +96,7 @@ def test_the_lock_of_a_dead_host_is_taken_over(tmp_path, monkeypatch, age):
 
 
 def test_a_holder_gives_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.05)
     with RunLock(tmp_path / "run") as lock:
         lock.take()
         file = tmp_path / "run" / "run.lock"

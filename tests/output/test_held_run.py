@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from megavlm.base.errors import UserError
-from megavlm.config.held_run import of_run
-from megavlm.config.run_inputs import note_inputs
 from megavlm.config.settings import Settings
+from megavlm.output.held_run import of_run
+from megavlm.output.inputs import note_inputs
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import shutil
 import pytest
 
 from megavlm.base.errors import UserError
-from megavlm.config.run_folder import check_output, prepare_output, record_changes
-from megavlm.config.run_inputs import note_inputs
 from megavlm.config.settings import Settings
+from megavlm.output.folder import check_output, prepare_output, record_changes
+from megavlm.output.inputs import note_inputs
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 from megavlm.base import atomic_files
 from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings
-from megavlm.config.run_folder import (
+from megavlm.config.settings import Settings
+from megavlm.output.folder import (
     StartOptions,
     check_new,
     check_output,
@@ -17,7 +18,6 @@ from megavlm.config.run_folder import (
     prepare_output,
     record_changes,
 )
-from megavlm.config.settings import Settings
 
 
 @pytest.fixture(autouse=True)

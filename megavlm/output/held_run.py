@@ -6,8 +6,8 @@ from typing import Any
 
 from megavlm.base.errors import UserError
 from megavlm.config import yaml_files
-from megavlm.config.run_inputs import has_moved
 from megavlm.config.settings import Settings
+from megavlm.output.inputs import has_moved
 
 _RESULTS = ("answers*", "scores*")  # a folder with these alone and a config.yaml belongs to infer or score
 

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from megavlm.base import atomic_files
 from megavlm.base.errors import UserError
-from megavlm.config import changes, run_lock
-from megavlm.config.held_run import holds_run
 from megavlm.config.load import load_settings, resolved_yaml
-from megavlm.config.run_inputs import FILE, at_noted_paths
 from megavlm.config.settings import Settings
+from megavlm.output import changes, lock
+from megavlm.output.held_run import holds_run
+from megavlm.output.inputs import FILE, at_noted_paths
 
 CHANGES_FILE = "changes.jsonl"  # the changes of settings with which a run was continued
 # The files and folders that a run writes. Overwriting removes only these.
@@ -85,7 +85,7 @@ def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> St
         UserError: the folder contains something else, or a run with other settings.
     """
     folder = _output(settings)
-    new = _with_schedule(settings, None)
+    new = _completed(settings, None)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file", "choose a folder")
     changes.check_change(options.change)
@@ -111,8 +111,8 @@ def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> St
             f"output {folder} holds a run whose settings cannot be read: {error.message}",
             f"correct {folder / 'config.yaml'}, or {_new_run(folder)}",
         ) from None
-    before = _with_schedule(before, None)
-    after = _with_schedule(settings, before)
+    before = _completed(before, None)
+    after = _completed(settings, before)
     # Unless it is given, the length of the schedule follows from other settings, and is no change of its own.
     given = settings.train.schedule_steps is not None
     compared = before if given else _with(before, after.train.schedule_steps)
@@ -143,7 +143,7 @@ def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> St
 def check_output(settings: Settings, options: StartOptions = StartOptions()) -> str:
     """Returns the action of ``plan_start``. Raises a UserError also if a process is writing into the folder."""
     action = plan_start(settings, options).action
-    run_lock.check_unlocked(_output(settings))
+    lock.check_unlocked(_output(settings))
     return action
 
 
@@ -192,8 +192,8 @@ def _is_same_run(folder: Path, settings: Settings) -> bool:
         before = load_settings(folder / "config.yaml")
     except UserError:
         return False
-    after = _with_schedule(settings, None)
-    return not changed_keys(_with_schedule(before, None), at_noted_paths(before, after, folder))
+    after = _completed(settings, None)
+    return not changed_keys(_completed(before, None), at_noted_paths(before, after, folder))
 
 
 def _without_its_own_start(start: Start) -> Start:
@@ -256,8 +256,10 @@ def _all_changes(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
     return {key: (was, now) for key, (was, now) in both.items() if was != now}
 
 
-def _with_schedule(settings: Settings, before: Settings | None) -> Settings:
+def _completed(settings: Settings, before: Settings | None) -> Settings:
     """The settings with the length of the schedule: as given, as it was before, or that of the run."""
+    if settings.align.loss == "sigmoid":  # what null means for dpo; earlier versions wrote it for all verbs
+        settings = settings.model_copy(update={"align": settings.align.model_copy(update={"loss": None})})
     train = settings.train
     if train.schedule == "constant" or train.schedule_steps is not None:
         return settings
@@ -275,7 +277,7 @@ def _write_config(start: Start) -> None:
 
 def _counts(path: Path) -> bool:
     """Whether a file of the output folder shows that it is in use; not what a start leaves that has done nothing."""
-    return path.name not in (run_lock.FILE, "stacks", ".alive") and not path.name.startswith(".config.yaml.")
+    return path.name not in (lock.FILE, "stacks", ".alive") and not path.name.startswith(".config.yaml.")
 
 
 def _is_restarted_by_launcher() -> bool:

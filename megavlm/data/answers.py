@@ -1,0 +1,66 @@
+"""Samples of prompts and of answers that were sampled to them."""
+
+import torch
+
+from megavlm.data.row import IGNORE, Annotations, Row, Sample
+
+
+def first_sample(row: Row) -> Sample:
+    """Returns the sample of a row that contains only one, without its padding."""
+    assert row.num_samples == 1, "the row has one sample"
+    length = row.sample_lengths[0]
+    return Sample(
+        input_ids=row.input_ids[:length],
+        labels=row.labels[:length],
+        loss_weights=row.loss_weights[:length],
+        position_ids=row.position_ids[:, :length],
+        patches=row.patches,
+        frame_grids=row.frame_grids,
+        visual_positions=row.visual_positions,
+        num_images=row.num_images,
+        num_videos=row.num_videos,
+        source=row.sources[0],
+        index=row.indices[0],
+        source_id=row.source_ids[0],
+        annotations=row.annotations[0],
+        remarks=tuple(row.remarks),
+    )
+
+
+def with_answer(
+    prompt: Sample, tokens: list[int], annotations: Annotations, *, is_target: bool = True, shares_media: bool = False
+) -> Sample:
+    """Returns a prompt of p tokens followed by an answer, whose tokens are the targets.
+
+    Args:
+        prompt: the prompt.
+        tokens: the n tokens of the answer, which contain no placeholder of a picture or video.
+        annotations: inputs of the loss.
+        is_target: whether the answer is learned from.
+        shares_media: see ``Sample``.
+    """
+    answer, first = torch.tensor(tokens, dtype=torch.int64), len(prompt.input_ids)
+    input_ids = torch.cat([prompt.input_ids, answer])
+    labels = torch.full_like(input_ids, IGNORE)
+    if is_target:
+        labels[first - 1 : -1] = answer  # the label of a position is the token that follows it
+    # The three positions of a new token are one more than the largest position before it.
+    after = int(prompt.position_ids.max()) + 1
+    positions = torch.arange(after, after + len(tokens)).expand(3, -1)
+    return Sample(
+        input_ids=input_ids,
+        labels=labels,
+        loss_weights=(labels != IGNORE).float(),
+        position_ids=torch.cat([prompt.position_ids, positions], dim=1),
+        patches=prompt.patches[:0] if shares_media else prompt.patches,
+        frame_grids=prompt.frame_grids,
+        visual_positions=prompt.visual_positions,
+        num_images=prompt.num_images,
+        num_videos=prompt.num_videos,
+        source=prompt.source,
+        index=prompt.index,
+        source_id=prompt.source_id,
+        shares_media=shares_media,
+        annotations=annotations,
+        remarks=() if shares_media else prompt.remarks,
+    )

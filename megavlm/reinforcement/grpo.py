@@ -1,0 +1,232 @@
+"""`megavlm grpo`: reinforcement learning from groups of answers that are compared with each other."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megavlm.align.losses import ADVANTAGES, POLICY_LOSSES, check_policy
+from megavlm.align.losses.advantages import options_of as advantage_options
+from megavlm.align.losses.correction import CORRECTIONS
+from megavlm.align.preference_method import check_reference
+from megavlm.base.errors import UserError
+from megavlm.config.requirements import required
+from megavlm.config.settings import Settings
+from megavlm.data.loader import build_loader
+from megavlm.data.renderer import Renderer
+from megavlm.data.row import Row
+from megavlm.reinforcement.policy_objective import PolicyObjective, PolicyOptions
+from megavlm.reinforcement.policy_step import PolicyStep
+from megavlm.reinforcement.reward_models import RewardModels
+from megavlm.reinforcement.rollouts import Rollouts
+from megavlm.rewards.pool import RewardPool
+from megavlm.rollout.answerer import stop_tokens, vision_tokens
+from megavlm.rollout.builtin import BuiltinEngine
+from megavlm.rollout.engine import Sampling
+from megavlm.runtime.session import Session
+from megavlm.training.memory_check import longest_row
+from megavlm.training.method import Prepared
+from megavlm.training.start_weights import StartWeights
+from megavlm.training.step import Step
+
+LOSSES = tuple(name for name in POLICY_LOSSES if name != "ppo")
+REPLACEMENTS = 4
+"""How often flat groups are replaced with the loss dapo, unless ``rollout.replace_flat`` is set."""
+# Settings of the section align that grpo reads beside the options of its loss and advantage.
+_OWN = {
+    "loss", "advantage", "beta", "updates", "mini_batches", "correction", "correction_lowest", "correction_highest",
+    "overlong_cache", "mask_truncated", "offload_reference",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the settings say about the loss, checked.
+
+    Attributes:
+        options: the loss.
+        advantage: the name of the advantage, and its options.
+        replacements: how many times flat groups are replaced in a step.
+    """
+
+    options: PolicyOptions
+    advantage: tuple[str, dict[str, float]]
+    replacements: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Policy":
+        """Raises UserError if a setting would be ignored, or is not allowed for the loss."""
+        align, rollout = settings.align, settings.rollout
+        loss = align.loss or "grpo"
+        if loss not in LOSSES:
+            raise UserError(f"align.loss is {loss}, which is no loss of grpo", f"choose one of {', '.join(LOSSES)}")
+        of_losses = {name for entry in POLICY_LOSSES.values() for name in entry.options}
+        options = {name: value for name in sorted(of_losses) if (value := getattr(align, name)) is not None}
+        advantage = align.advantage or ("dr_grpo" if loss == "dr_grpo" else "grpo")
+        if advantage not in ADVANTAGES:
+            allowed = ", ".join(ADVANTAGES)
+            raise UserError(f"align.advantage is {advantage}, which is no advantage", f"choose one of {allowed}")
+        of_advantage = {} if align.ddof is None else {"ddof": float(align.ddof)}
+        for name in of_advantage.keys() - advantage_options(advantage).keys():
+            raise UserError(f"align.{name} is set, but align.advantage is {advantage}: it would be ignored",
+                            f"remove align.{name}")  # fmt: skip
+        try:
+            entry = check_policy(loss, options)
+        except ValueError as error:
+            raise UserError(f"align: {error}") from None
+        for name in type(align).model_fields:
+            if name not in {*_OWN, "ddof", *of_losses} and align.is_changed(name):
+                raise UserError(f"align.{name} is not used by grpo, so it would be ignored", f"remove align.{name}")
+        beta = entry.beta if align.beta is None else align.beta
+        if align.offload_reference and not beta:
+            raise UserError(
+                "align.offload_reference is true, but align.beta is 0, so that there is no reference model: it would "
+                "be ignored",
+                "remove align.offload_reference, or set align.beta above 0",
+            )
+        limits = _limits(settings)
+        most = rollout.max_new_tokens
+        if align.overlong_cache is not None and align.overlong_cache > most:
+            raise UserError(
+                f"align.overlong_cache is {align.overlong_cache}, more than rollout.max_new_tokens = {most}",
+                "lower align.overlong_cache",
+            )
+        replacements = rollout.replace_flat
+        if replacements is None:
+            replacements = REPLACEMENTS if loss == "dapo" else 0
+        chosen = PolicyOptions(loss, beta, most, rollout.temperature, options, align.correction, limits)
+        return cls(chosen, (advantage, of_advantage), replacements)
+
+
+class PolicyMethod:
+    """A training method (see ``training.method.Method``) that learns from answers that the model samples itself."""
+
+    scores = False
+
+    def __init__(self, settings: Settings):
+        self._policy = Policy.of(settings)
+        loss, (advantage, _) = self._policy.options.loss, self._policy.advantage
+        self.title = f"reinforcement learning · {loss}" + (f", advantage {advantage}" if advantage != loss else "")
+
+    def bare_objective(self, session: Session) -> PolicyObjective:
+        chunk_tokens = session.settings.train.logprob_chunk_tokens
+        return PolicyObjective(self._policy.options, chunk_tokens, session.groups.language)
+
+    def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
+        settings, groups = session.settings, session.groups
+        renderer, loader, rewards = None, None, None
+        if groups.is_leader:
+            renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
+            most = settings.rollout.max_new_tokens
+            loader = build_loader(
+                settings.data.model_copy(update={"packing": "none"}),
+                Renderer.of_prompts(settings.model.hf, settings.data, most),
+                "prompt",
+                dp_rank=groups.dp_rank,
+                dp_size=groups.dp_size,
+                seed=settings.train.seed,
+                rows_per_step=-(-required(settings.rollout.prompts, "rollout.prompts") // groups.dp_size),
+                output=settings.output,
+            )
+            rewards = RewardPool(settings.reward, settings.reward_pool.workers)
+        heartbeat("opening the prompts and the rewards")
+        models = RewardModels(session, settings.reward, renderer)
+        beta, objective = self._policy.options.beta, self.bare_objective(session)
+        start = StartWeights(session, offload=settings.align.offload_reference) if beta else None
+        heartbeat("loading the reward models and the reference model")
+
+        tokenizer = (renderer or Renderer(settings.model.hf, settings.data)).tokenizer
+        stops = stop_tokens(settings.model.hf, tokenizer)
+
+        def make_step(step: Step, rows: Iterator[Row] | None) -> PolicyStep:
+            engine = BuiltinEngine(
+                session.vlm,
+                places=settings.rollout.max_sequences,
+                cache_gib=settings.rollout.cache_gib,
+                cache_setting="rollout.cache_gib",
+                prompt_tokens=settings.data.seq_length,
+                chunk_tokens=settings.train.logprob_chunk_tokens,
+                batch_invariant=settings.rollout.batch_invariant,
+                decode=tokenizer.decode,
+                special=tokenizer.all_special_ids,
+            )
+            rollouts = Rollouts(
+                session,
+                engine,
+                _sampling(session, stops),
+                renderer,
+                loader,
+                rows,
+                rewards,
+                models,
+                self._policy.advantage,
+                self._policy.replacements,
+            )
+            return PolicyStep(session, step, rollouts, objective, renderer, start)
+
+        updates = settings.align.updates * settings.align.mini_batches
+        longest = (lambda: longest_row(renderer)) if renderer is not None else None
+        return Prepared(objective, loader, longest, loader, make_step, updates)
+
+
+def method(settings: Settings) -> PolicyMethod:
+    """Makes the method. Raises UserError for settings that do not fit it."""
+    if settings.align.beta != 0 and Policy.of(settings).options.beta:
+        check_reference(settings, "grpo with align.beta above 0")
+    data, rollout, train = settings.data, settings.rollout, settings.train
+    if data.seq_length <= rollout.max_new_tokens:
+        raise UserError(
+            f"rollout.max_new_tokens is {rollout.max_new_tokens}, but a row has data.seq_length = {data.seq_length} "
+            "tokens for the prompt and its answer",
+            "raise data.seq_length, or lower rollout.max_new_tokens",
+        )
+    if train.global_batch_size is not None:
+        raise UserError(
+            "train.global_batch_size is set, but grpo packs its answers into as many rows as they need: it would be "
+            "ignored",
+            "remove train.global_batch_size; rollout.prompts and rollout.group_size give the size of a step",
+        )
+    if data.too_long == "truncate":
+        raise UserError("data.too_long is truncate, but prompts are never truncated", "set data.too_long to drop")
+    if data.replay is not None:
+        raise UserError("data.replay is set, but grpo does not use it, so it would be ignored", "remove data.replay")
+    if data.is_changed("packing"):
+        raise UserError("data.packing is set, but grpo packs its answers best-fit always", "remove data.packing")
+    if train.kl_to_start:
+        raise UserError(
+            f"train.kl_to_start is {train.kl_to_start:g}, but grpo does not use it, so it would be ignored",
+            "remove train.kl_to_start; align.beta keeps the model close to where it starts",
+        )
+    prompts = required(rollout.prompts, "rollout.prompts")
+    if settings.align.mini_batches > prompts:
+        raise UserError(
+            f"align.mini_batches is {settings.align.mini_batches}, more than rollout.prompts = {prompts}",
+            "lower align.mini_batches",
+        )
+    return PolicyMethod(settings)
+
+
+def _sampling(session: Session, stops: tuple[int, ...]) -> Sampling:
+    rollout = session.settings.rollout
+    return Sampling(
+        rollout.max_new_tokens,
+        rollout.temperature,
+        rollout.top_p,
+        rollout.top_k,
+        stop=stops,
+        stop_strings=tuple(rollout.stop),
+        banned=vision_tokens(session.shapes),
+    )
+
+
+def _limits(settings: Settings) -> dict[str, float]:
+    """The limits of the correction that are set. Raises UserError for one that would be ignored."""
+    name, align = settings.align.correction, settings.align
+    given = {"lowest": align.correction_lowest, "highest": align.correction_highest}
+    limits = {key: value for key, value in given.items() if value is not None}
+    used = {"off": (), "truncate": ("highest",), "mask": ("lowest", "highest")}
+    kind = "off" if name == "off" else CORRECTIONS[name][1]
+    for key in limits.keys() - set(used[kind]):
+        raise UserError(
+            f"align.correction_{key} is set, but align.correction is {name}: it would be ignored",
+            f"remove align.correction_{key}",
+        )
+    return limits

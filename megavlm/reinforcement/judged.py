@@ -1,0 +1,82 @@
+"""Prompts with their sampled answers and what these are worth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megavlm.data.row import Asked
+from megavlm.monitor.reward_failures import JudgedAnswer
+from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup
+from megavlm.records.skipped_samples import SkippedSample
+from megavlm.reinforcement.answer_rows import Group
+from megavlm.rewards.score import Score
+from megavlm.rollout.engine import Answered
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A prompt with its answers and, for each, its text with special tokens, score, reward (or None), advantage."""
+
+    answered: Answered
+    full_texts: list[str]
+    scores: list[Score]
+    rewards: list[float | None]
+    advantages: list[float]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether nothing can be learned from the group, because all its rewards are equal or unknown."""
+        return not any(self.advantages)
+
+    @property
+    def group(self) -> Group:
+        """What is learned from. An answer without a reward is left out."""
+        known = [n for n, reward in enumerate(self.rewards) if reward is not None]
+        answers = self.answered.answers
+        return Group(self.answered.prompt.sample, [answers[n] for n in known], [self.advantages[n] for n in known])
+
+
+@dataclass
+class Batch:
+    """The answers of a step on this data-parallel rank.
+
+    Attributes:
+        groups: the groups to learn from, on the leader; [] elsewhere.
+        shown: the groups that were sampled first, whatever became of them, on the leader.
+        fields: fields for metrics.jsonl, over all ranks.
+        counts: samples (the answers to learn from), used/NAME, newly_read/NAME of each source and skipped_samples, over
+            all ranks.
+        skipped_samples: the prompts of this data-parallel rank that were skipped.
+    """
+
+    groups: list[Judged] = field(default_factory=list)
+    shown: list[Judged] = field(default_factory=list)
+    fields: dict[str, float | None] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    skipped_samples: list[SkippedSample] = field(default_factory=list)
+
+
+def asked_of(answered: Answered) -> Asked:
+    """The record of a prompt."""
+    asked = answered.prompt.sample.annotations.asked
+    assert asked is not None, "prompts are drafted with their records"
+    return asked
+
+
+def failures_of(groups: Sequence[Judged]) -> list[JudgedAnswer]:
+    """What is recorded of rewards that failed or did not apply."""
+    return [
+        JudgedAnswer(group.answered.prompt.sample.source, n, score.parts, score.failures, score.total is not None)
+        for group in groups
+        for n, score in enumerate(group.scores)
+    ]
+
+
+def logged(group: Judged) -> LoggedGroup:
+    """What a reader sees of a group."""
+    asked, answers = asked_of(group.answered), []
+    for answer, text, one, reward, advantage in zip(
+        group.answered.answers, group.full_texts, group.scores, group.rewards, group.advantages, strict=True
+    ):
+        shown = None if reward is None else advantage
+        answers.append(LoggedAnswer(text, reward, one.parts, shown, len(answer.tokens), answer.finish, one.failures))
+    return LoggedGroup(group.answered.prompt.sample.source, asked.question, asked.media, asked.reference, answers)

@@ -1,0 +1,154 @@
+"""A step of reinforcement learning: sample a batch of answers, judge them, and learn from them in several updates."""
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+
+from megavlm.base.errors import UserError
+from megavlm.base.heartbeat import beat
+from megavlm.config.requirements import required
+from megavlm.data.renderer import Renderer
+from megavlm.data.row import Row
+from megavlm.model.batch_invariant import batch_invariant
+from megavlm.monitor.reward_failures import RewardFailures
+from megavlm.monitor.run_monitor import RunMonitor
+from megavlm.platform.collectives import broadcast_object, gather_objects
+from megavlm.reinforcement.answer_rows import answer_rows, on_all_ranks
+from megavlm.reinforcement.judged import Batch, Judged, failures_of, logged
+from megavlm.reinforcement.policy_objective import Known, PolicyObjective
+from megavlm.reinforcement.rollouts import Rollouts, in_mini_batches
+from megavlm.runtime.feed import StepRows
+from megavlm.runtime.session import Session
+from megavlm.training.start_weights import StartWeights
+from megavlm.training.step import Step, StepResult
+
+# Counts of work, which each update adds to; the other counts are those of the batch.
+_WORK = (
+    "tokens", "row_tokens", "target_tokens", "segment_squares", "patches", "frame_squares", "frames", "frames_encoded",
+)  # fmt: skip
+
+
+class PolicyStep:
+    """Runs steps of reinforcement learning on all ranks; the training loop calls it like a ``Step``.
+
+    Args:
+        session: the session of the run.
+        step: updates the weights.
+        rollouts: makes batches of answers.
+        objective: the objective of ``step``.
+        renderer: packs rows, on leaders; None elsewhere.
+        start: the reference model; None if the loss does not use it.
+
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        step: Step,
+        rollouts: Rollouts,
+        objective: PolicyObjective,
+        renderer: Renderer | None,
+        start: StartWeights | None,
+    ):
+        assert (start is not None) == (objective.options.beta > 0), "a loss with a divergence needs the reference"
+        self._session, self._step, self._rollouts, self._objective = session, step, rollouts, objective
+        self._renderer, self._start = renderer, start
+        self._shown: list[Judged] = []  # the groups of the last step on this data-parallel rank, on leaders
+        self._failures: RewardFailures | None = None  # on rank 0
+
+    def __call__(self) -> StepResult:
+        session, align = self._session, self._session.settings.align
+        session.vlm.train(False)
+        batch = self._rollouts.collect()
+        session.vlm.train()
+        self._shown, began = batch.shown, time.perf_counter()
+        with batch_invariant(self._session.settings.rollout.batch_invariant):
+            results = self._learn(batch)
+        first = results[: align.mini_batches]
+        counts = _sums([result.counts for result in first]) | batch.counts
+        counts |= _sums([{name: result.counts[name] for name in _WORK} for result in results])
+        fields = _merged([result.fields for result in results], self._objective.max_names) | batch.fields
+        fields["seconds_update"] = time.perf_counter() - began
+        return StepResult(
+            sum(result.loss for result in results) / len(results),
+            results[0].lr,
+            {name: sum(result.norms[name] for result in results) / len(results) for name in results[0].norms},
+            counts,
+            fields,
+            batch.skipped_samples,
+            next((result.trouble for result in results if result.trouble), None),
+        )
+
+    def _learn(self, batch: Batch) -> list[StepResult]:
+        """Updates the weights with each mini-batch, as often as the settings say. Returns the results in order."""
+        align = self._session.settings.align
+        parts = [self._rows(groups) for groups in in_mini_batches(batch.groups, align.mini_batches)]
+        for rows in parts:
+            rows.encoded = []  # a frozen tower encodes the frames of each mini-batch once for all passes
+        known = [self._known(rows) for rows in parts]
+        results: list[StepResult] = []
+        for update in range(align.updates):
+            for rows, found in zip(parts, known, strict=True):
+                self._objective.known = found
+                is_last = update == align.updates - 1
+                results.append(self._step.update(rows if is_last else rows.copy()))
+                beat("an update of the weights")
+        self._objective.known = []
+        return results
+
+    def report(self, step: int, monitor: RunMonitor) -> UserError | None:
+        """Records answers and failed rewards; see ``MethodStep``. An error if too many rewards fail."""
+        session, settings = self._session, self._session.settings
+        judged = gather_objects(failures_of(self._shown), session.groups.world_host)
+        if not session.is_first:
+            return broadcast_object(None, session.groups.world_host)
+        if self._failures is None:
+            output, limit = required(settings.output, "output"), settings.reward_pool.max_failed_fraction
+            self._failures = RewardFailures(output, step - 1, limit, monitor.say)
+        self._failures.take(step, itertools.chain.from_iterable(judged))
+        if step % settings.rollout.log_every == 0 or step in (1, settings.train.steps):
+            monitor.record_rollouts(step, [logged(group) for group in self._shown])
+        return broadcast_object(self._failures.failure(), session.groups.world_host)
+
+    def close(self) -> None:
+        """Ends the engine and the processes of the rewards."""
+        self._rollouts.close()
+
+    def _rows(self, groups: Sequence[Judged]) -> StepRows:
+        """Packs groups into rows, as many on each data-parallel rank. Call it on all ranks."""
+        settings, rows = self._session.settings, list[Row]()
+        if self._renderer is not None:
+            mask, most = settings.align.mask_truncated, settings.data.max_patches_per_row
+            rows = answer_rows([group.group for group in groups], self._renderer, most, mask_truncated=mask)
+        return on_all_ranks(rows, self._renderer, self._session.vlm, settings.vision.window)
+
+    def _known(self, rows: StepRows) -> list[Known]:
+        """Computes what the loss needs beside the log-probabilities of each update, for each row."""
+        align, look = self._session.settings.align, partial(self._step.look_through, rows)
+        old: list[torch.Tensor] = []
+        reference: list[torch.Tensor] = []
+        if align.updates * align.mini_batches > 1:  # with one update, it is computed in the update itself
+            self._session.vlm.train(False)
+            old = look(self._objective.logprobs)
+            self._session.vlm.train()
+        if self._start is not None:
+            with self._start():
+                reference = look(self._objective.logprobs)
+        count = max(len(old), len(reference))
+        return [(old[n] if old else None, reference[n] if reference else None) for n in range(count)]
+
+
+def _sums(many: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(values[name] for values in many) for name in many[0]}
+
+
+def _merged(many: Sequence[Mapping[str, float | None]], largest: Sequence[str]) -> dict[str, float | None]:
+    """The mean of each value over the updates, or the largest one of those that are named."""
+    merged: dict[str, float | None] = {}
+    for name in many[0]:
+        values = [value for one in many if (value := one[name]) is not None]
+        merged[name] = (max(values) if name in largest else sum(values) / len(values)) if values else None
+    return merged

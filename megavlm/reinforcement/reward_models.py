@@ -1,0 +1,70 @@
+"""Reward models as rewards: the ranks of the run score the sampled answers with them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megavlm.base.errors import UserError
+from megavlm.checkpoint.folders import find_checkpoint
+from megavlm.checkpoint.load_weights import has_score_head
+from megavlm.config.reward_section import RewardSettings
+from megavlm.data.renderer import Renderer
+from megavlm.model.language import LanguageModel
+from megavlm.model.vlm import VLM
+from megavlm.reinforcement.answer_rows import Group, answer_rows, on_all_ranks
+from megavlm.runtime.feed import Feed, MicroBatch
+from megavlm.runtime.forward import forward_only, to_leader
+from megavlm.runtime.scoring import row_rewards
+from megavlm.runtime.session import Session
+
+
+class RewardModels:
+    """The reward models of a run. Create it on all ranks; the models join the session.
+
+    Args:
+        session: the session of the run; a reward model has the same shapes and layout as its main model.
+        rewards: the rewards; those that are no models are left out.
+        renderer: packs the answers, on leaders; None elsewhere.
+
+    Raises:
+        UserError: a folder has no reward head, or is of another model.
+    """
+
+    def __init__(self, session: Session, rewards: Sequence[RewardSettings], renderer: Renderer | None):
+        self._session, self._renderer = session, renderer
+        self._models: dict[str, VLM] = {}
+        for reward in rewards:
+            if reward.model is None:
+                continue
+            path = find_checkpoint(reward.model)
+            if not has_score_head(path):
+                raise UserError(
+                    f"reward {reward.key}: {path} has no reward head", "give a run of megavlm rm, or a checkpoint of it"
+                )
+            self._models[reward.key] = session.add_model(
+                f"reward/{reward.key}", path, trained=False, score_head=True
+            ).vlm
+
+    def scores(self, groups: Sequence[Group]) -> dict[str, list[float]]:
+        """Scores the answers by each model's name, in order, on leaders; elsewhere []. Call it on all ranks."""
+        return {name: self._of(vlm, groups) for name, vlm in self._models.items()}
+
+    def _of(self, vlm: VLM, groups: Sequence[Group]) -> list[float]:
+        settings, sequence_parallel = self._session.settings, self._session.settings.parallel.sequence_parallel
+
+        def read(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+            return row_rewards(chunk, hidden, micro_batch, self._session.groups, sequence_parallel)
+
+        rows = []
+        if self._renderer is not None:
+            rows = answer_rows(groups, self._renderer, settings.data.max_patches_per_row)
+        step_rows = on_all_ranks(rows, self._renderer, vlm, None)
+        found = torch.zeros(sum(len(group.answers) for group in groups))
+        for window in Feed(vlm, None).windows(step_rows, settings.parallel.pipeline):
+            results = to_leader(vlm, forward_only(vlm, window, read))
+            for micro_batch, scores in zip(window.micro_batches, results, strict=False):  # none but on the leader
+                for annotations, score in zip(micro_batch.host.annotations, scores, strict=True):
+                    if annotations.sampled is not None:
+                        found[annotations.sampled.number] = score
+        return found.tolist()

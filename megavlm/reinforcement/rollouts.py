@@ -1,0 +1,206 @@
+"""One batch of reinforcement learning: prompts, sampled answers, their rewards and advantages."""
+
+import hashlib
+import math
+import time
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megavlm.align.losses import advantages
+from megavlm.base.errors import UserError
+from megavlm.base.heartbeat import beat
+from megavlm.config.requirements import required
+from megavlm.data.answers import first_sample
+from megavlm.data.loader import RowLoader
+from megavlm.data.renderer import Renderer
+from megavlm.data.row import Row
+from megavlm.reinforcement.answer_rows import Group
+from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, fields_of, keys_of
+from megavlm.reinforcement.judged import Batch, Judged, asked_of
+from megavlm.reinforcement.reward_models import RewardModels
+from megavlm.rewards.pool import RewardPool
+from megavlm.rewards.score import Score, columns_of, overlong_penalty, score
+from megavlm.rollout.engine import Answered, Engine, Prompt, Sampling
+from megavlm.runtime.session import Session
+from megavlm.training.step import NoRows, raise_everywhere
+
+
+class Rollouts:
+    """Makes batches. Create it on all ranks.
+
+    Args:
+        session: the session of the run.
+        engine: samples the answers.
+        sampling: how it samples.
+        renderer: decodes the answers on the leader of each model-parallel group; None elsewhere.
+        loader: the loader of the prompts, on the same ranks.
+        rows: the rows of that loader, one prompt each.
+        rewards: judges the answers, on the same ranks.
+        models: the reward models among the rewards.
+        advantage: the name of the advantage, and its options.
+        replacements: how many times flat groups are replaced in a step.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        engine: Engine,
+        sampling: Sampling,
+        renderer: Renderer | None,
+        loader: RowLoader | None,
+        rows: Iterator[Row] | None,
+        rewards: RewardPool | None,
+        models: RewardModels,
+        advantage: tuple[str, dict[str, float]],
+        replacements: int,
+    ):
+        self._session, self._engine, self._sampling, self._renderer = session, engine, sampling, renderer
+        self._loader, self._rows, self._rewards = loader, rows, rewards
+        self._advantage, self._replacements = advantage, replacements
+        self._models = models
+        self._weights = {reward.key: reward.weight for reward in session.settings.reward}
+        self._names = session.settings.data.source_names
+
+    def collect(self) -> Batch:
+        """Samples and judges the next batch. Call it on all ranks.
+
+        Groups from which nothing can be learned are replaced by new prompts if the settings say so: first those that
+        are missing are counted over all ranks, then as many prompts are sampled, and all of their answers are awaited.
+        So no answer is left out for its length.
+
+        Raises:
+            NoRows: on all ranks, if a rank has no prompts.
+            UserError: on all ranks, if too many rewards fail.
+        """
+        settings = self._session.settings.rollout
+        wanted, size = required(settings.prompts, "rollout.prompts"), self._session.groups.dp_size
+        batch, sums, missing = Batch(), Sums(float), float(wanted)
+        if self._loader is not None:
+            self._loader.begin_step()
+        for attempt in range(1 + self._replacements):
+            judged = self._judged(self._answered(math.ceil(missing / size), batch, sums), sums)
+            batch.shown += judged
+            keep_flat = self._replacements == 0
+            batch.groups += [group for group in judged if keep_flat or not group.is_flat]
+            if self._replacements == 0 or attempt == self._replacements:
+                break
+            missing = wanted - self._sum({"groups": len(batch.groups)})["groups"]
+            if missing <= 0:
+                break
+        self._count(batch, sums)
+        return batch
+
+    def close(self) -> None:
+        """Ends the engine and the processes of the rewards."""
+        self._engine.close()
+        if self._rewards is not None:
+            self._rewards.close()
+
+    def _prompts(self, count: int, places: dict[int, int], batch: Batch, sums: Sums) -> Iterator[Prompt]:
+        """The next prompts of this data-parallel rank, read while others are answered.
+
+        ``places`` gets the place of each by its id. Raises UserError if there are none.
+        """
+        assert self._loader is not None, "leaders have prompts"
+        assert self._rows is not None, "leaders have prompts"
+        groups, settings = self._session.groups, self._session.settings
+        for place in range(count):
+            number = self._loader.taken * groups.dp_size + groups.dp_rank  # among the prompts of all ranks
+            row = next(self._rows)
+            batch.skipped_samples += row.skipped_samples
+            for name, new in zip(self._names, row.newly_read, strict=True):
+                sums[f"newly_read/{name}"] += new
+            for source in (row.source_ids[0], *(skipped.source_id for skipped in row.skipped_samples)):
+                sums[f"used/{self._names[source]}"] += 1
+            seeds = tuple(seed_of(settings.train.seed, number, n) for n in range(settings.rollout.group_size))
+            prompt = Prompt(first_sample(row), seeds)
+            places[id(prompt)] = place
+            yield prompt
+
+    def _answered(self, count: int, batch: Batch, sums: Sums) -> list[Answered]:
+        """Samples, and gives each group to the rewards as soon as it is complete. Returns the groups in order."""
+        began, is_leader, places = time.perf_counter(), self._loader is not None, dict[int, int]()
+        done: dict[int, Answered] = {}
+        prompts = self._prompts(count, places, batch, sums) if is_leader else None
+        try:
+            for answered in self._engine.generate(prompts, self._sampling):
+                place = places[id(answered.prompt)]
+                done[place] = answered
+                assert self._rewards is not None, "answers arrive on leaders, which have rewards"
+                asked, texts = asked_of(answered), self._texts(answered)
+                self._rewards.submit(place, texts, columns_of(asked.columns, asked.question, len(texts)))
+        except UserError as error:  # the engine raises it on all ranks
+            raise NoRows(error) from error
+        sums["seconds_rollout"] += time.perf_counter() - began
+        assert len(done) == count * is_leader, "the engine answers every prompt"
+        return [done[place] for place in sorted(done)]
+
+    def _texts(self, answered: Answered, *, special: bool = False) -> list[str]:
+        tokens = [answer.tokens for answer in answered.answers]
+        assert self._renderer is not None, "answers arrive on leaders"
+        return self._renderer.tokenizer.batch_decode(tokens, skip_special_tokens=not special)
+
+    def _judged(self, answered: list[Answered], sums: Sums) -> list[Judged]:
+        began, found, judged = time.perf_counter(), dict[Hashable, list[Score]](), list[Judged]()
+        problem: UserError | None = None
+        if self._rewards is not None:
+            try:
+                while self._rewards.pending:
+                    results = self._rewards.results()
+                    found |= dict(results)
+                    beat("the rewards") if results else time.sleep(0.002)
+            except UserError as error:
+                problem = error
+        raise_everywhere(problem, problem is not None, self._session.groups)
+        of_models = self._models.scores([
+            Group(group.prompt.sample, group.answers, [0.0] * len(group.answers)) for group in answered
+        ])  # fmt: skip
+        first = 0
+        for place, group in enumerate(answered):
+            scores = found[place]
+            for number, one in enumerate(scores):
+                parts = {name: values[first + number] for name, values in of_models.items()}
+                scores[number] = score({**one.parts, **parts}, one.failures, self._weights)
+            judged.append(self._judge(group, scores))
+            first += len(scores)
+        sums["seconds_reward"] += time.perf_counter() - began
+        return judged
+
+    def _judge(self, answered: Answered, scores: list[Score]) -> Judged:
+        cache, most = self._session.settings.align.overlong_cache, self._sampling.max_new_tokens
+        rewards: list[float | None] = []
+        for answer, found in zip(answered.answers, scores, strict=True):
+            late = overlong_penalty(len(answer.tokens), most, cache) if cache is not None else 0.0
+            rewards.append(None if found.total is None else found.total + late)
+        known = torch.tensor([float("nan") if r is None else r for r in rewards], dtype=torch.float64)
+        name, options = self._advantage
+        of_answers = advantages(name, known, len(rewards), **options)
+        return Judged(answered, self._texts(answered, special=True), scores, rewards, of_answers.tolist())
+
+    def _count(self, batch: Batch, sums: Sums) -> None:
+        """Fills ``fields`` and ``counts`` with sums over all ranks."""
+        rewards = list(self._weights)
+        add_batch(sums, batch, rewards)
+        is_leader = self._loader is not None
+        found = self._sum({key: sums[key] if is_leader else 0.0 for key in keys_of(rewards, self._names)})
+        batch.fields = fields_of(found, rewards, self._session.groups.dp_size)
+        batch.counts = counts_of(found)
+
+    def _sum(self, values: dict[str, float]) -> Sums:
+        """The sums of the values over all ranks."""
+        sums = torch.tensor(list(values.values()), dtype=torch.float64)
+        dist.all_reduce(sums, group=self._session.groups.world_host)
+        return Sums(float, zip(values, sums.tolist(), strict=True))
+
+
+def seed_of(*numbers: int) -> int:
+    """A number in 0 … 2⁶³ - 1 that differs for different numbers, such as (run, prompt, answer)."""
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
+
+
+def in_mini_batches(groups: Sequence[Judged], count: int) -> list[list[Judged]]:
+    """Divides groups into ``count`` parts that differ by at most one group; each keeps their order."""
+    return [list(groups[n * len(groups) // count : (n + 1) * len(groups) // count]) for n in range(count)]

@@ -1,0 +1,85 @@
+"""The curves of reinforcement learning: rewards, the policy, the answers, and where the time goes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from megavlm.base.number_format import short
+from megavlm.report.charts import Curve, chart
+from megavlm.report.preferences import in_percent
+
+_COLORS = ("loss", "lr", "vision", "projector", "language", "soft")  # for rewards; further ones have no curve
+
+
+def is_rl(lines: Sequence[dict[str, Any]]) -> bool:
+    """Whether these are metrics of reinforcement learning."""
+    return any("reward" in line for line in lines)
+
+
+def policy_charts(lines: Sequence[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
+    """The charts under their headings; those without values are empty."""
+    steps = [line["step"] for line in lines]
+
+    def curve(name: str, field: str, color: str) -> Curve:
+        return Curve.smoothed(name, [line.get(field) for line in lines], color)
+
+    def share(title: str, field: str, color: str, note: str) -> Markup:
+        drawn = Curve.smoothed(f"{field}, %", in_percent(lines, field), color)
+        return chart(title, steps, [drawn], from_zero=True, note=note)
+
+    names = list(dict.fromkeys(name for line in lines for name in line if name.startswith("reward/")))
+    parts = [curve(name.removeprefix("reward/"), name, color) for name, color in zip(names, _COLORS, strict=False)]
+    mismatch = [curve("mean", "mismatch_kl", "loss"), curve("largest", "mismatch_max", "projector")]
+    has_mismatch = any(value for drawn in mismatch for value in drawn.values)  # one engine for both: all zero
+    seconds = [
+        curve(name, f"seconds_{name}", color)
+        for name, color in (("rollout", "loss"), ("reward", "lr"), ("update", "language"), ("sync", "soft"))
+    ]
+    return [
+        (
+            "Rewards",
+            [
+                chart(
+                    "Reward", steps, [curve("reward", "reward", "speed")], kind="large", note="mean over all answers"
+                ),
+                chart("Each reward", steps, parts, note="before its weight"),
+                chart("Spread of rewards", steps, [curve("std", "reward_std", "speed")], from_zero=True, note="std"),
+                share("Groups without spread, %", "flat_groups", "lr", "they teach nothing"),
+                chart("Failed rewards", steps, [curve("answers", "reward_failures", "projector")], from_zero=True),
+            ],
+        ),
+        (
+            "Policy",
+            [
+                chart("Entropy", steps, [curve("entropy", "entropy", "loss")], from_zero=True, note="nats per token"),
+                chart(
+                    "KL to the reference", steps, [curve("kl", "kl", "vision")], from_zero=True, note="nats per token"
+                ),
+                share("Clipped tokens, %", "clip_share", "lr", ""),
+                chart("Largest ratio", steps, [curve("ratio", "ratio_max", "projector")], log=True),
+                chart("Sampler against trainer", steps, mismatch, log=has_mismatch, note="nats per token"),
+                chart("Staleness", steps, [curve("steps", "staleness", "soft")], from_zero=True, note="steps"),
+            ],
+        ),
+        (
+            "Answers",
+            [
+                chart("Length", steps, [curve("tokens", "answer_tokens", "loss")], from_zero=True, note="mean tokens"),
+                share("Cut off, %", "truncated_share", "projector", "longer than rollout.max_new_tokens"),
+            ],
+        ),
+        (
+            "Time",
+            [
+                chart("Seconds of a step", steps, seconds, from_zero=True),
+                chart(
+                    "Sampled tokens per second",
+                    steps,
+                    [curve("tokens/s", "rollout_tokens_per_second", "speed")],
+                    from_zero=True,
+                    label=short,
+                ),
+            ],
+        ),
+    ]

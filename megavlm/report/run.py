@@ -1,0 +1,109 @@
+"""An output folder in a report: the settings and the metrics of its run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from megavlm.base.errors import UserError
+from megavlm.media.access import MediaAccess
+from megavlm.monitor.metrics import PARTS, read_metrics
+from megavlm.report.loss_plot import smooth
+from megavlm.report.preferences import Preferences
+
+
+@dataclass
+class Run:
+    """The configuration and the metrics of a run, read from its output folder.
+
+    Attributes:
+        folder: the output folder.
+        config: its config.yaml; {} if there is none.
+        lines: its metrics, oldest first; [] if nothing was trained.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    lines: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Reads an output folder. Raises UserError if config.yaml is not valid YAML."""
+        file = folder / "config.yaml"
+        config = None
+        if file.is_file():
+            try:
+                config = yaml.safe_load(file.read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise UserError(f"{file} is not valid YAML: {error}") from None
+        return cls(folder, config if isinstance(config, dict) else {}, read_metrics(folder))
+
+    def setting(self, key: str) -> Any:
+        """The value of a dotted key; None if it is not set."""
+        value: Any = self.config
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    @property
+    def name(self) -> str:
+        """The name in the report: the stage of pretraining, or the name of the folder."""
+        stage = self.setting("stage")
+        return self.folder.absolute().name if stage is None else f"stage {stage}"
+
+    @property
+    def access(self) -> MediaAccess:
+        """Which media the records of its data may name."""
+        return access_of(self.setting("data") or {})
+
+    @property
+    def trained_parts(self) -> list[str]:
+        """The parts that are trained: those that are not frozen, or are unfrozen during the run."""
+        frozen = set(self.setting("model.freeze") or []) - set(self.setting("train.unfreeze_after") or {})
+        return [part for part in PARTS if part not in frozen]
+
+    def column(self, name: str) -> list[float | None]:
+        """One field of all lines; None for lines without it."""
+        return [line.get(name) for line in self.lines]
+
+    def total(self, name: str) -> float:
+        """Sum of a field over all steps. If only each k-th step has a line, this line counts for k steps."""
+        known = [value for value in self.column(name) if value is not None]
+        return sum(known) * self.lines[-1]["step"] / len(self.lines) if self.lines else 0.0
+
+    def typical(self, name: str) -> float | None:
+        """Median of a field. If there are several lines, the first is ignored, because it includes the start-up."""
+        known = [value for value in self.column(name)[min(1, len(self.lines) - 1) :] if value is not None]
+        return median(known) if known else None
+
+    def first_and_last(self, name: str) -> tuple[float | None, float | None]:
+        """The first value of a field, and its moving average at the end; None if there are no values."""
+        known = [value for value in self.column(name) if value is not None]
+        return (known[0], smooth(known)[-1]) if known else (None, None)
+
+    @property
+    def first_and_last_loss(self) -> tuple[float | None, float | None]:
+        """The first loss, and the moving average of the loss at the end."""
+        return self.first_and_last("loss")
+
+    @property
+    def preferences(self) -> Preferences | None:
+        """What accuracy and margin of this run are; None if it does not compare answers."""
+        return Preferences.of(self.lines)
+
+
+def access_of(data: dict[str, Any]) -> MediaAccess:
+    """Which media records may name, by the ``data`` section of a config.yaml."""
+    roots = data.get("media_roots")
+    return MediaAccess(tuple(roots) if roots else None, tuple(data.get("media_protocols") or ()))
+
+
+def existing(path: Path, folder: Path) -> Path | None:
+    """A path from the settings of a run, if it exists. It is relative to the folder in which the run was started.
+
+    That folder is assumed to be the current folder, or a parent of the output folder.
+    """
+    starts = [Path.cwd(), *folder.absolute().parents]
+    return next((start / path for start in starts if (start / path).exists()), None)

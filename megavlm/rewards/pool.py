@@ -1,0 +1,283 @@
+"""Rewards computed in worker processes beside the sampling."""
+
+import contextlib
+import os
+import pickle
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Any
+
+from megavlm.base.errors import RunFailure, UserError
+from megavlm.base.quoting import shortened
+from megavlm.config.reward_section import RewardSettings
+from megavlm.rewards.score import Score
+from megavlm.rewards.tasks import Group, Task
+from megavlm.rewards.worker_process import WorkerProcess, unusable
+
+_LOADING = 300.0  # seconds in which a worker must have loaded all rewards; a file may import torch, or load a model
+_MOST_BAD_STARTS = 3  # workers in a row that may end while they load the rewards
+
+Result = tuple[Hashable, list[Score]]
+
+
+def check_rewards(rewards: Sequence[RewardSettings]) -> None:
+    """Loads all rewards in a worker, as a run would. Reward models are not looked at.
+
+    Raises:
+        UserError: a reward cannot be loaded. The message names the file, the line and the cause.
+    """
+    computed = _computed(rewards)
+    if not computed:
+        return
+    worker = WorkerProcess(computed)
+    message = None
+    try:
+        if wait([worker.connection, worker.pidfd], _LOADING):
+            message = worker.receive()
+    except (OSError, EOFError):
+        pass  # it died
+    finally:
+        end = worker.kill()
+    if message is None:
+        listed = ", ".join(reward.key for reward in computed)
+        raise UserError(
+            f"the rewards {listed} cannot be loaded: their process {end}",
+            f"the files are run once when they are loaded, which may take {_LOADING:g} s and must not end the process",
+        )
+    if "unusable" in message:
+        raise unusable(computed, message)
+
+
+@dataclass
+class _Call:
+    """What a worker is doing: the task, and when it began."""
+
+    task: Task
+    began: float
+
+    @property
+    def deadline(self) -> float:
+        return self.began + self.task.limit
+
+
+class RewardPool:
+    """Worker processes that judge groups of answers. One for each data-parallel rank, on its leader.
+
+    A thread deals the groups to the workers, so that these go on while the trainer samples or updates. A reward that
+    takes too long has its worker killed and replaced. The workers end with the trainer, even if that is killed.
+
+    Args:
+        rewards: the rewards; models are left out, because the training ranks run them.
+        workers: number of processes.
+    """
+
+    def __init__(self, rewards: Sequence[RewardSettings], workers: int = 2):
+        self._rewards = _computed(rewards)
+        self._num_workers = workers if self._rewards else 0
+        self._submitted: queue.SimpleQueue[Group] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[Result | None] = queue.SimpleQueue()  # None: the thread has ended
+        self._waiting: deque[Task] = deque()
+        self._workers: dict[WorkerProcess, _Call | None] = {}
+        self._error: BaseException | None = None
+        self._bad_starts, self._pending, self._is_closed = 0, 0, False
+        self._wake, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
+        self._thread = threading.Thread(target=self._run, name="rewards", daemon=True)
+        self._thread.start()
+
+    @property
+    def pending(self) -> int:
+        """Number of groups that were submitted and not yet returned."""
+        return self._pending
+
+    def submit(self, key: Hashable, completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
+        """Takes a group without waiting.
+
+        Args:
+            key: names the group in the results.
+            completions: its answers.
+            columns: for each name as many values as there are answers (`score.columns_of`).
+        """
+        bad = {name: len(column) for name, column in columns.items() if len(column) != len(completions)}
+        assert not bad, f"{len(completions)} completions, but columns of other lengths: {bad}"
+        cause = None
+        try:
+            payload = pickle.dumps((list(completions), {name: list(column) for name, column in columns.items()}))
+        except Exception as error:  # whatever an object's own __reduce__ raises
+            payload, cause = b"", f"the record cannot be sent to a worker: {type(error).__name__}: {shortened(error)}"
+        group = Group(key, len(completions), payload)
+        group.tasks = [Task(group, number, reward.seconds) for number, reward in enumerate(self._rewards)]
+        for task in group.tasks:
+            if cause is not None or not completions:
+                task.give_up(cause or "")
+        self._pending += 1
+        self._submitted.put(group)
+        self._wake_up()
+
+    def results(self) -> list[Result]:
+        """The groups that are finished and were not returned before: (key, score of each answer), in any order.
+
+        Raises:
+            RunFailure: workers end again and again before they have loaded the rewards.
+        """
+        found = []
+        while self._pending:
+            try:
+                found.append(self._next(block=False))
+            except queue.Empty:
+                break
+        return found
+
+    def wait(self) -> list[Result]:
+        """Waits for all groups that were submitted, and returns those not returned before. Raises as `results`."""
+        return [self._next(block=True) for _ in range(self._pending)]
+
+    def close(self) -> None:
+        """Ends the workers. Groups that are not finished are dropped. A second call does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._wake_up()
+            self._thread.join()
+            os.close(self._wake)
+            os.close(self._waker)
+
+    def __enter__(self) -> "RewardPool":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _wake_up(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # the pipe is full, so the thread wakes up in any case
+            os.write(self._waker, b".")
+
+    def _next(self, *, block: bool) -> Result:
+        found = self._finished.get(block=block)
+        if found is None:
+            self._finished.put(None)  # the next call is to end, too
+            assert self._error is not None
+            raise self._error
+        self._pending -= 1
+        return found
+
+    def _run(self) -> None:
+        """The thread."""
+        try:
+            while not self._is_closed:
+                self._start_workers()
+                self._deal()
+                self._listen()
+        except BaseException as error:
+            self._error = error
+            self._finished.put(None)
+        finally:
+            for worker in self._workers:
+                worker.kill()
+
+    def _start_workers(self) -> None:
+        while len(self._workers) < self._num_workers:
+            self._workers[WorkerProcess(self._rewards)] = None
+
+    def _deal(self) -> None:
+        """Gives each idle worker a task."""
+        for worker, call in list(self._workers.items()):
+            if call is not None or not worker.is_ready or not self._waiting:
+                continue
+            task = self._waiting.popleft()
+            try:
+                worker.call(task.reward, task.answers, task.group.payload)
+            except OSError:  # it has died while it was idle: no answer is to blame
+                self._replace(worker)
+                self._waiting.appendleft(task)
+            else:
+                self._workers[worker] = _Call(task, time.monotonic())
+
+    def _listen(self) -> None:
+        """Waits until a group is submitted, a worker says something or dies, or the time of a call is up."""
+        deadlines = [
+            call.deadline if call else worker.started + _LOADING
+            for worker, call in self._workers.items()
+            if call or not worker.is_ready
+        ]
+        timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        handles = [handle for worker in self._workers for handle in (worker.connection, worker.pidfd)]
+        ready = wait([self._wake, *handles], timeout)
+        if self._wake in ready:
+            self._take_submitted()
+        for worker, call in list(self._workers.items()):
+            if worker.connection in ready:
+                try:
+                    message = worker.receive()
+                except (OSError, EOFError):
+                    self._ended(worker, call, None)
+                else:
+                    self._heard(worker, call, message)
+            elif worker.pidfd in ready:
+                self._ended(worker, call, None)
+            elif call is not None and time.monotonic() >= call.deadline:
+                self._ended(worker, call, f"no result after {call.task.limit:.3g} s")
+            elif call is None and not worker.is_ready and time.monotonic() >= worker.started + _LOADING:
+                self._ended(worker, call, f"has not loaded the rewards after {_LOADING:g} s")
+
+    def _take_submitted(self) -> None:
+        os.read(self._wake, 4096)
+        while True:
+            try:
+                group = self._submitted.get_nowait()
+            except queue.Empty:
+                return
+            self._waiting.extend(task for task in group.tasks if not task.is_done)
+            self._finish(group)
+
+    def _heard(self, worker: WorkerProcess, call: _Call | None, message: dict[str, Any]) -> None:
+        if "unusable" in message:
+            raise unusable(self._rewards, message)
+        self._bad_starts = 0
+        if call is not None:
+            self._workers[worker] = None
+            seconds = time.monotonic() - call.began
+            if "error" in message:
+                call.task.failed(message["error"], seconds, has_ended=False)
+            else:
+                call.task.succeeded(message["values"], message["causes"], seconds)
+            self._go_on(call.task)
+
+    def _ended(self, worker: WorkerProcess, call: _Call | None, cause: str | None) -> None:
+        """A worker has died, or must be killed for this cause."""
+        end = self._replace(worker)
+        if call is not None:
+            seconds = time.monotonic() - call.began
+            call.task.failed(cause or f"its process {end}", seconds, has_ended=True)
+            self._go_on(call.task)
+        elif not worker.is_ready:
+            self._bad_starts += 1
+            if self._bad_starts == _MOST_BAD_STARTS:
+                raise RunFailure(
+                    f"{_MOST_BAD_STARTS} reward workers in a row have ended before they could begin; the last one "
+                    f"{cause or end}",
+                    "the kernel kills processes when the machine runs out of memory: lower reward_pool.workers",
+                )
+
+    def _replace(self, worker: WorkerProcess) -> str:
+        """Kills a worker, for which `_start_workers` starts another. Returns how it ended."""
+        del self._workers[worker]
+        return worker.kill()
+
+    def _go_on(self, task: Task) -> None:
+        if task.is_done:
+            self._finish(task.group)
+        else:
+            self._waiting.appendleft(task)
+
+    def _finish(self, group: Group) -> None:
+        if group.is_done:
+            self._finished.put((group.key, group.scores(self._rewards)))
+
+
+def _computed(rewards: Sequence[RewardSettings]) -> list[RewardSettings]:
+    return [reward for reward in rewards if reward.model is None]

@@ -1,0 +1,173 @@
+"""`megavlm grpo` from outside: what it samples in several layouts, kills, bad rewards, and prompts that do not fit."""
+
+import json
+import random
+from pathlib import Path
+
+import forked_command
+import pytest
+from killing import Commands, Kill
+from test_kill import is_continued
+from toy import toy_records, write_records
+
+from megavlm.monitor.metrics import read_metrics
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def commands():
+    commands = Commands(reports=False)
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="module")
+def grpo(toys, tmp_path_factory):
+    """grpo(output, overrides, records, reward): arguments of a run; by default on the questions of the toy records."""
+    folder = tmp_path_factory.mktemp("grpo")
+
+    def arguments(output, overrides=(), records=None, reward="letters") -> list[str]:
+        name = output.name if records else "asked"
+        data = write_records(toys.root / f"{name}.jsonl", records or toy_records(toys.root))
+        config = {
+            "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense"))},
+            "data": {"train": [{"path": str(data)}], "seq_length": 256, "workers": 1},
+            "train": {
+                "optimizer": "adam",
+                "lr": 1e-4,
+                "precision": "fp32",
+                "warmup_steps": 1,
+                "memory_check": False,
+            },
+            "align": {"beta": 0.1},
+            "rollout": {"prompts": 4, "group_size": 3, "max_new_tokens": 5, "temperature": 0.7},
+            "reward": [{"python": f"{HERE / 'grpo_rewards.py'}:{reward}", "timeout": 2.0}],
+            "reward_pool": {"workers": 1, "max_failed_fraction": 1.0},
+            "checkpoint": {"every": 2, "keep": 2},
+            "log": {"wandb": {"mode": "off"}},
+        }
+        path = folder / f"{output.name}.yaml"
+        path.write_text(json.dumps(config))
+        return ["grpo", str(path), f"output={output}", *overrides]
+
+    return arguments
+
+
+# processes and settings; the order of the prompts follows from the number of all data workers
+LAYOUTS = {
+    "one process": (1, ["data.workers=2"]),
+    "DP2": (2, []),
+    "TP2": (2, ["data.workers=2", "parallel.tensor=2"]),
+    "PP2 × VPP2": (2, ["data.workers=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "CP2": (2, ["data.workers=2", "parallel.context=2", "data.pad_multiple=4"]),
+}
+
+
+def test_every_layout_samples_the_same_answers_and_learns_the_same(commands, grpo, tmp_path):
+    """The first step samples the same tokens. In the second, weights and so probabilities differ by roundings."""
+    found = {}
+    for name, (size, overrides) in LAYOUTS.items():
+        output = tmp_path / name.replace(" ", "")
+        arguments = grpo(output, ["train.steps=2", "align.updates=2", "align.mini_batches=2", *overrides])
+        assert commands.run(arguments, size, output).statuses == [0] * size, output.with_suffix(".log").read_text()
+        found[name] = (
+            read_metrics(output),
+            [json.loads(line)["groups"] for line in (output / "rollouts.jsonl").read_text().splitlines()],
+        )
+    lines, groups = found.pop("one process")
+    assert len({answer["text"] for group in groups[0] for answer in group["answers"]}) > 6
+    assert 0 < lines[0]["reward"] < 1
+    assert lines[0]["mismatch_max"] < 1e-4  # log-probabilities of some -7 nats in float32
+    for name, (others, other_groups) in found.items():
+        texts = {group["sample"].rpartition(":")[2]: group["answers"] for group in other_groups[0]}
+        mine = {group["sample"].rpartition(":")[2]: group["answers"] for group in groups[0]}
+        assert all(texts[sample] == mine[sample] for sample in texts), name  # with DP2, those of rank 0
+        for line, other in zip(lines, others, strict=True):
+            for field in ("reward", "reward_std", "answer_tokens", "target_tokens", "samples", "flat_groups"):
+                assert other[field] == pytest.approx(line[field], rel=1e-6), (name, field)
+            for field in ("loss", "kl", "entropy", "ratio_max", "grad_norm"):
+                assert other[field] == pytest.approx(line[field], rel=2e-3, abs=1e-5), (name, field)
+
+
+def test_killed_and_started_again_it_samples_and_learns_the_same(commands, grpo, tmp_path):
+    kills = [
+        lambda done: Kill(rank=0, step=done + 1, writing=True),
+        lambda done: Kill(rank=1, step=done + 1, delay=0.1),
+        lambda done: Kill(rank=0, delay=1.0),
+    ]
+    arguments = lambda output: grpo(output, ["train.steps=6", "align.mini_batches=2"])
+    is_continued(commands, arguments, tmp_path / "straight", tmp_path / "killed", kills, 6)
+    texts = [(tmp_path / run / "rollouts.jsonl").read_text() for run in ("straight", "killed")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_killed_ten_times_at_random_moments(commands, grpo, tmp_path):
+    draw = random.Random(14)
+    kills = [lambda done: Kill(rank=0, step=done + 1, writing=True)]
+    for _ in range(9):
+        rank, ahead, delay = draw.randrange(2), draw.randrange(3), draw.random()
+        kills.append(
+            lambda done, rank=rank, ahead=ahead, delay=delay: Kill(rank, done + ahead if ahead else 0, 3 * delay)
+        )
+    arguments = lambda output: grpo(output, ["train.steps=30", "rollout.replace_flat=2"])
+    is_continued(commands, arguments, tmp_path / "straight", tmp_path / "killed", kills, 30)
+
+
+TROUBLE = ["raises", "hangs", "dies", "is not a number", "is a string", "does not apply", "is equal", "is fine"]
+
+
+def test_a_bad_reward_costs_only_its_answers(grpo, toys, tmp_path):
+    records = [record | {"trouble": kind} for record, kind in zip(toy_records(toys.root), TROUBLE, strict=True)]
+    output = tmp_path / "bad"
+    overrides = ["train.steps=1", "train.warmup_steps=0", "rollout.prompts=8", "align.beta=0", "data.workers=0"]
+    result = forked_command.run(grpo(output, overrides, records, "troublesome"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    line = read_metrics(output)[0]
+    assert line["reward_failures"] == 5 * 3
+    assert line["groups"] == 8
+    assert line["flat_groups"] == 7 / 8  # only that which is fine teaches anything
+    assert line["grad_norm"] > 0
+    failed = [json.loads(text) for text in (output / "reward_failures.jsonl").read_text().splitlines()]
+    causes = {TROUBLE[int(one["sample"].rpartition(":")[2]) - 1]: one["cause"] for one in failed}
+    assert set(causes) == set(TROUBLE[:5])
+    assert "no reward today" in causes["raises"]
+    assert "2 s" in causes["hangs"] or "no result" in causes["hangs"]
+
+
+def test_a_run_whose_rewards_all_fail_saves_and_ends(grpo, toys, tmp_path):
+    records = [record | {"trouble": "raises"} for record in toy_records(toys.root)]
+    output = tmp_path / "failing"
+    overrides = [
+        *("train.steps=5", "rollout.prompts=8", "rollout.group_size=13", "rollout.max_new_tokens=1"),
+        *("reward_pool.max_failed_fraction=0.5", "align.beta=0", "data.workers=0"),
+    ]
+    result = forked_command.run(grpo(output, overrides, records, "troublesome"))
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "no reward today" in result.stderr
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000001"]
+    assert read_metrics(output)[0]["grad_norm"] == 0  # nothing was learned from
+
+
+def test_a_prompt_that_leaves_no_room_is_dropped_and_told(grpo, toys, tmp_path):
+    records = toy_records(toys.root)[:3]
+    records[1]["messages"][0]["content"] = "word " * 300
+    output = tmp_path / "long"
+    overrides = ["train.steps=1", "train.warmup_steps=0", "rollout.prompts=2", "data.workers=0", "data.shuffle=false"]
+    overrides += ["data.max_dropped_fraction=1.0"]
+    result = forked_command.run(grpo(output, overrides, records))
+    assert result.returncode == 0, result.stdout + result.stderr
+    line = json.loads((output / "data_errors.jsonl").read_text().splitlines()[0])
+    assert line["sample"].endswith(":2")
+    assert "rollout.max_new_tokens = 256 - 5" in line["cause"]
+
+
+def test_sampler_and_trainer_agree_to_the_bit_in_batch_invariant_mode(grpo, tmp_path):
+    output = tmp_path / "invariant"
+    overrides = ["train.steps=1", "train.warmup_steps=0", "rollout.prompts=1", "data.workers=0", "align.updates=2"]
+    result = forked_command.run(grpo(output, ["rollout.batch_invariant=true", *overrides]))
+    assert result.returncode == 0, result.stdout + result.stderr
+    line = read_metrics(output)[0]
+    assert line["mismatch_max"] == 0.0
+    assert line["ratio_max"] > 1  # of the second update

@@ -1,0 +1,298 @@
+"""Steps of reinforcement learning in several layouts, and the same in plain PyTorch on transformers' model.
+
+The answers are given, so that all that is computed from them is compared: two updates, so that the second has ratios of
+new to old probabilities other than 1, and a model that has moved away from its reference.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from parity import Toys, part_of, save_weights, settings_of, weights_of
+from test_preference import first_head
+from toy import reference_inputs, reference_model
+
+from megavlm.align.losses import correction, policy_loss
+
+# (processes, toy model, parallel settings)
+LAYOUTS = {
+    "one process": (1, "dense", {}),
+    "DP2": (2, "dense", {}),
+    "TP2": (2, "dense", {"tensor": 2}),
+    "PP2 × VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}),
+    "CP2": (2, "dense", {"context": 2}),
+    "MoE EP2": (2, "moe", {"expert": 2}),
+}
+# name: (section align, temperature, learning rate). The rates are such that the second update clips some tokens.
+LOSSES = {
+    "grpo": ({"beta": 0.2}, 0.7, 0.5),
+    "dr_grpo": ({"correction": "token_truncate"}, 1.0, 2.0),
+    "dapo": ({"epsilon": 0.1}, 1.0, 0.5),
+    "gspo": ({"epsilon": 0.05, "epsilon_high": 0.08, "correction": "sequence_mask"}, 1.0, 1.0),
+    "sapo": ({}, 1.3, 0.5),
+    "cispo": ({"epsilon_high": 1.1, "correction": "token_mask"}, 1.0, 0.5),
+}
+PROMPTS, GROUP, MOST = (0, 1, 2, 3), 3, 9
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Toys:
+    return Toys(tmp_path_factory.mktemp("toys"))
+
+
+def given() -> list[list[tuple[list[int], list[float], float]]]:
+    """For each prompt its answers: tokens, log-probabilities of the sampler, and the advantage."""
+    draw = torch.Generator().manual_seed(3)
+    groups = []
+    for prompt in range(len(PROMPTS)):
+        lengths = torch.randint(1, MOST + 1, (GROUP,), generator=draw).tolist()
+        advantages = (torch.randn(GROUP, generator=draw) + 0.2 * prompt).tolist()
+        groups.append([
+            (
+                torch.randint(5, 60, (length,), generator=draw).tolist(),
+                (torch.randn(length, generator=draw) - 6).tolist(),
+                advantage,
+            )
+            for length, advantage in zip(lengths, advantages, strict=True)
+        ])  # fmt: skip
+    return groups
+
+
+def question(record: dict) -> dict:
+    """A conversation without its last answer."""
+    return {**record, "messages": record["messages"][:-1]}
+
+
+def answered(processor, toys: Toys, number: int, tokens: list[int]) -> dict[str, torch.Tensor]:
+    """The inputs of transformers' model for the question of a toy record, followed by an answer."""
+    inputs = reference_inputs(processor, question(toys.records[number]), toys.root, add_generation_prompt=True)
+    added = {"input_ids": torch.tensor([tokens])}
+    added |= {
+        name: torch.full((1, len(tokens)), fill) for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0))
+    }
+    return {name: torch.cat([value, added[name]], dim=1) if name in added else value for name, value in inputs.items()}
+
+
+def expected(
+    toys: Toys, kind: str, loss: str, frozen: tuple[str, ...] = ()
+) -> tuple[list[float], dict[str, float], dict[str, torch.Tensor]]:
+    """The losses and norms of two updates (means), and the weights after them, with transformers."""
+    from transformers import AutoProcessor
+
+    align, temperature, lr = LOSSES[loss]
+    folder, answers = toys.folder(kind), [answer for group in given() for answer in group]
+    model, processor = reference_model(folder), AutoProcessor.from_pretrained(folder)
+    mask = torch.tensor([[float(t < len(tokens)) for t in range(MOST)] for tokens, _, _ in answers])
+    padded = lambda rows: torch.stack([torch.nn.functional.pad(row, (0, MOST - len(row))) for row in rows])
+
+    def logprobs() -> torch.Tensor:
+        rows = []
+        for number, (tokens, _, _) in enumerate(answers):
+            inputs = answered(processor, toys, PROMPTS[number // GROUP], tokens)
+            logits = model(**inputs).logits[0, -len(tokens) - 1 : -1]
+            rows.append((logits / temperature).log_softmax(-1)[range(len(tokens)), tokens])
+        return padded(rows)
+
+    with torch.no_grad():
+        old = logprobs()
+    sampled = padded([torch.tensor(logs) for _, logs, _ in answers])
+    weights, mismatch = correction(align.get("correction", "off"), old, sampled, mask)
+    options = {name: value for name, value in align.items() if name not in ("beta", "correction")}
+    if loss == "dr_grpo":
+        options["max_length"] = MOST
+    losses, all_norms = [], []
+    for _ in range(2):
+        model.zero_grad()
+        advantage = torch.tensor([[a] for _, _, a in answers])
+        value, metrics = policy_loss(
+            loss, logprobs(), old, advantage, mask, old, beta=align.get("beta", 0.0), weights=weights, **options
+        )
+        value.backward()
+        losses.append(value.item())
+        squares = dict.fromkeys(("vision", "projector", "language"), 0.0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if part_of(name) in frozen:
+                    continue
+                squares[part_of(name)] += parameter.grad.double().square().sum().item()
+                parameter -= lr * parameter.grad
+        all_norms.append({part: square**0.5 for part, square in squares.items()})
+    norms = {part: sum(norms[part] for norms in all_norms) / 2 for part in all_norms[0]}
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    return losses, norms | {name: value.item() for name, value in (metrics | mismatch).items()}, after
+
+
+def step_in_layout(settings: dict, root, records: list[dict], out):
+    """Runs on every rank: a step with two updates; saves the weights to ``out``. Returns the result of the step."""
+    from megavlm.config.settings import Settings
+    from megavlm.convert import SHARDED_METADATA
+    from megavlm.data.renderer import Renderer
+    from megavlm.media.files import in_folder
+    from megavlm.optim.optimizers import Optimizers
+    from megavlm.reinforcement.grpo import Policy
+    from megavlm.reinforcement.judged import Batch, Judged
+    from megavlm.reinforcement.policy_objective import PolicyObjective
+    from megavlm.reinforcement.policy_step import PolicyStep
+    from megavlm.rollout.engine import Answer, Answered, Prompt
+    from megavlm.runtime.feed import Feed
+    from megavlm.runtime.session import start
+    from megavlm.training.memory_check import check_memory, longest_row
+    from megavlm.training.start_weights import StartWeights
+    from megavlm.training.step import Step
+
+    settings = Settings(**settings)
+    session, groups = start(settings, training=True), None
+    groups, options = session.groups, Policy.of(settings).options
+    renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple) if groups.is_leader else None
+
+    class Given:
+        def collect(self) -> Batch:
+            judged = []
+            for number, (record, answers) in enumerate(zip(records, given(), strict=True)):
+                if renderer is None or number % groups.dp_size != groups.dp_rank:
+                    continue
+                sample = renderer.encode(record, in_folder(root), f"prompt {number}", kind="prompt", index=number)
+                made = [Answer(tokens, logs, logs, logs, "stop") for tokens, logs, _ in answers]
+                advantages = [advantage for _, _, advantage in answers]
+                answered = Answered(Prompt(sample, tuple(range(GROUP))), made)
+                judged.append(Judged(answered, [""] * GROUP, [], [0.0] * GROUP, advantages))
+            return Batch(judged, judged, {}, {}, [])
+
+    objective = PolicyObjective(options, 64, groups.language)
+    optimizers = Optimizers(session.vlm, settings.train, settings.align.updates)
+    step = Step(session.vlm, optimizers, Feed(session.vlm, None), 1, objective, settings.vision.window)
+    reference = StartWeights(session, offload=True) if options.beta else None
+    if dist.get_world_size() == 1:  # what was never sampled leaves no trace in the metrics of the step
+        check_memory(step, partial(longest_row, renderer), settings)
+    result = PolicyStep(session, step, Given(), objective, renderer, reference)()
+    save_weights(session.vlm.sharded_state_dict(dict(SHARDED_METADATA)), out, groups)
+    return result.loss, result.norms, result.counts, result.fields
+
+
+@pytest.fixture(scope="module")
+def expectations(toys):
+    made = {}
+
+    def expectation(kind: str, loss: str):
+        if (kind, loss) not in made:
+            made[kind, loss] = expected(toys, kind, loss)
+        return made[kind, loss]
+
+    return expectation
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_updates_are_those_of_plain_pytorch(layout, loss, toys, expectations, tmp_path, request):
+    """To 1e-5 for the loss, 3e-5 for norms and 1e-4 for weights, of their update, as in the other layout tests."""
+    from transformers.modeling_utils import load_state_dict
+
+    processes, kind, parallel = LAYOUTS[layout]
+    align, temperature, lr = LOSSES[loss]
+    losses, wanted, weights = expectations(kind, loss)
+    # In short rows, one data-parallel rank has more of them than the other, which fills up.
+    seq_length = 192 if layout == "DP2" else 512
+    settings = settings_of(toys.folder(kind), parallel, seq_length=seq_length, lr=lr, moe_aux_loss_coeff=0.0)
+    settings["model"]["load"] = str(toys.checkpoint(kind))
+    settings["train"]["global_batch_size"] = None
+    settings["align"] = {"loss": loss, "updates": 2, **align}
+    settings["rollout"] = {"group_size": GROUP, "max_new_tokens": MOST, "temperature": temperature}
+    world, out = request.getfixturevalue(f"world{processes}"), tmp_path / "mcore"
+    records = [toys.records[n] for n in PROMPTS]
+    result = world.run(step_in_layout, settings, toys.root, records, out)[0]
+    found, norms, counts, fields = result
+    assert found == pytest.approx(sum(losses) / 2, rel=1e-5)
+    for part in ("vision", "projector", "language"):
+        assert norms[f"grad_norm/{part}"] == pytest.approx(wanted[part], rel=3e-5), part
+    start, after = load_state_dict(str(toys.folder(kind) / "model.safetensors")), weights_of(out, toys.folder(kind))
+    for weight, value in after.items():
+        update = weights[weight] - start[weight]
+        assert (value - weights[weight]).norm() <= 1e-4 * update.norm() + 1e-9, weight
+    assert fields["mismatch_max"] == pytest.approx(wanted["mismatch_max"], rel=1e-4)
+    assert fields["ratio_max"] == pytest.approx(max(1.0, wanted["ratio_max"]), rel=1e-4)
+    # the first update clips nothing, and starts where the reference is
+    assert fields["clip_share"] == pytest.approx(wanted["clip_share"] / 2, rel=1e-4)
+    assert 0 < fields["clip_share"] < 0.5 or loss == "sapo"
+    if align.get("beta"):
+        assert fields["kl"] == pytest.approx(wanted["kl"] / 2, rel=1e-4)
+    assert counts["samples"] == len(PROMPTS) * GROUP
+    assert counts["frames_encoded"] == counts["frames"]
+
+
+@pytest.mark.parametrize("layout", ["one process", "PP2 × VPP2"])
+def test_a_frozen_tower_encodes_once_for_all_passes(layout, toys, tmp_path, request):
+    """Old and reference log-probabilities and both updates use the features of the first pass."""
+    processes, kind, parallel = LAYOUTS[layout]
+    frozen = ("vision", "projector")
+    losses, wanted, weights = expected(toys, kind, "grpo", frozen)
+    settings = settings_of(toys.folder(kind), parallel, seq_length=512, lr=LOSSES["grpo"][2], moe_aux_loss_coeff=0.0)
+    settings["model"] |= {"load": str(toys.checkpoint(kind)), "freeze": list(frozen)}
+    settings["train"]["global_batch_size"] = None
+    settings["align"] = {"loss": "grpo", "updates": 2, **LOSSES["grpo"][0]}
+    settings["rollout"] = {"group_size": GROUP, "max_new_tokens": MOST, "temperature": LOSSES["grpo"][1]}
+    world, out = request.getfixturevalue(f"world{processes}"), tmp_path / "mcore"
+    records = [toys.records[n] for n in PROMPTS]
+    loss, norms, counts, _ = world.run(step_in_layout, settings, toys.root, records, out)[0]
+    assert loss == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert norms["grad_norm/language"] == pytest.approx(wanted["language"], rel=3e-5)
+    assert counts["frames"] > counts["frames_encoded"] == 0  # of both updates
+    name = "model.language_model.layers.0.mlp.down_proj.weight"
+    assert (weights_of(out, toys.folder(kind))[name] - weights[name]).norm() <= 1e-4 * weights[name].norm()
+
+
+def scores_in_layout(settings: dict, root, records: list[dict]):
+    """Runs on every rank: the scores of the given answers by a reward model; [] on ranks that are no leaders."""
+    from megavlm.checkpoint.load_weights import load_weights
+    from megavlm.config.settings import Settings
+    from megavlm.data.renderer import Renderer
+    from megavlm.media.files import in_folder
+    from megavlm.model.vlm import VLM
+    from megavlm.reinforcement.answer_rows import Group
+    from megavlm.reinforcement.reward_models import RewardModels
+    from megavlm.rollout.engine import Answer
+    from megavlm.runtime.session import start
+
+    settings = Settings(**settings)
+    session = start(settings, training=True)
+    groups = session.groups
+    renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple) if groups.is_leader else None
+    models = RewardModels(session, [], renderer)
+    vlm = VLM(session.shapes, settings, groups, score_head=True).train(False)
+    load_weights(settings.model.load, vlm)
+    for chunk in vlm.language:
+        if hasattr(chunk, "score_head"):
+            chunk.score_head.weight.data.copy_(first_head(chunk.score_head.weight.shape[1]))
+    models._models["taste"] = vlm
+    asked = []
+    for number, (record, answers) in enumerate(zip(records, given(), strict=True)):
+        if renderer is not None and number % groups.dp_size == groups.dp_rank:
+            sample = renderer.encode(record, in_folder(root), f"prompt {number}", kind="prompt", index=number)
+            made = [Answer(tokens, logs, logs, logs, "stop") for tokens, logs, _ in answers]
+            asked.append(Group(sample, made, [0.0] * GROUP))
+    return models.scores(asked)["taste"], groups.dp_rank
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "MoE EP2"])
+def test_a_reward_model_scores_the_answers(layout, toys, request):
+    """To 1e-5 of scores of the size of 1: the score at the last token, by transformers' hidden states."""
+    from transformers import AutoProcessor
+
+    processes, kind, parallel = LAYOUTS[layout]
+    settings = settings_of(toys.folder(kind), parallel, seq_length=192, lr=0.1)
+    settings["model"]["load"] = str(toys.checkpoint(kind))
+    settings["train"]["global_batch_size"] = None
+    records = [toys.records[n] for n in PROMPTS]
+    ranks = request.getfixturevalue(f"world{processes}").run(scores_in_layout, settings, toys.root, records)
+    model, processor = reference_model(toys.folder(kind)), AutoProcessor.from_pretrained(toys.folder(kind))
+    head = first_head(model.config.text_config.hidden_size)[0]
+    for scores, dp_rank in ranks:
+        if not scores:
+            continue
+        size = 2 if layout == "DP2" else 1
+        wanted = [
+            (model.model(**answered(processor, toys, n, tokens)).last_hidden_state[0, -1] @ head).item()
+            for n, answers in list(zip(PROMPTS, given(), strict=True))[dp_rank::size]
+            for tokens, _, _ in answers
+        ]
+        assert scores == pytest.approx(wanted, abs=1e-5)

@@ -1,0 +1,84 @@
+"""Log-probabilities at a temperature on tensor ranks: those of autograd over log_softmax(logits / T)."""
+
+import pytest
+import torch
+
+TOKENS, HIDDEN, VOCABULARY = 12, 8, 10
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states [T, hidden], output weight [vocabulary, hidden], labels [T] and weights of the sum [T]."""
+    source = torch.Generator().manual_seed(3)
+    hidden, weight, factors = (torch.randn(*shape, generator=source) for shape in
+                               ((TOKENS, HIDDEN), (VOCABULARY, HIDDEN), (TOKENS,)))  # fmt: skip
+    labels = torch.randint(VOCABULARY, (TOKENS,), generator=source)
+    labels[[0, 5, 6, 7]] = -100
+    return hidden, weight, labels, factors
+
+
+def on_ranks(temperature: float | None, sequence_parallel: bool) -> dict[str, torch.Tensor]:
+    """Runs on every rank: the values and gradients of ``token_logprobs``, put together to those of the whole row."""
+    import torch.distributed as dist
+
+    from megavlm.model.token_logprobs import Targets, token_logprobs
+
+    group, size, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    hidden, weight, labels, factors = inputs()
+    slices, index = (size, rank) if sequence_parallel else (1, 0)
+    hidden = hidden.chunk(slices)[index].clone().requires_grad_()
+    weight = weight.chunk(size)[rank].clone().requires_grad_()
+    targets = Targets.of(labels, torch.ones(TOKENS), slices, index, torch.device("cpu"))
+    options = {} if temperature is None else {"temperature": temperature}
+    values, entropy = token_logprobs(
+        hidden, weight, targets, group, sequence_parallel=sequence_parallel, chunk_tokens=4, entropy=True, **options
+    )
+    at, there = targets.row_index, targets.row_index >= 0
+    (values * factors[at] * there).sum().backward()
+    gathered = lambda x, parts: torch.cat(_all(x, size)[:parts])
+    row = lambda x: torch.zeros(TOKENS).index_put((at[there],), x.detach()[there])
+    return {
+        "logprobs": row(values),
+        "entropy": row(entropy),
+        "gradient of the states": gathered(hidden.grad, slices),
+        "gradient of the weight": gathered(weight.grad, size),
+    }
+
+
+def _all(x: torch.Tensor, size: int) -> list[torch.Tensor]:
+    import torch.distributed as dist
+
+    parts = [torch.empty_like(x) for _ in range(size)]
+    dist.all_gather(parts, x)
+    return parts
+
+
+def by_autograd(temperature: float) -> dict[str, torch.Tensor]:
+    hidden, weight, labels, factors = (x.double() if x.is_floating_point() else x for x in inputs())
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logs, there = (hidden @ weight.t() / temperature).log_softmax(-1), labels >= 0
+    values = torch.where(there, logs.gather(1, labels.clamp(min=0)[:, None])[:, 0], 0.0)
+    (values * factors).sum().backward()
+    entropy = torch.where(there, -(logs.exp() * logs).sum(-1), 0.0)
+    return {
+        "logprobs": values.detach(),
+        "entropy": entropy.detach(),
+        "gradient of the states": hidden.grad,
+        "gradient of the weight": weight.grad,
+    }
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+@pytest.mark.parametrize(("size", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["one", "TP2", "SP2"])
+def test_a_temperature_divides_the_logits(size, sequence_parallel, temperature, request):
+    expected = by_autograd(temperature)
+    for found in request.getfixturevalue(f"world{size}").run(on_ranks, temperature, sequence_parallel):
+        for name, value in found.items():
+            # float32 sums of ten terms of size 1 to 10, against float64
+            assert torch.allclose(value.double(), expected[name], rtol=1e-5, atol=2e-5), name
+    assert (expected["logprobs"] - by_autograd(1.0)["logprobs"]).abs().max() > 0.1
+
+
+def test_a_temperature_of_1_changes_no_bit(world2):
+    without, with_it = world2.run(on_ranks, None, True), world2.run(on_ranks, 1.0, True)
+    assert all(torch.equal(value, with_it[rank][name]) for rank in range(2) for name, value in without[rank].items())
