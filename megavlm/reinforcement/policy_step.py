@@ -86,8 +86,9 @@ class PolicyStep:
         """Updates the weights with each mini-batch, as often as the settings say. Returns the results in order."""
         align = self._session.settings.align
         parts = [self._rows(groups) for groups in in_mini_batches(batch.groups, align.mini_batches)]
-        for rows in parts:
-            rows.encoded = []  # a frozen tower encodes the frames of each mini-batch once for all passes
+        if align.updates > 1 or self._needs_old or self._start is not None:
+            for rows in parts:
+                rows.encoded = []  # a frozen tower encodes the frames of each mini-batch once for all passes
         known = [self._known(rows) for rows in parts]
         results: list[StepResult] = []
         for update in range(align.updates):
@@ -125,12 +126,18 @@ class PolicyStep:
             rows = answer_rows([group.group for group in groups], self._renderer, most, mask_truncated=mask)
         return on_all_ranks(rows, self._renderer, self._session.vlm, settings.vision.window)
 
+    @property
+    def _needs_old(self) -> bool:
+        """Whether the weights change before all answers are learned from; otherwise, the update itself computes it."""
+        align = self._session.settings.align
+        return align.updates * align.mini_batches > 1
+
     def _known(self, rows: StepRows) -> list[Known]:
         """Computes what the loss needs beside the log-probabilities of each update, for each row."""
-        align, look = self._session.settings.align, partial(self._step.look_through, rows)
+        look = partial(self._step.look_through, rows)
         old: list[torch.Tensor] = []
         reference: list[torch.Tensor] = []
-        if align.updates * align.mini_batches > 1:  # with one update, it is computed in the update itself
+        if self._needs_old:
             self._session.vlm.train(False)
             old = look(self._objective.logprobs)
             self._session.vlm.train()

@@ -1,6 +1,5 @@
 """One batch of reinforcement learning: prompts, sampled answers, their rewards and advantages."""
 
-import hashlib
 import math
 import time
 from collections.abc import Hashable, Iterator, Sequence
@@ -23,6 +22,7 @@ from megavlm.reinforcement.reward_models import RewardModels
 from megavlm.rewards.pool import RewardPool
 from megavlm.rewards.score import Score, columns_of, overlong_penalty, score
 from megavlm.rollout.engine import Answered, Engine, Prompt, Sampling
+from megavlm.rollout.sampling import mixed_seed
 from megavlm.runtime.session import Session
 from megavlm.training.step import NoRows, raise_everywhere
 
@@ -114,7 +114,7 @@ class Rollouts:
                 sums[f"newly_read/{name}"] += new
             for source in (row.source_ids[0], *(skipped.source_id for skipped in row.skipped_samples)):
                 sums[f"used/{self._names[source]}"] += 1
-            seeds = tuple(seed_of(settings.train.seed, number, n) for n in range(settings.rollout.group_size))
+            seeds = tuple(mixed_seed(settings.train.seed, number, n) for n in range(settings.rollout.group_size))
             prompt = Prompt(first_sample(row), seeds)
             places[id(prompt)] = place
             yield prompt
@@ -193,12 +193,6 @@ class Rollouts:
         sums = torch.tensor(list(values.values()), dtype=torch.float64)
         dist.all_reduce(sums, group=self._session.groups.world_host)
         return Sums(float, zip(values, sums.tolist(), strict=True))
-
-
-def seed_of(*numbers: int) -> int:
-    """A number in 0 … 2⁶³ - 1 that differs for different numbers, such as (run, prompt, answer)."""
-    text = ",".join(map(str, numbers)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
 
 
 def in_mini_batches(groups: Sequence[Judged], count: int) -> list[list[Judged]]:

@@ -40,9 +40,7 @@ def policy_charts(lines: Sequence[dict[str, Any]]) -> list[tuple[str, list[Marku
         (
             "Rewards",
             [
-                chart(
-                    "Reward", steps, [curve("reward", "reward", "speed")], kind="large", note="mean over all answers"
-                ),
+                chart("Reward", steps, [curve("reward", "reward", "speed")], note="mean over all answers"),
                 chart("Each reward", steps, parts, note="before its weight"),
                 chart("Spread of rewards", steps, [curve("std", "reward_std", "speed")], from_zero=True, note="std"),
                 share("Groups without spread, %", "flat_groups", "lr", "they teach nothing"),

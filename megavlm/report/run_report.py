@@ -173,7 +173,13 @@ def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup]) ->
 
 
 def _overview(runs: list[Run]) -> str:
-    """The loss of all runs in one chart, one run after another."""
+    """The loss of all runs in one chart, one run after another; the reward alone where the last run has one."""
+    if is_rl(runs[-1].lines if runs else ()):
+        run = runs[-1]
+        reward = Curve.smoothed("reward", run.column("reward"), "speed")
+        return chart(
+            "Reward", [line["step"] for line in run.lines], [reward], kind="tall", note="mean over all answers"
+        )
     if len(runs) < 2:
         return ""
     steps, losses, average, bands, start = [], [], [], [], 0

@@ -2,9 +2,13 @@
 
 import json
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import forked_command
+import psutil
 import pytest
 from killing import Commands, Kill
 from test_kill import is_continued
@@ -171,3 +175,22 @@ def test_sampler_and_trainer_agree_to_the_bit_in_batch_invariant_mode(grpo, tmp_
     line = read_metrics(output)[0]
     assert line["mismatch_max"] == 0.0
     assert line["ratio_max"] > 1  # of the second update
+
+
+@pytest.mark.slow
+def test_no_process_grows_with_the_number_of_steps(grpo, tmp_path):
+    """Resident memory of the trainer, its data worker and its reward worker after 200 steps: that after 50, plus 3 %."""
+    output = tmp_path / "long"
+    arguments = grpo(output, ["train.steps=200", "rollout.log_every=5", "checkpoint.every=50"])
+    command = subprocess.Popen([sys.executable, "-m", "megavlm", *arguments], stdout=subprocess.DEVNULL)
+    trainer, sizes = psutil.Process(command.pid), dict[int, dict[int, int]]()
+    for step in (50, 199):
+        while len(read_metrics(output) if output.exists() else ()) < step:
+            assert command.poll() is None
+            time.sleep(0.05)
+        sizes[step] = {p.pid: p.memory_info().rss for p in (trainer, *trainer.children(recursive=True))}
+    assert command.wait() == 0
+    kept = sizes[50].keys() & sizes[199].keys()
+    assert len(kept) >= 3
+    growth = {pid: sizes[199][pid] / sizes[50][pid] for pid in kept}
+    assert max(growth.values()) < 1.03, growth

@@ -103,3 +103,7 @@ def test_a_resumed_run_says_the_same(tmp_path):
     for stop in range(len(lines)):
         before = [json.loads(line) for line in text[:stop]]
         assert said_by(lines[stop:], RlWarnings(before)) == [said for said in whole if said[0] > stop]
+
+
+def test_an_entropy_that_falls_and_stays_above_half_a_nat_has_not_collapsed():
+    assert said_by(run_of(entropy=[5.0, 1.0, 1.0, 1.0])) == []
