@@ -179,7 +179,7 @@ def test_sampler_and_trainer_agree_to_the_bit_in_batch_invariant_mode(grpo, tmp_
 
 @pytest.mark.slow
 def test_no_process_grows_with_the_number_of_steps(grpo, tmp_path):
-    """Resident memory of the trainer, its data worker and its reward worker after 200 steps: that after 50, plus 3 %."""
+    """Resident memory of trainer, data worker and reward worker after 200 steps: that after 50, plus at most 3 %."""
     output = tmp_path / "long"
     arguments = grpo(output, ["train.steps=200", "rollout.log_every=5", "checkpoint.every=50"])
     command = subprocess.Popen([sys.executable, "-m", "megavlm", *arguments], stdout=subprocess.DEVNULL)
