@@ -70,6 +70,12 @@ class Policy:
         for name in of_advantage.keys() - advantage_options(advantage).keys():
             raise UserError(f"align.{name} is set, but align.advantage is {advantage}: it would be ignored",
                             f"remove align.{name}")  # fmt: skip
+        for name in options.keys() - POLICY_LOSSES[loss].options.keys():
+            having = ", ".join(other for other in LOSSES if name in POLICY_LOSSES[other].options)
+            raise UserError(
+                f"align.{name} is set, but align.loss is {loss}, which does not have it: it would be ignored",
+                f"remove align.{name}, or choose a loss that has it: {having}",
+            )
         try:
             entry = check_policy(loss, options)
         except ValueError as error:

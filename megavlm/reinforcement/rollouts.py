@@ -130,7 +130,8 @@ class Rollouts:
                 done[place] = answered
                 assert self._rewards is not None, "answers arrive on leaders, which have rewards"
                 asked, texts = asked_of(answered), self._texts(answered)
-                self._rewards.submit(place, texts, columns_of(asked.columns, asked.question, len(texts)))
+                columns = {"answer": asked.reference, **asked.columns} if asked.reference is not None else asked.columns
+                self._rewards.submit(place, texts, columns_of(columns, asked.question, len(texts)))
         except UserError as error:  # the engine raises it on all ranks
             raise NoRows(error) from error
         sums["seconds_rollout"] += time.perf_counter() - began
