@@ -73,7 +73,7 @@ MAY_IMPORT = {
         "config",
         "base",
     ],
-    "rollout": ["runtime", "data", "model", "platform", "base"],
+    "rollout": ["runtime", "data", "model", "platform", "config", "base"],
     "rewards": ["records", "config", "base"],
     "reinforcement": [
         "align",

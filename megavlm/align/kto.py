@@ -9,6 +9,7 @@ from megavlm.config.settings import Settings
 from megavlm.training.start_weights import StartWeights
 
 BETA = 0.1
+_USED = {"beta", "desirable_weight", "undesirable_weight", "reference", "reference_at"}
 
 
 def method(settings: Settings) -> PreferenceMethod:
@@ -16,8 +17,10 @@ def method(settings: Settings) -> PreferenceMethod:
     check(settings, "kto")
     check_reference(settings, "kto")
     align = settings.align
-    for name in ("loss", "gamma", "label_smoothing", "lam", "centering"):
-        if align.is_changed(name):
+    if align.beta == 0:
+        raise UserError("align.beta is 0, which is only for grpo", "set align.beta above 0")
+    for name in type(align).model_fields:
+        if name not in _USED and align.is_changed(name):
             raise UserError(f"align.{name} is not used by kto, so it would be ignored", f"remove align.{name}")
 
     def make(s: Settings, groups: ProcessGroupCollection, start: StartWeights | None) -> JudgedObjective:

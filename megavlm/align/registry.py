@@ -114,6 +114,6 @@ def check_method(name: str, settings: Settings) -> None:
         )
     if METHODS[name].samples:
         return
-    for section in ("rollout", "reward"):
+    for section in ("rollout", "reward", "reward_pool"):
         if settings.is_changed(section):
             raise UserError(f"the section {section} is not used by {name}, so it would be ignored", f"remove {section}")

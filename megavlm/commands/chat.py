@@ -13,7 +13,7 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import Sample
 from megavlm.media.files import File
 from megavlm.records.questions import marked
-from megavlm.rollout.answerer import Answerer
+from megavlm.rollout.answerer import Answerer, without_fp8
 from megavlm.runtime.session import start
 from megavlm.runtime.weights import choose, tell
 
@@ -45,7 +45,7 @@ def main(settings: Settings, image: Sequence[Path] = (), video: Sequence[Path] =
             "set generate.samples to 1, or use megavlm infer",
         )
     settings, weights = choose(settings)
-    session = start(settings, training=False)
+    session = start(without_fp8(settings), training=False)
     tell(weights, session, sys.stderr)
     renderer = Renderer(settings.model.hf, settings.data)
     answerer, talk = Answerer(session, renderer), Conversation(renderer)

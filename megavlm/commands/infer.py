@@ -8,7 +8,7 @@ from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
 from megavlm.media.files import File
 from megavlm.records.questions import marked
-from megavlm.rollout.answerer import Answerer
+from megavlm.rollout.answerer import Answerer, without_fp8
 from megavlm.runtime.evaluation import Evaluation
 from megavlm.runtime.session import start
 from megavlm.runtime.weights import choose, tell
@@ -22,7 +22,7 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
     ``answers.json``.
     """
     settings, weights = choose(settings)
-    session = start(settings, training=False)
+    session = start(without_fp8(settings), training=False)
     renderer = Renderer(settings.model.hf, settings.data)
     if prompt is not None:
         tell(weights, session, sys.stderr)

@@ -1,6 +1,6 @@
 """The rollout section: how answers are sampled in reinforcement learning."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -42,12 +42,20 @@ class RolloutSettings(Section):
         description="sample from this number of most likely tokens; 0: all tokens. Above 0, the answers come from "
         "another distribution than the one that is trained",
     )
-    stop: list[Str] = Field([], description="texts that end an answer, in addition to the end tokens of the model")
+    stop: list[Annotated[Str, Field(min_length=1)]] = Field(
+        [], description="texts that end an answer, in addition to the end tokens of the model"
+    )
     max_sequences: Int = Field(
-        256, ge=1, description="number of answers that each data-parallel rank samples at the same time"
+        256,
+        ge=1,
+        description="number of answers that a data-parallel rank works on at the same time (with "
+        "parallel.context: each of its context-parallel ranks)",
     )
     cache_gib: Float = Field(
-        4.0, gt=0, description="memory of the keys and values of these answers and their prompts on each rank, in GiB"
+        4.0,
+        gt=0,
+        description="memory in GiB for keys and values on a rank. An answer reserves memory for its longest length; "
+        "if it does not suffice for max_sequences answers, fewer are worked on",
     )
     replace_flat: Int | None = Field(
         None,

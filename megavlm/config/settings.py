@@ -118,11 +118,11 @@ class Settings(Section):
     def rows_per_step(self, data_parallel: int) -> int:
         """The number of rows of a step on each data-parallel rank.
 
-        Without ``train.global_batch_size`` it differs between steps, and this is the smallest number that fills the
-        pipeline.
+        Without ``train.global_batch_size`` it differs between steps, and this is the number of rows whose frames are
+        encoded together: a few times as many as fill the pipeline.
         """
         size = self.train.global_batch_size
-        return self.parallel.pipeline if size is None else size // data_parallel
+        return 4 * self.parallel.pipeline if size is None else size // data_parallel
 
     @property
     def pad_multiple(self) -> int:

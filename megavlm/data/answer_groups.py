@@ -41,7 +41,8 @@ def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> 
         draft = renderer.draft(record, find, source, kind=kind, index=index)
         renderer.check_length(draft)
         checked = check_record(record, kind, source)
-        media, reference = [*checked.images, *checked.videos], reference_of(record)
+        media, answer = [*checked.images, *checked.videos], record.get("answer")
+        reference = str(answer) if isinstance(answer, str | int | float) else reference_of(record)  # as for rewards
         asked = Asked(columns=record, question=question_of(checked), media=media, reference=reference)
         draft.annotations = Annotations(asked=asked)
         return draft

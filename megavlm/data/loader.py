@@ -34,9 +34,6 @@ class RowLoader:
     therefore comes from worker n modulo the total number of workers, regardless of the rank that runs this worker. So
     a different number of ranks with the same total number of workers continues the same sequence of rows from the
     states of all workers.
-
-    Attributes:
-        taken: number of rows that this rank has taken in all starts of the run.
     """
 
     def __init__(self, dataset: RowDataset, num_workers: int, rows_per_step: int, pin_memory: bool, identity: dict):
@@ -45,7 +42,8 @@ class RowLoader:
         self._begin = partial(rows_from_workers, dataset, num_workers, ahead=ahead, pin_memory=pin_memory)
         self._rows: Generator[Row] | None = None
         self._is_closed = False
-        self.taken = 0
+        self._taken = 0
+        self._before = 0  # rows of all ranks before the number of workers or the blend changed
         self._rows_per_step: int | None = rows_per_step
         self._at_step: tuple[int, dict[int, dict]] = (0, {})  # rows taken and states of workers when the step began
 
@@ -60,14 +58,18 @@ class RowLoader:
         Raises UserError if a source has no usable samples, so that no further row can be made, or if workers die again
         and again.
         """
-        if self._rows_per_step and self.taken % self._rows_per_step == 0:
+        if self._rows_per_step and self._taken % self._rows_per_step == 0:
             self._note_state()
         if self._rows is None:
             assert not self._is_closed, "the loader is closed"
             self._rows = self._begin()
         row = next(self._rows)
-        self.taken += 1
+        self._taken += 1
         return row
+
+    def next_number(self, rank: int) -> int:
+        """The number of this rank's next row among all rows of the run, from 0; no two rows have the same."""
+        return self._before + self._taken * self._dataset.workers.step + rank
 
     def begin_step(self) -> None:
         """Says that a step begins now, for a caller whose steps take different numbers of rows."""
@@ -76,7 +78,7 @@ class RowLoader:
 
     def _note_state(self) -> None:
         """Notes the state to which ``rewind`` goes back."""
-        self._at_step = self.taken, dict(self._dataset.loader_states)
+        self._at_step = self._taken, dict(self._dataset.loader_states)
 
     @property
     def sources(self) -> list[Source]:
@@ -91,7 +93,12 @@ class RowLoader:
         """The state of each worker of this rank, for a checkpoint; it contains only strings, numbers and containers."""
         ranks, states = self._dataset.workers.step, self._dataset.loader_states
         return [
-            {"identity": self._identity, "rows": self.taken * ranks, "place": states.get(worker)}
+            {
+                "identity": self._identity,
+                "rows": self._taken * ranks,
+                "before": self._before,
+                "place": states.get(worker),
+            }
             for worker in self._dataset.workers
         ]
 
@@ -120,11 +127,13 @@ class RowLoader:
         dataset = self._dataset
         is_new_blend = saved[_BLEND] != self._identity[_BLEND]
         if len(states) == dataset.num_workers and not is_new_blend:
-            self.taken, rest = divmod(states[0]["rows"], dataset.workers.step)
+            self._taken, rest = divmod(states[0]["rows"], dataset.workers.step)
             assert rest == 0, states[0]["rows"]  # every step takes as many rows on each rank
             dataset.loader_states = {w: states[w]["place"] for w in dataset.workers if states[w]["place"] is not None}
-            dataset.turn = self.taken % len(dataset.workers)
+            dataset.turn = self._taken % len(dataset.workers)
+            self._before = states[0].get("before", 0)
             return None
+        self._before = states[0]["rows"] + states[0].get("before", 0)
         before = [state["place"] or dataset.initial_state(number) for number, state in enumerate(states)]
         orders = reshard([state["draws"] for state in before], dataset.num_workers)
         waiting = [sample for state in before for sample in state["waiting"]]
@@ -146,7 +155,7 @@ class RowLoader:
 
         The checkpoint of the step before can then be written on all ranks, of which some have taken their rows.
         """
-        self.taken, self._dataset.loader_states = self._at_step
+        self._taken, self._dataset.loader_states = self._at_step
 
     @property
     def drawn(self) -> list[tuple[int, int]]:

@@ -58,16 +58,19 @@ Reinforcement learning adds these fields, over all answers of the step (rollouts
 
     reward, reward_std  mean and standard deviation of the rewards
     reward/NAME         mean of one reward, before its weight
+    groups, answers     prompts and answers that were sampled in the step, those of replaced groups too
     flat_groups         share of the groups whose answers all got the same reward, so that they teach nothing; 0 to 1
-    kl                  divergence from the reference model, in nats per token
+    kl                  divergence from the reference model, in nats per token; null without one
     entropy             entropy of the policy, in nats per token
     clip_share          share of the tokens whose ratio was clipped, 0 to 1
+    ratio_mean          mean of that ratio
+    corrected_share     share of the tokens whose weight align.correction has limited
     ratio_max           largest probability ratio between the weights of the update and those that sampled
     mismatch_kl         divergence of the trainer from the engine that sampled, in nats per token, for the same weights
     mismatch_max        largest difference of their log-probabilities of a token, in nats
     answer_tokens       mean length of the answers in tokens
     truncated_share     share of the answers that rollout.max_new_tokens has cut off, 0 to 1
-    reward_failures     answers whose reward failed; they are left out of their groups
+    reward_failures     answers with a reward that failed; unless its weight is 0, they are left out of their groups
     staleness           steps between the weights that sampled the answers and those that are updated
     seconds_rollout, seconds_reward, seconds_update, seconds_sync
                         time for sampling, for waiting for rewards, for the update, and for new weights of the engine

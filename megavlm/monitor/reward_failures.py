@@ -108,8 +108,8 @@ class RewardFailures:
         return UserError(
             f"of the last {answers:,} answers, {failed:,} ({percent(failed / answers)}) got no reward because a reward "
             f"failed: more than reward_pool.max_failed_fraction = {self._limit:g}{listed}",
-            f"{self.path} names their samples. Repair the reward, or raise its timeout; the same command continues the "
-            "run",
+            f"{self.path} names their samples. Repair the reward, or raise its timeout (--change reward); then the "
+            "same command continues the run",
         )
 
     def _tell_where_none_applies(self, answers: Sequence[JudgedAnswer]) -> None:

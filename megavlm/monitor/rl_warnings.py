@@ -106,8 +106,7 @@ _CHECKS = (
             f"largest difference of a token {number(line.get('mismatch_max'), 3)} nats, although both should have the "
             "same weights"
         ),
-        "align.correction (token_truncate or sequence_mask); the same precision in both; for a mixture of experts, "
-        "routing replay",
+        "align.correction (token_truncate or sequence_mask); the same precision in both",
     ),
     _Check(
         "ratio_max",
@@ -135,7 +134,7 @@ _CHECKS = (
         lambda line, first: (
             f"rewards fail, here those of {line['reward_failures']:g} answers, which are left out of their groups"
         ),
-        "correcting the reward by the causes that rollouts.jsonl and the report give, or raising its time-out",
+        "correcting the reward by the causes that reward_failures.jsonl gives, or raising its time-out",
         after=1,
         quiet=20,  # single failures may come every few steps
     ),

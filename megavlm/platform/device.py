@@ -45,8 +45,8 @@ def host_buffer(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def to_device(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
-    """Copies a host tensor to ``where``. If that is a GPU, through page-locked memory and without waiting."""
-    if where.type != "cuda":
+    """Copies a tensor to ``where``. From the host to a GPU, through page-locked memory and without waiting."""
+    if where.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(where)
     return tensor.pin_memory().to(where, non_blocking=True)
 

@@ -50,17 +50,22 @@ def answer_rows(
     return rows
 
 
-def on_all_ranks(rows: list[Row], renderer: Renderer | None, vlm: VLM, window: int | None) -> StepRows:
-    """Sends rows to the ranks of each model-parallel group, as many on each data-parallel rank, at least one.
+def on_all_ranks(
+    rows: list[Row], renderer: Renderer | None, vlm: VLM, window: int | None, *, filled: bool = False
+) -> StepRows | None:
+    """Sends rows to the ranks of each model-parallel group, as many on each data-parallel rank.
 
     Args:
         rows: the rows of this data-parallel rank, on its leader; [] elsewhere.
         renderer: makes rows without targets for a rank that has fewer than another; None if this is no leader.
         vlm: the model that will process them.
         window: ``vision.window``.
+        filled: whether to make rows without targets if no rank has any row; otherwise the result is None.
     """
     count = torch.tensor([len(rows)])
     dist.all_reduce(count, op=dist.ReduceOp.MAX, group=vlm.groups.world_host)
+    if not count.item() and not filled:
+        return None
     # Interleaved stages need a multiple of the stages in each window.
     multiple = math.lcm(vlm.parallel.pipeline, window or 1) if vlm.parallel.virtual_pipeline else 1
     wanted = max(-(-int(count.item()) // multiple) * multiple, multiple)

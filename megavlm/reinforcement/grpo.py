@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
 from megavlm.align.losses import ADVANTAGES, POLICY_LOSSES, check_policy
 from megavlm.align.losses.advantages import options_of as advantage_options
 from megavlm.align.losses.correction import CORRECTIONS
@@ -68,6 +70,12 @@ class Policy:
         for name in of_advantage.keys() - advantage_options(advantage).keys():
             raise UserError(f"align.{name} is set, but align.advantage is {advantage}: it would be ignored",
                             f"remove align.{name}")  # fmt: skip
+        for name in options.keys() - POLICY_LOSSES[loss].options.keys():
+            having = ", ".join(other for other in LOSSES if name in POLICY_LOSSES[other].options)
+            raise UserError(
+                f"align.{name} is set, but align.loss is {loss}, which does not have it: it would be ignored",
+                f"remove align.{name}, or choose a loss that has it: {having}",
+            )
         try:
             entry = check_policy(loss, options)
         except ValueError as error:
@@ -112,6 +120,7 @@ class PolicyMethod:
 
     def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
         settings, groups = session.settings, session.groups
+        _check_ranks(settings, groups.dp_size)
         renderer, loader, rewards = None, None, None
         if groups.is_leader:
             renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
@@ -195,13 +204,31 @@ def method(settings: Settings) -> PolicyMethod:
             f"train.kl_to_start is {train.kl_to_start:g}, but grpo does not use it, so it would be ignored",
             "remove train.kl_to_start; align.beta keeps the model close to where it starts",
         )
-    prompts = required(rollout.prompts, "rollout.prompts")
-    if settings.align.mini_batches > prompts:
+    if data.is_changed("packing_buffer"):
         raise UserError(
-            f"align.mini_batches is {settings.align.mini_batches}, more than rollout.prompts = {prompts}",
-            "lower align.mini_batches",
+            "data.packing_buffer is set, but grpo packs the answers of a step: it would be ignored",
+            "remove data.packing_buffer",
         )
+    if train.precision == "fp8":
+        raise UserError("train.precision is fp8, in which sampling has not been tried", "set train.precision to bf16")
     return PolicyMethod(settings)
+
+
+def _check_ranks(settings: Settings, data_parallel: int) -> None:
+    """Raises UserError if the prompts of a step cannot be divided, or a mode is only for one process."""
+    prompts, mini_batches = required(settings.rollout.prompts, "rollout.prompts"), settings.align.mini_batches
+    if prompts % (data_parallel * mini_batches):
+        ranks = f"{data_parallel} data-parallel rank{'s' * (data_parallel > 1)}"
+        raise UserError(
+            f"rollout.prompts is {prompts}, which cannot be divided evenly among {ranks} and align.mini_batches = "
+            f"{mini_batches}",
+            f"choose a multiple of {data_parallel * mini_batches}",
+        )
+    if settings.rollout.batch_invariant and dist.get_world_size() > 1:
+        raise UserError(
+            f"rollout.batch_invariant is true, but there are {dist.get_world_size()} processes; bits agree only in one",
+            "start one process, or remove rollout.batch_invariant",
+        )
 
 
 def _sampling(session: Session, stops: tuple[int, ...]) -> Sampling:

@@ -41,7 +41,7 @@ class Batch:
 
     Attributes:
         groups: the groups to learn from, on the leader; [] elsewhere.
-        shown: the groups that were sampled first, whatever became of them, on the leader.
+        shown: all groups that were sampled, whatever became of them, on the leader.
         fields: fields for metrics.jsonl, over all ranks.
         counts: samples (the answers to learn from), used/NAME, newly_read/NAME of each source and skipped_samples, over
             all ranks.

@@ -102,6 +102,9 @@ class PolicyObjective:
         old, mask = logprobs.detach() if old is None else old, answers.mask
         if options.beta and reference is None:  # the memory check and the dry run, which compute nothing beforehand
             reference = logprobs.detach()
+        weights, differences = correction(
+            options.correction, old, answers.sampled, mask, answer_sum=answers.sum, **options.limits
+        )
         losses, ratio, limited, divergence = token_losses(
             options.loss,
             logprobs,
@@ -110,13 +113,11 @@ class PolicyObjective:
             mask,
             reference,
             beta=options.beta,
+            weights=weights,
             answer_mean=answers.mean,
             **options.options,
         )
-        weights, differences = correction(
-            options.correction, old, answers.sampled, mask, answer_sum=answers.sum, **options.limits
-        )
-        loss = (losses * self.reduction.weights(mask, answers.lengths, options.max_length) * weights).sum()
+        loss = (losses * self.reduction.weights(mask, answers.lengths, options.max_length)).sum()
         count = mask.sum()
         sums = {
             "ratio_mean": (ratio * mask).sum(),
@@ -135,8 +136,11 @@ class PolicyObjective:
         """Means over the targets, and the largest values of all ranks. Call it on all ranks."""
         largest = self._largest.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        tokens = max(counts["target_tokens"], 1)
-        means = {name: total / tokens for name, total in zip(self.sum_names, sums[1:], strict=True)}
+        tokens = counts["target_tokens"]
+        means = {
+            name: total / tokens if tokens and (name != "kl" or self.options.beta) else None
+            for name, total in zip(self.sum_names, sums[1:], strict=True)
+        }
         return means | dict(zip(self.max_names, largest.tolist(), strict=True))
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -13,7 +13,8 @@ from megavlm.config.requirements import required
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.model.batch_invariant import batch_invariant
-from megavlm.monitor.reward_failures import RewardFailures
+from megavlm.monitor.reward_failures import JudgedAnswer, RewardFailures
+from megavlm.monitor.rollout_log import MAX_GROUPS, LoggedGroup
 from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.platform.collectives import broadcast_object, gather_objects
 from megavlm.reinforcement.answer_rows import answer_rows, on_all_ranks
@@ -56,7 +57,8 @@ class PolicyStep:
         assert (start is not None) == (objective.options.beta > 0), "a loss with a divergence needs the reference"
         self._session, self._step, self._rollouts, self._objective = session, step, rollouts, objective
         self._renderer, self._start = renderer, start
-        self._shown: list[Judged] = []  # the groups of the last step on this data-parallel rank, on leaders
+        self._judged: list[JudgedAnswer] = []  # of the last step on this data-parallel rank, on leaders
+        self._logged: list[LoggedGroup] = []
         self._failures: RewardFailures | None = None  # on rank 0
 
     def __call__(self) -> StepResult:
@@ -64,31 +66,40 @@ class PolicyStep:
         session.vlm.train(False)
         batch = self._rollouts.collect()
         session.vlm.train()
-        self._shown, began = batch.shown, time.perf_counter()
+        began = time.perf_counter()
+        self._judged, self._logged = failures_of(batch.shown), [logged(group) for group in batch.shown[:MAX_GROUPS]]
         with batch_invariant(self._session.settings.rollout.batch_invariant):
             results = self._learn(batch)
-        first = results[: align.mini_batches]
+        first = results[: len(results) // align.updates]
+        good = [result for result in results if result.trouble is None]
         counts = _sums([result.counts for result in first]) | batch.counts
         counts |= _sums([{name: result.counts[name] for name in _WORK} for result in results])
-        fields = _merged([result.fields for result in results], self._objective.max_names) | batch.fields
+        if len(good) < len(results) and good:
+            batch.fields["skipped_updates"] = len(results) - len(good)
+        done = good or results
+        fields = _merged(done, self._objective.max_names) | batch.fields
         fields["seconds_update"] = time.perf_counter() - began
         return StepResult(
-            sum(result.loss for result in results) / len(results),
+            sum(result.loss for result in done) / len(done),
             results[0].lr,
-            {name: sum(result.norms[name] for result in results) / len(results) for name in results[0].norms},
+            {name: sum(result.norms[name] for result in done) / len(done) for name in done[0].norms},
             counts,
             fields,
             batch.skipped_samples,
-            next((result.trouble for result in results if result.trouble), None),
+            None if good else results[0].trouble,
         )
 
     def _learn(self, batch: Batch) -> list[StepResult]:
         """Updates the weights with each mini-batch, as often as the settings say. Returns the results in order."""
         align = self._session.settings.align
-        parts = [self._rows(groups) for groups in in_mini_batches(batch.groups, align.mini_batches)]
-        if align.updates > 1 or self._needs_old or self._start is not None:
-            for rows in parts:
-                rows.encoded = []  # a frozen tower encodes the frames of each mini-batch once for all passes
+        cut = in_mini_batches(batch.groups, align.mini_batches)
+        parts = [rows for groups in cut if (rows := self._rows(groups)) is not None]
+        if not parts:  # nothing can be learned: one update that changes nothing
+            rows = self._rows([], filled=True)
+            assert rows is not None, "rows were asked for"
+            parts = [rows]
+        for rows in parts:
+            rows.encoded = []  # a frozen tower encodes the frames of each mini-batch once for all passes
         known = [self._known(rows) for rows in parts]
         results: list[StepResult] = []
         for update in range(align.updates):
@@ -103,7 +114,7 @@ class PolicyStep:
     def report(self, step: int, monitor: RunMonitor) -> UserError | None:
         """Records answers and failed rewards; see ``MethodStep``. An error if too many rewards fail."""
         session, settings = self._session, self._session.settings
-        judged = gather_objects(failures_of(self._shown), session.groups.world_host)
+        judged = gather_objects(self._judged, session.groups.world_host)
         if not session.is_first:
             return broadcast_object(None, session.groups.world_host)
         if self._failures is None:
@@ -111,20 +122,23 @@ class PolicyStep:
             self._failures = RewardFailures(output, step - 1, limit, monitor.say)
         self._failures.take(step, itertools.chain.from_iterable(judged))
         if step % settings.rollout.log_every == 0 or step in (1, settings.train.steps):
-            monitor.record_rollouts(step, [logged(group) for group in self._shown])
+            monitor.record_rollouts(step, self._logged)
         return broadcast_object(self._failures.failure(), session.groups.world_host)
 
     def close(self) -> None:
         """Ends the engine and the processes of the rewards."""
         self._rollouts.close()
 
-    def _rows(self, groups: Sequence[Judged]) -> StepRows:
-        """Packs groups into rows, as many on each data-parallel rank. Call it on all ranks."""
+    def _rows(self, groups: Sequence[Judged], *, filled: bool = False) -> StepRows | None:
+        """Packs groups into rows, as many on each data-parallel rank. Call it on all ranks.
+
+        It returns None if no rank has an answer, unless ``filled`` asks for rows without any.
+        """
         settings, rows = self._session.settings, list[Row]()
         if self._renderer is not None:
             mask, most = settings.align.mask_truncated, settings.data.max_patches_per_row
             rows = answer_rows([group.group for group in groups], self._renderer, most, mask_truncated=mask)
-        return on_all_ranks(rows, self._renderer, self._session.vlm, settings.vision.window)
+        return on_all_ranks(rows, self._renderer, self._session.vlm, settings.vision.window, filled=filled)
 
     @property
     def _needs_old(self) -> bool:
@@ -152,10 +166,14 @@ def _sums(many: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(values[name] for values in many) for name in many[0]}
 
 
-def _merged(many: Sequence[Mapping[str, float | None]], largest: Sequence[str]) -> dict[str, float | None]:
-    """The mean of each value over the updates, or the largest one of those that are named."""
+def _merged(results: Sequence[StepResult], largest: Sequence[str]) -> dict[str, float | None]:
+    """The mean of each field over the target tokens of the updates, or the largest value of those that are named."""
     merged: dict[str, float | None] = {}
-    for name in many[0]:
-        values = [value for one in many if (value := one[name]) is not None]
-        merged[name] = (max(values) if name in largest else sum(values) / len(values)) if values else None
+    for name in results[0].fields:
+        known = [(value, r.counts["target_tokens"]) for r in results if (value := r.fields[name]) is not None]
+        tokens = sum(count for _, count in known)
+        if name in largest:
+            merged[name] = max(value for value, _ in known) if tokens else None
+        else:
+            merged[name] = sum(value * count for value, count in known) / tokens if tokens else None
     return merged

@@ -61,6 +61,8 @@ class RewardModels:
             rows = answer_rows(groups, self._renderer, settings.data.max_patches_per_row)
         step_rows = on_all_ranks(rows, self._renderer, vlm, None)
         found = torch.zeros(sum(len(group.answers) for group in groups))
+        if step_rows is None:
+            return []
         for window in Feed(vlm, None).windows(step_rows, settings.parallel.pipeline):
             results = to_leader(vlm, forward_only(vlm, window, read))
             for micro_batch, scores in zip(window.micro_batches, results, strict=False):  # none but on the leader

@@ -107,7 +107,7 @@ class Rollouts:
         assert self._rows is not None, "leaders have prompts"
         groups, settings = self._session.groups, self._session.settings
         for place in range(count):
-            number = self._loader.taken * groups.dp_size + groups.dp_rank  # among the prompts of all ranks
+            number = self._loader.next_number(groups.dp_rank)
             row = next(self._rows)
             batch.skipped_samples += row.skipped_samples
             for name, new in zip(self._names, row.newly_read, strict=True):
@@ -130,7 +130,8 @@ class Rollouts:
                 done[place] = answered
                 assert self._rewards is not None, "answers arrive on leaders, which have rewards"
                 asked, texts = asked_of(answered), self._texts(answered)
-                self._rewards.submit(place, texts, columns_of(asked.columns, asked.question, len(texts)))
+                columns = {"answer": asked.reference, **asked.columns} if asked.reference is not None else asked.columns
+                self._rewards.submit(place, texts, columns_of(columns, asked.question, len(texts)))
         except UserError as error:  # the engine raises it on all ranks
             raise NoRows(error) from error
         sums["seconds_rollout"] += time.perf_counter() - began
@@ -161,8 +162,9 @@ class Rollouts:
         for place, group in enumerate(answered):
             scores = found[place]
             for number, one in enumerate(scores):
-                parts = {name: values[first + number] for name, values in of_models.items()}
-                scores[number] = score({**one.parts, **parts}, one.failures, self._weights)
+                scores[number] = _with_models(
+                    one, {name: values[first + number] for name, values in of_models.items()}, self._weights
+                )
             judged.append(self._judge(group, scores))
             first += len(scores)
         sums["seconds_reward"] += time.perf_counter() - began
@@ -198,3 +200,10 @@ class Rollouts:
 def in_mini_batches(groups: Sequence[Judged], count: int) -> list[list[Judged]]:
     """Divides groups into ``count`` parts that differ by at most one group; each keeps their order."""
     return [list(groups[n * len(groups) // count : (n + 1) * len(groups) // count]) for n in range(count)]
+
+
+def _with_models(found: Score, of_models: dict[str, float], weights: dict[str, float]) -> Score:
+    """A score with those of reward models. One that is NaN or infinite has failed."""
+    parts = {name: value if math.isfinite(value) else None for name, value in of_models.items()}
+    failures = [f"{name}: it returned {of_models[name]}" for name, value in parts.items() if value is None]
+    return score({**found.parts, **parts}, [*found.failures, *failures], weights)

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Sample
 from megavlm.model.shapes import Shapes
@@ -104,3 +105,10 @@ def stop_tokens(hf: Path, tokenizer: Any) -> tuple[int, ...]:
 def vision_tokens(shapes: Shapes) -> tuple[int, ...]:
     """Returns the tokens that must not be sampled: in an answer there is no picture that they could stand for."""
     return (shapes.image_token_id, shapes.video_token_id, shapes.vision_start_token_id, shapes.vision_end_token_id)
+
+
+def without_fp8(settings: Settings) -> Settings:
+    """The settings with bf16 instead of fp8, whose kernels do not accept the few tokens of a step of sampling."""
+    if settings.train.precision != "fp8":
+        return settings
+    return settings.model_copy(update={"train": settings.train.model_copy(update={"precision": "bf16"})})

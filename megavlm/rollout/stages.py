@@ -119,7 +119,7 @@ class Stages:
             dist.recv(hidden, group=self._group, group_src=rank - 1)
         else:
             dist.recv(hidden, group=self._host, group_src=self._rank_of(self._group.size() - 1))
-        return to_device(hidden, device())
+        return hidden if rank else to_device(hidden, device())
 
     def _rank_of(self, stage: int) -> int:
         """The rank of another stage with the same tensor index; ranks count tensor fastest."""

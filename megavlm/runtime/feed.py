@@ -60,17 +60,19 @@ class StepRows:
     Attributes:
         hosts: the rows without their pixels, on every rank of the model-parallel group.
         full: the rows with their pixels, only on the leader. An entry becomes None when its window is made.
-        encoded: None, or the windows with their features, for further passes. They are filled in the first pass if the
-            list is empty, and only as long as neither tower nor projector is trained.
+        encoded: None, or the windows with their features, for further passes. A pass over a copy fills the list if it
+            is empty and neither tower nor projector is trained; a pass over the rows themselves uses it up.
+        is_copy: whether this is a copy.
     """
 
     hosts: list[Row]
     full: list[Row | None]
     encoded: list[Window] | None = None
+    is_copy: bool = False
 
     def copy(self) -> "StepRows":
         """The same rows, for one more pass over them: making windows of the copy does not release the pixels."""
-        return StepRows(self.hosts, list(self.full), self.encoded)
+        return StepRows(self.hosts, list(self.full), self.encoded, is_copy=True)
 
 
 class Feed:

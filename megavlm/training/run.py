@@ -127,7 +127,7 @@ def build_run(
         Feed(session.vlm, rows),
         settings.rows_per_step(groups.dp_size),
         prepared.objective,
-        settings.vision.window,
+        settings.vision.window or (settings.rows_per_step(1) if settings.train.global_batch_size is None else None),
         settings.data.source_names,
         stragglers.tower,
     )

@@ -200,11 +200,15 @@ class Step:
 
     def _windows(self, rows: StepRows) -> Iterator[Window]:
         """The windows of the rows, with their features if an earlier pass has kept them (see ``StepRows``)."""
-        if rows.encoded:
+        if rows.encoded and rows.is_copy:
             yield from rows.encoded
             return
+        if rows.encoded:
+            while rows.encoded:
+                yield rows.encoded.pop(0)
+            return
         for window in self.feed.windows(rows, self._window_of(len(rows.hosts))):
-            if rows.encoded is not None and not self.vlm.tower.is_trained:
+            if rows.encoded is not None and rows.is_copy and not self.vlm.tower.is_trained:
                 rows.encoded.append(window)
             yield window
 

@@ -102,11 +102,20 @@ def test_how_a_batch_is_cut_has_no_influence(name):
     for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
         part = [x[rows] for x in (logprobs, old, advantage, numbers, ref)]
         losses, *_ = token_losses(name, *part)
-        shares, counted = REDUCTIONS[POLICY_LOSSES[name].reduction](numbers[rows], T)
-        total, count = total + (losses * shares).sum(), count + counted
+        reduction, lengths = REDUCTIONS[POLICY_LOSSES[name].reduction], numbers[rows].sum(-1)
+        total = total + (losses * reduction.weights(numbers[rows], lengths[:, None], T)).sum()
+        count = count + reduction.count(lengths)
     (found,) = torch.autograd.grad(total / count, logprobs)
     assert (total / count).item() == pytest.approx(whole.item(), abs=1e-12)
     assert torch.allclose(found, expected, atol=1e-12, rtol=0)
+
+
+def test_the_weights_of_the_correction_are_not_those_of_the_divergence():
+    """An answer that the correction leaves out is still kept close to the reference."""
+    logprobs, old, ref, advantage, mask = batch(3)
+    nothing = torch.zeros_like(logprobs)
+    loss, metrics = policy_loss("ppo", logprobs, old, advantage, mask, ref, beta=0.5, weights=nothing)
+    assert loss.item() == pytest.approx(0.5 * metrics["kl"].item(), abs=1e-12)
 
 
 def test_gspo_pushes_all_tokens_of_an_answer_alike():

@@ -140,6 +140,55 @@ def test_a_bad_reward_costs_only_its_answers(grpo, toys, tmp_path):
     assert "2 s" in causes["hangs"] or "no result" in causes["hangs"]
 
 
+def test_flat_groups_are_replaced_and_cut_answers_can_be_left_out(grpo, toys, tmp_path):
+    """Of eight prompts, every second has equal rewards: two of the first four are replaced by two more."""
+    kinds = ["is fine", "is equal"] * 4
+    records = [record | {"trouble": kind} for record, kind in zip(toy_records(toys.root), kinds, strict=True)]
+    output = tmp_path / "dynamic"
+    overrides = ["train.steps=1", "train.warmup_steps=0", "align.beta=0", "data.workers=0", "data.shuffle=false"]
+    overrides += ["rollout.replace_flat=1", "align.mask_truncated=true", "align.overlong_cache=4"]
+    result = forked_command.run(grpo(output, overrides, records, "troublesome"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    line = read_metrics(output)[0]
+    assert line["groups"] == 6  # the first four, and two for the two flat ones
+    assert line["samples"] == 3 * 3  # of the three groups with a spread: records 1, 3 and 5
+    assert line["truncated_share"] == 1.0  # toys never end an answer by themselves
+    assert line["target_tokens"] == 0
+    assert line["grad_norm"] == 0.0
+    assert line["entropy"] is None  # nothing was learned from, so nothing was measured
+    groups = json.loads((output / "rollouts.jsonl").read_text())["groups"]
+    fine = [answer for group in groups for answer in group["answers"] if group["sample"].endswith(("1", "3"))]
+    # all answers have the full length, for which the penalty is 1
+    assert all(answer["reward"] == pytest.approx(answer["parts"]["troublesome"] - 1) for answer in fine)
+
+
+def test_a_reward_model_is_a_reward(grpo, toys, tmp_path):
+    from test_preference import pairs_of
+
+    pairs = write_records(toys.root / "rm_pairs.jsonl", pairs_of(toy_records(toys.root)))
+    config = {
+        "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense"))},
+        "data": {"train": [{"path": str(pairs)}], "seq_length": 512, "workers": 0},
+        "train": {"steps": 1, "lr": 1e-3, "precision": "fp32", "global_batch_size": 1, "memory_check": False},
+        "log": {"wandb": {"mode": "off"}},
+    }
+    (tmp_path / "rm.yaml").write_text(json.dumps(config))
+    result = forked_command.run(["rm", str(tmp_path / "rm.yaml"), f"output={tmp_path / 'rm'}"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    output, rewards = tmp_path / "judged", "[{model: %s, label: taste, weight: 2}, {name: length, limit: 5}]"
+    overrides = ["train.steps=1", "train.warmup_steps=0", "data.workers=0", "align.beta=0"]
+    result = forked_command.run(grpo(output, [*overrides, f"reward={rewards % (tmp_path / 'rm')}"]))
+    assert result.returncode == 0, result.stdout + result.stderr
+    groups = json.loads((output / "rollouts.jsonl").read_text())["groups"]
+    for answer in (answer for group in groups for answer in group["answers"]):
+        assert answer["reward"] == pytest.approx(2 * answer["parts"]["taste"] + answer["parts"]["length"])
+    assert read_metrics(output)[0]["reward/taste"] != 0
+    headless = f"reward={rewards % toys.checkpoint('dense')}"
+    result = forked_command.run(grpo(tmp_path / "headless", [headless, *overrides]))
+    assert result.returncode == 2
+    assert "has no reward head" in result.stderr
+
+
 def test_a_run_whose_rewards_all_fail_saves_and_ends(grpo, toys, tmp_path):
     records = [record | {"trouble": "raises"} for record in toy_records(toys.root)]
     output = tmp_path / "failing"
@@ -179,7 +228,7 @@ def test_sampler_and_trainer_agree_to_the_bit_in_batch_invariant_mode(grpo, tmp_
 
 @pytest.mark.slow
 def test_no_process_grows_with_the_number_of_steps(grpo, tmp_path):
-    """Resident memory of the trainer, its data worker and its reward worker after 200 steps: that after 50, plus 3 %."""
+    """Resident memory of trainer, data worker and reward worker after 200 steps: that after 50, plus at most 3 %."""
     output = tmp_path / "long"
     arguments = grpo(output, ["train.steps=200", "rollout.log_every=5", "checkpoint.every=50"])
     command = subprocess.Popen([sys.executable, "-m", "megavlm", *arguments], stdout=subprocess.DEVNULL)

@@ -128,12 +128,14 @@ def step_in_layout(settings: dict, root, records: list[dict], out):
     from megavlm.config.settings import Settings
     from megavlm.convert import SHARDED_METADATA
     from megavlm.data.renderer import Renderer
+    from megavlm.data.row import Annotations, Asked
     from megavlm.media.files import in_folder
     from megavlm.optim.optimizers import Optimizers
     from megavlm.reinforcement.grpo import Policy
     from megavlm.reinforcement.judged import Batch, Judged
     from megavlm.reinforcement.policy_objective import PolicyObjective
     from megavlm.reinforcement.policy_step import PolicyStep
+    from megavlm.rewards.score import Score
     from megavlm.rollout.engine import Answer, Answered, Prompt
     from megavlm.runtime.feed import Feed
     from megavlm.runtime.session import start
@@ -153,10 +155,13 @@ def step_in_layout(settings: dict, root, records: list[dict], out):
                 if renderer is None or number % groups.dp_size != groups.dp_rank:
                     continue
                 sample = renderer.encode(record, in_folder(root), f"prompt {number}", kind="prompt", index=number)
+                asked = Asked(columns=record, question="", media=[], reference=None)
+                sample.annotations = Annotations(asked=asked)
                 made = [Answer(tokens, logs, logs, logs, "stop") for tokens, logs, _ in answers]
                 advantages = [advantage for _, _, advantage in answers]
                 answered = Answered(Prompt(sample, tuple(range(GROUP))), made)
-                judged.append(Judged(answered, [""] * GROUP, [], [0.0] * GROUP, advantages))
+                scores = [Score(0.0, {}, [])] * GROUP
+                judged.append(Judged(answered, [""] * GROUP, scores, [0.0] * GROUP, advantages))
             return Batch(judged, judged, {}, {}, [])
 
     objective = PolicyObjective(options, 64, groups.language)

@@ -87,10 +87,14 @@ def score_without(settings: dict, part: str | None) -> list[dict]:
 
 
 @functools.cache
-def reference_scores(toys, kind: str, dtype=torch.float32) -> list[torch.Tensor]:
+def toy_scores(toys, kind: str, dtype=torch.float32) -> list[torch.Tensor]:
+    """Those of a toy model, computed once for all layouts."""
+    return reference_scores(toys.folder(kind), toys.records, toys.root, dtype)
+
+
+def reference_scores(folder, records, root, dtype=torch.float32) -> list[torch.Tensor]:
     from transformers import AutoProcessor
 
-    folder, records, root = toys.folder(kind), toys.records, toys.root
     model, processor = reference_model(folder).to(dtype), AutoProcessor.from_pretrained(folder)
     scores = []
     for record in records:
@@ -141,7 +145,7 @@ def test_scores_are_those_of_transformers(case, toys, data, tmp_path, request):
     settings = score_settings(toys.folder(kind), toys.checkpoint(kind), data, tmp_path, parallel)
     assert request.getfixturevalue(f"world{size}").run(run_score, settings) == [0] * size
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    difference = largest_difference(scores, reference_scores(toys, kind))
+    difference = largest_difference(scores, toy_scores(toys, kind))
     print(f"\n| {case} | {difference:.1e} |")
     # Log-probabilities near -10 in float32 after 4 + 4 layers: a few units in the last place, 1e-6 each.
     assert difference < 1e-4
@@ -155,7 +159,7 @@ def test_bf16_is_as_close_to_float32_as_in_transformers(toys, data, tmp_path, wo
     assert world1.run(run_score, settings) == [0]
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     ours = torch.cat([torch.tensor(line["logprobs"]) for line in lines])
-    exact, theirs = (torch.cat(reference_scores(toys, "dense", dtype)) for dtype in (torch.float32, torch.bfloat16))
+    exact, theirs = (torch.cat(toy_scores(toys, "dense", dtype)) for dtype in (torch.float32, torch.bfloat16))
     rms = lambda scores: (scores - exact).square().mean().sqrt().item()
     print(f"\n| bf16 - float32, rms of {len(ours)} | {rms(ours):.1e} | transformers {rms(theirs):.1e} |")
     # The error of a log-probability is one draw, so an rms of n of them varies by 1 / √(2n): some 6 % of each here.
@@ -189,6 +193,6 @@ def test_rewards_are_those_of_the_last_stage(name, toys, data, tmp_path, world4,
 @pytest.mark.parametrize("part", ["deepstack", "interleaving", "position interpolation", "q/k norm"])
 def test_every_part_matters(part, toys, data, tmp_path, world1):
     settings = score_settings(toys.folder("dense"), toys.checkpoint("dense"), data, tmp_path)
-    reference = reference_scores(toys, "dense")
+    reference = toy_scores(toys, "dense")
     (scores,) = world1.run(score_without, settings, part)
     assert largest_difference(scores, reference) > 100 * 1e-4

@@ -107,6 +107,7 @@ def token_losses(
     ref_logprobs: Tensor | None = None,
     *,
     beta: float | None = None,
+    weights: Tensor | None = None,
     answer_mean: Callable[[Tensor, Tensor], Tensor] = answer_mean,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -128,6 +129,8 @@ def token_losses(
         differences = answer_mean(differences.detach(), mask) + differences - differences.detach()
     ratio = differences.exp()
     losses, limited = loss.function(ratio, advantages.detach(), logprobs, **{**loss.options, **options})
+    if weights is not None:  # of the sampler's correction, which has nothing to do with the divergence
+        losses = losses * weights.detach()
     if ref_logprobs is None:
         return losses, ratio.detach(), limited, None
     divergence = KL_ESTIMATES["k3"](log_ratio(logprobs, ref_logprobs.detach()))
@@ -173,7 +176,7 @@ def policy_loss(
             they are only measured (``kl``).
         beta: weight of the divergence from the reference; null: 0.03 for grpo, otherwise 0.
         max_length: only for dr_grpo: the constant length by which it divides; null: T.
-        weights: [B, T], from ``correction``; null: 1.
+        weights: [B, T], from ``correction``, factors of the loss without the divergence; null: 1.
         options: the options in the table.
 
     Returns:
@@ -197,13 +200,20 @@ def policy_loss(
     ref_logprobs = None if ref_logprobs is None else ref_logprobs.where(mask.bool(), 0.0)
     mask = mask.to(logprobs.dtype)
     losses, ratio, limited, divergence = token_losses(
-        name, logprobs, old_logprobs, advantages.expand(shape), mask, ref_logprobs, beta=beta, **options
+        name,
+        logprobs,
+        old_logprobs,
+        advantages.expand(shape),
+        mask,
+        ref_logprobs,
+        beta=beta,
+        weights=weights,
+        **options,
     )
     if POLICY_LOSSES[name].reduction != "constant" and max_length is not None:
         raise ValueError(f"{name} has no option max_length: only dr_grpo divides by a constant length")
     reduction, lengths = REDUCTIONS[POLICY_LOSSES[name].reduction], mask.sum(-1, keepdim=True)
     shares, count = reduction.weights(mask, lengths, max_length or shape[1]), reduction.count(lengths[:, 0])
-    shares = shares if weights is None else shares * weights.detach()
     tokens = mask.sum().clamp(min=1)
     metrics = {
         "ratio_mean": (ratio * mask).sum() / tokens,

@@ -1,0 +1,88 @@
+"""Settings of grpo that contradict each other or would be ignored."""
+
+import pytest
+
+from megavlm.align.registry import check_method, make_method
+from megavlm.base.errors import UserError
+from megavlm.config.settings import Settings
+from megavlm.reinforcement.grpo import Policy, _check_ranks
+
+REWARD = [{"name": "exact"}]
+GOOD = {
+    "model": {"hf": "folder", "load": "folder"},
+    "data": {"seq_length": 64},
+    "rollout": {"prompts": 8, "max_new_tokens": 32},
+    "reward": REWARD,
+}
+
+
+def settings(**sections) -> Settings:
+    merged = {name: dict(value) if isinstance(value, dict) else value for name, value in GOOD.items()}
+    for name, value in sections.items():
+        merged[name] = {**merged.get(name, {}), **value}
+    return Settings(**merged)
+
+
+BAD = {
+    "a loss of dpo": ({"align": {"loss": "sigmoid"}}, "no loss of grpo"),
+    "the loss of ppo": ({"align": {"loss": "ppo"}}, "no loss of grpo"),
+    "an unknown advantage": ({"align": {"advantage": "gae"}}, "choose one of grpo, dr_grpo, rloo"),
+    "an option of another loss": ({"align": {"loss": "sapo", "epsilon": 0.1}}, "epsilon"),
+    "an option of another advantage": ({"align": {"advantage": "rloo", "ddof": 0}}, "align.ddof"),
+    "an option of dpo": ({"align": {"label_smoothing": 0.1}}, "label_smoothing"),
+    "a reference file": ({"align": {"reference": "file"}}, "align.reference"),
+    "a limit without correction": ({"align": {"correction_highest": 2.0}}, "correction_highest"),
+    "a lower limit of a truncation": (
+        {"align": {"correction": "token_truncate", "correction_lowest": 0.5}},
+        "correction_lowest",
+    ),
+    "an idle reference without one": ({"align": {"beta": 0.0, "offload_reference": True}}, "no reference model"),
+    "a penalty longer than the answer": ({"align": {"overlong_cache": 33}}, "overlong_cache"),
+    "no room for a prompt": ({"rollout": {"max_new_tokens": 64}}, "data.seq_length"),
+    "rows of a step": ({"train": {"global_batch_size": 8}}, "global_batch_size"),
+    "truncated prompts": ({"data": {"too_long": "truncate"}}, "never truncated"),
+    "packing": ({"data": {"packing": "none"}}, "data.packing"),
+    "a packing buffer": ({"data": {"packing_buffer": 7}}, "packing_buffer"),
+    "random weights as reference": ({"model": {"load": "random"}}, "model.load"),
+    "fp8": ({"train": {"precision": "fp8"}, "model": {"kernels": "te"}}, "fp8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_settings_without_effect_or_sense_are_refused(case):
+    sections, words = BAD[case]
+    with pytest.raises(UserError) as caught:
+        make_method("grpo", settings(**sections))
+    assert words in f"{caught.value.message} {caught.value.remedy}"
+
+
+def test_good_settings_are_accepted_with_the_defaults_of_their_loss():
+    assert make_method("grpo", settings()).title == "reinforcement learning · grpo"
+    policy = Policy.of(settings(align={"loss": "dapo"}))
+    assert (policy.options.beta, policy.advantage, policy.replacements) == (0.0, ("grpo", {}), 4)
+    policy = Policy.of(settings(align={"loss": "dr_grpo"}, rollout={"replace_flat": 2}))
+    assert (policy.options.max_length, policy.advantage[0], policy.replacements) == (32, "dr_grpo", 2)
+    assert Policy.of(settings(align={"ddof": 0})).advantage == ("grpo", {"ddof": 0.0})
+
+
+@pytest.mark.parametrize("section", [{"rollout": {"prompts": 2}}, {"reward": REWARD}, {"reward_pool": {"workers": 3}}])
+@pytest.mark.parametrize("verb", ["sft", "dpo"])
+def test_other_methods_refuse_the_sections_of_sampling(verb, section):
+    with pytest.raises(UserError, match=next(iter(section))):
+        check_method(verb, Settings(model={"hf": "folder"}, **section))
+
+
+@pytest.mark.parametrize("verb", ["kto", "rm", "dpo"])
+@pytest.mark.parametrize("align", [{"updates": 2}, {"advantage": "rloo"}, {"mask_truncated": True}, {"beta": 0.0}])
+def test_other_methods_refuse_the_options_of_grpo(verb, align):
+    with pytest.raises(UserError, match=next(iter(align))):
+        make_method(verb, Settings(model={"hf": "folder", "load": "folder"}, align=align))
+
+
+def test_prompts_are_divided_evenly_among_ranks_and_mini_batches(monkeypatch):
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    _check_ranks(settings(align={"mini_batches": 2}), 4)
+    with pytest.raises(UserError) as caught:
+        _check_ranks(settings(align={"mini_batches": 4}), 4)
+    assert "4 data-parallel ranks and align.mini_batches = 4" in caught.value.message
+    assert caught.value.remedy == "choose a multiple of 16"
