@@ -142,7 +142,10 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
             raise UserError(f"file {path} does not exist", "check the path after --image or --video")
     if verb.local_workers:
         batch = settings.train.global_batch_size if verb.writes == "" else None
-        layout.check_world_size(settings.parallel, world_size, batch)
+        data_parallel = layout.check_world_size(settings.parallel, world_size, batch)
+        if name in METHODS and METHODS[name].samples:
+            prompts = requirements.required(settings.rollout.prompts, "rollout.prompts")
+            layout.check_prompts(prompts, settings.align.mini_batches, data_parallel)
     if int(os.environ.get("RANK", 0)) > 0:
         return  # rank 0 may already be writing to the output folder
     if name in METHODS and METHODS[name].samples:

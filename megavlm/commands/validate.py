@@ -17,6 +17,7 @@ from megavlm.base.errors import UserError
 from megavlm.base.number_format import short
 from megavlm.checkpoint.load_weights import shapes_at_start, start_words
 from megavlm.commands.usable_data import drafts_of, intended, refusal, renderer_of
+from megavlm.config.layout import check_prompts
 from megavlm.config.requirements import check_files, check_stage, required
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
@@ -74,6 +75,8 @@ def main(
         parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor
     )
     data_parallel = check_shapes(settings, shapes, world_size)
+    if settings.rollout.prompts is not None:
+        check_prompts(settings.rollout.prompts, settings.align.mini_batches, data_parallel)
     if settings.stage is not None:
         check_stage(settings)
     if verb is not None:

@@ -117,6 +117,17 @@ def check_world_size(parallel: ParallelSettings, world_size: int, global_batch_s
     return data_parallel
 
 
+def check_prompts(prompts: int, mini_batches: int, data_parallel: int) -> None:
+    """Raises a UserError if the prompts of a step cannot be divided among the data-parallel ranks and mini-batches."""
+    if prompts % (data_parallel * mini_batches):
+        ranks = _count(data_parallel, "data-parallel rank", "s")
+        raise UserError(
+            f"rollout.prompts is {prompts}, which cannot be divided evenly among {ranks} and align.mini_batches = "
+            f"{mini_batches}",
+            f"the nearest valid numbers: {_multiples(prompts, data_parallel * mini_batches)}",
+        )
+
+
 def check_window(window: int | None, parallel: ParallelSettings) -> None:
     """Raises a UserError if a window of micro-batches cannot fill an interleaved pipeline."""
     if window and parallel.virtual_pipeline and window % parallel.pipeline:

@@ -10,6 +10,7 @@ from megavlm.align.losses.advantages import options_of as advantage_options
 from megavlm.align.losses.correction import CORRECTIONS
 from megavlm.align.preference_method import check_reference
 from megavlm.base.errors import UserError
+from megavlm.config.layout import check_prompts
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.loader import build_loader
@@ -120,7 +121,14 @@ class PolicyMethod:
 
     def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
         settings, groups = session.settings, session.groups
-        _check_ranks(settings, groups.dp_size)
+        prompts = required(settings.rollout.prompts, "rollout.prompts")
+        check_prompts(prompts, settings.align.mini_batches, groups.dp_size)
+        if settings.rollout.batch_invariant and dist.get_world_size() > 1:
+            raise UserError(
+                f"rollout.batch_invariant is true, but there are {dist.get_world_size()} processes; bits agree only in "
+                "one",
+                "start one process, or remove rollout.batch_invariant",
+            )
         renderer, loader, rewards = None, None, None
         if groups.is_leader:
             renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
@@ -132,7 +140,7 @@ class PolicyMethod:
                 dp_rank=groups.dp_rank,
                 dp_size=groups.dp_size,
                 seed=settings.train.seed,
-                rows_per_step=-(-required(settings.rollout.prompts, "rollout.prompts") // groups.dp_size),
+                rows_per_step=prompts // groups.dp_size,
                 output=settings.output,
             )
             rewards = RewardPool(settings.reward, settings.reward_pool.workers)
@@ -212,23 +220,6 @@ def method(settings: Settings) -> PolicyMethod:
     if train.precision == "fp8":
         raise UserError("train.precision is fp8, in which sampling has not been tried", "set train.precision to bf16")
     return PolicyMethod(settings)
-
-
-def _check_ranks(settings: Settings, data_parallel: int) -> None:
-    """Raises UserError if the prompts of a step cannot be divided, or a mode is only for one process."""
-    prompts, mini_batches = required(settings.rollout.prompts, "rollout.prompts"), settings.align.mini_batches
-    if prompts % (data_parallel * mini_batches):
-        ranks = f"{data_parallel} data-parallel rank{'s' * (data_parallel > 1)}"
-        raise UserError(
-            f"rollout.prompts is {prompts}, which cannot be divided evenly among {ranks} and align.mini_batches = "
-            f"{mini_batches}",
-            f"choose a multiple of {data_parallel * mini_batches}",
-        )
-    if settings.rollout.batch_invariant and dist.get_world_size() > 1:
-        raise UserError(
-            f"rollout.batch_invariant is true, but there are {dist.get_world_size()} processes; bits agree only in one",
-            "start one process, or remove rollout.batch_invariant",
-        )
 
 
 def _sampling(session: Session, stops: tuple[int, ...]) -> Sampling:

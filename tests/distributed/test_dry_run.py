@@ -140,7 +140,8 @@ def test_a_rank_holds_its_share_and_all_that_learns_has_gradients(found, model: 
         learn = {"projector": 0, "shared": decoder["shared adapters"] + head, "experts": decoder["expert adapters"]}
         if not tuner:
             shared = decoder["shared"] + (head - decoder["output layer"]) * (verb == "rm")  # scores use no output layer
-            learn = tower | {"shared": shared, "experts": decoder["experts"]}
+            projector = tower["projector"] * ("projector" not in settings.model.freeze)
+            learn = {"projector": projector, "shared": shared, "experts": decoder["experts"]}
         assert held.learning == {
             "vision": 0,
             "projector": learn["projector"],

@@ -4,8 +4,9 @@ import pytest
 
 from megavlm.align.registry import check_method, make_method
 from megavlm.base.errors import UserError
+from megavlm.config.layout import check_prompts
 from megavlm.config.settings import Settings
-from megavlm.reinforcement.grpo import Policy, _check_ranks
+from megavlm.reinforcement.grpo import Policy
 
 REWARD = [{"name": "exact"}]
 GOOD = {
@@ -79,10 +80,9 @@ def test_other_methods_refuse_the_options_of_grpo(verb, align):
         make_method(verb, Settings(model={"hf": "folder", "load": "folder"}, align=align))
 
 
-def test_prompts_are_divided_evenly_among_ranks_and_mini_batches(monkeypatch):
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
-    _check_ranks(settings(align={"mini_batches": 2}), 4)
+def test_prompts_are_divided_evenly_among_ranks_and_mini_batches():
+    check_prompts(8, 2, 4)
     with pytest.raises(UserError) as caught:
-        _check_ranks(settings(align={"mini_batches": 4}), 4)
+        check_prompts(8, 4, 4)
     assert "4 data-parallel ranks and align.mini_batches = 4" in caught.value.message
-    assert caught.value.remedy == "choose a multiple of 16"
+    assert "16" in caught.value.remedy
