@@ -69,7 +69,7 @@ class RolloutSettings(Section):
         "is in the batch, so that their log-probabilities have the same bits. Very slow; for tests on one process",
     )
     log_every: Int = Field(
-        10, ge=1, description="number of steps between pages of sampled answers in the report and in wandb"
+        10, ge=1, description="number of steps between those whose sampled answers are shown in the report and logged"
     )
 
     @field_validator("temperature")

@@ -200,13 +200,14 @@ def save_weights(state: dict, out: Path, groups) -> None:
 def settings_of(folder: Path, parallel: dict, *, freeze: tuple[str, ...] = (), moe: bool = False, **train) -> dict:
     """Settings of the parity runs: float32, plain SGD, rows of 256 tokens."""
     vision, seq_length = train.pop("vision", {}), train.pop("seq_length", 256)
+    steps = max([STEPS, *(1 + after for after in train.get("unfreeze_after", {}).values())])
     return {
         "model": {"hf": str(folder), "freeze": list(freeze)},
         "data": {"seq_length": seq_length},
         "parallel": parallel,
         "vision": vision,
         "train": {
-            "precision": "fp32", "optimizer": "sgd", "lr": LR, "schedule": "constant", "steps": STEPS,
+            "precision": "fp32", "optimizer": "sgd", "lr": LR, "schedule": "constant", "steps": steps,
             "global_batch_size": len(ROWS), "clip_grad": 0.0, "weight_decay": 0.0, "logprob_chunk_tokens": 64,
             **({"moe_aux_loss_coeff": AUX} if moe else {}), **train,
         },

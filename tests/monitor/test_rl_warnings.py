@@ -42,7 +42,7 @@ CASES = {
         *(4, 2, "50 % were cut off at rollout.max_new_tokens (their mean length is 200 tokens)"),
         ["rollout.max_new_tokens", "align.mask_truncated"],
     ),
-    "reward_failures": ([0, 3], 2, 2, "those of 3 answers", ["rollouts.jsonl"]),
+    "reward_failures": ([0, 3], 2, 2, "those of 3 answers", ["reward_failures.jsonl"]),
 }
 
 

@@ -34,6 +34,7 @@ BESIDE = {
     "train.galore_rank": GALORE, "train.galore_update_every": GALORE, "train.galore_scale": GALORE,
     "parallel.virtual_pipeline": PIPELINE, "parallel.first_stage_layers": PIPELINE,
     "parallel.last_stage_layers": PIPELINE, "checkpoint.keep_every": ("checkpoint.every=1",),
+    "generate.samples": ("generate.temperature=1.0",),
     "generate.top_p": ("generate.temperature=1.0",), "generate.top_k": ("generate.temperature=1.0",),
     "train.warmup_steps": ("train.steps=2147483647",), "train.min_lr": ("train.lr=1e6", "train.schedule=cosine"),
     "parallel.expert": ("train.global_batch_size=null",), "parallel.expert_tensor": ("train.global_batch_size=null",),
@@ -44,12 +45,16 @@ BESIDE = {
 UNLIMITED = {
     **dict.fromkeys(("adapter.seed", "train.seed"), "a seed"),
     **dict.fromkeys(
-        ("train.steps", "train.global_batch_size", "train.warmup_steps", "generate.max_new_tokens"),
+        (
+            "train.steps", "train.global_batch_size", "train.warmup_steps", "generate.max_new_tokens",
+            "generate.samples", "rollout.prompts", "rollout.group_size", "rollout.max_new_tokens",
+            "rollout.replace_flat", "align.updates", "align.mini_batches",
+        ),
         "as much work as was asked for",
     ),
     **dict.fromkeys(
         ("checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every", "log.every",
-         "train.galore_update_every"),
+         "train.galore_update_every", "rollout.log_every"),
         "never, or always",
     ),
     **dict.fromkeys(
@@ -59,6 +64,8 @@ UNLIMITED = {
             "data.max_image_megapixels", "vision.chunk_patches", "vision.window",
             "train.logprob_chunk_tokens", "train.max_skipped_steps",
             "generate.batch_size", "generate.top_k", "data.packing_buffer", "train.hang_minutes",
+            "generate.cache_gib", "rollout.cache_gib", "rollout.max_sequences", "rollout.top_k",
+            "align.overlong_cache", "align.correction_lowest", "align.correction_highest",
         ),
         "no limit: as many as there are, or a sample that is too long",
     ),
@@ -67,7 +74,8 @@ UNLIMITED = {
             "train.lr", "train.min_lr", "train.galore_scale", "train.adam_eps", "train.weight_decay", "train.clip_grad",
             "train.moe_aux_loss_coeff", "train.kl_to_start", "adapter.alpha", "adapter.scaling", "align.beta",
             "align.gamma", "align.lam", "align.desirable_weight", "align.undesirable_weight", "align.centering",
-            "generate.temperature",
+            "generate.temperature", "rollout.temperature", "align.epsilon", "align.epsilon_high", "align.dual_clip",
+            "align.tau_pos", "align.tau_neg",
         ),
         "a bad choice, with which steps are skipped or nothing is learned",
     ),
