@@ -21,8 +21,14 @@ def toys(tmp_path_factory) -> Toys:
 
 @pytest.mark.parametrize("verb", METHODS)
 def test_no_training_verb_starts_from_random_weights_unasked(verb, toys, tmp_path, capfd):
-    config, stage = sft_config(toys, tmp_path), ["stage=0"] if verb == "pretrain" else []
-    assert main([verb, str(config), "model.load=null", *stage]) == 2
+    config, others = (
+        sft_config(toys, tmp_path),
+        {
+            "pretrain": ["stage=0"],
+            "grpo": ["rollout.prompts=2", "reward=[{name: exact}]"],
+        },
+    )
+    assert main([verb, str(config), "model.load=null", *others.get(verb, [])]) == 2
     error = capfd.readouterr().err
     assert f"{verb} needs model.load (what to start from: a Hugging Face folder" in error
     assert f"model.load={toys.folder('dense')}" in error
