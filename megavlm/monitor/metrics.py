@@ -71,6 +71,7 @@ Reinforcement learning adds these fields, over all answers of the step (rollouts
     answer_tokens       mean length of the answers in tokens
     truncated_share     share of the answers that rollout.max_new_tokens has cut off, 0 to 1
     reward_failures     answers with a reward that failed; unless its weight is 0, they are left out of their groups
+    skipped_updates     updates of the step that NaN or infinity has prevented, while others were done; else absent
     staleness           steps between the weights that sampled the answers and those that are updated
     seconds_rollout, seconds_reward, seconds_update, seconds_sync
                         time for sampling, for waiting for rewards, for the update, and for new weights of the engine

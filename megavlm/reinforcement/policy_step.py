@@ -42,7 +42,6 @@ class PolicyStep:
         objective: the objective of ``step``.
         renderer: packs rows, on leaders; None elsewhere.
         start: the reference model; None if the loss does not use it.
-
     """
 
     def __init__(

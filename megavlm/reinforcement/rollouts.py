@@ -26,6 +26,8 @@ from megavlm.rollout.sampling import mixed_seed
 from megavlm.runtime.session import Session
 from megavlm.training.step import NoRows, raise_everywhere
 
+_SECONDS_BETWEEN_SIGNS = 1.0  # of life, while rewards are awaited
+
 
 class Rollouts:
     """Makes batches. Create it on all ranks.
@@ -148,10 +150,9 @@ class Rollouts:
         problem: UserError | None = None
         if self._rewards is not None:
             try:
-                while self._rewards.pending:
-                    results = self._rewards.results()
-                    found |= dict(results)
-                    beat("the rewards") if results else time.sleep(0.002)
+                while self._rewards.pending:  # not for ever: each reward has a time-out
+                    found |= dict(self._rewards.results(_SECONDS_BETWEEN_SIGNS))
+                    beat("the rewards")
             except UserError as error:
                 problem = error
         raise_everywhere(problem, problem is not None, self._session.groups)

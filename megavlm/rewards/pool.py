@@ -119,23 +119,26 @@ class RewardPool:
         self._submitted.put(group)
         self._wake_up()
 
-    def results(self) -> list[Result]:
+    def results(self, timeout: float = 0.0) -> list[Result]:
         """The groups that are finished and were not returned before: (key, score of each answer), in any order.
+
+        Args:
+            timeout: seconds to wait for the first of them; [] if none is finished by then.
 
         Raises:
             RunFailure: workers end again and again before they have loaded the rewards.
         """
-        found = []
+        found: list[Result] = []
         while self._pending:
             try:
-                found.append(self._next(block=False))
+                found.append(self._next(0.0 if found else timeout))
             except queue.Empty:
                 break
         return found
 
     def wait(self) -> list[Result]:
         """Waits for all groups that were submitted, and returns those not returned before. Raises as `results`."""
-        return [self._next(block=True) for _ in range(self._pending)]
+        return [self._next(None) for _ in range(self._pending)]
 
     def close(self) -> None:
         """Ends the workers. Groups that are not finished are dropped. A second call does nothing."""
@@ -156,8 +159,9 @@ class RewardPool:
         with contextlib.suppress(BlockingIOError):  # the pipe is full, so the thread wakes up in any case
             os.write(self._waker, b".")
 
-    def _next(self, *, block: bool) -> Result:
-        found = self._finished.get(block=block)
+    def _next(self, timeout: float | None) -> Result:
+        """The next finished group; None waits for it, and otherwise queue.Empty is raised after ``timeout`` seconds."""
+        found = self._finished.get(block=timeout != 0.0, timeout=timeout)
         if found is None:
             self._finished.put(None)  # the next call is to end, too
             assert self._error is not None

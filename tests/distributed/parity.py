@@ -321,3 +321,10 @@ class Toys:
                 self.folder(kind), self.records, self.root, freeze, rows=ROWS, aux=aux, **options
             )
         return self._references[key]
+
+
+def check_update(after: dict, expected: dict, start: dict) -> None:
+    """Weights after an update are the expected ones, to 1e-4 of the update of each."""
+    for weight, value in after.items():
+        update = expected[weight] - start[weight]
+        assert (value - expected[weight]).norm() <= 1e-4 * update.norm() + 1e-9, weight
