@@ -6,6 +6,7 @@ import graphlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,12 @@ def test_losses_import_torch_alone() -> None:
 def test_no_module_is_long() -> None:
     lengths = {path: path.read_text(encoding="utf-8").count("\n") for path in MODULES}
     assert not {str(path): length for path, length in lengths.items() if length > MAX_LINES}
+
+
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    """pytest imports each as a module of that name, and refuses the second; when one file is run, that is not seen."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]
 
 
 def test_only_the_platform_asks_for_a_gpu() -> None:
