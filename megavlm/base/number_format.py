@@ -38,6 +38,11 @@ def percent(share: float | None, digits: int = 1) -> str:
     return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    """A number of things: (1, "step") → "1 step", (1200, "process", "es") → "1,200 processes"."""
+    return f"{number:,} {noun}{ending if number != 1 else ''}"
+
+
 def _significant(value: float, digits: int) -> str:
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:.0f}"

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megavlm.base.errors import UserError
+from megavlm.base.number_format import counted
 from megavlm.config.data_sections import check_media_protocols
 from megavlm.media.access import MediaAccess
 from megavlm.media.files import is_url
@@ -75,7 +76,7 @@ def main(
     if (skipped := done / SKIPPED).exists() and jsonl:
         with skipped.open(encoding="utf-8") as lines:
             number = sum(1 for _ in lines)
-        console.print(f"[yellow]skipped[/]: {_count(number, 'broken sample')}, listed in {escape(str(skipped))}")
+        console.print(f"[yellow]skipped[/]: {counted(number, 'broken sample')}, listed in {escape(str(skipped))}")
     _tell(found[0], console)
     console.print(rf"[dim]to use it in a configuration:[/] data: {{train: \[{{path: {escape(str(done))}}}]}}")
 
@@ -129,8 +130,4 @@ class _Bar:
 
 
 def _contents(folder: str | Path) -> str:
-    return f"{_count(len(ShardFolder(folder)), 'sample')} in {_count(len(find_shards(Path(folder))), 'shard')}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    return f"{counted(len(ShardFolder(folder)), 'sample')} in {counted(len(find_shards(Path(folder))), 'shard')}"

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from megavlm.align.registry import METHODS, make_method
 from megavlm.base.errors import UserError
-from megavlm.base.number_format import short
+from megavlm.base.number_format import counted, short
 from megavlm.checkpoint.load_weights import shapes_at_start, start_words
 from megavlm.commands.usable_data import drafts_of, intended, refusal, renderer_of
 from megavlm.config.layout import check_prompts
@@ -130,7 +130,7 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     layout = (
         " × ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes if size > 1) or "no model parallelism"
     )
-    until = {part: f" (for {after:,} steps)" for part, after in train.unfreeze_after.items()}
+    until = {part: f" (for {counted(after, 'step')})" for part, after in train.unfreeze_after.items()}
     active = short(active_decoder_weights(text))
     levels = ", ".join(map(str, vision.deepstack_layers))
     facts = [
@@ -138,7 +138,7 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
         ("decoder", f"{text.layers} layers of {text.hidden}, {text.heads} heads over {text.kv_heads} key/value heads"),
         ("tower", f"{vision.layers} layers of {vision.hidden}, deepstack after layers {levels}"),
         ("frozen", ", ".join(p + until.get(p, "") for p in settings.model.freeze) or "nothing"),
-        ("layout", f"{world_size} processes: {layout} · data {data_parallel}"),
+        ("layout", f"{counted(world_size, 'process', 'es')}: {layout} · data {data_parallel}"),
         ("start", start_words(settings.model)),
     ]
     if settings.adapter.type or settings.model.adapter:
@@ -146,18 +146,18 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     schedule = "no lr" if train.lr is None else f"lr {train.lr:g} → {train.min_lr:g} ({train.schedule})"
     if settings.rollout.prompts and train.steps:
         prompts, group_size = settings.rollout.prompts, settings.rollout.group_size
-        count = f"{prompts} prompts × {group_size} answers = {prompts * group_size:,} answers"
+        count = f"{counted(prompts, 'prompt')} × {counted(group_size, 'answer')} = {prompts * group_size:,} answers"
         share = f"{-(-prompts // data_parallel) * group_size:,} per data-parallel rank"
         facts += [
             ("step", f"{count} of at most {settings.rollout.max_new_tokens:,} tokens, at most {share}"),
-            ("run", f"{train.steps:,} steps = {prompts * train.steps:,} prompts, {schedule}"),
+            ("run", f"{counted(train.steps, 'step')} = {counted(prompts * train.steps, 'prompt')}, {schedule}"),
         ]
     elif train.global_batch_size and train.steps:
         tokens = train.global_batch_size * data.seq_length
-        rows = f"{train.global_batch_size} rows × {data.seq_length:,} tokens = {short(tokens)} tokens"
+        rows = f"{counted(train.global_batch_size, 'row')} × {data.seq_length:,} tokens = {short(tokens)} tokens"
         facts += [
-            ("step", f"{rows}, {train.global_batch_size // data_parallel} rows per data-parallel rank"),
-            ("run", f"{train.steps:,} steps = {short(tokens * train.steps)} tokens, {schedule}"),
+            ("step", f"{rows}, {counted(train.global_batch_size // data_parallel, 'row')} per data-parallel rank"),
+            ("run", f"{counted(train.steps, 'step')} = {short(tokens * train.steps)} tokens, {schedule}"),
         ]
     if settings.output is not None:
         facts.append(("output", f"{settings.output} · {_found_in(settings)}"))

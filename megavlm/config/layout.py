@@ -3,6 +3,7 @@
 import math
 
 from megavlm.base.errors import UserError
+from megavlm.base.number_format import counted
 from megavlm.config.settings import ParallelSettings, TrainSettings, check_seq_length
 
 
@@ -86,14 +87,14 @@ def check_world_size(parallel: ParallelSettings, world_size: int, global_batch_s
     model_parallel = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_parallel:
         raise UserError(
-            f"{_count(world_size, 'process', 'es')} cannot hold the layout parallel.tensor × parallel.pipeline × "
+            f"{counted(world_size, 'process', 'es')} cannot hold the layout parallel.tensor × parallel.pipeline × "
             f"parallel.context = {parallel.tensor} × {parallel.pipeline} × {parallel.context} = {model_parallel}",
             f"start {_multiples(world_size, model_parallel)} processes, or change the layout",
         )
     expert_parallel = parallel.expert * parallel.expert_tensor * parallel.pipeline
     if world_size % expert_parallel:
         raise UserError(
-            f"{_count(world_size, 'process', 'es')} cannot hold the layout parallel.expert × parallel.expert_tensor × "
+            f"{counted(world_size, 'process', 'es')} cannot hold the layout parallel.expert × parallel.expert_tensor × "
             f"parallel.pipeline = {parallel.expert} × {parallel.expert_tensor} × {parallel.pipeline} = "
             f"{expert_parallel}",
             f"start {_multiples(world_size, expert_parallel)} processes, or change the layout",
@@ -110,7 +111,7 @@ def check_world_size(parallel: ParallelSettings, world_size: int, global_batch_s
     if parallel.virtual_pipeline and (global_batch_size // data_parallel) % parallel.pipeline:
         raise UserError(
             f"train.global_batch_size is {global_batch_size}, which gives each of the {data_parallel} data-parallel "
-            f"ranks {_count(global_batch_size // data_parallel, 'micro-batch', 'es')}; with parallel.virtual_pipeline "
+            f"ranks {counted(global_batch_size // data_parallel, 'micro-batch', 'es')}; with parallel.virtual_pipeline "
             f"that number must be divisible by parallel.pipeline = {parallel.pipeline}",
             f"the nearest valid batch sizes: {_multiples(global_batch_size, data_parallel * parallel.pipeline)}",
         )
@@ -120,7 +121,7 @@ def check_world_size(parallel: ParallelSettings, world_size: int, global_batch_s
 def check_prompts(prompts: int, mini_batches: int, data_parallel: int) -> None:
     """Raises a UserError if the prompts of a step cannot be divided among the data-parallel ranks and mini-batches."""
     if prompts % (data_parallel * mini_batches):
-        ranks = _count(data_parallel, "data-parallel rank", "s")
+        ranks = counted(data_parallel, "data-parallel rank")
         raise UserError(
             f"rollout.prompts is {prompts}, which cannot be divided evenly among {ranks} and align.mini_batches = "
             f"{mini_batches}",
@@ -172,7 +173,7 @@ def _check_uneven_stages(parallel: ParallelSettings, num_layers: int) -> None:
     rest, stages = num_layers - sum(given.values()), parallel.pipeline - len(given)
     if rest < stages or (stages == 0 and rest) or (stages and rest % stages):
         raise UserError(
-            f"{listed} of the model's {num_layers} layers leave {rest} for {_count(stages, 'other stage', 's')}",
+            f"{listed} of the model's {num_layers} layers leave {rest} for {counted(stages, 'other stage')}",
             "; ".join(
                 [
                     "choose numbers that leave the same number of layers, at least one, to each of the other stages",
@@ -237,7 +238,3 @@ def _multiples(number: int, of: int) -> str:
     """The nearest multiples of `of` below and above `number`, as text."""
     below = number // of * of
     return f"{below} or {below + of}" if below else str(of)
-
-
-def _count(number: int, noun: str, plural: str) -> str:
-    return f"{number} {noun}{plural if number != 1 else ''}"

@@ -105,6 +105,12 @@ class TrainSettings(Section):
         1234, ge=0, le=2**31 - 1, description="seed of the initial weights, the order of the data and dropout"
     )
 
+    deterministic: Bool = Field(
+        False,
+        description="only on a GPU: uses only kernels and collectives that repeat their results, so that a resumed run "
+        "has the same bits as one that nothing interrupted. Slower. On a CPU results repeat in any case",
+    )
+
     @field_validator("lr", "min_lr", "weight_decay", "galore_scale")
     @classmethod
     def _products_fit(cls, value: float | None) -> float | None:

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 
 from megavlm.base.errors import UserError
+from megavlm.base.number_format import counted
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
@@ -104,7 +105,7 @@ class RunMonitor:
         """Says at the end how often the run has passed over each source, and which share of it was skipped."""
         for name, passes in self._samples.epochs.items():
             size = self._samples.sizes[name]
-            self.say(f"{name}: {passes:.3g} passes over {size:,} sample{'s' * (size != 1)}")
+            self.say(f"{name}: {passes:.3g} passes over {counted(size, 'sample')}")
         for text in self._errors.shares():
             self.say(text)
 

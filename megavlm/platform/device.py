@@ -93,6 +93,19 @@ def seconds_between(start: "torch.cuda.Event | float", end: "torch.cuda.Event | 
     return start.elapsed_time(end) / 1000
 
 
+def repeat_results() -> None:
+    """Makes kernels and collectives of this process repeat their results. Call it before the first of them.
+
+    An operation of torch for which there is no such kernel warns with its name. What is set already in the environment
+    stays: Transformer Engine and NCCL read these variables, and Megatron's ``deterministic_mode`` checks the first.
+    """
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")  # sums in the switch come in any order
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs time, repeats no sum
+
+
 def seed_everything(seed: int) -> None:
     """Seeds Python, numpy, torch and Megatron's tracker. Tensor ranks and pipeline stages get different numbers."""
     from megatron.core import parallel_state, tensor_parallel

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.platform import cpu
-from megavlm.platform.device import backend, host_backend, on_gpu, seed_everything
+from megavlm.platform.device import backend, host_backend, on_gpu, repeat_results, seed_everything
 
 if TYPE_CHECKING:  # Megatron takes seconds to import, and not every program that imports this module needs it
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -84,7 +84,12 @@ class Groups:
 
 
 def init(
-    parallel: ParallelSizes, seed: int = 1234, timeout_minutes: float = 30.0, *, data_peers: bool = False
+    parallel: ParallelSizes,
+    seed: int = 1234,
+    timeout_minutes: float = 30.0,
+    *,
+    data_peers: bool = False,
+    deterministic: bool = False,
 ) -> Groups:
     """Initialises torch.distributed (unless it already is) and Megatron's parallel state for the layout ``parallel``.
 
@@ -96,9 +101,12 @@ def init(
         seed: seed of all random numbers.
         timeout_minutes: longest time that a collective of any group may wait.
         data_peers: whether to create ``Groups.data_peers_host``.
+        deterministic: whether a GPU is to repeat its results to the bit.
     """
     if not on_gpu():
         cpu.install()
+    elif deterministic:
+        repeat_results()
     if not dist.is_initialized():
         _start(timeout_minutes)
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
+from megavlm.base.number_format import counted
 from megavlm.monitor.metrics import append_lines
 from megavlm.platform.collectives import gather_objects, on_first_rank
 from megavlm.records.skipped_samples import SkippedSample
@@ -185,4 +186,4 @@ def _lines(found: list[dict[str, Any]], skipped: Sequence[SkippedSample]) -> lis
 def _counted(bad: list[dict[str, Any]]) -> str:
     """ "3 samples skipped: 2 broken, 1 too long"."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(line["kind"] for line in bad).most_common())
-    return f"{len(bad)} sample{'s' if len(bad) != 1 else ''} skipped: {kinds}"
+    return f"{counted(len(bad), 'sample')} skipped: {kinds}"

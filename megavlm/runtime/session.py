@@ -165,6 +165,7 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
         settings.train.seed,
         collective_minutes(settings.train.hang_minutes, watched=training),
         data_peers=share_frames,
+        deterministic=settings.train.deterministic,
     )
     check_shapes(settings, shapes, dist.get_world_size(), training=training)
     path = find_checkpoint(settings.model.start) if load and settings.model.start is not None else None

@@ -57,7 +57,7 @@ def train(
                 if hook.at_end:
                     hook.call(run, last, monitor.say)
             monitor.tell_samples()
-            monitor.say(f"stopped at step {last}" if stopped else f"done: {settings.train.steps} steps")
+            monitor.say(f"stopped at step {last}" if stopped else f"done at step {last}")
             monitor.finish()
         run.close()
         dist.barrier()

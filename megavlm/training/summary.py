@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 
-from megavlm.base.number_format import short
+from megavlm.base.number_format import counted, short
 from megavlm.checkpoint.load_weights import start_words
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
@@ -82,7 +82,7 @@ def _data(settings: Settings, loader: RowLoader | None) -> str:
     for source in loader.sources:
         size = len(source.file)
         passes = f", {rows * source.share / size:.3g} passes" if settings.data.packing == "none" else ""
-        listed.append(f"{source.file.path} ({size:,} sample{'s' * (size != 1)}{passes})")
+        listed.append(f"{source.file.path} ({counted(size, 'sample')}{passes})")
     return ", ".join(listed)
 
 

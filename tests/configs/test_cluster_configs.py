@@ -1,5 +1,6 @@
 """The configurations for clusters: each recipe with each model fits the number of GPUs that the model's file names."""
 
+import fnmatch
 import re
 from pathlib import Path
 
@@ -53,6 +54,31 @@ def test_recipe_passes_validate_for_the_intended_world(
     assert status == 0, shown.err
     assert f"{world} processes" in shown.out
     assert f"configs/models/{model} " in shown.out
+
+
+def fitting(model: str) -> list[tuple[int, str]]:
+    """(GPUs, recipe) of the model's line in the table of configs/README.md."""
+    table = [line.strip("| \n").split(" | ") for line in (CONFIGS / "README.md").read_text().splitlines()]
+    worlds = next(cells for cells in table if cells[0] == "model")[2:]
+    cells = next(cells for cells in table if cells[0] == f"`{model}`")[2:]
+    found = []
+    for world, cell in zip(worlds, cells, strict=True):
+        some, _, none = ([*re.findall(r"`(.+?)`", part)] for part in cell.partition(" but "))
+        matching = lambda patterns: {r for r in RECIPES if any(fnmatch.fnmatch(r, f"{p}.yaml") for p in patterns)}
+        found += [(int(world.replace(",", "")), recipe) for recipe in sorted(matching(some) - matching(none))]
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_recipes_pass_validate_for_the_worlds_of_the_table(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("MEGAVLM_MODEL", model)
+    cases = fitting(model)
+    assert len(cases) >= len(RECIPES)
+    for world, recipe in cases:
+        status = main(["validate", f"configs/{recipe}", "--world-size", str(world), "--no-files"])
+        assert status == 0, (world, recipe, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("model", MODELS)
