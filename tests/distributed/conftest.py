@@ -49,7 +49,7 @@ def te_world():
     server, pools = packages.server(), {}
 
     def world(size: int) -> Pool:
-        return pools.setdefault(size, Pool(size, after_each=forget_megatron, server=server))
+        return pools.setdefault(size, Pool(size, 120.0, forget_megatron, server))
 
     yield world
     for pool in pools.values():

@@ -15,7 +15,7 @@ def fused_attn_fwd(
     longest_q, longest_kv, is_training, scale, dropout, fill, layout, out_format, scale_format, bias, mask, softmax,
     window, bottom_right, cu_q, cu_kv, q, k, v, dtype, padded_q, padded_kv, *more,
 ):  # fmt: skip
-    """q [t, heads, dim], k and v [t', kv heads, dim] -> [out, log of the softmax's sums [t, heads, 1], random state]."""
+    """q [t, heads, dim], k and v [t', kv heads, dim] -> [out, log of the sums of exp [t, heads, 1], random state]."""
     out, sums = torch.zeros_like(q), q.new_zeros(*q.shape[:2], 1, dtype=torch.float32)
     for here, there, logits in _segments(longest_q, longest_kv, cu_q, cu_kv, padded_q, padded_kv, q, k, scale, mask):
         sums[here, :, 0] = logits.logsumexp(-1).t()
@@ -28,7 +28,7 @@ def fused_attn_bwd(
     grad_scale_format, bias, mask, softmax, window, bottom_right, deterministic, cu_q, cu_kv, q, k, v, out, grad, dtype,
     saved, padded_q, padded_kv, *more,
 ):  # fmt: skip
-    """[dq, dk, dv, None] by the sums in ``saved``, which may count further keys than those in ``k``, as ``out`` does."""
+    """[dq, dk, dv, None] by the sums in ``saved``, which may be of more keys than ``k`` has, as ``out`` may be."""
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
     grad, sums = grad.view(out.shape).float(), saved[0]
     for here, there, logits in _segments(longest_q, longest_kv, cu_q, cu_kv, padded_q, padded_kv, q, k, scale, mask):
@@ -108,7 +108,7 @@ def thd_out_correction(out, part, before, sums, more, cu_seqlens, only_second_ha
 
 
 def thd_grad_correction(grad, part, cu_seqlens, first, second):
-    """``add``, ``copy``, ``zero`` or ``none``, for each half; a ``part`` of half the tokens is for the one that uses it."""
+    """``add``, ``copy``, ``zero`` or ``none`` in each half. A ``part`` of half the tokens is for the half not "none"."""
     halves = dict(zip(_halves(cu_seqlens), (first, second), strict=True))
     for here, what in halves.items():
         values = part if len(part) == len(here) else part[here]
