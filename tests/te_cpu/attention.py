@@ -108,7 +108,7 @@ def thd_out_correction(out, part, before, sums, more, cu_seqlens, only_second_ha
 
 
 def thd_grad_correction(grad, part, cu_seqlens, first, second):
-    """``add``, ``copy``, ``zero`` or ``none`` in each half. A ``part`` of half the tokens is for the half not "none"."""
+    """``add``, ``copy``, ``zero`` or ``none`` in each half. A ``part`` of half the tokens is for the half in use."""
     halves = dict(zip(_halves(cu_seqlens), (first, second), strict=True))
     for here, what in halves.items():
         values = part if len(part) == len(here) else part[here]
