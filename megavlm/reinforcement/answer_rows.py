@@ -18,7 +18,7 @@ from megavlm.runtime.feed import Feed, StepRows
 
 
 @dataclass(frozen=True)
-class Group:
+class AnswerGroup:
     """A prompt, its answers and their advantages (0 for an answer without a reward)."""
 
     prompt: Sample
@@ -27,7 +27,7 @@ class Group:
 
 
 def answer_rows(
-    groups: Sequence[Group], renderer: Renderer, max_patches: int | None, *, mask_truncated: bool = False
+    groups: Sequence[AnswerGroup], renderer: Renderer, max_patches: int | None, *, mask_truncated: bool = False
 ) -> list[Row]:
     """Packs groups of answers.
 
@@ -76,7 +76,7 @@ def on_all_ranks(
     return found
 
 
-def _units(groups: Sequence[Group], renderer: Renderer, *, mask_truncated: bool) -> Iterator[list[Sample]]:
+def _units(groups: Sequence[AnswerGroup], renderer: Renderer, *, mask_truncated: bool) -> Iterator[list[Sample]]:
     """The samples of each group, cut where they no longer fit in one row. The first of each part has the pixels."""
     number = 0
     for group in groups:

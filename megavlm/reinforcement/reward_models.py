@@ -12,7 +12,7 @@ from megavlm.config.reward_section import RewardSettings
 from megavlm.data.renderer import Renderer
 from megavlm.model.language import LanguageModel
 from megavlm.model.vlm import VLM
-from megavlm.reinforcement.answer_rows import Group, answer_rows, on_all_ranks
+from megavlm.reinforcement.answer_rows import AnswerGroup, answer_rows, on_all_ranks
 from megavlm.runtime.feed import Feed, MicroBatch
 from megavlm.runtime.forward import forward_only, to_leader
 from megavlm.runtime.scoring import row_rewards
@@ -46,11 +46,11 @@ class RewardModels:
                 f"reward/{reward.key}", path, trained=False, score_head=True
             ).vlm
 
-    def scores(self, groups: Sequence[Group]) -> dict[str, list[float]]:
+    def scores(self, groups: Sequence[AnswerGroup]) -> dict[str, list[float]]:
         """Scores the answers by each model's name, in order, on leaders; elsewhere []. Call it on all ranks."""
         return {name: self._of(vlm, groups) for name, vlm in self._models.items()}
 
-    def _of(self, vlm: VLM, groups: Sequence[Group]) -> list[float]:
+    def _of(self, vlm: VLM, groups: Sequence[AnswerGroup]) -> list[float]:
         settings, sequence_parallel = self._session.settings, self._session.settings.parallel.sequence_parallel
 
         def read(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:

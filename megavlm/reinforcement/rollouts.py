@@ -15,7 +15,7 @@ from megavlm.data.answers import first_sample
 from megavlm.data.loader import RowLoader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
-from megavlm.reinforcement.answer_rows import Group
+from megavlm.reinforcement.answer_rows import AnswerGroup
 from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, fields_of, keys_of
 from megavlm.reinforcement.judged import Batch, Judged, asked_of
 from megavlm.reinforcement.reward_models import RewardModels
@@ -157,7 +157,7 @@ class Rollouts:
                 problem = error
         raise_everywhere(problem, problem is not None, self._session.groups)
         of_models = self._models.scores([
-            Group(group.prompt.sample, group.answers, [0.0] * len(group.answers)) for group in answered
+            AnswerGroup(group.prompt.sample, group.answers, [0.0] * len(group.answers)) for group in answered
         ])  # fmt: skip
         first = 0
         for place, group in enumerate(answered):

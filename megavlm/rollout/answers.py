@@ -36,7 +36,7 @@ class Growing:
 
 
 @dataclass(eq=False)
-class Asked:
+class OpenPrompt:
     """A prompt that is being answered.
 
     Attributes:

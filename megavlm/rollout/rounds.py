@@ -17,7 +17,7 @@ from megavlm.model.batch_invariant import batch_invariant
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
 from megavlm.platform.collectives import broadcast_object
-from megavlm.rollout.answers import Asked, Ending, Growing
+from megavlm.rollout.answers import Ending, Growing, OpenPrompt
 from megavlm.rollout.blocks import Blocks, KeyValuePool
 from megavlm.rollout.engine import Answered
 from megavlm.rollout.memory import Memory
@@ -69,7 +69,7 @@ class Rounds:
         self._groups = [Places((places + n) // count, blocks, ending, longest) for n in range(count)]
         self._last: list[Operation | None] = [None] * count
         self._open = set(range(count))
-        self._finished: list[Asked] = []
+        self._finished: list[OpenPrompt] = []
         self._is_exhausted = False
         self._next_length: int | None = None
         groups, parallel = view.groups, view.parallel
@@ -140,7 +140,7 @@ class Rounds:
             return flag
         return bool(box.item())
 
-    def _start_prompts(self, places: Places) -> list[Asked]:
+    def _start_prompts(self, places: Places) -> list[OpenPrompt]:
         """Starts prompts in free places. The leader chooses, and the other ranks follow."""
         waits_for_memory = self._next_length is not None and not places.fits(self._next_length)
         if self._is_exhausted or not places.free or waits_for_memory:
@@ -163,9 +163,9 @@ class Rounds:
                 places.start(asked)
         return new
 
-    def _choose_prompts(self, places: Places) -> list[Asked]:
+    def _choose_prompts(self, places: Places) -> list[OpenPrompt]:
         assert self._source is not None
-        new: list[Asked] = []
+        new: list[OpenPrompt] = []
         while places.free and (prompt := self._source.look()) is not None:
             length = len(prompt.sample.input_ids)
             try:
@@ -184,5 +184,5 @@ class Rounds:
         return new
 
 
-def _asked(length: int, next_position: int, seeds: Sequence[int]) -> Asked:
-    return Asked(length, next_position, [Growing(seed) for seed in seeds])
+def _asked(length: int, next_position: int, seeds: Sequence[int]) -> OpenPrompt:
+    return OpenPrompt(length, next_position, [Growing(seed) for seed in seeds])

@@ -12,7 +12,7 @@ from megavlm.data.row import pack, padded_length
 from megavlm.model.packed import PackedRow
 from megavlm.model.vlm import VLM
 from megavlm.platform import device, to_device
-from megavlm.rollout.answers import Asked, Growing
+from megavlm.rollout.answers import Growing, OpenPrompt
 from megavlm.rollout.attention import Spans, StepAttention
 from megavlm.rollout.blocks import KeyValuePool
 from megavlm.rollout.timing import Timer
@@ -38,7 +38,7 @@ class Operation:
     row: PackedRow
     width: int
     micro_batch: MicroBatch | None
-    draws: list[tuple[Asked, Growing]]
+    draws: list[tuple[OpenPrompt, Growing]]
     positions: Tensor
     drawn: Tensor | None = None
 
@@ -60,7 +60,7 @@ class RowMaker:
         """A row of padding, for a rank that computes only because the experts of other ranks' tokens are on it."""
         return self._operation([], [], self.slices)
 
-    def make(self, new: Sequence[Asked], growing: Sequence[tuple[Asked, Growing]]) -> Operation | None:
+    def make(self, new: Sequence[OpenPrompt], growing: Sequence[tuple[OpenPrompt, Growing]]) -> Operation | None:
         """Makes a row. Call it on all ranks; it encodes the frames of new prompts.
 
         Args:
@@ -75,7 +75,9 @@ class RowMaker:
         used = sum(asked.length for asked in new) + len(going)
         return self._operation(new, going, padded_length(used, self.slices)) if used else None
 
-    def _operation(self, new: Sequence[Asked], going: Sequence[tuple[Asked, Growing]], width: int) -> Operation:
+    def _operation(
+        self, new: Sequence[OpenPrompt], going: Sequence[tuple[OpenPrompt, Growing]], width: int
+    ) -> Operation:
         groups = [(asked, [answer for _, answer in part]) for asked, part in groupby(going, key=lambda pair: pair[0])]
         shared = Spans([asked.slots for asked, _ in groups], [len(answers) for _, answers in groups])
         own = Spans([_own_slots(answer) for _, answer in going], [1] * len(going))
@@ -103,7 +105,7 @@ class RowMaker:
             positions=to_device(torch.tensor(where, dtype=torch.int64), device()),
         )  # fmt: skip
 
-    def _encoded(self, new: Sequence[Asked], width: int) -> MicroBatch:
+    def _encoded(self, new: Sequence[OpenPrompt], width: int) -> MicroBatch:
         """The new prompts as the beginning of a row of ``width`` tokens, with the features of their frames."""
         view, packed = self._view, None
         if view.groups.is_leader:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from megavlm.rollout.answers import Asked
+from megavlm.rollout.answers import OpenPrompt
 from megavlm.rollout.engine import Answer, Answered, Prompt
 
 
@@ -74,7 +74,7 @@ class Dealt(Source):
         """The next prompt that was dealt to this rank."""
         return self._next[0][0] if self._next else None
 
-    def exchange(self, room: int, finished: list[Asked]) -> list[Answered]:
+    def exchange(self, room: int, finished: list[OpenPrompt]) -> list[Answered]:
         """Asks for prompts and hands in answers. Call it on all ranks of the group.
 
         Args:

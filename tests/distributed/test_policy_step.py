@@ -254,7 +254,7 @@ def scores_in_layout(settings: dict, root, records: list[dict]):
     from megavlm.data.renderer import Renderer
     from megavlm.media.files import in_folder
     from megavlm.model.vlm import VLM
-    from megavlm.reinforcement.answer_rows import Group
+    from megavlm.reinforcement.answer_rows import AnswerGroup
     from megavlm.reinforcement.reward_models import RewardModels
     from megavlm.rollout.engine import Answer
     from megavlm.runtime.session import start
@@ -275,7 +275,7 @@ def scores_in_layout(settings: dict, root, records: list[dict]):
         if renderer is not None and number % groups.dp_size == groups.dp_rank:
             sample = renderer.encode(record, in_folder(root), f"prompt {number}", kind="prompt", index=number)
             made = [Answer(tokens, logs, logs, logs, "stop") for tokens, logs, _ in answers]
-            asked.append(Group(sample, made, [0.0] * GROUP))
+            asked.append(AnswerGroup(sample, made, [0.0] * GROUP))
     return models.scores(asked)["taste"], groups.dp_rank
 
 
