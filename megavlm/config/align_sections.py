@@ -123,6 +123,11 @@ class AlignSettings(Section):
         False,
         description="only for grpo: whether the reference model is in host memory while it is not used",
     )
+    routing_replay: Bool | None = Field(
+        None,
+        description="only for grpo with a mixture of experts: whether updates send each token to the experts to which "
+        "it went while its answer was sampled; false: they choose anew. null: true",
+    )
     reference_at: Literal["start", "step"] = Field(
         "start",
         description="when the log-probabilities of the reference model are computed. start: before the first step, for "

@@ -19,11 +19,15 @@ from megavlm.runtime.feed import Feed, StepRows
 
 @dataclass(frozen=True)
 class AnswerGroup:
-    """A prompt, its answers and their advantages (0 for an answer without a reward)."""
+    """A prompt, its answers, and their advantages (0 for an answer without a reward).
+
+    ``routing`` has the experts of the prompt's tokens. With it, the rows prescribe those of all tokens.
+    """
 
     prompt: Sample
     answers: Sequence[Answer]
     advantages: Sequence[float]
+    routing: torch.Tensor | None = None
 
 
 def answer_rows(
@@ -88,7 +92,8 @@ def _units(groups: Sequence[AnswerGroup], renderer: Renderer, *, mask_truncated:
                 yield unit
                 unit, used = [], 0
             logprobs = torch.tensor(answer.policy_logprobs, dtype=torch.float32)
-            sampled = SampledAnswer(advantage=advantage, logprobs=logprobs, number=number)
+            routing = None if group.routing is None or answer.routing is None else (group.routing, answer.routing)
+            sampled = SampledAnswer(advantage=advantage, logprobs=logprobs, number=number, routing=routing)
             is_target = not (mask_truncated and answer.finish == "length")
             annotations = Annotations(sampled=sampled)
             unit.append(

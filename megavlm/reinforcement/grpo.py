@@ -36,7 +36,7 @@ REPLACEMENTS = 4
 # Settings of the section align that grpo reads beside the options of its loss and advantage.
 _OWN = {
     "loss", "advantage", "beta", "updates", "mini_batches", "correction", "correction_lowest", "correction_highest",
-    "overlong_cache", "mask_truncated", "offload_reference",
+    "overlong_cache", "mask_truncated", "offload_reference", "routing_replay",
 }  # fmt: skip
 
 
@@ -129,6 +129,13 @@ class PolicyMethod:
                 "one",
                 "start one process, or remove rollout.batch_invariant",
             )
+        is_moe = session.shapes.text.moe is not None
+        replays = is_moe if settings.align.routing_replay is None else settings.align.routing_replay
+        if replays and not is_moe:
+            raise UserError(
+                "align.routing_replay is true, but the model is not a mixture of experts: it would be ignored",
+                "remove align.routing_replay",
+            )
         renderer, loader, rewards = None, None, None
         if groups.is_leader:
             renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
@@ -164,6 +171,7 @@ class PolicyMethod:
                 batch_invariant=settings.rollout.batch_invariant,
                 decode=tokenizer.decode,
                 special=tokenizer.all_special_ids,
+                records_routing=replays,
             )
             rollouts = Rollouts(
                 session,

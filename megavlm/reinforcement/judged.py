@@ -31,10 +31,9 @@ class Judged:
     def group(self) -> AnswerGroup:
         """What is learned from. An answer without a reward is left out."""
         known = [n for n, reward in enumerate(self.rewards) if reward is not None]
-        answers = self.answered.answers
-        return AnswerGroup(
-            self.answered.prompt.sample, [answers[n] for n in known], [self.advantages[n] for n in known]
-        )
+        answered, answers = self.answered, self.answered.answers
+        chosen = [answers[n] for n in known]
+        return AnswerGroup(answered.prompt.sample, chosen, [self.advantages[n] for n in known], answered.routing)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from megavlm.rollout.blocks import Blocks, KeyValuePool
 from megavlm.rollout.engine import Answered
 from megavlm.rollout.memory import Memory
 from megavlm.rollout.places import Places
+from megavlm.rollout.routing_pool import RoutingPool
 from megavlm.rollout.rows import Operation, RowMaker
 from megavlm.rollout.source import Dealt, Source
 from megavlm.rollout.stages import Stages
@@ -54,16 +55,19 @@ class Rounds:
         prompt_tokens: maximum number of tokens of prompts in one row, unless a single prompt is longer.
         timer: see ``Stages``.
         invariant: whether to compute as ``megavlm.model.batch_invariant``.
+        records_routing: whether to keep the experts of all tokens.
     """
 
     def __init__(
         self, view: VLM, source: Source | None, stages: Stages, ending: Ending, memory: Memory,
         *, places: int, longest: int, prompt_tokens: int, timer: Timer, invariant: bool,
+        records_routing: bool,
     ) -> None:  # fmt: skip
         self._view, self._source, self._stages, self._memory = view, source, stages, memory
         self._prompt_tokens = prompt_tokens
         blocks = Blocks(memory.blocks)
-        self._rows = RowMaker(view, KeyValuePool(blocks), timer)
+        self._routing = RoutingPool(view, blocks) if records_routing else None
+        self._rows = RowMaker(view, KeyValuePool(blocks), timer, self._routing)
         self._invariant = invariant
         count = min(stages.count, places)
         self._groups = [Places((places + n) // count, blocks, ending, longest) for n in range(count)]
@@ -106,7 +110,11 @@ class Rounds:
         places, last = self._groups[group], self._last[group]
         self._last[group] = None
         if last is not None:
-            self._finished += places.add(self._stages.drawn(last))
+            drawn = self._stages.drawn(last)
+            done = places.add(drawn)
+            if self._routing is not None:  # before the memory that is free now is written to again
+                self._routing.keep([answer for _, answer, *_ in drawn], done)
+            self._finished += done
         is_busy = not places.is_empty or not self._is_exhausted or (self._peers is not None and bool(self._finished))
         if not self._anywhere(is_busy):
             self._open.discard(group)

@@ -15,6 +15,7 @@ from megavlm.platform import device, to_device
 from megavlm.rollout.answers import Growing, OpenPrompt
 from megavlm.rollout.attention import Spans, StepAttention
 from megavlm.rollout.blocks import KeyValuePool
+from megavlm.rollout.routing_pool import RoutingPool
 from megavlm.rollout.timing import Timer
 from megavlm.runtime.feed import Feed, MicroBatch
 from megavlm.runtime.forward import encode_window
@@ -50,10 +51,11 @@ class RowMaker:
         view: the model, see ``sampling_view``.
         pool: the memory for keys and values.
         timer: makes a context manager around the part of the work that its argument names.
+        routing: records the experts of tokens; None: nothing does.
     """
 
-    def __init__(self, view: VLM, pool: KeyValuePool, timer: Timer) -> None:
-        self._view, self._pool, self._timer = view, pool, timer
+    def __init__(self, view: VLM, pool: KeyValuePool, timer: Timer, routing: RoutingPool | None) -> None:
+        self._view, self._pool, self._timer, self._routing = view, pool, timer, routing
         self.slices = view.parallel.tensor if view.parallel.sequence_parallel else 1
 
     def padding(self) -> Operation:
@@ -96,6 +98,7 @@ class RowMaker:
             here = slice(first, first + len(going))
             input_ids[here], position_ids[:, here] = to_device(tokens, device()), to_device(positions, device())
         row.cache = cache
+        row.routing = self._routing.recorder(cache.slots, width) if self._routing is not None else None
         ends = np.cumsum([asked.length for asked in new], dtype=np.int64) - 1
         where = [int(end) for asked, end in zip(new, ends, strict=True) for _ in asked.answers]
         where += range(first, first + len(going))

@@ -1,6 +1,6 @@
 """Policy losses, advantages, GAE, divergences and corrections beside the functions of TRL and verl, in float64.
 
-`make` unpacks both packages into ``.venv/peers`` without what they depend on (some 3 MB instead of gigabytes). To import
+`make` unpacks both packages into ``.venv/peers`` without what they depend on (3 MB instead of gigabytes). To import
 them would need all that, so a function is compiled by itself, as it stands in their files, and called with the names
 that it uses. Where they compute something else, the test says so:
 
