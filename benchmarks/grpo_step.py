@@ -3,8 +3,9 @@
     python -m benchmarks.grpo_step [--steps N] [--json FILE]
 
 The model and the photographs of 256 visual tokens are those of ``benchmarks.generate``, in float32. In each step four
-questions get eight answers of at most 32 tokens, which are judged by their length in two reward workers, and all weights
-but the tower's are updated. The rest of a step is rewards that are awaited, and all that no field of metrics.jsonl names.
+questions get eight answers of at most 32 tokens, which are judged by their length in two reward workers, and all
+weights but the tower's are updated. The rest of a step is rewards that are awaited, and what has no field of its own in
+metrics.jsonl.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def measure(root: Path, steps: int) -> list[dict[str, float]]:
     config = {
         "model": {"hf": str(folder), "load": str(folder), "freeze": ["vision"]},
         "data": {"train": str(root / "questions.jsonl"), "seq_length": 1024},
-        "train": {"steps": steps, "lr": 1e-6, "precision": "fp32", "warmup_steps": 0},
+        "train": {"steps": steps, "lr": 1e-6, "precision": "fp32", "warmup_steps": 0, "memory_check": False},
         "rollout": {"prompts": PROMPTS, "group_size": ANSWERS, "max_new_tokens": TOKENS},
         "align": {"beta": 0},
         "reward": [{"name": "length", "limit": 40}],
@@ -43,7 +44,7 @@ def measure(root: Path, steps: int) -> list[dict[str, float]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4, help="number of steps (default: 4)")
+    parser.add_argument("--steps", type=int, default=2, help="number of steps (default: 2)")
     parser.add_argument("--json", help="also write the results to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="megavlm-grpo-") as root:

@@ -23,6 +23,12 @@ class AlignSettings(Section):
         "higher values keep it closer. null: 0.1 for dpo and kto, 2.5 for simpo; for grpo 0.03 with the loss grpo and "
         "0 with the others. 0, only for grpo: there is no reference model",
     )
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss",
+        description="only for grpo: where the divergence from the reference model counts. loss: k3 of each token, "
+        "times beta, in the loss; reward: the log-ratio of each answer to the reference (k1, summed over its tokens), "
+        "times beta, is taken off its reward before advantages are computed, as in RLOO's paper",
+    )
     gamma: Float | None = Field(
         None,
         description="only for simpo: margin by which the reward of the chosen answer should exceed that of the "

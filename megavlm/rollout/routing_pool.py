@@ -30,7 +30,9 @@ class RoutingPool:
         assert moe is not None, "only a mixture of experts has routers"
         self._group, self._depth = view.groups.model_parallel_host, view.shapes.text.layers
         tensor = view.groups.language.tp
-        self._slices, self._slice = (tensor.size(), tensor.rank()) if view.parallel.sequence_parallel else (1, 0)
+        is_cut = view.parallel.sequence_parallel
+        self._slices: int = tensor.size() if is_cut else 1
+        self._slice: int = tensor.rank() if is_cut else 0
         self._is_copy = self._slices == 1 and tensor.rank() > 0
         self._layers = [layer.layer_number - 1 for chunk in view.language for layer in chunk.decoder.layers]
         dtype = torch.uint8 if moe.num_experts < 256 else torch.int16
@@ -59,7 +61,7 @@ class RoutingPool:
             asked.routing = self._at(asked.slots)
         if not done:
             return
-        holders = [part for asked in done for part in (asked, *asked.answers)]
+        holders: list[OpenPrompt | Growing] = [part for asked in done for part in (asked, *asked.answers)]
         mine = None if self._is_copy else (self._layers, [holder.routing for holder in holders])
         for holder in holders:
             assert holder.routing is not None, "all are finished"

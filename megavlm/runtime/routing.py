@@ -70,8 +70,8 @@ def routing_of(row: Row, tokens: Tensor, where: torch.device) -> Prescribed | No
         tokens: int64 [t], their positions in the row.
         where: the device of the result.
     """
-    known = [annotations.sampled and annotations.sampled.routing for annotations in row.annotations]
-    first = next(filter(None, known), None)
+    known = [one.sampled.routing if one.sampled is not None else None for one in row.annotations]
+    first = next((parts for parts in known if parts is not None), None)
     if first is None:
         return None
     whole = first[0].new_zeros(len(row.input_ids), *first[0].shape[1:])
