@@ -66,4 +66,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing the packages of constraints.txt into $(VENV) (some minutes and 5 GB the first time)"
 	@# without compiling all 5 GB: Python compiles the few modules that are imported
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@# two files of each are read by tests/align/test_peers.py; what they depend on would be gigabytes more
+	@rm -rf $(VENV)/peers
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --no-deps -c constraints.txt \
+	  --target $(VENV)/peers trl verl
 	@touch $@

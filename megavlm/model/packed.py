@@ -36,6 +36,13 @@ class Cache(Protocol):
         """Stores keys and values and computes attention to all that are stored."""
 
 
+class Routing(Protocol):
+    """Records which experts tokens go to, or prescribes it (``megavlm.runtime.routing``)."""
+
+    def of_layer(self, layer: int) -> Any:
+        """What the router of a layer (from 1) asks instead of Megatron's ``RouterReplay``; None: it chooses itself."""
+
+
 @dataclass
 class PackedRow(PackedSeqParams):
     """What attention and deepstack need to know about a row. Megatron passes it on as its ``packed_seq_params``.
@@ -52,6 +59,7 @@ class PackedRow(PackedSeqParams):
             tokens of all context ranks, end to end.
         to_parts: the inverse of ``from_parts``.
         cache: attention to stored keys and values while sampling; otherwise None.
+        routing: records or prescribes the experts of this rank's tokens; None: the routers choose.
     """
 
     lengths: list[int] = field(default_factory=list)
@@ -59,6 +67,7 @@ class PackedRow(PackedSeqParams):
     from_parts: Tensor | None = None
     to_parts: Tensor | None = None
     cache: Cache | None = None
+    routing: Routing | None = None
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device, cut: RowCut | None = None, **kwargs: Any) -> "PackedRow":

@@ -22,6 +22,7 @@ from megavlm.reinforcement.judged import Batch, Judged, failures_of, logged
 from megavlm.reinforcement.policy_objective import Known, PolicyObjective
 from megavlm.reinforcement.rollouts import Rollouts, in_mini_batches
 from megavlm.runtime.feed import StepRows
+from megavlm.runtime.routing import chosen_anew
 from megavlm.runtime.session import Session
 from megavlm.training.start_weights import StartWeights
 from megavlm.training.step import Step, StepResult
@@ -155,7 +156,7 @@ class PolicyStep:
             old = look(self._objective.logprobs)
             self._session.vlm.train()
         if self._start is not None:
-            with self._start():
+            with self._start(), chosen_anew():
                 reference = look(self._objective.logprobs)
         count = max(len(old), len(reference))
         return [(old[n] if old else None, reference[n] if reference else None) for n in range(count)]

@@ -21,6 +21,7 @@ from megavlm.model.vision import Frames
 from megavlm.model.vlm import VLM
 from megavlm.platform import device, host_buffer, to_device
 from megavlm.platform.collectives import all_gather_objects, broadcast_object
+from megavlm.runtime.routing import routing_of
 
 _PIXEL_FIELDS = ("patches", "patch_coords", "pos_index", "pos_weight")
 
@@ -199,7 +200,9 @@ class Feed:
             host=host,
             input_ids=to_device(host.input_ids[part], where),
             position_ids=to_device(host.position_ids[:, part], where),
-            row=PackedRow.of(host.segment_lengths, where, cut),
+            row=PackedRow.of(
+                host.segment_lengths, where, cut, routing=routing_of(host, part.chunk(slices)[index], where)
+            ),
             targets=targets,
             target_samples=to_device(_samples_at(host, targets.row_index), where),
             sample_sources=to_device(torch.tensor(host.source_ids), where),
