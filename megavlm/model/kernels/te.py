@@ -46,7 +46,7 @@ class TransformerEngineKernels(TESpecProvider):
     """Megatron's TE layers, with attention for packed rows."""
 
     name = "te"
-    grouped_experts = True
+    grouped_experts = fused_gradients = True
 
     def core_attention(self) -> type:
         return PackedTEAttention
@@ -62,7 +62,7 @@ class ApartTEKernels(TransformerEngineKernels):
 class LocalLinearTEKernels(ApartTEKernels):
     """TE's attention and norms with Megatron's own linear layers and sequential experts, whose weights may be 4-bit."""
 
-    grouped_experts = False
+    grouped_experts = fused_gradients = False  # Megatron's own linear layers would need apex for it
 
     def column_parallel_linear(self) -> type:
         return ColumnParallelLinear
