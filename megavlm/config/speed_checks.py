@@ -57,8 +57,12 @@ def check_recompute(train: TrainSettings, kernels: str) -> None:
             "its result: computing it twice would cost time and free nothing",
             "set train.recompute to none, or to a list such as [mlp]",
         )
-    if kernels == "portable" and "moe_act" in modules:
-        raise UserError("train.recompute has moe_act, but model.kernels is portable, which computes experts one by one", _TE)
+    if kernels == "portable" and (lacking := ", ".join({"layernorm", "moe_act"} & set(modules))):
+        raise UserError(
+            f"train.recompute has {lacking}, but model.kernels is portable: Megatron recomputes it only with "
+            "Transformer Engine",
+            _TE,
+        )
     if {"moe", "moe_act"} <= set(modules):
         raise UserError("train.recompute has moe and moe_act: moe includes it", "remove moe_act")
     if train.precision == "fp8" and train.fp8.recipe == "delayed" and {"layernorm", "moe_act"} & set(modules):
@@ -133,5 +137,6 @@ def _check_fp8(
             raise UserError(
                 f"train.fp8.recipe is {recipe}, which needs widths divisible by {block}, but on a rank the {part} has "
                 f"{listed}",
-                "choose recipe tensorwise, which needs 16" + (", or set train.fp8.tower to false" if part != "decoder" else ""),
+                "choose recipe tensorwise, which needs 16"
+                + (", or set train.fp8.tower to false" if part != "decoder" else ""),
             )

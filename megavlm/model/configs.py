@@ -1,6 +1,7 @@
 """Makes Megatron's TransformerConfig for the decoder and the vision tower, from a model's shapes and the settings."""
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -105,6 +106,11 @@ def decoder_config(
             moe_router_fusion=train.experts.fused_router,
         )
         if train.experts.dispatcher != "alltoall":
+            if importlib.util.find_spec("deep_ep") is None:
+                raise UserError(
+                    f"train.experts.dispatcher is {train.experts.dispatcher}, but the package deep_ep is not installed",
+                    "install DeepEP, or set it to alltoall",
+                )
             options["moe_flex_dispatcher_backend"] = train.experts.dispatcher
     if train.recompute == "full":
         options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -159,7 +165,7 @@ def tower_config(
         layernorm_epsilon=1e-6,  # transformers' qwen3_vl has it in the code, not in config.json
         add_bias_linear=True,
         gated_linear_unit=False,
-        # Megatron's fused kernel of bias and GELU is the tanh approximation, but it is chosen by the name of the exact one
+        # Megatron's fused bias and GELU is the tanh approximation, but it is chosen by the name of the exact GELU
         activation_func=F.gelu if fused_gelu else _ACTIVATIONS[vision.hidden_act],
         bias_activation_fusion=fused_gelu,
         init_method_std=vision.init_std,

@@ -180,6 +180,12 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
     path = find_checkpoint(settings.model.start) if load and settings.model.start is not None else None
     if path is not None and not score_head and dist.get_rank() == 0 and has_score_head(path):
         _log.warning("%s has a reward head, which is not used here", path)
+    if training and settings.train.overlap.tensor:
+        from megavlm.model.kernels.te import start_userbuffers
+
+        tokens = settings.data.seq_length // settings.parallel.context
+        fp8 = settings.train.precision == "fp8"
+        start_userbuffers(tokens, shapes.text.hidden, settings.parallel.tensor, fp8=fp8)
     vlm = VLM(shapes, settings, groups, share_frames=share_frames, score_head=score_head)
     adapters = Adapters(vlm, settings.adapter) if settings.adapter.type is not None else None
     vlm.train(training)

@@ -136,14 +136,14 @@ def _unfrozen(step: Step) -> Iterator[None]:
     for weight in weights:
         weight.requires_grad_(True)
         if in_buffer:  # Transformer Engine's layers add to it
-            weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]  # Megatron's
+            weight.main_grad = torch.zeros_like(weight)
     try:
         yield
     finally:
         for weight in weights:
             weight.requires_grad_(False).grad = None
             if in_buffer:
-                del weight.main_grad
+                del weight.main_grad  # type: ignore[attr-defined]  # Megatron's
 
 
 def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:
