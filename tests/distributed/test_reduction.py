@@ -1,4 +1,4 @@
-"""Gradients that are reduced while the backward pass runs, steps of several windows, and modules that are recomputed."""
+"""Gradients reduced during the backward pass, steps of several windows, and modules that are recomputed."""
 
 import pytest
 import torch
