@@ -24,12 +24,6 @@ def check_speed(train: TrainSettings, parallel: ParallelSettings, kernels: str, 
                 "ignored",
                 f"remove {name}, or set train.precision to fp8",
             )
-    for key, value in (("overlap.parameters", overlap.parameters), ("optimizer_offload", train.optimizer_offload)):
-        if value and train.optimizer != "adam":
-            raise UserError(
-                f"train.{key} is set, but train.optimizer is {train.optimizer}: its state is not divided among ranks",
-                f"remove {key}, or set train.optimizer to adam",
-            )
     if overlap.tensor and not (kernels == "te" and parallel.sequence_parallel and not adapter):
         raise UserError(
             f"train.overlap.tensor is true, but model.kernels is {kernels}, parallel.tensor {parallel.tensor}, "

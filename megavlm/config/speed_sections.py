@@ -44,11 +44,6 @@ class OverlapSettings(Section):
         description="whether the decoder's gradients are summed over the data-parallel ranks during the backward pass "
         "of the last micro-batch, in pieces; without effect on adapters",
     )
-    parameters: Bool = Field(
-        False,
-        description="whether updated weights of the decoder are gathered from the data-parallel ranks during the next "
-        "forward pass; only for adam",
-    )
     tensor: Bool = Field(
         False,
         description="whether tensor parallelism sends pieces of a matrix product while the next piece is computed "

@@ -58,13 +58,6 @@ class TrainSettings(Section):
     galore_scale: Float = Field(
         0.25, gt=0, description="only for galore: factor by which the update of a projected matrix is multiplied"
     )
-    optimizer_offload: Float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="only for adam: share of its state that is in host memory, where a CPU computes its updates; 0: "
-        "none, 1: all",
-    )
     adam_beta1: Float = Field(0.9, ge=0, lt=1, description="decay rate of Adam's running mean of the gradients")
     adam_beta2: Float = Field(0.95, ge=0, lt=1, description="decay rate of Adam's running mean of squared gradients")
     adam_eps: Float = Field(1e-8, gt=0, description="constant added to the denominator of Adam's update")

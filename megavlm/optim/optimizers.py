@@ -78,8 +78,6 @@ class Optimizers:
             use_distributed_optimizer=sharded,
             clip_grad=train.clip_grad,
             fp8_recipe=train.fp8.recipe if train.precision == "fp8" else None,
-            optimizer_cpu_offload=train.optimizer_offload > 0,
-            optimizer_offload_fraction=train.optimizer_offload,
         )
         self.ddp: dict[str, list[DistributedDataParallel]] = {}
         self.parts: dict[str, list[MegatronOptimizer]] = {}

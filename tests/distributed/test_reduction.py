@@ -3,6 +3,7 @@
 import pytest
 import torch
 from parity import settings_of, train_layout
+from test_checkpoint import DP2, adam, run
 from test_layouts import check, compare, row_of_table
 
 REDUCED = {
@@ -141,3 +142,27 @@ def test_a_layer_writes_over_the_buffer_once_a_step(toys, world1):
     """Not once a window, which would lose the gradients of earlier ones without a word."""
     settings = settings_of(toys.folder("dense-untied"), {}, vision={"window": 1})
     check(compare(toys, Overwriting(world1), "dense-untied", settings, toys.reference("dense-untied")))
+
+
+def continued_in_small_buckets(*arguments, **options):
+    """Runs on every rank: ``run`` of test_checkpoint with gradients reduced, and Adam's state divided, in pieces."""
+    from megavlm.optim.optimizers import Optimizers
+
+    Optimizers.bucket_size = 3000
+    try:
+        return run(*arguments, **options)
+    finally:
+        Optimizers.bucket_size = None
+
+
+def test_adam_continues_on_the_same_bits(toys, tmp_path, world2):
+    """Its state is divided among ranks piece by piece; a run with other pieces continues, too."""
+    toy = toys.folder("dense"), toys.checkpoint("dense"), toys.root, toys.records
+    settings = adam(toy, DP2)
+    straight = world2.run(continued_in_small_buckets, *toy, settings, tmp_path, steps=3, save_at=[2])
+    checkpoint = tmp_path / "step_00000002"
+    for train in (continued_in_small_buckets, run):
+        resumed = world2.run(train, *toy, settings, tmp_path, steps=3, restore=checkpoint)
+        for (metrics, weights, *_), (late_metrics, late_weights, *_) in zip(straight, resumed, strict=True):
+            assert late_metrics == metrics[2:]
+            assert all(torch.equal(x, y) for x, y in zip(weights, late_weights, strict=True))

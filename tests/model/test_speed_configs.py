@@ -18,7 +18,7 @@ from megavlm.model.shapes import Shapes
 
 @pytest.fixture
 def unchecked(monkeypatch) -> None:
-    """Megatron's configuration as given: its own checks refuse what needs Transformer Engine if that is not installed."""
+    """Megatron's configuration as given: its own checks ask for Transformer Engine, which may not be installed."""
     monkeypatch.setattr(configs, "TransformerConfig", SimpleNamespace)
 
 
