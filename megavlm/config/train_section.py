@@ -1,11 +1,17 @@
 """The train section: the optimizer, its schedule, and how the training steps run."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.base.errors import UserError
 from megavlm.config.section import Bool, Count, Float, Int, Part, Positive, Section
+from megavlm.config.speed_sections import (
+    ExpertSettings,
+    Fp8Settings,
+    OverlapSettings,
+    RecomputeModule,
+)
 
 
 class TrainSettings(Section):
@@ -68,13 +74,20 @@ class TrainSettings(Section):
     precision: Literal["bf16", "fp32", "fp8"] = Field(
         "bf16", description="number format of the computation; fp8 needs model.kernels te"
     )
-    recompute: Literal["none", "selective", "full"] = Field(
+    fp8: Fp8Settings = Fp8Settings()
+    recompute: Literal["none", "full"] | list[RecomputeModule] = Field(
         "none",
-        description="which activations of the decoder are recomputed in the backward pass to save memory. selective: "
-        "those of attention; full: those of whole layers",
+        description="which activations of the decoder are recomputed in the backward pass to save memory. full: those "
+        "of whole layers, for a third more computation; a list, for example [mlp]: those of the named modules. "
+        "layernorm: norms that are modules of their own; mlp: dense MLPs; moe: whole layers of experts; moe_act: only "
+        "the experts' activation function; core_attn: attention, which fused attention never keeps",
     )
+    overlap: OverlapSettings = OverlapSettings()
+    experts: ExpertSettings = ExpertSettings()
     logprob_chunk_tokens: Int = Field(
-        1024, ge=1, description="maximum number of tokens whose logits are in memory at the same time"
+        4096,
+        ge=1,
+        description="maximum number of tokens whose logits are in memory at the same time, with 6 bytes for each logit",
     )
     kl_to_start: Float = Field(
         0.0,
@@ -110,6 +123,12 @@ class TrainSettings(Section):
         description="only on a GPU: uses only kernels and collectives that repeat their results, so that a resumed run "
         "has the same bits as one that nothing interrupted. Slower. On a CPU results repeat in any case",
     )
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _former_name(cls, value: Any) -> Any:
+        """``selective`` was the only choice between none and full."""
+        return ["core_attn"] if value == "selective" else value
 
     @field_validator("lr", "min_lr", "weight_decay", "galore_scale")
     @classmethod

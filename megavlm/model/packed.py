@@ -104,13 +104,26 @@ class PackedRow(PackedSeqParams):
         self.runs = runs_of(self.lengths)
 
     def as_thd(self) -> PackedSeqParams:
-        """The same row in the format of Transformer Engine's packed attention. It is made only once."""
+        """The same row in the format of Transformer Engine's packed attention. It is made only once.
+
+        cuDNN plans attention for each number of segments and each bound of their lengths. So that few plans serve all
+        rows, empty segments are added up to a power of two, and the bound is one, too (or the length of the row).
+        """
         if not hasattr(self, "_thd"):
+            total = sum(self.lengths)
+            empty = _power_of_two(len(self.lengths), 16) - len(self.lengths)
+            cu_seqlens = torch.nn.functional.pad(self.cu_seqlens_q, (0, empty), value=total)
+            longest = min(_power_of_two(self.max_seqlen_q, 128), total)
             self._thd = PackedSeqParams(
                 qkv_format="thd",
-                cu_seqlens_q=self.cu_seqlens_q,
-                cu_seqlens_kv=self.cu_seqlens_kv,
-                max_seqlen_q=self.max_seqlen_q,
-                max_seqlen_kv=self.max_seqlen_kv,
+                cu_seqlens_q=cu_seqlens,
+                cu_seqlens_kv=cu_seqlens,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
             )
         return self._thd
+
+
+def _power_of_two(number: int, least: int) -> int:
+    """The smallest power of two that is at least ``number`` and at least ``least``, which is one itself."""
+    return max(least, 1 << (number - 1).bit_length())

@@ -54,12 +54,17 @@ class VLM:
         parallel = settings.parallel
         self.shapes, self.groups, self.parallel = shapes, groups, parallel
         self.resize_vocabulary = settings.model.resize_vocabulary
-        self.kernels = resolve(settings.model.kernels)
+        self.kernels = resolve(settings.model.kernels, settings.train.precision)
         kernels = provider(self.kernels, settings.adapter)
         self.decoder_config = decoder_config(
-            shapes, parallel, settings.train, self.kernels, grouped_experts=kernels.grouped_experts
+            shapes,
+            parallel,
+            settings.train,
+            self.kernels,
+            grouped_experts=kernels.grouped_experts,
+            fused_gradients=kernels.fused_gradients,
         )
-        vision_config = tower_config(shapes, settings.train, self.kernels)
+        vision_config = tower_config(shapes, settings.train, self.kernels, fused_gradients=kernels.fused_gradients)
 
         self.vision = VisionTower(shapes.vision, vision_config, kernels, groups.tower).to(device())
         self.projector = Projector(shapes.vision, vision_config).to(device())

@@ -32,6 +32,8 @@ FREE_TO_CHANGE = (
     "model.kernels",
     "train.steps",
     "train.recompute",
+    "train.overlap",
+    "train.experts",
     "train.logprob_chunk_tokens",
     "train.max_skipped_steps",
     "train.hang_minutes",

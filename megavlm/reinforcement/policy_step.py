@@ -12,10 +12,10 @@ from megavlm.base.heartbeat import beat
 from megavlm.config.requirements import required
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
-from megavlm.model.batch_invariant import batch_invariant
 from megavlm.monitor.reward_failures import JudgedAnswer, RewardFailures
 from megavlm.monitor.rollout_log import MAX_GROUPS, LoggedGroup
 from megavlm.monitor.run_monitor import RunMonitor
+from megavlm.platform.batch_invariant import batch_invariant
 from megavlm.platform.collectives import broadcast_object, gather_objects
 from megavlm.reinforcement.answer_rows import answer_rows, on_all_ranks
 from megavlm.reinforcement.judged import Batch, Judged, failures_of, logged

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavlm.model.batch_invariant import attend_one, is_batch_invariant
 from megavlm.model.kernels.attention import segment_attention
 from megavlm.model.packed import PackedRow
 from megavlm.platform import device, to_device
+from megavlm.platform.batch_invariant import attend_one, is_batch_invariant
 from megavlm.rollout.blocks import KeyValuePool
 
 

@@ -27,7 +27,7 @@ class BuiltinEngine:
         cache_setting: name of the setting that gives it, for messages.
         prompt_tokens: maximum number of tokens of new prompts that are computed together, unless one alone is longer.
         chunk_tokens: number of tokens whose logits exist at a time.
-        batch_invariant: see ``megavlm.model.batch_invariant``.
+        batch_invariant: see ``megavlm.platform.batch_invariant``.
         decode: returns the text of tokens; only needed for stop strings.
         special: tokens that are not part of an answer's text.
         timer: makes a context manager around the part of the work that its argument names.

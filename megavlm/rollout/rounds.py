@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from megavlm.base.heartbeat import beat
-from megavlm.model.batch_invariant import batch_invariant
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
+from megavlm.platform.batch_invariant import batch_invariant
 from megavlm.platform.collectives import broadcast_object
 from megavlm.rollout.answers import Ending, Growing, OpenPrompt
 from megavlm.rollout.blocks import Blocks, KeyValuePool
@@ -54,7 +54,7 @@ class Rounds:
         longest: maximum number of tokens of an answer.
         prompt_tokens: maximum number of tokens of prompts in one row, unless a single prompt is longer.
         timer: see ``Stages``.
-        invariant: whether to compute as ``megavlm.model.batch_invariant``.
+        invariant: whether to compute as ``megavlm.platform.batch_invariant``.
         records_routing: whether to keep the experts of all tokens.
     """
 

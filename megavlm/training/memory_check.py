@@ -132,14 +132,18 @@ def _to_unfreeze(step: Step) -> list[torch.nn.Parameter]:
 @contextlib.contextmanager
 def _unfrozen(step: Step) -> Iterator[None]:
     """Unfreezes all parts within the block that are unfrozen later, so that the peak includes their training."""
-    weights = _to_unfreeze(step)
+    weights, in_buffer = _to_unfreeze(step), step.vlm.kernels == "te"
     for weight in weights:
         weight.requires_grad_(True)
+        if in_buffer:  # Transformer Engine's layers add to it
+            weight.main_grad = torch.zeros_like(weight)
     try:
         yield
     finally:
         for weight in weights:
             weight.requires_grad_(False).grad = None
+            if in_buffer:
+                del weight.main_grad  # type: ignore[attr-defined]  # Megatron's
 
 
 def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:

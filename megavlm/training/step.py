@@ -1,7 +1,7 @@
 """A training step: encode the frames, run Megatron's schedule, run the tower's backward pass, update the weights."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -170,12 +170,17 @@ class Step:
         # averages over all ranks.
         tower_scale = dist.get_world_size() / (self.groups.dp_size * self.vlm.parallel.context)
         totals = torch.zeros(self.objective.num_sums, dtype=torch.float32, device=device())
+        for chunk in self.vlm.language:
+            chunk.set_is_first_microbatch()  # of the step; see ``PartDDP``
+        rows_done = 0
         for window in self._windows(rows):
             for micro_batch in window.micro_batches:
                 micro_batch.found = found[micro_batch.number] if found else None
             if window.frames is not None:
                 encode_window(self.vlm, window, self._tower_timer)
-            losses = self._forward_backward(window, counts["weight"], num_rows)
+            rows_done += len(window.micro_batches)
+            with self._reduction(is_last=rows_done == num_rows):
+                losses = self._forward_backward(window, counts["weight"], num_rows)
             if losses:  # this is a rank of the last pipeline stage
                 row_losses += zip((m.host for m in window.micro_batches), (sums[0] for sums in losses), strict=True)
             if losses and self.groups.language.tp.rank() == 0:
@@ -211,6 +216,25 @@ class Step:
             if rows.encoded is not None and rows.is_copy and not self.vlm.tower.is_trained:
                 rows.encoded.append(window)
             yield window
+
+    @contextmanager
+    def _reduction(self, *, is_last: bool) -> Iterator[None]:
+        """Within the block the last micro-batch starts the reduction of the decoder's gradients if it ``is_last``.
+
+        Megatron's schedule suspends reduction until its own last micro-batch, but runs once for each window of a step.
+        """
+        suspend = [ddp.no_sync for ddp in self.optimizers.ddp.get("language", [])]
+        config = self.vlm.decoder_config
+        with ExitStack() as stack:
+            if is_last and suspend:
+                config.no_sync_func = suspend if len(suspend) > 1 else suspend[0]
+            else:
+                for hold in suspend:
+                    stack.enter_context(hold())
+            try:
+                yield
+            finally:
+                config.no_sync_func = None
 
     def _forward_backward(self, window: Window, weight: float, num_rows: int) -> list[Tensor]:
         """Computes the gradients of the decoder and of the features.
