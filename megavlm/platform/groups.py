@@ -141,6 +141,16 @@ def init(
     )
 
 
+def host_copy(members: list[list[int]], timeout_minutes: float) -> dist.ProcessGroup:
+    """One more group on gloo of the same ranks for each group of ranks; returns that of this rank. Call it on all ranks.
+
+    What is sent beside the main thread needs a group of its own, or it would mix with what the main thread sends.
+    """
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    mine, _ = dist.new_subgroups_by_enumeration(members, timeout, host_backend())
+    return mine
+
+
 def _start(timeout_minutes: float) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)

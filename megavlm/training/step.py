@@ -130,8 +130,11 @@ class Step:
     def _window_of(self, num_rows: int) -> int:
         return self._window or (_WINDOW if self.vlm.parallel.pipeline == 1 else num_rows)
 
-    def __call__(self) -> StepResult:
-        return self.update(self.rows(self.feed, self.num_micro_batches))
+    def __call__(self, *, is_last: bool = False) -> StepResult:
+        rows = self.rows(self.feed, self.num_micro_batches)
+        if not is_last:
+            self.feed.read_ahead(self.num_micro_batches)
+        return self.update(rows)
 
     def rows(self, feed: Feed, num_rows: int) -> StepRows:
         """Reads the next rows of ``feed``, at least one.
