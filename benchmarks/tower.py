@@ -103,7 +103,7 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     counts = np.asarray(row.frame_lengths) // vlm.tower.merge
     starts = row.visual_positions.numpy()[np.cumsum(counts) - counts]
     tokens = VisualTokens.of(
-        [VisualRow(row.segment_lengths, counts, row.frame_images.numpy(), np.arange(len(counts)), starts)], share, 0
+        [VisualRow(row.segment_lengths, counts, np.ones_like(counts), np.arange(len(counts)), starts)], share, 0
     )
     alone = TowerPhase(vlm.vision, vlm.projector, groups.tower.tp, [share], recompute=True, chunk_patches=16384)
     lengths, images = np.asarray(row.frame_lengths), row.frame_images.numpy().astype(np.int64)

@@ -36,7 +36,8 @@ class Renderer:
     """Renders records with the processor of a Hugging Face folder.
 
     Token ids are equal to those that the processor returns for the same messages, and so are the pixels once they have
-    been normalised (``runtime.pixels``). Picture and video limits come from the settings or, where these are null, from the folder.
+    been normalised (``runtime.pixels``). Picture and video limits come from the settings or, where these are null, from
+    the folder.
 
     Args:
         hf_dir: folder with config.json, tokenizer and processor files.

@@ -142,7 +142,7 @@ def init(
 
 
 def host_copy(members: list[list[int]], timeout_minutes: float) -> dist.ProcessGroup:
-    """One more group on gloo of the same ranks for each group of ranks; returns that of this rank. Call it on all ranks.
+    """Makes one more group on gloo for each group of ranks; returns that of this rank. Call it on all ranks.
 
     What is sent beside the main thread needs a group of its own, or it would mix with what the main thread sends.
     """

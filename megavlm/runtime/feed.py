@@ -150,20 +150,13 @@ class Feed:
         return all_gather_objects(value, peers)
 
     def _frames(self, hosts: list[Row], full: list[Row], assigned: list[Assigned]) -> Frames:
-        """Returns the frames that this rank encodes. ``assigned``: those of each data-parallel rank that shares them."""
+        """Returns the frames that this rank encodes. ``assigned``: those of all data-parallel ranks that share them."""
         tower = self.vlm.tower
-        return deliver(
-            full,
-            assigned,
-            tower.share.dp_rank if self.groups.is_leader else None,
-            [self.groups.members[dp_rank][0] for dp_rank in range(len(assigned))]
-            if self.vlm.balanced_over_world
-            else [0],
-            tower.group,
-            hosts[0].pixel_scale,
-            self.vlm.shapes.vision,
-            tower.projector.config.params_dtype,
-        )
+        leaders = [ranks[0] for ranks in self.groups.members] if self.vlm.balanced_over_world else [0]
+        mine = tower.share.dp_rank if self.groups.is_leader else None
+        dtype = tower.projector.config.params_dtype
+        scale, vision = hosts[0].pixel_scale, self.vlm.shapes.vision
+        return deliver(full, assigned, mine, leaders, tower.group, scale, vision, dtype)
 
     def _micro_batch(self, host: Row, number: int) -> MicroBatch:
         parallel, groups, where = self.vlm.parallel, self.groups.language, device()

@@ -1,4 +1,4 @@
-"""The pixels of a window: bytes go from the leaders' rows to the ranks that encode their frames, and are normalised there.
+"""The pixels of a window: bytes go from the leaders' rows to the ranks that encode the frames, which normalise them.
 
 On its way a pixel is the one byte that it was in the resized picture, and a picture is sent once, although the tower
 sees it as both images of its temporal step. float32 patches, as the processor of transformers returns them, would take
@@ -123,7 +123,7 @@ def normalised(
         for image in range(images_per_step):
             values = pixels[index[image, part]].view(-1, channels, out.shape[3]).float()
             out[part, :, image] = values.sub_(subtracted).div_(divisor)
-    return out.view(total, -1)
+    return out.flatten(1)
 
 
 def _exchanged(whole: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:

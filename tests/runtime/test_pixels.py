@@ -18,7 +18,7 @@ from megavlm.runtime.pixels import normalised
 
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory):
-    """A folder with noisy pictures, in which all 256 values of a channel occur, and an odd number of them as a video."""
+    """A folder with three noisy pictures, in which all 256 values occur."""
     root, draw = tmp_path_factory.mktemp("noise"), np.random.default_rng(3)
     for number in range(3):
         Image.fromarray(draw.integers(0, 256, (96, 160, 3), dtype=np.uint8)).save(root / f"{number}.png")
