@@ -187,14 +187,8 @@ def measured_plan(ranks: int, repeats: int) -> dict:
     """Seconds of the plan of a window of rank 0, with TP2 and CP2: over all data ranks, and over a block of them."""
     import numpy as np
 
-    from megavlm.model.frame_balance import (
-        RankShare,
-        VisualRow,
-        VisualTokens,
-        balance_frames,
-        blocks_of,
-        plan_exchange,
-    )
+    from megavlm.model.frame_balance import RankShare, VisualRow, VisualTokens, balance_frames, plan_exchange
+    from megavlm.platform.groups import blocks
 
     draw, data_ranks = np.random.default_rng(0), ranks // 4
 
@@ -235,14 +229,11 @@ def measured_plan(ranks: int, repeats: int) -> dict:
             loads += np.bincount(owner, weights=cost, minlength=4 * len(rows[first : first + size])).tolist()
         return max(loads) / statistics.mean(loads)
 
-    block = len(blocks_of(data_ranks, 4)[0])
+    block = len(blocks(data_ranks, 4)[0])
     done = {"ranks": ranks, "data ranks": data_ranks, "frames": sum(len(r.frame_tokens) for mine in rows for r in mine)}
     for name, size in (("over all data ranks", data_ranks), (f"over a block of {block} data ranks", block)):
-        seconds = [plan(rows[:size]) for _ in range(repeats)]
-        done[name] = {
-            "seconds": round(statistics.median(seconds), 4),
-            "busiest rank over mean": round(imbalance(size), 4),
-        }
+        seconds, busiest = [plan(rows[:size]) for _ in range(repeats)], round(imbalance(size), 4)
+        done[name] = {"seconds": round(statistics.median(seconds), 4), "busiest rank over mean": busiest}
     return done
 
 

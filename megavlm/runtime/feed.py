@@ -62,16 +62,18 @@ class StepRows:
         encoded: None, or the windows with their features, for further passes. A pass over a copy fills the list if it
             is empty and neither tower nor projector is trained; a pass over the rows themselves uses it up.
         is_copy: whether this is a copy.
+        counts: None, or what the step has counted in the rows of all ranks.
     """
 
     hosts: list[Row]
     full: list[Row | None]
     encoded: list[Window] | None = None
     is_copy: bool = False
+    counts: dict[str, float] | None = None
 
     def copy(self) -> "StepRows":
         """The same rows, for one more pass over them: making windows of the copy does not release the pixels."""
-        return StepRows(self.hosts, list(self.full), self.encoded, is_copy=True)
+        return StepRows(self.hosts, list(self.full), self.encoded, is_copy=True, counts=self.counts)
 
 
 class Feed:
@@ -143,16 +145,13 @@ class Feed:
 
     def _of_all_data_ranks[T](self, value: T) -> list[T]:
         """Returns the ``value`` of each data-parallel rank that shares its frames with this rank."""
-        if not self.vlm.balanced_over_world:
-            return [value]
-        peers = self.groups.data_peers_host
-        assert peers is not None, "a session that shares frames has this group"
-        return all_gather_objects(value, peers)
+        sharing = self.vlm.sharing
+        return [value] if sharing is None else all_gather_objects(value, sharing.peers_host)
 
     def _frames(self, hosts: list[Row], full: list[Row], assigned: list[Assigned]) -> Frames:
         """Returns the frames that this rank encodes. ``assigned``: those of all data-parallel ranks that share them."""
-        tower = self.vlm.tower
-        leaders = [ranks[0] for ranks in self.groups.members] if self.vlm.balanced_over_world else [0]
+        tower, sharing = self.vlm.tower, self.vlm.sharing
+        leaders = [ranks[0] for ranks in sharing.members] if sharing is not None else [0]
         mine = tower.share.dp_rank if self.groups.is_leader else None
         dtype = tower.projector.config.params_dtype
         scale, vision = hosts[0].pixel_scale, self.vlm.shapes.vision

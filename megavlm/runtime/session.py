@@ -164,7 +164,7 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
         settings.parallel,
         settings.train.seed,
         collective_minutes(settings.train.hang_minutes, watched=training),
-        data_peers=share_frames,
+        share_frames=share_frames,
     )
     check_shapes(settings, shapes, dist.get_world_size(), training=training)
     path = find_checkpoint(settings.model.start) if load and settings.model.start is not None else None

@@ -26,7 +26,7 @@ def _packed(folder: Path, root: Path, records: str, data: str, pad_multiple: int
 
 
 def row_with(grids: list[tuple[int, int]], length: int = 40):
-    """A row with two answers of ``length`` tokens and pictures of these grids of patches, and with all else that it can have."""
+    """A row with two answers of ``length`` tokens, pictures of these grids of patches, and all else it can have."""
     import numpy as np
     import torch
 

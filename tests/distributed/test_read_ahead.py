@@ -119,7 +119,7 @@ def train(settings: dict) -> int:
 
 
 def test_a_run_continues_from_the_rows_that_it_has_trained_on(toys, tmp_path, world2):
-    """The checkpoint of step 2 was written when the rows of step 3 had been read; when it is loaded, they come again."""
+    """The checkpoint of step 2 was written when the rows of step 3 had been read; from it, they come again."""
     data = tmp_path / "talks.jsonl"
     talk = lambda n: [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Four. " * (1 + n % 3)}]
     data.write_text("\n".join(json.dumps({"messages": talk(n)}) for n in range(40)))
