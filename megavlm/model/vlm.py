@@ -95,13 +95,11 @@ class VLM:
                 chunk.score_head.requires_grad_(True)
                 if not shapes.tied:  # scores do not use it, so without gradients only weight decay would change it
                     chunk.output_layer.requires_grad_(False)
-        self.balanced_over_world = share_frames and settings.vision.balance == "world"
-        sharing = dist.group.WORLD if self.balanced_over_world else groups.model_parallel
-        assert sharing is not None
+        self.sharing = groups.sharing if share_frames and settings.vision.balance == "world" else None
         self.tower = TowerPhase(
             self.vision,
             self.projector,
-            sharing,
+            self.sharing.ranks if self.sharing is not None else groups.model_parallel,
             self._shares(),
             recompute=settings.vision.recompute,
             chunk_patches=settings.vision.chunk_patches,
@@ -146,11 +144,11 @@ class VLM:
     def _shares(self) -> list[RankShare]:
         """What each rank of the group that shares the frames needs."""
         shares = self.shares_of_a_row()
-        if not self.balanced_over_world:
+        if self.sharing is None:
             return shares
         by_rank = {
             rank: replace(share, dp_rank=dp_rank)
-            for dp_rank, ranks in enumerate(self.groups.members)
+            for dp_rank, ranks in enumerate(self.sharing.members)
             for rank, share in zip(ranks, shares, strict=True)
         }
         return [by_rank[rank] for rank in range(len(by_rank))]

@@ -43,7 +43,7 @@ def answer_rows(
     """
     units = list(_units(groups, renderer, mask_truncated=mask_truncated))
     lengths = [sum(padded_length(len(s.input_ids), renderer.pad_multiple) for s in unit) for unit in units]
-    patches = [len(unit[0].patches) for unit in units]
+    patches = [int(unit[0].frame_grids.prod(dim=1).sum()) for unit in units]
     rows = []
     while units:
         chosen = best_fit(lengths, renderer.seq_length, patches if max_patches else None, max_patches)

@@ -174,7 +174,7 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
         settings.parallel,
         settings.train.seed,
         collective_minutes(settings.train.hang_minutes, watched=training),
-        data_peers=share_frames,
+        share_frames=share_frames,
         deterministic=settings.train.deterministic,
     )
     check_shapes(settings, shapes, dist.get_world_size(), training=training)

@@ -130,7 +130,7 @@ def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor)
     settings = run.session.settings
     began = time.perf_counter()
     run.stragglers.start()
-    result = run.take_step()
+    result = run.take_step(is_last=number == settings.train.steps)
     line = {
         **metrics_line(run.session, number, result, time.perf_counter() - began),
         **monitor.count_samples(number, result.counts, result.skipped_samples),

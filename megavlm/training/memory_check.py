@@ -95,7 +95,7 @@ def longest_row(renderer: Renderer, kind: Kind = "tune") -> Row:
     visual = np.concatenate(positions)
     tokens[visual] = renderer.processor.image_token_id
     num_patches = int(frame_grids.prod(axis=1).sum())
-    block = torch.from_numpy(draw.uniform(-1, 1, (min(_BLOCK, num_patches), vision.patch_dim)).astype(np.float32))
+    block = torch.from_numpy(draw.integers(0, 256, (min(_BLOCK, num_patches), vision.pixel_width), dtype=np.uint8))
     samples = synthetic_samples(
         torch.from_numpy(tokens.astype(np.int64)),
         block[torch.arange(num_patches) % max(len(block), 1)],

@@ -13,7 +13,8 @@ from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
 from megavlm.data.row import Row
-from megavlm.data.row_source import RowSource
+from megavlm.data.row_source import HeldRows, RowSource
+from megavlm.monitor.hang_watch import collective_minutes
 from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.monitor.stragglers import Stragglers
 from megavlm.optim.optimizers import Optimizers
@@ -23,6 +24,7 @@ from megavlm.output.lock import RunLock
 from megavlm.platform.collectives import on_first_rank
 from megavlm.runtime.adapter_start import load_start
 from megavlm.runtime.feed import Feed
+from megavlm.runtime.read_ahead import ReadAhead
 from megavlm.runtime.session import Session, start
 from megavlm.training.continuing import remarks_on
 from megavlm.training.method import Method, MethodStep
@@ -62,9 +64,9 @@ class Run:
     first_step: int
     remarks: list[str]
 
-    def take_step(self) -> StepResult:
+    def take_step(self, *, is_last: bool) -> StepResult:
         """Runs the next step."""
-        return self.method_step() if self.method_step is not None else self.step()
+        return self.method_step() if self.method_step is not None else self.step(is_last=is_last)
 
     def report(self, number: int, monitor: RunMonitor) -> UserError | None:
         """Lets the method report on the step, and returns the error with which it ends the run, if any."""
@@ -72,6 +74,7 @@ class Run:
 
     def close(self) -> None:
         """Ends the processes of the run."""
+        self.step.feed.close()
         for used in (self.rows, self.method_step):
             if used is not None:
                 used.close()
@@ -113,18 +116,22 @@ def build_run(
     heartbeat("preparing the method")
     optimizers = Optimizers(session.vlm, settings.train, prepared.updates)
     trained = {MAIN: TrainedModel(session.vlm, optimizers, session.adapters)}
-    checkpoints = Checkpoints(output / "checkpoints", trained, prepared.rows, settings, origin)
+    source = HeldRows(prepared.rows) if prepared.rows is not None else None
+    checkpoints = Checkpoints(output / "checkpoints", trained, source, settings, origin)
     first_step = checkpoints.restore(checkpoint) if checkpoint else 0
     heartbeat("building the optimizer and restoring the run")
     remarks = remarks_on(begin, optimizers, first_step)
     if checkpoint is not None:
         on_first_rank(partial(record_changes, begin, first_step), groups.world_host)
     stragglers = Stragglers(groups.world_host)
-    rows = stragglers.rows(iter(prepared.rows)) if prepared.rows is not None else None
+    rows = stragglers.rows(iter(source)) if source is not None else None
+    patience = collective_minutes(settings.train.hang_minutes)
+    is_alone = groups.model_parallel.size() == 1  # then there is no other rank to which rows could be sent
+    ahead = None if is_alone or prepared.make_step is not None else ReadAhead(rows, source, groups, patience)
     step = Step(
         session.vlm,
         optimizers,
-        Feed(session.vlm, rows),
+        Feed(session.vlm, rows, ahead),
         settings.rows_per_step(groups.dp_size),
         prepared.objective,
         settings.vision.window or (settings.rows_per_step(1) if settings.train.global_batch_size is None else None),

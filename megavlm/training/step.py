@@ -35,7 +35,12 @@ def raise_everywhere(problem: UserError | None, failed: bool, groups: Groups) ->
     here = torch.tensor([int(failed)])
     dist.all_reduce(here, op=dist.ReduceOp.MAX, group=groups.world_host)
     if here.item():
-        raise NoRows(next(filter(None, all_gather_objects(problem, groups.world_host))))
+        raise _no_rows(problem, groups)
+
+
+def _no_rows(problem: UserError | None, groups: Groups) -> "NoRows":
+    """The error for all ranks, of which at least one has a ``problem``."""
+    return NoRows(next(filter(None, all_gather_objects(problem, groups.world_host))))
 
 
 class NoRows(UserError):
@@ -76,8 +81,8 @@ class Gradients:
     """What is known when the reduced gradients of a step are in the optimizers' buffers.
 
     Attributes:
-        sums: float32 [num_sums] on the device, the objective's sums over the global batch.
-        counts: as in ``StepResult``.
+        sums: float32 [num_sums + 1] on the device, the objective's sums over the global batch and ``frames_encoded``.
+        counts: as in ``StepResult``, without ``frames_encoded``.
         skipped_samples: as in ``StepResult``.
         row_losses: each row of this rank and its loss, on the ranks of the last pipeline stage; [] on the other ranks.
     """
@@ -130,8 +135,11 @@ class Step:
     def _window_of(self, num_rows: int) -> int:
         return self._window or (_WINDOW if self.vlm.parallel.pipeline == 1 else num_rows)
 
-    def __call__(self) -> StepResult:
-        return self.update(self.rows(self.feed, self.num_micro_batches))
+    def __call__(self, *, is_last: bool = False) -> StepResult:
+        rows = self.rows(self.feed, self.num_micro_batches)
+        if not is_last:
+            self.feed.read_ahead(self.num_micro_batches)
+        return self.update(rows)
 
     def rows(self, feed: Feed, num_rows: int) -> StepRows:
         """Reads the next rows of ``feed``, at least one.
@@ -143,8 +151,11 @@ class Step:
             rows = feed.rows(num_rows)
         except UserError as error:
             problem = error
-        raise_everywhere(problem, rows is None, self.groups)
+        counts = self._count(rows.hosts if rows is not None else [], failed=rows is None)
+        if counts["failed"]:
+            raise _no_rows(problem, self.groups)
         assert rows is not None, "the rows of training do not end"
+        rows.counts = counts
         return rows
 
     def update(self, rows: StepRows) -> StepResult:
@@ -152,8 +163,9 @@ class Step:
         lr, part_lrs = self.optimizers.lr, self.optimizers.part_lrs
         found = self.gradients(rows)
         stats = self.optimizers.step(found.sums, found.counts["weight"])
+        *sums, found.counts["frames_encoded"] = stats.sums
         trouble = describe(stats.non_finite, found.row_losses, self.groups) if stats.non_finite else None
-        fields = self.objective.fields(stats.sums, found.counts)
+        fields = self.objective.fields(sums, found.counts)
         if self.optimizers.train.lr_scale or self.optimizers.train.unfreeze_after:
             fields |= {f"lr/{part}": value for part, value in part_lrs.items()}
         return StepResult(stats.loss, lr, stats.norms, found.counts, fields, found.skipped_samples, trouble)
@@ -161,7 +173,7 @@ class Step:
     def gradients(self, rows: StepRows) -> Gradients:
         """Runs rows forward and backward. The optimizers' buffers get the reduced gradients."""
         num_rows = len(rows.hosts)
-        counts = self._count(rows.hosts)
+        counts = dict(rows.counts or self._count(rows.hosts))
         row_losses: list[tuple[Row, Tensor]] = []
         self.optimizers.zero_grad()
         found = self.objective.look_ahead(partial(self.look_through, rows))
@@ -169,7 +181,7 @@ class Step:
         # The features' gradients are scaled for an average over data- and context-parallel ranks, but the tower's DDP
         # averages over all ranks.
         tower_scale = dist.get_world_size() / (self.groups.dp_size * self.vlm.parallel.context)
-        totals = torch.zeros(self.objective.num_sums, dtype=torch.float32, device=device())
+        totals = torch.zeros(self.objective.num_sums + 1, dtype=torch.float32, device=device())
         for chunk in self.vlm.language:
             chunk.set_is_first_microbatch()  # of the step; see ``PartDDP``
         rows_done = 0
@@ -184,15 +196,13 @@ class Step:
             if losses:  # this is a rank of the last pipeline stage
                 row_losses += zip((m.host for m in window.micro_batches), (sums[0] for sums in losses), strict=True)
             if losses and self.groups.language.tp.rank() == 0:
-                totals += torch.stack(losses).sum(dim=0)
+                totals[:-1] += torch.stack(losses).sum(dim=0)
             self.vlm.tower.backward(tower_scale, self._tower_timer)
             del window  # so that its memory is free while the next window is made
+        totals[-1] = self.vlm.tower.frames_encoded  # exact in float32 up to 16 million frames
         dist.all_reduce(totals)
         self._finalize()
         get_moe_metrics_tracker().clear()  # otherwise it would accumulate the balancing losses of all steps
-        encoded = torch.tensor(self.vlm.tower.frames_encoded)
-        dist.all_reduce(encoded, group=self.groups.world_host)
-        counts["frames_encoded"] = encoded.item()
         skipped_samples = [skipped for row in rows.hosts for skipped in row.skipped_samples]
         return Gradients(totals, counts, skipped_samples, row_losses)
 
@@ -285,8 +295,8 @@ class Step:
                 for ddp in ddps:
                     ddp.finish_grad_sync()
 
-    def _count(self, rows: list[Row]) -> dict[str, float]:
-        """Computes sums over the global batch, without waiting for the device."""
+    def _count(self, rows: list[Row], *, failed: bool = False) -> dict[str, float]:
+        """Computes sums over the global batch, without waiting for the device; and how many ranks have ``failed``."""
         skipped_samples = [skipped for row in rows for skipped in row.skipped_samples]
         here = {
             "weight": self.objective.weight(rows),
@@ -306,6 +316,7 @@ class Step:
         }
         if not self.groups.is_leader:  # the ranks of a model-parallel group have the same rows, which count once
             here = dict.fromkeys(here, 0.0)
+        here["failed"] = float(failed)
         sums = torch.tensor(list(here.values()), dtype=torch.float64)
         dist.all_reduce(sums, group=self.groups.world_host)
         return dict(zip(here, sums.tolist(), strict=True))
