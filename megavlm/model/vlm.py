@@ -1,6 +1,7 @@
 """The model on one rank: vision tower, projector, the decoder's chunks, and the tower's phase of a step."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -178,8 +179,8 @@ class VLM:
             )
             # each chunk counts its layers from 0, so the names need the chunk; the shards' own keys are global
             shards |= {f"{index}/{name}": value for name, value in part.items()}
-        # these entries are None without delayed FP8 scaling, and checkpoints converted from Hugging Face lack them
-        return {name: value for name, value in shards.items() if not name.endswith("_extra_state")}
+        # TE's entries, numbered for experts: empty without delayed FP8 scaling, and not in what is converted from HF
+        return {name: value for name, value in shards.items() if not re.search(r"\._extra_state\d*$", name)}
 
     def load_sharded(self, loaded: dict) -> None:
         """Loads what ``dist_checkpointing.load`` returned for all or some entries of ``sharded_state_dict``."""
