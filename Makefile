@@ -2,6 +2,8 @@
 #   make demo       train and try a tiny Qwen3-VL on this machine
 #   make demo-tune  a reward model, DPO and LoRA on it, each held to a bound
 #   make demo-rl    reinforcement learning from answers that it samples, held to a bound
+#   make gpu-check  all checks and measures that need a GPU, at most eight minutes (docs/gpu.md); with PYTHON=python3 it
+#                   runs in that Python, where nothing can be installed; GPU_CHECK has options, such as --only speed
 #   make test       style, types and the tests that need neither a GPU nor more than about a minute each
 #   make test-all   all tests; those for a GPU are skipped where there is none
 #   make lint       style and types alone
@@ -15,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 PYTHON ?=
 
-.PHONY: demo demo-tune demo-rl test test-all lint docs clean
+.PHONY: demo demo-tune demo-rl gpu-check test test-all lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -26,6 +28,9 @@ demo-tune: $(INSTALLED)
 
 demo-rl: $(INSTALLED)
 	$(BIN)/python -m megavlm.demo.rl
+
+gpu-check: $(if $(PYTHON),,$(INSTALLED))
+	$(or $(PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(GPU_CHECK)
 
 test: lint
 	$(PYTEST) -m "not slow and not gpu"

@@ -227,6 +227,11 @@ class LogSettings(Section):
     """What a run reports during training."""
 
     every: Int = Field(1, ge=1, description="number of steps between lines of metrics.jsonl")
+    phases: Bool = Field(
+        False,
+        description="whether metrics.jsonl tells how the seconds of a step divide into waiting for data, tower, "
+        "exchange of features, decoder, head, reduction of gradients and optimizer",
+    )
     wandb: WandbSettings = Field(WandbSettings(), description="Weights & Biases")
 
 

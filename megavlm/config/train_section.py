@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.base.errors import UserError
+from megavlm.config.profile_section import ProfileSettings
 from megavlm.config.section import Bool, Count, Float, Int, Part, Positive, Section
 from megavlm.config.speed_sections import (
     ExpertSettings,
@@ -114,6 +115,7 @@ class TrainSettings(Section):
         description="number of minutes without progress after which every rank writes its stacks and the run ends; "
         "null: no limit",
     )
+    profile: ProfileSettings = Field(ProfileSettings(), description="traces of single steps by torch's profiler")
     seed: Int = Field(
         1234, ge=0, le=2**31 - 1, description="seed of the initial weights, the order of the data and dropout"
     )
@@ -148,6 +150,12 @@ class TrainSettings(Section):
             raise UserError(
                 f"train.warmup_steps is {self.warmup_steps}, which is greater than train.steps = {self.steps}",
                 "lower warmup_steps or raise steps",
+            )
+        if self.steps is not None and self.profile.last > self.steps:
+            raise UserError(
+                f"train.profile.start and train.profile.steps ask for traces of steps {self.profile.start} to "
+                f"{self.profile.last}, but train.steps is {self.steps}",
+                "lower train.profile.start or train.profile.steps, or raise train.steps",
             )
         if self.schedule_steps is not None and self.schedule == "constant":
             raise UserError(

@@ -1,10 +1,13 @@
 """Builds a training run: the model, its rows, optimizers, checkpoints and the step. An interrupted run is resumed."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megavlm.base.errors import RunFailure, UserError
 from megavlm.checkpoint.folders import find_checkpoint, latest
@@ -15,6 +18,8 @@ from megavlm.data.loader import RowLoader
 from megavlm.data.row import Row
 from megavlm.data.row_source import HeldRows, RowSource
 from megavlm.monitor.hang_watch import collective_minutes
+from megavlm.monitor.phases import Phases
+from megavlm.monitor.profile import Profile
 from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.monitor.stragglers import Stragglers
 from megavlm.optim.optimizers import Optimizers
@@ -47,6 +52,8 @@ class Run:
         rows: the source of the rows, on leaders; None on the other ranks.
         longest_row, loader: see ``Prepared``.
         stragglers: measures which ranks are slow.
+        phases: measures where the time of a step goes.
+        profile: writes traces of the steps that ``train.profile`` names.
         first_step: number of steps that earlier starts of the run have done.
         remarks: what the user should know about how this start continues an earlier one.
     """
@@ -61,12 +68,15 @@ class Run:
     longest_row: Callable[[], Row] | None
     loader: RowLoader | None
     stragglers: Stragglers
+    phases: Phases
+    profile: Profile
     first_step: int
     remarks: list[str]
 
     def take_step(self, *, is_last: bool) -> StepResult:
         """Runs the next step."""
-        return self.method_step() if self.method_step is not None else self.step(is_last=is_last)
+        with self.phases.step():
+            return self.method_step() if self.method_step is not None else self.step(is_last=is_last)
 
     def report(self, number: int, monitor: RunMonitor) -> UserError | None:
         """Lets the method report on the step, and returns the error with which it ends the run, if any."""
@@ -99,6 +109,8 @@ def build_run(
     session = start(settings, training=True, load=False, score_head=method.scores)
     heartbeat("building the model")
     groups, output = session.groups, required(settings.output, "output")
+    phases = Phases(groups.world_host, measured=settings.log.phases)
+    profile = Profile(settings.train.profile, output, dist.get_rank(), dist.get_world_size(), phases)
     begin, checkpoint = on_first_rank(partial(_prepare, settings, lock, options), groups.world_host)
     for text in on_first_rank(partial(note_inputs, begin.settings, output), groups.world_host):
         if session.is_first:
@@ -128,6 +140,12 @@ def build_run(
     patience = collective_minutes(settings.train.hang_minutes)
     is_alone = groups.model_parallel.size() == 1  # then there is no other rank to which rows could be sent
     ahead = None if is_alone or prepared.make_step is not None else ReadAhead(rows, source, groups, patience)
+
+    @contextmanager
+    def tower_timer() -> Iterator[None]:
+        with stragglers.tower(), phases("tower"):
+            yield
+
     step = Step(
         session.vlm,
         optimizers,
@@ -136,7 +154,8 @@ def build_run(
         prepared.objective,
         settings.vision.window or (settings.rows_per_step(1) if settings.train.global_batch_size is None else None),
         settings.data.source_names,
-        stragglers.tower,
+        tower_timer,
+        phases,
     )
     return Run(
         session,
@@ -149,6 +168,8 @@ def build_run(
         prepared.longest_row,
         prepared.loader,
         stragglers,
+        phases,
+        profile,
         first_step,
         remarks,
     )

@@ -17,6 +17,7 @@ from megavlm.base.errors import UserError
 from megavlm.data.row import Row
 from megavlm.model.tower_phase import Timer
 from megavlm.model.vlm import VLM
+from megavlm.monitor.phases import Phases
 from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import Groups, device
 from megavlm.platform.collectives import all_gather_objects
@@ -107,6 +108,7 @@ class Step:
             (because each window fills and drains the pipeline).
         source_names: names of the data sources, in the order of their numbers.
         tower_timer: a context manager around what the tower computes on this rank without waiting for other ranks.
+        phases: measures and names the phases of a step; None: nothing does.
     """
 
     def __init__(
@@ -119,11 +121,13 @@ class Step:
         window: int | None = None,
         source_names: Sequence[str] = ("data",),
         tower_timer: Timer = nullcontext,
+        phases: Phases | None = None,
     ):
         self.vlm, self.optimizers, self.feed = vlm, optimizers, feed
         self.num_micro_batches, self.objective = num_micro_batches, objective
         self.groups, self.source_names = vlm.groups, list(source_names)
         self._window, self._tower_timer = window, tower_timer
+        self._phases = phases or Phases()
         self._schedule = get_forward_backward_func()
         prepare_schedule(vlm.decoder_config)
 
@@ -148,7 +152,8 @@ class Step:
         """
         rows, problem = None, None
         try:
-            rows = feed.rows(num_rows)
+            with self._phases("data"):
+                rows = feed.rows(num_rows)
         except UserError as error:
             problem = error
         counts = self._count(rows.hosts if rows is not None else [], failed=rows is None)
@@ -162,8 +167,13 @@ class Step:
         """Updates the weights once. The pixels of the rows are released."""
         lr, part_lrs = self.optimizers.lr, self.optimizers.part_lrs
         found = self.gradients(rows)
+<<<<<<< HEAD
         stats = self.optimizers.step(found.sums, found.counts["weight"])
         *sums, found.counts["frames_encoded"] = stats.sums
+=======
+        with self._phases("optimizer"):
+            stats = self.optimizers.step(found.sums, found.counts["weight"])
+>>>>>>> h-gpucheck
         trouble = describe(stats.non_finite, found.row_losses, self.groups) if stats.non_finite else None
         fields = self.objective.fields(sums, found.counts)
         if self.optimizers.train.lr_scale or self.optimizers.train.unfreeze_after:
@@ -176,11 +186,13 @@ class Step:
         counts = dict(rows.counts or self._count(rows.hosts))
         row_losses: list[tuple[Row, Tensor]] = []
         self.optimizers.zero_grad()
-        found = self.objective.look_ahead(partial(self.look_through, rows))
+        with self._phases("reference"):
+            found = self.objective.look_ahead(partial(self.look_through, rows))
         self.vlm.tower.frames_encoded = 0
         # The features' gradients are scaled for an average over data- and context-parallel ranks, but the tower's DDP
         # averages over all ranks.
         tower_scale = dist.get_world_size() / (self.groups.dp_size * self.vlm.parallel.context)
+<<<<<<< HEAD
         totals = torch.zeros(self.objective.num_sums + 1, dtype=torch.float32, device=device())
         for chunk in self.vlm.language:
             chunk.set_is_first_microbatch()  # of the step; see ``PartDDP``
@@ -192,16 +204,36 @@ class Step:
                 encode_window(self.vlm, window, self._tower_timer)
             rows_done += len(window.micro_batches)
             with self._reduction(is_last=rows_done == num_rows):
+=======
+        totals = torch.zeros(self.objective.num_sums, dtype=torch.float32, device=device())
+        for window in self._phases.during("data", self._windows(rows)):
+            for micro_batch in window.micro_batches:
+                micro_batch.found = found[micro_batch.number] if found else None
+            if window.frames is not None:
+                with self._phases("exchange"):
+                    encode_window(self.vlm, window, self._tower_timer)
+            with self._phases("decoder"):
+>>>>>>> h-gpucheck
                 losses = self._forward_backward(window, counts["weight"], num_rows)
             if losses:  # this is a rank of the last pipeline stage
                 row_losses += zip((m.host for m in window.micro_batches), (sums[0] for sums in losses), strict=True)
             if losses and self.groups.language.tp.rank() == 0:
+<<<<<<< HEAD
                 totals[:-1] += torch.stack(losses).sum(dim=0)
             self.vlm.tower.backward(tower_scale, self._tower_timer)
             del window  # so that its memory is free while the next window is made
         totals[-1] = self.vlm.tower.frames_encoded  # exact in float32 up to 16 million frames
         dist.all_reduce(totals)
         self._finalize()
+=======
+                totals += torch.stack(losses).sum(dim=0)
+            with self._phases("exchange"):
+                self.vlm.tower.backward(tower_scale, self._tower_timer)
+            del window  # so that its memory is free while the next window is made
+        with self._phases("reduction"):
+            dist.all_reduce(totals)
+            self._finalize()
+>>>>>>> h-gpucheck
         get_moe_metrics_tracker().clear()  # otherwise it would accumulate the balancing losses of all steps
         skipped_samples = [skipped for row in rows.hosts for skipped in row.skipped_samples]
         return Gradients(totals, counts, skipped_samples, row_losses)
@@ -280,10 +312,14 @@ class Step:
         hidden = forward_chunk(self.vlm, chunk, micro_batch)
         if not chunk.post_process:
             return hidden, None
-        return self.objective.outputs(chunk, hidden, micro_batch), partial(self._loss, micro_batch, scale)
+        with self._phases("head"):
+            outputs = self.objective.outputs(chunk, hidden, micro_batch)
+        self._phases.backward("head", outputs, hidden)
+        return outputs, partial(self._loss, micro_batch, scale)
 
     def _loss(self, micro_batch: MicroBatch, scale: float, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        loss, sums = self.objective.loss(outputs, micro_batch)
+        with self._phases("head"):
+            loss, sums = self.objective.loss(outputs, micro_batch)
         return loss * scale, sums
 
     def _finalize(self) -> None:
