@@ -167,13 +167,9 @@ class Step:
         """Updates the weights once. The pixels of the rows are released."""
         lr, part_lrs = self.optimizers.lr, self.optimizers.part_lrs
         found = self.gradients(rows)
-<<<<<<< HEAD
-        stats = self.optimizers.step(found.sums, found.counts["weight"])
-        *sums, found.counts["frames_encoded"] = stats.sums
-=======
         with self._phases("optimizer"):
             stats = self.optimizers.step(found.sums, found.counts["weight"])
->>>>>>> h-gpucheck
+        *sums, found.counts["frames_encoded"] = stats.sums
         trouble = describe(stats.non_finite, found.row_losses, self.groups) if stats.non_finite else None
         fields = self.objective.fields(sums, found.counts)
         if self.optimizers.train.lr_scale or self.optimizers.train.unfreeze_after:
@@ -192,48 +188,30 @@ class Step:
         # The features' gradients are scaled for an average over data- and context-parallel ranks, but the tower's DDP
         # averages over all ranks.
         tower_scale = dist.get_world_size() / (self.groups.dp_size * self.vlm.parallel.context)
-<<<<<<< HEAD
         totals = torch.zeros(self.objective.num_sums + 1, dtype=torch.float32, device=device())
         for chunk in self.vlm.language:
             chunk.set_is_first_microbatch()  # of the step; see ``PartDDP``
         rows_done = 0
-        for window in self._windows(rows):
-            for micro_batch in window.micro_batches:
-                micro_batch.found = found[micro_batch.number] if found else None
-            if window.frames is not None:
-                encode_window(self.vlm, window, self._tower_timer)
-            rows_done += len(window.micro_batches)
-            with self._reduction(is_last=rows_done == num_rows):
-=======
-        totals = torch.zeros(self.objective.num_sums, dtype=torch.float32, device=device())
         for window in self._phases.during("data", self._windows(rows)):
             for micro_batch in window.micro_batches:
                 micro_batch.found = found[micro_batch.number] if found else None
             if window.frames is not None:
                 with self._phases("exchange"):
                     encode_window(self.vlm, window, self._tower_timer)
-            with self._phases("decoder"):
->>>>>>> h-gpucheck
+            rows_done += len(window.micro_batches)
+            with self._phases("decoder"), self._reduction(is_last=rows_done == num_rows):
                 losses = self._forward_backward(window, counts["weight"], num_rows)
             if losses:  # this is a rank of the last pipeline stage
                 row_losses += zip((m.host for m in window.micro_batches), (sums[0] for sums in losses), strict=True)
             if losses and self.groups.language.tp.rank() == 0:
-<<<<<<< HEAD
                 totals[:-1] += torch.stack(losses).sum(dim=0)
-            self.vlm.tower.backward(tower_scale, self._tower_timer)
-            del window  # so that its memory is free while the next window is made
-        totals[-1] = self.vlm.tower.frames_encoded  # exact in float32 up to 16 million frames
-        dist.all_reduce(totals)
-        self._finalize()
-=======
-                totals += torch.stack(losses).sum(dim=0)
             with self._phases("exchange"):
                 self.vlm.tower.backward(tower_scale, self._tower_timer)
             del window  # so that its memory is free while the next window is made
         with self._phases("reduction"):
+            totals[-1] = self.vlm.tower.frames_encoded  # exact in float32 up to 16 million frames
             dist.all_reduce(totals)
             self._finalize()
->>>>>>> h-gpucheck
         get_moe_metrics_tracker().clear()  # otherwise it would accumulate the balancing losses of all steps
         skipped_samples = [skipped for row in rows.hosts for skipped in row.skipped_samples]
         return Gradients(totals, counts, skipped_samples, row_losses)
