@@ -63,6 +63,7 @@ class Phases:
             if item is self:
                 return
             yield item  # type: ignore[misc]  # it is not self, so it is one of the items
+            del item  # so that its memory is free while the next one is made
 
     def backward(self, name: str, outputs: torch.Tensor, inputs: torch.Tensor) -> None:
         """Makes the backward pass from ``outputs`` to ``inputs`` a phase, too. Their gradients stay as they are."""

@@ -76,6 +76,12 @@ class StepRows:
         """The same rows, for one more pass over them: making windows of the copy does not release the pixels."""
         return StepRows(self.hosts, list(self.full), self.encoded, is_copy=True, counts=self.counts)
 
+    def take_full(self, part: slice) -> list[Row]:
+        """Hands out some rows with their pixels, on the leader, so that their memory can be freed."""
+        taken = [row for row in self.full[part] if row is not None]
+        self.full[part] = [None] * len(self.full[part])
+        return taken
+
 
 class Feed:
     """Provides rows, and makes windows of micro-batches from them.
@@ -117,9 +123,7 @@ class Feed:
         """
         for start in range(0, len(rows.hosts), size):
             part = slice(start, start + size)
-            full = [row for row in rows.full[part] if row is not None]
-            rows.full[part] = [None] * len(rows.full[part])  # so that the memory of their pixels can be freed
-            yield self._window(rows.hosts[part], full, start)
+            yield self._window(rows.hosts[part], rows.take_full(part), start)
 
     def _window(self, hosts: list[Row], full: list[Row], first: int) -> Window:
         """Makes a window; ``first`` is the index of its first row among the rows of the step."""

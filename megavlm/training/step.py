@@ -236,6 +236,7 @@ class Step:
             if rows.encoded is not None and rows.is_copy and not self.vlm.tower.is_trained:
                 rows.encoded.append(window)
             yield window
+            del window  # as in ``gradients``: this generator, too, would keep it while the next one is made
 
     @contextmanager
     def _reduction(self, *, is_last: bool) -> Iterator[None]:
