@@ -230,7 +230,7 @@ def test_what_is_missing_or_broken_is_left_out_or_named(tmp_path):
         "sample 4",
     ):
         assert text in page
-    assert "5 of 5 answers" in page
+    assert "5 of 5 questions" in page
 
 
 def test_run_without_settings(tmp_path):
