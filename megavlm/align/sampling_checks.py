@@ -82,3 +82,15 @@ def _check_kl_in_reward(settings: Settings) -> None:
             "a reward has the name kl, under which the divergence is reported with align.kl_in reward",
             "give it another label",
         )
+
+
+def too_few_prompts(settings: Settings, total: int) -> list[str]:
+    """A remark if the data have fewer than the prompts of a step; otherwise []."""
+    prompts = settings.rollout.prompts or 0
+    if prompts <= total:
+        return []
+    remark = (
+        f"a step asks {prompts:,} prompts (rollout.prompts), but the data have {total:,}: each step goes through them "
+        "more than once, and learns from several groups of answers to the same prompt"
+    )
+    return [remark]

@@ -120,6 +120,8 @@ class PolicyStep:
         if self._failures is None:
             output, limit = required(settings.output, "output"), settings.reward_pool.max_failed_fraction
             self._failures = RewardFailures(output, step - 1, limit, monitor.say)
+            for remark in self._rollouts.remarks():
+                monitor.say(remark)
         self._failures.take(step, itertools.chain.from_iterable(judged))
         if step % settings.rollout.log_every == 0 or step in (1, settings.train.steps):
             monitor.record_rollouts(step, self._logged)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.align.losses import advantages
+from megavlm.align.sampling_checks import too_few_prompts
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
 from megavlm.config.requirements import required
@@ -97,6 +98,12 @@ class Rollouts:
                 break
         self._count(batch, sums)
         return batch
+
+    def remarks(self) -> list[str]:
+        """What the user should know of the prompts; on leaders, which read them."""
+        if self._loader is None:
+            return []
+        return too_few_prompts(self._session.settings, sum(len(source.file) for source in self._loader.sources))
 
     def close(self) -> None:
         """Ends the engine and the processes of the rewards."""

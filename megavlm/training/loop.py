@@ -53,9 +53,7 @@ def train(
             stop = StopSignal(session.groups.world_host, signals, settings.checkpoint.minutes)
             last, stopped = _run_steps(run, stop, hooks, monitor, watch.heartbeat)
             run.checkpoints.finish()
-            for hook in hooks:
-                if hook.at_end:
-                    hook.call(run, last, monitor.say)
+            _at_end(run, last, hooks, monitor)
             monitor.tell_samples()
             monitor.say(f"stopped at step {last}" if stopped else f"done at step {last}")
             monitor.finish()
@@ -111,11 +109,19 @@ def _run_steps(
             heartbeat(f"the checkpoint of step {number}")
         if (ending := failure or data_failure) is not None:
             run.checkpoints.finish()  # a checkpoint may still be in progress
+            _at_end(run, number, hooks, monitor)
             monitor.finish(failed=True)
             raise ending
         if stopping:
             return number, number < steps
     return number, False
+
+
+def _at_end(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -> None:
+    """Runs the hooks that are due at the end of a run, also if it ends because of its data, rewards or weights."""
+    for hook in hooks:
+        if hook.at_end:
+            hook.call(run, number, monitor.say)
 
 
 def _save_before(run: Run, number: int) -> None:

@@ -222,6 +222,7 @@ def test_a_run_whose_rewards_all_fail_saves_and_ends(grpo, toys, tmp_path):
     assert "no reward today" in result.stderr
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000001"]
     assert read_metrics(output)[0]["grad_norm"] == 0  # nothing was learned from
+    assert "no reward today" in (output / "report.html").read_text()
 
 
 def test_a_prompt_that_leaves_no_room_is_dropped_and_told(grpo, toys, tmp_path):
