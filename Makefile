@@ -38,7 +38,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources launch/*.sh docker/*.sh .ci/run
-	$(BIN)/hadolint --failure-threshold warning docker/Dockerfile
+	$(BIN)/hadolint docker/Dockerfile
 
 docs: $(INSTALLED)
 	$(BIN)/zensical build --strict --clean
