@@ -177,14 +177,8 @@ requeue_after_failure() {
   fi
 }
 
-# Requeues the job, but not one that scancel or SLURM is ending: scontrol would bring back a job that was cancelled.
+# Requeues the job. scancel ends this script together with the ranks, so a cancelled job does not come here.
 requeue() {
-  local state
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-  if [[ $state == RUNNING ]]; then
-    echo "requeued: $1"
-    scontrol requeue "$SLURM_JOB_ID"
-  else
-    echo "not requeued: $1; SLURM says that the job is $state"
-  fi
+  echo "requeued: $1"
+  scontrol requeue "$SLURM_JOB_ID"
 }
