@@ -42,7 +42,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources launch/*.sh .ci/run
+	$(BIN)/shellcheck --external-sources launch/*.sh docker/*.sh .ci/run
+	$(BIN)/hadolint docker/Dockerfile
 
 docs: $(INSTALLED)
 	$(BIN)/zensical build --strict --clean
