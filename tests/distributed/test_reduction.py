@@ -134,7 +134,7 @@ def with_overwriting_layers(*arguments):
 
 
 def with_padded_frames(*arguments):
-    """Runs on every rank: ``train_layout`` whose tower fills its chunks as for FP8, which plain layers do not compute."""
+    """Runs on every rank: ``train_layout`` whose tower fills up its chunks as for FP8, in plain layers."""
     from megavlm.model.vlm import VLM
 
     train = VLM.train
