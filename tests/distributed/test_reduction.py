@@ -133,7 +133,38 @@ def with_overwriting_layers(*arguments):
         RowParallelLinear.forward, VLM.train = forward, train
 
 
+def with_padded_frames(*arguments):
+    """Runs on every rank: ``train_layout`` whose tower fills up its chunks as for FP8, in plain layers."""
+    from megavlm.model.vlm import VLM
+
+    train = VLM.train
+
+    def trained(vlm, mode=True):
+        vlm.vision.config.fp8 = "hybrid"
+        return train(vlm, mode)
+
+    VLM.train = trained
+    try:
+        return train_layout(*arguments)
+    finally:
+        VLM.train = train
+
+
+class Padded(Counting):
+    """A world whose ranks run ``with_padded_frames``."""
+
+    def run(self, function, *arguments):
+        return self.world.run(with_padded_frames, *arguments)
+
+
+def test_frames_are_filled_up_for_fp8(toys, world1):
+    settings = settings_of(toys.folder("dense"), {}, vision={"chunk_patches": 64})
+    check(compare(toys, Padded(world1), "dense", settings, toys.reference("dense")))
+
+
 class Overwriting(Counting):
+    """A world whose ranks run ``with_overwriting_layers``."""
+
     def run(self, function, *arguments):
         return self.world.run(with_overwriting_layers, *arguments)
 
