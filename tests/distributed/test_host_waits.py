@@ -44,7 +44,9 @@ def test_experts_wait_for_their_dispatcher_and_for_nothing_else(seen):
     others = {place: count for place, count in waits.items() if not place[0].startswith(dispatcher)}
     assert others == {READ: 1}
     assert rows_of("of a step with experts") == sorted(
-        [f"`{place}`", what, str(count)] for (place, what), count in waits.items() if (place, what) != READ
+        [f"`{place.rpartition('/')[2]}`", what, str(count)]
+        for (place, what), count in waits.items()
+        if (place, what) != READ
     )
 
 
