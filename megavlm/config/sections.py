@@ -165,7 +165,8 @@ class VisionSettings(Section):
     balance: Literal["model_parallel", "world"] = Field(
         "model_parallel",
         description="ranks over which the frames are distributed. model_parallel: the ranks that share a row; world: "
-        "all ranks, which helps if some data-parallel ranks have larger pictures than others",
+        "those of several data-parallel ranks (a block of about 32 ranks), which helps if some of them have "
+        "larger pictures than others",
     )
 
 

@@ -17,13 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 SITE_PACKAGES = Path(torch.__file__).parents[1]
 # The number of results depends on values, so that the host must wait for it.
-OF_UNKNOWN_SIZE = {
-    "aten::nonzero",
-    "aten::masked_select",
-    "aten::_unique2",
-    "aten::unique_dim",
-    "aten::unique_consecutive",
-}
+OF_UNKNOWN_SIZE = {f"aten::{name}" for name in ("nonzero", "masked_select", "_unique2", "unique_dim")}
 TO_DEVICE = "megavlm/platform/device.py:to_device"  # on a GPU it copies from page-locked memory, without waiting
 
 
@@ -43,24 +37,25 @@ def place() -> str:
 class Watch(TorchDispatchMode):
     """Notes every wait for the device, and every collective, in its block.
 
+    Args:
+        routed: the number of (token, expert) pairs on the rank, if experts ask for numbers of tokens: each of them gets
+            the same number.
+
     Attributes:
         waits: how often each (place, what) has waited.
-        collectives: (name, group, bytes) of each, in order; the group is the tuple of its ranks.
+        collectives: (name, device or host, ranks of the group, bytes) of each, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, routed: int = 0) -> None:
         super().__init__()
+        self._routed = routed
         self.waits: Counter[tuple[str, str]] = Counter()
-        self.collectives: list[tuple[str, Any, int]] = []
+        self.collectives: list[tuple[str, str, tuple[int, ...], int]] = []
         self._functions = _Functions(self)
 
     def __enter__(self) -> "Watch":
         self._undo = []
-        for owner, name in (
-            (torch.cuda, "synchronize"),
-            (torch.cuda.Event, "synchronize"),
-            (torch.cuda.Event, "query"),
-        ):
+        for owner, name in ((torch.cuda, "synchronize"), (torch.cuda.Event, "synchronize")):
             self._undo.append((owner, name, getattr(owner, name)))
             setattr(owner, name, self._noted(name))
         self._functions.__enter__()
@@ -103,9 +98,11 @@ class Watch(TorchDispatchMode):
         source, target = args[0], kwargs.get("device")
         if target is None or (torch.device(target).type == "meta") == source.is_meta:
             return func(*args, **kwargs)
-        if source.is_meta:  # to the host: whoever reads it must wait, whether or not the copy itself does
-            self.note("copies from the device")
-            return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        if source.is_meta:  # without waiting, the host may read it after it has synchronised, which is noted
+            if not kwargs.get("non_blocking"):
+                self.note("copies from the device")
+            share = 0 if source.is_floating_point() or not source.numel() else self._routed // source.numel()
+            return torch.full(source.shape, share, dtype=kwargs.get("dtype") or source.dtype)
         if not kwargs.get("non_blocking") and place() != TO_DEVICE:
             self.note("copies to the device")
         return func(*args, **kwargs)
@@ -143,9 +140,18 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         where = kwargs.get("device")
         is_made = func in (torch.tensor, torch.as_tensor) and where is not None and torch.device(where).type == "meta"
+        is_made = is_made and not (torch.is_tensor(args[0]) and args[0].is_meta)
         if is_made or (func is torch.Tensor.new_tensor and args[0].is_meta):
             self._watch.note("makes a tensor of numbers")
         return func(*args, **kwargs)
+
+
+def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """``maybe_move_tensor_to_cpu`` of Megatron's dispatcher, which moves tensors of a GPU alone, on the meta device."""
+    if not torch.is_tensor(tensor) or not tensor.is_meta:
+        return tensor
+    moved = tensor.to("cpu", non_blocking=True)
+    return moved.numpy() if as_numpy else moved
 
 
 def watched_step(folder: Path, layout: dict, rank: int, world_size: int, **train) -> tuple[Counter, list]:
@@ -153,6 +159,7 @@ def watched_step(folder: Path, layout: dict, rank: int, world_size: int, **train
 
     Returns ``Watch.waits`` and ``Watch.collectives``, with the names of the groups in place of their ranks.
     """
+    from megatron.core.transformer.moe import token_dispatcher
     from parity import settings_of
 
     from megavlm.align.registry import make_method
@@ -174,10 +181,17 @@ def watched_step(folder: Path, layout: dict, rank: int, world_size: int, **train
         feed = _Rows(session.vlm, [_row(settings, session.shapes)] * count)
         optimizers = Optimizers(session.vlm, settings.train)
         objective = method.bare_objective(session)
-        step = Step(session.vlm, optimizers, feed, count, objective, None, settings.data.source_names)
-        step()  # some things are made only once
-        with Watch() as watch:
+        step = Step(session.vlm, optimizers, feed, count, objective, None, ["data"])
+        text = session.shapes.text
+        routed = settings.data.seq_length * text.moe.top_k if text.moe is not None else 0
+        before, token_dispatcher.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu, _to_host
+        count_rows = step._count  # only the leader has rows to count, and no sum reaches another rank
+        step._count = lambda rows, *, failed=False: count_rows(rows, failed=failed) | {"weight": 8.0}
+        with Watch(routed):  # some things are made only once
             step()
+        with Watch(routed) as watch:
+            step()
+        token_dispatcher.maybe_move_tensor_to_cpu = before
         language, groups = session.groups.language, {}
         for name in ("tp", "cp", "pp", "dp", "mp", "embd", "tp_cp", "dp_cp", "ep", "tp_ep_pp", "expt_dp"):
             group = getattr(language, name, None)
