@@ -3,7 +3,7 @@
 import pytest
 import te_cpu
 from parity import settings_of
-from test_layouts import RECOMPUTE, check, compare, row_of_table
+from test_layouts import check, compare, row_of_table
 
 # name: (processes, model, parallel settings, other settings)
 LAYOUTS = {

@@ -1,8 +1,9 @@
 """Matrix products, norms and the rotary embedding: names and arguments are those of TE's extension."""
 
 import torch
-from te_cpu.device import as_torch
 from torch import Tensor
+
+from te_cpu.device import as_torch
 
 
 def generic_gemm(

@@ -5,13 +5,13 @@ import importlib
 import os
 
 import torch  # first: it has loaded the CUDA libraries that TE's need, so LD_LIBRARY_PATH can stay as it is
+
 from te_cpu import counted, permutation
 
 os.environ["NVTE_PLUGIN"] = "te_cpu"  # see te_cpu.load_plugins
 
-import transformer_engine.pytorch  # noqa: E402 (after the line above)
-from transformer_engine.pytorch.attention.dot_product_attention import backends, utils  # noqa: E402
-from transformer_engine.pytorch.triton import permutation as triton_permutation  # noqa: E402
+from transformer_engine.pytorch.attention.dot_product_attention import backends, utils
+from transformer_engine.pytorch.triton import permutation as triton_permutation
 
 extension = importlib.import_module("transformer_engine_torch")
 assert not hasattr(extension.generic_gemm, "__self__"), "TE ignores NVTE_PLUGIN: is it older than 2.20?"
