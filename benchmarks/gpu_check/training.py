@@ -13,13 +13,9 @@ from benchmarks.gpu_check.models import Size
 
 def has_transformer_engine() -> bool:
     """Whether the kernels `te` can run here: on a GPU, or where something answers for TE's extension (tests/te_cpu)."""
-    from megavlm.base.errors import UserError
-    from megavlm.model.kernels import resolve
+    from megavlm.model import kernels
 
-    try:
-        return resolve("te") == "te"
-    except UserError:
-        return False
+    return kernels.on_gpu() and kernels.transformer_engine_found()
 
 
 def settings_for(folder: Path, seq_length: int, rows: int, kernels: str, **train: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import psutil
 import pytest
@@ -49,7 +50,7 @@ def test_speed(world1, tmp_path):
         assert f"{what}: peak memory" in measures
     assert settings["visual share, text"] == 0
     assert settings["visual share, pictures and text"] == pytest.approx(0.1, abs=0.05)
-    assert settings["visual share, many pictures"] == pytest.approx(0.5, abs=0.05)
+    assert 0.3 < settings["visual share, many pictures"] < 0.5  # tiny pictures: of their tokens, two each are text
     assert settings["seconds of a step, many pictures"]["tower"] > 0
     assert "the operations alone allow 0." in measures["tokens/s, pictures and text / text alone"].note
 
@@ -132,12 +133,15 @@ def test_nothing_runs_without_a_gpu_or_time(monkeypatch, capsys):
 
 
 def test_a_process_that_hangs_is_ended_with_its_children(tmp_path):
-    script = f"echo begun; sleep 60 & echo $! > {tmp_path}/child; wait"
+    script = f"echo begun; sleep 600 & echo $! > {tmp_path}/child; wait"
     status, seconds, error = run_apart(["sh", "-c", script], 0.5, cwd=tmp_path, environ=environment())
     assert (status, "begun" in error) == ("stopped", True)
     assert seconds < 30
     child = int((tmp_path / "child").read_text())
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    end = time.monotonic() + 60
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end  # it sleeps 600 s
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, "ok"), (77, "skipped"), (3, "failed")])
