@@ -10,14 +10,14 @@ from benchmarks.gpu_check.training import (
     make_step,
     seconds_of,
     settings_for,
-    without_memory_of,
+    start_anew,
 )
 
 TOY_VISION = {"depth": 1, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "deepstack_visual_indexes": [0]}
 # A small vocabulary, because the output layer is not computed in FP8 and would hide the layers.
 GPU = Size(rows=4, seq_length=8192, repeats=6, text={"num_hidden_layers": 4, "vocab_size": 1024}, vision=TOY_VISION)
 CPU = Size(
-    rows=2, seq_length=128, repeats=1,
+    rows=2, seq_length=128, repeats=1, warm_up=0,
     text={"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
           "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 512},
     vision=TOY_VISION,
@@ -26,10 +26,9 @@ CPU = Size(
 
 def fp8(record: Recorder, *, cpu: bool) -> None:
     """Seconds of the gradients of a step in both precisions, one after the other, twice, on the same rows."""
-    from megavlm import platform
     from megavlm.data.renderer import Renderer
 
-    size, te = CPU if cpu else GPU, has_transformer_engine(cpu=cpu)
+    size, te = CPU if cpu else GPU, has_transformer_engine()
     with tempfile.TemporaryDirectory(prefix="megavlm-gpu-check-") as temporary:
         root = Path(temporary)
         folder = shaped_folder(root / "model", size, like="8b")
@@ -45,11 +44,10 @@ def fp8(record: Recorder, *, cpu: bool) -> None:
                 rows = [renderer.pack([document(renderer, root, size.seq_length, 0, n)]) for n in range(size.rows)]
             step, _ = make_step(settings, rows)
             batch = step.rows(step.feed, size.rows)
-            seconds = seconds_of(lambda step=step, batch=batch: step.gradients(batch.copy()), size.repeats)
+            seconds = seconds_of(lambda step=step, batch=batch: step.gradients(batch.copy()), size)
             best[precision] = min(seconds, best.get(precision, seconds))
             del step, batch
-            platform.shutdown()
-            without_memory_of()
+            start_anew()
         for precision, seconds in best.items():
             tokens = sum(row.num_tokens for row in rows)
             record(Measure(f"{precision}: tokens per second", tokens / seconds, "tokens/s"))

@@ -28,8 +28,10 @@ LAYOUTS: dict[str, tuple[bool, dict[str, int]]] = {
     "EP2": (True, {"expert": 2}),
 }
 SIZE = Size(rows=2, seq_length=256, repeats=1, text={}, vision={}, longest=96)
-# Two devices add gradients in another order than one, which the bounds of one device do not allow for in float32.
+# Two devices add gradients in another order than one, which the bounds of one device do not allow for in float32. In
+# bf16 some tokens choose another expert than in float32, which changes their whole path.
 BOUND = {"fp32": (1e-5, 1e-3), "bf16": (LOSS["bf16"], NORM["bf16"])}
+CHOICE = 5.0  # factor of the bounds of a mixture of experts in bf16
 
 
 def layouts(record: Recorder, *, cpu: bool) -> None:
@@ -38,7 +40,7 @@ def layouts(record: Recorder, *, cpu: bool) -> None:
 
     from benchmarks.ranks import run_ranks
 
-    kinds = [("portable", "fp32"), *([("te", "bf16")] if has_transformer_engine(cpu=cpu) else [])]
+    kinds = [("portable", "fp32"), *([("te", "bf16")] if has_transformer_engine() else [])]
     with tempfile.TemporaryDirectory(prefix="megavlm-gpu-check-") as temporary:
         root = Path(temporary)
         save_pictures(root, SIZE)
@@ -96,7 +98,8 @@ def train_layouts(
         result = _one_step(settings, folders[moe], root)
         reference = references[moe]
         if dist.get_rank() == 0:
-            most_loss, most_norm = BOUND[precision]
+            factor = CHOICE if moe and precision == "bf16" else 1.0
+            most_loss, most_norm = (factor * bound for bound in BOUND[precision])
             worst = max(abs(result.norms[f"grad_norm/{part}"] / reference.norms[part] - 1) for part in PARTS)
             record(
                 Measure(f"{name}, {kernels} {precision}: loss", abs(result.loss / reference.loss - 1), most=most_loss)

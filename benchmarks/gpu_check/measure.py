@@ -65,11 +65,14 @@ class Recorder:
 
 
 def read_records(path: Path) -> tuple[list[Measure], dict[str, Any]]:
-    """The measures and settings that a check has written until it ended, was stopped or died."""
-    measures, settings = [], {}
+    """The measures and settings that a check has written until it ended, was stopped or died.
+
+    A later measure of the same name replaces an earlier one.
+    """
+    measures, settings = dict[str, Measure](), dict[str, Any]()
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         line = json.loads(text)
         if "measure" in line:
-            measures.append(Measure(**line["measure"]))
+            measures[line["measure"]["name"]] = Measure(**line["measure"])
         settings |= line.get("settings", {})
-    return measures, settings
+    return list(measures.values()), settings

@@ -21,7 +21,7 @@ class Size:
 
     Attributes:
         rows, seq_length: rows of a step, and tokens of a row.
-        repeats: how often a step is timed.
+        repeats, warm_up: how often a step is timed, and how often it runs before.
         text, vision: sizes of the model.
         longest: to how many pixels the longer edge of a picture is reduced; None: pictures as they are.
     """
@@ -32,6 +32,7 @@ class Size:
     text: dict[str, Any]
     vision: dict[str, Any]
     longest: int | None = None
+    warm_up: int = 2
 
 
 def shaped_folder(out: Path, size: Size, *, like: str | None = None) -> Path:

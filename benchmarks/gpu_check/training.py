@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check.measure import Measure, Recorder
+from benchmarks.gpu_check.models import Size
 
 
-def has_transformer_engine(*, cpu: bool) -> bool:
-    """Whether the kernels `te` can run here."""
-    from megavlm.model.kernels import transformer_engine_found
+def has_transformer_engine() -> bool:
+    """Whether the kernels `te` can run here: on a GPU, or where something answers for TE's extension (tests/te_cpu)."""
+    from megavlm.model import kernels
 
-    return not cpu and transformer_engine_found()
+    return kernels.on_gpu() and kernels.transformer_engine_found()
 
 
 def settings_for(folder: Path, seq_length: int, rows: int, kernels: str, **train: Any) -> Any:
@@ -73,18 +74,18 @@ def make_step(settings: Any, rows: list[Any], *, load: Path | None = None, phase
     return step, measured
 
 
-def seconds_of(work: Callable[[], Any], repeats: int, warm_up: int = 2) -> float:
+def seconds_of(work: Callable[[], Any], size: Size) -> float:
     """Mean seconds of one call, with what the device does for it; the warm-up is not counted."""
     from megavlm import platform
 
-    for _ in range(warm_up):
+    for _ in range(size.warm_up):
         work()
     platform.synchronize()
     start = time.perf_counter()
-    for _ in range(repeats):
+    for _ in range(size.repeats):
         work()
     platform.synchronize()
-    return (time.perf_counter() - start) / repeats
+    return (time.perf_counter() - start) / size.repeats
 
 
 def report_throughput(record: Recorder, what: str, shapes: Any, counts: dict[str, float], seconds: float) -> float:
@@ -110,11 +111,13 @@ def report_throughput(record: Recorder, what: str, shapes: Any, counts: dict[str
 MFU, PICTURES = 0.45, "pictures and text"
 
 
-def without_memory_of(*things: Any) -> None:
-    """Frees what the garbage collector can free, on the device too. Delete your own names of it before."""
+def start_anew() -> None:
+    """Forgets the layout of an earlier model and frees its memory, if nothing names it any more."""
     import torch
 
-    del things
+    from megavlm import platform
+
+    platform.shutdown()
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

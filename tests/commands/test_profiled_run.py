@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from parity import VARYING, Toys
+from parity import Toys
 from test_train_verbs import megavlm, metrics_of, sft_config
 
 from megavlm.monitor.phases import PHASES
@@ -16,7 +16,7 @@ def toys(tmp_path_factory) -> Toys:
 
 
 def test_a_profiled_run(toys, tmp_path):
-    config = sft_config(toys, tmp_path, steps=3)
+    config = sft_config(toys, tmp_path, steps=2)
     megavlm("sft", config, "log.phases=true", "train.profile.start=2", "train.profile.steps=1")
     lines = metrics_of(tmp_path / "run")
     for line in lines:
@@ -26,11 +26,5 @@ def test_a_profiled_run(toys, tmp_path):
     (trace,) = (tmp_path / "run" / "profile").iterdir()
     events = {event["name"] for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
     assert {"step 2", "data", "tower", "exchange", "decoder", "head", "reduction", "optimizer"} <= events
-    assert not {"step 1", "step 3"} & events
+    assert "step 1" not in events
     assert "Seconds of a step" in (tmp_path / "run" / "report.html").read_text()
-
-    (tmp_path / "plain").mkdir()
-    megavlm("sft", sft_config(toys, tmp_path / "plain", steps=3))
-    without = metrics_of(tmp_path / "plain" / "run")
-    same = [{name: value for name, value in line.items() if name not in VARYING} for line in lines]
-    assert same == [{name: value for name, value in line.items() if name not in VARYING} for line in without]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import psutil
 import pytest
@@ -15,50 +16,53 @@ from benchmarks.gpu_check.process import run_apart
 
 
 def run_check(name: str, file) -> str:
-    """Runs in a world of one process: one check. Returns why it was skipped, "" if it was not."""
+    """Runs in a world of one process: one check. Returns why it was skipped or failed, "" if it did not."""
     from benchmarks.gpu_check.checks import CHECKS
     from benchmarks.gpu_check.measure import Recorder, Skipped
 
     try:
         CHECKS[name].run(Recorder(file), cpu=True)
-    except Skipped as reason:
+    except (Skipped, RuntimeError) as reason:
         return str(reason)
     return ""
 
 
 def measured(world, name, file) -> tuple[dict[str, Measure], dict, str]:
-    (skipped,) = world.run(run_check, name, file)
+    (reason,) = world.run(run_check, name, file)
     measures, settings = read_records(file)
     assert all(measure.value > 0 for measure in measures if measure.unit)
-    return {measure.name: measure for measure in measures}, settings, skipped
+    return {measure.name: measure for measure in measures}, settings, reason
 
 
 def test_parity(world1, tmp_path):
-    measures, settings, _ = measured(world1, "parity", tmp_path / "out")
+    measures, settings, reason = measured(world1, "parity", tmp_path / "out")
+    assert not reason
     assert all(measure.holds is not False for measure in measures.values()), measures
     assert {name.partition(":")[0] for name in measures} == {"transformers in bf16", "portable fp32", "portable bf16"}
     assert settings["pictures"] == "photographs of scikit-image"
 
 
 def test_speed(world1, tmp_path):
-    measures, settings, _ = measured(world1, "speed", tmp_path / "out")
+    measures, settings, reason = measured(world1, "speed", tmp_path / "out")
+    assert not reason
     for what in ("text", "pictures and text"):
         assert f"{what}: tokens per second" in measures
         assert f"{what}: peak memory" in measures
     assert settings["visual share, text"] == 0
     assert settings["visual share, pictures and text"] == pytest.approx(0.1, abs=0.05)
-    assert settings["visual share, many pictures"] == pytest.approx(0.5, abs=0.05)
+    assert 0.3 < settings["visual share, many pictures"] < 0.5  # tiny pictures: of their tokens, two each are text
     assert settings["seconds of a step, many pictures"]["tower"] > 0
     assert "the operations alone allow 0." in measures["tokens/s, pictures and text / text alone"].note
 
 
 def test_transformers_and_fp8(world1, tmp_path):
-    measures, settings, _ = measured(world1, "transformers", tmp_path / "out")
+    measures, settings, reason = measured(world1, "transformers", tmp_path / "out")
+    assert not reason
     assert "transformers, sdpa: tokens per second" in measures
     assert "ImportError" in settings["seconds of a step by attention"]["flash_attention_2"]
-    measures, _, skipped = measured(world1, "fp8", tmp_path / "fp8")
+    measures, _, reason = measured(world1, "fp8", tmp_path / "fp8")
     assert list(measures) == ["bf16: tokens per second"]
-    assert "Transformer Engine" in skipped
+    assert "Transformer Engine" in reason
 
 
 def test_layouts(world2, tmp_path):
@@ -129,12 +133,15 @@ def test_nothing_runs_without_a_gpu_or_time(monkeypatch, capsys):
 
 
 def test_a_process_that_hangs_is_ended_with_its_children(tmp_path):
-    script = f"echo begun; sleep 60 & echo $! > {tmp_path}/child; wait"
+    script = f"echo begun; sleep 600 & echo $! > {tmp_path}/child; wait"
     status, seconds, error = run_apart(["sh", "-c", script], 0.5, cwd=tmp_path, environ=environment())
     assert (status, "begun" in error) == ("stopped", True)
     assert seconds < 30
     child = int((tmp_path / "child").read_text())
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    end = time.monotonic() + 60
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end  # it sleeps 600 s
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, "ok"), (77, "skipped"), (3, "failed")])
@@ -170,3 +177,12 @@ def test_a_half_installed_transformer_engine_is_hidden(monkeypatch):
     monkeypatch.setenv(package.WITHOUT_TE, "1")
     importlib.reload(package)
     assert importlib.util.find_spec("transformer_engine") is None
+
+
+def test_with_transformer_engine(te_world, tmp_path):
+    """Under TE's own Python on a CPU (tests/te_cpu), which may lack an answer for FP8: that costs only FP8."""
+    measures, _, reason = measured(te_world(1), "parity", tmp_path / "out")
+    assert not reason or reason.startswith("te fp8: AssertionError")
+    found = [measure for name, measure in measures.items() if not name.startswith("te fp8")]
+    assert all(measure.holds is not False for measure in found), found
+    assert {name.partition(":")[0] for name in measures} >= {"portable fp32", "portable bf16", "te bf16"}

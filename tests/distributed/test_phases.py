@@ -9,10 +9,10 @@ from parity import ROWS, settings_of
 ROW, TOWER, FORWARD, BACKWARD, UPDATE, BETWEEN = 1.0, 10.0, 100.0, 1000.0, 1e5, 1e7
 
 
-def steps_with_phases(folder, checkpoint, root, records, settings, *, measured: bool, false_clock: bool = False):
+def steps_with_phases(folder, checkpoint, root, records, settings, *, measured, out=None, false_clock=False):
     """Runs on every rank: two steps. Returns the fields, the seconds by a clock of its own, and the weights.
 
-    With ``false_clock``, time only goes on where the constants above say so.
+    The second one is profiled if there is a folder ``out``. With ``false_clock``, time only goes on where the constants above say so.
     """
     import torch
     import torch.distributed as dist
@@ -20,11 +20,13 @@ def steps_with_phases(folder, checkpoint, root, records, settings, *, measured: 
 
     from megavlm import platform
     from megavlm.checkpoint.load_weights import load_weights
+    from megavlm.config.profile_section import ProfileSettings
     from megavlm.config.settings import Settings
     from megavlm.model.shapes import Shapes
     from megavlm.model.vlm import VLM
     from megavlm.monitor import phases as module
     from megavlm.monitor.phases import Phases
+    from megavlm.monitor.profile import Profile
     from megavlm.optim.optimizers import Optimizers
     from megavlm.runtime.feed import Feed
     from megavlm.training.objective import CrossEntropy
@@ -78,15 +80,18 @@ def steps_with_phases(folder, checkpoint, root, records, settings, *, measured: 
     objective = SlowHead(["data"], settings.train.logprob_chunk_tokens)
     feed = Feed(vlm, slow_rows(mine * 2) if groups.is_leader else None)
     step = Step(vlm, optimizers, feed, each, objective, 1, tower_timer=lambda: phases("tower"), phases=phases)
+    asked = ProfileSettings(start=2, steps=1, ranks=[1]) if out is not None else ProfileSettings()
+    profile = Profile(asked, out, dist.get_rank(), dist.get_world_size(), phases)
     real, module.mark = module.mark, (lambda: now[0]) if false_clock else module.mark
     seconds = 0.0
     try:
-        for _ in range(2):
+        for number in (1, 2):
             dist.barrier()
-            began = time.perf_counter()
-            with phases.step():
-                step()
-            seconds += time.perf_counter() - began
+            with profile.step(number):
+                began = time.perf_counter()
+                with phases.step():
+                    step()
+                seconds += time.perf_counter() - began
             work(BETWEEN)
         fields = phases.fields()
     finally:
@@ -124,10 +129,12 @@ def test_the_head_is_on_the_last_stage(toys, world2):
 
 
 @pytest.mark.parametrize("parallel", [{}, {"pipeline": 2}], ids=["DP2", "PP2"])
-def test_phases_add_up_and_change_nothing(parallel, toys, world2):
+def test_phases_and_traces_change_nothing(parallel, toys, world2, tmp_path):
     import torch
 
-    measured, plain = (run(world2, toys, parallel, measured=on) for on in (True, False))
+    measured = run(world2, toys, parallel, measured=True, out=tmp_path)
+    plain = run(world2, toys, parallel, measured=False)
+    assert [file.name for file in (tmp_path / "profile").iterdir()] == ["steps_2-2.rank_1.json.gz"]
     total = 2 * sum(measured[0][0].values())  # of two steps, a mean over both ranks
     seconds = sum(rank[1] for rank in measured) / 2
     assert 0.5 * seconds < total <= seconds  # a busy machine may stop a rank between two clocks
