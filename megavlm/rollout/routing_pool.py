@@ -61,7 +61,9 @@ class RoutingPool:
             asked.routing = self._at(asked.slots)
         if not done:
             return
-        holders: list[OpenPrompt | Growing] = [part for asked in done for part in (asked, *asked.answers)]
+        holders: list[OpenPrompt | Growing] = []
+        for asked in done:
+            holders += [asked, *asked.answers]
         mine = None if self._is_copy else (self._layers, [holder.routing for holder in holders])
         for holder in holders:
             assert holder.routing is not None, "all are finished"
@@ -69,6 +71,7 @@ class RoutingPool:
         for layers, parts in filter(None, gather_objects(mine, self._group)):
             for holder, part in zip(holders, parts, strict=True):
                 assert holder.routing is not None, "it was just made"
+                assert part is not None, "as on this rank"
                 holder.routing[:, layers] += part
 
     def _at(self, slots: np.ndarray) -> Tensor:

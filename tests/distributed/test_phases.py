@@ -12,7 +12,8 @@ ROW, TOWER, FORWARD, BACKWARD, UPDATE, BETWEEN = 1.0, 10.0, 100.0, 1000.0, 1e5, 
 def steps_with_phases(folder, checkpoint, root, records, settings, *, measured, out=None, false_clock=False):
     """Runs on every rank: two steps. Returns the fields, the seconds by a clock of its own, and the weights.
 
-    The second one is profiled if there is a folder ``out``. With ``false_clock``, time only goes on where the constants above say so.
+    The second one is profiled if there is a folder ``out``. With ``false_clock``, time only goes on where the constants
+    above say so.
     """
     import torch
     import torch.distributed as dist
