@@ -136,7 +136,7 @@ def _unfrozen(step: Step) -> Iterator[None]:
     for weight in weights:
         weight.requires_grad_(True)
         if in_buffer:  # Transformer Engine's layers add to it
-            weight.main_grad = torch.zeros_like(weight)
+            weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]  # Megatron's
     try:
         yield
     finally:
