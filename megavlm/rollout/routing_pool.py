@@ -28,6 +28,7 @@ class RoutingPool:
     def __init__(self, view: VLM, blocks: Blocks) -> None:
         moe = view.shapes.text.moe
         assert moe is not None, "only a mixture of experts has routers"
+        assert not view.decoder_config.moe_router_fusion, "Megatron's fused router cannot be asked for its choice"
         self._group, self._depth = view.groups.model_parallel_host, view.shapes.text.layers
         tensor = view.groups.language.tp
         is_cut = view.parallel.sequence_parallel
@@ -70,8 +71,8 @@ class RoutingPool:
             holder.routing = holder.routing.new_zeros(len(holder.routing), self._depth, self._pool.shape[2])
         for layers, parts in filter(None, gather_objects(mine, self._group)):
             for holder, part in zip(holders, parts, strict=True):
-                assert holder.routing is not None, "it was just made"
-                assert part is not None, "as on this rank"
+                assert holder.routing is not None, "all are finished"
+                assert part is not None, "on all ranks"
                 holder.routing[:, layers] += part
 
     def _at(self, slots: np.ndarray) -> Tensor:
