@@ -1,6 +1,6 @@
 """The train section: the optimizer, its schedule, and how the training steps run."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -129,8 +129,11 @@ class TrainSettings(Section):
     @field_validator("recompute", mode="before")
     @classmethod
     def _former_name(cls, value: Any) -> Any:
-        """``selective`` was the only choice between none and full."""
-        return ["core_attn"] if value == "selective" else value
+        """``selective`` was the only choice between none and full. Other words are named with all that are allowed."""
+        value, modules = ["core_attn"] if value == "selective" else value, get_args(RecomputeModule)
+        if value not in ("none", "full") and not (isinstance(value, list) and all(word in modules for word in value)):
+            raise UserError(f"allowed: none | full | list of {', '.join(modules)}")
+        return value
 
     @field_validator("lr", "min_lr", "weight_decay", "galore_scale")
     @classmethod
