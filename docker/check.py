@@ -53,7 +53,7 @@ def main() -> int:
         python = Path(sys.executable).resolve()
         done, left_out = [], []
         for instruction, arguments in instructions():
-            words = arguments.replace("/opt/", f"{folder}/").replace("/tmp/requirements", f"{folder}/requirements")
+            words = arguments.replace("/opt/", f"{folder}/")
             reason = next((why for mark, why in LEFT_OUT.items() if mark in arguments), None)
             if "transformer_engine" in arguments and not any((path / "transformer_engine").exists() for path in image):
                 reason = "needs Transformer Engine"
