@@ -25,14 +25,6 @@ FP8 = ("train.precision=fp8", "model.kernels=te")
         (["train.recompute=[moe_act]", "model.kernels=portable"], "train.recompute has moe_act, but model.kernels"),
         (["train.recompute=[moe, moe_act]"], "moe includes it"),
         ([*FP8, "train.fp8={recipe: delayed}", "train.recompute=[moe_act]"], "train.fp8.recipe is delayed"),
-        (
-            ["train.optimizer_offload=1.0", "train.optimizer=sgd"],
-            "train.optimizer_offload is 1, but train.optimizer is sgd",
-        ),
-        (
-            ["train.optimizer_offload=0.5", "train.precision=fp32"],
-            "train.optimizer_offload is 0.5, but train.precision",
-        ),
         (["train.overlap={tensor: true}"], "train.overlap.tensor is true, but model.kernels is auto"),
         (["train.overlap={tensor: true}", "model.kernels=te"], "parallel.tensor 1"),
         (["train.experts={fused_router: true}"], "train.experts.fused_router is true, but model.kernels is auto"),
