@@ -24,13 +24,13 @@ def test_every_stage_ends_without_root() -> None:
 
 
 def test_what_is_compiled_for_the_image_stays_the_images() -> None:
-    """Beside what torch and Transformer Engine are, what Transformer Engine was compiled against."""
+    """Beside what torch and Transformer Engine are, what Transformer Engine was compiled against; no test's peers."""
     command = next(arguments for name, arguments in INSTRUCTIONS if name == "RUN" and arguments.startswith("grep"))
     grep = command.partition(" > ")[0].replace("/opt/megavlm/", "")
     kept = subprocess.run(["bash", "-c", grep], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     pinned = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if not x.startswith("#")]
     left_out = {re.match(r"[a-z]+", x)[0] for x in set(pinned) - set(kept)}
-    assert left_out == {"torch", "torchvision", "triton", "nvidia", "cuda", "numpy", "protobuf"}
+    assert left_out == {"torch", "torchvision", "triton", "nvidia", "cuda", "numpy", "protobuf", "trl", "verl"}
     assert {"transformers", "megatron-core", "opentelemetry-proto"} <= {x.partition("==")[0] for x in kept}
 
 
