@@ -2,6 +2,8 @@
 #   make demo       train and try a tiny Qwen3-VL on this machine
 #   make demo-tune  a reward model, DPO and LoRA on it, each held to a bound
 #   make demo-rl    reinforcement learning from answers that it samples, held to a bound
+#   make gpu-check  all checks and measures that need a GPU, at most eight minutes (docs/gpu.md); with PYTHON=python3 it
+#                   runs in that Python, where nothing can be installed; GPU_CHECK has options, such as --only speed
 #   make test       style, types and the tests that need neither a GPU nor more than about a minute each
 #   make test-all   all tests; those for a GPU are skipped where there is none
 #   make lint       style and types alone
@@ -15,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 PYTHON ?=
 
-.PHONY: demo demo-tune demo-rl test test-all lint docs clean
+.PHONY: demo demo-tune demo-rl gpu-check test test-all lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -27,6 +29,9 @@ demo-tune: $(INSTALLED)
 demo-rl: $(INSTALLED)
 	$(BIN)/python -m megavlm.demo.rl
 
+gpu-check: $(if $(PYTHON),,$(INSTALLED))
+	$(or $(PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(GPU_CHECK)
+
 test: lint
 	$(PYTEST) -m "not slow and not gpu"
 
@@ -37,7 +42,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources launch/*.sh .ci/run
+	$(BIN)/shellcheck --external-sources launch/*.sh docker/*.sh .ci/run
+	$(BIN)/hadolint docker/Dockerfile
 
 docs: $(INSTALLED)
 	$(BIN)/zensical build --strict --clean
@@ -66,4 +72,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing the packages of constraints.txt into $(VENV) (some minutes and 5 GB the first time)"
 	@# without compiling all 5 GB: Python compiles the few modules that are imported
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@# two files of each are read by tests/align/test_peers.py; what they depend on would be gigabytes more
+	@rm -rf $(VENV)/peers
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --no-deps -c constraints.txt \
+	  --target $(VENV)/peers trl verl
 	@touch $@

@@ -70,7 +70,7 @@ def measure(root: Path, folder: Path, steps: int) -> dict:
         samples = []
         for draft in drafts:
             chosen, (rejected,) = renderer.complete(draft), draft.followers
-            twin = replace(renderer.complete(rejected), patches=chosen.patches, shares_media=False)
+            twin = replace(renderer.complete(rejected), pixels=chosen.pixels, shares_media=False)
             samples += [chosen, twin]
         apart.append(renderer.pack(samples))
     optimizers, seconds, losses, frames = Optimizers(vlm, settings.train), {}, {}, {}

@@ -83,6 +83,7 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     from megavlm.model.vision import Frames
     from megavlm.model.vlm import VLM
     from megavlm.runtime.feed import Feed
+    from megavlm.runtime.pixels import normalised
 
     settings = Settings(
         model={"hf": folder}, data={"seq_length": 32768}, parallel=parallel, train={"precision": "fp32"},
@@ -101,9 +102,13 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     share = RankShare(planes=tuple(range(vlm.tower.num_planes)))
     counts = np.asarray(row.frame_lengths) // vlm.tower.merge
     starts = row.visual_positions.numpy()[np.cumsum(counts) - counts]
-    tokens = VisualTokens.of([VisualRow(row.segment_lengths, counts, np.arange(len(counts)), starts)], share, 0)
+    tokens = VisualTokens.of(
+        [VisualRow(row.segment_lengths, counts, np.ones_like(counts), np.arange(len(counts)), starts)], share, 0
+    )
     alone = TowerPhase(vlm.vision, vlm.projector, groups.tower.tp, [share], recompute=True, chunk_patches=16384)
-    everything = Frames(row.patches, row.patch_coords, row.pos_index, row.pos_weight, row.frame_lengths)
+    lengths, images = np.asarray(row.frame_lengths), row.frame_images.numpy().astype(np.int64)
+    patches = normalised(row.pixels, lengths, images, row.pixel_scale, 2, torch.float32)
+    everything = Frames(patches, row.patch_coords, row.pos_index, row.pos_weight, row.frame_lengths)
     own_plan = plan_exchange(tokens, counts, np.zeros(len(counts), dtype=np.int64), [share], 0, 1)
 
     def step(tower, frames, exchange) -> float:

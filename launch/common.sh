@@ -18,6 +18,7 @@
 #   MEGAVLM_IMAGE    container image for pyxis/enroot, see docker/Dockerfile (default: none; MEGAVLM_VENV is used)
 #   MEGAVLM_MOUNTS   further pyxis mounts, separated by commas            (default: none; the checkout is mounted)
 #   MEGAVLM_VENV     environment in which megavlm is installed            (default: .venv of the checkout)
+#   MEGAVLM_RETRIES  how often in a row a job that failed is requeued     (default: 3; 0: never)
 set -euo pipefail
 
 # The environment of each rank. Variables that are set when the job is submitted take precedence. Sites can add their
@@ -30,9 +31,18 @@ rank_environment() {
   : "${OMP_NUM_THREADS:=1}"                            # eight ranks and their data workers share the cores of a node
   : "${HF_HUB_OFFLINE:=1}"                             # models are local folders, so ranks need not contact the hub
   : "${TOKENIZERS_PARALLELISM:=false}"                 # data workers already run in parallel
+  : "${TORCH_ALLOW_TF32_CUBLAS_OVERRIDE:=0}"           # NVIDIA's image sets 1: fp32 products with 10 bits of mantissa
   environment=(CUDA_DEVICE_MAX_CONNECTIONS PYTORCH_ALLOC_CONF NCCL_DEBUG OMP_NUM_THREADS HF_HUB_OFFLINE
-    TOKENIZERS_PARALLELISM MASTER_ADDR MASTER_PORT)
-  export MASTER_ADDR=${hosts[0]}
+    TOKENIZERS_PARALLELISM TORCH_ALLOW_TF32_CUBLAS_OVERRIDE MASTER_ADDR MASTER_PORT)
+  # gloo would take the interface to which the name of the host belongs, which may reach no other node. NCCL's variable
+  # is used for gloo too if it names one interface; a list of prefixes or of exceptions means nothing to gloo.
+  if [[ ${NCCL_SOCKET_IFNAME:-} =~ ^=?([[:alnum:]._-]+)$ && -e /sys/class/net/${BASH_REMATCH[1]} ]]; then
+    : "${GLOO_SOCKET_IFNAME:=${BASH_REMATCH[1]}}"
+  fi
+  if [[ -n ${GLOO_SOCKET_IFNAME:-} ]]; then
+    environment+=(GLOO_SOCKET_IFNAME)
+  fi
+  export MASTER_ADDR=$address
   export MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-0} % 10000)) # below the ephemeral ports; jobs on shared nodes differ
   export "${environment[@]}"
 }
@@ -56,15 +66,18 @@ config_of_tuner() {
 }
 
 launch() {
-  local nodes gpus cpus config name=${SLURM_JOB_NAME:-$(sbatch_header job-name)}
+  local nodes gpus cpus config address name=${SLURM_JOB_NAME:-$(sbatch_header job-name)}
   local -a hosts environment
   nodes=${SLURM_JOB_NUM_NODES:-${NODES:-$(sbatch_header nodes)}}
   gpus=${SLURM_NTASKS_PER_NODE:-$(sbatch_header ntasks-per-node)}
   cpus=${SLURM_CPUS_PER_TASK:-$(sbatch_header cpus-per-task)}
   if [[ -n ${SLURM_JOB_ID:-} ]]; then
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    # The address by which SLURM itself reaches the first node; the same as its name, unless a site says otherwise.
+    address=$(scontrol show node "${hosts[0]}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
   else
     mapfile -t hosts < <(seq --format=node%.0f 0 $((nodes - 1)))
+    address=${hosts[0]}
   fi
   rank_environment
   cd "$MEGAVLM_HOME"
@@ -78,7 +91,9 @@ launch() {
   srun=(srun --nodes="$nodes" --ntasks-per-node="$gpus" --cpus-per-task="$cpus"
     --kill-on-bad-exit=1 --open-mode=append --output="$logs/rank-%t.log")
   if [[ -n ${MEGAVLM_IMAGE:-} ]]; then
+    # Without --container-env, a variable that the image sets hides the one of the job.
     srun+=(--container-image="$MEGAVLM_IMAGE" --container-workdir="$PWD"
+      --container-env="$(IFS=, && echo "${environment[*]}")"
       --container-mounts="$PWD:$PWD${MEGAVLM_MOUNTS:+,$MEGAVLM_MOUNTS}")
   else
     command[0]=${MEGAVLM_VENV:-$PWD/.venv}/bin/python
@@ -89,7 +104,7 @@ launch() {
     print_ranks
   else
     mkdir -p "$logs"
-    run_until_signal
+    run_and_requeue
   fi
 }
 
@@ -111,21 +126,59 @@ print_ranks() {
   done
 }
 
-# With `#SBATCH --signal=B:USR1@300`, SLURM sends USR1 to this script 300 s before the time limit. The ranks then write
-# a checkpoint and end with status 0, and the job is requeued to continue from it. After any other end, the job is not
-# requeued here; SLURM itself requeues a job whose node has failed (--requeue).
-run_until_signal() {
-  local status=0 signalled=0
-  trap 'signalled=1; trap "" USR1; kill -USR1 $!' USR1 # srun forwards it to the ranks; one signal is enough
+# Starts the ranks and waits for them. With `#SBATCH --signal=B:USR1@900`, SLURM sends USR1 to this script 900 s before
+# the time limit: time for the rest of a step and for a checkpoint. The ranks then end with status 0, and the job is
+# requeued to continue. It is requeued, too, if they have not ended a minute before the limit, or if a rank failed.
+# Wrong settings or data (status 2) would be wrong again. SLURM itself requeues a job whose node it has found dead
+# (--requeue).
+run_and_requeue() {
+  local status=0 warned=0 overran=0 ranks
   "${srun[@]}" "${command[@]}" &
-  wait $! || status=$?
-  if ((signalled)); then # the trap ended the wait above, but srun is still running
+  ranks=$!
+  trap 'warned=1; trap "" USR1; kill -USR1 "$ranks" || true' USR1 # srun forwards it to the ranks; one signal is enough
+  trap 'overran=1' USR2
+  wait "$ranks" || status=$?
+  if ((warned)); then # the trap ended the wait above, but srun is still running
+    watch_the_time &
     status=0
-    wait $! || status=$?
-    if ((status == 0)); then
-      echo "stopped before the time limit; the job is requeued"
-      scontrol requeue "$SLURM_JOB_ID"
-    fi
+    wait "$ranks" || status=$?
+    kill $! 2>/dev/null || true
+  fi
+  if ((overran)); then
+    requeue_after_failure "step and checkpoint took longer than the warning before the time limit"
+  elif ((warned && status == 0)); then
+    rm -f "$logs/failures"
+    requeue "stopped before the time limit"
+  elif ((status == 2)); then
+    echo "not requeued: settings or data are wrong (status 2); see $logs"
+  elif ((status != 0)); then
+    requeue_after_failure "a rank failed (status $status); see $logs"
   fi
   return "$status"
+}
+
+# Sends USR2 to this script one minute before the time limit of the job, if it has a limit.
+watch_the_time() {
+  local end
+  end=$(date --date="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s) || return 0
+  sleep "$((end > $(date +%s) + 60 ? end - $(date +%s) - 60 : 0))"
+  kill -USR2 $$
+}
+
+# Requeues the job unless it has failed too often since it last stopped at a time limit: `failures` has a line for each.
+requeue_after_failure() {
+  local count
+  echo "$(date +%FT%T) $1" >>"$logs/failures"
+  count=$(wc -l <"$logs/failures")
+  if ((count > ${MEGAVLM_RETRIES:-3})); then
+    echo "not requeued: $1; failure $count in a row, and MEGAVLM_RETRIES is ${MEGAVLM_RETRIES:-3}"
+  else
+    requeue "$1; failure $count in a row, of at most ${MEGAVLM_RETRIES:-3}"
+  fi
+}
+
+# Requeues the job. scancel ends this script together with the ranks, so a cancelled job does not come here.
+requeue() {
+  echo "requeued: $1"
+  scontrol requeue "$SLURM_JOB_ID"
 }

@@ -9,6 +9,7 @@ import multiprocessing.forkserver
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -24,10 +25,35 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
     """multiprocessing's "forkserver", running, with everything imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    path = [str(_HERE), str(_HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with environment({**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path)}):
+    with _of_server():
         multiprocessing.forkserver.ensure_running()
     return context
+
+
+class OtherServer(multiprocessing.forkserver.ForkServer):
+    """A second server, beside the one that multiprocessing has for a process.
+
+    Args:
+        preload: module that it imports.
+        path: folders of further packages.
+    """
+
+    def __init__(self, preload: str, path: list[str]):
+        super().__init__()
+        self.path = path
+        self.set_forkserver_preload([preload])
+
+    def start(self, process: multiprocessing.context.ForkServerProcess) -> None:
+        """Starts a process of multiprocessing's "forkserver" off this server."""
+        connect = mock.patch.object(multiprocessing.forkserver, "connect_to_new_process", self.connect_to_new_process)
+        with _of_server(self.path), connect:
+            process.start()
+
+
+def _of_server(more: list[str] | None = None) -> contextlib.AbstractContextManager[None]:
+    """Environment of a server, with ``more`` folders of packages."""
+    path = [str(_HERE), str(_HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")]), *(more or [])]
+    return environment({**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path)})
 
 
 @contextlib.contextmanager

@@ -134,6 +134,17 @@ def _video(named, base: Path, fps: float):
     return frames, about
 
 
+def patches_of(sample) -> torch.Tensor:
+    """The patches of a sample (or row) as transformers returns them, from its bytes: float32 [P, 2 * channels * n]."""
+    done, start = [torch.empty(0, 1536)], 0
+    for length, images in zip(sample.frame_grids.prod(1).tolist(), sample.frame_images.tolist(), strict=True):
+        frame = sample.pixels[start : start + length * images].view(images, length, 3, -1)
+        done.append(torch.stack([frame[0], frame[images - 1]], dim=2).reshape(length, -1).float().sub(127.5).div(127.5))
+        start += length * images
+    assert start == len(sample.pixels)
+    return torch.cat(done)
+
+
 def assert_equal(sample, expected) -> None:
     """A sample has the processor's very tokens and pixel rows, and transformers' positions."""
     torch.testing.assert_close(sample.input_ids, expected["input_ids"][0])
@@ -149,7 +160,7 @@ def assert_equal(sample, expected) -> None:
     begins = torch.cat([types[:1], torch.where(types[1:] != types[:-1], types[1:], 0)])
     rows = [next(queues[kind]) for kind in begins[begins > 0].tolist()]
     assert [next(queue, None) for queue in queues.values()] == [None, None]
-    torch.testing.assert_close(sample.patches, torch.cat(rows) if rows else torch.empty(0, 1536), rtol=0, atol=0)
+    torch.testing.assert_close(patches_of(sample), torch.cat(rows) if rows else torch.empty(0, 1536), rtol=0, atol=0)
     assert sample.frame_grids.prod(1).tolist() == [len(block) for block in rows]
     torch.testing.assert_close(sample.visual_positions, torch.nonzero(types)[:, 0])
 

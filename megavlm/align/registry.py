@@ -7,6 +7,7 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megavlm.align.sampling_checks import check_sampling
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 
@@ -107,12 +108,13 @@ def make_method(name: str, settings: Settings) -> "Method":
 
 
 def check_method(name: str, settings: Settings) -> None:
-    """Checks the settings of a method as far as possible without importing it. Raises UserError."""
+    """Checks the settings of a method as far as possible without importing it or torch. Raises UserError."""
     if settings.stage is not None and not METHODS[name].has_stages:
         raise UserError(
             f"stage is {settings.stage}, but {name} has no stages: the setting would be ignored", "set stage to null"
         )
     if METHODS[name].samples:
+        check_sampling(settings)
         return
     for section in ("rollout", "reward", "reward_pool"):
         if settings.is_changed(section):

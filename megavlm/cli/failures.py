@@ -60,6 +60,11 @@ def report(error: BaseException) -> int:
         # A file or folder of the user's that no check has foreseen: not readable, not writable, of the wrong kind.
         named = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
         failure = Failure(rank, USER_ERROR, f"{named}: {error.strerror}", "check this path and its permissions")
+    elif _ended_import_of("transformer_engine", error):
+        # Megatron takes it if it is there, whichever kernels are asked for, and does not expect a part to be missing.
+        message = f"Transformer Engine is installed, but cannot be imported: {type(error).__name__}: {error}"
+        remedy = "install what it lacks; or uninstall transformer_engine, and model.kernels=auto takes plain PyTorch"
+        failure = Failure(rank, USER_ERROR, message, remedy)
     else:
         failure = Failure(rank, OTHER_ERROR, "".join(traceback.format_exception(error)).rstrip())
     if folder := os.environ.get(FOLDER_VARIABLE):
@@ -83,6 +88,14 @@ def _hand_over(failure: Failure, folder: Path) -> None:
     atomic_files.write_text(folder / f"failure_{failure.rank}.json", json.dumps(vars(failure)))
     time.sleep(60)  # the parent ends this process long before
     os._exit(failure.status)
+
+
+def _ended_import_of(package: str, error: BaseException) -> bool:
+    """Whether an exception was raised while a module of the package was being imported."""
+    return any(
+        frame.f_code.co_name == "<module>" and f"{frame.f_globals.get('__name__')}.".startswith(f"{package}.")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def _start_of_process() -> float:

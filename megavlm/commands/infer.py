@@ -28,7 +28,9 @@ def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = 
         tell(weights, session, sys.stderr)
         record = _record(prompt, image, video)
         answers = Answerer(session, renderer).answer(lambda: renderer.encode(record, File, "--prompt", kind="prompt"))
-        for answer in answers or ():  # on rank 0
+        for number, answer in enumerate(answers or (), start=1):  # on rank 0
+            if settings.generate.samples > 1:  # an answer may have several lines
+                print(f"--- answer {number} of {settings.generate.samples}")
             print(answer)
         return 0
     tell(weights, session)

@@ -16,6 +16,7 @@ from megavlm.align.registry import METHODS, make_method
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted, short
 from megavlm.checkpoint.load_weights import shapes_at_start, start_words
+from megavlm.commands.reward_fields import check_prompt_data
 from megavlm.commands.usable_data import drafts_of, intended, refusal, renderer_of
 from megavlm.config.layout import check_prompts
 from megavlm.config.requirements import check_files, check_stage, required
@@ -112,6 +113,9 @@ def _check_data(settings: Settings, verb: str | None, console: Console) -> None:
     renderer = renderer_of(settings, meant.kind)
     dataset = drafts_of(sources, renderer, meant.kind, settings)
     refused = []
+    if meant.kind == "prompt":
+        for remark in check_prompt_data(settings, sources):
+            console.print(remark, style="yellow", markup=False, soft_wrap=True)
     for number in range(len(sources)):
         line, skipped, error = _first_samples(dataset, number, renderer, meant.verb, settings.data.skip_limits)
         console.print(line, soft_wrap=True)

@@ -23,6 +23,12 @@ class AlignSettings(Section):
         "higher values keep it closer. null: 0.1 for dpo and kto, 2.5 for simpo; for grpo 0.03 with the loss grpo and "
         "0 with the others. 0, only for grpo: there is no reference model",
     )
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss",
+        description="only for grpo: where the divergence from the reference model counts. loss: k3 of each token, "
+        "times beta, in the loss; reward: the log-ratio of each answer to the reference (k1, summed over its tokens), "
+        "times beta, is taken off its reward before advantages are computed, as in RLOO's paper",
+    )
     gamma: Float | None = Field(
         None,
         description="only for simpo: margin by which the reward of the chosen answer should exceed that of the "
@@ -122,6 +128,11 @@ class AlignSettings(Section):
     offload_reference: Bool = Field(
         False,
         description="only for grpo: whether the reference model is in host memory while it is not used",
+    )
+    routing_replay: Bool | None = Field(
+        None,
+        description="only for grpo with a mixture of experts: whether updates send each token to the experts to which "
+        "it went while its answer was sampled; false: they choose anew. null: true",
     )
     reference_at: Literal["start", "step"] = Field(
         "start",

@@ -165,7 +165,8 @@ class VisionSettings(Section):
     balance: Literal["model_parallel", "world"] = Field(
         "model_parallel",
         description="ranks over which the frames are distributed. model_parallel: the ranks that share a row; world: "
-        "all ranks, which helps if some data-parallel ranks have larger pictures than others",
+        "those of several data-parallel ranks (a block of about 32 ranks), which helps if some of them have "
+        "larger pictures than others",
     )
 
 
@@ -227,6 +228,11 @@ class LogSettings(Section):
     """What a run reports during training."""
 
     every: Int = Field(1, ge=1, description="number of steps between lines of metrics.jsonl")
+    phases: Bool = Field(
+        False,
+        description="whether metrics.jsonl tells how the seconds of a step divide into waiting for data, tower, "
+        "exchange of features, decoder, head, reduction of gradients and optimizer",
+    )
     wandb: WandbSettings = Field(WandbSettings(), description="Weights & Biases")
 
 

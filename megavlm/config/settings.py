@@ -18,6 +18,7 @@ from megavlm.config.sections import (
     VisionSettings,
     WandbSettings,
 )
+from megavlm.config.speed_checks import check_speed
 from megavlm.config.train_section import TrainSettings
 
 __all__ = [
@@ -104,6 +105,7 @@ class Settings(Section):
                 "stay close to",
                 "set model.load to the weights to stay close to, or set kl_to_start to 0",
             )
+        check_speed(self.train, self.parallel, self.model.kernels, self.adapter.type)
         check_seq_length(self.data.seq_length, self.parallel)
         self._check_pad_multiple()
         return self

@@ -1,11 +1,18 @@
 """The train section: the optimizer, its schedule, and how the training steps run."""
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.base.errors import UserError
+from megavlm.config.profile_section import ProfileSettings
 from megavlm.config.section import Bool, Count, Float, Int, Part, Positive, Section
+from megavlm.config.speed_sections import (
+    ExpertSettings,
+    Fp8Settings,
+    OverlapSettings,
+    RecomputeModule,
+)
 
 
 class TrainSettings(Section):
@@ -68,13 +75,20 @@ class TrainSettings(Section):
     precision: Literal["bf16", "fp32", "fp8"] = Field(
         "bf16", description="number format of the computation; fp8 needs model.kernels te"
     )
-    recompute: Literal["none", "selective", "full"] = Field(
+    fp8: Fp8Settings = Fp8Settings()
+    recompute: Literal["none", "full"] | list[RecomputeModule] = Field(
         "none",
-        description="which activations of the decoder are recomputed in the backward pass to save memory. selective: "
-        "those of attention; full: those of whole layers",
+        description="which activations of the decoder are recomputed in the backward pass to save memory. full: those "
+        "of whole layers, for a third more computation; a list, for example [mlp]: those of the named modules. "
+        "layernorm: norms that are modules of their own; mlp: dense MLPs; moe: whole layers of experts; moe_act: only "
+        "the experts' activation function; core_attn: attention, which fused attention never keeps",
     )
+    overlap: OverlapSettings = OverlapSettings()
+    experts: ExpertSettings = ExpertSettings()
     logprob_chunk_tokens: Int = Field(
-        1024, ge=1, description="maximum number of tokens whose logits are in memory at the same time"
+        4096,
+        ge=1,
+        description="maximum number of tokens whose logits are in memory at the same time, with 6 bytes for each logit",
     )
     kl_to_start: Float = Field(
         0.0,
@@ -101,6 +115,7 @@ class TrainSettings(Section):
         description="number of minutes without progress after which every rank writes its stacks and the run ends; "
         "null: no limit",
     )
+    profile: ProfileSettings = Field(ProfileSettings(), description="traces of single steps by torch's profiler")
     seed: Int = Field(
         1234, ge=0, le=2**31 - 1, description="seed of the initial weights, the order of the data and dropout"
     )
@@ -110,6 +125,15 @@ class TrainSettings(Section):
         description="only on a GPU: uses only kernels and collectives that repeat their results, so that a resumed run "
         "has the same bits as one that nothing interrupted. Slower. On a CPU results repeat in any case",
     )
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _former_name(cls, value: Any) -> Any:
+        """``selective`` was the only choice between none and full. Other words are named with all that are allowed."""
+        value, modules = ["core_attn"] if value == "selective" else value, get_args(RecomputeModule)
+        if value not in ("none", "full") and not (isinstance(value, list) and all(word in modules for word in value)):
+            raise UserError(f"allowed: none | full | list of {', '.join(modules)}")
+        return value
 
     @field_validator("lr", "min_lr", "weight_decay", "galore_scale")
     @classmethod
@@ -129,6 +153,12 @@ class TrainSettings(Section):
             raise UserError(
                 f"train.warmup_steps is {self.warmup_steps}, which is greater than train.steps = {self.steps}",
                 "lower warmup_steps or raise steps",
+            )
+        if self.steps is not None and self.profile.last > self.steps:
+            raise UserError(
+                f"train.profile.start and train.profile.steps ask for traces of steps {self.profile.start} to "
+                f"{self.profile.last}, but train.steps is {self.steps}",
+                "lower train.profile.start or train.profile.steps, or raise train.steps",
             )
         if self.schedule_steps is not None and self.schedule == "constant":
             raise UserError(

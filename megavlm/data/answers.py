@@ -14,7 +14,8 @@ def first_sample(row: Row) -> Sample:
         labels=row.labels[:length],
         loss_weights=row.loss_weights[:length],
         position_ids=row.position_ids[:, :length],
-        patches=row.patches,
+        pixels=row.pixels,
+        frame_images=row.frame_images,
         frame_grids=row.frame_grids,
         visual_positions=row.visual_positions,
         num_images=row.num_images,
@@ -24,6 +25,7 @@ def first_sample(row: Row) -> Sample:
         source_id=row.source_ids[0],
         annotations=row.annotations[0],
         remarks=tuple(row.remarks),
+        pixel_scale=row.pixel_scale,
     )
 
 
@@ -52,7 +54,8 @@ def with_answer(
         labels=labels,
         loss_weights=(labels != IGNORE).float(),
         position_ids=torch.cat([prompt.position_ids, positions], dim=1),
-        patches=prompt.patches[:0] if shares_media else prompt.patches,
+        pixels=prompt.pixels[:0] if shares_media else prompt.pixels,
+        frame_images=prompt.frame_images,
         frame_grids=prompt.frame_grids,
         visual_positions=prompt.visual_positions,
         num_images=prompt.num_images,
@@ -63,4 +66,5 @@ def with_answer(
         shares_media=shares_media,
         annotations=annotations,
         remarks=() if shares_media else prompt.remarks,
+        pixel_scale=prompt.pixel_scale,
     )

@@ -17,6 +17,7 @@ class Draft:
         repeats: int32 [s], 1 for text tokens; for the token of a frame, its number of visual tokens.
         weights: float32 [s], loss weight of each token as a target, 0 if it is not a target.
         frame_grids: int32 [F, 2], patches (h, w) of each frame in text order.
+        frame_images: int32 [F], see ``Sample``.
         media: pictures and videos in text order.
         length: number of tokens t of the sample.
         source: "file:line".
@@ -32,6 +33,7 @@ class Draft:
     repeats: np.ndarray
     weights: np.ndarray
     frame_grids: np.ndarray
+    frame_images: np.ndarray
     media: list[Still | Clip]
     length: int
     source: str
@@ -49,8 +51,13 @@ class Draft:
 
     @property
     def num_patches(self) -> int:
-        """Number of pixel rows P that must be read for the sample."""
+        """Number of patches P whose pixels must be read for the sample."""
         return 0 if self.shares_media else int(self.frame_grids.prod(axis=1).sum())
+
+    @property
+    def num_pixel_rows(self) -> int:
+        """Number of rows Q of its ``pixels``."""
+        return 0 if self.shares_media else int((self.frame_grids.prod(axis=1) * self.frame_images).sum())
 
     def padded_length(self, multiple: int) -> int:
         """Number of tokens in the row, including padding, of this sample and its followers."""

@@ -36,10 +36,10 @@ class RowLoader:
     states of all workers.
     """
 
-    def __init__(self, dataset: RowDataset, num_workers: int, rows_per_step: int, pin_memory: bool, identity: dict):
+    def __init__(self, dataset: RowDataset, num_workers: int, rows_per_step: int, identity: dict):
         ahead = min(max(2, -(-rows_per_step // max(num_workers, 1))), _MOST_AHEAD)
         self._dataset, self._identity = dataset, identity
-        self._begin = partial(rows_from_workers, dataset, num_workers, ahead=ahead, pin_memory=pin_memory)
+        self._begin = partial(rows_from_workers, dataset, num_workers, ahead=ahead)
         self._rows: Generator[Row] | None = None
         self._is_closed = False
         self._taken = 0
@@ -190,7 +190,6 @@ def build_loader(
     dp_size: int,
     seed: int,
     rows_per_step: int = 1,
-    pin_memory: bool = False,
     output: Path | None = None,
 ) -> RowLoader:
     """The loader of the training rows of one data-parallel rank. Call it on one process of each model-parallel group.
@@ -203,7 +202,6 @@ def build_loader(
         dp_size: the number of data-parallel ranks.
         seed: the seed of sample order and blending.
         rows_per_step: rows that this rank takes per training step; the workers prepare about as many in advance.
-        pin_memory: put rows into page-locked memory, for training on a GPU.
         output: the run's folder, which keeps the list of samples that have killed the process that read them.
 
     Raises:
@@ -229,4 +227,4 @@ def build_loader(
         "data.shuffle": settings.shuffle,
         "train.seed": seed,
     }
-    return RowLoader(dataset, settings.workers, rows_per_step, pin_memory, identity)
+    return RowLoader(dataset, settings.workers, rows_per_step, identity)

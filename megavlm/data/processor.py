@@ -1,8 +1,9 @@
-"""The processor of the Hugging Face folder: the sizes of processed media, the text of videos, and pixel rows."""
+"""The processor of the Hugging Face folder: the sizes of processed media, the text of videos, and pixels."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,11 @@ from megavlm.data.limits import apply_limits, load_processor
 from megavlm.media.frames import Frames
 from megavlm.media.pictures import Picture
 from megavlm.media.videos import Video
+
+# The arguments with which a processor returns resized images patch by patch, as bytes, each once.
+_AS_BYTES: dict[str, Any] = {
+    "do_rescale": False, "do_normalize": False, "temporal_patch_size": 1, "return_tensors": "pt",
+}  # fmt: skip
 
 
 @dataclass
@@ -60,6 +66,10 @@ class VisionProcessor:
 
     Raises:
         UserError: the folder has no Qwen3-VL processor, or the limits contradict each other.
+
+    Attributes:
+        pixel_width: number of bytes of a patch of one image: channels * patch * patch.
+        pixel_scale: see ``Sample``.
     """
 
     def __init__(self, hf_dir: Path, settings: DataSettings):
@@ -68,7 +78,8 @@ class VisionProcessor:
         pictures = self.hf.image_processor
         self.merge = pictures.merge_size
         self._max_megapixels = settings.max_image_megapixels
-        self.patch_dim = 3 * pictures.temporal_patch_size * pictures.patch_size**2
+        self.pixel_width = 3 * pictures.patch_size**2
+        self.pixel_scale = _pixel_scale(hf_dir, self.hf)
         self.video_fps = self.hf.video_processor.fps
         self.grid_side = _grid_side(hf_dir / "config.json")
 
@@ -155,18 +166,29 @@ class VisionProcessor:
         texts, replaced = self.hf.get_text_with_replacements([text], images, videos)
         return texts[0], replaced[0]
 
+    def images_in_frame(self, item: Still | Clip) -> int:
+        """The number of images in each frame of the item: 1 for a picture, which the processor would repeat."""
+        return self.hf.video_processor.temporal_patch_size if isinstance(item, Clip) else 1
+
+    def no_pixels(self, rows: int) -> torch.Tensor:
+        """An uninitialised matrix for pixels, uint8 [rows, pixel_width]."""
+        return torch.empty(rows, self.pixel_width, dtype=torch.uint8)
+
     def pixel_rows(self, item: Still | Clip, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Decode and process the item, into `out` if given.
+        """Decode and resize the item, into `out` if given.
+
+        The processor resizes 8-bit pixels to 8-bit pixels. It is called without the two things that it does afterwards
+        and that take the eightfold space: normalising to float32, and repeating a picture for the frames of a step.
 
         Returns:
-            float32 [t * h * w, patch_dim].
+            uint8 [t * images_in_frame * h * w, pixel_width], see ``Sample.pixels``.
 
         Raises:
             UserError: the file cannot be read.
         """
         if isinstance(item, Clip):
             return self._clip_rows(item, out)
-        done = self.hf.image_processor(images=[item.picture.pixels()], return_tensors="pt")
+        done = self.hf.image_processor(images=[item.picture.pixels()], **_AS_BYTES)
         self._check_grid(done["image_grid_thw"], item.grid)
         return done["pixel_values"] if out is None else out.copy_(done["pixel_values"])
 
@@ -177,19 +199,17 @@ class VisionProcessor:
         from a part of the video, it would compute another size.
         """
         processor = self.hf.video_processor
-        (steps, h, w), step = clip.grid, processor.temporal_patch_size
+        steps, h, w = clip.grid
         size = SizeDict(height=h * processor.patch_size, width=w * processor.patch_size)
-        rows = torch.empty(steps * h * w, self.patch_dim) if out is None else out
-        parts, waiting, left = iter(rows.split(h * w)), [], len(clip.frames)
-        for frame in clip.video.pixels(clip.frames):
-            waiting.append(BaseVideoProcessor.resize(processor, frame[None], size, processor.resample))
-            left -= 1
-            if len(waiting) == step or not left:
-                group = [torch.cat(waiting)]
-                done = processor(videos=group, do_resize=False, do_sample_frames=False, return_tensors="pt")
-                self._check_grid(done["video_grid_thw"], (1, h, w))
-                next(parts).copy_(done["pixel_values_videos"])
-                waiting = []
+        rows = self.no_pixels(steps * processor.temporal_patch_size * h * w) if out is None else out
+        parts = rows.split(h * w)
+        for number, frame in enumerate(clip.video.pixels(clip.frames)):
+            resized = BaseVideoProcessor.resize(processor, frame[None], size, processor.resample)
+            done = processor(videos=[resized], do_resize=False, do_sample_frames=False, **_AS_BYTES)
+            self._check_grid(done["video_grid_thw"], (1, h, w))
+            parts[number].copy_(done["pixel_values_videos"])
+        for number in range(len(clip.frames), len(parts)):  # the last step is filled with its last image
+            parts[number].copy_(parts[number - 1])
         return rows
 
     @staticmethod
@@ -206,3 +226,26 @@ def _grid_side(config: Path) -> int:
         raise UserError(
             f"{config}: vision_config.num_position_embeddings cannot be read: {shortened(repr(error))}"
         ) from error
+
+
+def _pixel_scale(folder: Path, hf: Any) -> torch.Tensor:
+    """``Sample.pixel_scale`` of the folder. It is tried on all 256 values of each channel: the result is the same bits.
+
+    Raises UserError if the processor does anything else with resized pixels, or not the same in pictures and videos.
+    """
+    ramp = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    scales = []
+    for part in (hf.image_processor, hf.video_processor):
+        constants = part.image_mean, part.image_std
+        scale = torch.tensor(constants, dtype=torch.float32) * (1.0 / part.rescale_factor)
+        own = part.rescale_and_normalize(
+            ramp.clone(), part.do_rescale, part.rescale_factor, part.do_normalize, *constants
+        )
+        scales.append(scale)
+        ours = (ramp.float() - scale[0, :, None, None]) / scale[1, :, None, None]
+        if not (torch.equal(own, ours) and torch.equal(scale, scales[0])):
+            raise UserError(
+                f"{folder}: its processor does not normalise pictures and videos as that of Qwen3-VL does",
+                "copy the processor files of the released model into it",
+            )
+    return scales[0]

@@ -35,8 +35,9 @@ END_OF_TEXT = "<|endoftext|>"
 class Renderer:
     """Renders records with the processor of a Hugging Face folder.
 
-    Token ids and pixel rows are equal to those that the processor returns for the same messages. Picture and video
-    limits come from the settings or, where these are null, from the folder.
+    Token ids are equal to those that the processor returns for the same messages, and so are the pixels once they have
+    been normalised (``runtime.pixels``). Picture and video limits come from the settings or, where these are null, from
+    the folder.
 
     Args:
         hf_dir: folder with config.json, tokenizer and processor files.
@@ -109,6 +110,8 @@ class Renderer:
         media = [next(queues[item["type"]]) for item in replaced]
         grids = [(h, w) for t, h, w in (item.grid for item in media) for _ in range(t)]
         frame_grids = np.array(grids, dtype=np.int32).reshape(-1, 2)
+        images = [self.vision.images_in_frame(item) for item in media for _ in range(item.grid[0])]
+        frame_images = np.array(images, dtype=np.int32)
 
         encoding = self.tokenizer(text, return_offsets_mapping=True, return_attention_mask=False)
         token_ids = np.array(encoding["input_ids"], dtype=np.int32)
@@ -123,12 +126,13 @@ class Renderer:
             first, dropped = first_kept(repeats, spans, self.seq_length)
             num_frames = sum(item.grid[0] for item in media[:dropped])
             token_ids, repeats, weights = token_ids[first:], repeats[first:], weights[first:]
-            media, frame_grids = media[dropped:], frame_grids[num_frames:]
+            media, frame_grids, frame_images = media[dropped:], frame_grids[num_frames:], frame_images[num_frames:]
         draft = Draft(
             token_ids=token_ids,
             repeats=repeats,
             weights=weights,
             frame_grids=frame_grids,
+            frame_images=frame_images,
             media=media,
             length=int(repeats.sum()),
             source=source,
@@ -139,19 +143,19 @@ class Renderer:
             self.check_size(draft)
         return draft
 
-    def complete(self, draft: Draft, patches: torch.Tensor | None = None) -> Sample:
-        """Read the pixels (into `patches` if given) and expand tokens, targets and positions.
+    def complete(self, draft: Draft, pixels: torch.Tensor | None = None) -> Sample:
+        """Read the pixels (into `pixels` if given) and expand tokens, targets and positions.
 
         Raises UserError if a file cannot be read.
         """
         if draft.shares_media:
-            patches = torch.empty(0, self.vision.patch_dim)
-        elif patches is None and len(draft.media) == 1:
-            patches = self.vision.pixel_rows(draft.media[0])
+            pixels = self.vision.no_pixels(0)
+        elif pixels is None and len(draft.media) == 1:
+            pixels = self.vision.pixel_rows(draft.media[0])
         else:
-            patches = torch.empty(draft.num_patches, self.vision.patch_dim) if patches is None else patches
-            parts = patches.split([int(np.prod(item.grid)) for item in draft.media])
-            for item, part in zip(draft.media, parts, strict=True):
+            pixels = self.vision.no_pixels(draft.num_pixel_rows) if pixels is None else pixels
+            rows = [int(np.prod(item.grid)) * self.vision.images_in_frame(item) for item in draft.media]
+            for item, part in zip(draft.media, pixels.split(rows), strict=True):
                 self.vision.pixel_rows(item, part)
         visual_positions = np.flatnonzero(np.repeat(self._is_visual(draft.token_ids), draft.repeats))
         tokens = torch.from_numpy(np.repeat(draft.token_ids, draft.repeats).astype(np.int64))
@@ -165,7 +169,8 @@ class Renderer:
             labels=torch.where(loss_weights > 0, next_tokens, IGNORE),
             loss_weights=loss_weights,
             position_ids=torch.from_numpy(positions),
-            patches=patches,
+            pixels=pixels,
+            frame_images=torch.from_numpy(draft.frame_images),
             frame_grids=torch.from_numpy(draft.frame_grids),
             visual_positions=torch.from_numpy(visual_positions),
             num_images=len(draft.media) - num_videos,
@@ -176,11 +181,10 @@ class Renderer:
             shares_media=draft.shares_media,
             annotations=draft.annotations,
             remarks=draft.remarks,
+            pixel_scale=self.vision.pixel_scale,
         )
 
-    def pack(
-        self, samples: Sequence[Sample], seq_length: int | None = None, patches: torch.Tensor | None = None
-    ) -> Row:
+    def pack(self, samples: Sequence[Sample], seq_length: int | None = None, pixels: torch.Tensor | None = None) -> Row:
         """Pack samples into one row of `seq_length` tokens (default: data.seq_length); see ``row.pack``."""
         vision = self.vision
         return pack(
@@ -190,18 +194,18 @@ class Renderer:
             grid_side=vision.grid_side,
             merge=vision.merge,
             pad_multiple=self.pad_multiple,
-            patches=patches,
+            pixels=pixels,
         )
 
     def complete_row(self, drafts: Sequence[Draft]) -> Row:
         """Complete drafts and pack them. Raises DraftError for the first draft with an unreadable file.
 
-        The pixel rows of a one-megapixel picture take 25 MB. They are therefore written only once, directly into the
-        shared memory in which a worker process passes the row to the trainer.
+        The pixels are written only once, directly into the shared memory in which a worker process passes the row to
+        the trainer.
         """
-        counts = [draft.num_patches for draft in drafts]
-        patches = _empty_shared(sum(counts), self.vision.patch_dim)
-        parts = patches.split(counts)
+        counts = [draft.num_pixel_rows for draft in drafts]
+        pixels = _empty_shared(sum(counts), self.vision.pixel_width)
+        parts = pixels.split(counts)
         samples = []
         for place, (draft, part) in enumerate(zip(drafts, parts, strict=True)):
             try:
@@ -211,7 +215,7 @@ class Renderer:
                 raise
             except Exception as error:
                 raise DraftError(place) from error
-        return self.pack(samples, patches=patches)
+        return self.pack(samples, pixels=pixels)
 
     def _text(self, record: Record, kind: Kind, source: str) -> tuple[str, list[Span] | None]:
         """The record as text with one placeholder per picture or video, and the turns that are targets.
@@ -279,8 +283,8 @@ def _end_of_text(tokenizer: Any) -> str:
 
 
 def _empty_shared(rows: int, width: int) -> torch.Tensor:
-    """An uninitialised float32 matrix. In a worker process it is in shared memory, as in torch's collate functions."""
+    """An uninitialised uint8 matrix. In a worker process it is in shared memory, as in torch's collate functions."""
     if torch.utils.data.get_worker_info() is None or not rows:
-        return torch.empty(rows, width)
-    storage = torch.UntypedStorage._new_shared(4 * rows * width)
-    return torch.empty(0).set_(storage).view(rows, width)
+        return torch.empty(rows, width, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(rows * width)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(rows, width)

@@ -1,7 +1,7 @@
 """A rendered sample, and the row of packed samples that is one micro-batch. All tensors are on the host."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from megavlm.data.positions import grid_interpolation, patch_coordinates
 from megavlm.records.skipped_samples import SkippedSample
 
 IGNORE = -100  # label of a position without a target (torch's convention)
+PIXEL_SCALE = torch.full((2, 3), 127.5)  # of the released processors: 0 … 255 becomes -1 … 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +23,14 @@ class SampledAnswer:
         advantage: how much better it is than was to be expected; every token of the answer has this advantage.
         logprobs: float32 [n], log-probability of each target when it was sampled, at the temperature of sampling.
         number: number of the answer among those that were packed together.
+        routing: the experts of the tokens of its prompt and of its own tokens (see ``megavlm.runtime.routing``); None:
+            the model chooses them.
     """
 
     advantage: float
     logprobs: Tensor
     number: int
+    routing: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,10 @@ class Sample:
             there is none. The last label is always ``IGNORE``.
         loss_weights: float32 [t], weight of each position in the loss; 0 where the label is ``IGNORE``.
         position_ids: int64 [3, t], rotary positions in time, height, width.
-        patches: float32 [P, channels * 2 * patch * patch], the processor's pixel rows in text order.
+        pixels: uint8 [Q, channels * patch * patch], the resized pixels, frame by frame in text order, each frame image
+            by image, each image patch by patch in the processor's order. They are normalised on the device.
+        frame_images: int32 [F], images of each frame: 1 for a picture, which the tower sees twice; those of a temporal
+            step for a video. Times the patches of the frames they sum to Q.
         frame_grids: int32 [F, 2], patches per column and per row (h, w) of each frame; the products sum to P.
         visual_positions: int64 [P / merge**2], index in ``input_ids`` of each visual token, in patch order.
         num_images: number of pictures in the sample.
@@ -95,16 +102,19 @@ class Sample:
         source: "file:line", for error messages.
         index: number of the sample in its file, from 0.
         source_id: number of its source in the blend.
-        shares_media: the sample uses the pictures and videos of the sample before it in the row; ``patches`` is empty.
+        shares_media: the sample uses the pictures and videos of the sample before it in the row; ``pixels`` is empty.
         annotations: inputs of the loss other than tokens.
         remarks: see ``Draft``.
+        pixel_scale: float32 [2, channels], what is subtracted from each pixel, and then divides it; the same for all
+            samples of a run.
     """
 
     input_ids: Tensor
     labels: Tensor
     loss_weights: Tensor
     position_ids: Tensor
-    patches: Tensor
+    pixels: Tensor
+    frame_images: Tensor
     frame_grids: Tensor
     visual_positions: Tensor
     num_images: int
@@ -115,6 +125,7 @@ class Sample:
     shares_media: bool = False
     annotations: Annotations = NO_ANNOTATIONS
     remarks: tuple[str, ...] = ()
+    pixel_scale: Tensor = PIXEL_SCALE
 
 
 def padded_length(length: int, multiple: int) -> int:
@@ -156,7 +167,8 @@ class Row:
     labels: Tensor
     loss_weights: Tensor
     position_ids: Tensor
-    patches: Tensor
+    pixels: Tensor
+    frame_images: Tensor
     frame_grids: Tensor
     visual_positions: Tensor
     use_frames: Tensor
@@ -178,6 +190,7 @@ class Row:
     skipped_samples: list[SkippedSample] = field(default_factory=list)
     newly_read: list[int] = field(default_factory=list)
     loader_state: dict | None = None
+    pixel_scale: Tensor = PIXEL_SCALE
 
     @property
     def segment_lengths(self) -> list[int]:
@@ -196,15 +209,6 @@ class Row:
         """Patches of each frame; sums to P."""
         return self.frame_grids.prod(dim=1).tolist()
 
-    def pin_memory(self) -> "Row":
-        """The same row in page-locked memory, from which the GPU can copy while it computes."""
-        pinned: dict[str, Any] = {
-            name: value.pin_memory()
-            for name in (field.name for field in fields(self))
-            if isinstance(value := getattr(self, name), Tensor)
-        }
-        return replace(self, **pinned)
-
 
 def pack(
     samples: Sequence[Sample],
@@ -214,7 +218,7 @@ def pack(
     grid_side: int,
     merge: int,
     pad_multiple: int = 1,
-    patches: Tensor | None = None,
+    pixels: Tensor | None = None,
 ) -> Row:
     """Pack samples into one row of exactly `seq_length` tokens.
 
@@ -225,7 +229,7 @@ def pack(
         grid_side: side of the tower's learned position grid.
         merge: patches per side that are merged into one visual token.
         pad_multiple: each sample is padded to a multiple of this many tokens; it divides `seq_length`.
-        patches: the patches of all samples if they are already concatenated; None: they are copied into one tensor.
+        pixels: the pixels of all samples if they are already concatenated; None: they are copied into one tensor.
     """
     lengths = [len(sample.input_ids) for sample in samples]
     starts = np.cumsum([0, *(padded_length(length, pad_multiple) for length in lengths)])
@@ -252,7 +256,8 @@ def pack(
         labels=labels,
         loss_weights=tokens("loss_weights", 0.0),
         position_ids=tokens("position_ids", 0),
-        patches=torch.cat([sample.patches for sample in samples]) if patches is None else patches,
+        pixels=torch.cat([sample.pixels for sample in samples]) if pixels is None else pixels,
+        frame_images=torch.cat([sample.frame_images for sample in samples if not sample.shares_media]),
         frame_grids=frame_grids,
         visual_positions=torch.cat(
             [sample.visual_positions + int(start) for sample, start in zip(samples, starts, strict=False)]
@@ -273,6 +278,7 @@ def pack(
         source_ids=[sample.source_id for sample in samples],
         annotations=[sample.annotations for sample in samples],
         remarks=[remark for sample in samples for remark in sample.remarks],
+        pixel_scale=samples[0].pixel_scale,
     )
 
 

@@ -1,5 +1,6 @@
 """The interface of sources of training rows: the data loader, or a source that a method provides."""
 
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -54,6 +55,42 @@ class MappedRows:
 
     def state_dict(self) -> list[dict[str, Any]]:
         return self._source.state_dict()
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> str | None:
+        return self._source.load_state_dict(states)
+
+    def close(self) -> None:
+        self._source.close()
+
+
+class HeldRows:
+    """The rows of another source, of which a step ahead of time may have taken more than were trained on.
+
+    Args:
+        source: the source of rows and state.
+    """
+
+    def __init__(self, source: RowSource):
+        self._source = source
+        self._held: bytes | None = None
+
+    def hold(self) -> None:
+        """From now on, ``state_dict`` returns the state of this moment, whatever rows are taken."""
+        self._held = pickle.dumps(self._source.state_dict())  # a copy; pickle makes it in a millisecond
+
+    def release(self) -> None:
+        """From now on, ``state_dict`` returns the state of its moment again."""
+        self._held = None
+
+    @property
+    def sources(self) -> list[Source]:
+        return self._source.sources
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._source)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return self._source.state_dict() if self._held is None else pickle.loads(self._held)
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> str | None:
         return self._source.load_state_dict(states)

@@ -11,13 +11,13 @@ from megavlm.data.row import IGNORE, Annotations, Sample, SampledAnswer
 
 
 def synthetic_samples(
-    tokens: Tensor, patches: Tensor, frame_grids: np.ndarray, visual_positions: np.ndarray, *, merge: int, answers: int
+    tokens: Tensor, pixels: Tensor, frame_grids: np.ndarray, visual_positions: np.ndarray, *, merge: int, answers: int
 ) -> list[Sample]:
     """Samples for any method: all positions except the last have a target, and all annotations have a value.
 
     Args:
         tokens: int64 [t], the token ids of each sample.
-        patches: float32 [P, patch_dim], the pixels of its pictures, one frame each.
+        pixels: uint8 [P, channels * patch * patch], the pixels of its pictures, one frame each.
         frame_grids: int32 [F, 2], patches (h, w) of each frame; the products sum to P.
         visual_positions: int64 [P / merge**2], index in ``tokens`` of each visual token.
         merge: patches per side that are merged into one visual token.
@@ -31,7 +31,8 @@ def synthetic_samples(
         labels=torch.where(is_target, tokens.roll(-1), IGNORE),
         loss_weights=is_target.float(),
         position_ids=torch.from_numpy(mrope_positions(len(tokens), frame_grids, visual_positions, merge)),
-        patches=patches,
+        pixels=pixels,
+        frame_images=torch.ones(len(frame_grids), dtype=torch.int32),
         frame_grids=torch.from_numpy(frame_grids),
         visual_positions=torch.from_numpy(visual_positions),
         num_images=len(frame_grids),
@@ -43,4 +44,4 @@ def synthetic_samples(
     if answers == 1:
         return [sample]
     further = Annotations(side="rejected", mismatched=True, ref_logprob=0.0, sampled=sampled)
-    return [sample, replace(sample, shares_media=True, patches=patches[:0], annotations=further)]
+    return [sample, replace(sample, shares_media=True, pixels=pixels[:0], annotations=further)]

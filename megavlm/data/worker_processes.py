@@ -56,9 +56,7 @@ class WorkerRows[T](IterableDataset[T | UserError]):
         yield from sent(self.rows_of(info.id if info is not None else 0))
 
 
-def rows_from_workers[T](
-    rows: WorkerRows[T], num_workers: int, *, ahead: int | None = None, pin_memory: bool = False
-) -> Generator[T]:
+def rows_from_workers[T](rows: WorkerRows[T], num_workers: int, *, ahead: int | None = None) -> Generator[T]:
     """Yields the rows of ``num_workers`` forked processes (0: of this process). Close it to end the processes.
 
     If a process dies, all are started again and continue after the rows that have been taken. The sample that the dead
@@ -68,7 +66,6 @@ def rows_from_workers[T](
         rows: makes the rows.
         num_workers: number of processes.
         ahead: number of rows that a worker makes in advance; None: torch's default.
-        pin_memory: whether rows are put into page-locked memory, for training on a GPU.
 
     Raises:
         UserError: no further row can be made.
@@ -76,7 +73,7 @@ def rows_from_workers[T](
     """
     deaths = 0
     while True:
-        workers = _Workers[T](_loader(rows, num_workers, ahead=ahead, pin_memory=pin_memory))
+        workers = _Workers[T](_loader(rows, num_workers, ahead=ahead))
         died = None
         try:
             for item in workers:
@@ -203,13 +200,12 @@ class _Workers[T]:
                     process.kill()
 
 
-def _loader(rows: WorkerRows, num_workers: int, *, ahead: int | None, pin_memory: bool) -> DataLoader:
+def _loader(rows: WorkerRows, num_workers: int, *, ahead: int | None) -> DataLoader:
     return DataLoader(
         rows,
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=ahead if num_workers else None,
-        pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         # Other ways of starting a process import torch and transformers again, which takes a worker many seconds.
         multiprocessing_context="fork" if num_workers else None,

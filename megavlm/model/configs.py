@@ -1,6 +1,7 @@
 """Makes Megatron's TransformerConfig for the decoder and the vision tower, from a model's shapes and the settings."""
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.config.settings import ParallelSettings, TrainSettings
+from megavlm.config.speed_checks import check_recompute
 from megavlm.model.shapes import Shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -32,8 +34,20 @@ def check_supported(shapes: Shapes) -> None:
         )
 
 
-def _common(precision: str, kernels: str) -> dict[str, Any]:
-    fused = kernels == "te"
+def decoder_widths(shapes: Shapes, parallel: ParallelSettings) -> dict[str, int]:
+    """By name, the widths of the decoder's matrices on one rank."""
+    text, widths = shapes.text, {"hidden size": shapes.text.hidden}
+    widths["attention"] = text.heads * text.head_dim // parallel.tensor
+    widths["queries, keys and values"] = (text.heads + 2 * text.kv_heads) * text.head_dim // parallel.tensor
+    if not all(text.is_moe_layer(i) for i in range(text.layers)):
+        widths["MLP"] = text.ffn // parallel.tensor
+    if text.moe is not None:
+        widths["expert"] = text.moe.ffn // parallel.expert_tensor
+    return widths
+
+
+def _common(train: TrainSettings, kernels: str, *, fp8: bool, fused_gradients: bool) -> dict[str, Any]:
+    fused, precision = kernels == "te", train.precision
     return dict(
         params_dtype=DTYPES[precision],
         bf16=precision != "fp32",
@@ -42,13 +56,20 @@ def _common(precision: str, kernels: str) -> dict[str, Any]:
         apply_rope_fusion=fused,  # a row is sbhd with b = 1, so TE's fused rotary embedding works for MRoPE unchanged
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,  # Megatron needs apex for it
+        gradient_accumulation_fusion=fused_gradients,
         persist_layer_norm=False,
+        **(dict(fp8="hybrid", fp8_recipe=train.fp8.recipe) if fp8 else {}),
     )
 
 
 def decoder_config(
-    shapes: Shapes, parallel: ParallelSettings, train: TrainSettings, kernels: str, *, grouped_experts: bool
+    shapes: Shapes,
+    parallel: ParallelSettings,
+    train: TrainSettings,
+    kernels: str,
+    *,
+    grouped_experts: bool,
+    fused_gradients: bool = False,
 ) -> TransformerConfig:
     """The configuration of the Qwen3 decoder.
 
@@ -56,12 +77,13 @@ def decoder_config(
         shapes: the model's shapes.
         parallel, train: sections of the settings.
         kernels: ``te`` or ``portable``.
-        grouped_experts: whether the kernels multiply the experts of a rank together (``Kernels.grouped_experts``).
+        grouped_experts, fused_gradients: attributes of the ``Kernels``.
     """
     text = shapes.text
     check_supported(shapes)
     # Megatron's fused kernel for a GELU is the tanh approximation, whichever GELU is asked for
-    options = _common(train.precision, kernels) | dict(
+    check_recompute(train, kernels)
+    options = _common(train, kernels, fp8=train.precision == "fp8", fused_gradients=fused_gradients) | dict(
         bias_activation_fusion=kernels == "te" and text.hidden_act == "silu"
     )
     if text.rope_scaling is not None and text.rope_scaling.attention_factor != 1:
@@ -78,16 +100,22 @@ def decoder_config(
             moe_router_load_balancing_type="aux_loss",
             moe_aux_loss_coeff=train.moe_aux_loss_coeff,
             moe_router_dtype="fp32",
-            moe_token_dispatcher_type="alltoall",
+            moe_token_dispatcher_type="alltoall" if train.experts.dispatcher == "alltoall" else "flex",
             moe_grouped_gemm=grouped_experts,
             moe_permute_fusion=kernels == "te",
+            moe_router_fusion=train.experts.fused_router,
         )
-    if train.precision == "fp8":
-        options |= dict(fp8="hybrid", fp8_recipe="blockwise")
+        if train.experts.dispatcher != "alltoall":
+            if importlib.util.find_spec("deep_ep") is None:
+                raise UserError(
+                    f"train.experts.dispatcher is {train.experts.dispatcher}, but the package deep_ep is not installed",
+                    "install DeepEP, or set it to alltoall",
+                )
+            options["moe_flex_dispatcher_backend"] = train.experts.dispatcher
     if train.recompute == "full":
         options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    elif train.recompute == "selective":
-        options |= dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    elif train.recompute != "none":
+        options |= dict(recompute_granularity="selective", recompute_modules=list(train.recompute))
     if parallel.virtual_pipeline:
         # With two stages both neighbours are the same rank, and Megatron's batched sends would get mixed up
         options |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
@@ -115,13 +143,19 @@ def decoder_config(
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=DTYPES[train.precision],
+        batch_p2p_sync=False,  # it worked round an error of early versions of torch, with a wait for the GPU
+        tp_comm_overlap=train.overlap.tensor,
         **options,
     )
 
 
-def tower_config(shapes: Shapes, train: TrainSettings, kernels: str) -> TransformerConfig:
+def tower_config(
+    shapes: Shapes, train: TrainSettings, kernels: str, *, fused_gradients: bool = False
+) -> TransformerConfig:
     """The configuration of vision tower and projector, which every rank holds whole: there is no model parallelism."""
     vision = shapes.vision
+    fp8 = train.precision == "fp8" and train.fp8.tower
+    fused_gelu = kernels == "te" and vision.hidden_act == "gelu_pytorch_tanh"
     return TransformerConfig(
         num_layers=vision.layers,
         hidden_size=vision.hidden,
@@ -131,8 +165,10 @@ def tower_config(shapes: Shapes, train: TrainSettings, kernels: str) -> Transfor
         layernorm_epsilon=1e-6,  # transformers' qwen3_vl has it in the code, not in config.json
         add_bias_linear=True,
         gated_linear_unit=False,
-        activation_func=_ACTIVATIONS[vision.hidden_act],
+        # Megatron's fused bias and GELU is the tanh approximation, but it is chosen by the name of the exact GELU
+        activation_func=F.gelu if fused_gelu else _ACTIVATIONS[vision.hidden_act],
+        bias_activation_fusion=fused_gelu,
         init_method_std=vision.init_std,
-        bias_activation_fusion=False,  # Megatron has no fused tanh GELU
-        **_common(train.precision, kernels),
+        disable_parameter_transpose_cache=fp8,  # no schedule says when the weights have changed
+        **_common(train, kernels, fp8=fp8, fused_gradients=fused_gradients),
     )

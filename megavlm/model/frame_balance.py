@@ -78,11 +78,13 @@ class VisualRow:
     Attributes:
         segment_lengths: number of tokens of each segment.
         frame_tokens: int64 [F], number of visual tokens of each frame.
+        frame_images: int64 [F], number of images of each frame: 1 for a picture, more for a step of a video.
         use_frames, use_starts: int64 [U], in the order of the row: the frame, and the position of its first token.
     """
 
     segment_lengths: list[int]
     frame_tokens: np.ndarray
+    frame_images: np.ndarray
     use_frames: np.ndarray
     use_starts: np.ndarray
 

@@ -1,5 +1,7 @@
 """The Qwen3 decoder: Megatron's embedding, TransformerBlock and output layer, with MRoPE and deepstack."""
 
+import copy
+
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -80,10 +82,12 @@ class LanguageModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
+            own = copy.copy(config)
+            own.gradient_accumulation_fusion = False  # Megatron's layer would need apex for it
             self.output_layer = ColumnParallelLinear(
                 text.hidden,
                 text.vocab,
-                config=config,
+                config=own,
                 init_method=config.init_method,
                 bias=False,
                 skip_weight_param_allocation=pre_process and shapes.tied,

@@ -33,6 +33,9 @@ class DeepstackLayer(TransformerLayer):
         self.level = layer_number - 1  # within the chunk: Megatron adds the chunk's offset only to self.layer_number
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if isinstance(self.mlp, MoELayer):  # set for each row, so that a recomputed layer asks for its own
+            routing = kwargs["packed_seq_params"].routing
+            self.mlp.router.router_replay = None if routing is None else routing.of_layer(self.layer_number)
         hidden_states, context = super().forward(*args, **kwargs)
         if context is not None and self.level < context.shape[0]:
             positions = kwargs["packed_seq_params"].visual_positions  # [N] in this rank's slice of the row

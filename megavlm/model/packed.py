@@ -36,6 +36,13 @@ class Cache(Protocol):
         """Stores keys and values and computes attention to all that are stored."""
 
 
+class Routing(Protocol):
+    """Records which experts tokens go to, or prescribes it (``megavlm.runtime.routing``)."""
+
+    def of_layer(self, layer: int) -> Any:
+        """What the router of a layer (from 1) asks instead of Megatron's ``RouterReplay``; None: it chooses itself."""
+
+
 @dataclass
 class PackedRow(PackedSeqParams):
     """What attention and deepstack need to know about a row. Megatron passes it on as its ``packed_seq_params``.
@@ -52,6 +59,7 @@ class PackedRow(PackedSeqParams):
             tokens of all context ranks, end to end.
         to_parts: the inverse of ``from_parts``.
         cache: attention to stored keys and values while sampling; otherwise None.
+        routing: records or prescribes the experts of this rank's tokens; None: the routers choose.
     """
 
     lengths: list[int] = field(default_factory=list)
@@ -59,6 +67,7 @@ class PackedRow(PackedSeqParams):
     from_parts: Tensor | None = None
     to_parts: Tensor | None = None
     cache: Cache | None = None
+    routing: Routing | None = None
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device, cut: RowCut | None = None, **kwargs: Any) -> "PackedRow":
@@ -95,13 +104,26 @@ class PackedRow(PackedSeqParams):
         self.runs = runs_of(self.lengths)
 
     def as_thd(self) -> PackedSeqParams:
-        """The same row in the format of Transformer Engine's packed attention. It is made only once."""
+        """The same row in the format of Transformer Engine's packed attention. It is made only once.
+
+        cuDNN plans attention for each number of segments and each bound of their lengths. So that few plans serve all
+        rows, empty segments are added up to a power of two, and the bound is one, too (or the length of the row).
+        """
         if not hasattr(self, "_thd"):
+            total = sum(self.lengths)
+            empty = _power_of_two(len(self.lengths), 16) - len(self.lengths)
+            cu_seqlens = torch.nn.functional.pad(self.cu_seqlens_q, (0, empty), value=total)
+            longest = min(_power_of_two(self.max_seqlen_q, 128), total)
             self._thd = PackedSeqParams(
                 qkv_format="thd",
-                cu_seqlens_q=self.cu_seqlens_q,
-                cu_seqlens_kv=self.cu_seqlens_kv,
-                max_seqlen_q=self.max_seqlen_q,
-                max_seqlen_kv=self.max_seqlen_kv,
+                cu_seqlens_q=cu_seqlens,
+                cu_seqlens_kv=cu_seqlens,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
             )
         return self._thd
+
+
+def _power_of_two(number: int, least: int) -> int:
+    """The smallest power of two that is at least ``number`` and at least ``least``, which is one itself."""
+    return max(least, 1 << (number - 1).bit_length())

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavlm.platform import to_device
+from megavlm.platform.products import add_product, product
 
 
 @dataclass
@@ -130,7 +131,7 @@ def vocabulary_logits(
     """Logits float32 [n, vocabulary] at ``positions`` [n] of the whole row, on every rank. They have no gradient."""
     if sequence_parallel:
         hidden = _gather(hidden, group)
-    local = (hidden[positions] @ weight.t()).float()  # [n, vocabulary / ranks]
+    local = product(hidden[positions], weight.t())  # [n, vocabulary / ranks]
     if group.size() == 1:
         return local
     return torch.cat(_gather(local[None], group).unbind(0), dim=-1)
@@ -147,6 +148,7 @@ class _Context(torch.autograd.function.FunctionCtx):
     """What autograd passes from forward to backward, with the attributes that the functions below set."""
 
     group: dist.ProcessGroup
+    weight: Tensor  # the parameter itself, whose attributes Megatron sets
     gather: bool
     chunk: int
     first: int
@@ -170,6 +172,7 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.group, ctx.gather, ctx.temperature = group, sequence_parallel and group.size() > 1, temperature
+        ctx.weight = weight
         ctx.chunk = max(1, chunk_tokens // tokens.shape[0])
         ctx.first = group.rank() * weight.shape[0]  # first vocabulary entry of this rank
         logprobs = torch.empty(tokens.shape, dtype=torch.float32, device=hidden.device)
@@ -178,7 +181,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, tokens.shape[1], ctx.chunk):
             part = slice(start, start + ctx.chunk)
             states = _chunk_states(ctx, hidden, local[part])
-            logits = _scaled(ctx, (states @ weight.t()).float())  # [slices * c, vocabulary / ranks]
+            logits = _scaled(ctx, product(states, weight.t()))  # [slices * c, vocabulary / ranks]
             top = logits.max(-1).values
             if group.size() > 1:
                 dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
@@ -206,20 +209,17 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: _Context, grad_logprobs: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, local, tokens, log_z = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        # a sum over many chunks, so float32 whatever the weight's dtype is
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = _weight_gradient(ctx) if ctx.needs_input_grad[1] else None
         for start in range(0, tokens.shape[1], ctx.chunk):
             part = slice(start, start + ctx.chunk)
             states = _chunk_states(ctx, hidden, local[part])
             grad = _scaled(ctx, grad_logprobs[:, part].reshape(-1, 1))
-            logits = _scaled(ctx, (states @ weight.t()).float())
+            logits = _scaled(ctx, product(states, weight.t()))
             grad_logits = (logits - log_z[:, part].reshape(-1, 1)).exp_().mul_(-grad)
             index, inside = _in_shard(ctx, tokens[:, part], weight.shape[0])
             grad_logits.scatter_add_(1, index[:, None], grad * inside[:, None])
             _add_gradients(ctx, grad_logits, states, weight, local[part], grad_hidden, grad_weight)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, *[None] * 7
+        return grad_hidden, _given_to_autograd(ctx, grad_weight), *[None] * 7
 
 
 class _TokenKl(torch.autograd.Function):
@@ -236,15 +236,15 @@ class _TokenKl(torch.autograd.Function):
         sequence_parallel: bool,
         chunk_tokens: int,
     ) -> Tensor:
-        ctx.group, ctx.gather = group, sequence_parallel and group.size() > 1
+        ctx.group, ctx.gather, ctx.weight = group, sequence_parallel and group.size() > 1, weight
         ctx.chunk = max(1, chunk_tokens // tokens.shape[0])
         kl, log_z, start_log_z = (
             torch.empty(tokens.shape, dtype=torch.float32, device=hidden.device) for _ in range(3)
         )
         for first in range(0, tokens.shape[1], ctx.chunk):
             part = slice(first, first + ctx.chunk)
-            logits = (_chunk_states(ctx, hidden, local[part]) @ weight.t()).float()
-            start_logits = (_gathered(ctx, start[part]) @ start_weight.t()).float()
+            logits = product(_chunk_states(ctx, hidden, local[part]), weight.t())
+            start_logits = product(_gathered(ctx, start[part]), start_weight.t())
             z, start_z = _log_sums(ctx, logits), _log_sums(ctx, start_logits)
             gaps = (logits - z[:, None]) - (start_logits - start_z[:, None])  # log p - log q
             sums = ((logits - z[:, None]).exp_() * gaps).sum(-1)
@@ -260,18 +260,37 @@ class _TokenKl(torch.autograd.Function):
         """∂KL/∂logit = p (log p - log q - KL)."""
         hidden, weight, start, start_weight, local, kl, log_z, start_log_z = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = _weight_gradient(ctx) if ctx.needs_input_grad[1] else None
         for first in range(0, kl.shape[1], ctx.chunk):
             part = slice(first, first + ctx.chunk)
             column = lambda x, part=part: x[:, part].reshape(-1, 1)
             states = _chunk_states(ctx, hidden, local[part])
-            logs = (states @ weight.t()).float() - column(log_z)
-            gaps = logs - ((_gathered(ctx, start[part]) @ start_weight.t()).float() - column(start_log_z))
+            logs = product(states, weight.t()) - column(log_z)
+            gaps = logs - (product(_gathered(ctx, start[part]), start_weight.t()) - column(start_log_z))
             grad_logits = logs.exp_().mul_(gaps - column(kl)).mul_(column(grad_kl))
             _add_gradients(ctx, grad_logits, states, weight, local[part], grad_hidden, grad_weight)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, *[None] * 7
+        return grad_hidden, _given_to_autograd(ctx, grad_weight), *[None] * 7
+
+
+def _weight_gradient(ctx: _Context) -> Tensor:
+    """Where the weight's gradient is summed over chunks, in float32: Megatron's gradient buffer, if there is one."""
+    buffer = getattr(ctx.weight, "main_grad", None)
+    if buffer is not None and buffer.dtype == torch.float32:
+        return buffer
+    return torch.zeros_like(ctx.weight, dtype=torch.float32)
+
+
+def _given_to_autograd(ctx: _Context, grad: Tensor | None) -> Tensor | None:
+    """The gradient for autograd. If it is in the buffer already, a stand-in, as by Megatron's fused linear layers.
+
+    Megatron's DDP must be called for each weight, and leaves a stand-in out by ``grad_added_to_main_grad``. The word
+    embedding of a tied model shares the weight and has a gradient of its own, to which the stand-in is added.
+    """
+    weight = ctx.weight
+    if grad is None or grad is not getattr(weight, "main_grad", None):
+        return grad if grad is None else grad.to(weight.dtype)
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # Megatron's
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
 def _add_gradients(
@@ -286,7 +305,7 @@ def _add_gradients(
     """Adds the contribution of a chunk to the gradients that are not None. grad_logits: float32 [n, vocab / ranks]."""
     grad_logits, group = grad_logits.to(weight.dtype), ctx.group
     if grad_weight is not None:
-        grad_weight += grad_logits.t() @ states
+        add_product(grad_weight, grad_logits.t(), states)
     if grad_hidden is not None:
         grad_states = grad_logits @ weight  # a partial sum over this rank's part of the vocabulary
         if ctx.gather:

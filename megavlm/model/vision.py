@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,6 +17,8 @@ from megavlm.model.layers import layer_submodules
 from megavlm.model.packed import PackedRow
 from megavlm.model.rope import VisionRope
 from megavlm.model.shapes import VisionShape
+
+_FP8_BLOCK = 128  # patches: of blockwise scaling, a multiple of what other recipes need
 
 
 @dataclass
@@ -88,13 +91,22 @@ class VisionTower(MegatronModule):
         corners = self.position_embedding(frames.pos_index)  # [P, 4, hidden]
         hidden = hidden + (corners * frames.pos_weight[:, :, None].to(corners.dtype)).sum(1).to(hidden.dtype)
         rotary = self.rope(frames.coords)
-        row = PackedRow.of(frames.lengths, hidden.device)
+        count, lengths = len(hidden), frames.lengths
+        if self.config.fp8 and count % _FP8_BLOCK:  # products in FP8 need whole blocks: a frame of zeros fills the last
+            empty = -count % _FP8_BLOCK
+            hidden, rotary = (
+                nn.functional.pad(hidden, (0, 0, 0, empty)),
+                nn.functional.pad(rotary, (0, 0) * 3 + (0, empty)),
+            )
+            lengths = [*lengths, empty]
+        row = PackedRow.of(lengths, hidden.device)
         hidden, taken = hidden.unsqueeze(1), []
-        for index, layer in enumerate(self.layers):
-            hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=row)
-            if index in self.taps:
-                taken.append(hidden.squeeze(1))
-        return [*taken, hidden.squeeze(1)]
+        with get_fp8_context(self.config):
+            for index, layer in enumerate(self.layers):
+                hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=row)
+                if index in self.taps:
+                    taken.append(hidden[:count, 0])
+        return [*taken, hidden[:count, 0]]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Megatron's default, applied layer by layer, because a ModuleList loses the key mapping of its layers."""

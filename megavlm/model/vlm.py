@@ -1,6 +1,7 @@
 """The model on one rank: vision tower, projector, the decoder's chunks, and the tower's phase of a step."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -53,12 +54,17 @@ class VLM:
         parallel = settings.parallel
         self.shapes, self.groups, self.parallel = shapes, groups, parallel
         self.resize_vocabulary = settings.model.resize_vocabulary
-        self.kernels = resolve(settings.model.kernels)
+        self.kernels = resolve(settings.model.kernels, settings.train.precision)
         kernels = provider(self.kernels, settings.adapter)
         self.decoder_config = decoder_config(
-            shapes, parallel, settings.train, self.kernels, grouped_experts=kernels.grouped_experts
+            shapes,
+            parallel,
+            settings.train,
+            self.kernels,
+            grouped_experts=kernels.grouped_experts,
+            fused_gradients=kernels.fused_gradients,
         )
-        vision_config = tower_config(shapes, settings.train, self.kernels)
+        vision_config = tower_config(shapes, settings.train, self.kernels, fused_gradients=kernels.fused_gradients)
 
         self.vision = VisionTower(shapes.vision, vision_config, kernels, groups.tower).to(device())
         self.projector = Projector(shapes.vision, vision_config).to(device())
@@ -89,13 +95,11 @@ class VLM:
                 chunk.score_head.requires_grad_(True)
                 if not shapes.tied:  # scores do not use it, so without gradients only weight decay would change it
                     chunk.output_layer.requires_grad_(False)
-        self.balanced_over_world = share_frames and settings.vision.balance == "world"
-        sharing = dist.group.WORLD if self.balanced_over_world else groups.model_parallel
-        assert sharing is not None
+        self.sharing = groups.sharing if share_frames and settings.vision.balance == "world" else None
         self.tower = TowerPhase(
             self.vision,
             self.projector,
-            sharing,
+            self.sharing.ranks if self.sharing is not None else groups.model_parallel,
             self._shares(),
             recompute=settings.vision.recompute,
             chunk_patches=settings.vision.chunk_patches,
@@ -140,11 +144,11 @@ class VLM:
     def _shares(self) -> list[RankShare]:
         """What each rank of the group that shares the frames needs."""
         shares = self.shares_of_a_row()
-        if not self.balanced_over_world:
+        if self.sharing is None:
             return shares
         by_rank = {
             rank: replace(share, dp_rank=dp_rank)
-            for dp_rank, ranks in enumerate(self.groups.members)
+            for dp_rank, ranks in enumerate(self.sharing.members)
             for rank, share in zip(ranks, shares, strict=True)
         }
         return [by_rank[rank] for rank in range(len(by_rank))]
@@ -178,8 +182,8 @@ class VLM:
             )
             # each chunk counts its layers from 0, so the names need the chunk; the shards' own keys are global
             shards |= {f"{index}/{name}": value for name, value in part.items()}
-        # these entries are None without delayed FP8 scaling, and checkpoints converted from Hugging Face lack them
-        return {name: value for name, value in shards.items() if not name.endswith("_extra_state")}
+        # TE's entries, numbered for experts: empty without delayed FP8 scaling, and not in what is converted from HF
+        return {name: value for name, value in shards.items() if not re.search(r"\._extra_state\d*$", name)}
 
     def load_sharded(self, loaded: dict) -> None:
         """Loads what ``dist_checkpointing.load`` returned for all or some entries of ``sharded_state_dict``."""

@@ -41,6 +41,20 @@ The training loop adds these fields:
     literal_marks       texts of the step in which <image> or <video> were read as words; absent if there are none
     seconds_checkpoint  time that rank 0 has waited for checkpoints since the previous line; not part of seconds
 
+With log.phases, these fields tell how the seconds of a step divide. They are means over the steps since the previous
+line and over the ranks, and add up to seconds. On a GPU they are times of the device, read without waiting for it, so
+that a step's last work (the update of the weights) is in the next line:
+
+    phase/data          waiting for rows, and copying them to the device
+    phase/reference     passes without gradients that the method makes first
+    phase/tower         forward and backward pass of the frames
+    phase/exchange      the exchange of features and of their gradients between the ranks
+    phase/decoder       forward and backward pass of the decoder, with what its ranks send each other
+    phase/head          the same of output layer and loss
+    phase/reduction     reduction of the gradients over the data-parallel ranks
+    phase/optimizer     gradient norms and update of the weights
+    phase/other         everything else of a step
+
 Methods that compare answers (dpo, rm, kto) add these fields, over all pairs or answers of the step:
 
     accuracy            dpo and rm: share of pairs whose chosen answer has the higher reward or score; kto: share of

@@ -64,15 +64,8 @@ class RewardFailures:
         self._has_told: set[str] = set()  # what was said, so that it is said once
         drop_after(self.path, resume_step)
 
-    def take(self, step: int, answers: Iterable[JudgedAnswer]) -> int:
-        """Records the answers of a step.
-
-        Returns:
-            The number of answers with a failed reward; the field ``reward_failures`` of metrics.jsonl.
-
-        Raises:
-            UserError: the disk is full.
-        """
+    def take(self, step: int, answers: Iterable[JudgedAnswer]) -> None:
+        """Records the answers of a step. Raises UserError if the disk is full."""
         answers = list(answers)
         failed = [answer for answer in answers if answer.failures]
         lines = []
@@ -96,7 +89,6 @@ class RewardFailures:
         self._steps.append(here)
         while sum(s.answers for s in self._steps) - self._steps[0].answers >= LAST:
             self._steps.popleft()
-        return len(failed)
 
     def failure(self) -> UserError | None:
         """The error with which the run is to end if too many answers failed; None if it can go on."""

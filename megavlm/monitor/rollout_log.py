@@ -29,7 +29,6 @@ from typing import Any, Literal
 
 from megavlm.base.atomic_files import write_text
 from megavlm.monitor.metrics import append_lines, drop_after, plain, read_lines
-from megavlm.records.records import Record
 
 FILE_NAME = "rollouts.jsonl"
 # A line thus has at most some 150,000 characters, and the file some 30 million.
@@ -128,11 +127,6 @@ def read_rollouts(folder: str | Path) -> list[LoggedStep]:
             continue
         steps.append(LoggedStep(line["step"], groups))
     return steps
-
-
-def media_of(record: Record) -> list[Any]:
-    """The media of a record as ``LoggedGroup`` has them: its pictures, then its videos."""
-    return [*record.images, *record.videos]
 
 
 def _thinned(lines: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -26,6 +26,18 @@ from megavlm.optim.grad_stats import GradStats, read_grad_stats
 from megavlm.platform import device
 
 
+class PartDDP(DistributedDataParallel):
+    """Megatron's gradient buffers of one module of a part.
+
+    Megatron's schedule announces its first micro-batch, whose gradients Transformer Engine's linear layers then write
+    over the buffer instead of adding to it (and quantise their weights anew, with FP8). The schedule runs once for each
+    window of a step, so earlier windows would be lost: ``Step`` announces the first micro-batch of the step instead.
+    """
+
+    def set_is_first_microbatch(self) -> None:
+        """Does nothing, see above."""
+
+
 class Optimizers:
     """The gradient buffers, optimizers and schedule of all parts.
 
@@ -43,6 +55,9 @@ class Optimizers:
         scheduler: the OptimizerParamScheduler of this optimizer.
         unfrozen_at: for each part that was unfrozen during the run, the number of updates before that.
     """
+
+    bucket_size: int | None = None
+    """Number of weights whose gradients are reduced together during the backward pass; None: Megatron's choice."""
 
     def __init__(self, vlm: VLM, train: TrainSettings, updates_per_step: int = 1):
         steps = required(train.steps, "train.steps")
@@ -62,8 +77,8 @@ class Optimizers:
             params_dtype=vlm.decoder_config.params_dtype,
             use_distributed_optimizer=sharded,
             clip_grad=train.clip_grad,
+            fp8_recipe=train.fp8.recipe if train.precision == "fp8" else None,
         )
-        self._ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
         self.ddp: dict[str, list[DistributedDataParallel]] = {}
         self.parts: dict[str, list[MegatronOptimizer]] = {}
         self.unfrozen_at: dict[str, int] = {}
@@ -104,9 +119,9 @@ class Optimizers:
                 "put adapters on layers of all stages, train the whole part, or set parallel.pipeline=1",
             )
         groups = self.groups_of(part)
+        config = self._ddp_config(part, all(p.requires_grad for m in modules for p in m.parameters()))
         self.ddp[part] = [
-            DistributedDataParallel(m.config, self._ddp_config, m, disable_bucketing=i > 0, pg_collection=groups)
-            for i, m in enumerate(modules)
+            PartDDP(m.config, config, m, disable_bucketing=i > 0, pg_collection=groups) for i, m in enumerate(modules)
         ]
         built = get_megatron_optimizer(
             self._config, self.ddp[part], use_gloo_process_groups=False, pg_collection=groups
@@ -118,6 +133,21 @@ class Optimizers:
             for optimizer in self.parts[part]:
                 megatron_galore.put_inside(optimizer, modules, self.train, groups)
         self._set_rates(part)
+
+    def _ddp_config(self, part: str, whole: bool) -> DistributedDataParallelConfig:
+        """How Megatron reduces the gradients of a part.
+
+        To reduce during the backward pass, every rank must know that each weight gets a gradient in its last
+        micro-batch. That is so in a decoder that is trained as a ``whole``, but tower and projector have no gradient on
+        a rank without frames.
+        """
+        overlap = part == "language" and whole
+        return DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=self._config.use_distributed_optimizer,
+            overlap_grad_reduce=overlap and self.train.overlap.gradients,
+            bucket_size=self.bucket_size,
+        )
 
     def _set_rates(self, part: str) -> None:
         lr = required(self.train.lr, "train.lr")

@@ -32,10 +32,13 @@ FREE_TO_CHANGE = (
     "model.kernels",
     "train.steps",
     "train.recompute",
+    "train.overlap",
+    "train.experts",
     "train.logprob_chunk_tokens",
     "train.max_skipped_steps",
     "train.hang_minutes",
     "train.memory_check",
+    "train.profile",
 )
 # Settings that change what later steps compute, but neither the model nor the position in the data. They may change if
 # the command line says so with --change.

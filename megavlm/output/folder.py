@@ -32,6 +32,7 @@ RUN_FILES = (
     "report.html",
     "wandb",
     "stacks",
+    "profile",
     *(
         f"{name}{end}"
         for name in ("answers", "scores")

@@ -170,7 +170,7 @@ def _row(settings: Settings, shapes: Shapes) -> Row:
     count = min(parallel.tensor * parallel.context * parallel.pipeline, (length - 1) // visual_tokens)
     samples = synthetic_samples(
         torch.zeros(length, dtype=torch.int64),
-        torch.zeros(count * _FRAME[0] * _FRAME[1], vision.patch_dim),
+        torch.zeros(count * _FRAME[0] * _FRAME[1], vision.patch_dim // vision.temporal_patch_size, dtype=torch.uint8),
         np.array([_FRAME] * count, dtype=np.int32).reshape(-1, 2),
         np.arange(count * visual_tokens),
         merge=merge,

@@ -42,8 +42,8 @@ def absent_world(rank: int, world_size: int) -> Iterator[None]:
 
 @functools.cache
 def _add_missing_kernels() -> torch.library.Library:
-    """Adds the two collectives that torch lacks on the meta device; Megatron's DDP reduces gradients with them."""
+    """Adds the collectives that torch lacks on the meta device; Megatron reduces gradients and gathers weights so."""
     library = torch.library.Library("c10d", "IMPL")  # kernels vanish with their library, so the cache keeps it alive
-    for name in ("reduce_scatter_tensor_coalesced_", "allreduce_coalesced_"):
+    for name in ("reduce_scatter_tensor_coalesced_", "allreduce_coalesced_", "allgather_into_tensor_coalesced_"):
         library.impl(name, lambda *args: FakeWork().boxed(), "Meta")
     return library

@@ -41,7 +41,7 @@ def on_first_rank[T](work: Callable[[], T], group: dist.ProcessGroup) -> T:
             result = work()
         except Exception as raised:
             error = raised
-    everywhere, problem = broadcast_object((result, error and _picklable(error)), group)
+    everywhere, problem = broadcast_object((result, error and picklable(error)), group)
     if problem is not None:
         raise error or problem  # on the first rank the original one, with its traceback
     return cast(T, everywhere)  # without an error the first rank has sent a result
@@ -74,7 +74,7 @@ def while_others_wait[T](work: Callable[[], T], group: dist.ProcessGroup) -> T:
     return on_first_rank(work_beside, group)
 
 
-def _picklable(error: Exception) -> Exception:
+def picklable(error: Exception) -> Exception:
     """The exception, or one with the same text if it cannot be pickled, so that other ranks do not wait forever."""
     try:
         return pickle.loads(pickle.dumps(error))

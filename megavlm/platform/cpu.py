@@ -8,6 +8,7 @@ device.
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -109,6 +110,28 @@ def _all_to_all_with_lists(all_to_all_single: Callable[..., Any]) -> Callable[..
     return all_to_all
 
 
+def torch_optimizers() -> list[tuple[Any, str, Any]]:
+    """What Megatron would have chosen at its import without Transformer Engine, whose fused optimizers need a GPU."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as megatron_optimizer
+
+    return [
+        (optimizer, "Adam", torch.optim.AdamW),
+        (optimizer, "SGD", torch.optim.SGD),
+        (optimizer, "USING_PYTORCH_OPTIMIZER", True),
+        (distrib_optimizer, "Adam", torch.optim.Adam),
+        (distrib_optimizer, "HAVE_APEX_OR_TE", False),  # where the state of an optimizer has its step count
+        (distrib_optimizer, "USING_TE_OPTIMIZER", False),
+        (megatron_optimizer, "multi_tensor_applier", utils.local_multi_tensor_applier),
+        (megatron_optimizer, "multi_tensor_scale_impl", utils.local_multi_tensor_scale),
+        (clip_grads, "multi_tensor_applier", utils.local_multi_tensor_applier),
+        (clip_grads, "multi_tensor_scale_impl", utils.local_multi_tensor_scale),
+        (clip_grads, "multi_tensor_scale_tensor_impl", None),
+        (clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm),
+    ]
+
+
 _mode: _CudaMeansCpu | None = None
 
 
@@ -119,7 +142,7 @@ def install() -> None:
         return
     from megatron.core.tensor_parallel import random as megatron_random
 
-    table = [
+    table: list[tuple[Any, str, Any]] = [
         # (object, attribute, replacement)                          needed by
         (torch.cuda, "current_device", device),  # every `device=torch.cuda.current_device()` in Megatron
         (torch.cuda, "synchronize", lambda device=None: None),  # p2p_communication, dist_checkpointing writers
@@ -137,6 +160,8 @@ def install() -> None:
         (torch.distributed, "all_to_all_single", _all_to_all_with_lists(torch.distributed.all_to_all_single)),
         (torch.Tensor, "record_stream", lambda self, stream: None),  # moe_utils
     ]
+    if "transformer_engine" in sys.modules:  # as in the container, whose command also runs on login nodes
+        table += torch_optimizers()
     for owner, name, replacement in table:
         setattr(owner, name, replacement)
     # CudaRNGStatesTracker.fork warns if the CPU generator advances inside it; here that is the generator it forks

@@ -4,6 +4,8 @@ import os
 import random
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -104,6 +106,25 @@ def repeat_results() -> None:
     os.environ.setdefault("NCCL_ALGO", "^NVLS")  # sums in the switch come in any order
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs time, repeats no sum
+
+
+def reached(point: "torch.cuda.Event | float") -> bool:
+    """Whether the device has already reached a ``mark``. It never waits."""
+    return True if isinstance(point, float) else point.query()
+
+
+@contextmanager
+def named_range(name: str) -> Iterator[None]:
+    """Names what happens within the block for torch's profiler, and on a GPU as an NVTX range for Nsight Systems."""
+    with torch.profiler.record_function(name):
+        if not on_gpu():
+            yield
+            return
+        torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            torch.cuda.nvtx.range_pop()
 
 
 def seed_everything(seed: int) -> None:

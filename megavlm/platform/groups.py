@@ -1,6 +1,7 @@
 """Process groups: Megatron's own for the decoder, and those that encoding the frames needs in addition."""
 
 import datetime
+import itertools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +14,9 @@ from megavlm.platform.device import backend, host_backend, on_gpu, repeat_result
 
 if TYPE_CHECKING:  # Megatron takes seconds to import, and not every program that imports this module needs it
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+_RANKS_OF_BLOCK = 32  # see ``blocks``
 
 
 class ParallelSizes(Protocol):
@@ -50,6 +54,22 @@ class SamplingGroups:
 
 
 @dataclass(frozen=True)
+class SharingGroups:
+    """A block of data-parallel ranks that share the frames of their rows (``vision.balance: world``).
+
+    Attributes:
+        ranks: all ranks of the block.
+        peers_host: on gloo, the ranks of the block with the same index in their model-parallel groups, one for each
+            data-parallel rank.
+        members: for each data-parallel rank of the block, the ranks of its model-parallel group, as ranks of ``ranks``.
+    """
+
+    ranks: dist.ProcessGroup
+    peers_host: dist.ProcessGroup
+    members: list[list[int]]
+
+
+@dataclass(frozen=True)
 class Groups:
     """The process groups of a run.
 
@@ -59,8 +79,7 @@ class Groups:
         model_parallel: the TP × CP × PP ranks that share one stream of rows and divide its frames among themselves.
         model_parallel_host: the same ranks on gloo, for metadata that stays on the host.
         world_host: all ranks, on gloo.
-        data_peers_host: on gloo, the ranks that have the same index in their model-parallel groups, one for each
-            data-parallel rank; None unless ``init`` was asked for it.
+        sharing: the ranks with which this one shares frames; None unless ``init`` was asked for it.
         members: the ranks of each model-parallel group, in the order of the data-parallel ranks.
         sampling: the groups of sampling.
         dp_rank, dp_size: data-parallel rank of this process; number of data-parallel ranks.
@@ -71,7 +90,7 @@ class Groups:
     model_parallel: dist.ProcessGroup
     model_parallel_host: dist.ProcessGroup
     world_host: dist.ProcessGroup
-    data_peers_host: dist.ProcessGroup | None
+    sharing: SharingGroups | None
     members: list[list[int]]
     sampling: SamplingGroups
     dp_rank: int
@@ -88,7 +107,7 @@ def init(
     seed: int = 1234,
     timeout_minutes: float = 30.0,
     *,
-    data_peers: bool = False,
+    share_frames: bool = False,
     deterministic: bool = False,
 ) -> Groups:
     """Initialises torch.distributed (unless it already is) and Megatron's parallel state for the layout ``parallel``.
@@ -100,7 +119,7 @@ def init(
         parallel: the layout.
         seed: seed of all random numbers.
         timeout_minutes: longest time that a collective of any group may wait.
-        data_peers: whether to create ``Groups.data_peers_host``.
+        share_frames: whether to create ``Groups.sharing``.
         deterministic: whether a GPU is to repeat its results to the bit.
     """
     if not on_gpu():
@@ -131,22 +150,28 @@ def init(
     timeout = datetime.timedelta(minutes=timeout_minutes)
     model_parallel, _ = dist.new_subgroups_by_enumeration(ranks, timeout, backend())
     host, _ = dist.new_subgroups_by_enumeration(ranks, timeout, host_backend()) if on_gpu() else (model_parallel, None)
-    peers = None
-    if data_peers:
-        peers_of = [list(same) for same in zip(*ranks, strict=True)]
-        peers, _ = dist.new_subgroups_by_enumeration(peers_of, timeout, host_backend())
     return Groups(
         language=language,
         tower=_tower_collection(),
         model_parallel=model_parallel,
         model_parallel_host=host,
-        data_peers_host=peers,
+        sharing=_sharing_groups(ranks, timeout) if share_frames else None,
         members=ranks,
         sampling=_sampling_groups(parallel, timeout, SamplingGroups(model_parallel, host, ranks, None)),
         world_host=dist.new_group(timeout=timeout, backend=host_backend()) if on_gpu() else _world(),
         dp_rank=ranks.index(mine),
         dp_size=len(ranks),
     )
+
+
+def host_copy(members: list[list[int]], timeout_minutes: float) -> dist.ProcessGroup:
+    """Makes one more group on gloo for each group of ranks; returns that of this rank. Call it on all ranks.
+
+    What is sent beside the main thread needs a group of its own, or it would mix with what the main thread sends.
+    """
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    mine, _ = dist.new_subgroups_by_enumeration(members, timeout, host_backend())
+    return mine
 
 
 def _start(timeout_minutes: float) -> None:
@@ -165,6 +190,31 @@ def _world() -> dist.ProcessGroup:
     world = dist.group.WORLD
     assert world is not None  # init has created it
     return world
+
+
+def blocks(data_ranks: int, ranks_of_each: int) -> list[range]:
+    """The data-parallel ranks of each block that shares frames: as many as have ``_RANKS_OF_BLOCK`` ranks, at least 2.
+
+    Every rank plans for all frames of its block in each window, which takes a time proportional to its ranks. Over a
+    block the loads are already even, so a larger one would only take longer (docs/measurements.md).
+    """
+    most = max(_RANKS_OF_BLOCK // ranks_of_each, 2)
+    count = -(-data_ranks // most)
+    ends = [data_ranks * n // count for n in range(count + 1)]  # blocks differ by one data-parallel rank at most
+    return [range(*pair) for pair in itertools.pairwise(ends)]
+
+
+def _sharing_groups(ranks: list[list[int]], timeout: datetime.timedelta) -> SharingGroups:
+    """``ranks``: those of each data-parallel rank."""
+    parts = [[ranks[data_rank] for data_rank in block] for block in blocks(len(ranks), len(ranks[0]))]
+    whole = [sorted(itertools.chain.from_iterable(part)) for part in parts]
+    together = _world()
+    if len(parts) > 1:
+        together, _ = dist.new_subgroups_by_enumeration(whole, timeout, backend())
+    peers_of = [list(same) for part in parts for same in zip(*part, strict=True)]
+    peers, _ = dist.new_subgroups_by_enumeration(peers_of, timeout, host_backend())
+    mine = next(number for number, block in enumerate(whole) if dist.get_rank() in block)
+    return SharingGroups(together, peers, [[whole[mine].index(rank) for rank in one] for one in parts[mine]])
 
 
 def _sampling_groups(

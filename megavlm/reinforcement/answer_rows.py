@@ -18,16 +18,20 @@ from megavlm.runtime.feed import Feed, StepRows
 
 
 @dataclass(frozen=True)
-class Group:
-    """A prompt, its answers and their advantages (0 for an answer without a reward)."""
+class AnswerGroup:
+    """A prompt, its answers, and their advantages (0 for an answer without a reward).
+
+    ``routing`` has the experts of the prompt's tokens. With it, the rows prescribe those of all tokens.
+    """
 
     prompt: Sample
     answers: Sequence[Answer]
     advantages: Sequence[float]
+    routing: torch.Tensor | None = None
 
 
 def answer_rows(
-    groups: Sequence[Group], renderer: Renderer, max_patches: int | None, *, mask_truncated: bool = False
+    groups: Sequence[AnswerGroup], renderer: Renderer, max_patches: int | None, *, mask_truncated: bool = False
 ) -> list[Row]:
     """Packs groups of answers.
 
@@ -39,7 +43,7 @@ def answer_rows(
     """
     units = list(_units(groups, renderer, mask_truncated=mask_truncated))
     lengths = [sum(padded_length(len(s.input_ids), renderer.pad_multiple) for s in unit) for unit in units]
-    patches = [len(unit[0].patches) for unit in units]
+    patches = [int(unit[0].frame_grids.prod(dim=1).sum()) for unit in units]
     rows = []
     while units:
         chosen = best_fit(lengths, renderer.seq_length, patches if max_patches else None, max_patches)
@@ -76,7 +80,7 @@ def on_all_ranks(
     return found
 
 
-def _units(groups: Sequence[Group], renderer: Renderer, *, mask_truncated: bool) -> Iterator[list[Sample]]:
+def _units(groups: Sequence[AnswerGroup], renderer: Renderer, *, mask_truncated: bool) -> Iterator[list[Sample]]:
     """The samples of each group, cut where they no longer fit in one row. The first of each part has the pixels."""
     number = 0
     for group in groups:
@@ -88,7 +92,8 @@ def _units(groups: Sequence[Group], renderer: Renderer, *, mask_truncated: bool)
                 yield unit
                 unit, used = [], 0
             logprobs = torch.tensor(answer.policy_logprobs, dtype=torch.float32)
-            sampled = SampledAnswer(advantage=advantage, logprobs=logprobs, number=number)
+            routing = None if group.routing is None or answer.routing is None else (group.routing, answer.routing)
+            sampled = SampledAnswer(advantage=advantage, logprobs=logprobs, number=number, routing=routing)
             is_target = not (mask_truncated and answer.finish == "length")
             annotations = Annotations(sampled=sampled)
             unit.append(

@@ -7,15 +7,16 @@ import torch.distributed as dist
 
 from megavlm.align.losses import ADVANTAGES, POLICY_LOSSES, check_policy
 from megavlm.align.losses.advantages import options_of as advantage_options
-from megavlm.align.losses.correction import CORRECTIONS
 from megavlm.align.preference_method import check_reference
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import quoted
 from megavlm.config.layout import check_prompts
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
+from megavlm.reinforcement.divergence import Divergence
 from megavlm.reinforcement.policy_objective import PolicyObjective, PolicyOptions
 from megavlm.reinforcement.policy_step import PolicyStep
 from megavlm.reinforcement.reward_models import RewardModels
@@ -35,8 +36,8 @@ REPLACEMENTS = 4
 """How often flat groups are replaced with the loss dapo, unless ``rollout.replace_flat`` is set."""
 # Settings of the section align that grpo reads beside the options of its loss and advantage.
 _OWN = {
-    "loss", "advantage", "beta", "updates", "mini_batches", "correction", "correction_lowest", "correction_highest",
-    "overlong_cache", "mask_truncated", "offload_reference",
+    "loss", "advantage", "beta", "kl_in", "updates", "mini_batches", "correction", "correction_lowest",
+    "correction_highest", "overlong_cache", "mask_truncated", "offload_reference", "routing_replay",
 }  # fmt: skip
 
 
@@ -46,13 +47,20 @@ class Policy:
 
     Attributes:
         options: the loss.
+        kl_in_reward: weight of the divergence from the reference model in the rewards; 0: it has none there.
         advantage: the name of the advantage, and its options.
         replacements: how many times flat groups are replaced in a step.
     """
 
     options: PolicyOptions
+    kl_in_reward: float
     advantage: tuple[str, dict[str, float]]
     replacements: int
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the model is compared with a reference model."""
+        return self.options.beta > 0 or self.kl_in_reward > 0
 
     @classmethod
     def of(cls, settings: Settings) -> "Policy":
@@ -85,24 +93,22 @@ class Policy:
             if name not in {*_OWN, "ddof", *of_losses} and align.is_changed(name):
                 raise UserError(f"align.{name} is not used by grpo, so it would be ignored", f"remove align.{name}")
         beta = entry.beta if align.beta is None else align.beta
-        if align.offload_reference and not beta:
-            raise UserError(
-                "align.offload_reference is true, but align.beta is 0, so that there is no reference model: it would "
-                "be ignored",
-                "remove align.offload_reference, or set align.beta above 0",
-            )
-        limits = _limits(settings)
+        for key, is_set in (("offload_reference", align.offload_reference), ("kl_in", align.kl_in == "reward")):
+            if is_set and not beta:
+                raise UserError(
+                    f"align.{key} is {quoted(getattr(align, key))}, but align.beta is 0, so that there is no reference "
+                    "model: it would be ignored",
+                    f"remove align.{key}, or set align.beta above 0",
+                )
+        given = {"lowest": align.correction_lowest, "highest": align.correction_highest}
+        limits = {name: value for name, value in given.items() if value is not None}
         most = rollout.max_new_tokens
-        if align.overlong_cache is not None and align.overlong_cache > most:
-            raise UserError(
-                f"align.overlong_cache is {align.overlong_cache}, more than rollout.max_new_tokens = {most}",
-                "lower align.overlong_cache",
-            )
         replacements = rollout.replace_flat
         if replacements is None:
             replacements = REPLACEMENTS if loss == "dapo" else 0
-        chosen = PolicyOptions(loss, beta, most, rollout.temperature, options, align.correction, limits)
-        return cls(chosen, (advantage, of_advantage), replacements)
+        in_loss, in_reward = (beta, 0.0) if align.kl_in == "loss" else (0.0, beta)
+        chosen = PolicyOptions(loss, in_loss, most, rollout.temperature, options, align.correction, limits)
+        return cls(chosen, in_reward, (advantage, of_advantage), replacements)
 
 
 class PolicyMethod:
@@ -129,6 +135,13 @@ class PolicyMethod:
                 "one",
                 "start one process, or remove rollout.batch_invariant",
             )
+        is_moe = session.shapes.text.moe is not None
+        replays = is_moe if settings.align.routing_replay is None else settings.align.routing_replay
+        if replays and not is_moe:
+            raise UserError(
+                "align.routing_replay is true, but the model is not a mixture of experts: it would be ignored",
+                "remove align.routing_replay",
+            )
         renderer, loader, rewards = None, None, None
         if groups.is_leader:
             renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
@@ -146,8 +159,11 @@ class PolicyMethod:
             rewards = RewardPool(settings.reward, settings.reward_pool.workers)
         heartbeat("opening the prompts and the rewards")
         models = RewardModels(session, settings.reward, renderer)
-        beta, objective = self._policy.options.beta, self.bare_objective(session)
-        start = StartWeights(session, offload=settings.align.offload_reference) if beta else None
+        policy, objective = self._policy, self.bare_objective(session)
+        start = StartWeights(session, offload=settings.align.offload_reference) if policy.has_reference else None
+        divergence = None
+        if start is not None and policy.kl_in_reward:
+            divergence = Divergence(session, start, objective, renderer, policy.kl_in_reward)
         heartbeat("loading the reward models and the reference model")
 
         tokenizer = (renderer or Renderer(settings.model.hf, settings.data)).tokenizer
@@ -164,6 +180,7 @@ class PolicyMethod:
                 batch_invariant=settings.rollout.batch_invariant,
                 decode=tokenizer.decode,
                 special=tokenizer.all_special_ids,
+                records_routing=replays,
             )
             rollouts = Rollouts(
                 session,
@@ -174,10 +191,12 @@ class PolicyMethod:
                 rows,
                 rewards,
                 models,
-                self._policy.advantage,
-                self._policy.replacements,
+                divergence,
+                policy.advantage,
+                policy.replacements,
             )
-            return PolicyStep(session, step, rollouts, objective, renderer, start)
+            in_loss = start if policy.options.beta else None
+            return PolicyStep(session, step, rollouts, objective, renderer, in_loss)
 
         updates = settings.align.updates * settings.align.mini_batches
         longest = (lambda: longest_row(renderer)) if renderer is not None else None
@@ -186,39 +205,8 @@ class PolicyMethod:
 
 def method(settings: Settings) -> PolicyMethod:
     """Makes the method. Raises UserError for settings that do not fit it."""
-    if settings.align.beta != 0 and Policy.of(settings).options.beta:
+    if Policy.of(settings).has_reference:
         check_reference(settings, "grpo with align.beta above 0")
-    data, rollout, train = settings.data, settings.rollout, settings.train
-    if data.seq_length <= rollout.max_new_tokens:
-        raise UserError(
-            f"rollout.max_new_tokens is {rollout.max_new_tokens}, but a row has data.seq_length = {data.seq_length} "
-            "tokens for the prompt and its answer",
-            "raise data.seq_length, or lower rollout.max_new_tokens",
-        )
-    if train.global_batch_size is not None:
-        raise UserError(
-            "train.global_batch_size is set, but grpo packs its answers into as many rows as they need: it would be "
-            "ignored",
-            "remove train.global_batch_size; rollout.prompts and rollout.group_size give the size of a step",
-        )
-    if data.too_long == "truncate":
-        raise UserError("data.too_long is truncate, but prompts are never truncated", "set data.too_long to drop")
-    if data.replay is not None:
-        raise UserError("data.replay is set, but grpo does not use it, so it would be ignored", "remove data.replay")
-    if data.is_changed("packing"):
-        raise UserError("data.packing is set, but grpo packs its answers best-fit always", "remove data.packing")
-    if train.kl_to_start:
-        raise UserError(
-            f"train.kl_to_start is {train.kl_to_start:g}, but grpo does not use it, so it would be ignored",
-            "remove train.kl_to_start; align.beta keeps the model close to where it starts",
-        )
-    if data.is_changed("packing_buffer"):
-        raise UserError(
-            "data.packing_buffer is set, but grpo packs the answers of a step: it would be ignored",
-            "remove data.packing_buffer",
-        )
-    if train.precision == "fp8":
-        raise UserError("train.precision is fp8, in which sampling has not been tried", "set train.precision to bf16")
     return PolicyMethod(settings)
 
 
@@ -233,18 +221,3 @@ def _sampling(session: Session, stops: tuple[int, ...]) -> Sampling:
         stop_strings=tuple(rollout.stop),
         banned=vision_tokens(session.shapes),
     )
-
-
-def _limits(settings: Settings) -> dict[str, float]:
-    """The limits of the correction that are set. Raises UserError for one that would be ignored."""
-    name, align = settings.align.correction, settings.align
-    given = {"lowest": align.correction_lowest, "highest": align.correction_highest}
-    limits = {key: value for key, value in given.items() if value is not None}
-    used = {"off": (), "truncate": ("highest",), "mask": ("lowest", "highest")}
-    kind = "off" if name == "off" else CORRECTIONS[name][1]
-    for key in limits.keys() - set(used[kind]):
-        raise UserError(
-            f"align.correction_{key} is set, but align.correction is {name}: it would be ignored",
-            f"remove align.correction_{key}",
-        )
-    return limits

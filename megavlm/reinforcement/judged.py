@@ -7,7 +7,7 @@ from megavlm.data.row import Asked
 from megavlm.monitor.reward_failures import JudgedAnswer
 from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup
 from megavlm.records.skipped_samples import SkippedSample
-from megavlm.reinforcement.answer_rows import Group
+from megavlm.reinforcement.answer_rows import AnswerGroup
 from megavlm.rewards.score import Score
 from megavlm.rollout.engine import Answered
 
@@ -28,11 +28,12 @@ class Judged:
         return not any(self.advantages)
 
     @property
-    def group(self) -> Group:
+    def group(self) -> AnswerGroup:
         """What is learned from. An answer without a reward is left out."""
         known = [n for n, reward in enumerate(self.rewards) if reward is not None]
-        answers = self.answered.answers
-        return Group(self.answered.prompt.sample, [answers[n] for n in known], [self.advantages[n] for n in known])
+        answered, answers = self.answered, self.answered.answers
+        chosen = [answers[n] for n in known]
+        return AnswerGroup(answered.prompt.sample, chosen, [self.advantages[n] for n in known], answered.routing)
 
 
 @dataclass

@@ -12,16 +12,17 @@ from megavlm.base.heartbeat import beat
 from megavlm.config.requirements import required
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
-from megavlm.model.batch_invariant import batch_invariant
 from megavlm.monitor.reward_failures import JudgedAnswer, RewardFailures
 from megavlm.monitor.rollout_log import MAX_GROUPS, LoggedGroup
 from megavlm.monitor.run_monitor import RunMonitor
+from megavlm.platform.batch_invariant import batch_invariant
 from megavlm.platform.collectives import broadcast_object, gather_objects
 from megavlm.reinforcement.answer_rows import answer_rows, on_all_ranks
 from megavlm.reinforcement.judged import Batch, Judged, failures_of, logged
 from megavlm.reinforcement.policy_objective import Known, PolicyObjective
 from megavlm.reinforcement.rollouts import Rollouts, in_mini_batches
 from megavlm.runtime.feed import StepRows
+from megavlm.runtime.routing import chosen_anew
 from megavlm.runtime.session import Session
 from megavlm.training.start_weights import StartWeights
 from megavlm.training.step import Step, StepResult
@@ -119,6 +120,8 @@ class PolicyStep:
         if self._failures is None:
             output, limit = required(settings.output, "output"), settings.reward_pool.max_failed_fraction
             self._failures = RewardFailures(output, step - 1, limit, monitor.say)
+            for remark in self._rollouts.remarks():
+                monitor.say(remark)
         self._failures.take(step, itertools.chain.from_iterable(judged))
         if step % settings.rollout.log_every == 0 or step in (1, settings.train.steps):
             monitor.record_rollouts(step, self._logged)
@@ -155,7 +158,7 @@ class PolicyStep:
             old = look(self._objective.logprobs)
             self._session.vlm.train()
         if self._start is not None:
-            with self._start():
+            with self._start(), chosen_anew():
                 reference = look(self._objective.logprobs)
         count = max(len(old), len(reference))
         return [(old[n] if old else None, reference[n] if reference else None) for n in range(count)]

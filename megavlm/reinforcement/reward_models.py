@@ -9,14 +9,16 @@ from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import has_score_head
 from megavlm.config.reward_section import RewardSettings
+from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
 from megavlm.model.language import LanguageModel
 from megavlm.model.vlm import VLM
-from megavlm.reinforcement.answer_rows import Group, answer_rows, on_all_ranks
+from megavlm.reinforcement.answer_rows import AnswerGroup, answer_rows, on_all_ranks
 from megavlm.runtime.feed import Feed, MicroBatch
 from megavlm.runtime.forward import forward_only, to_leader
 from megavlm.runtime.scoring import row_rewards
 from megavlm.runtime.session import Session
+from megavlm.training.objective import Read
 
 
 class RewardModels:
@@ -46,27 +48,40 @@ class RewardModels:
                 f"reward/{reward.key}", path, trained=False, score_head=True
             ).vlm
 
-    def scores(self, groups: Sequence[Group]) -> dict[str, list[float]]:
+    def scores(self, groups: Sequence[AnswerGroup]) -> dict[str, list[float]]:
         """Scores the answers by each model's name, in order, on leaders; elsewhere []. Call it on all ranks."""
         return {name: self._of(vlm, groups) for name, vlm in self._models.items()}
 
-    def _of(self, vlm: VLM, groups: Sequence[Group]) -> list[float]:
-        settings, sequence_parallel = self._session.settings, self._session.settings.parallel.sequence_parallel
+    def _of(self, vlm: VLM, groups: Sequence[AnswerGroup]) -> list[float]:
+        sequence_parallel = self._session.settings.parallel.sequence_parallel
 
         def read(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
             return row_rewards(chunk, hidden, micro_batch, self._session.groups, sequence_parallel)
 
-        rows = []
-        if self._renderer is not None:
-            rows = answer_rows(groups, self._renderer, settings.data.max_patches_per_row)
-        step_rows = on_all_ranks(rows, self._renderer, vlm, None)
-        found = torch.zeros(sum(len(group.answers) for group in groups))
-        if step_rows is None:
-            return []
-        for window in Feed(vlm, None).windows(step_rows, settings.parallel.pipeline):
-            results = to_leader(vlm, forward_only(vlm, window, read))
-            for micro_batch, scores in zip(window.micro_batches, results, strict=False):  # none but on the leader
-                for annotations, score in zip(micro_batch.host.annotations, scores, strict=True):
-                    if annotations.sampled is not None:
-                        found[annotations.sampled.number] = score
-        return found.tolist()
+        return of_answers(vlm, groups, self._renderer, self._session.settings, read)
+
+
+def of_answers(
+    vlm: VLM, groups: Sequence[AnswerGroup], renderer: Renderer | None, settings: Settings, read: Read
+) -> list[float]:
+    """Computes a number for each answer, in order, on leaders; elsewhere []. Call it on all ranks.
+
+    Args:
+        vlm: the model.
+        groups: the answers, on leaders.
+        renderer: packs them, on leaders; None elsewhere.
+        settings: the settings of the run.
+        read: computes a number for each sample of a row, [samples].
+    """
+    rows = answer_rows(groups, renderer, settings.data.max_patches_per_row) if renderer is not None else []
+    step_rows = on_all_ranks(rows, renderer, vlm, None)
+    found = torch.zeros(sum(len(group.answers) for group in groups))
+    if step_rows is None:
+        return []
+    for window in Feed(vlm, None).windows(step_rows, settings.parallel.pipeline):
+        results = to_leader(vlm, forward_only(vlm, window, read))
+        for micro_batch, values in zip(window.micro_batches, results, strict=False):  # none but on the leader
+            for annotations, value in zip(micro_batch.host.annotations, values, strict=True):
+                if annotations.sampled is not None:
+                    found[annotations.sampled.number] = value
+    return found.tolist()

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.align.losses import advantages
+from megavlm.align.sampling_checks import too_few_prompts
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
 from megavlm.config.requirements import required
@@ -15,8 +16,9 @@ from megavlm.data.answers import first_sample
 from megavlm.data.loader import RowLoader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
-from megavlm.reinforcement.answer_rows import Group
+from megavlm.reinforcement.answer_rows import AnswerGroup
 from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, fields_of, keys_of
+from megavlm.reinforcement.divergence import Divergence
 from megavlm.reinforcement.judged import Batch, Judged, asked_of
 from megavlm.reinforcement.reward_models import RewardModels
 from megavlm.rewards.pool import RewardPool
@@ -26,6 +28,7 @@ from megavlm.rollout.sampling import mixed_seed
 from megavlm.runtime.session import Session
 from megavlm.training.step import NoRows, raise_everywhere
 
+KL = "kl"  # the divergence among the parts of a reward
 _SECONDS_BETWEEN_SIGNS = 1.0  # of life, while rewards are awaited
 
 
@@ -41,6 +44,7 @@ class Rollouts:
         rows: the rows of that loader, one prompt each.
         rewards: judges the answers, on the same ranks.
         models: the reward models among the rewards.
+        divergence: the divergence from the reference model, if it is a part of the rewards.
         advantage: the name of the advantage, and its options.
         replacements: how many times flat groups are replaced in a step.
     """
@@ -55,13 +59,14 @@ class Rollouts:
         rows: Iterator[Row] | None,
         rewards: RewardPool | None,
         models: RewardModels,
+        divergence: Divergence | None,
         advantage: tuple[str, dict[str, float]],
         replacements: int,
     ):
         self._session, self._engine, self._sampling, self._renderer = session, engine, sampling, renderer
         self._loader, self._rows, self._rewards = loader, rows, rewards
         self._advantage, self._replacements = advantage, replacements
-        self._models = models
+        self._models, self._divergence = models, divergence
         self._weights = {reward.key: reward.weight for reward in session.settings.reward}
         self._names = session.settings.data.source_names
 
@@ -93,6 +98,12 @@ class Rollouts:
                 break
         self._count(batch, sums)
         return batch
+
+    def remarks(self) -> list[str]:
+        """What the user should know of the prompts; on leaders, which read them."""
+        if self._loader is None:
+            return []
+        return too_few_prompts(self._session.settings, sum(len(source.file) for source in self._loader.sources))
 
     def close(self) -> None:
         """Ends the engine and the processes of the rewards."""
@@ -156,9 +167,9 @@ class Rollouts:
             except UserError as error:
                 problem = error
         raise_everywhere(problem, problem is not None, self._session.groups)
-        of_models = self._models.scores([
-            Group(group.prompt.sample, group.answers, [0.0] * len(group.answers)) for group in answered
-        ])  # fmt: skip
+        groups = [AnswerGroup(one.prompt.sample, one.answers, [0.0] * len(one.answers)) for one in answered]
+        of_models = self._models.scores(groups)
+        divergences = self._divergence.parts(groups) if self._divergence is not None else []
         first = 0
         for place, group in enumerate(answered):
             scores = found[place]
@@ -166,6 +177,8 @@ class Rollouts:
                 scores[number] = _with_models(
                     one, {name: values[first + number] for name, values in of_models.items()}, self._weights
                 )
+                if self._divergence is not None:
+                    scores[number] = _with_kl(scores[number], divergences[first + number], self._divergence.weight)
             judged.append(self._judge(group, scores))
             first += len(scores)
         sums["seconds_reward"] += time.perf_counter() - began
@@ -184,7 +197,7 @@ class Rollouts:
 
     def _count(self, batch: Batch, sums: Sums) -> None:
         """Fills ``fields`` and ``counts`` with sums over all ranks."""
-        rewards = list(self._weights)
+        rewards = [*self._weights, *([KL] if self._divergence is not None else [])]
         add_batch(sums, batch, rewards)
         is_leader = self._loader is not None
         found = self._sum({key: sums[key] if is_leader else 0.0 for key in keys_of(rewards, self._names)})
@@ -208,3 +221,12 @@ def _with_models(found: Score, of_models: dict[str, float], weights: dict[str, f
     parts = {name: value if math.isfinite(value) else None for name, value in of_models.items()}
     failures = [f"{name}: it returned {of_models[name]}" for name, value in parts.items() if value is None]
     return score({**found.parts, **parts}, [*found.failures, *failures], weights)
+
+
+def _with_kl(found: Score, part: float, weight: float) -> Score:
+    """A score with the divergence as a further part. An answer without a reward still has none."""
+    parts = {**found.parts, KL: part if math.isfinite(part) else None}
+    if found.total is None or not math.isfinite(part):
+        failures = [] if math.isfinite(part) else [f"{KL}: it is {part}"]
+        return Score(None, parts, [*found.failures, *failures])
+    return Score(found.total + weight * part, parts, found.failures)

@@ -36,7 +36,7 @@ class AnswerSource:
         folder: the folder of answers.jsonl. It may also contain accuracy.json, with an accuracy from a better criterion
             than "equal to the reference".
         eval_file: the file of the questions; None if the folder does not name it or the file does not exist.
-        answers: index in the data file → answer.
+        answers: index in the data file → its answers, several with ``generate.samples`` above 1.
         weights: what the answers were made from, in words.
         is_own: whether that is a checkpoint of the run that the report is about.
         access: which pictures the data file may name.
@@ -48,7 +48,7 @@ class AnswerSource:
     name: str
     folder: Path
     eval_file: Path | None
-    answers: dict[int, str]
+    answers: dict[int, list[str]]
     weights: str = ""
     is_own: bool = True
     access: MediaAccess = ANY_LOCAL_FILE
@@ -65,7 +65,7 @@ class AnsweredQuestion:
         index: index in the data file.
         question: the question; "" if unknown.
         reference: the reference answer, if any.
-        answers: for each source, (text, whether it is right); None if unknown.
+        answers: for each source its answers as (text, whether it is right); None if unknown, [] if there are none.
         pictures: data URLs of the pictures.
         note: a remark shown below the sample.
     """
@@ -73,7 +73,7 @@ class AnsweredQuestion:
     index: int
     question: str = ""
     reference: str | None = None
-    answers: list[tuple[str | None, bool | None]] = field(default_factory=list)
+    answers: list[list[tuple[str, bool | None]]] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
     note: str = ""
 
@@ -123,7 +123,7 @@ def read_source(
     try:
         for line in filter(str.strip, file.read_text(encoding="utf-8").splitlines()):
             entry = json.loads(line)
-            answers[entry["index"]] = entry["answer"]
+            answers[entry["index"]] = entry["answers"] if "answers" in entry else [entry["answer"]]
     except (ValueError, KeyError, TypeError):
         return None
     if not answers:
@@ -182,7 +182,8 @@ def _records(file: Path | None) -> Iterator[tuple[int, Any]]:
 
 
 def _count(source: AnswerSource, references: dict[int, str]) -> None:
-    judged = [is_right(answer, references[i]) for i, answer in source.answers.items() if i in references]
+    known = {i: answers for i, answers in source.answers.items() if i in references}
+    judged = [is_right(answer, references[i]) for i, answers in known.items() for answer in answers]
     source.right, source.total = sum(judged), len(judged)
     source.accuracy = source.right / source.total if judged else None
     counted = source.folder / ACCURACY_FILE
@@ -191,9 +192,12 @@ def _count(source: AnswerSource, references: dict[int, str]) -> None:
         source.accuracy = float(content["accuracy"] if isinstance(content, dict) else content)
 
 
-def _choose(answers: dict[int, str], references: dict[int, str]) -> list[int]:
-    """The sorted indices to show: some wrong answers, and evenly spaced other answers."""
-    is_wrong = {i: i in references and not is_right(answer, references[i]) for i, answer in answers.items()}
+def _choose(answers: dict[int, list[str]], references: dict[int, str]) -> list[int]:
+    """The sorted indices to show: some of questions with a wrong answer, and evenly spaced others."""
+    is_wrong = {
+        i: i in references and not all(is_right(answer, references[i]) for answer in several)
+        for i, several in answers.items()
+    }
     wrong = _spread([i for i in answers if is_wrong[i]], MAX_WRONG)
     others = [i for i in answers if not is_wrong[i]]
     return sorted(wrong + _spread(others, MAX_SAMPLES - len(wrong)))
@@ -211,9 +215,8 @@ def _sample(
     reference = references.get(index)
     sample = AnsweredQuestion(index, reference=reference)
     for source in sources:
-        answer = source.answers.get(index)
-        right = None if answer is None or reference is None else is_right(answer, reference)
-        sample.answers.append((answer, right))
+        texts = source.answers.get(index, [])
+        sample.answers.append([(text, None if reference is None else is_right(text, reference)) for text in texts])
     if record is None or file is None:
         return sample
     name = f"{file}, sample {index}"

@@ -23,6 +23,7 @@ from megavlm.report.answers import AnswerGroup, AnswerSource, group_answers, rea
 from megavlm.report.charts import Band, Curve, chart
 from megavlm.report.loss_plot import smooth
 from megavlm.report.page import render_page
+from megavlm.report.phases import phases_bar
 from megavlm.report.policy import is_rl, policy_charts
 from megavlm.report.preferences import method_charts
 from megavlm.report.rollouts import marked_tokens, shown_rollouts
@@ -208,6 +209,7 @@ def _charts(run: Run) -> list[tuple[str, list[Markup]]]:
         chart("Learning rate", steps, [Curve("learning rate", run.column("lr"), "lr")], from_zero=True),
         chart("Tokens per second", steps, [Curve.smoothed("tokens/s", speed, "speed")], from_zero=True, label=short),
         chart("MFU", steps, [Curve.smoothed("MFU", mfu, "speed")], from_zero=True, label=percent),
+        phases_bar(run),
         chart("Peak memory, GiB", steps, [Curve("GiB", run.column("memory_gib"), "soft")], from_zero=True),
     ]
     groups = [*policy_charts(run.lines), ("Training", charts)] if rl else [("", charts)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 from megavlm.rollout.engine import Answer, Answered, Prompt, Sampling
 
@@ -19,6 +20,7 @@ class Growing:
         values: of each token its three log-probabilities, as in ``Answer``.
         spelled: its tokens without special ones, in which stop strings are looked for.
         finish: as in ``Answer``; None: it goes on.
+        routing: the experts of its tokens, see ``RoutingPool``; None before it is finished, or if nobody asks for them.
     """
 
     seed: int
@@ -27,16 +29,17 @@ class Growing:
     values: list[tuple[float, float, float]] = field(default_factory=list)
     spelled: list[int] = field(default_factory=list)
     finish: Literal["stop", "length"] | None = None
+    routing: Tensor | None = None
 
     def result(self) -> Answer:
         """The finished answer."""
         assert self.finish is not None
         logprobs, policy, sampled = (list(column) for column in zip(*self.values, strict=True))
-        return Answer(self.tokens, logprobs, policy, sampled, self.finish)
+        return Answer(self.tokens, logprobs, policy, sampled, self.finish, self.routing)
 
 
 @dataclass(eq=False)
-class Asked:
+class OpenPrompt:
     """A prompt that is being answered.
 
     Attributes:
@@ -46,6 +49,7 @@ class Asked:
         slots: where its keys and values are.
         prompt: the prompt, on the leader.
         ticket: number under which another rank has given the prompt to this one.
+        routing: the experts of its tokens, as in ``Growing``.
     """
 
     length: int
@@ -54,6 +58,7 @@ class Asked:
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     prompt: Prompt | None = None
     ticket: int = 0
+    routing: Tensor | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -63,7 +68,7 @@ class Asked:
     def answered(self) -> Answered:
         """The result, on the leader that has read the prompt."""
         assert self.prompt is not None
-        return Answered(self.prompt, [answer.result() for answer in self.answers])
+        return Answered(self.prompt, [answer.result() for answer in self.answers], self.routing)
 
 
 class Ending:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavlm.model.batch_invariant import attend_one, is_batch_invariant
 from megavlm.model.kernels.attention import segment_attention
 from megavlm.model.packed import PackedRow
 from megavlm.platform import device, to_device
+from megavlm.platform.batch_invariant import attend_one, is_batch_invariant
 from megavlm.rollout.blocks import KeyValuePool
 
 
@@ -96,6 +96,9 @@ class StepAttention:
         prompts: the slots of each new prompt.
         shared: the prompts of the answers, with the number of answers to each.
         own: what each answer has added to its prompt, the new token included; one query each.
+
+    Attributes:
+        slots: int64 [n], the slot of each token of the row that is not padding.
     """
 
     def __init__(self, pool: KeyValuePool, prompts: Sequence[np.ndarray], shared: Spans, own: Spans) -> None:
@@ -104,14 +107,14 @@ class StepAttention:
         self._prompt_tokens, self._used = sum(lengths), sum(lengths) + len(own.slots)
         self._row = PackedRow.of(lengths, device())
         new = np.concatenate([np.empty(0, np.int64), *prompts, *(slots[-1:] for slots in own.slots)])
-        self._slots = to_device(torch.from_numpy(new), device())
+        self.slots = to_device(torch.from_numpy(new), device())
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float) -> Tensor:
         """Stores keys and values [T, kv_heads, dim] and computes attention: [T, heads, dim] -> the same shape."""
         if not self._used:  # a row of padding
             return torch.zeros_like(query)
         first, used = self._prompt_tokens, self._used
-        keys, values = self._pool.store(layer, key[:used], value[:used], self._slots)
+        keys, values = self._pool.store(layer, key[:used], value[:used], self.slots)
         out = torch.zeros_like(query)
         if first:
             out[:first] = segment_attention(

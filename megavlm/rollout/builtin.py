@@ -27,10 +27,11 @@ class BuiltinEngine:
         cache_setting: name of the setting that gives it, for messages.
         prompt_tokens: maximum number of tokens of new prompts that are computed together, unless one alone is longer.
         chunk_tokens: number of tokens whose logits exist at a time.
-        batch_invariant: see ``megavlm.model.batch_invariant``.
+        batch_invariant: see ``megavlm.platform.batch_invariant``.
         decode: returns the text of tokens; only needed for stop strings.
         special: tokens that are not part of an answer's text.
         timer: makes a context manager around the part of the work that its argument names.
+        records_routing: whether answers have their ``routing``; only for a mixture of experts.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class BuiltinEngine:
         decode: Callable[[list[int]], str] | None = None,
         special: Sequence[int] = (),
         timer: Timer = untimed,
+        records_routing: bool = False,
     ) -> None:
         self._vlm, self._view = vlm, sampling_view(vlm)
         self._memory = Memory.of(self._view, cache_gib, cache_setting)
         self._places, self._prompt_tokens, self._chunk_tokens = places, prompt_tokens, chunk_tokens
         self._batch_invariant, self._decode, self._special, self._timer = batch_invariant, decode, special, timer
+        self._records_routing = records_routing
 
     def generate(self, prompts: Iterator[Prompt] | None, sampling: Sampling) -> Iterator[Answered]:
         """Answers prompts; see ``Engine.generate``."""
@@ -59,7 +62,7 @@ class BuiltinEngine:
         rounds = Rounds(
             self._view, source, stages, Ending(sampling, self._decode, self._special), self._memory,
             places=self._places, longest=sampling.max_new_tokens, prompt_tokens=self._prompt_tokens, timer=self._timer,
-            invariant=self._batch_invariant,
+            invariant=self._batch_invariant, records_routing=self._records_routing,
         )  # fmt: skip
         training = self._vlm.language[0].training
         self._vlm.train(False)

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from torch import Tensor
+
 from megavlm.data.row import Sample
 
 
@@ -56,6 +58,8 @@ class Answer:
         sampled_logprobs: after temperature and filters: of the distribution that the token was drawn from (with
             temperature 0, zeros).
         finish: "stop", or "length" if max_new_tokens has cut the answer off.
+        routing: which experts each token went to, see ``megavlm.runtime.routing`` (not known of the last one, which the
+            model has not read); None: the engine was not asked to record it.
     """
 
     tokens: list[int]
@@ -63,14 +67,16 @@ class Answer:
     policy_logprobs: list[float] = field(repr=False)
     sampled_logprobs: list[float] = field(repr=False)
     finish: Literal["stop", "length"]
+    routing: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt with its answers, in the order of the seeds."""
+    """A prompt with its answers, in the order of the seeds, and which experts its tokens went to (as in ``Answer``)."""
 
     prompt: Prompt
     answers: list[Answer]
+    routing: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 class Engine(Protocol):

@@ -6,7 +6,7 @@ Every decision here is a function of the tokens sampled so far, so all ranks of 
 from collections import deque
 from collections.abc import Sequence
 
-from megavlm.rollout.answers import Asked, Ending, Growing
+from megavlm.rollout.answers import Ending, Growing, OpenPrompt
 from megavlm.rollout.blocks import Blocks, blocks_for
 
 
@@ -26,8 +26,8 @@ class Places:
     def __init__(self, count: int, blocks: Blocks, ending: Ending, longest: int) -> None:
         self._count, self._blocks, self._ending = count, blocks, ending
         self._own_tokens = longest - 1  # the last token is not fed to the model any more
-        self.growing: list[tuple[Asked, Growing]] = []
-        self._waiting: deque[tuple[Asked, Growing]] = deque()
+        self.growing: list[tuple[OpenPrompt, Growing]] = []
+        self._waiting: deque[tuple[OpenPrompt, Growing]] = deque()
 
     @property
     def is_empty(self) -> bool:
@@ -43,7 +43,7 @@ class Places:
         """Whether there is memory now for a prompt of ``length`` tokens and one answer."""
         return self.needed(length) <= self._blocks.free
 
-    def start(self, asked: Asked) -> list[Growing]:
+    def start(self, asked: OpenPrompt) -> list[Growing]:
         """Takes a prompt's memory, and places for as many of its answers as can have one now, at least one.
 
         Returns all its answers; those without a place wait for one with their first token, which all get at once.
@@ -63,7 +63,7 @@ class Places:
             answer.slots = self._blocks.take(self._own_tokens)
             self.growing.append((asked, answer))
 
-    def add(self, drawn: Sequence[tuple[Asked, Growing, int, tuple[float, float, float]]]) -> list[Asked]:
+    def add(self, drawn: Sequence[tuple[OpenPrompt, Growing, int, tuple[float, float, float]]]) -> list[OpenPrompt]:
         """Adds sampled tokens to answers. Returns the prompts of which all answers have ended, whose memory is free."""
         for _, answer, token, values in drawn:
             self._ending.add(answer, token, values)

@@ -13,15 +13,16 @@ import torch
 import torch.distributed as dist
 
 from megavlm.base.heartbeat import beat
-from megavlm.model.batch_invariant import batch_invariant
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
+from megavlm.platform.batch_invariant import batch_invariant
 from megavlm.platform.collectives import broadcast_object
-from megavlm.rollout.answers import Asked, Ending, Growing
+from megavlm.rollout.answers import Ending, Growing, OpenPrompt
 from megavlm.rollout.blocks import Blocks, KeyValuePool
 from megavlm.rollout.engine import Answered
 from megavlm.rollout.memory import Memory
 from megavlm.rollout.places import Places
+from megavlm.rollout.routing_pool import RoutingPool
 from megavlm.rollout.rows import Operation, RowMaker
 from megavlm.rollout.source import Dealt, Source
 from megavlm.rollout.stages import Stages
@@ -53,23 +54,26 @@ class Rounds:
         longest: maximum number of tokens of an answer.
         prompt_tokens: maximum number of tokens of prompts in one row, unless a single prompt is longer.
         timer: see ``Stages``.
-        invariant: whether to compute as ``megavlm.model.batch_invariant``.
+        invariant: whether to compute as ``megavlm.platform.batch_invariant``.
+        records_routing: whether to keep the experts of all tokens.
     """
 
     def __init__(
         self, view: VLM, source: Source | None, stages: Stages, ending: Ending, memory: Memory,
         *, places: int, longest: int, prompt_tokens: int, timer: Timer, invariant: bool,
+        records_routing: bool,
     ) -> None:  # fmt: skip
         self._view, self._source, self._stages, self._memory = view, source, stages, memory
         self._prompt_tokens = prompt_tokens
         blocks = Blocks(memory.blocks)
-        self._rows = RowMaker(view, KeyValuePool(blocks), timer)
+        self._routing = RoutingPool(view, blocks) if records_routing else None
+        self._rows = RowMaker(view, KeyValuePool(blocks), timer, self._routing)
         self._invariant = invariant
         count = min(stages.count, places)
         self._groups = [Places((places + n) // count, blocks, ending, longest) for n in range(count)]
         self._last: list[Operation | None] = [None] * count
         self._open = set(range(count))
-        self._finished: list[Asked] = []
+        self._finished: list[OpenPrompt] = []
         self._is_exhausted = False
         self._next_length: int | None = None
         groups, parallel = view.groups, view.parallel
@@ -106,7 +110,11 @@ class Rounds:
         places, last = self._groups[group], self._last[group]
         self._last[group] = None
         if last is not None:
-            self._finished += places.add(self._stages.drawn(last))
+            drawn = self._stages.drawn(last)
+            done = places.add(drawn)
+            if self._routing is not None:  # before the memory that is free now is written to again
+                self._routing.keep([answer for _, answer, *_ in drawn], done)
+            self._finished += done
         is_busy = not places.is_empty or not self._is_exhausted or (self._peers is not None and bool(self._finished))
         if not self._anywhere(is_busy):
             self._open.discard(group)
@@ -140,7 +148,7 @@ class Rounds:
             return flag
         return bool(box.item())
 
-    def _start_prompts(self, places: Places) -> list[Asked]:
+    def _start_prompts(self, places: Places) -> list[OpenPrompt]:
         """Starts prompts in free places. The leader chooses, and the other ranks follow."""
         waits_for_memory = self._next_length is not None and not places.fits(self._next_length)
         if self._is_exhausted or not places.free or waits_for_memory:
@@ -163,9 +171,9 @@ class Rounds:
                 places.start(asked)
         return new
 
-    def _choose_prompts(self, places: Places) -> list[Asked]:
+    def _choose_prompts(self, places: Places) -> list[OpenPrompt]:
         assert self._source is not None
-        new: list[Asked] = []
+        new: list[OpenPrompt] = []
         while places.free and (prompt := self._source.look()) is not None:
             length = len(prompt.sample.input_ids)
             try:
@@ -184,5 +192,5 @@ class Rounds:
         return new
 
 
-def _asked(length: int, next_position: int, seeds: Sequence[int]) -> Asked:
-    return Asked(length, next_position, [Growing(seed) for seed in seeds])
+def _asked(length: int, next_position: int, seeds: Sequence[int]) -> OpenPrompt:
+    return OpenPrompt(length, next_position, [Growing(seed) for seed in seeds])

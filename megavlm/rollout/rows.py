@@ -12,9 +12,10 @@ from megavlm.data.row import pack, padded_length
 from megavlm.model.packed import PackedRow
 from megavlm.model.vlm import VLM
 from megavlm.platform import device, to_device
-from megavlm.rollout.answers import Asked, Growing
+from megavlm.rollout.answers import Growing, OpenPrompt
 from megavlm.rollout.attention import Spans, StepAttention
 from megavlm.rollout.blocks import KeyValuePool
+from megavlm.rollout.routing_pool import RoutingPool
 from megavlm.rollout.timing import Timer
 from megavlm.runtime.feed import Feed, MicroBatch
 from megavlm.runtime.forward import encode_window
@@ -38,7 +39,7 @@ class Operation:
     row: PackedRow
     width: int
     micro_batch: MicroBatch | None
-    draws: list[tuple[Asked, Growing]]
+    draws: list[tuple[OpenPrompt, Growing]]
     positions: Tensor
     drawn: Tensor | None = None
 
@@ -50,17 +51,18 @@ class RowMaker:
         view: the model, see ``sampling_view``.
         pool: the memory for keys and values.
         timer: makes a context manager around the part of the work that its argument names.
+        routing: records the experts of tokens; None: nothing does.
     """
 
-    def __init__(self, view: VLM, pool: KeyValuePool, timer: Timer) -> None:
-        self._view, self._pool, self._timer = view, pool, timer
+    def __init__(self, view: VLM, pool: KeyValuePool, timer: Timer, routing: RoutingPool | None) -> None:
+        self._view, self._pool, self._timer, self._routing = view, pool, timer, routing
         self.slices = view.parallel.tensor if view.parallel.sequence_parallel else 1
 
     def padding(self) -> Operation:
         """A row of padding, for a rank that computes only because the experts of other ranks' tokens are on it."""
         return self._operation([], [], self.slices)
 
-    def make(self, new: Sequence[Asked], growing: Sequence[tuple[Asked, Growing]]) -> Operation | None:
+    def make(self, new: Sequence[OpenPrompt], growing: Sequence[tuple[OpenPrompt, Growing]]) -> Operation | None:
         """Makes a row. Call it on all ranks; it encodes the frames of new prompts.
 
         Args:
@@ -75,7 +77,9 @@ class RowMaker:
         used = sum(asked.length for asked in new) + len(going)
         return self._operation(new, going, padded_length(used, self.slices)) if used else None
 
-    def _operation(self, new: Sequence[Asked], going: Sequence[tuple[Asked, Growing]], width: int) -> Operation:
+    def _operation(
+        self, new: Sequence[OpenPrompt], going: Sequence[tuple[OpenPrompt, Growing]], width: int
+    ) -> Operation:
         groups = [(asked, [answer for _, answer in part]) for asked, part in groupby(going, key=lambda pair: pair[0])]
         shared = Spans([asked.slots for asked, _ in groups], [len(answers) for _, answers in groups])
         own = Spans([_own_slots(answer) for _, answer in going], [1] * len(going))
@@ -94,6 +98,7 @@ class RowMaker:
             here = slice(first, first + len(going))
             input_ids[here], position_ids[:, here] = to_device(tokens, device()), to_device(positions, device())
         row.cache = cache
+        row.routing = self._routing.recorder(cache.slots, width) if self._routing is not None else None
         ends = np.cumsum([asked.length for asked in new], dtype=np.int64) - 1
         where = [int(end) for asked, end in zip(new, ends, strict=True) for _ in asked.answers]
         where += range(first, first + len(going))
@@ -103,7 +108,7 @@ class RowMaker:
             positions=to_device(torch.tensor(where, dtype=torch.int64), device()),
         )  # fmt: skip
 
-    def _encoded(self, new: Sequence[Asked], width: int) -> MicroBatch:
+    def _encoded(self, new: Sequence[OpenPrompt], width: int) -> MicroBatch:
         """The new prompts as the beginning of a row of ``width`` tokens, with the features of their frames."""
         view, packed = self._view, None
         if view.groups.is_leader:

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megavlm.rollout.answers import Asked
+from megavlm.rollout.answers import OpenPrompt
 from megavlm.rollout.engine import Answer, Answered, Prompt
 
 
@@ -74,7 +75,7 @@ class Dealt(Source):
         """The next prompt that was dealt to this rank."""
         return self._next[0][0] if self._next else None
 
-    def exchange(self, room: int, finished: list[Asked]) -> list[Answered]:
+    def exchange(self, room: int, finished: list[OpenPrompt]) -> list[Answered]:
         """Asks for prompts and hands in answers. Call it on all ranks of the group.
 
         Args:
@@ -99,13 +100,13 @@ class Dealt(Source):
             return []
         results: list | None = [None] * self._group.size() if self._dealer is not None else None
         dist.gather_object(
-            [(asked.ticket, [answer.result() for answer in asked.answers]) for asked in finished],
+            [(asked.ticket, [answer.result() for answer in asked.answers], asked.routing) for asked in finished],
             results,
             group=self._group,
             group_dst=0,
         )
-        pairs: list[tuple[int, list[Answer]]] = [pair for part in results or [] for pair in part]
-        return [Answered(self._given.pop(ticket), answers) for ticket, answers in pairs]
+        all_results: list[tuple[int, list[Answer], Tensor | None]] = [one for part in results or [] for one in part]
+        return [Answered(self._given.pop(ticket), answers, routing) for ticket, answers, routing in all_results]
 
     def _deal(self, wanted: list[int]) -> list[tuple[list[tuple[Prompt, int]], bool]]:
         """Gives prompts to the ranks one by one, each time to the one with most room."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megavlm.model.vlm import VLM
 from megavlm.platform import device, to_device
-from megavlm.rollout.answers import Asked, Growing
+from megavlm.rollout.answers import Growing, OpenPrompt
 from megavlm.rollout.engine import Sampling
 from megavlm.rollout.rows import Operation
 from megavlm.rollout.sampling import draw, uniforms
@@ -71,7 +71,7 @@ class Stages:
         for stage in range(self._group.size() - 1):
             self._send(("tokens", stage, group), operation.drawn, self._host, self._rank_of(stage))
 
-    def drawn(self, operation: Operation) -> list[tuple[Asked, Growing, int, tuple[float, float, float]]]:
+    def drawn(self, operation: Operation) -> list[tuple[OpenPrompt, Growing, int, tuple[float, float, float]]]:
         """The tokens of an operation whose last chunk has run, with their log-probabilities, on every stage."""
         if not operation.draws:
             return []

@@ -23,7 +23,7 @@ def sampling_view(vlm: VLM) -> VLM:
         groups, language=language, model_parallel=sampling.model_parallel,
         model_parallel_host=sampling.model_parallel_host, members=sampling.members,
     )  # fmt: skip
-    view.balanced_over_world = False
+    view.sharing = None
     view.tower = TowerPhase(
         vlm.vision, vlm.projector, sampling.model_parallel, _shares(vlm),
         recompute=False, chunk_patches=vlm.tower.chunk_patches,

@@ -93,7 +93,7 @@ class Evaluation:
         Raises:
             UserError: no sample can be used; the disk is full.
         """
-        session, renderer, samples = self._session, self._renderer, self._samples()
+        session, renderer, (samples, _) = self._session, self._renderer, self._samples()
         rows = rows_of(iter(samples)) if samples is not None else None
         filler = lambda: next(rows_of(iter([meaningless_sample(renderer)])))
         for window, real in EvalRows(session, rows, what, size, filler):
@@ -116,26 +116,28 @@ class Evaluation:
             what: label of the progress bar.
             results_of: yields a result with ``index`` for each sample; the samples are None except on leaders.
         """
-        samples = self._samples()
+        (samples, count), ranks = self._samples(), self._session.groups.dp_size
         with Progress(*PROGRESS, disable=not self._session.is_first) as bar:
-            task = bar.add_task(what, total=None)
+            label = what if ranks == 1 else f"{what}, share of the first of {ranks} data-parallel ranks"
+            task = bar.add_task(label, total=count)
             for line in results_of(iter(samples) if samples is not None else None):
                 assert samples is not None, "results come on leaders"
                 about = samples.about.pop(line.pop("index"))
-                self._results.keep([{**about, **line}], samples.take_skipped())
-                bar.update(task, advance=1)
+                skipped = samples.take_skipped()
+                self._results.keep([{**about, **line}], skipped)
+                bar.update(task, advance=1 + len(skipped))
         self._results.take([], samples.take_skipped() if samples is not None else [])
         return self._results.publish(str(self._session.settings.data.eval))
 
-    def _samples(self) -> EvalSamples | None:
-        """The samples of this data-parallel rank that are not done yet, on its leader."""
+    def _samples(self) -> tuple[EvalSamples | None, int]:
+        """The samples of this data-parallel rank that are not done yet, on its leader, and how many these are."""
         session, groups = self._session, self._session.groups
         if not groups.is_leader:
-            return None
+            return None, 0
         file = self._file()
         mine = [i for i in range(groups.dp_rank, len(file), groups.dp_size) if i not in self._results.done]
         workers, output = session.settings.data.workers, self.path.parent
-        return EvalSamples(file, self._renderer, self._kind, mine, workers, output, groups.dp_rank)
+        return EvalSamples(file, self._renderer, self._kind, mine, workers, output, groups.dp_rank), len(mine)
 
     def _file(self) -> SampleFile:
         data = self._session.settings.data

@@ -5,12 +5,11 @@ the host network, and the pixels of a frame only to the rank that encodes the fr
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megavlm.data.row import IGNORE, Row
 from megavlm.model.frame_balance import Exchange, VisualRow, VisualTokens, balance_frames, plan_exchange
@@ -19,10 +18,11 @@ from megavlm.model.row_cut import RowCut
 from megavlm.model.token_logprobs import Targets
 from megavlm.model.vision import Frames
 from megavlm.model.vlm import VLM
-from megavlm.platform import device, host_buffer, to_device
-from megavlm.platform.collectives import all_gather_objects, broadcast_object
-
-_PIXEL_FIELDS = ("patches", "patch_coords", "pos_index", "pos_weight")
+from megavlm.platform import device, to_device
+from megavlm.platform.collectives import all_gather_objects
+from megavlm.runtime.pixels import Assigned, deliver
+from megavlm.runtime.read_ahead import ReadAhead, Reader
+from megavlm.runtime.routing import routing_of
 
 
 @dataclass
@@ -63,16 +63,24 @@ class StepRows:
         encoded: None, or the windows with their features, for further passes. A pass over a copy fills the list if it
             is empty and neither tower nor projector is trained; a pass over the rows themselves uses it up.
         is_copy: whether this is a copy.
+        counts: None, or what the step has counted in the rows of all ranks.
     """
 
     hosts: list[Row]
     full: list[Row | None]
     encoded: list[Window] | None = None
     is_copy: bool = False
+    counts: dict[str, float] | None = None
 
     def copy(self) -> "StepRows":
         """The same rows, for one more pass over them: making windows of the copy does not release the pixels."""
-        return StepRows(self.hosts, list(self.full), self.encoded, is_copy=True)
+        return StepRows(self.hosts, list(self.full), self.encoded, is_copy=True, counts=self.counts)
+
+    def take_full(self, part: slice) -> list[Row]:
+        """Hands out some rows with their pixels, on the leader, so that their memory can be freed."""
+        taken = [row for row in self.full[part] if row is not None]
+        self.full[part] = [None] * len(self.full[part])
+        return taken
 
 
 class Feed:
@@ -81,32 +89,32 @@ class Feed:
     Args:
         vlm: the model; its groups and layout determine what this rank needs.
         rows: endless (training) or finite iterator over rows. Only the leader reads it; other ranks may pass None.
+        ahead: reads the rows in place of ``rows``, if ``read_ahead`` is to be called.
     """
 
-    def __init__(self, vlm: VLM, rows: Iterator[Row] | None):
-        self.vlm, self.groups, self._source = vlm, vlm.groups, rows
+    def __init__(self, vlm: VLM, rows: Iterator[Row] | None, ahead: ReadAhead | None = None):
+        self.vlm, self.groups, self._ahead = vlm, vlm.groups, ahead
+        self._reader: Reader = ahead or Reader(rows, self.groups.model_parallel_host)
 
     def rows(self, num_rows: int) -> StepRows | None:
         """Returns the next ``num_rows`` rows (fewer at the end of a finite iterator), or None if none are left.
 
         Raises on every rank of the group whatever reading raised on the leader.
         """
-        full: list[Row | None] = []
-        problem: Exception | None = None
-        if self.groups.is_leader:
-            assert self._source is not None, "a leader has rows"
-            try:
-                for row in self._source:
-                    full.append(row)
-                    if len(full) == num_rows:
-                        break
-            except Exception as error:  # it is raised after the broadcast, because the other ranks wait for the leader
-                problem = error
-        message = ([_without_pixels(row) for row in full if row is not None], problem)
-        hosts, problem = broadcast_object(message, self.groups.model_parallel_host)
-        if problem is not None:
-            raise problem
-        return StepRows(hosts, full) if hosts else None
+        read = self._reader.take(num_rows)
+        if read.problem is not None:
+            raise read.problem
+        return StepRows(read.hosts, [*read.full]) if read.hosts else None
+
+    def read_ahead(self, num_rows: int) -> None:
+        """Begins to send the rows of the next step while this one computes, if the feed can. Call it on all ranks."""
+        if self._ahead is not None:
+            self._ahead.begin(num_rows)
+
+    def close(self) -> None:
+        """Drops the rows that were read ahead. No row can be read afterwards."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     def windows(self, rows: StepRows, size: int) -> Iterator[Window]:
         """Yields windows of ``size`` micro-batches (the last may be shorter); each is copied to the device on demand.
@@ -115,9 +123,7 @@ class Feed:
         """
         for start in range(0, len(rows.hosts), size):
             part = slice(start, start + size)
-            full = [row for row in rows.full[part] if row is not None]
-            rows.full[part] = [None] * len(rows.full[part])  # so that the memory of their pixels can be freed
-            yield self._window(rows.hosts[part], full, start)
+            yield self._window(rows.hosts[part], rows.take_full(part), start)
 
     def _window(self, hosts: list[Row], full: list[Row], first: int) -> Window:
         """Makes a window; ``first`` is the index of its first row among the rows of the step."""
@@ -136,54 +142,25 @@ class Feed:
             tower.group.rank(),
             len(hosts),
         ).to(device())
-        starts = np.cumsum([0, *counts])
-        frames = self._pixels(full, [(patches[a:b], owner[a:b]) for a, b in itertools.pairwise(starts)])
+        images = np.concatenate([row.frame_images for rows in all_rows for row in rows])
+        parts = [slice(*ends) for ends in itertools.pairwise(np.cumsum([0, *counts]))]
+        frames = self._frames(hosts, full, [Assigned(patches[part], images[part], owner[part]) for part in parts])
         micro_batches = [self._micro_batch(host, number) for number, host in enumerate(hosts, start=first)]
         return Window(micro_batches, frames, exchange)
 
     def _of_all_data_ranks[T](self, value: T) -> list[T]:
         """Returns the ``value`` of each data-parallel rank that shares its frames with this rank."""
-        if not self.vlm.balanced_over_world:
-            return [value]
-        peers = self.groups.data_peers_host
-        assert peers is not None, "a session that shares frames has this group"
-        return all_gather_objects(value, peers)
+        sharing = self.vlm.sharing
+        return [value] if sharing is None else all_gather_objects(value, sharing.peers_host)
 
-    def _pixels(self, full: list[Row], assigned: list[tuple[np.ndarray, np.ndarray]]) -> Frames:
-        """Returns the pixels and position tables of the frames that this rank encodes, on the device.
-
-        Args:
-            full: on the leader, the rows of this data-parallel rank.
-            assigned: for each data-parallel rank, the number of patches and the encoding rank of each of its frames.
-        """
-        group, here = self.vlm.tower.group, self.vlm.tower.group.rank()
-        lengths = [n for patches, owner in assigned for n in patches[owner == here].tolist()]
-        received = [0] * group.size()  # number of patches from each rank; only leaders send any
-        for dp_rank, (patches, owner) in enumerate(assigned):
-            leader = self.groups.members[dp_rank][0] if self.vlm.balanced_over_world else 0
-            received[leader] = int(patches[owner == here].sum())
-        sent = [0] * group.size()
-        mine: list[int] = []
-        if self.groups.is_leader:
-            patches, owner = assigned[self.vlm.tower.share.dp_rank]
-            sent = np.bincount(owner, weights=patches, minlength=group.size()).astype(int).tolist()
-            mine = np.argsort(owner, kind="stable").tolist()
-        # pixels are rounded to the precision of the tower before they are sent, which halves the traffic in bf16
-        dtype, vision = self.vlm.tower.projector.config.params_dtype, self.vlm.shapes.vision
-        floats = _in_order(full, "patches", mine, vision.patch_dim, dtype)
-        widths = {"patch_coords": 2, "pos_index": 4, "pos_weight": 4}
-        tables = [_in_order(full, name, mine, n, torch.int32) for name, n in widths.items()]
-        if group.size() > 1:
-            floats = self._deliver(floats, sent, received)
-            tables = self._deliver(torch.cat(tables, dim=1), sent, received).split(list(widths.values()), dim=1)
-        coords, index, weight = (table.contiguous() for table in tables)
-        return Frames(floats, coords, index, weight.view(torch.float32), lengths)
-
-    def _deliver(self, whole: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-        """Exchanges rows of a matrix: ``sent`` rows to, and ``received`` rows from, each rank of the tower's group."""
-        out = whole.new_empty(sum(received), whole.shape[1])
-        dist.all_to_all_single(out, whole, received, sent, group=self.vlm.tower.group)
-        return out
+    def _frames(self, hosts: list[Row], full: list[Row], assigned: list[Assigned]) -> Frames:
+        """Returns the frames that this rank encodes. ``assigned``: those of all data-parallel ranks that share them."""
+        tower, sharing = self.vlm.tower, self.vlm.sharing
+        leaders = [ranks[0] for ranks in sharing.members] if sharing is not None else [0]
+        mine = tower.share.dp_rank if self.groups.is_leader else None
+        dtype = tower.projector.config.params_dtype
+        scale, vision = hosts[0].pixel_scale, self.vlm.shapes.vision
+        return deliver(full, assigned, mine, leaders, tower.group, scale, vision, dtype)
 
     def _micro_batch(self, host: Row, number: int) -> MicroBatch:
         parallel, groups, where = self.vlm.parallel, self.groups.language, device()
@@ -199,7 +176,9 @@ class Feed:
             host=host,
             input_ids=to_device(host.input_ids[part], where),
             position_ids=to_device(host.position_ids[:, part], where),
-            row=PackedRow.of(host.segment_lengths, where, cut),
+            row=PackedRow.of(
+                host.segment_lengths, where, cut, routing=routing_of(host, part.chunk(slices)[index], where)
+            ),
             targets=targets,
             target_samples=to_device(_samples_at(host, targets.row_index), where),
             sample_sources=to_device(torch.tensor(host.source_ids), where),
@@ -232,24 +211,5 @@ def _visual_row(host: Row, merge: int) -> VisualRow:
     counts = np.asarray(host.frame_lengths, dtype=np.int64) // merge
     uses = host.use_frames.numpy()
     used = counts[uses]
-    return VisualRow(host.segment_lengths, counts, uses, host.visual_positions.numpy()[np.cumsum(used) - used])
-
-
-def _in_order(rows: list[Row], name: str, order: Sequence[int], width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a per-patch field of the rows' frames on the device, with the frames in ``order``.
-
-    It is copied only once on the host. Values are converted to a floating-point ``dtype``; for an integer ``dtype``,
-    which must have the same size, their bits are kept.
-    """
-    frames = [part for row in rows for part in getattr(row, name).split(row.frame_lengths)]
-    if not dtype.is_floating_point:
-        frames = [frame.view(dtype) for frame in frames]
-    frames = [frames[index] for index in order]
-    buffer = host_buffer(sum(len(frame) for frame in frames), width, dtype)
-    if frames:
-        torch.cat(frames, out=buffer)
-    return buffer.to(device(), non_blocking=True)
-
-
-def _without_pixels(row: Row) -> Row:
-    return replace(row, loader_state=None, **{name: getattr(row, name)[:0].clone() for name in _PIXEL_FIELDS})
+    starts = host.visual_positions.numpy()[np.cumsum(used) - used]
+    return VisualRow(host.segment_lengths, counts, host.frame_images.numpy().astype(np.int64), uses, starts)

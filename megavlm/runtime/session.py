@@ -13,7 +13,8 @@ from megavlm.checkpoint.load_weights import has_score_head, load_weights, shapes
 from megavlm.checkpoint.manager import MAIN
 from megavlm.config.layout import check_expert_settings, check_layout, check_window
 from megavlm.config.settings import Settings
-from megavlm.model.configs import check_supported
+from megavlm.config.speed_checks import check_speed_with_model
+from megavlm.model.configs import check_supported, decoder_widths
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.monitor.hang_watch import collective_minutes
@@ -110,6 +111,15 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, trainin
         seq_length=settings.data.seq_length,
         global_batch_size=settings.train.global_batch_size if training else None,
     )
+    check_speed_with_model(
+        settings.train,
+        settings.parallel,
+        seq_length=settings.data.seq_length,
+        decoder_widths=decoder_widths(shapes, settings.parallel),
+        tower_widths={"hidden size": shapes.vision.hidden, "MLP": shapes.vision.ffn},
+        num_experts=num_experts,
+        all_layers_have_experts=all(text.is_moe_layer(i) for i in range(text.layers)),
+    )
     _check_sizes(settings, shapes)
     if training and settings.vision.balance == "world" and dp_size == 1:
         raise UserError(
@@ -164,13 +174,19 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
         settings.parallel,
         settings.train.seed,
         collective_minutes(settings.train.hang_minutes, watched=training),
-        data_peers=share_frames,
+        share_frames=share_frames,
         deterministic=settings.train.deterministic,
     )
     check_shapes(settings, shapes, dist.get_world_size(), training=training)
     path = find_checkpoint(settings.model.start) if load and settings.model.start is not None else None
     if path is not None and not score_head and dist.get_rank() == 0 and has_score_head(path):
         _log.warning("%s has a reward head, which is not used here", path)
+    if training and settings.train.overlap.tensor:
+        from megavlm.model.kernels.te import start_userbuffers
+
+        tokens = settings.data.seq_length // settings.parallel.context
+        fp8 = settings.train.precision == "fp8"
+        start_userbuffers(tokens, shapes.text.hidden, settings.parallel.tensor, fp8=fp8)
     vlm = VLM(shapes, settings, groups, share_frames=share_frames, score_head=score_head)
     adapters = Adapters(vlm, settings.adapter) if settings.adapter.type is not None else None
     vlm.train(training)

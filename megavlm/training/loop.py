@@ -53,9 +53,7 @@ def train(
             stop = StopSignal(session.groups.world_host, signals, settings.checkpoint.minutes)
             last, stopped = _run_steps(run, stop, hooks, monitor, watch.heartbeat)
             run.checkpoints.finish()
-            for hook in hooks:
-                if hook.at_end:
-                    hook.call(run, last, monitor.say)
+            _at_end(run, last, hooks, monitor)
             monitor.tell_samples()
             monitor.say(f"stopped at step {last}" if stopped else f"done at step {last}")
             monitor.finish()
@@ -104,17 +102,26 @@ def _run_steps(
         if result.trouble and saving and not failure:
             failure = weights_failure(run.session.vlm)  # a bad checkpoint would replace an older, good one
         if saving and not failure:  # also if the data end the run: with other data or limits, it continues from here
-            run.checkpoints.save(number)
+            with run.phases.named("checkpoint"):
+                run.checkpoints.save(number)
             saved = number
             stop.saved()
             heartbeat(f"the checkpoint of step {number}")
         if (ending := failure or data_failure) is not None:
             run.checkpoints.finish()  # a checkpoint may still be in progress
+            _at_end(run, number, hooks, monitor)
             monitor.finish(failed=True)
             raise ending
         if stopping:
             return number, number < steps
     return number, False
+
+
+def _at_end(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -> None:
+    """Runs the hooks that are due at the end of a run, also if it ends because of its data, rewards or weights."""
+    for hook in hooks:
+        if hook.at_end:
+            hook.call(run, number, monitor.say)
 
 
 def _save_before(run: Run, number: int) -> None:
@@ -128,11 +135,13 @@ def _save_before(run: Run, number: int) -> None:
 def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -> StepResult:
     """Runs step ``number`` and the hooks that are due after it, and records its line of metrics."""
     settings = run.session.settings
-    began = time.perf_counter()
-    run.stragglers.start()
-    result = run.take_step()
+    with run.profile.step(number):
+        began = time.perf_counter()
+        run.stragglers.start()
+        result = run.take_step(is_last=number == settings.train.steps)
+        seconds = time.perf_counter() - began
     line = {
-        **metrics_line(run.session, number, result, time.perf_counter() - began),
+        **metrics_line(run.session, number, result, seconds),
         **monitor.count_samples(number, result.counts, result.skipped_samples),
     }
     due = [hook for hook in hooks if hook.is_due(number)]
@@ -140,6 +149,7 @@ def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor)
         line |= hook.call(run, number, monitor.say) or {}
     logged = number % settings.log.every == 0 or number == settings.train.steps or bool(result.trouble or due)
     if logged:
-        line |= {**run.stragglers.fields(), "seconds_checkpoint": run.checkpoints.take_seconds()}
+        line |= run.stragglers.fields()
+        line |= {"seconds_checkpoint": run.checkpoints.take_seconds(), **run.phases.fields()}
     monitor.record(line, logged=logged)
     return result

@@ -95,7 +95,7 @@ def longest_row(renderer: Renderer, kind: Kind = "tune") -> Row:
     visual = np.concatenate(positions)
     tokens[visual] = renderer.processor.image_token_id
     num_patches = int(frame_grids.prod(axis=1).sum())
-    block = torch.from_numpy(draw.uniform(-1, 1, (min(_BLOCK, num_patches), vision.patch_dim)).astype(np.float32))
+    block = torch.from_numpy(draw.integers(0, 256, (min(_BLOCK, num_patches), vision.pixel_width), dtype=np.uint8))
     samples = synthetic_samples(
         torch.from_numpy(tokens.astype(np.int64)),
         block[torch.arange(num_patches) % max(len(block), 1)],
@@ -132,14 +132,18 @@ def _to_unfreeze(step: Step) -> list[torch.nn.Parameter]:
 @contextlib.contextmanager
 def _unfrozen(step: Step) -> Iterator[None]:
     """Unfreezes all parts within the block that are unfrozen later, so that the peak includes their training."""
-    weights = _to_unfreeze(step)
+    weights, in_buffer = _to_unfreeze(step), step.vlm.kernels == "te"
     for weight in weights:
         weight.requires_grad_(True)
+        if in_buffer:  # Transformer Engine's layers add to it
+            weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]  # Megatron's
     try:
         yield
     finally:
         for weight in weights:
             weight.requires_grad_(False).grad = None
+            if in_buffer:
+                del weight.main_grad  # type: ignore[attr-defined]  # Megatron's
 
 
 def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:

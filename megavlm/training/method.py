@@ -11,7 +11,6 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.row_source import RowSource
 from megavlm.monitor.run_monitor import RunMonitor
-from megavlm.platform import on_gpu
 from megavlm.records.records import Kind
 from megavlm.runtime.session import Session
 from megavlm.training.memory_check import longest_row
@@ -111,7 +110,6 @@ class FileRows:
             dp_size=groups.dp_size,
             seed=settings.train.seed,
             rows_per_step=settings.rows_per_step(groups.dp_size),
-            pin_memory=on_gpu(),
             output=settings.output,
         )
         return cls(kind, renderer, loader)

@@ -1,10 +1,13 @@
 """Builds a training run: the model, its rows, optimizers, checkpoints and the step. An interrupted run is resumed."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megavlm.base.errors import RunFailure, UserError
 from megavlm.checkpoint.folders import find_checkpoint, latest
@@ -13,7 +16,10 @@ from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
 from megavlm.data.row import Row
-from megavlm.data.row_source import RowSource
+from megavlm.data.row_source import HeldRows, RowSource
+from megavlm.monitor.hang_watch import collective_minutes
+from megavlm.monitor.phases import Phases
+from megavlm.monitor.profile import Profile
 from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.monitor.stragglers import Stragglers
 from megavlm.optim.optimizers import Optimizers
@@ -23,6 +29,7 @@ from megavlm.output.lock import RunLock
 from megavlm.platform.collectives import on_first_rank
 from megavlm.runtime.adapter_start import load_start
 from megavlm.runtime.feed import Feed
+from megavlm.runtime.read_ahead import ReadAhead
 from megavlm.runtime.session import Session, start
 from megavlm.training.continuing import remarks_on
 from megavlm.training.method import Method, MethodStep
@@ -45,6 +52,8 @@ class Run:
         rows: the source of the rows, on leaders; None on the other ranks.
         longest_row, loader: see ``Prepared``.
         stragglers: measures which ranks are slow.
+        phases: measures where the time of a step goes.
+        profile: writes traces of the steps that ``train.profile`` names.
         first_step: number of steps that earlier starts of the run have done.
         remarks: what the user should know about how this start continues an earlier one.
     """
@@ -59,12 +68,15 @@ class Run:
     longest_row: Callable[[], Row] | None
     loader: RowLoader | None
     stragglers: Stragglers
+    phases: Phases
+    profile: Profile
     first_step: int
     remarks: list[str]
 
-    def take_step(self) -> StepResult:
+    def take_step(self, *, is_last: bool) -> StepResult:
         """Runs the next step."""
-        return self.method_step() if self.method_step is not None else self.step()
+        with self.phases.step():
+            return self.method_step() if self.method_step is not None else self.step(is_last=is_last)
 
     def report(self, number: int, monitor: RunMonitor) -> UserError | None:
         """Lets the method report on the step, and returns the error with which it ends the run, if any."""
@@ -72,6 +84,7 @@ class Run:
 
     def close(self) -> None:
         """Ends the processes of the run."""
+        self.step.feed.close()
         for used in (self.rows, self.method_step):
             if used is not None:
                 used.close()
@@ -96,6 +109,8 @@ def build_run(
     session = start(settings, training=True, load=False, score_head=method.scores)
     heartbeat("building the model")
     groups, output = session.groups, required(settings.output, "output")
+    phases = Phases(groups.world_host, measured=settings.log.phases)
+    profile = Profile(settings.train.profile, output, dist.get_rank(), dist.get_world_size(), phases)
     begin, checkpoint = on_first_rank(partial(_prepare, settings, lock, options), groups.world_host)
     for text in on_first_rank(partial(note_inputs, begin.settings, output), groups.world_host):
         if session.is_first:
@@ -113,23 +128,34 @@ def build_run(
     heartbeat("preparing the method")
     optimizers = Optimizers(session.vlm, settings.train, prepared.updates)
     trained = {MAIN: TrainedModel(session.vlm, optimizers, session.adapters)}
-    checkpoints = Checkpoints(output / "checkpoints", trained, prepared.rows, settings, origin)
+    source = HeldRows(prepared.rows) if prepared.rows is not None else None
+    checkpoints = Checkpoints(output / "checkpoints", trained, source, settings, origin)
     first_step = checkpoints.restore(checkpoint) if checkpoint else 0
     heartbeat("building the optimizer and restoring the run")
     remarks = remarks_on(begin, optimizers, first_step)
     if checkpoint is not None:
         on_first_rank(partial(record_changes, begin, first_step), groups.world_host)
     stragglers = Stragglers(groups.world_host)
-    rows = stragglers.rows(iter(prepared.rows)) if prepared.rows is not None else None
+    rows = stragglers.rows(iter(source)) if source is not None else None
+    patience = collective_minutes(settings.train.hang_minutes)
+    is_alone = groups.model_parallel.size() == 1  # then there is no other rank to which rows could be sent
+    ahead = None if is_alone or prepared.make_step is not None else ReadAhead(rows, source, groups, patience)
+
+    @contextmanager
+    def tower_timer() -> Iterator[None]:
+        with stragglers.tower(), phases("tower"):
+            yield
+
     step = Step(
         session.vlm,
         optimizers,
-        Feed(session.vlm, rows),
+        Feed(session.vlm, rows, ahead),
         settings.rows_per_step(groups.dp_size),
         prepared.objective,
         settings.vision.window or (settings.rows_per_step(1) if settings.train.global_batch_size is None else None),
         settings.data.source_names,
-        stragglers.tower,
+        tower_timer,
+        phases,
     )
     return Run(
         session,
@@ -142,6 +168,8 @@ def build_run(
         prepared.longest_row,
         prepared.loader,
         stragglers,
+        phases,
+        profile,
         first_step,
         remarks,
     )

@@ -1,7 +1,7 @@
 """A training step: encode the frames, run Megatron's schedule, run the tower's backward pass, update the weights."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ from megavlm.base.errors import UserError
 from megavlm.data.row import Row
 from megavlm.model.tower_phase import Timer
 from megavlm.model.vlm import VLM
+from megavlm.monitor.phases import Phases
 from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import Groups, device
 from megavlm.platform.collectives import all_gather_objects
@@ -35,7 +36,12 @@ def raise_everywhere(problem: UserError | None, failed: bool, groups: Groups) ->
     here = torch.tensor([int(failed)])
     dist.all_reduce(here, op=dist.ReduceOp.MAX, group=groups.world_host)
     if here.item():
-        raise NoRows(next(filter(None, all_gather_objects(problem, groups.world_host))))
+        raise _no_rows(problem, groups)
+
+
+def _no_rows(problem: UserError | None, groups: Groups) -> "NoRows":
+    """The error for all ranks, of which at least one has a ``problem``."""
+    return NoRows(next(filter(None, all_gather_objects(problem, groups.world_host))))
 
 
 class NoRows(UserError):
@@ -76,8 +82,8 @@ class Gradients:
     """What is known when the reduced gradients of a step are in the optimizers' buffers.
 
     Attributes:
-        sums: float32 [num_sums] on the device, the objective's sums over the global batch.
-        counts: as in ``StepResult``.
+        sums: float32 [num_sums + 1] on the device, the objective's sums over the global batch and ``frames_encoded``.
+        counts: as in ``StepResult``, without ``frames_encoded``.
         skipped_samples: as in ``StepResult``.
         row_losses: each row of this rank and its loss, on the ranks of the last pipeline stage; [] on the other ranks.
     """
@@ -102,6 +108,7 @@ class Step:
             (because each window fills and drains the pipeline).
         source_names: names of the data sources, in the order of their numbers.
         tower_timer: a context manager around what the tower computes on this rank without waiting for other ranks.
+        phases: measures and names the phases of a step; None: nothing does.
     """
 
     def __init__(
@@ -114,11 +121,13 @@ class Step:
         window: int | None = None,
         source_names: Sequence[str] = ("data",),
         tower_timer: Timer = nullcontext,
+        phases: Phases | None = None,
     ):
         self.vlm, self.optimizers, self.feed = vlm, optimizers, feed
         self.num_micro_batches, self.objective = num_micro_batches, objective
         self.groups, self.source_names = vlm.groups, list(source_names)
         self._window, self._tower_timer = window, tower_timer
+        self._phases = phases or Phases()
         self._schedule = get_forward_backward_func()
         prepare_schedule(vlm.decoder_config)
 
@@ -130,8 +139,11 @@ class Step:
     def _window_of(self, num_rows: int) -> int:
         return self._window or (_WINDOW if self.vlm.parallel.pipeline == 1 else num_rows)
 
-    def __call__(self) -> StepResult:
-        return self.update(self.rows(self.feed, self.num_micro_batches))
+    def __call__(self, *, is_last: bool = False) -> StepResult:
+        rows = self.rows(self.feed, self.num_micro_batches)
+        if not is_last:
+            self.feed.read_ahead(self.num_micro_batches)
+        return self.update(rows)
 
     def rows(self, feed: Feed, num_rows: int) -> StepRows:
         """Reads the next rows of ``feed``, at least one.
@@ -140,20 +152,26 @@ class Step:
         """
         rows, problem = None, None
         try:
-            rows = feed.rows(num_rows)
+            with self._phases("data"):
+                rows = feed.rows(num_rows)
         except UserError as error:
             problem = error
-        raise_everywhere(problem, rows is None, self.groups)
+        counts = self._count(rows.hosts if rows is not None else [], failed=rows is None)
+        if counts["failed"]:
+            raise _no_rows(problem, self.groups)
         assert rows is not None, "the rows of training do not end"
+        rows.counts = counts
         return rows
 
     def update(self, rows: StepRows) -> StepResult:
         """Updates the weights once. The pixels of the rows are released."""
         lr, part_lrs = self.optimizers.lr, self.optimizers.part_lrs
         found = self.gradients(rows)
-        stats = self.optimizers.step(found.sums, found.counts["weight"])
+        with self._phases("optimizer"):
+            stats = self.optimizers.step(found.sums, found.counts["weight"])
+        *sums, found.counts["frames_encoded"] = stats.sums
         trouble = describe(stats.non_finite, found.row_losses, self.groups) if stats.non_finite else None
-        fields = self.objective.fields(stats.sums, found.counts)
+        fields = self.objective.fields(sums, found.counts)
         if self.optimizers.train.lr_scale or self.optimizers.train.unfreeze_after:
             fields |= {f"lr/{part}": value for part, value in part_lrs.items()}
         return StepResult(stats.loss, lr, stats.norms, found.counts, fields, found.skipped_samples, trouble)
@@ -161,33 +179,40 @@ class Step:
     def gradients(self, rows: StepRows) -> Gradients:
         """Runs rows forward and backward. The optimizers' buffers get the reduced gradients."""
         num_rows = len(rows.hosts)
-        counts = self._count(rows.hosts)
+        counts = dict(rows.counts or self._count(rows.hosts))
         row_losses: list[tuple[Row, Tensor]] = []
         self.optimizers.zero_grad()
-        found = self.objective.look_ahead(partial(self.look_through, rows))
+        with self._phases("reference"):
+            found = self.objective.look_ahead(partial(self.look_through, rows))
         self.vlm.tower.frames_encoded = 0
         # The features' gradients are scaled for an average over data- and context-parallel ranks, but the tower's DDP
         # averages over all ranks.
         tower_scale = dist.get_world_size() / (self.groups.dp_size * self.vlm.parallel.context)
-        totals = torch.zeros(self.objective.num_sums, dtype=torch.float32, device=device())
-        for window in self._windows(rows):
+        totals = torch.zeros(self.objective.num_sums + 1, dtype=torch.float32, device=device())
+        for chunk in self.vlm.language:
+            chunk.set_is_first_microbatch()  # of the step; see ``PartDDP``
+        rows_done = 0
+        for window in self._phases.during("data", self._windows(rows)):
             for micro_batch in window.micro_batches:
                 micro_batch.found = found[micro_batch.number] if found else None
             if window.frames is not None:
-                encode_window(self.vlm, window, self._tower_timer)
-            losses = self._forward_backward(window, counts["weight"], num_rows)
+                with self._phases("exchange"):
+                    encode_window(self.vlm, window, self._tower_timer)
+            rows_done += len(window.micro_batches)
+            with self._phases("decoder"), self._reduction(is_last=rows_done == num_rows):
+                losses = self._forward_backward(window, counts["weight"], num_rows)
             if losses:  # this is a rank of the last pipeline stage
                 row_losses += zip((m.host for m in window.micro_batches), (sums[0] for sums in losses), strict=True)
             if losses and self.groups.language.tp.rank() == 0:
-                totals += torch.stack(losses).sum(dim=0)
-            self.vlm.tower.backward(tower_scale, self._tower_timer)
+                totals[:-1] += torch.stack(losses).sum(dim=0)
+            with self._phases("exchange"):
+                self.vlm.tower.backward(tower_scale, self._tower_timer)
             del window  # so that its memory is free while the next window is made
-        dist.all_reduce(totals)
-        self._finalize()
+        with self._phases("reduction"):
+            totals[-1] = self.vlm.tower.frames_encoded  # exact in float32 up to 16 million frames
+            dist.all_reduce(totals)
+            self._finalize()
         get_moe_metrics_tracker().clear()  # otherwise it would accumulate the balancing losses of all steps
-        encoded = torch.tensor(self.vlm.tower.frames_encoded)
-        dist.all_reduce(encoded, group=self.groups.world_host)
-        counts["frames_encoded"] = encoded.item()
         skipped_samples = [skipped for row in rows.hosts for skipped in row.skipped_samples]
         return Gradients(totals, counts, skipped_samples, row_losses)
 
@@ -211,6 +236,26 @@ class Step:
             if rows.encoded is not None and rows.is_copy and not self.vlm.tower.is_trained:
                 rows.encoded.append(window)
             yield window
+            del window  # as in ``gradients``: this generator, too, would keep it while the next one is made
+
+    @contextmanager
+    def _reduction(self, *, is_last: bool) -> Iterator[None]:
+        """Within the block the last micro-batch starts the reduction of the decoder's gradients if it ``is_last``.
+
+        Megatron's schedule suspends reduction until its own last micro-batch, but runs once for each window of a step.
+        """
+        suspend = [ddp.no_sync for ddp in self.optimizers.ddp.get("language", [])]
+        config = self.vlm.decoder_config
+        with ExitStack() as stack:
+            if is_last and suspend:
+                config.no_sync_func = suspend if len(suspend) > 1 else suspend[0]
+            else:
+                for hold in suspend:
+                    stack.enter_context(hold())
+            try:
+                yield
+            finally:
+                config.no_sync_func = None
 
     def _forward_backward(self, window: Window, weight: float, num_rows: int) -> list[Tensor]:
         """Computes the gradients of the decoder and of the features.
@@ -246,10 +291,14 @@ class Step:
         hidden = forward_chunk(self.vlm, chunk, micro_batch)
         if not chunk.post_process:
             return hidden, None
-        return self.objective.outputs(chunk, hidden, micro_batch), partial(self._loss, micro_batch, scale)
+        with self._phases("head"):
+            outputs = self.objective.outputs(chunk, hidden, micro_batch)
+        self._phases.backward("head", outputs, hidden)
+        return outputs, partial(self._loss, micro_batch, scale)
 
     def _loss(self, micro_batch: MicroBatch, scale: float, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        loss, sums = self.objective.loss(outputs, micro_batch)
+        with self._phases("head"):
+            loss, sums = self.objective.loss(outputs, micro_batch)
         return loss * scale, sums
 
     def _finalize(self) -> None:
@@ -261,8 +310,8 @@ class Step:
                 for ddp in ddps:
                     ddp.finish_grad_sync()
 
-    def _count(self, rows: list[Row]) -> dict[str, float]:
-        """Computes sums over the global batch, without waiting for the device."""
+    def _count(self, rows: list[Row], *, failed: bool = False) -> dict[str, float]:
+        """Computes sums over the global batch, without waiting for the device; and how many ranks have ``failed``."""
         skipped_samples = [skipped for row in rows for skipped in row.skipped_samples]
         here = {
             "weight": self.objective.weight(rows),
@@ -282,6 +331,7 @@ class Step:
         }
         if not self.groups.is_leader:  # the ranks of a model-parallel group have the same rows, which count once
             here = dict.fromkeys(here, 0.0)
+        here["failed"] = float(failed)
         sums = torch.tensor(list(here.values()), dtype=torch.float64)
         dist.all_reduce(sums, group=self.groups.world_host)
         return dict(zip(here, sums.tolist(), strict=True))

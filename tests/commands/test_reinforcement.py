@@ -72,3 +72,30 @@ def test_a_reward_that_cannot_be_loaded_is_refused_before_anything_starts(comman
     assert told in error
     assert not (tmp_path / "run").exists()
     assert command("validate", [ASKED], {"python": f"{tmp_path / file}:good"}, "--no-files")[0] == 0
+
+
+def test_fields_that_rewards_need_are_looked_for_in_the_records(command, tmp_path):
+    (tmp_path / "own.py").write_text("def own(completions, level, *, unit, spare=1, **columns):\n    return [1.0]\n")
+    own = {"python": f"{tmp_path / 'own.py'}:own"}
+    records = [ASKED | {"level": 1, "unit": "m"}] * 10 + [{"prompt": "How many?", "level": 2, "answer": {"a": 1}}] * 5
+    status, out, error = command("validate", records, {"name": "exact"})
+    assert status == 0, error
+    assert "data: the reward exact needs the field answer, which 5 of 15 inspected records lack" in out
+    status, out, error = command("validate", records, own)
+    assert status == 0, error
+    assert "the reward own needs the field unit, which 5 of 15 inspected records lack" in out
+    assert "field level" not in out
+    assert "field spare" not in out
+    status, _, error = command("validate", records, {"name": "choice", "field": "letter"})
+    assert status == 2
+    assert "the reward choice needs the field letter, which none of 15 inspected records has" in error
+    talk = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}]
+    status, out, error = command("validate", [{"messages": talk}] * 6, {"name": "exact"})  # the last message answers
+    assert status == 0, error
+    assert "needs the field" not in out
+
+
+def test_a_step_with_more_prompts_than_the_data_have_is_told(command):
+    _, out, _ = command("validate", [ASKED] * 5, {"name": "exact"})
+    assert "a step asks 6 prompts (rollout.prompts), but the data have 5" in out
+    assert "a step asks" not in command("validate", [ASKED] * 6, {"name": "exact"})[1]

@@ -150,7 +150,7 @@ def test_tuning_targets_are_the_answers(processors, cases, tuned):
 
 def test_pretraining_targets_are_all_text(processors, renderers, cases, tuned, monkeypatch):
     # The pixels have been compared already: most of the time is theirs.
-    blank = lambda vision, item, out=None: torch.zeros(math.prod(item.grid), vision.patch_dim)
+    blank = lambda vision, item, out=None: vision.no_pixels(math.prod(item.grid) * vision.images_in_frame(item)).zero_()
     monkeypatch.setattr(VisionProcessor, "pixel_rows", blank)
     for case, tune in zip(cases, tuned, strict=True):
         messages = [{k: v for k, v in m.items() if k not in ("loss", "weight")} for m in case.record["messages"]]

@@ -30,7 +30,9 @@ def test_row_holds_the_samples_one_after_another(renderer, samples):
     assert row.segment_lengths == [*lengths, 2048 - sum(lengths)]
     assert (row.num_samples, row.num_images, row.num_videos) == (3, 2, 1)
     assert (row.sources, row.indices) == (["f:1", "f:2", "f:3"], [0, 1, 2])
-    assert sum(row.frame_lengths) == len(row.patches) == 4 * len(row.visual_positions)
+    assert sum(row.frame_lengths) == 4 * len(row.visual_positions)
+    assert len(row.pixels) == sum(n * k for n, k in zip(row.frame_lengths, row.frame_images.tolist(), strict=True))
+    assert set(row.frame_images.tolist()) == {1, 2}  # pictures and a video
     assert row.num_targets == sum((sample.labels != IGNORE).sum() for sample in samples)
 
     for sample, start, end in zip(samples, row.cu_seqlens[:3], row.cu_seqlens[1:], strict=False):
@@ -38,7 +40,7 @@ def test_row_holds_the_samples_one_after_another(renderer, samples):
         torch.testing.assert_close(row.labels[start:end], sample.labels)
         torch.testing.assert_close(row.loss_weights[start:end], sample.loss_weights)
         torch.testing.assert_close(row.position_ids[:, start:end], sample.position_ids)
-    torch.testing.assert_close(row.patches, torch.cat([sample.patches for sample in samples]))
+    assert torch.equal(row.pixels, torch.cat([sample.pixels for sample in samples]))
     visual_ids = torch.tensor([renderer.processor.image_token_id, renderer.processor.video_token_id])
     torch.testing.assert_close(row.visual_positions, torch.isin(row.input_ids, visual_ids).nonzero()[:, 0])
 
@@ -69,24 +71,14 @@ def test_aligned_samples(renderer, samples):
 def test_patch_positions_do_not_depend_on_the_neighbours(renderer, samples):
     row = renderer.pack(samples, 2048)
     alone = [renderer.pack([sample], 2048) for sample in samples]
-    for name in ("patch_coords", "pos_index", "pos_weight", "frame_grids"):
+    for name in ("patch_coords", "pos_index", "pos_weight", "frame_grids", "frame_images"):
         torch.testing.assert_close(getattr(row, name), torch.cat([getattr(one, name) for one in alone]))
-    torch.testing.assert_close(row.pos_weight.sum(1), torch.ones(len(row.patches)))
+    torch.testing.assert_close(row.pos_weight.sum(1), torch.ones(sum(row.frame_lengths)))
 
 
 def test_full_row_has_no_padding_segment(renderer, samples):
     length = len(samples[1].input_ids)
     row = renderer.pack([samples[1]], length)
     assert row.segment_lengths == [length]
-    assert row.patches.shape == (0, 1536)
+    assert row.pixels.shape == (0, 768)
     assert row.frame_lengths == []
-
-
-def test_pinning_takes_all_tensors_and_keeps_the_rest(renderer, samples, monkeypatch):
-    row = renderer.pack(samples, 2048)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # there may be no GPU to pin for
-    for name, value in vars(row.pin_memory()).items():
-        if torch.is_tensor(value):
-            torch.testing.assert_close(value, getattr(row, name) + 1)
-        else:
-            assert value == getattr(row, name)

@@ -34,7 +34,7 @@ def test_a_prompt_with_its_answer_is_the_conversation(number, records, renderer)
             wanted[-1] = IGNORE if name == "labels" else 0.0
         assert torch.equal(getattr(made, name), wanted), name
     assert torch.equal(made.visual_positions, whole.visual_positions)
-    assert torch.equal(made.patches, whole.patches)
+    assert torch.equal(made.pixels, whole.pixels)
 
 
 def test_an_answer_that_spells_a_picture_has_none(records, renderer):
@@ -43,7 +43,7 @@ def test_an_answer_that_spells_a_picture_has_none(records, renderer):
     tokens = renderer.tokenizer("<image> and <|vision_start|>")["input_ids"]
     made = with_answer(prompt, tokens, NO_ANNOTATIONS, shares_media=True)
     assert torch.equal(made.visual_positions, prompt.visual_positions)
-    assert len(made.patches) == 0
+    assert len(made.pixels) == 0
     assert made.labels[len(prompt.input_ids) - 1 : -1].tolist() == tokens
     unlearned = with_answer(prompt, tokens, NO_ANNOTATIONS, is_target=False)
     assert (unlearned.labels == IGNORE).all()

@@ -62,5 +62,5 @@ def test_a_worker_that_is_killed_is_said_in_words(next_row, monkeypatch, number,
 
 def test_rows_of_workers_are_in_shared_memory(next_row):
     row = next_row(lambda: None)
-    assert all(tensor.is_shared() for tensor in (row.input_ids, row.patches, row.position_ids, row.cu_seqlens))
+    assert all(tensor.is_shared() for tensor in (row.input_ids, row.pixels, row.position_ids, row.cu_seqlens))
     assert torch.equal(row.input_ids[:1], row.input_ids[:1].clone())

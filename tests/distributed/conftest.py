@@ -41,6 +41,21 @@ def world8():
     yield from _world(8)
 
 
+@pytest.fixture(scope="session")
+def te_world():
+    """``te_world(n)``: a world of n processes that have Transformer Engine on a CPU (tests/te_cpu)."""
+    from te_cpu import packages
+
+    server, pools = packages.server(), {}
+
+    def world(size: int) -> Pool:
+        return pools.setdefault(size, Pool(size, 120.0, forget_megatron, server))
+
+    yield world
+    for pool in pools.values():
+        pool.close()
+
+
 def _world(size: int):
     pool = Pool(size, after_each=forget_megatron)
     yield pool

@@ -23,3 +23,29 @@ def _packed(folder: Path, root: Path, records: str, data: str, pad_multiple: int
         for i, record in enumerate(json.loads(records))
     ]
     return tuple(renderer.pack([samples[i] for i in row]) for row in rows)
+
+
+def row_with(grids: list[tuple[int, int]], length: int = 40):
+    """A row with two answers of ``length`` tokens, pictures of these grids of patches, and all else it can have."""
+    import numpy as np
+    import torch
+
+    from megavlm.base.errors import UserError
+    from megavlm.data.row import pack
+    from megavlm.data.synthetic_row import synthetic_samples
+    from megavlm.records.skipped_samples import SkippedSample
+
+    count = sum(h * w for h, w in grids)
+    samples = synthetic_samples(
+        torch.arange(length) + 150_000,
+        torch.randint(0, 256, (count, 768), dtype=torch.uint8),
+        np.array(grids, dtype=np.int32).reshape(-1, 2),
+        np.arange(count // 4),
+        merge=2,
+        answers=2,
+    )
+    row = pack(samples, 2 * length + 3, pad_id=0, grid_side=8, merge=2)
+    error = UserError("cannot be read")
+    row.skipped_samples = [SkippedSample.of(1, "a.jsonl:7", error, 6)]
+    row.remarks, row.newly_read, row.loader_state = ["cut"], [3, 0], {"worker": 1}
+    return row

@@ -158,7 +158,7 @@ def train_layout(folder: Path, checkpoint: Path, root: Path, records: list[dict]
     from megavlm.training.step import Step
 
     settings = Settings(**settings)
-    groups = platform.init(settings.parallel, data_peers=settings.vision.balance == "world")
+    groups = platform.init(settings.parallel, share_frames=settings.vision.balance == "world")
     vlm = VLM(Shapes.from_hf(folder), settings, groups).train()
     for chunk in vlm.language:
         chunk.embedded_tokens = 48  # the toy's rows too are embedded in parts

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forkserver import forkserver
+from forkserver import OtherServer, forkserver
 from pool_worker import Failure, address, name_of, work
 
 START_SECONDS = 600.0  # of all processes of a world, on a machine that is busy
@@ -67,12 +67,20 @@ class Pool:
         timeout: seconds that a call may take.
         after_each: function without arguments that every rank runs after a call, before its process groups are
             destroyed; importable by name.
+        server: what the processes are forked off; None: the server that all tests share.
     """
 
-    def __init__(self, world_size: int, timeout: float = 300.0, after_each: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        world_size: int,
+        timeout: float = 300.0,
+        after_each: Callable[[], None] | None = None,
+        server: OtherServer | None = None,
+    ):
         self.world_size = world_size
         self.timeout = timeout
         self.after_each = after_each
+        self.server = server
         self._workers: list[_Worker] = []
         self._store = None
         self._folder: tempfile.TemporaryDirectory | None = None
@@ -96,7 +104,8 @@ class Pool:
         if not self._workers:
             self._start()
         self._calls += 1
-        message = pickle.dumps((self._calls, sys.path, address(function), pickle.dumps((args, kwargs))))
+        path = [*sys.path, *(self.server.path if self.server else [])]
+        message = pickle.dumps((self._calls, path, address(function), pickle.dumps((args, kwargs))))
         for worker in self._workers:
             worker.log.write_bytes(b"")
             worker.connection.send_bytes(message)
@@ -137,7 +146,8 @@ class Pool:
                 args=(rank, self.world_size, self._store.port, theirs, str(log), after_each),
                 name=f"world{self.world_size}-rank{rank}",
             )
-            process.start()
+            start = self.server.start if self.server else multiprocessing.Process.start
+            start(process)
             theirs.close()
             self._workers.append(_Worker(process, ours, log))
         self._collect(START_SECONDS, "starting")

@@ -61,21 +61,26 @@ def settings_with(toys: Toys, kind: str, adapter, parallel: dict, train: dict, r
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_a_step_is_that_of_peft(name, layout, toys, references, tmp_path, request):
     """Tolerances as in the other layout tests: float32 sums in another order."""
-    from megavlm.convert.adapter import ADAPTER_MODEL, Adapter
-    from megavlm.model.shapes import Shapes
-
     kind, _ = ADAPTERS[name]
     processes, parallel, train = (MOE if kind == "moe" else DENSE)[layout]
     folder, reference = references(name)
-    settings, out = settings_with(toys, kind, folder, parallel, train, reference), tmp_path / "mcore"
-    world = request.getfixturevalue(f"world{processes}")
+    settings = settings_with(toys, kind, folder, parallel, train, reference)
+    check_step(request.getfixturevalue(f"world{processes}"), settings, reference, toys, kind, tmp_path)
+
+
+def check_step(world, settings: dict, reference: AdaptedStep, toys: Toys, kind: str, root) -> None:
+    """Takes a step with these settings and compares it with peft's."""
+    from megavlm.convert.adapter import ADAPTER_MODEL, Adapter
+    from megavlm.model.shapes import Shapes
+
+    out = root / "mcore"
     ranks = world.run(step_with_adapter, toys.folder(kind), None, toys.root, toys.records, settings, out)
     loss, norms, _ = ranks[0]
     assert loss == pytest.approx(reference.loss, rel=1e-5)
     for part, norm in reference.norms.items():
         assert norms[f"grad_norm/{part}"] == pytest.approx(norm, rel=3e-5), part
-    Adapter(out, Shapes.from_hf(toys.folder(kind))).write(tmp_path / "peft")
-    after = load_file(tmp_path / "peft" / ADAPTER_MODEL)
+    Adapter(out, Shapes.from_hf(toys.folder(kind))).write(root / "peft")
+    after = load_file(root / "peft" / ADAPTER_MODEL)
     assert after.keys() == reference.after.keys()
     for tensor, value in after.items():
         update = reference.after[tensor] - reference.before[tensor]

@@ -174,7 +174,7 @@ def test_answers_do_not_depend_on_what_shares_their_batch(asked, sampled, world1
 
 def exact(settings: dict) -> tuple[float, int]:
     """In batch-invariant mode: the largest difference between sampling and the forward pass of training."""
-    from megavlm.model.batch_invariant import batch_invariant
+    from megavlm.platform.batch_invariant import batch_invariant
     from megavlm.rollout.engine import Prompt, Sampling
     from megavlm.runtime.feed import Feed
     from megavlm.runtime.forward import encode_window, forward_chunk

@@ -189,6 +189,27 @@ def test_a_reward_model_is_a_reward(grpo, toys, tmp_path):
     assert "has no reward head" in result.stderr
 
 
+def test_the_divergence_can_be_a_part_of_the_reward(grpo, tmp_path):
+    """RLOO's standard form: each advantage is the reward, less its divergence, less the mean of the others."""
+    output = tmp_path / "rloo"
+    overrides = ["train.steps=2", "train.warmup_steps=0", "train.lr=3e-3", "data.workers=0", "rollout.log_every=1"]
+    overrides += ["align.advantage=rloo", "align.kl_in=reward", "align.beta=0.1", "align.loss=dr_grpo"]
+    result = forked_command.run(grpo(output, overrides))
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [json.loads(text)["groups"] for text in (output / "rollouts.jsonl").read_text().splitlines()]
+    for group in (group for groups in lines for group in groups):
+        rewards = [one["parts"]["letters"] + 0.1 * one["parts"]["kl"] for one in group["answers"]]
+        assert [one["reward"] for one in group["answers"]] == pytest.approx(rewards, abs=1e-9)
+        advantages = [reward - (sum(rewards) - reward) / (len(rewards) - 1) for reward in rewards]
+        assert [one["advantage"] for one in group["answers"]] == pytest.approx(advantages, abs=1e-6)
+    first, second = ([one["parts"]["kl"] for group in groups for one in group["answers"]] for groups in lines)
+    assert first == pytest.approx([0.0] * len(first), abs=1e-4)  # the model is still the reference
+    assert max(map(abs, second)) > 1e-2
+    metrics = read_metrics(output)
+    assert metrics[1]["reward/kl"] == pytest.approx(sum(second) / len(second), rel=1e-6)
+    assert metrics[1]["kl"] is None  # there is none in the loss
+
+
 def test_a_run_whose_rewards_all_fail_saves_and_ends(grpo, toys, tmp_path):
     records = [record | {"trouble": "raises"} for record in toy_records(toys.root)]
     output = tmp_path / "failing"
@@ -201,6 +222,7 @@ def test_a_run_whose_rewards_all_fail_saves_and_ends(grpo, toys, tmp_path):
     assert "no reward today" in result.stderr
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000001"]
     assert read_metrics(output)[0]["grad_norm"] == 0  # nothing was learned from
+    assert "no reward today" in (output / "report.html").read_text()
 
 
 def test_a_prompt_that_leaves_no_room_is_dropped_and_told(grpo, toys, tmp_path):

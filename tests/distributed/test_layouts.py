@@ -56,14 +56,22 @@ VARIANTS = {
 
 
 def compare(
-    toys: Toys, world, kind: str, settings: dict, reference: Trained, frozen=(), records=None, rows=ROWS
+    toys: Toys,
+    world,
+    kind: str,
+    settings: dict,
+    reference: Trained,
+    frozen=(),
+    records=None,
+    rows=ROWS,
+    train=train_layout,
 ) -> dict:
     """Trains in a layout; returns the largest relative differences from ``reference``, and the last step's counts."""
     from transformers.modeling_utils import load_state_dict
 
     folder = toys.folder(kind)
     checkpoint, records = toys.checkpoint(kind), toys.records if records is None else records
-    ranks = world.run(train_layout, folder, checkpoint, toys.root, records, settings, rows)
+    ranks = world.run(train, folder, checkpoint, toys.root, records, settings, rows)
     steps, pieces = ranks[0][0], [pieces for _, pieces in ranks]
     start, after = load_state_dict(str(folder / "model.safetensors")), named_as_in_hf(put_together(pieces), folder)
     found: dict[str, list[float]] = {"loss": [], "grad_norm": [], "weights": []}
@@ -123,6 +131,24 @@ def test_variant(name, toys, request):
     differences = compare(toys, world, kind, settings, toys.reference(kind))
     print(row_of_table(name, differences))
     check(differences)
+
+
+def in_blocks_of_two(*arguments):
+    """Runs on every rank: ``train_layout`` with frames shared by two ranks each."""
+    from megavlm.platform import groups
+
+    before, groups._RANKS_OF_BLOCK = groups._RANKS_OF_BLOCK, 2
+    try:
+        return train_layout(*arguments)
+    finally:
+        groups._RANKS_OF_BLOCK = before
+
+
+def test_frames_are_shared_in_blocks(toys, world4):
+    settings = settings_of(toys.folder("dense"), {}, vision={"balance": "world"})
+    found = compare(toys, world4, "dense", settings, toys.reference("dense"), train=in_blocks_of_two)
+    check(found)
+    assert found["counts"]["frames"] == 11
 
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"context": 2}], ids=["TP2", "CP2"])

@@ -254,7 +254,7 @@ def scores_in_layout(settings: dict, root, records: list[dict]):
     from megavlm.data.renderer import Renderer
     from megavlm.media.files import in_folder
     from megavlm.model.vlm import VLM
-    from megavlm.reinforcement.answer_rows import Group
+    from megavlm.reinforcement.answer_rows import AnswerGroup
     from megavlm.reinforcement.reward_models import RewardModels
     from megavlm.rollout.engine import Answer
     from megavlm.runtime.session import start
@@ -275,7 +275,7 @@ def scores_in_layout(settings: dict, root, records: list[dict]):
         if renderer is not None and number % groups.dp_size == groups.dp_rank:
             sample = renderer.encode(record, in_folder(root), f"prompt {number}", kind="prompt", index=number)
             made = [Answer(tokens, logs, logs, logs, "stop") for tokens, logs, _ in answers]
-            asked.append(Group(sample, made, [0.0] * GROUP))
+            asked.append(AnswerGroup(sample, made, [0.0] * GROUP))
     return models.scores(asked)["taste"], groups.dp_rank
 
 
@@ -302,3 +302,59 @@ def test_a_reward_model_scores_the_answers(layout, toys, request):
             for tokens, _, _ in answers
         ]
         assert scores == pytest.approx(wanted, abs=1e-5)
+
+
+def divergences_in_layout(settings: dict, root, records: list[dict]):
+    """Runs on every rank: what the divergence adds to the rewards of the given answers; [] where there is no leader."""
+    from megavlm.config.settings import Settings
+    from megavlm.data.renderer import Renderer
+    from megavlm.media.files import in_folder
+    from megavlm.reinforcement.answer_rows import AnswerGroup
+    from megavlm.reinforcement.divergence import Divergence
+    from megavlm.reinforcement.grpo import Policy
+    from megavlm.reinforcement.policy_objective import PolicyObjective
+    from megavlm.rollout.engine import Answer
+    from megavlm.runtime.session import start
+    from megavlm.training.start_weights import StartWeights
+
+    settings = Settings(**settings)
+    session = start(settings, training=True)
+    groups, policy = session.groups, Policy.of(settings)
+    renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple) if groups.is_leader else None
+    objective = PolicyObjective(policy.options, 64, groups.language)
+    divergence = Divergence(session, StartWeights(session), objective, renderer, policy.kl_in_reward)
+    with torch.no_grad():  # the reference is where the model started, not where it is now
+        for chunk in session.vlm.language:
+            for parameter in chunk.parameters():
+                parameter.mul_(1.3)
+    asked = []
+    for number, (record, answers) in enumerate(zip(records, given(), strict=True)):
+        if renderer is not None:
+            sample = renderer.encode(record, in_folder(root), f"prompt {number}", kind="prompt", index=number)
+            made = [Answer(tokens, [0.0] * len(logs), logs, logs, "length") for tokens, logs, _ in answers]
+            asked.append(AnswerGroup(sample, made, [0.0] * GROUP))
+    return divergence.parts(asked), policy.options.beta, policy.kl_in_reward
+
+
+@pytest.mark.parametrize("layout", ["PP2 × VPP2", "CP2"])
+def test_the_divergence_in_rewards_is_that_of_whole_answers(layout, toys, request):
+    """To 1e-5 of sums of about 30 nats: log-probabilities of transformers' model, less those of sampling."""
+    from transformers import AutoProcessor
+
+    processes, kind, parallel = LAYOUTS[layout]
+    settings = settings_of(toys.folder(kind), parallel, seq_length=192, lr=0.1)
+    settings["model"]["load"] = str(toys.checkpoint(kind))
+    settings["train"]["global_batch_size"] = None
+    settings["align"] = {"beta": 0.2, "kl_in": "reward", "mask_truncated": True}
+    settings["rollout"] = {"group_size": GROUP, "max_new_tokens": MOST, "temperature": 0.7}
+    records = [toys.records[n] for n in PROMPTS]
+    ranks = request.getfixturevalue(f"world{processes}").run(divergences_in_layout, settings, toys.root, records)
+    model, processor = reference_model(toys.folder(kind)), AutoProcessor.from_pretrained(toys.folder(kind))
+    wanted = []
+    for n, answers in zip(PROMPTS, given(), strict=True):
+        for tokens, logs, _ in answers:
+            logits = model(**answered(processor, toys, n, tokens)).logits[0, -len(tokens) - 1 : -1]
+            wanted.append((logits / 0.7).log_softmax(-1)[range(len(tokens)), tokens].sum().item() - sum(logs))
+    parts, in_loss, in_reward = ranks[0]
+    assert parts == pytest.approx(wanted, rel=1e-5, abs=1e-4)
+    assert (in_loss, in_reward) == (0.0, 0.2)

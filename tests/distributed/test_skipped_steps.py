@@ -10,13 +10,13 @@ from parity import settings_of
 
 # name: (processes, model, parallel settings, other settings, what is wrong)
 CASES = {
-    "a pixel, one process": (1, "dense", {}, {"optimizer": "adam", "precision": "bf16"}, "pixel"),
-    "a pixel, DP2": (2, "dense", {}, {"optimizer": "adam", "clip_grad": 1.0}, "pixel"),
-    "a pixel, TP2": (2, "dense", {"tensor": 2}, {}, "pixel"),
-    "a pixel, PP2 × VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}, {"optimizer": "adam"}, "pixel"),
-    "a pixel, MoE EP2": (2, "moe", {"expert": 2}, {"optimizer": "adam"}, "pixel"),
+    "a patch, one process": (1, "dense", {}, {"optimizer": "adam", "precision": "bf16"}, "patch"),
+    "a patch, DP2": (2, "dense", {}, {"optimizer": "adam", "clip_grad": 1.0}, "patch"),
+    "a patch, TP2": (2, "dense", {"tensor": 2}, {}, "patch"),
+    "a patch, PP2 × VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}, {"optimizer": "adam"}, "patch"),
+    "a patch, MoE EP2": (2, "moe", {"expert": 2}, {"optimizer": "adam"}, "patch"),
     "a weight, DP2": (2, "dense", {}, {"optimizer": "adam"}, "weight"),
-    "a pixel, decoder frozen": (1, "dense", {}, {"freeze": ("language",)}, "pixel"),
+    "a patch, decoder frozen": (1, "dense", {}, {"freeze": ("language",)}, "patch"),
 }
 GOOD = ((0, 1, 2), (3, 5)), ((7,), (0, 5))  # two steps of two rows, as places in the toy records
 BAD = ((3, 7), (4, 6))  # a step between them, whose last row gets the bad number
@@ -48,8 +48,6 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
         records[4]["messages"][-1]["weight"] = 1e38  # a float32 each, but not their sum
     renderer = Renderer(folder, settings.data)
     samples = [renderer.encode(r, in_folder(root), f"record {i}", kind="tune", index=i) for i, r in enumerate(records)]
-    if wrong == "pixel":
-        samples[4].patches[-1, 0] = math.nan
     steps = [GOOD[0], *([BAD] if wrong else []), GOOD[1]]
     each = 2 // groups.dp_size
     rows = [
@@ -57,6 +55,9 @@ def train(folder: Path, checkpoint: Path, root: Path, records: list[dict], setti
         for step in steps
         for row in step[groups.dp_rank * each : (groups.dp_rank + 1) * each]
     ]
+    for row in rows:
+        if wrong == "patch" and row.indices[0] == 4:  # the weight of the position of this sample's last patch
+            row.pos_weight[int(samples[4].frame_grids.prod(dim=1).sum()) - 1, 0] = math.nan
     feed = Feed(vlm, iter(rows) if groups.is_leader else None)
     optimizers = Optimizers(vlm, settings.train)
     step = Step(vlm, optimizers, feed, each, CrossEntropy(["data"], settings.train.logprob_chunk_tokens))
@@ -90,7 +91,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(case, toys, request):
         assert steps == 2
         trouble = results[1].trouble
         parts = "vision, projector" if freeze else "vision, projector, language"
-        if wrong == "pixel":
+        if wrong == "patch":
             assert f"the loss and the gradient of {parts} are NaN or infinite" in trouble
         suspects = "samples of rows whose own loss is NaN or infinite: record 4, record 6"
         assert f"{suspects}; other samples of the step: record 3, record 7" in trouble

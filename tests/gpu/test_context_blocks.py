@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megavlm.model.kernels import blocks
+from megavlm.platform import attention_blocks as blocks
 
 pytestmark = [
     pytest.mark.gpu,

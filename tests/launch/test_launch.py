@@ -1,15 +1,14 @@
-"""The job scripts, without SLURM: shellcheck, what the dry run prints, and what a job does with srun's stand-ins."""
+"""The job scripts, without SLURM: what the dry run prints, and what the files have in common."""
 
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from clean_environment import environment
 
 from megavlm.align.registry import METHODS
 
@@ -18,12 +17,6 @@ STAGES = {f"stage{n}": ["pretrain", f"configs/pretrain/stage{n}.yaml"] for n in 
 TUNING = [name for name, method in METHODS.items() if not method.has_stages]
 RECIPES = {name: f"configs/{'align' if METHODS[name].samples else 'tune'}/{name}.yaml" for name in TUNING}
 JOBS = {**STAGES, **{name: [name, recipe] for name, recipe in RECIPES.items()}}
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """The reader's environment less everything that a job script looks at."""
-    ours = re.compile(r"(SLURM|MEGAVLM|NCCL|MASTER|CUDA|HF|DRY|NODES|OMP|TOKENIZERS|PYTORCH)")
-    return {name: value for name, value in os.environ.items() if not ours.match(name)} | variables
 
 
 def dry_run(job: str, *overrides: str, cwd: Path = ROOT, **variables: str) -> tuple[list[str], list[dict]]:
@@ -43,17 +36,10 @@ def dry_run(job: str, *overrides: str, cwd: Path = ROOT, **variables: str) -> tu
     for line in lines:
         place, *words = shlex.split(line)
         node, local_rank = re.fullmatch(r"(\S+)\[(\d+)\]", place).groups()
-        count = next(i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word))
+        count = next(i for i, word in enumerate(words) if not re.match(r"[A-Z0-9_]+=", word))
         settings = dict(word.split("=", 1) for word in words[:count])
         ranks.append({"node": node, "local_rank": int(local_rank), "env": settings, "command": words[count:]})
     return shlex.split(srun), ranks
-
-
-def test_shellcheck_finds_nothing() -> None:
-    shellcheck = Path(sys.executable).parent / "shellcheck"
-    files = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("launch/*.sh"), ROOT / ".ci/run"])
-    done = subprocess.run([shellcheck, "--external-sources", *files], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -138,94 +124,26 @@ def test_dry_run_with_a_container() -> None:
     assert f"--container-workdir={ROOT}" in srun
     assert f"--container-mounts={ROOT}:{ROOT},/data:/data" in srun
     assert ranks[0]["command"][0] == "python"
+    kept = next(word for word in srun if word.startswith("--container-env=")).partition("=")[2].split(",")
+    assert set(kept) == set(ranks[0]["env"]) - {name for name in ranks[0]["env"] if name.startswith("SLURM_")}
 
 
-def program(path: Path, text: str) -> None:
-    path.write_text(f"#!/usr/bin/env bash\n{text}")
-    path.chmod(0o755)
+def test_fp32_products_are_of_fp32_unless_the_reader_says_otherwise() -> None:
+    named = lambda **variables: dry_run("sft", **variables)[1][0]["env"]["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"]
+    assert [named(), named(TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1")] == ["0", "1"]
 
 
-@pytest.fixture
-def slurm(tmp_path: Path) -> dict[str, str]:
-    """A job's environment, with scontrol and srun replaced by programs that note how they were called.
-
-    `srun` runs its command line's last word as a shell command, and answers USR1 with `signalled` in the notes.
-    """
-    program(
-        tmp_path / "scontrol",
-        """case $1 in
-          show) printf '%s\\n' gpu17 gpu23 ;;
-          requeue) echo "requeue $2" >>"$NOTES" ;;
-        esac
-        """,
-    )
-    program(
-        tmp_path / "srun",
-        """trap 'echo signalled >>"$NOTES"; kill $!; exit 0' USR1
-        bash -c "${!#}" &
-        echo "$MASTER_ADDR $MASTER_PORT" >>"$NOTES"
-        wait $!
-        """,
-    )
-    return {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "NOTES": str(tmp_path / "notes"),
-        "SLURM_JOB_ID": "123456",
-        "SLURM_JOB_NAME": "megavlm-stage1",
-        "SLURM_JOB_NODELIST": "gpu[17,23]",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_NTASKS_PER_NODE": "4",
-        "SLURM_CPUS_PER_TASK": "14",
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "MEGAVLM_RUNS": str(tmp_path / "runs"),
-    }
-
-
-def test_dry_run_inside_an_allocation(slurm: dict[str, str]) -> None:
-    srun, ranks = dry_run("stage1", **slurm)
-    assert [rank["node"] for rank in ranks] == ["gpu17"] * 4 + ["gpu23"] * 4
-    assert {(rank["env"]["MASTER_ADDR"], rank["env"]["MASTER_PORT"]) for rank in ranks} == {("gpu17", "23456")}
-    assert {"--nodes=2", "--ntasks-per-node=4", "--cpus-per-task=14"} <= set(srun)
-
-
-def spooled(tmp_path: Path, last_word: str, slurm: dict[str, str]) -> subprocess.Popen:
-    """Starts a copy of a job script from elsewhere, as sbatch does."""
-    script = tmp_path / "slurm_script"
-    script.write_text((ROOT / "launch/stage1.sh").read_text())
-    return subprocess.Popen(
-        ["bash", script, last_word], cwd=tmp_path, env=environment(**slurm), stdout=subprocess.PIPE, text=True
-    )
-
-
-def signal_once_started(job: subprocess.Popen, slurm: dict[str, str]) -> str:
-    """Sends USR1 when srun has noted its start; returns what the job printed."""
-    deadline = time.monotonic() + 10
-    while not Path(slurm["NOTES"]).exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    job.send_signal(signal.SIGUSR1)
-    return job.communicate(timeout=10)[0]
-
-
-@pytest.mark.parametrize("status", [0, 2])
-def test_job_ends_as_its_ranks_do(tmp_path: Path, slurm: dict[str, str], status: int) -> None:
-    job = spooled(tmp_path, f"exit {status}", slurm)
-    job.communicate(timeout=20)
-    assert job.returncode == status
-    assert Path(slurm["NOTES"]).read_text() == "gpu17 23456\n"
-    assert (tmp_path / "runs/logs/megavlm-stage1-123456").is_dir()
-
-
-def test_signalled_job_hands_the_signal_on_and_is_requeued(tmp_path: Path, slurm: dict[str, str]) -> None:
-    job = spooled(tmp_path, "sleep 20", slurm)
-    output = signal_once_started(job, slurm)
-    assert job.returncode == 0
-    assert Path(slurm["NOTES"]).read_text() == "gpu17 23456\nsignalled\nrequeue 123456\n"
-    assert output.endswith("requeued\n")
-
-
-def test_failure_after_the_signal_is_not_requeued(tmp_path: Path, slurm: dict[str, str]) -> None:
-    program(tmp_path / "srun", "trap 'kill $!; exit 7' USR1; sleep 20 & echo started >>$NOTES; wait $!")
-    job = spooled(tmp_path, "", slurm)
-    signal_once_started(job, slurm)
-    assert job.returncode == 7
-    assert Path(slurm["NOTES"]).read_text() == "started\n"
+@pytest.mark.parametrize(
+    ("variables", "interface"),
+    [
+        ({}, None),
+        ({"NCCL_SOCKET_IFNAME": "lo"}, "lo"),
+        ({"NCCL_SOCKET_IFNAME": "=lo"}, "lo"),
+        ({"NCCL_SOCKET_IFNAME": "^lo"}, None),  # any but this
+        ({"NCCL_SOCKET_IFNAME": "l"}, None),  # a prefix
+        ({"NCCL_SOCKET_IFNAME": "lo,ib0"}, None),
+        ({"NCCL_SOCKET_IFNAME": "ib", "GLOO_SOCKET_IFNAME": "ib0"}, "ib0"),
+    ],
+)
+def test_gloo_takes_the_interface_of_nccl_if_it_is_one(variables: dict[str, str], interface: str | None) -> None:
+    assert dry_run("sft", **variables)[1][0]["env"].get("GLOO_SOCKET_IFNAME") == interface

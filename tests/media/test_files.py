@@ -76,7 +76,7 @@ def test_rows_from_urls_are_those_from_paths(media, model_folder, stored):
         loader.close()
     for one, other in zip(*rows.values(), strict=True):
         assert not one.skipped_samples
-        assert torch.equal(one.patches, other.patches)
+        assert torch.equal(one.pixels, other.pixels)
         assert torch.equal(one.input_ids, other.input_ids)
 
 

@@ -217,7 +217,9 @@ def test_pixel_rows_are_those_of_the_whole_clip_at_once(model_folder, tmp_path, 
     whole = torch.stack(list(video.pixels(placed.frames)))
     expected = processor(videos=[whole], do_sample_frames=False, return_tensors="pt")
     assert [list(placed.grid)] == expected["video_grid_thw"].tolist()
-    assert torch.equal(vision.pixel_rows(placed), expected["pixel_values_videos"])
+    (steps, h, w), rows = placed.grid, vision.pixel_rows(placed)
+    images = rows.view(steps, 2, h * w, 3, -1).permute(0, 2, 3, 1, 4).reshape(steps * h * w, -1)
+    assert torch.equal((images.float() - 127.5) / 127.5, expected["pixel_values_videos"])
     if not theirs:
         return
     usual = VisionProcessor(model_folder, DataSettings(video_fps=5.0)).place_video(video).grid
@@ -240,7 +242,7 @@ def test_frames_are_resized_one_by_one_into_the_row(model_folder, tmp_path):
     video = clip(tmp_path / "a.mp4", "libx264", count=40, rate=2, size=(320, 240))
     vision = VisionProcessor(model_folder, DataSettings(video_max_pixels=40 * 64 * 64))
     placed = vision.place_video(Watched(video.file, [], None, "here:1"))
-    rows = torch.empty(int(np.prod(placed.grid)), vision.patch_dim)
+    rows = vision.no_pixels(2 * int(np.prod(placed.grid)))
     assert vision.pixel_rows(placed, rows).data_ptr() == rows.data_ptr()
     assert len(alive) == 40
     assert most <= 2

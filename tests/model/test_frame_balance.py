@@ -66,7 +66,7 @@ def test_every_token_arrives_where_it_belongs(context, slices, data):
         for m, row in enumerate(lengths):
             counts, uses = random.integers(1, 9, size=5), np.array([0, 1, 1, 2, 3, 4, 4])
             starts = np.sort(random.choice(sum(row) // 8, 7, replace=False)) * 8
-            rows[d].append(VisualRow(row, counts, uses, starts))
+            rows[d].append(VisualRow(row, counts, np.ones_like(counts), uses, starts))
             values += [(d, m, frame, n) for frame in range(5) for n in range(counts[frame])]
             wanted[d, m] = {
                 start + n: (d, m, frame, n)

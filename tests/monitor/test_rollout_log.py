@@ -4,12 +4,10 @@ import itertools
 import json
 import math
 
-import pytest
 import torch
 
 from megavlm.monitor import rollout_log
-from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup, RolloutLog, media_of, read_rollouts
-from megavlm.records.records import check_record
+from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup, RolloutLog, read_rollouts
 
 
 def answer(text="seven<|im_end|>", **changes):
@@ -98,10 +96,3 @@ def test_the_file_keeps_steps_of_the_whole_run_and_stays_small(tmp_path, monkeyp
         assert (steps[0], steps[-1]) == (1, step)
     assert steps == sorted(steps)
     assert max(after - before for before, after in itertools.pairwise(steps)) <= 100 / 8 * 4  # 4 of 8 lines remain
-
-
-@pytest.mark.parametrize("video", ["clip.mp4", ["0.png", "1.png"]])
-def test_media_are_those_of_the_record(video):
-    content = [{"role": "user", "content": "<video><image>a<image>b"}, {"role": "assistant", "content": "c"}]
-    record = {"messages": content, "images": ["1.png", "2.png"], "videos": [video]}
-    assert media_of(check_record(record, "prompt", "here")) == ["1.png", "2.png", video]

@@ -38,6 +38,11 @@ BAD = {
         "correction_lowest",
     ),
     "an idle reference without one": ({"align": {"beta": 0.0, "offload_reference": True}}, "no reference model"),
+    "a divergence of nothing": (
+        {"align": {"loss": "dapo", "kl_in": "reward"}, "rollout": {"replace_flat": 0}},
+        "kl_in",
+    ),
+    "flat groups that differ": ({"align": {"kl_in": "reward"}, "rollout": {"replace_flat": 1}}, "replace_flat"),
     "a penalty longer than the answer": ({"align": {"overlong_cache": 33}}, "overlong_cache"),
     "no room for a prompt": ({"rollout": {"max_new_tokens": 64}}, "data.seq_length"),
     "rows of a step": ({"train": {"global_batch_size": 8}}, "global_batch_size"),
@@ -86,3 +91,17 @@ def test_prompts_are_divided_evenly_among_ranks_and_mini_batches():
         check_prompts(8, 4, 4)
     assert "4 data-parallel ranks and align.mini_batches = 4" in caught.value.message
     assert "16" in caught.value.remedy
+
+
+def test_what_needs_no_table_of_losses_is_refused_before_the_method_is_imported():
+    """By the command, before it starts processes or imports torch (tests/cli/test_cli.py looks that it does not)."""
+    for case in (
+        "no room for a prompt",
+        "rows of a step",
+        "a limit without correction",
+        "fp8",
+        "flat groups that differ",
+    ):
+        sections, words = BAD[case]
+        with pytest.raises(UserError, match=words):
+            check_method("grpo", settings(**sections))

@@ -190,7 +190,7 @@ def test_report_of_answers_alone(runs):
 def test_choice_has_some_wrong_and_spreads_over_the_rest(runs):
     source = read_source(runs / "after", runs.parent / "data/eval.jsonl")
     (group,) = group_answers([source])
-    wrong = [sample.index for sample in group.samples if sample.answers[0][1] is False]
+    wrong = [sample.index for sample in group.samples if sample.answers[0][0][1] is False]
     assert len(wrong) == MAX_WRONG
     assert (wrong[0], wrong[-1]) == (20, 39)
     assert len(group.samples) == MAX_SAMPLES
@@ -230,7 +230,7 @@ def test_what_is_missing_or_broken_is_left_out_or_named(tmp_path):
         "sample 4",
     ):
         assert text in page
-    assert "5 of 5 answers" in page
+    assert "5 of 5 questions" in page
 
 
 def test_run_without_settings(tmp_path):
@@ -268,3 +268,18 @@ def test_command(runs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run_report.main([str(tmp_path / "empty")]) == 2
     assert "nothing to report" in capsys.readouterr().err
+
+
+def test_all_of_several_answers_are_shown_and_counted(tmp_path):
+    questions, folder = write_questions(tmp_path / "data", 3), tmp_path / "runs"
+    folder.mkdir()
+    lines = [{"index": 0, "answers": ["0", "5"]}, {"index": 1, "answers": ["1", "1."]}, {"index": 2, "answer": "7"}]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = read_source(folder, questions)
+    (group,) = group_answers([source])
+    assert (source.right, source.total) == (3, 5)
+    assert [sample.answers for sample in group.samples] == [
+        [[("0", True), ("5", False)]],
+        [[("1", True), ("1.", True)]],
+        [[("7", False)]],
+    ]

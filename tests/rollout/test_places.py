@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megavlm.rollout.answers import Asked, Ending, Growing
+from megavlm.rollout.answers import Ending, Growing, OpenPrompt
 from megavlm.rollout.blocks import BLOCK_TOKENS, Blocks
 from megavlm.rollout.engine import Sampling
 from megavlm.rollout.places import Places
@@ -11,8 +11,8 @@ from megavlm.rollout.places import Places
 VALUES = (0.0, 0.0, 0.0)
 
 
-def asked(length: int, answers: int) -> Asked:
-    return Asked(length, 0, [Growing(seed) for seed in range(answers)])
+def asked(length: int, answers: int) -> OpenPrompt:
+    return OpenPrompt(length, 0, [Growing(seed) for seed in range(answers)])
 
 
 def places_of(count: int, blocks: Blocks, longest: int) -> Places:

@@ -31,6 +31,7 @@ BESIDE = {
     "adapter.frequencies": ("model.load=mcore", "adapter.type=fourierft"),
     "adapter.scaling": ("model.load=mcore", "adapter.type=fourierft", "adapter.frequencies=10"),
     "adapter.seed": ("model.load=mcore", "adapter.type=fourierft", "adapter.frequencies=10"),
+    "train.profile.steps": ("train.profile.start=1",), "train.profile.ranks": ("train.profile.start=1",),
     "train.galore_rank": GALORE, "train.galore_update_every": GALORE, "train.galore_scale": GALORE,
     "parallel.virtual_pipeline": PIPELINE, "parallel.first_stage_layers": PIPELINE,
     "parallel.last_stage_layers": PIPELINE, "checkpoint.keep_every": ("checkpoint.every=1",),

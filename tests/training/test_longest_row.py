@@ -27,7 +27,7 @@ def test_it_is_full(folder, length):
     assert row.num_targets == length - 1 == row.loss_weights.sum()
     tokens = [patches // 4 for patches in row.frame_lengths]
     assert max(tokens, default=0) <= 50
-    assert len(row.visual_positions) == sum(tokens) == row.patches.shape[0] // 4
+    assert len(row.visual_positions) == sum(tokens) == row.pixels.shape[0] // 4
     assert row.visual_positions.unique().numel() == sum(tokens)
     assert bool((row.input_ids[row.visual_positions] == row.input_ids[row.visual_positions][:1]).all())
     # Two tokens of text beside each picture; a picture may fall short of its room by less than its height.
@@ -50,7 +50,7 @@ def test_text_and_pixels_vary(folder):
     row, _ = row_of(folder, seq_length=256, max_pixels=32 * 32 * 64)
     is_text = torch.ones(256, dtype=torch.bool)
     is_text[row.visual_positions] = False
-    assert row.patches.unique(dim=0).shape[0] == row.patches.shape[0]
+    assert row.pixels.unique(dim=0).shape[0] == row.pixels.shape[0]
     row, _ = row_of(folder, seq_length=256, min_pixels=32 * 32 * 300, max_pixels=32 * 32 * 300)
     assert row.num_images == 0
     assert row.input_ids.unique().numel() > 100

@@ -9,15 +9,17 @@ from megavlm.platform import on_gpu
 
 
 class Kernels(Protocol):
-    """Megatron's BackendSpecProvider, which names the module for each layer, with two attributes of our own.
+    """Megatron's BackendSpecProvider, which names the module for each layer, with attributes of our own.
 
     Attributes:
         name: ``te`` or ``portable``.
         grouped_experts: whether the experts of a rank are multiplied together.
+        fused_gradients: whether linear layers add to the gradient buffer in the product itself.
     """
 
     name: str
     grouped_experts: bool
+    fused_gradients: bool
 
     def column_parallel_linear(self) -> type: ...
     def row_parallel_linear(self) -> type: ...
@@ -34,15 +36,18 @@ def transformer_engine_found() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def resolve(kernels: str) -> str:
+def resolve(kernels: str, precision: str) -> str:
     """Resolves ``auto`` to ``te`` on a GPU if Transformer Engine is installed, otherwise to ``portable``.
+
+    Also for float32, for which Transformer Engine has no fused attention: it would hold all products of queries and
+    keys in memory, and it refuses context parallelism.
 
     Raises:
         UserError: ``te`` was chosen but cannot run.
     """
     can_te = on_gpu() and transformer_engine_found()
     if kernels == "auto":
-        return "te" if can_te else "portable"
+        return "te" if can_te and precision != "fp32" else "portable"
     if kernels == "te" and not can_te:
         why = "transformer_engine is not installed" if on_gpu() else "there is no GPU"
         raise UserError(f"model.kernels is te, but {why}", "set model.kernels to portable, or to auto")

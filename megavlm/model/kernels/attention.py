@@ -10,9 +10,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megavlm.model.batch_invariant import attend_one, is_batch_invariant
 from megavlm.model.kernels.context import context_attention
 from megavlm.model.packed import PackedRow
+from megavlm.platform.batch_invariant import attend_one, is_batch_invariant
 
 
 def segment_attention(

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavlm.model.kernels import blocks
 from megavlm.model.packed import PackedRow
+from megavlm.platform import attention_blocks as blocks
 
 
 def context_attention(

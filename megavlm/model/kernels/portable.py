@@ -33,7 +33,7 @@ class PortableKernels(LocalSpecProvider):
     """Megatron's local linear layers and sequential experts, with the norms above and attention for packed rows."""
 
     name = "portable"
-    grouped_experts = False
+    grouped_experts = fused_gradients = False
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
         return RMSNorm if rms_norm else LayerNorm

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import LocalSpecProvider
@@ -46,7 +47,7 @@ class TransformerEngineKernels(TESpecProvider):
     """Megatron's TE layers, with attention for packed rows."""
 
     name = "te"
-    grouped_experts = True
+    grouped_experts = fused_gradients = True
 
     def core_attention(self) -> type:
         return PackedTEAttention
@@ -62,7 +63,7 @@ class ApartTEKernels(TransformerEngineKernels):
 class LocalLinearTEKernels(ApartTEKernels):
     """TE's attention and norms with Megatron's own linear layers and sequential experts, whose weights may be 4-bit."""
 
-    grouped_experts = False
+    grouped_experts = fused_gradients = False  # Megatron's own linear layers would need apex for it
 
     def column_parallel_linear(self) -> type:
         return ColumnParallelLinear
@@ -72,3 +73,19 @@ class LocalLinearTEKernels(ApartTEKernels):
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
         return LocalSpecProvider().grouped_mlp_modules(moe_use_grouped_gemm)
+
+
+def start_userbuffers(tokens: int, hidden: int, tensor: int, *, fp8: bool) -> None:
+    """Allocates the buffers with which tensor ranks send pieces of products (``train.overlap.tensor``).
+
+    Args:
+        tokens: number of tokens of a row in a group of tensor ranks.
+        hidden: the decoder's hidden size.
+        tensor: number of tensor ranks.
+        fp8: whether products are in FP8.
+    """
+    from transformer_engine.pytorch import initialize_ub
+    from transformer_engine.pytorch.module.base import UserBufferQuantizationMode
+
+    modes = [UserBufferQuantizationMode.FP8 if fp8 else UserBufferQuantizationMode.NONE]
+    initialize_ub([tokens, hidden], tensor, quantization_modes=modes, dtype=torch.bfloat16, bootstrap_backend="nccl")

@@ -1,0 +1,96 @@
+"""Settings that contradict sampling or would be ignored; checked before anything large is imported."""
+
+from megavlm.base.errors import UserError
+from megavlm.config.sections import RANDOM
+from megavlm.config.settings import Settings
+
+
+def check_sampling(settings: Settings) -> None:
+    """Raises UserError if a setting does not fit a method that samples its answers.
+
+    What depends on the table of losses is checked when the method is made.
+    """
+    data, rollout, train = settings.data, settings.rollout, settings.train
+    if data.seq_length <= rollout.max_new_tokens:
+        raise UserError(
+            f"rollout.max_new_tokens is {rollout.max_new_tokens}, but a row has data.seq_length = {data.seq_length} "
+            "tokens for the prompt and its answer",
+            "raise data.seq_length, or lower rollout.max_new_tokens",
+        )
+    if train.global_batch_size is not None:
+        raise UserError(
+            "train.global_batch_size is set, but grpo packs its answers into as many rows as they need: it would be "
+            "ignored",
+            "remove train.global_batch_size; rollout.prompts and rollout.group_size give the size of a step",
+        )
+    if data.too_long == "truncate":
+        raise UserError("data.too_long is truncate, but prompts are never truncated", "set data.too_long to drop")
+    if data.replay is not None:
+        raise UserError("data.replay is set, but grpo does not use it, so it would be ignored", "remove data.replay")
+    if data.is_changed("packing"):
+        raise UserError("data.packing is set, but grpo packs its answers best-fit always", "remove data.packing")
+    if train.kl_to_start:
+        raise UserError(
+            f"train.kl_to_start is {train.kl_to_start:g}, but grpo does not use it, so it would be ignored",
+            "remove train.kl_to_start; align.beta keeps the model close to where it starts",
+        )
+    if data.is_changed("packing_buffer"):
+        raise UserError(
+            "data.packing_buffer is set, but grpo packs the answers of a step: it would be ignored",
+            "remove data.packing_buffer",
+        )
+    if train.precision == "fp8":
+        raise UserError("train.precision is fp8, in which sampling has not been tried", "set train.precision to bf16")
+    _check_align(settings)
+
+
+def _check_align(settings: Settings) -> None:
+    align, rollout = settings.align, settings.rollout
+    if align.beta and settings.model.load == RANDOM:
+        raise UserError(
+            "model.load is random, but with align.beta above 0 the model is compared with the weights that it starts "
+            "from",
+            "set model.load to these weights, or align.beta to 0",
+        )
+    if align.overlong_cache is not None and align.overlong_cache > rollout.max_new_tokens:
+        raise UserError(
+            f"align.overlong_cache is {align.overlong_cache}, more than rollout.max_new_tokens = "
+            f"{rollout.max_new_tokens}",
+            "lower align.overlong_cache",
+        )
+    of_correction = {"lowest": align.correction_lowest, "highest": align.correction_highest}
+    used = ("lowest", "highest") if align.correction.endswith("mask") else ("highest",)
+    for key, value in of_correction.items():
+        if value is not None and (align.correction == "off" or key not in used):
+            raise UserError(
+                f"align.correction_{key} is set, but align.correction is {align.correction}: it would be ignored",
+                f"remove align.correction_{key}",
+            )
+    if align.kl_in == "reward":
+        _check_kl_in_reward(settings)
+
+
+def _check_kl_in_reward(settings: Settings) -> None:
+    if settings.rollout.replace_flat or (settings.align.loss == "dapo" and settings.rollout.replace_flat is None):
+        raise UserError(
+            "align.kl_in is reward, so that answers with equal rewards differ by their divergence, but flat groups are "
+            "to be replaced (rollout.replace_flat, 4 with align.loss dapo): there would be none",
+            "set rollout.replace_flat to 0, or remove align.kl_in",
+        )
+    if any(reward.key == "kl" for reward in settings.reward):
+        raise UserError(
+            "a reward has the name kl, under which the divergence is reported with align.kl_in reward",
+            "give it another label",
+        )
+
+
+def too_few_prompts(settings: Settings, total: int) -> list[str]:
+    """A remark if the data have fewer than the prompts of a step; otherwise []."""
+    prompts = settings.rollout.prompts or 0
+    if prompts <= total:
+        return []
+    remark = (
+        f"a step asks {prompts:,} prompts (rollout.prompts), but the data have {total:,}: each step goes through them "
+        "more than once, and learns from several groups of answers to the same prompt"
+    )
+    return [remark]
