@@ -122,8 +122,8 @@ class TrainSettings(Section):
 
     deterministic: Bool = Field(
         False,
-        description="only on a GPU: uses only kernels and collectives that repeat their results, so that a resumed run "
-        "has the same bits as one that nothing interrupted. Slower. On a CPU results repeat in any case",
+        description="uses only kernels and collectives that repeat their results, so that on a GPU a resumed run has "
+        "the same bits as one that nothing interrupted. Slower. On a CPU results repeat without it",
     )
 
     @field_validator("recompute", mode="before")

@@ -58,6 +58,7 @@ def _common(train: TrainSettings, kernels: str, *, fp8: bool, fused_gradients: b
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=fused_gradients,
         persist_layer_norm=False,
+        deterministic_mode=train.deterministic,
         **(dict(fp8="hybrid", fp8_recipe=train.fp8.recipe) if fp8 else {}),
     )
 

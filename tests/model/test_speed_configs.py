@@ -50,6 +50,11 @@ def test_auto(precision, te_installed, gpu, expected, monkeypatch):
     assert kernels.resolve("auto", precision) == expected
 
 
+def test_deterministic(shapes):
+    assert decoder(shapes, deterministic=True).deterministic_mode
+    assert not decoder(shapes).deterministic_mode
+
+
 @pytest.mark.parametrize(
     ("recompute", "granularity", "modules"),
     [("none", None, None), ("full", "full", None), (["mlp", "moe"], "selective", ["mlp", "moe"])],
