@@ -88,7 +88,8 @@ class TrainSettings(Section):
     logprob_chunk_tokens: Int = Field(
         4096,
         ge=1,
-        description="maximum number of tokens whose logits are in memory at the same time, with 6 bytes for each logit",
+        description="maximum number of tokens whose logits are in memory at the same time, with 6 to 8 bytes for each "
+        "logit",
     )
     kl_to_start: Float = Field(
         0.0,

@@ -82,8 +82,8 @@ def decoder_config(
     """
     text = shapes.text
     check_supported(shapes)
-    # Megatron's fused kernel for a GELU is the tanh approximation, whichever GELU is asked for
     check_recompute(train, kernels)
+    # Megatron's fused kernel for a GELU is the tanh approximation, whichever GELU is asked for
     options = _common(train, kernels, fp8=train.precision == "fp8", fused_gradients=fused_gradients) | dict(
         bias_activation_fusion=kernels == "te" and text.hidden_act == "silu"
     )
