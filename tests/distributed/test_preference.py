@@ -224,7 +224,9 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs):
         objective = RewardObjective(CENTERING, groups.language, sequence_parallel=sequence_parallel)
     else:
         objective = PairObjective(name, LOSSES[name], 64, groups.language)
-    result = Step(vlm, Optimizers(vlm, settings.train), feed, each, objective, settings.vision.window)()
+    optimizers = Optimizers(vlm, settings.train)
+    result = Step(vlm, optimizers, feed, each, objective, settings.vision.window)()
+    optimizers.zero_grad()  # as a second step begins: Megatron checks that each gradient has been reduced
     return result.loss, result.norms, result.counts, result.fields, pieces_of(vlm)
 
 
