@@ -160,6 +160,7 @@ def watched_step(folder: Path, layout: dict, rank: int, world_size: int, **train
     Returns ``Watch.waits`` and ``Watch.collectives``, with the names of the groups in place of their ranks.
     """
     from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from parity import settings_of
 
     from megavlm.align.registry import make_method
@@ -170,6 +171,7 @@ def watched_step(folder: Path, layout: dict, rank: int, world_size: int, **train
     from megavlm.runtime.session import start
     from megavlm.training.step import Step
 
+    destroy_moe_metrics_tracker()  # its sums stay on the device of whoever used it first in this process
     train = {"optimizer": "adam", "precision": "bf16", "clip_grad": 1.0} | train
     settings = Settings(**settings_of(folder, layout, **train))
     method = make_method("sft", settings)
