@@ -8,6 +8,8 @@ What it sees holds for a GPU: the same calls would wait for it. It cannot see wh
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +156,29 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return moved.numpy() if as_numpy else moved
 
 
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Before and after the block, Megatron has no tensors of experts: they stay on the device of their first user."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    def drop() -> None:
+        destroy_moe_metrics_tracker()
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+    drop()
+    try:
+        yield
+    finally:
+        drop()
+
+
 def watched_step(folder: Path, layout: dict, rank: int, world_size: int, **train) -> tuple[Counter, list]:
     """Runs in a process that is in no world: a whole training step of ``rank``, with pictures, in such a layout.
 
     Returns ``Watch.waits`` and ``Watch.collectives``, with the names of the groups in place of their ranks.
     """
     from megatron.core.transformer.moe import token_dispatcher
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from parity import settings_of
 
     from megavlm.align.registry import make_method
@@ -171,7 +189,6 @@ def watched_step(folder: Path, layout: dict, rank: int, world_size: int, **train
     from megavlm.runtime.session import start
     from megavlm.training.step import Step
 
-    destroy_moe_metrics_tracker()  # its sums stay on the device of whoever used it first in this process
     train = {"optimizer": "adam", "precision": "bf16", "clip_grad": 1.0} | train
     settings = Settings(**settings_of(folder, layout, **train))
     method = make_method("sft", settings)
