@@ -300,5 +300,5 @@ def test_a_pair_shares_its_pictures(toys, files):
     assert (row.num_images, row.num_videos) == (3, 1)
     assert row.use_frames.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4]
     assert len(row.frame_grids) == 5
-    assert len(row.pixels) == row.frame_grids.prod(dim=1).sum()
+    assert len(row.pixels) == (row.frame_grids.prod(dim=1) * row.frame_images).sum()  # a step of a video has two
     assert [answer.margin for answer in row.annotations] == [0.1, None, 0.3, None, 0.2, None]
