@@ -135,9 +135,9 @@ def test_products_keep_the_bound_of_the_format(recipe, te_world):
 
 def covered(*arguments):
     """Runs on every rank: ``train_layout``, and the leaf modules that multiplied in FP8, and those that did not."""
+    import te_cpu
     from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-    import te_cpu
     from megavlm.model.vlm import VLM
 
     names, before, train = {}, {}, VLM.train

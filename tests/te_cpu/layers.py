@@ -11,11 +11,15 @@ def generic_gemm(
     a, transposed_a, b, transposed_b, out, quantizer, dtype, bias, bias_dtype, gelu, gelu_in, grad, workspace, size,
     accumulate, split, comm_overlap=None, comm_type=None, extra_output=None, bulk_overlap=False, alpha=1.0, beta=None,
 ):  # fmt: skip
-    """op(b) @ op(a), as cuBLAS sees rows for columns. With ``grad``, ``bias`` asks for the sum of b over its tokens."""
+    """op(b) @ op(a), as cuBLAS sees rows for columns, summed in float32 whatever the operands.
+
+    With ``grad``, ``bias`` asks for the sum of b over its tokens.
+    """
     assert comm_overlap is None
     assert quantizer is None
     assert not gelu
     assert alpha == 1.0
+    narrow = b.dtype if isinstance(b, Tensor) else torch.bfloat16
     a, b = operand(a, transposed_a), operand(b, not transposed_b)
     product = _matrix(b, transposed_b) @ _matrix(a, not transposed_a).t()
     sums = b.flatten(0, -2).sum(0).to(bias.dtype) if grad and bias is not None else None
@@ -24,7 +28,7 @@ def generic_gemm(
     if not transposed_b:
         product = product.view(*b.shape[:-1], -1)
     if out is None:
-        return product.to(as_torch(dtype) if dtype is not None else product.dtype), sums, None, None
+        return product.to(as_torch(dtype) if dtype is not None else narrow), sums, None, None
     _put(out, product.view(out.shape), accumulate)
     return out, sums, None, None
 
