@@ -23,7 +23,10 @@ PRECISIONS = {
     "FP8 blockwise, decoder": ["train.precision=fp8", "train.fp8={recipe: blockwise}"],
     "FP8 tensorwise, decoder and tower": ["train.precision=fp8", "train.fp8={recipe: tensorwise, tower: true}"],
 }
-STAGES = {"stage1": "pretrain", "sft": "sft"}  # of configs/demo, and their verbs; the others are not about single digits
+STAGES = {
+    "stage1": "pretrain",
+    "sft": "sft",
+}  # of configs/demo; the others are not about single digits
 ALLOWED = 0.01  # of accuracy below bf16
 HARNESS = ["parallel.tensor=1", "model.kernels=te", "train.memory_check=false"]
 FORK = multiprocessing.get_context("fork")  # what is started has TE and its answers already
@@ -34,7 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fp8_digits", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--out", type=Path, help="folder for the runs (default: a temporary one)")
-    parser.add_argument("--steps", type=json.loads, default={}, help='steps of a stage, such as \'{"stage1": 60}\'')
+    parser.add_argument("--steps", type=json.loads, default={}, help="steps of a stage, such as '{\"stage1\": 60}'")
     parser.add_argument("--only", action="append", choices=PRECISIONS, help="this precision; may be repeated")
     options = parser.parse_args()
     os.environ |= {"MEGAVLM_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

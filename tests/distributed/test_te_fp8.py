@@ -207,11 +207,10 @@ def listed(where: str) -> set[str]:
 def test_steps_in_fp8(recipe, parallel, wide, in_bf16, te_world):
     """Close to bf16, not equal to it, and in the modules that the docs list.
 
-    A rounding to E4M3 is off by 2.6 % (root mean square), so a product of two by 3.7 %, as is seen above; most of the
-    sum that a layer adds to is kept in bf16, and the roundings of different numbers have nothing to do with each other.
-    The largest difference seen was 0.4 % in the loss before the update, 1.8 % after it and 8 % in a norm (of the tower,
-    whose gradients have come through all layers). The bounds are twice that. What scales are lost on is far beyond:
-    with a scale of 1 for gradients, most of them are 0.
+    A rounding to E4M3 moves a number by 2.6 % (root mean square). Roundings of different numbers have nothing to do
+    with each other, so sums of many move less, and what a layer adds to is kept in bf16. A second step at a large rate
+    enlarges what the first one left. The largest differences seen are in docs/parity.md: 0.4 % and 1.9 % in the losses
+    of the steps, 3.8 % and 14 % in a norm (of the tower: all layers are behind it). The bounds are twice that.
     """
     steps, fp8, others = trained(te_world(2 if parallel else 1), wide, parallel, precision="fp8", fp8=RECIPES[recipe])
     tower = RECIPES[recipe].get("tower", False)
@@ -223,6 +222,6 @@ def test_steps_in_fp8(recipe, parallel, wide, in_bf16, te_world):
         for (loss, norms), (exact, expected) in zip(steps, in_bf16, strict=True)
     ]
     print(f"\n{recipe}, {parallel}: {differences}")
-    for number, (loss, norm) in enumerate(differences):
-        assert 1e-6 < loss < (0.01, 0.04)[number]
-        assert norm < 0.16
+    for (loss, norm), (most, most_of_norm) in zip(differences, ((0.01, 0.08), (0.04, 0.28)), strict=True):
+        assert 1e-6 < loss < most
+        assert norm < most_of_norm
