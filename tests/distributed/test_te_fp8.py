@@ -202,15 +202,22 @@ def listed(where: str) -> set[str]:
     return {name for name, there in re.findall(r"^\| `([^`]+)` \| (.*) \|$", section, re.M) if where in there}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}], ids=["one process", "TP2"])
+ONE, TP2, SLOW = {}, {"tensor": 2}, pytest.mark.slow
+STEPS = [
+    *(pytest.param(recipe, ONE, id=recipe) for recipe in RECIPES),
+    *(pytest.param(recipe, TP2, id=f"{recipe}, TP2") for recipe in ("blockwise", "tensorwise, tower too")),
+    *(pytest.param(recipe, TP2, id=f"{recipe}, TP2", marks=SLOW) for recipe in ("tensorwise", "delayed")),
+]
+
+
+@pytest.mark.parametrize(("recipe", "parallel"), STEPS)
 def test_steps_in_fp8(recipe, parallel, wide, in_bf16, te_world):
     """Close to bf16, not equal to it, and in the modules that the docs list.
 
     A rounding to E4M3 moves a number by 2.6 % (root mean square). Roundings of different numbers have nothing to do
     with each other, so sums of many move less, and what a layer adds to is kept in bf16. A second step at a large rate
-    enlarges what the first one left. The largest differences seen are in docs/parity.md: 0.4 % and 1.9 % in the losses
-    of the steps, 3.8 % and 14 % in a norm (of the tower: all layers are behind it). The bounds are twice that.
+    enlarges what the first one left. The largest differences seen are in docs/parity.md: 0.4 % and 2.7 % in the losses
+    of the steps, 4.1 % and 13 % in a norm (of the tower: all layers are behind it). The bounds are twice that.
     """
     steps, fp8, others = trained(te_world(2 if parallel else 1), wide, parallel, precision="fp8", fp8=RECIPES[recipe])
     tower = RECIPES[recipe].get("tower", False)
@@ -222,6 +229,6 @@ def test_steps_in_fp8(recipe, parallel, wide, in_bf16, te_world):
         for (loss, norms), (exact, expected) in zip(steps, in_bf16, strict=True)
     ]
     print(f"\n{recipe}, {parallel}: {differences}")
-    for (loss, norm), (most, most_of_norm) in zip(differences, ((0.01, 0.08), (0.04, 0.28)), strict=True):
+    for (loss, norm), (most, most_of_norm) in zip(differences, ((0.01, 0.09), (0.06, 0.28)), strict=True):
         assert 1e-6 < loss < most
         assert norm < most_of_norm
