@@ -46,6 +46,11 @@ def decoder_widths(shapes: Shapes, parallel: ParallelSettings) -> dict[str, int]
     return widths
 
 
+def _fp8_format(recipe: str) -> str:
+    """Whether gradients have the wider range of E5M2, or, with a scale for each few numbers, the precision of E4M3."""
+    return "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid"
+
+
 def _common(train: TrainSettings, kernels: str, *, fp8: bool, fused_gradients: bool) -> dict[str, Any]:
     fused, precision = kernels == "te", train.precision
     return dict(
@@ -59,7 +64,7 @@ def _common(train: TrainSettings, kernels: str, *, fp8: bool, fused_gradients: b
         gradient_accumulation_fusion=fused_gradients,
         persist_layer_norm=False,
         deterministic_mode=train.deterministic,
-        **(dict(fp8="hybrid", fp8_recipe=train.fp8.recipe) if fp8 else {}),
+        **(dict(fp8=_fp8_format(train.fp8.recipe), fp8_recipe=train.fp8.recipe) if fp8 else {}),
     )
 
 
