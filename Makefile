@@ -15,6 +15,7 @@ BIN := $(VENV)/bin
 # Two workers side by side; tests/conftest.py says which tests stay together.
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/peers/.installed
 PYTHON ?=
 
 .PHONY: demo demo-tune demo-rl gpu-check test test-all lint docs clean
@@ -32,10 +33,10 @@ demo-rl: $(INSTALLED)
 gpu-check: $(if $(PYTHON),,$(INSTALLED))
 	$(or $(PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(GPU_CHECK)
 
-test: lint
+test: lint $(PEERS)
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: lint
+test-all: lint $(PEERS)
 	$(PYTEST)
 
 lint: $(INSTALLED)
@@ -72,8 +73,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing the packages of constraints.txt into $(VENV) (some minutes and 5 GB the first time)"
 	@# without compiling all 5 GB: Python compiles the few modules that are imported
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
-	@# two files of each are read by tests/align/test_peers.py; what they depend on would be gigabytes more
-	@rm -rf $(VENV)/peers
+	@touch $@
+
+# Two files of each are read by tests/align/test_peers.py; what they depend on would be gigabytes more.
+$(PEERS): $(INSTALLED)
+	@rm -rf $(@D)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --no-deps -c constraints.txt \
-	  --target $(VENV)/peers trl verl
+	  --target $(@D) trl verl
 	@touch $@

@@ -104,7 +104,10 @@ def document(renderer: Any, root: Path, tokens: int, share: float, number: int) 
 
 def hf_inputs(sample: Any, where: Any) -> dict[str, Any]:
     """The arguments of transformers' model for a rendered sample, with the positions that it would compute itself."""
+    import numpy as np
     import torch
+
+    from megavlm.runtime.pixels import normalised
 
     inputs = {
         "input_ids": sample.input_ids[None],
@@ -113,7 +116,9 @@ def hf_inputs(sample: Any, where: Any) -> dict[str, Any]:
     }
     if len(sample.frame_grids):
         grids = torch.as_tensor(sample.frame_grids, dtype=torch.int64)
-        inputs["pixel_values"] = sample.patches
+        lengths = np.asarray(sample.frame_grids, dtype=np.int64).prod(axis=1)
+        images = np.asarray(sample.frame_images, dtype=np.int64)
+        inputs["pixel_values"] = normalised(sample.pixels, lengths, images, sample.pixel_scale, 2, torch.float32)
         inputs["image_grid_thw"] = torch.cat([torch.ones(len(grids), 1, dtype=torch.int64), grids], dim=1)
         inputs["mm_token_type_ids"][0, sample.visual_positions] = 1
     return {name: value.to(where) for name, value in inputs.items()}

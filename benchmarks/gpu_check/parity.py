@@ -23,7 +23,7 @@ GPU = Size(
     vision={"depth": 6, "hidden_size": 512, "intermediate_size": 2048, "num_heads": 8,
             "deepstack_visual_indexes": [1, 3, 5]},
 )  # fmt: skip
-CPU = Size(rows=1, seq_length=192, repeats=1, text={}, vision={}, longest=96)
+CPU = Size(rows=1, seq_length=256, repeats=1, text={}, vision={}, longest=96)
 LENGTHS = (1 / 2, 1 / 4, 1 / 8)  # of the documents in a row, as parts of it; the rest is padding
 PARTS = ("vision", "projector", "language")
 

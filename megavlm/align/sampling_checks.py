@@ -41,6 +41,12 @@ def check_sampling(settings: Settings) -> None:
         )
     if train.precision == "fp8":
         raise UserError("train.precision is fp8, in which sampling has not been tried", "set train.precision to bf16")
+    if train.overlap.tensor:
+        raise UserError(
+            "train.overlap.tensor is true, but its buffers have the size of a training row, and sampled rows have "
+            "others",
+            "set train.overlap.tensor to false",
+        )
     _check_align(settings)
 
 

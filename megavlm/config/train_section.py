@@ -88,7 +88,8 @@ class TrainSettings(Section):
     logprob_chunk_tokens: Int = Field(
         4096,
         ge=1,
-        description="maximum number of tokens whose logits are in memory at the same time, with 6 bytes for each logit",
+        description="maximum number of tokens whose logits are in memory at the same time, with 6 to 8 bytes for each "
+        "logit",
     )
     kl_to_start: Float = Field(
         0.0,
@@ -122,8 +123,8 @@ class TrainSettings(Section):
 
     deterministic: Bool = Field(
         False,
-        description="only on a GPU: uses only kernels and collectives that repeat their results, so that a resumed run "
-        "has the same bits as one that nothing interrupted. Slower. On a CPU results repeat in any case",
+        description="uses only kernels and collectives that repeat their results, so that on a GPU a resumed run has "
+        "the same bits as one that nothing interrupted. Slower. On a CPU results repeat without it",
     )
 
     @field_validator("recompute", mode="before")

@@ -63,7 +63,7 @@ class MappedRows:
         self._source.close()
 
 
-class HeldRows:
+class HeldRows(MappedRows):
     """The rows of another source, of which a step ahead of time may have taken more than were trained on.
 
     Args:
@@ -71,7 +71,7 @@ class HeldRows:
     """
 
     def __init__(self, source: RowSource):
-        self._source = source
+        super().__init__(source, lambda rows: rows)
         self._held: bytes | None = None
 
     def hold(self) -> None:
@@ -82,18 +82,5 @@ class HeldRows:
         """From now on, ``state_dict`` returns the state of its moment again."""
         self._held = None
 
-    @property
-    def sources(self) -> list[Source]:
-        return self._source.sources
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._source)
-
     def state_dict(self) -> list[dict[str, Any]]:
-        return self._source.state_dict() if self._held is None else pickle.loads(self._held)
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> str | None:
-        return self._source.load_state_dict(states)
-
-    def close(self) -> None:
-        self._source.close()
+        return super().state_dict() if self._held is None else pickle.loads(self._held)

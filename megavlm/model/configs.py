@@ -46,6 +46,11 @@ def decoder_widths(shapes: Shapes, parallel: ParallelSettings) -> dict[str, int]
     return widths
 
 
+def _fp8_format(recipe: str) -> str:
+    """Whether gradients have the wider range of E5M2, or, with a scale for each few numbers, the precision of E4M3."""
+    return "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid"
+
+
 def _common(train: TrainSettings, kernels: str, *, fp8: bool, fused_gradients: bool) -> dict[str, Any]:
     fused, precision = kernels == "te", train.precision
     return dict(
@@ -58,7 +63,8 @@ def _common(train: TrainSettings, kernels: str, *, fp8: bool, fused_gradients: b
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=fused_gradients,
         persist_layer_norm=False,
-        **(dict(fp8="hybrid", fp8_recipe=train.fp8.recipe) if fp8 else {}),
+        deterministic_mode=train.deterministic,
+        **(dict(fp8=_fp8_format(train.fp8.recipe), fp8_recipe=train.fp8.recipe) if fp8 else {}),
     )
 
 
@@ -81,8 +87,8 @@ def decoder_config(
     """
     text = shapes.text
     check_supported(shapes)
-    # Megatron's fused kernel for a GELU is the tanh approximation, whichever GELU is asked for
     check_recompute(train, kernels)
+    # Megatron's fused kernel for a GELU is the tanh approximation, whichever GELU is asked for
     options = _common(train, kernels, fp8=train.precision == "fp8", fused_gradients=fused_gradients) | dict(
         bias_activation_fusion=kernels == "te" and text.hidden_act == "silu"
     )

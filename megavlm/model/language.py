@@ -24,7 +24,8 @@ from megavlm.model.packed import PackedRow
 from megavlm.model.rope import InterleavedMRoPE
 from megavlm.model.score_head import ScoreHead
 from megavlm.model.shapes import Shapes
-from megavlm.model.token_logprobs import Targets, token_kl, token_logprobs, vocabulary_logits
+from megavlm.model.targets import Targets
+from megavlm.model.token_logprobs import token_kl, token_logprobs, vocabulary_logits
 
 
 class LanguageModel(LanguageModule):

@@ -4,59 +4,12 @@ The full logits matrix [T, vocabulary] is never materialised: logits exist for `
 Positions without a target cost nothing. All losses start from these functions.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavlm.platform import to_device
+from megavlm.model.targets import Targets
 from megavlm.platform.products import add_product, product
-
-
-@dataclass
-class Targets:
-    """The targets of a row, split into the same slices as its hidden states.
-
-    Attributes:
-        local: int64 [m] on the device, positions in this rank's slice of the row, padded with 0 to m, the largest
-            number of targets in a slice.
-        tokens: int64 [slices, m], the token to predict at each position of every slice; 0 for padding.
-        weights: float32 [slices, m], loss weights; 0 for padding.
-        row_index: int64 [slices, m] on the host, positions in the row; -1 for padding.
-    """
-
-    local: Tensor
-    tokens: Tensor
-    weights: Tensor
-    row_index: Tensor
-
-    @classmethod
-    def of(cls, labels: Tensor, loss_weights: Tensor, slices: int, rank: int, device: torch.device) -> "Targets":
-        """Makes the targets of a row.
-
-        Args:
-            labels: int64 [T] on the host; -100 where there is no target.
-            loss_weights: float32 [T] on the host.
-            slices: number of slices into which sequence parallelism cuts the row; 1 without it.
-            rank: index of this rank's slice.
-            device: device of the result.
-        """
-        length = labels.shape[0] // slices
-        found = [(labels[s * length : (s + 1) * length] != -100).nonzero().flatten() for s in range(slices)]
-        longest = max(len(positions) for positions in found)
-        row_index = torch.full((slices, longest), -1)
-        for s, positions in enumerate(found):
-            row_index[s, : len(positions)] = positions + s * length
-        there = row_index >= 0
-        at = row_index.clamp(min=0)
-        move = lambda x: to_device(x, device)
-        return cls(
-            local=move(torch.where(there[rank], at[rank] - rank * length, 0)),
-            tokens=move(torch.where(there, labels[at], 0)),
-            weights=move(torch.where(there, loss_weights[at], 0.0)),
-            row_index=row_index,
-        )
 
 
 def token_logprobs(
@@ -185,12 +138,13 @@ class _TokenLogprobs(torch.autograd.Function):
             top = logits.max(-1).values
             if group.size() > 1:
                 dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-            exp = (logits - top[:, None]).exp_()
             index, inside = _in_shard(ctx, tokens[:, part], weight.shape[0])
             chosen = torch.where(inside, logits.gather(1, index[:, None]).squeeze(1), 0.0)
+            exp = (logits.clone() if entropy else logits).sub_(top[:, None]).exp_()
             parts = [exp.sum(-1), chosen]
             if entropy:
-                parts.append((exp * logits).sum(-1))
+                parts.append(logits.mul_(exp).sum(-1))
+            del logits, exp  # so that their memory is free while the next chunk is made
             sums = torch.stack(parts)
             if group.size() > 1:
                 dist.all_reduce(sums, group=group)
@@ -213,12 +167,13 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, tokens.shape[1], ctx.chunk):
             part = slice(start, start + ctx.chunk)
             states = _chunk_states(ctx, hidden, local[part])
-            grad = _scaled(ctx, grad_logprobs[:, part].reshape(-1, 1))
+            grad = _scaled(ctx, grad_logprobs[:, part].clone().reshape(-1, 1))
             logits = _scaled(ctx, product(states, weight.t()))
-            grad_logits = (logits - log_z[:, part].reshape(-1, 1)).exp_().mul_(-grad)
+            grad_logits = logits.sub_(log_z[:, part].reshape(-1, 1)).exp_().mul_(-grad)
             index, inside = _in_shard(ctx, tokens[:, part], weight.shape[0])
             grad_logits.scatter_add_(1, index[:, None], grad * inside[:, None])
             _add_gradients(ctx, grad_logits, states, weight, local[part], grad_hidden, grad_weight)
+            del logits, grad_logits
         return grad_hidden, _given_to_autograd(ctx, grad_weight), *[None] * 7
 
 
@@ -246,8 +201,10 @@ class _TokenKl(torch.autograd.Function):
             logits = product(_chunk_states(ctx, hidden, local[part]), weight.t())
             start_logits = product(_gathered(ctx, start[part]), start_weight.t())
             z, start_z = _log_sums(ctx, logits), _log_sums(ctx, start_logits)
-            gaps = (logits - z[:, None]) - (start_logits - start_z[:, None])  # log p - log q
-            sums = ((logits - z[:, None]).exp_() * gaps).sum(-1)
+            logs = logits.sub_(z[:, None])
+            gaps = start_logits.sub_(start_z[:, None]).neg_().add_(logs)  # log p - log q
+            sums = logs.exp_().mul_(gaps).sum(-1)
+            del logits, start_logits, logs, gaps  # so that their memory is free while the next chunk is made
             if group.size() > 1:
                 dist.all_reduce(sums, group=group)
             for whole, values in ((kl, sums), (log_z, z), (start_log_z, start_z)):
@@ -265,10 +222,13 @@ class _TokenKl(torch.autograd.Function):
             part = slice(first, first + ctx.chunk)
             column = lambda x, part=part: x[:, part].reshape(-1, 1)
             states = _chunk_states(ctx, hidden, local[part])
-            logs = product(states, weight.t()) - column(log_z)
-            gaps = logs - (product(_gathered(ctx, start[part]), start_weight.t()) - column(start_log_z))
-            grad_logits = logs.exp_().mul_(gaps - column(kl)).mul_(column(grad_kl))
+            logs = product(states, weight.t()).sub_(column(log_z))
+            start_logs = product(_gathered(ctx, start[part]), start_weight.t()).sub_(column(start_log_z))
+            gaps = start_logs.neg_().add_(logs)
+            grad_logits = logs.exp_().mul_(gaps.sub_(column(kl))).mul_(column(grad_kl))
+            del start_logs, gaps
             _add_gradients(ctx, grad_logits, states, weight, local[part], grad_hidden, grad_weight)
+            del logs, grad_logits
         return grad_hidden, _given_to_autograd(ctx, grad_weight), *[None] * 7
 
 
@@ -329,7 +289,8 @@ def _log_sums(ctx: _Context, logits: Tensor) -> Tensor:
 
 
 def _scaled(ctx: _Context, values: Tensor) -> Tensor:
-    return values if ctx.temperature == 1.0 else values / ctx.temperature
+    """A tensor of which nobody else has a view, divided by the temperature in place."""
+    return values if ctx.temperature == 1.0 else values.div_(ctx.temperature)
 
 
 def _gathered(ctx: _Context, states: Tensor) -> Tensor:

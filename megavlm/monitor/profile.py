@@ -42,7 +42,7 @@ class Profile:
             )
         self._settings, self._output, self._rank, self._phases = settings, output, rank, phases
         self._profiler: torch.profiler.profile | None = None
-        self._first = 0
+        self._first = self._last = 0
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -62,14 +62,20 @@ class Profile:
             self._profiler.start()
         with torch.profiler.record_function(f"step {number}"):
             yield
+        self._last = number
         if number == settings.last:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what has been recorded; a run may end before the last step that was to be."""
+        if self._profiler is not None:
             self._profiler.stop()
             self._write(self._profiler)
             self._profiler, self._phases.is_named = None, False
 
     def _write(self, profiler: torch.profiler.profile) -> None:
         folder = self._output / FOLDER
-        path = folder / f"steps_{self._first}-{self._settings.last}.rank_{self._rank}.json.gz"
+        path = folder / f"steps_{self._first}-{self._last}.rank_{self._rank}.json.gz"
         partial = path.with_name(f".{path.name}")  # it ends in .gz, by which torch knows that it should compress
         try:
             folder.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ and stepped together.
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -119,7 +120,7 @@ class Optimizers:
                 "put adapters on layers of all stages, train the whole part, or set parallel.pipeline=1",
             )
         groups = self.groups_of(part)
-        config = self._ddp_config(part, all(p.requires_grad for m in modules for p in m.parameters()))
+        config = self._ddp_config(part, modules)
         self.ddp[part] = [
             PartDDP(m.config, config, m, disable_bucketing=i > 0, pg_collection=groups) for i, m in enumerate(modules)
         ]
@@ -134,14 +135,15 @@ class Optimizers:
                 megatron_galore.put_inside(optimizer, modules, self.train, groups)
         self._set_rates(part)
 
-    def _ddp_config(self, part: str, whole: bool) -> DistributedDataParallelConfig:
+    def _ddp_config(self, part: str, modules: Sequence[torch.nn.Module]) -> DistributedDataParallelConfig:
         """How Megatron reduces the gradients of a part.
 
         To reduce during the backward pass, every rank must know that each weight gets a gradient in its last
-        micro-batch. That is so in a decoder that is trained as a ``whole``, but tower and projector have no gradient on
-        a rank without frames.
+        micro-batch. That is so in a decoder that is trained as a whole, but tower and projector have no gradient on a
+        rank without frames, and beside a reward head the last stage's copy of a tied embedding has none.
         """
-        overlap = part == "language" and whole
+        whole = all(p.requires_grad for m in modules for p in m.parameters())
+        overlap = part == "language" and whole and not any(hasattr(m, "score_head") for m in modules)
         return DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=self._config.use_distributed_optimizer,

@@ -38,6 +38,7 @@ FREE_TO_CHANGE = (
     "train.max_skipped_steps",
     "train.hang_minutes",
     "train.memory_check",
+    "train.deterministic",
     "train.profile",
 )
 # Settings that change what later steps compute, but neither the model nor the position in the data. They may change if

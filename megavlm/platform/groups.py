@@ -122,10 +122,10 @@ def init(
         share_frames: whether to create ``Groups.sharing``.
         deterministic: whether a GPU is to repeat its results to the bit.
     """
+    if deterministic:
+        repeat_results()
     if not on_gpu():
         cpu.install()
-    elif deterministic:
-        repeat_results()
     if not dist.is_initialized():
         _start(timeout_minutes)
 

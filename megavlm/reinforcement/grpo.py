@@ -142,6 +142,8 @@ class PolicyMethod:
                 "align.routing_replay is true, but the model is not a mixture of experts: it would be ignored",
                 "remove align.routing_replay",
             )
+        if replays:
+            _check_replay(settings)
         renderer, loader, rewards = None, None, None
         if groups.is_leader:
             renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
@@ -221,3 +223,20 @@ def _sampling(session: Session, stops: tuple[int, ...]) -> Sampling:
         stop_strings=tuple(rollout.stop),
         banned=vision_tokens(session.shapes),
     )
+
+
+def _check_replay(settings: Settings) -> None:
+    """Raises UserError if the experts that the sampler has chosen would not reach every pass of an update."""
+    train, remedy = settings.train, ", or set align.routing_replay to false"
+    if train.experts.fused_router:
+        raise UserError(
+            "train.experts.fused_router is true, but this kernel chooses experts by itself, and updates use those that "
+            "the sampler has chosen (align.routing_replay)",
+            f"set train.experts.fused_router to false{remedy}",
+        )
+    if settings.parallel.pipeline > 1 and "moe" in train.recompute:
+        raise UserError(
+            "train.recompute has moe, with which a pipeline stage chooses the experts of a row again while another row "
+            "is on its way, and updates use those that the sampler has chosen (align.routing_replay)",
+            f"set train.recompute to full or to modules other than moe{remedy}",
+        )

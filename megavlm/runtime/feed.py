@@ -15,7 +15,7 @@ from megavlm.data.row import IGNORE, Row
 from megavlm.model.frame_balance import Exchange, VisualRow, VisualTokens, balance_frames, plan_exchange
 from megavlm.model.packed import PackedRow
 from megavlm.model.row_cut import RowCut
-from megavlm.model.token_logprobs import Targets
+from megavlm.model.targets import Targets
 from megavlm.model.vision import Frames
 from megavlm.model.vlm import VLM
 from megavlm.platform import device, to_device

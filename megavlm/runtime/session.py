@@ -169,6 +169,10 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
             f"adapter.type is {settings.adapter.type}, but model.adapter is not set: the adapter would have no effect",
             "set model.adapter to the run that trained the adapter, or adapter.type to null",
         )
+    if settings.train.overlap.tensor and not training:  # its buffers have the size of a training row
+        overlap = settings.train.overlap.model_copy(update={"tensor": False})
+        train = settings.train.model_copy(update={"overlap": overlap})
+        settings = settings.model_copy(update={"train": train})
     share_frames = training and settings.vision.balance == "world"
     groups = init(
         settings.parallel,
@@ -181,7 +185,7 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
     path = find_checkpoint(settings.model.start) if load and settings.model.start is not None else None
     if path is not None and not score_head and dist.get_rank() == 0 and has_score_head(path):
         _log.warning("%s has a reward head, which is not used here", path)
-    if training and settings.train.overlap.tensor:
+    if settings.train.overlap.tensor:
         from megavlm.model.kernels.te import start_userbuffers
 
         tokens = settings.data.seq_length // settings.parallel.context

@@ -83,7 +83,8 @@ class Run:
         return self.method_step.report(number, monitor) if self.method_step is not None else None
 
     def close(self) -> None:
-        """Ends the processes of the run."""
+        """Ends the processes of the run, and writes the trace of a profile that has not come to its last step."""
+        self.profile.close()
         self.step.feed.close()
         for used in (self.rows, self.method_step):
             if used is not None:

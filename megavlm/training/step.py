@@ -142,7 +142,8 @@ class Step:
     def __call__(self, *, is_last: bool = False) -> StepResult:
         rows = self.rows(self.feed, self.num_micro_batches)
         if not is_last:
-            self.feed.read_ahead(self.num_micro_batches)
+            with self._phases("data"):
+                self.feed.read_ahead(self.num_micro_batches)
         return self.update(rows)
 
     def rows(self, feed: Feed, num_rows: int) -> StepRows:

@@ -8,6 +8,8 @@ What it sees holds for a GPU: the same calls would wait for it. It cannot see wh
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,23 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
         return tensor
     moved = tensor.to("cpu", non_blocking=True)
     return moved.numpy() if as_numpy else moved
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Before and after the block, Megatron has no tensors of experts: they stay on the device of their first user."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    def drop() -> None:
+        destroy_moe_metrics_tracker()
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+    drop()
+    try:
+        yield
+    finally:
+        drop()
 
 
 def watched_step(folder: Path, layout: dict, rank: int, world_size: int, **train) -> tuple[Counter, list]:

@@ -25,7 +25,8 @@ def on_a_rank(buffer: bool, kl: bool = False) -> dict[str, torch.Tensor]:
     """Runs on every rank: log-probabilities or divergences, and gradients; with a gradient buffer that holds ones."""
     import torch.distributed as dist
 
-    from megavlm.model.token_logprobs import Targets, token_kl, token_logprobs
+    from megavlm.model.targets import Targets
+    from megavlm.model.token_logprobs import token_kl, token_logprobs
 
     hidden, weight, labels = inputs()
     hidden = hidden.requires_grad_()

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from host_waits import watched_step
+from host_waits import nothing_kept, watched_step
 from test_dry_run import alone
 
 PAGE = Path(__file__).parents[2] / "docs/performance.md"
@@ -21,7 +21,7 @@ WATCHED = {
 def watch(folders: dict, name: str):
     """Runs on a rank of the pool, which leaves its world for this."""
     kind, layout, size, rank = WATCHED[name]
-    with alone():
+    with alone(), nothing_kept():
         return watched_step(folders[kind], layout, rank, size)
 
 

@@ -33,7 +33,14 @@ def sft(toys, tmp_path_factory):
     config = {
         "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense"))},
         "data": {"train": [{"path": str(data)}], "seq_length": 256, "packing_buffer": 4, "workers": 1},
-        "train": {"optimizer": "adam", "lr": LR, "precision": "fp32", "global_batch_size": 2, "warmup_steps": 2},
+        "train": {
+            "optimizer": "adam",
+            "lr": LR,
+            "precision": "fp32",
+            "global_batch_size": 2,
+            "warmup_steps": 2,
+            "deterministic": True,
+        },
         "checkpoint": {"every": 2, "keep": 2},
         "log": {"wandb": {"mode": "off"}},
     }

@@ -224,7 +224,9 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs):
         objective = RewardObjective(CENTERING, groups.language, sequence_parallel=sequence_parallel)
     else:
         objective = PairObjective(name, LOSSES[name], 64, groups.language)
-    result = Step(vlm, Optimizers(vlm, settings.train), feed, each, objective, settings.vision.window)()
+    optimizers = Optimizers(vlm, settings.train)
+    result = Step(vlm, optimizers, feed, each, objective, settings.vision.window)()
+    optimizers.zero_grad()  # as a second step begins: Megatron checks that each gradient has been reduced
     return result.loss, result.norms, result.counts, result.fields, pieces_of(vlm)
 
 
@@ -298,5 +300,5 @@ def test_a_pair_shares_its_pictures(toys, files):
     assert (row.num_images, row.num_videos) == (3, 1)
     assert row.use_frames.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4]
     assert len(row.frame_grids) == 5
-    assert len(row.pixels) == row.frame_grids.prod(dim=1).sum()
+    assert len(row.pixels) == (row.frame_grids.prod(dim=1) * row.frame_images).sum()  # a step of a video has two
     assert [answer.margin for answer in row.annotations] == [0.1, None, 0.3, None, 0.2, None]

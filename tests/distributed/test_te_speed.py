@@ -18,7 +18,7 @@ SPEED = {
 @pytest.mark.parametrize("name", SPEED)
 def test_te_speed(name, toys, te_world):
     size, kind, parallel, others = SPEED[name]
-    settings = te_settings(toys.folder(kind), parallel, moe=kind == "moe", **others)
+    settings = te_settings(toys.folder(kind), parallel, **others)
     differences = compare(toys, Counting(te_world(size)), kind, settings, toys.reference(kind))
     print(row_of_table(name, differences))
     check(differences)

@@ -20,7 +20,8 @@ def on_ranks(temperature: float | None, sequence_parallel: bool) -> dict[str, to
     """Runs on every rank: the values and gradients of ``token_logprobs``, put together to those of the whole row."""
     import torch.distributed as dist
 
-    from megavlm.model.token_logprobs import Targets, token_logprobs
+    from megavlm.model.targets import Targets
+    from megavlm.model.token_logprobs import token_logprobs
 
     group, size, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     hidden, weight, labels, factors = inputs()

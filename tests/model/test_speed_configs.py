@@ -50,6 +50,11 @@ def test_auto(precision, te_installed, gpu, expected, monkeypatch):
     assert kernels.resolve("auto", precision) == expected
 
 
+def test_deterministic(shapes):
+    assert decoder(shapes, deterministic=True).deterministic_mode
+    assert not decoder(shapes).deterministic_mode
+
+
 @pytest.mark.parametrize(
     ("recompute", "granularity", "modules"),
     [("none", None, None), ("full", "full", None), (["mlp", "moe"], "selective", ["mlp", "moe"])],
@@ -81,13 +86,15 @@ def test_experts(shapes, monkeypatch):
 
 
 def test_fp8_of_decoder_and_tower_apart(shapes, unchecked):
-    for recipe in ("blockwise", "tensorwise", "delayed", "mxfp8"):
+    # TE's own defaults: with a scale for each few numbers, gradients need no wider range
+    formats = {"blockwise": "e4m3", "mxfp8": "e4m3", "tensorwise": "hybrid", "delayed": "hybrid"}
+    for recipe, number_format in formats.items():
         train = TrainSettings(precision="fp8", fp8={"recipe": recipe})
         config = decoder(shapes, precision="fp8", fp8={"recipe": recipe})
-        assert (config.fp8, config.fp8_recipe) == ("hybrid", recipe)
+        assert (config.fp8, config.fp8_recipe) == (number_format, recipe)
         assert not hasattr(tower_config(shapes, train, "te"), "fp8")
     tower = tower_config(shapes, TrainSettings(precision="fp8", fp8={"tower": True}), "portable")
-    assert (tower.fp8, tower.fp8_recipe) == ("hybrid", "blockwise")
+    assert (tower.fp8, tower.fp8_recipe) == ("e4m3", "blockwise")
     assert tower.disable_parameter_transpose_cache  # or its weights would be quantised once for the whole run
     assert not hasattr(decoder(shapes), "fp8")
 

@@ -7,6 +7,7 @@ and Megatron's modules over them. What it shows: names, shapes, order of argumen
 the ring of context parallelism, checkpoints, recomputation. What it cannot show: numbers and speed of TE's kernels.
 
     layers.py       matrix products, norms, rotary embedding
+    fp8.py          numbers in FP8, with the scales of TE's recipes
     attention.py    attention within the segments of a row, and the pieces that context parallelism puts together
     permutation.py  sorting tokens by expert
     optimizers.py   updates of many tensors at once
@@ -22,11 +23,11 @@ called: Counter[str] = Counter()  # how often each answer was asked for in this 
 
 def load_plugins() -> None:
     """TE calls this once its extension is loaded."""
-    from te_cpu import attention, device, layers, optimizers
+    from te_cpu import attention, device, fp8, layers, optimizers
 
     device.pretend()
     extension = sys.modules["transformer_engine_torch"]
-    for module in (attention, device, layers, optimizers):
+    for module in (attention, device, fp8, layers, optimizers):
         for answer in module.ANSWERS:
             assert hasattr(extension, answer.__name__), f"TE's extension has no {answer.__name__}"
             setattr(extension, answer.__name__, counted(answer))

@@ -4,6 +4,7 @@
 import dataclasses
 import importlib
 import os
+from contextlib import nullcontext
 
 import torch  # first: it has loaded the CUDA libraries that TE's need, so LD_LIBRARY_PATH can stay as it is
 
@@ -23,6 +24,7 @@ for answer in permutation.ANSWERS:
     setattr(triton_permutation, answer.__name__, counted(answer))
 
 choose, communicate = utils.get_attention_backend, context_parallel.flash_attn_p2p_communicate
+coalesce = torch.distributed._coalescing_manager
 
 
 def as_in_bf16(parameters):
@@ -42,6 +44,11 @@ class Once:
             self.request = None
 
 
+def one_by_one(group=None, device=None, async_ops=False):
+    """For collectives that NCCL would send as one: TE gathers blocks in FP8 and their scales in this way."""
+    return coalesce(group, device, async_ops) if device is None else nullcontext(Once(None))
+
+
 def stand_in(shape, dtype, zero=False):
     """For a gradient that is in the buffer already: NaN, as nobody may use it. (TE's own asks for a GPU.)"""
     return torch.full(shape, 0.0 if zero else torch.nan, dtype=dtype)
@@ -50,6 +57,7 @@ def stand_in(shape, dtype, zero=False):
 for module in (grouped_linear, layernorm_linear, linear):
     assert hasattr(module, "get_dummy_wgrad")
     module.get_dummy_wgrad = stand_in
+torch.distributed._coalescing_manager = one_by_one
 utils.get_attention_backend = as_in_bf16
 backends.all = lambda checks: True  # in that module: FusedAttention asserts in this way that all have 16 bits
 context_parallel.flash_attn_p2p_communicate = lambda *args: [Once(request) for request in communicate(*args)]
