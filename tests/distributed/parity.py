@@ -189,7 +189,7 @@ def train_layout(folder: Path, checkpoint: Path, root: Path, records: list[dict]
 
 
 def mostly_slow(cases, is_quick):
-    """Parameters of a test, of which those that ``is_quick`` run in ``make test``; the others show the same once more."""
+    """Parameters of a test: those that ``is_quick`` run in ``make test``, the others show the same once more."""
     import pytest
 
     return [
