@@ -76,7 +76,7 @@ def run(start):
     def run(job: str, *arguments: str, **variables: str) -> tuple[int, str, str]:
         process = start(job, *arguments, **variables)
         try:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=240)
         finally:
             process.kill()
         return process.returncode, out, err

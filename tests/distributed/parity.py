@@ -188,6 +188,16 @@ def train_layout(folder: Path, checkpoint: Path, root: Path, records: list[dict]
     return [(result.loss, result.norms, result.counts) for result in results], pieces_of(vlm)
 
 
+def mostly_slow(cases, is_quick):
+    """Parameters of a test: those that ``is_quick`` run in ``make test``, the others show the same once more."""
+    import pytest
+
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if is_quick(case) else pytest.mark.slow)
+        for case in cases
+    ]
+
+
 def save_weights(state: dict, out: Path, groups) -> None:
     """Saves a sharded state dict to the new folder ``out``, on all ranks."""
     from megavlm.checkpoint.writer import CheckpointWriter

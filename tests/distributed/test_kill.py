@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from killing import Commands, Kill
-from parity import LR, VARYING
+from parity import LR, VARYING, mostly_slow
 from toy import toy_records, write_records
 
 from megavlm.checkpoint.folders import latest
@@ -93,7 +93,7 @@ def is_continued(commands, arguments, straight: Path, killed: Path, kills, steps
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, {"TP2"}.__contains__))
 def test_killed_three_times(layout, commands, sft, tmp_path):
     """In the middle of training, while a checkpoint is written, and while the run starts again."""
     kills = [
