@@ -56,7 +56,7 @@ VERL_LOSSES = {  # name: (options of ours, verl's function, its aggregation, its
     "sapo": ({}, "sapo", "seq-mean-token-mean", {"tau_pos": 1.0, "tau_neg": 1.05}),
     "cispo": ({"epsilon_high": 1.2}, "cispo", "token-mean", {"clip_ratio_low": 1.0, "clip_ratio_high": 0.2}),
 }  # fmt: skip
-pytestmark = pytest.mark.skipif(not PEERS.is_dir(), reason="TRL and verl are not in .venv/peers: run make")
+pytestmark = pytest.mark.skipif(not PEERS.is_dir(), reason="TRL and verl are not in .venv/peers: run make test")
 
 
 def taken(file: str, *names: str, **known: Any) -> dict[str, Any]:
