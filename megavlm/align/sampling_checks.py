@@ -47,6 +47,12 @@ def check_sampling(settings: Settings) -> None:
             "others",
             "set train.overlap.tensor to false",
         )
+    if rollout.ahead and rollout.engine == "megatron":
+        raise UserError(
+            f"rollout.ahead is {rollout.ahead}, but rollout.engine megatron samples with the weights that learn, so "
+            "that sampling and learning take turns",
+            "set rollout.engine to vllm, or rollout.ahead to 0",
+        )
     _check_align(settings)
 
 
@@ -98,5 +104,17 @@ def too_few_prompts(settings: Settings, total: int) -> list[str]:
     remark = (
         f"a step asks {prompts:,} prompts (rollout.prompts), but the data have {total:,}: each step goes through them "
         "more than once, and learns from several groups of answers to the same prompt"
+    )
+    return [remark]
+
+
+def uncorrected(settings: Settings) -> list[str]:
+    """A remark if answers are older than the weights that learn from them and nothing corrects for it; otherwise []."""
+    ahead = settings.rollout.ahead
+    if not ahead or settings.align.correction != "off":
+        return []
+    remark = (
+        f"answers are up to {ahead} steps older than the weights that learn from them (rollout.ahead), and "
+        "align.correction is off: the difference is measured (mismatch_kl), but not corrected"
     )
     return [remark]

@@ -63,6 +63,13 @@ class RolloutSettings(Section):
         description="how many times in a step groups whose answers all got the same reward are replaced by new prompts "
         "(dynamic sampling); 0: they are kept. null: 4 for align.loss dapo, otherwise 0",
     )
+    ahead: Int = Field(
+        0,
+        ge=0,
+        description="number of batches that are sampled ahead of the one that is learned, by an engine that works "
+        "beside the trainer. Their answers are at most this number of steps older than the weights that learn from "
+        "them; align.correction corrects for it. 0: sampling and learning take turns",
+    )
     batch_invariant: Bool = Field(
         False,
         description="whether sampling and training compute each token in the same order of operations, whatever else "

@@ -21,6 +21,9 @@ from megavlm.sources.blend import Source, open_sources
 _BLEND = "data.train and data.replay"
 _MOST_AHEAD = 16  # maximum rows that a worker prepares in advance; rows are large because they contain pixels
 
+Place = tuple[int, dict[int, dict]]
+"""Where the rows of a rank end: their number, and the states of its workers."""
+
 
 class RowLoader:
     """An endless iterator over rows. Built by ``build_loader``.
@@ -45,7 +48,8 @@ class RowLoader:
         self._taken = 0
         self._before = 0  # rows of all ranks before the number of workers or the blend changed
         self._rows_per_step: int | None = rows_per_step
-        self._at_step: tuple[int, dict[int, dict]] = (0, {})  # rows taken and states of workers when the step began
+        self._at_step: Place = (0, {})  # when the step began
+        self._held: Place | None = None
 
     def __iter__(self) -> "RowLoader":
         return self
@@ -78,7 +82,21 @@ class RowLoader:
 
     def _note_state(self) -> None:
         """Notes the state to which ``rewind`` goes back."""
-        self._at_step = self._taken, dict(self._dataset.loader_states)
+        self._at_step = self._counted
+
+    @property
+    def place(self) -> Place:
+        """Where the rows taken so far end."""
+        return self._taken, dict(self._dataset.loader_states)
+
+    def hold(self, place: Place) -> None:
+        """From now on, checkpoints and counts are those of ``place``, although more rows were taken ahead of time."""
+        self._held = place
+
+    @property
+    def _counted(self) -> Place:
+        """Where the rows end that checkpoints and counts know of."""
+        return self._held or self.place
 
     @property
     def sources(self) -> list[Source]:
@@ -91,11 +109,11 @@ class RowLoader:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The state of each worker of this rank, for a checkpoint; it contains only strings, numbers and containers."""
-        ranks, states = self._dataset.workers.step, self._dataset.loader_states
+        ranks, (taken, states) = self._dataset.workers.step, self._counted
         return [
             {
                 "identity": self._identity,
-                "rows": self._taken * ranks,
+                "rows": taken * ranks,
                 "before": self._before,
                 "place": states.get(worker),
             }
@@ -156,6 +174,7 @@ class RowLoader:
         The checkpoint of the step before can then be written on all ranks, of which some have taken their rows.
         """
         self._taken, self._dataset.loader_states = self._at_step
+        self._held = None
 
     @property
     def drawn(self) -> list[tuple[int, int]]:
@@ -165,7 +184,8 @@ class RowLoader:
         that waits in a packing buffer has been read. Samples are counted as distinct in the first epoch of their source
         alone, which needs no memory.
         """
-        of_workers = [self._dataset.drawn(worker) for worker in self._dataset.workers]
+        _, states = self._counted
+        of_workers = [self._dataset.drawn(worker, states) for worker in self._dataset.workers]
         return [(sum(used for used, _ in pair), sum(new for _, new in pair)) for pair in zip(*of_workers, strict=True)]
 
     def reread(self, source: int, index: int) -> SkippedSample | None:

@@ -168,9 +168,9 @@ class RowDataset(WorkerRows[Row]):
         self._completed([draft], skipped)
         return skipped[0] if skipped else None
 
-    def drawn(self, worker: int) -> list[tuple[int, int]]:
-        """``SampleOrder.drawn`` of a worker as of ``loader_states``; the first number without waiting samples."""
-        state = self.loader_states.get(worker) or self.initial_state(worker)
+    def drawn(self, worker: int, states: dict[int, dict]) -> list[tuple[int, int]]:
+        """``SampleOrder.drawn`` of a worker as of these states; the first number without waiting samples."""
+        state = states.get(worker) or self.initial_state(worker)
         order = self._sample_order(worker)
         order.state = state["draws"]
         waiting = Counter(source for source, _ in state["waiting"])

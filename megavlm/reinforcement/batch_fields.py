@@ -45,14 +45,14 @@ def keys_of(rewards: Sequence[str], sources: Sequence[str]) -> list[str]:
         "skipped",
         "learned",
     ]
-    names += ["seconds_rollout", "seconds_reward"]
+    names += ["staleness", "seconds_rollout", "seconds_sampling", "seconds_reward", "seconds_sync"]
     names += [f"{kind}/{name}" for kind in ("part", "parts") for name in rewards]
     return names + [f"{kind}/{name}" for kind in ("used", "newly_read") for name in sources]
 
 
 def fields_of(sums: Sums, rewards: Sequence[str], data_parallel: int) -> dict[str, float | None]:
     """The fields for metrics.jsonl from the sums of all ranks."""
-    judged, answers, seconds = sums["judged"], max(sums["answers"], 1), sums["seconds_rollout"] / data_parallel
+    judged, answers, seconds = sums["judged"], max(sums["answers"], 1), sums["seconds_sampling"] / data_parallel
     mean = sums["reward"] / judged if judged else None
     of_rewards = {
         f"reward/{name}": sums[f"part/{name}"] / count if (count := sums[f"parts/{name}"]) else None for name in rewards
@@ -67,10 +67,10 @@ def fields_of(sums: Sums, rewards: Sequence[str], data_parallel: int) -> dict[st
         "answer_tokens": sums["tokens"] / answers,
         "truncated_share": sums["truncated"] / answers,
         "reward_failures": int(sums["failures"]),
-        "staleness": 0,
-        "seconds_rollout": seconds,
+        "staleness": sums["staleness"] / max(sums["groups"], 1),
+        "seconds_rollout": sums["seconds_rollout"] / data_parallel,
         "seconds_reward": sums["seconds_reward"] / data_parallel,
-        "seconds_sync": 0.0,
+        "seconds_sync": sums["seconds_sync"] / data_parallel,
         "rollout_tokens_per_second": sums["tokens"] / seconds if seconds else None,
     }
 

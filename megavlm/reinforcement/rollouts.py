@@ -8,25 +8,24 @@ import torch
 import torch.distributed as dist
 
 from megavlm.align.losses import advantages
-from megavlm.align.sampling_checks import too_few_prompts
+from megavlm.align.sampling_checks import too_few_prompts, uncorrected
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
 from megavlm.config.requirements import required
-from megavlm.data.answers import first_sample
 from megavlm.data.loader import RowLoader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
+from megavlm.reinforcement.answer_queue import AnswerQueue, Asked
 from megavlm.reinforcement.answer_rows import AnswerGroup
 from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, fields_of, keys_of
 from megavlm.reinforcement.divergence import Divergence
-from megavlm.reinforcement.judged import Batch, Judged, asked_of
+from megavlm.reinforcement.judged import Batch, Judged
 from megavlm.reinforcement.reward_models import RewardModels
 from megavlm.rewards.pool import RewardPool
-from megavlm.rewards.score import Score, columns_of, overlong_penalty, score
-from megavlm.rollout.engine import Answered, Engine, Prompt, Sampling
-from megavlm.rollout.sampling import mixed_seed
+from megavlm.rewards.score import Score, overlong_penalty, score
+from megavlm.rollout.engine import Answered, Engine, Sampling
 from megavlm.runtime.session import Session
-from megavlm.training.step import NoRows, raise_everywhere
+from megavlm.training.step import raise_everywhere
 
 KL = "kl"  # the divergence among the parts of a reward
 _SECONDS_BETWEEN_SIGNS = 1.0  # of life, while rewards are awaited
@@ -63,8 +62,10 @@ class Rollouts:
         advantage: tuple[str, dict[str, float]],
         replacements: int,
     ):
-        self._session, self._engine, self._sampling, self._renderer = session, engine, sampling, renderer
-        self._loader, self._rows, self._rewards = loader, rows, rewards
+        self._session, self._sampling, self._loader, self._rewards = session, sampling, loader, rewards
+        self._queue = AnswerQueue(session, engine, sampling, renderer, loader, rows, rewards)
+        self._collected = time.perf_counter()  # when the last batch was complete
+        self._scores: dict[Hashable, list[Score]] = {}  # of answers that were not yet taken, by the prompt's number
         self._advantage, self._replacements = advantage, replacements
         self._models, self._divergence = models, divergence
         self._weights = {reward.key: reward.weight for reward in session.settings.reward}
@@ -78,16 +79,15 @@ class Rollouts:
         So no answer is left out for its length.
 
         Raises:
-            NoRows: on all ranks, if a rank has no prompts.
+            NoRows: on all ranks, if a rank has no prompts, or its answers cannot be sampled.
             UserError: on all ranks, if too many rewards fail.
         """
         settings = self._session.settings.rollout
         wanted, size = required(settings.prompts, "rollout.prompts"), self._session.groups.dp_size
         batch, sums, missing = Batch(), Sums(float), float(wanted)
-        if self._loader is not None:
-            self._loader.begin_step()
+        sums["seconds_sync"] = self._queue.begin_step()
         for attempt in range(1 + self._replacements):
-            judged = self._judged(self._answered(math.ceil(missing / size), batch, sums), sums)
+            judged = self._judged(self._taken(math.ceil(missing / size), batch, sums), sums)
             batch.shown += judged
             keep_flat = self._replacements == 0
             batch.groups += [group for group in judged if keep_flat or not group.is_flat]
@@ -96,6 +96,9 @@ class Rollouts:
             missing = wanted - self._sum({"groups": len(batch.groups)})["groups"]
             if missing <= 0:
                 break
+        now = time.perf_counter()
+        sums["seconds_sampling"] = now - self._collected if settings.ahead else sums["seconds_rollout"]
+        self._collected = now
         self._count(batch, sums)
         return batch
 
@@ -103,76 +106,50 @@ class Rollouts:
         """What the user should know of the prompts; on leaders, which read them."""
         if self._loader is None:
             return []
-        return too_few_prompts(self._session.settings, sum(len(source.file) for source in self._loader.sources))
+        settings = self._session.settings
+        return [
+            *too_few_prompts(settings, sum(len(source.file) for source in self._loader.sources)),
+            *uncorrected(settings),
+        ]
 
     def close(self) -> None:
         """Ends the engine and the processes of the rewards."""
-        self._engine.close()
+        self._queue.close()
         if self._rewards is not None:
             self._rewards.close()
 
-    def _prompts(self, count: int, places: dict[int, int], batch: Batch, sums: Sums) -> Iterator[Prompt]:
-        """The next prompts of this data-parallel rank, read while others are answered.
-
-        ``places`` gets the place of each by its id. Raises UserError if there are none.
-        """
-        assert self._loader is not None, "leaders have prompts"
-        assert self._rows is not None, "leaders have prompts"
-        groups, settings = self._session.groups, self._session.settings
-        for place in range(count):
-            number = self._loader.next_number(groups.dp_rank)
-            row = next(self._rows)
-            batch.skipped_samples += row.skipped_samples
-            for name, new in zip(self._names, row.newly_read, strict=True):
+    def _taken(self, count: int, batch: Batch, sums: Sums) -> list[Asked]:
+        """The next prompts of this data-parallel rank with their answers, on leaders; elsewhere []."""
+        began = time.perf_counter()
+        taken = self._queue.take(count)
+        for one in taken:
+            batch.skipped_samples += one.skipped_samples
+            for name, new in zip(self._names, one.newly_read, strict=True):
                 sums[f"newly_read/{name}"] += new
-            for source in (row.source_ids[0], *(skipped.source_id for skipped in row.skipped_samples)):
+            for source in (one.source_id, *(skipped.source_id for skipped in one.skipped_samples)):
                 sums[f"used/{self._names[source]}"] += 1
-            seeds = tuple(mixed_seed(settings.train.seed, number, n) for n in range(settings.rollout.group_size))
-            prompt = Prompt(first_sample(row), seeds)
-            places[id(prompt)] = place
-            yield prompt
-
-    def _answered(self, count: int, batch: Batch, sums: Sums) -> list[Answered]:
-        """Samples, and gives each group to the rewards as soon as it is complete. Returns the groups in order."""
-        began, is_leader, places = time.perf_counter(), self._loader is not None, dict[int, int]()
-        done: dict[int, Answered] = {}
-        prompts = self._prompts(count, places, batch, sums) if is_leader else None
-        try:
-            for answered in self._engine.generate(prompts, self._sampling):
-                place = places[id(answered.prompt)]
-                done[place] = answered
-                assert self._rewards is not None, "answers arrive on leaders, which have rewards"
-                asked, texts = asked_of(answered), self._texts(answered)
-                columns = {"answer": asked.reference, **asked.columns} if asked.reference is not None else asked.columns
-                self._rewards.submit(place, texts, columns_of(columns, asked.question, len(texts)))
-        except UserError as error:  # the engine raises it on all ranks
-            raise NoRows(error) from error
+            sums["staleness"] += self._queue.version - one.version
         sums["seconds_rollout"] += time.perf_counter() - began
-        assert len(done) == count * is_leader, "the engine answers every prompt"
-        return [done[place] for place in sorted(done)]
+        return taken
 
-    def _texts(self, answered: Answered, *, special: bool = False) -> list[str]:
-        tokens = [answer.tokens for answer in answered.answers]
-        assert self._renderer is not None, "answers arrive on leaders"
-        return self._renderer.tokenizer.batch_decode(tokens, skip_special_tokens=not special)
-
-    def _judged(self, answered: list[Answered], sums: Sums) -> list[Judged]:
-        began, found, judged = time.perf_counter(), dict[Hashable, list[Score]](), list[Judged]()
+    def _judged(self, asked: list[Asked], sums: Sums) -> list[Judged]:
+        began, judged = time.perf_counter(), list[Judged]()
         problem: UserError | None = None
         if self._rewards is not None:
             try:
-                while self._rewards.pending:  # not for ever: each reward has a time-out
-                    found |= dict(self._rewards.results(_SECONDS_BETWEEN_SIGNS))
+                while any(one.number not in self._scores for one in asked):  # not for ever: rewards have time-outs
+                    self._scores |= dict(self._rewards.results(_SECONDS_BETWEEN_SIGNS))
                     beat("the rewards")
             except UserError as error:
                 problem = error
         raise_everywhere(problem, problem is not None, self._session.groups)
+        answered = [one.answered for one in asked if one.answered is not None]
         groups = [AnswerGroup(one.prompt.sample, one.answers, [0.0] * len(one.answers)) for one in answered]
         of_models = self._models.scores(groups)
         divergences = self._divergence.parts(groups) if self._divergence is not None else []
         first = 0
-        for place, group in enumerate(answered):
-            scores = found[place]
+        for one_asked, group in zip(asked, answered, strict=True):
+            scores = self._scores.pop(one_asked.number)
             for number, one in enumerate(scores):
                 scores[number] = _with_models(
                     one, {name: values[first + number] for name, values in of_models.items()}, self._weights
@@ -193,7 +170,7 @@ class Rollouts:
         known = torch.tensor([float("nan") if r is None else r for r in rewards], dtype=torch.float64)
         name, options = self._advantage
         of_answers = advantages(name, known, len(rewards), **options)
-        return Judged(answered, self._texts(answered, special=True), scores, rewards, of_answers.tolist())
+        return Judged(answered, self._queue.texts(answered, special=True), scores, rewards, of_answers.tolist())
 
     def _count(self, batch: Batch, sums: Sums) -> None:
         """Fills ``fields`` and ``counts`` with sums over all ranks."""

@@ -85,6 +85,7 @@ class RewardPool:
         self._workers: dict[WorkerProcess, _Call | None] = {}
         self._error: BaseException | None = None
         self._bad_starts, self._pending, self._is_closed = 0, 0, False
+        self._counting = threading.Lock()  # of groups, which may be submitted and taken by different threads
         self._wake, self._waker = os.pipe()
         os.set_blocking(self._waker, False)
         self._thread = threading.Thread(target=self._run, name="rewards", daemon=True)
@@ -115,7 +116,8 @@ class RewardPool:
         for task in group.tasks:
             if cause is not None or not completions:
                 task.give_up(cause or "")
-        self._pending += 1
+        with self._counting:
+            self._pending += 1
         self._submitted.put(group)
         self._wake_up()
 
@@ -166,7 +168,8 @@ class RewardPool:
             self._finished.put(None)  # the next call is to end, too
             assert self._error is not None
             raise self._error
-        self._pending -= 1
+        with self._counting:
+            self._pending -= 1
         return found
 
     def _run(self) -> None:

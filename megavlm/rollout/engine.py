@@ -82,6 +82,11 @@ class Answered:
 class Engine(Protocol):
     """Samples answers with the weights of the model that is trained."""
 
+    @property
+    def samples_apart(self) -> bool:
+        """Whether ``generate`` is called on leaders alone, communicates with no other rank of the trainer, and may run
+        in several threads while the model learns."""
+
     def generate(self, prompts: Iterator[Prompt] | None, sampling: Sampling) -> Iterator[Answered]:
         """Answers prompts. Call it on all ranks, and iterate to the end on all ranks.
 
