@@ -1,0 +1,113 @@
+"""Answers that are sampled ahead of the step that learns from them: their order, their age, and what a checkpoint says.
+
+The engine here answers each prompt with its number, at a time of its own choice; real engines have tests of their own.
+"""
+
+import pytest
+from parity import settings_of
+from pool import RankError
+from toy import toy_records, write_records
+
+from megavlm.base.errors import UserError
+
+
+def taken_ahead(settings: dict, ahead: int, counts: list[int], fails: bool = False) -> dict:
+    """Runs in a world: takes ``counts`` groups in turn; the answers of each call of the engine arrive in reverse."""
+    import threading
+    from types import SimpleNamespace
+
+    from megavlm.config.settings import Settings
+    from megavlm.data.loader import build_loader
+    from megavlm.data.renderer import Renderer
+    from megavlm.platform import init
+    from megavlm.reinforcement.answer_queue import AnswerQueue
+    from megavlm.rewards.pool import RewardPool
+    from megavlm.rollout.engine import Answer, Answered, Sampling
+
+    settings = Settings(**settings, rollout={"prompts": 2, "group_size": 2, "max_new_tokens": 4, "ahead": ahead})
+    groups = init(settings.parallel, settings.train.seed)
+
+    class Engine:
+        samples_apart = True
+
+        def __init__(self):
+            self.synced, self.begun, self.go_on = 0, [], threading.Event()
+            if not ahead:
+                self.go_on.set()
+
+        def sync(self):
+            self.synced += 1
+            self.go_on.set()
+
+        def generate(self, prompts, sampling):
+            asked = list(prompts)
+            self.begun.append(len(asked))
+            assert self.go_on.wait(60)
+            if fails:
+                raise UserError("the server is gone", "start it")
+            for prompt in reversed(asked):
+                yield Answered(prompt, [Answer([5 + prompt.sample.index], [0.0], [0.0], [0.0], "stop")] * 2)
+
+        def close(self):
+            self.go_on.set()
+
+    engine, queue, rewards, found = Engine(), None, RewardPool([], 1), {"taken": [], "ages": [], "rows": []}
+    renderer = Renderer.of_prompts(settings.model.hf, settings.data, 4)
+    data = settings.data.model_copy(update={"packing": "none"})
+    loader = build_loader(data, renderer, "prompt", dp_rank=0, dp_size=1, seed=0)
+    session = SimpleNamespace(settings=settings, groups=groups)
+    try:
+        queue = AnswerQueue(session, engine, Sampling(4), renderer, loader, iter(loader), rewards)
+        for count in counts:
+            queue.begin_step()
+            asked = queue.take(count)
+            found["taken"] += [one.prompt.sample.index for one in asked]
+            assert [one.answered.answers[0].tokens[0] - 5 for one in asked] == [
+                one.prompt.sample.index for one in asked
+            ]
+            found["ages"].append([queue.version - one.version for one in asked])
+            found["rows"].append(loader.state_dict()[0]["rows"])
+        found["begun"], found["synced"], found["read"] = engine.begun, engine.synced, loader.place[0]
+        found["drawn"] = loader.drawn
+        state = loader.state_dict()
+        again = build_loader(data, renderer, "prompt", dp_rank=0, dp_size=1, seed=0)
+        again.load_state_dict(state)
+        found["next"] = [next(again).indices[0] for _ in range(2)]
+        again.close()
+        return found
+    finally:
+        if queue is not None:
+            queue.close()
+        rewards.close()
+        loader.close()
+
+
+@pytest.fixture
+def asked(toys, tmp_path) -> dict:
+    data = write_records(toys.root / "asked-ahead.jsonl", toy_records(toys.root))
+    settings = settings_of(toys.folder("dense"), {})
+    settings["train"]["global_batch_size"] = None
+    settings["data"] |= {"train": [{"path": str(data)}], "workers": 1}
+    return settings
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_answers_are_taken_in_the_order_of_their_prompts_and_never_older_than_allowed(asked, world1, ahead):
+    """The third step replaces two flat groups, so that it takes four prompts: those after them are not older for it."""
+    counts = [2, 2, 4, 2]
+    (in_turn,) = world1.run(taken_ahead, asked, 0, counts)
+    (found,) = world1.run(taken_ahead, asked, ahead, counts)
+    assert found["taken"] == in_turn["taken"]  # prompts, exactly once each and in order
+    assert found["synced"] == 4
+    assert max(max(ages) for ages in found["ages"]) == ahead
+    assert found["ages"][0] == [0, 0]
+    assert found["rows"] == in_turn["rows"] == [2, 4, 8, 10]  # what was learned, not what was read ahead
+    assert found["drawn"] == in_turn["drawn"]
+    assert found["read"] == 10 + 2 * ahead
+    assert found["next"] == in_turn["next"]  # a run that is continued asks what was under way again
+    assert found["begun"] == ([2 + 2 * ahead, 2, 4, 2] if ahead else counts)
+
+
+def test_an_engine_that_fails_in_a_thread_ends_the_step(asked, world1):
+    with pytest.raises(RankError, match="the server is gone"):
+        world1.run(taken_ahead, asked, 1, [2], True)
