@@ -84,6 +84,7 @@ class Rollouts:
         settings = self._session.settings.rollout
         wanted, size = required(settings.prompts, "rollout.prompts"), self._session.groups.dp_size
         batch, sums, missing = Batch(), Sums(float), float(wanted)
+        self._engine.sync()
         if self._loader is not None:
             self._loader.begin_step()
         for attempt in range(1 + self._replacements):

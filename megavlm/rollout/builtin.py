@@ -34,6 +34,8 @@ class BuiltinEngine:
         records_routing: whether answers have their ``routing``; only for a mixture of experts.
     """
 
+    samples_apart = False
+
     def __init__(
         self,
         vlm: VLM,

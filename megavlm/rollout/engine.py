@@ -80,7 +80,14 @@ class Answered:
 
 
 class Engine(Protocol):
-    """Samples answers with the weights of the model that is trained."""
+    """Samples answers with the weights of the model that is trained.
+
+    Attributes:
+        samples_apart: whether ``generate`` works on leaders alone, without any collective, and may run in a thread
+            while the model learns, also while ``sync`` is called. What it raises, it then raises on that rank alone.
+    """
+
+    samples_apart: bool
 
     def generate(self, prompts: Iterator[Prompt] | None, sampling: Sampling) -> Iterator[Answered]:
         """Answers prompts. Call it on all ranks, and iterate to the end on all ranks.
