@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_engine import engine_of, start
+from test_engine import engine_of, start, tokens_of
 from test_generate import BANNED, mixed_questions
 from toy import read_samples, reference_inputs, reference_model, write_records
 
@@ -201,8 +201,7 @@ def test_weights_arrive_while_answers_are_sampled(partial, served, prompts, samp
     begun, found = threading.Event(), {}
 
     def read():
-        for prompt in wanted:
-            yield prompt
+        yield from wanted
         begun.set()
 
     thread = threading.Thread(target=lambda: found.update(by_index(served.generate(read(), sampling(60, 1.0)))))
@@ -211,8 +210,9 @@ def test_weights_arrive_while_answers_are_sampled(partial, served, prompts, samp
     served.sync()
     thread.join()
     assert sorted(found) == list(range(20))
-    tokens = lambda answers: {i: [one.tokens for one in of_prompt] for i, of_prompt in answers.items()}
-    assert tokens(found) == tokens(undisturbed)  # the weights were the same, so that an answer that goes on is, too
+    assert tokens_of(found) == tokens_of(
+        undisturbed
+    )  # the weights were the same: so are answers that go on
 
 
 def test_a_killed_server_costs_nothing_but_time(served, prompts, sampling):
@@ -224,9 +224,7 @@ def test_a_killed_server_costs_nothing_but_time(served, prompts, sampling):
     os.kill(pid, signal.SIGKILL)
     found = by_index([*first, *running])
     assert served._keepers[0]._process.pid != pid
-    assert found == undisturbed or {i: [a.tokens for a in of] for i, of in found.items()} == {
-        i: [a.tokens for a in of] for i, of in undisturbed.items()
-    }
+    assert tokens_of(found) == tokens_of(undisturbed)
 
 
 def test_prompts_that_cannot_be_read_or_are_too_long(served, prompts, sampling):

@@ -126,10 +126,8 @@ class Server:
         return {"tensors": len(told["digests"])}
 
     async def _answer(self, prompt: Any, head: dict[str, Any], seed: int) -> dict[str, Any]:
-        output = None
-        async for output in self._engine.generate(prompt, _params(head, seed), uuid.uuid4().hex):
-            pass
-        assert output is not None and output.prompt_token_ids is not None
+        running = self._engine.generate(prompt, _params(head, seed), uuid.uuid4().hex)
+        (output,) = [output async for output in running]  # FINAL_ONLY
         if output.prompt_token_ids != head["tokens"]:
             raise ValueError("vLLM has answered another prompt than it was given")
         (answer,) = output.outputs
