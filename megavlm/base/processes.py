@@ -1,7 +1,8 @@
-"""Makes sure that a child process does not outlive its parent."""
+"""Makes sure that a process does not outlive the one that it works for."""
 
 import ctypes
 import os
+import select
 import signal
 import sys
 
@@ -18,3 +19,15 @@ def end_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
+
+
+def wait_for_end(process: int) -> None:
+    """Waits until a process has ended, whether or not anybody has asked for its status."""
+    try:
+        handle = os.pidfd_open(process)
+    except ProcessLookupError:
+        return
+    try:
+        select.select([handle], [], [])
+    finally:
+        os.close(handle)

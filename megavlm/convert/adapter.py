@@ -203,11 +203,8 @@ class Adapter:
 
     def _merged(self, linear: Linear, weight: Tensor, piece: int) -> Tensor:
         if not linear.experts:
-            return merge(self.settings, linear, weight.float(), self.read(linear.name)).to(weight.dtype)
-        matrix = weight.float()[0]
-        turned = matrix.shape != (linear.out, linear.inner)
-        merged = merge(self.settings, linear, matrix.T if turned else matrix, self.read(linear.name, piece))
-        return (merged.T if turned else merged).to(weight.dtype)[None]
+            return merged_weight(self.settings, linear, weight, self.read(linear.name))
+        return merged_weight(self.settings, linear, weight[0], self.read(linear.name, piece))[None]
 
 
 def read_reward_head(folder: Path, shapes: Shapes) -> Tensor | None:
@@ -240,6 +237,13 @@ def merge(adapter: AdapterSettings, linear: Linear, weight: Tensor, tensors: dic
     if adapter.type == "dora":
         merged = merged * (tensors[MAGNITUDE].float() / torch.linalg.vector_norm(merged, dim=1))[:, None]
     return merged
+
+
+def merged_weight(adapter: AdapterSettings, linear: Linear, weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """``merge`` for a weight of any dtype, which the result has, too. An expert's may be transposed: [in, out]."""
+    turned = weight.shape != (linear.out, linear.inner)
+    merged = merge(adapter, linear, (weight.T if turned else weight).float(), tensors)
+    return (merged.T if turned else merged).to(weight.dtype)
 
 
 def fourier_change(spectrum: Tensor, shape: tuple[int, int], scaling: float, seed: int) -> Tensor:

@@ -4,7 +4,7 @@ The files are mapped into memory, and a read touches only the pages that hold wh
 read their shares straight into their parameters, and none of them holds a second copy.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from megavlm.convert.hf_folder import HfLayout, short_list
 from megavlm.convert.hf_shapes import is_hf_folder, open_weights
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.convert.names import Entry, table
+from megavlm.convert.tensor_order import views_of_box
 from megavlm.convert.weight_source import WeightSource
 from megavlm.model import score_head
 
@@ -66,8 +67,9 @@ class HfSource:
 
     def read(self, key: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows [first, last) of axis 0 of a tensor, without a copy where one HF tensor has them. Do not write to it."""
-        last = self.tensors[key][0][0] if last is None else last
-        found = [block for _, block in self._rows(key, first, last)]
+        shape = self.tensors[key][0]
+        box = ((shape[0] if last is None else last) - first, *shape[1:])
+        found = [view for _, view in views_of_box(self._blocks(key), (first, *[0] * len(shape[1:])), box)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     @torch.no_grad()
@@ -79,18 +81,8 @@ class HfSource:
             offset: where the box begins, in numbers along each axis of the tensor.
             target: a tensor of the size of the box, with as many axes as the tensor.
         """
-        for begin, block in self._rows(key, offset[0], offset[0] + target.shape[0]):
-            for axis in range(1, target.dim()):
-                block = block.narrow(axis, offset[axis], target.shape[axis])
-            target[begin : begin + len(block)].copy_(block)
-
-    def _rows(self, key: str, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
-        """Rows [first, last) of axis 0, as views of HF tensors: the place of each among these rows, and the view."""
-        end = 0
-        for block in self._blocks(key):
-            begin, end = end, end + len(block)
-            if begin < last and first < end:
-                yield max(begin - first, 0), block[max(first - begin, 0) : last - begin]
+        for rows, view in views_of_box(self._blocks(key), tuple(offset), tuple(target.shape)):
+            target[rows].copy_(view)
 
     def _blocks(self, key: str) -> list[Tensor]:
         if key not in self._entries:

@@ -7,7 +7,7 @@ transpose). ``blocks`` gives the Megatron tensor in pieces that are views, so th
 and nothing else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -128,6 +128,28 @@ class Experts:
 
     def blocks(self, parts: Sequence[Tensor], shape: Shape) -> list[Tensor]:
         return [_turned(parts[0], shape)]
+
+
+def views_of_box(blocks: Sequence[Tensor], offset: Shape, shape: Shape) -> Iterator[tuple[slice, Tensor]]:
+    """A box of the tensor that ``blocks`` make up when joined along axis 0, without a copy.
+
+    Args:
+        blocks: from ``Layout.blocks``.
+        offset: where the box begins, in numbers along each axis.
+        shape: its size. Rows beyond the last block are left out.
+
+    Yields:
+        The rows of the box that a block has, and the view of them.
+    """
+    first, last, end = offset[0], offset[0] + shape[0], 0
+    for block in blocks:
+        begin, end = end, end + len(block)
+        if begin < last and first < end:
+            view = block[max(first - begin, 0) : last - begin]
+            for axis in range(1, len(shape)):
+                view = view.narrow(axis, offset[axis], shape[axis])
+            place = max(begin - first, 0)
+            yield slice(place, place + len(view)), view
 
 
 def _turned(tensor: Tensor, shape: Shape) -> Tensor:

@@ -23,8 +23,8 @@ from megavlm.reinforcement.reward_models import RewardModels
 from megavlm.reinforcement.rollouts import Rollouts
 from megavlm.rewards.pool import RewardPool
 from megavlm.rollout.answerer import stop_tokens, vision_tokens
-from megavlm.rollout.builtin import BuiltinEngine
 from megavlm.rollout.engine import Sampling
+from megavlm.rollout.engines import make_engine
 from megavlm.runtime.session import Session
 from megavlm.training.memory_check import longest_row
 from megavlm.training.method import Prepared
@@ -136,7 +136,8 @@ class PolicyMethod:
                 "start one process, or remove rollout.batch_invariant",
             )
         is_moe = session.shapes.text.moe is not None
-        replays = is_moe if settings.align.routing_replay is None else settings.align.routing_replay
+        can_replay = is_moe and settings.rollout.engine == "megatron"
+        replays = can_replay if settings.align.routing_replay is None else settings.align.routing_replay
         if replays and not is_moe:
             raise UserError(
                 "align.routing_replay is true, but the model is not a mixture of experts: it would be ignored",
@@ -172,14 +173,8 @@ class PolicyMethod:
         stops = stop_tokens(settings.model.hf, tokenizer)
 
         def make_step(step: Step, rows: Iterator[Row] | None) -> PolicyStep:
-            engine = BuiltinEngine(
-                session.vlm,
-                places=settings.rollout.max_sequences,
-                cache_gib=settings.rollout.cache_gib,
-                cache_setting="rollout.cache_gib",
-                prompt_tokens=settings.data.seq_length,
-                chunk_tokens=settings.train.logprob_chunk_tokens,
-                batch_invariant=settings.rollout.batch_invariant,
+            engine = make_engine(
+                session,
                 decode=tokenizer.decode,
                 special=tokenizer.all_special_ids,
                 records_routing=replays,

@@ -80,7 +80,14 @@ class Answered:
 
 
 class Engine(Protocol):
-    """Samples answers with the weights of the model that is trained."""
+    """Samples answers with the weights of the model that is trained.
+
+    Attributes:
+        samples_apart: whether ``generate`` works on leaders alone, without any collective, and may run in a thread
+            while the model learns, also while ``sync`` is called. What it raises, it then raises on that rank alone.
+    """
+
+    samples_apart: bool
 
     @property
     def samples_apart(self) -> bool:

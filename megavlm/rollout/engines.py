@@ -1,0 +1,65 @@
+"""Makes the engine that the settings name."""
+
+from collections.abc import Callable, Generator, Sequence
+
+from torch import Tensor
+
+from megavlm.base.errors import UserError
+from megavlm.config.requirements import required
+from megavlm.rollout.builtin import BuiltinEngine
+from megavlm.rollout.engine import Engine
+from megavlm.rollout.vllm.engine import VllmEngine
+from megavlm.runtime.session import Session
+from megavlm.runtime.weight_stream import WeightStream
+
+
+def make_engine(
+    session: Session,
+    *,
+    decode: Callable[[list[int]], str] | None = None,
+    special: Sequence[int] = (),
+    records_routing: bool = False,
+) -> Engine:
+    """The engine of the section ``rollout``. Call it on all ranks.
+
+    Args:
+        session: the session of the run.
+        decode: returns the text of tokens; only needed for stop strings.
+        special: tokens that are not part of an answer's text.
+        records_routing: whether answers have their ``routing``; only for a mixture of experts.
+
+    Raises:
+        UserError: the engine cannot record the routing; or, with vLLM, a server does not start or does not fit.
+    """
+    settings = session.settings
+    if settings.rollout.engine == "vllm":
+        if records_routing:
+            raise UserError(
+                "align.routing_replay is true, but rollout.engine is vllm, which does not say which experts it chose",
+                "remove align.routing_replay, or set rollout.engine to megatron",
+            )
+        folder = required(settings.output, "output") / "vllm"
+        return VllmEngine(settings, session.groups, _Merged(session), folder)
+    return BuiltinEngine(
+        session.vlm,
+        places=settings.rollout.max_sequences,
+        cache_gib=settings.rollout.cache_gib,
+        cache_setting="rollout.cache_gib",
+        prompt_tokens=settings.data.seq_length,
+        chunk_tokens=settings.train.logprob_chunk_tokens,
+        batch_invariant=settings.rollout.batch_invariant,
+        decode=decode,
+        special=special,
+        records_routing=records_routing,
+    )
+
+
+class _Merged:
+    """The weights of the main model with its adapters merged into them; see ``vllm.engine.Weights``."""
+
+    def __init__(self, session: Session):
+        self._stream, self._has_adapters = WeightStream(session), session.adapters is not None
+
+    def buckets(self, max_bytes: int) -> Generator[list[tuple[str, Tensor]]]:
+        """See ``WeightStream.buckets``."""
+        yield from self._stream.buckets(max_bytes, merged=self._has_adapters)

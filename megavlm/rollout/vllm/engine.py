@@ -1,0 +1,180 @@
+"""Answers by servers of vLLM; see ``Engine``."""
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from megavlm.base.errors import UserError
+from megavlm.base.heartbeat import beat
+from megavlm.config.settings import Settings
+from megavlm.platform import Groups
+from megavlm.platform.collectives import broadcast_object, while_others_wait
+from megavlm.rollout.engine import Answered, Prompt, Sampling
+from megavlm.rollout.vllm.asking import ask
+from megavlm.rollout.vllm.client import Client
+from megavlm.rollout.vllm.environment import check_environment, python_of
+from megavlm.rollout.vllm.keeper import Keeper, keepers_of
+from megavlm.rollout.vllm.kept import BUCKET, Kept
+
+_SIGN = 1.0  # seconds between two signs of life while answers are awaited
+
+
+class Weights(Protocol):
+    """The weights of the model, whatever its layout; see ``megavlm.runtime.weight_stream``."""
+
+    def buckets(self, max_bytes: int) -> Generator[list[tuple[str, Tensor]]]:
+        """Buckets of tensors under their Hugging Face names; empty ones on all ranks but 0. Call it on all ranks."""
+
+
+class VllmEngine:
+    """Servers of vLLM, which get the weights of the model; see ``Engine``. Create it on all ranks.
+
+    Rank 0 starts the servers, watches them and sends the weights. Each leader asks one of them, without any collective,
+    so that ``generate`` may run in a thread while the model learns; ``sync`` pauses the servers for the time that
+    sending takes. A server that is lost is started again with the current weights, and its prompts are asked again.
+
+    vLLM gives one log-probability of each token. At temperature 1 (and 0) it is that of the model itself, so
+    ``logprobs`` and ``policy_logprobs`` are exact, and ``sampled_logprobs`` are the same numbers, which know nothing of
+    top_k, top_p and banned tokens. At any other temperature all three are those of the distribution that the token was
+    drawn from: exactly ``sampled_logprobs``; ``policy_logprobs`` but for the filters and banned tokens, whose share the
+    others get; and not ``logprobs``. ``routing`` is None.
+
+    Args:
+        settings: of the run, with ``rollout.engine`` vllm.
+        groups: the ranks.
+        weights: the weights of the model.
+        folder: for the logs of the servers and the current weights; on rank 0.
+
+    Raises:
+        UserError: on all ranks: a server does not start, is not there, or is not one for this run.
+    """
+
+    samples_apart = True
+
+    def __init__(self, settings: Settings, groups: Groups, weights: Weights, folder: Path):
+        self._settings, self._groups, self._weights, self._folder = settings, groups, weights, folder
+        self._token, self._count = broadcast_object(secrets.token_hex(4), groups.world_host), 0
+        self._keepers: Sequence[Keeper] = []
+        self._kept: Kept | None = None
+        self.seconds_sync, self.bytes_sync = 0.0, 0
+        self._urls = while_others_wait(self._start, groups.world_host)
+
+    def generate(self, prompts: Iterator[Prompt] | None, sampling: Sampling) -> Iterator[Answered]:
+        """Answers prompts, on leaders; see ``Engine.generate``. An exception is raised on this rank alone."""
+        if prompts is None:
+            return
+        rollout = self._settings.rollout
+        client = Client(self._urls[self._groups.dp_rank % len(self._urls)])
+        pending: dict[Future, Prompt] = {}
+        room, problem, is_used_up = rollout.max_sequences, None, False
+        threads = ThreadPoolExecutor(rollout.max_sequences, "vllm answers")
+        try:
+            while True:
+                while not is_used_up and (room > 0 or not pending):
+                    try:
+                        prompt = next(prompts, None)
+                        if prompt is not None:
+                            self._check_length(prompt, sampling)
+                    except Exception as error:
+                        problem, prompt = error, None
+                    if prompt is None:
+                        is_used_up = True
+                        break
+                    room -= len(prompt.seeds)
+                    future = threads.submit(ask, client, prompt, sampling, rollout.vllm, self._check, self._token)
+                    pending[future] = prompt
+                if not pending:
+                    break
+                for future in wait(pending, _SIGN, FIRST_COMPLETED).done:
+                    prompt = pending.pop(future)
+                    room += len(prompt.seeds)
+                    yield Answered(prompt, future.result())
+                    beat("answers of vLLM")
+        finally:
+            client.close()
+            threads.shutdown(cancel_futures=True)
+        if problem is not None:
+            raise problem
+
+    def sync(self) -> None:
+        """Sends the present weights to all servers; see ``Engine.sync``. ``generate`` may be running in a thread.
+
+        The weights are first written to files, bucket by bucket, from which also a server that is lost later gets them.
+
+        Raises:
+            UserError: on all ranks, if a server has failed, or has received other weights than were sent.
+        """
+        began, old = time.perf_counter(), self._kept
+        self._count += 1
+        version = f"{self._token}:{self._count}"
+        new = Kept(version, self._folder / f"weights-{self._count}")
+        problem: Exception | None = None
+        with closing(self._weights.buckets(BUCKET)) as buckets:  # which goes on to its end if rank 0 stops early
+            try:
+                new.write(buckets) if self._is_first else deque(buckets, 0)
+            except OSError as error:
+                problem = error
+
+        def send() -> None:
+            if problem is not None:
+                raise UserError(f"the weights for vLLM cannot be written to {new.folder}: {problem}")
+            for keeper in self._keepers:
+                keeper.want(new)
+            for keeper in self._keepers:
+                while not keeper.wait(version, _SIGN):
+                    beat("sending weights to vLLM")
+            if old is not None:
+                old.remove()
+
+        while_others_wait(send, self._groups.world_host)
+        self._kept = new
+        self.seconds_sync, self.bytes_sync = time.perf_counter() - began, new.num_bytes
+
+    def close(self) -> None:
+        """Ends the servers that were started here, and deletes the weights kept for them."""
+        for keeper in self._keepers:
+            keeper.close()
+        if self._kept is not None:
+            self._kept.remove()
+
+    @property
+    def _is_first(self) -> bool:
+        return self._groups.world_host.rank() == 0
+
+    def _start(self) -> list[str]:
+        """On rank 0: starts the servers, and returns their addresses when all have answered."""
+        if not self._settings.rollout.vllm.url:
+            check_environment(python_of(self._settings))
+        self._keepers = keepers_of(self._settings, self._folder)
+        try:
+            for keeper in self._keepers:
+                keeper.start()
+            for keeper in self._keepers:
+                while not keeper.wait(None, _SIGN):
+                    beat("starting vLLM")
+        except BaseException:
+            self.close()
+            raise
+        return [keeper.url for keeper in self._keepers]
+
+    def _check(self) -> None:
+        """Raises what has gone wrong with a server, which rank 0 alone knows."""
+        for keeper in self._keepers:
+            if keeper.problem is not None:
+                raise keeper.problem
+
+    def _check_length(self, prompt: Prompt, sampling: Sampling) -> None:
+        length, most = len(prompt.sample.input_ids), self._settings.data.seq_length
+        if length + sampling.max_new_tokens > most:
+            raise UserError(
+                f"{prompt.sample.source}: the prompt has {length} tokens, which with an answer of "
+                f"{sampling.max_new_tokens} are more than data.seq_length = {most}, for which vLLM was started",
+                "raise data.seq_length",
+            )

@@ -1,0 +1,207 @@
+"""Keeps servers of vLLM running, each with the current weights. Runs in threads of rank 0."""
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from megavlm.base.errors import UserError
+from megavlm.config.settings import Settings
+from megavlm.rollout.vllm.client import Client, NotReady, Refused, TooSlow
+from megavlm.rollout.vllm.environment import command
+from megavlm.rollout.vllm.identity import check_identity
+from megavlm.rollout.vllm.kept import Kept
+
+_LOOK = 0.5  # seconds between two looks at a server
+_ASK = 10.0  # seconds between two questions to a server that no process tells of, and within which it must answer them
+_TRIES = 3  # how often in a row a server may be lost before it has got the weights
+
+
+class Keeper(threading.Thread):
+    """Starts a server, gives it the current weights, and does both again when it is lost.
+
+    Args:
+        settings: of the run.
+        url: where the server is, or is to be.
+        log: the file for what it prints; None: it was started elsewhere.
+    """
+
+    def __init__(self, settings: Settings, url: str, log: Path | None):
+        super().__init__(name=f"vllm {url}", daemon=True)
+        self.url, self._settings, self._log = url, settings, log
+        self.problem: Exception | None = None
+        self.version: str | None = None  # of the weights that the server has
+        self._is_known = False  # whether the server has said what it is
+        self._wanted: Kept | None = None
+        self._process: subprocess.Popen | None = None
+        self._wake, self._closing, self._changed = threading.Event(), threading.Event(), threading.Condition()
+
+    def want(self, weights: Kept) -> None:
+        """From now on the server is to have these weights."""
+        self._wanted = weights
+        self._wake.set()
+
+    def wait(self, version: str | None, seconds: float) -> bool:
+        """Waits until the server has the weights of a version (None: until it answers), or has failed.
+
+        Raises:
+            Exception: what has gone wrong.
+        """
+        there = lambda: self.problem is not None or (self._is_known if version is None else self.version == version)
+        with self._changed:
+            done = self._changed.wait_for(there, seconds)
+        if self.problem is not None:
+            raise self.problem
+        return done
+
+    def close(self) -> None:
+        """Ends the server if it was started here."""
+        self._closing.set()
+        self._wake.set()
+        self.join()
+
+    def run(self) -> None:
+        """The thread: makes what is wanted so, until it is closed."""
+        lost, asked = 0, 0.0
+        try:
+            while not self._closing.is_set():
+                try:
+                    if not self._is_running():
+                        self._start()
+                    if self._wanted is not None and self.version != self._wanted.version:
+                        self._send(self._wanted)
+                        lost = 0
+                    if self._log is None and time.monotonic() > asked + _ASK:
+                        asked = time.monotonic()
+                        self._look()
+                except (NotReady, TooSlow) as error:
+                    lost += 1
+                    self._forget()
+                    if lost == _TRIES:
+                        raise UserError(f"the server of vLLM at {self.url} was lost {lost} times: {error}",
+                                        self._hint()) from None  # fmt: skip
+                self._wake.wait(_LOOK)
+                self._wake.clear()
+        except Exception as error:
+            self._note(problem=error)
+        finally:
+            self._end()
+
+    def _is_running(self) -> bool:
+        if self._log is None:
+            return self._is_known
+        return self._process is not None and self._process.poll() is None
+
+    def _start(self) -> None:
+        """Starts the server, and waits until it answers. One that was started elsewhere is only awaited."""
+        self._end()
+        self._note(version=None, is_known=False)
+        if self._log is not None:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            port = int(self.url.rpartition(":")[2])
+            with self._log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    command(self._settings, port, parent=os.getpid()),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # with the processes that it starts it can be ended as one group
+                    cwd=self._log.parent,
+                    env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+                )
+        end = time.monotonic() + 60 * self._settings.rollout.vllm.start_minutes
+        while not self._closing.is_set():
+            if self._process is not None and self._process.poll() is not None:
+                raise UserError(
+                    f"the server of vLLM has ended with status {self._process.returncode}:{self._last_words()}",
+                    self._hint(),
+                )
+            try:
+                self._look()
+            except (NotReady, TooSlow) as error:
+                if time.monotonic() > end:
+                    minutes = self._settings.rollout.vllm.start_minutes
+                    raise UserError(
+                        f"there is no server of vLLM at {self.url}: for rollout.vllm.start_minutes = {minutes:g} it "
+                        f"has not answered ({error})",
+                        self._hint(),
+                    ) from None
+                self._closing.wait(_LOOK)
+            else:
+                return
+
+    def _look(self) -> None:
+        """Asks the server what it is."""
+        told = Client(self.url).get("/identity", _ASK)
+        check_identity(told, self._settings, self.url)
+        if told["weights"] != self.version:
+            self._note(version=None)  # it was started again, or another trainer uses it: it gets the weights again
+        self._note(is_known=True)
+
+    def _send(self, weights: Kept) -> None:
+        rollout = self._settings.rollout
+        self._note(version=None)
+        try:
+            weights.send(Client(self.url), rollout.partial, 60 * rollout.vllm.request_minutes)
+        except Refused as error:
+            raise UserError(
+                f"the server of vLLM at {self.url} has refused the weights: {error}", self._hint()
+            ) from None
+        self._note(version=weights.version)
+
+    def _forget(self) -> None:
+        """The server is lost: what is left of it ends, and it will be started again."""
+        self._end()
+        self._note(version=None, is_known=False)
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def _note(self, **values: object) -> None:
+        """Changes attributes and tells those who wait."""
+        with self._changed:
+            for name, value in values.items():
+                setattr(self, "_is_known" if name == "is_known" else name, value)
+            self._changed.notify_all()
+
+    def _hint(self) -> str:
+        return f"see {self._log}" if self._log is not None else "see what that server has printed"
+
+    def _last_words(self) -> str:
+        """The last lines of the log that name an error."""
+        assert self._log is not None
+        with suppress(OSError):
+            lines = self._log.read_text(errors="replace").splitlines()[-400:]
+            found = [line.strip() for line in lines if "Error" in line and "Traceback" not in line]
+            return "".join(f"\n    {line[-400:]}" for line in list(dict.fromkeys(found))[-6:])
+        return ""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine on which nothing listens at present."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def keepers_of(settings: Settings, folder: Path) -> Sequence[Keeper]:
+    """One keeper for each server of the settings; their logs lie in ``folder``."""
+    vllm = settings.rollout.vllm
+    if vllm.url:
+        return [Keeper(settings, url.rstrip("/"), None) for url in vllm.url]
+    ports = free_ports(vllm.servers)
+    return [Keeper(settings, f"http://127.0.0.1:{port}", folder / f"server{n}.log") for n, port in enumerate(ports)]

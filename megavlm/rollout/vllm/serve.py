@@ -1,0 +1,26 @@
+"""Starts one server of vLLM for trainers elsewhere: python -m megavlm.rollout.vllm.serve my.yaml --port 8000."""
+
+import argparse
+import os
+from pathlib import Path
+
+from megavlm.config.load import load_settings
+from megavlm.rollout.vllm.environment import check_environment, command, python_of
+
+
+def main() -> None:
+    """Becomes the server."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("configuration", type=Path, help="configuration of the trainer, without rollout.vllm.url")
+    parser.add_argument("overrides", nargs="*", help="NAME=VALUE")
+    parser.add_argument("--host", default="0.0.0.0", help="address on which it listens")
+    parser.add_argument("--port", type=int, default=8000)
+    options = parser.parse_args()
+    settings = load_settings(options.configuration, options.overrides)
+    check_environment(python_of(settings))
+    words = command(settings, options.port, host=options.host)
+    os.execv(words[0], words)
+
+
+if __name__ == "__main__":
+    main()

