@@ -153,7 +153,7 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
         count = f"{counted(prompts, 'prompt')} × {counted(group_size, 'answer')} = {prompts * group_size:,} answers"
         share = f"{-(-prompts // data_parallel) * group_size:,} per data-parallel rank"
         facts += [
-            ("step", f"{count} of at most {settings.rollout.max_new_tokens:,} tokens, at most {share}"),
+            ("step", f"{count} of at most {settings.answer_tokens:,} tokens, at most {share}"),
             ("run", f"{counted(train.steps, 'step')} = {counted(prompts * train.steps, 'prompt')}, {schedule}"),
         ]
     elif train.global_batch_size and train.steps:

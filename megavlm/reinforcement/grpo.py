@@ -102,7 +102,7 @@ class Policy:
                 )
         given = {"lowest": align.correction_lowest, "highest": align.correction_highest}
         limits = {name: value for name, value in given.items() if value is not None}
-        most = rollout.max_new_tokens
+        most = settings.answer_tokens
         replacements = rollout.replace_flat
         if replacements is None:
             replacements = REPLACEMENTS if loss == "dapo" else 0
@@ -147,10 +147,11 @@ class PolicyMethod:
         renderer, loader, rewards = None, None, None
         if groups.is_leader:
             renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
-            most = settings.rollout.max_new_tokens
             loader = build_loader(
                 settings.data.model_copy(update={"packing": "none"}),
-                Renderer.of_prompts(settings.model.hf, settings.data, most),
+                Renderer.of_prompts(
+                    settings.model.hf, settings.data, settings.answer_tokens, settings.answer_setting
+                ),
                 "prompt",
                 dp_rank=groups.dp_rank,
                 dp_size=groups.dp_size,
