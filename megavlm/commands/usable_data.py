@@ -49,7 +49,11 @@ def intended(settings: Settings, sources: Sequence[Source], verb: str | None) ->
         return Intended(verb)
     if settings.stage is not None:
         return Intended("pretrain", "stage")
-    for name, is_set in {"rollout.prompts": settings.rollout.prompts, "reward": settings.reward, "environment": settings.environment.python}.items():
+    for name, is_set in {
+        "rollout.prompts": settings.rollout.prompts,
+        "reward": settings.reward,
+        "environment": settings.environment.python,
+    }.items():
         if is_set:
             return Intended("grpo", name)
     align = settings.align

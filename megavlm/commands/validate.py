@@ -27,6 +27,7 @@ from megavlm.data.draft import Draft
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
 from megavlm.data.rows import RowDataset
+from megavlm.environments.worker_process import check_environment
 from megavlm.model.flops import active_decoder_weights
 from megavlm.model.shapes import Shapes
 from megavlm.output.folder import check_output, newest_step
@@ -67,7 +68,9 @@ def main(
             cannot be used.
     """
     if not no_files:
-        check_files(settings, ("model.hf", "model.load", "model.adapter", "data.train", "data.eval", "reward"))
+        check_files(
+            settings, ("model.hf", "model.load", "model.adapter", "data.train", "data.eval", "reward", "environment")
+        )
     shapes = model_shapes(settings.model) if no_files else shapes_at_start(settings.model)
     if not no_files:
         settings = with_stored_adapter(settings, shapes)
@@ -99,6 +102,7 @@ def main(
         console.print("[dim]settings, shapes and layout are valid; files were not checked[/]")
         return 0
     check_rewards(settings.reward)
+    check_environment(settings.environment)
     if settings.data.train:
         _check_data(settings, verb or dry_run, console)
     console.print("[green]ready[/]")

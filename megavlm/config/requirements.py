@@ -30,9 +30,7 @@ def check_required(settings: Settings, keys: Iterable[str], verb: str) -> None:
     lacking = [several for several in alternatives if not any(map(has, several))]
     missing = [several[0] for several in lacking]
     if missing:
-        described = [
-            " or ".join(f"{key} ({describe.brief(meanings[key])})" for key in several) for several in lacking
-        ]
+        described = [" or ".join(f"{key} ({describe.brief(meanings[key])})" for key in several) for several in lacking]
         listed = described[0] if len(missing) == 1 else "\n  ".join(["these settings:", *described])
         them = "it" if len(missing) == 1 else "them"
         examples = {"model.load": settings.model.hf}

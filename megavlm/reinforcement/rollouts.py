@@ -11,18 +11,20 @@ from megavlm.align.losses import advantages
 from megavlm.align.sampling_checks import too_few_prompts
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
+from megavlm.config.environment_section import ENVIRONMENT
 from megavlm.config.requirements import required
 from megavlm.data.answers import first_sample
 from megavlm.data.loader import RowLoader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.reinforcement.answer_rows import AnswerGroup
-from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, fields_of, keys_of
+from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, environment_fields, fields_of, keys_of
 from megavlm.reinforcement.divergence import Divergence
-from megavlm.reinforcement.judged import Batch, Judged, asked_of
+from megavlm.reinforcement.judged import Batch, Judged, asked_of, with_environment
 from megavlm.reinforcement.reward_models import RewardModels
 from megavlm.rewards.pool import RewardPool
 from megavlm.rewards.score import Score, columns_of, overlong_penalty, score
+from megavlm.rollout.conversations import Conversations
 from megavlm.rollout.engine import Answered, Engine, Prompt, Sampling
 from megavlm.rollout.sampling import mixed_seed
 from megavlm.runtime.session import Session
@@ -68,6 +70,9 @@ class Rollouts:
         self._advantage, self._replacements = advantage, replacements
         self._models, self._divergence = models, divergence
         self._weights = {reward.key: reward.weight for reward in session.settings.reward}
+        self._speaks = session.settings.environment.python is not None
+        if self._speaks:
+            self._weights[ENVIRONMENT] = session.settings.environment.weight
         self._names = session.settings.data.source_names
 
     def collect(self) -> Batch:
@@ -152,7 +157,7 @@ class Rollouts:
         return [done[place] for place in sorted(done)]
 
     def _texts(self, answered: Answered, *, special: bool = False) -> list[str]:
-        tokens = [answer.tokens for answer in answered.answers]
+        tokens = [answer.last for answer in answered.answers]
         assert self._renderer is not None, "answers arrive on leaders"
         return self._renderer.tokenizer.batch_decode(tokens, skip_special_tokens=not special)
 
@@ -177,6 +182,8 @@ class Rollouts:
                 scores[number] = _with_models(
                     one, {name: values[first + number] for name, values in of_models.items()}, self._weights
                 )
+                if self._speaks:
+                    scores[number] = with_environment(scores[number], group.answers[number], self._weights)
                 if self._divergence is not None:
                     scores[number] = _with_kl(scores[number], divergences[first + number], self._divergence.weight)
             judged.append(self._judge(group, scores))
@@ -199,9 +206,13 @@ class Rollouts:
         """Fills ``fields`` and ``counts`` with sums over all ranks."""
         rewards = [*self._weights, *([KL] if self._divergence is not None else [])]
         add_batch(sums, batch, rewards)
+        if isinstance(self._engine, Conversations):
+            sums["seconds_environment"] += self._engine.take_seconds()
         is_leader = self._loader is not None
         found = self._sum({key: sums[key] if is_leader else 0.0 for key in keys_of(rewards, self._names)})
         batch.fields = fields_of(found, rewards, self._session.groups.dp_size)
+        if self._speaks:
+            batch.fields |= environment_fields(found, self._session.groups.dp_size)
         batch.counts = counts_of(found)
 
     def _sum(self, values: dict[str, float]) -> Sums:

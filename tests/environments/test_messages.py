@@ -10,7 +10,7 @@ from skimage import data as photographs
 
 from megavlm.base.errors import UserError
 from megavlm.data.answers import continued, followed_by
-from megavlm.data.messages import Messages
+from megavlm.environments.messages import Messages
 from megavlm.media.files import in_folder
 
 
