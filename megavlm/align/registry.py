@@ -26,7 +26,7 @@ class MethodEntry:
         example: a command line for the help of the method.
         kind: what it trains on.
         aligns: whether the method reads the section ``align`` and compares answers.
-        requires: settings that must be set for this method, in addition to those of every training run.
+        requires: settings that must be set for this method, in addition to those of every training run; of "a|b", one.
         reads: settings with paths of files that must exist, in addition to those of every training run.
         has_stages: whether the setting ``stage`` is for this method.
         samples: whether it samples answers and reads the sections ``rollout`` and ``reward``; then the number of rows
@@ -92,8 +92,8 @@ METHODS = {
         "megavlm grpo grpo.yaml align.loss=dapo train.lr=1e-6 output=runs/grpo --nproc 2",
         "prompt",
         aligns=True,
-        requires=("model.load", "rollout.prompts", "reward"),
-        reads=("reward",),
+        requires=("model.load", "rollout.prompts", "reward|environment.python"),
+        reads=("reward", "environment"),
         samples=True,
     ),
 }
@@ -116,6 +116,6 @@ def check_method(name: str, settings: Settings) -> None:
     if METHODS[name].samples:
         check_sampling(settings)
         return
-    for section in ("rollout", "reward", "reward_pool"):
+    for section in ("rollout", "reward", "reward_pool", "environment"):
         if settings.is_changed(section):
             raise UserError(f"the section {section} is not used by {name}, so it would be ignored", f"remove {section}")

@@ -10,12 +10,12 @@ def check_sampling(settings: Settings) -> None:
 
     What depends on the table of losses is checked when the method is made.
     """
-    data, rollout, train = settings.data, settings.rollout, settings.train
-    if data.seq_length <= rollout.max_new_tokens:
+    data, train = settings.data, settings.train
+    if data.seq_length <= settings.answer_tokens:
         raise UserError(
-            f"rollout.max_new_tokens is {rollout.max_new_tokens}, but a row has data.seq_length = {data.seq_length} "
+            f"{settings.answer_setting} is {settings.answer_tokens}, but a row has data.seq_length = {data.seq_length} "
             "tokens for the prompt and its answer",
-            "raise data.seq_length, or lower rollout.max_new_tokens",
+            f"raise data.seq_length, or lower {settings.answer_setting}",
         )
     if train.global_batch_size is not None:
         raise UserError(
@@ -47,9 +47,9 @@ def check_sampling(settings: Settings) -> None:
             "others",
             "set train.overlap.tensor to false",
         )
-    if rollout.ahead and rollout.engine == "megatron":
+    if settings.rollout.ahead and settings.rollout.engine == "megatron":
         raise UserError(
-            f"rollout.ahead is {rollout.ahead}, but rollout.engine megatron samples with the weights that learn, so "
+            f"rollout.ahead is {settings.rollout.ahead}, but rollout.engine megatron samples with the weights that learn, so "
             "that sampling and learning take turns",
             "set rollout.engine to vllm, or rollout.ahead to 0",
         )
@@ -63,6 +63,11 @@ def _check_align(settings: Settings) -> None:
             "model.load is random, but with align.beta above 0 the model is compared with the weights that it starts "
             "from",
             "set model.load to these weights, or align.beta to 0",
+        )
+    if align.overlong_cache is not None and settings.environment.python is not None:
+        raise UserError(
+            "align.overlong_cache is set, but with an environment an answer has several turns, which it does not know",
+            "remove align.overlong_cache; the environment's reward may depend on the lengths of its answers",
         )
     if align.overlong_cache is not None and align.overlong_cache > rollout.max_new_tokens:
         raise UserError(

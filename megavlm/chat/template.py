@@ -56,6 +56,38 @@ class ChatTemplate:
         except Exception as error:  # a template can raise any exception
             raise UserError(f"{source}: the chat template cannot render these messages: {shortened(error)}") from error
 
+    @property
+    def opening(self) -> str:
+        """The beginning of an answer, which the template appends to a conversation that asks for one."""
+        return self._prompt
+
+    def following(self, message: dict, source: str, *, answered: bool = True) -> str:
+        """What the template writes for a message that follows another, with the ``opening`` of the next answer.
+
+        Args:
+            message: a message that is not the assistant's.
+            source: the sample, for error messages.
+            answered: whether it follows an answer; then the text begins behind the end token of that answer. Otherwise
+                it follows a question.
+
+        Raises:
+            UserError: the template fails, or does not write the end token after an answer.
+        """
+        asked = [self._question, self._answer] if answered else [self._question]
+        question = self.render([self._question], None, source)
+        text = self.render([*asked, message], None, source, prompt=True)
+        # the question has an end token, too
+        start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(question, text, strict=False)))
+        if not answered:
+            return text[start:]
+        end = text.find(self._end, start)
+        if end < 0:
+            raise UserError(
+                f"{source}: the chat template does not write {self._end} after an answer",
+                "use a template that ends answers as that of the released model does",
+            )
+        return text[end + len(self._end) :]
+
     def turns(
         self, messages: list[dict], weights: list[float], tools: list[dict] | None, source: str
     ) -> tuple[str, list[tuple[int, int, float]]]:

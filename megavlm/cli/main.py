@@ -26,6 +26,7 @@ from megavlm.cli.verbs import VERBS, Verb, positive
 from megavlm.config import layout, requirements
 from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings
+from megavlm.environments.worker_process import check_environment
 from megavlm.output import folder, held_run
 from megavlm.output.folder import StartOptions
 from megavlm.rewards.pool import check_rewards
@@ -150,6 +151,7 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
         return  # rank 0 may already be writing to the output folder
     if name in METHODS and METHODS[name].samples:
         check_rewards(settings.reward)
+        check_environment(settings.environment)
     if "out" in options:
         folder.check_new(options["out"], settings)
     if verb.writes == "":

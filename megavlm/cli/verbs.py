@@ -83,7 +83,11 @@ def _of_method(name: str, method: MethodEntry) -> Verb:
         "megavlm.commands.train:main",
         method.summary,
         method.example,
-        sections=(*RUN, *(["align"] if method.aligns else []), *(["rollout", "reward"] if method.samples else [])),
+        sections=(
+            *RUN,
+            *(["align"] if method.aligns else []),
+            *(["rollout", "reward", "environment"] if method.samples else []),
+        ),
         requires=(*method.requires, *RUN_REQUIRES, *([] if method.samples else ["train.global_batch_size"])),
         reads=(*RUN_READS, *method.reads),
         writes="",

@@ -49,7 +49,11 @@ def intended(settings: Settings, sources: Sequence[Source], verb: str | None) ->
         return Intended(verb)
     if settings.stage is not None:
         return Intended("pretrain", "stage")
-    for name, is_set in {"rollout.prompts": settings.rollout.prompts, "reward": settings.reward}.items():
+    for name, is_set in {
+        "rollout.prompts": settings.rollout.prompts,
+        "reward": settings.reward,
+        "environment": settings.environment.python,
+    }.items():
         if is_set:
             return Intended("grpo", name)
     align = settings.align
@@ -69,7 +73,7 @@ def intended(settings: Settings, sources: Sequence[Source], verb: str | None) ->
 def renderer_of(settings: Settings, kind: Kind) -> Renderer:
     """The renderer with which samples of this kind are drafted in training; prompts leave room for an answer."""
     if kind == "prompt":
-        return Renderer.of_prompts(settings.model.hf, settings.data, settings.rollout.max_new_tokens)
+        return Renderer.of_prompts(settings.model.hf, settings.data, settings.answer_tokens, settings.answer_setting)
     return Renderer(settings.model.hf, settings.data, settings.pad_multiple)
 
 

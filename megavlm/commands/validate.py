@@ -27,6 +27,7 @@ from megavlm.data.draft import Draft
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
 from megavlm.data.rows import RowDataset
+from megavlm.environments.worker_process import check_environment
 from megavlm.model.flops import active_decoder_weights
 from megavlm.model.shapes import Shapes
 from megavlm.output.folder import check_output, newest_step
@@ -67,7 +68,9 @@ def main(
             cannot be used.
     """
     if not no_files:
-        check_files(settings, ("model.hf", "model.load", "model.adapter", "data.train", "data.eval", "reward"))
+        check_files(
+            settings, ("model.hf", "model.load", "model.adapter", "data.train", "data.eval", "reward", "environment")
+        )
     shapes = model_shapes(settings.model) if no_files else shapes_at_start(settings.model)
     if not no_files:
         settings = with_stored_adapter(settings, shapes)
@@ -99,6 +102,7 @@ def main(
         console.print("[dim]settings, shapes and layout are valid; files were not checked[/]")
         return 0
     check_rewards(settings.reward)
+    check_environment(settings.environment)
     if settings.data.train:
         _check_data(settings, verb or dry_run, console)
     console.print("[green]ready[/]")
@@ -153,7 +157,7 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
         count = f"{counted(prompts, 'prompt')} × {counted(group_size, 'answer')} = {prompts * group_size:,} answers"
         share = f"{-(-prompts // data_parallel) * group_size:,} per data-parallel rank"
         facts += [
-            ("step", f"{count} of at most {settings.rollout.max_new_tokens:,} tokens, at most {share}"),
+            ("step", f"{count} of at most {settings.answer_tokens:,} tokens, at most {share}"),
             ("run", f"{counted(train.steps, 'step')} = {counted(prompts * train.steps, 'prompt')}, {schedule}"),
         ]
     elif train.global_batch_size and train.steps:

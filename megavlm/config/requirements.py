@@ -20,11 +20,17 @@ def required[T](value: T | None, key: str) -> T:
 
 
 def check_required(settings: Settings, keys: Iterable[str], verb: str) -> None:
-    """Raises a UserError that names those of the dotted `keys` that `verb` needs but that are null or empty."""
+    """Raises a UserError that names those of the dotted `keys` that `verb` needs but that are null or empty.
+
+    Of keys with "|" between them, one must be set.
+    """
     meanings = {entry.key: entry.meaning for entry in describe.entries()}
-    missing = [key for key in keys if attrgetter(key)(settings) in (None, [])]
+    has = lambda key: attrgetter(key)(settings) not in (None, [])
+    alternatives = [key.split("|") for key in keys]
+    lacking = [several for several in alternatives if not any(map(has, several))]
+    missing = [several[0] for several in lacking]
     if missing:
-        described = [f"{key} ({describe.brief(meanings[key])})" for key in missing]
+        described = [" or ".join(f"{key} ({describe.brief(meanings[key])})" for key in several) for several in lacking]
         listed = described[0] if len(missing) == 1 else "\n  ".join(["these settings:", *described])
         them = "it" if len(missing) == 1 else "them"
         examples = {"model.load": settings.model.hf}
@@ -35,12 +41,14 @@ def check_required(settings: Settings, keys: Iterable[str], verb: str) -> None:
 def check_files(settings: Settings, keys: Iterable[str]) -> None:
     """Raises a UserError that names all files of `keys` (model.hf, model.load, data.train, …) that do not exist.
 
-    data.train includes the replay sources; reward means the models and Python files of rewards. URLs are not checked.
+    data.train includes the replay sources; reward and environment mean models and Python files. URLs are not checked.
     """
     paths: dict[str, Path | str | None] = {}
     for key in keys:
         if key == "data.train":
             paths |= {name: source.path for name, source in settings.data.leaves.items()}
+        elif key == "environment":
+            paths["the file of environment.python"] = settings.environment.file
         elif key == "reward":
             paths |= {f"the file of the reward {reward.key}": reward.model or reward.file for reward in settings.reward}
         else:

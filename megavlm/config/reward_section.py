@@ -167,8 +167,6 @@ def _check_rewards(rewards: list[RewardSettings]) -> list[RewardSettings]:
     twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
     if twice:
         raise UserError(f"several rewards have the name {twice[0]}", "give each of them a label of its own")
-    if rewards and not any(reward.weight for reward in rewards):
-        raise UserError("all rewards have weight 0: there would be nothing to learn", "give one of them a weight")
     return rewards
 
 

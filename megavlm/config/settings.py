@@ -6,6 +6,7 @@ from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.align_sections import AlignSettings
 from megavlm.config.data_sections import DataSettings, DataSource
+from megavlm.config.environment_section import ENVIRONMENT, EnvironmentSettings
 from megavlm.config.reward_section import RewardPoolSettings, Rewards, RewardSettings
 from megavlm.config.rollout_section import RolloutSettings
 from megavlm.config.section import Bool, FilePath, Int, Section
@@ -27,6 +28,7 @@ __all__ = [
     "CheckpointSettings",
     "DataSettings",
     "DataSource",
+    "EnvironmentSettings",
     "GenerateSettings",
     "LogSettings",
     "ModelSettings",
@@ -62,6 +64,7 @@ class Settings(Section):
         "[{name: math}, {python: rewards.py:short, weight: 0.1}]; an answer gets their weighted sum",
     )
     reward_pool: RewardPoolSettings = RewardPoolSettings()
+    environment: EnvironmentSettings = EnvironmentSettings()
     align: AlignSettings = AlignSettings()
     rollout: RolloutSettings = RolloutSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -105,6 +108,7 @@ class Settings(Section):
                 "stay close to",
                 "set model.load to the weights to stay close to, or set kl_to_start to 0",
             )
+        self._check_environment()
         check_speed(self.train, self.parallel, self.model.kernels, self.adapter.type)
         check_seq_length(self.data.seq_length, self.parallel)
         self._check_pad_multiple()
@@ -127,9 +131,36 @@ class Settings(Section):
         return 4 * self.parallel.pipeline if size is None else size // data_parallel
 
     @property
+    def answer_tokens(self) -> int:
+        """The maximum number of tokens after a prompt: of an answer or, with an environment, of all its turns."""
+        return self.environment.max_tokens or self.rollout.max_new_tokens
+
+    @property
+    def answer_setting(self) -> str:
+        """The setting that gives ``answer_tokens``."""
+        return "environment.max_tokens" if self.environment.max_tokens else "rollout.max_new_tokens"
+
+    @property
     def pad_multiple(self) -> int:
         """The number of tokens to a multiple of which each sample in a row is padded."""
         return self.data.pad_multiple or self.parallel.pieces
+
+    def _check_environment(self) -> None:
+        has_one = self.environment.python is not None
+        weights = [reward.weight for reward in self.reward] + [self.environment.weight] * has_one
+        if weights and not any(weights):
+            raise UserError("all rewards have weight 0: there would be nothing to learn", "give one of them a weight")
+        if self.answer_tokens < self.rollout.max_new_tokens:
+            raise UserError(
+                f"environment.max_tokens is {self.answer_tokens}, less than a single answer may have with "
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens}",
+                "raise environment.max_tokens, or lower rollout.max_new_tokens",
+            )
+        if has_one and any(reward.key == ENVIRONMENT for reward in self.reward):
+            raise UserError(
+                f"a reward has the name {ENVIRONMENT}, under which that of the environment is reported",
+                "give it another label",
+            )
 
     def _check_pad_multiple(self) -> None:
         if self.pad_multiple % self.parallel.pieces:

@@ -1,8 +1,11 @@
 """Samples of prompts and of answers that were sampled to them."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 
-from megavlm.data.row import IGNORE, Annotations, Row, Sample
+from megavlm.data.row import IGNORE, NO_ANNOTATIONS, Annotations, Row, Sample
 
 
 def first_sample(row: Row) -> Sample:
@@ -68,3 +71,75 @@ def with_answer(
         remarks=() if shares_media else prompt.remarks,
         pixel_scale=prompt.pixel_scale,
     )
+
+
+def with_targets(
+    conversation: Sample,
+    said: Sequence[bool],
+    annotations: Annotations,
+    *,
+    is_target: bool = True,
+    shares_media: bool = False,
+) -> Sample:
+    """Returns a conversation whose targets are those of its last tokens that the model has said.
+
+    Args:
+        conversation: a prompt, and all that followed.
+        said: of each of the n tokens that followed, whether the model has said it.
+        annotations: inputs of the loss.
+        is_target: whether the conversation is learned from.
+        shares_media: see ``Sample``.
+    """
+    tokens, first = conversation.input_ids, len(conversation.input_ids) - len(said)
+    labels = torch.full_like(tokens, IGNORE)
+    if is_target:
+        labels[first - 1 : -1] = torch.where(torch.tensor(said, dtype=torch.bool), tokens[first:], IGNORE)
+    return replace(
+        conversation,
+        labels=labels,
+        loss_weights=(labels != IGNORE).float(),
+        pixels=conversation.pixels[:0] if shares_media else conversation.pixels,
+        shares_media=shares_media,
+        annotations=annotations,
+        remarks=() if shares_media else conversation.remarks,
+    )
+
+
+def followed_by(first: Sample, second: Sample) -> Sample:
+    """Returns a sample without targets: the tokens, pictures and videos of the first, then those of the second.
+
+    The positions of the second go on after those of the first, as in a conversation that was rendered as a whole.
+    Everything else is that of the first.
+    """
+    joined = {
+        name: torch.cat([getattr(first, name), getattr(second, name)])
+        for name in ("input_ids", "pixels", "frame_images", "frame_grids")
+    }
+    after = int(first.position_ids.max()) + 1
+    return replace(
+        first,
+        **joined,
+        labels=torch.full_like(joined["input_ids"], IGNORE),
+        loss_weights=torch.zeros(len(joined["input_ids"])),
+        position_ids=torch.cat([first.position_ids, second.position_ids + after], dim=1),
+        visual_positions=torch.cat([first.visual_positions, second.visual_positions + len(first.input_ids)]),
+        num_images=first.num_images + second.num_images,
+        num_videos=first.num_videos + second.num_videos,
+    )
+
+
+def without_end(sample: Sample, count: int) -> Sample:
+    """Returns a sample without its last ``count`` tokens, which are text and no targets."""
+    kept = len(sample.input_ids) - count
+    return replace(
+        sample,
+        input_ids=sample.input_ids[:kept],
+        labels=sample.labels[:kept],
+        loss_weights=sample.loss_weights[:kept],
+        position_ids=sample.position_ids[:, :kept],
+    )
+
+
+def continued(sample: Sample, tokens: list[int]) -> Sample:
+    """Returns a sample without targets, followed by tokens of text."""
+    return with_answer(sample, tokens, NO_ANNOTATIONS, is_target=False)

@@ -47,6 +47,7 @@ class Renderer:
     Attributes:
         room: what limits the length of a sample, with {} for the number of tokens, for messages.
         shorten: what else makes a sample fit, for messages.
+        template: the chat template; None if the folder has none.
 
     Raises:
         UserError: the folder has no Qwen3-VL processor, or the limits contradict each other.
@@ -66,15 +67,17 @@ class Renderer:
         self._truncates = settings.too_long == "truncate"
         self._end_of_text = _end_of_text(self.tokenizer) if settings.append_eos else ""
         self.pad_id = next(id for id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if id is not None)
-        self._template = ChatTemplate(self.processor) if self.processor.chat_template else None
+        self.template = ChatTemplate(self.processor) if self.processor.chat_template else None
 
     @classmethod
-    def of_prompts(cls, hf_dir: str | Path, settings: DataSettings, max_new_tokens: int) -> "Renderer":
-        """Makes a renderer of prompts, whose rows leave room for an answer of ``max_new_tokens``."""
-        room = settings.model_copy(update={"seq_length": settings.seq_length - max_new_tokens})
+    def of_prompts(
+        cls, hf_dir: str | Path, settings: DataSettings, answer_tokens: int, setting: str = "rollout.max_new_tokens"
+    ) -> "Renderer":
+        """Makes a renderer of prompts, whose rows leave room for as many tokens as the setting allows for an answer."""
+        room = settings.model_copy(update={"seq_length": settings.seq_length - answer_tokens})
         renderer = cls(hf_dir, room)
-        renderer.room = f"data.seq_length - rollout.max_new_tokens = {settings.seq_length} - {max_new_tokens} = {{}}"
-        renderer.shorten = "lower rollout.max_new_tokens"
+        renderer.room = f"data.seq_length - {setting} = {settings.seq_length} - {answer_tokens} = {{}}"
+        renderer.shorten = f"lower {setting}"
         return renderer
 
     def encode(self, record: dict, find: Find, source: str, *, kind: Kind, index: int = 0) -> Sample:
@@ -234,14 +237,14 @@ class Renderer:
             text = "".join(parts)
             return text if kind == "prompt" else text.removesuffix(self._end_of_text) + self._end_of_text, None
         assert record.messages is not None, "a checked record has either text or messages"
-        if self._template is None:
+        if self.template is None:
             raise UserError(
                 f"{source}: messages require a chat template, but the processor in model.hf has none",
                 "add the model's chat_template.jinja to the folder",
             )
         if kind == "tune":
-            return self._template.turns(record.messages, record.weights, record.tools, source)
-        return self._template.render(record.messages, record.tools, prompt=kind == "prompt", source=source), None
+            return self.template.turns(record.messages, record.weights, record.tools, source)
+        return self.template.render(record.messages, record.tools, prompt=kind == "prompt", source=source), None
 
     def _check_places(self, text: str, record: Record, source: str) -> None:
         """Raises UserError unless there is one placeholder per file; templates may drop some, texts may add some."""

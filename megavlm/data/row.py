@@ -23,14 +23,14 @@ class SampledAnswer:
         advantage: how much better it is than was to be expected; every token of the answer has this advantage.
         logprobs: float32 [n], log-probability of each target when it was sampled, at the temperature of sampling.
         number: number of the answer among those that were packed together.
-        routing: the experts of the tokens of its prompt and of its own tokens (see ``megavlm.runtime.routing``); None:
-            the model chooses them.
+        routing: the experts of the tokens of its prompt and of its own tokens, or of both together (see
+            ``megavlm.runtime.routing``); None: the model chooses them.
     """
 
     advantage: float
     logprobs: Tensor
     number: int
-    routing: tuple[Tensor, Tensor] | None = None
+    routing: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

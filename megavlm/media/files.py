@@ -5,7 +5,7 @@ import os
 import posixpath
 from collections.abc import Buffer, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -92,6 +92,26 @@ class File:
     def _remote(self) -> tuple[Any, str]:
         """fsspec's file system of the URL, and the path in it."""
         return fsspec.core.url_to_fs(self.url, **({} if self.guard is None else {"get_client": self.guard}))
+
+
+@dataclass(frozen=True)
+class HeldFile(File):
+    """A file whose bytes are in memory; ``url`` is its name in messages."""
+
+    data: bytes = field(default=b"", repr=False)
+
+    @property
+    def local_path(self) -> str | None:
+        return None
+
+    def size(self) -> int:
+        return len(self.data)
+
+    def read(self, start: int = 0, end: int | None = None) -> bytes:
+        return self.data[start:end]
+
+    def open(self) -> BinaryIO:
+        return io.BytesIO(self.data)
 
 
 def beside(file: str | Path, named: str) -> File:

@@ -90,6 +90,10 @@ Reinforcement learning adds these fields, over all answers of the step (rollouts
     seconds_rollout, seconds_reward, seconds_update, seconds_sync
                         time for sampling, for waiting for rewards, for the update, and for new weights of the engine
     rollout_tokens_per_second  sampled tokens / seconds_rollout, over all ranks
+    turns               with an environment: mean number of the model's turns in an answer
+    environment_failures    answers whose environment failed; they are left out of their groups
+    truncated_by_turns  share of the answers that ended only because of environment.max_turns, 0 to 1
+    seconds_environment time for which sampling has waited for environments, a part of seconds_rollout
 
 train.kl_to_start adds kl_to_start, the divergence from the start model in nats per target, and nll, the loss without
 it.

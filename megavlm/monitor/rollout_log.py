@@ -14,6 +14,11 @@
         tokens          its length in tokens
         finish          "stop", or "length" if it was cut off at rollout.max_new_tokens
         failures        which reward failed, and why
+        turns           with an environment, what was said, in order; [] without one. Of each turn:
+          by            "model" or "environment"
+          text          of the model with special tokens
+          pictures      up to MAX_TURN_PICTURES small copies, as data URLs
+          pictures_left_out  how many are not in the line
       media_left_out, answers_left_out    how many are not in the line
 
 The file stays small, however long the run is. From longer texts the middle is left out: questions and answers have at
@@ -21,17 +26,22 @@ most MAX_TEXT characters, references and failures MAX_SHORT_TEXT. Once the file 
 removed, such that the rest are spread over the whole run.
 """
 
+import base64
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
+
 from megavlm.base.atomic_files import write_text
+from megavlm.media.decode import upright_rgb
 from megavlm.monitor.metrics import append_lines, drop_after, plain, read_lines
 
 FILE_NAME = "rollouts.jsonl"
-# A line thus has at most some 150,000 characters, and the file some 30 million.
+# A line thus has at most some 150,000 characters, and the file some 30 million; several times as much with turns.
 MAX_STEPS = 200
 MAX_GROUPS = 4
 MAX_ANSWERS = 16
@@ -39,6 +49,20 @@ MAX_MEDIA = 4
 MAX_FAILURES = 8
 MAX_TEXT = 2000
 MAX_SHORT_TEXT = 500
+MAX_TURNS = 8  # the first ones
+MAX_TURN_TEXT = 500
+MAX_TURN_PICTURES = 2
+TURN_PICTURE = 64  # pixels of the longer side
+
+
+@dataclass(frozen=True)
+class LoggedTurn:
+    """What was said in a conversation; pictures are the bytes of files, and in the file data URLs."""
+
+    by: Literal["model", "environment"]
+    text: str
+    pictures: Sequence[bytes | str] = ()
+    pictures_left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +76,7 @@ class LoggedAnswer:
     tokens: int
     finish: Literal["stop", "length"]
     failures: Sequence[str] = ()
+    turns: Sequence[LoggedTurn] = ()
 
 
 @dataclass(frozen=True)
@@ -120,13 +145,17 @@ def read_rollouts(folder: str | Path) -> list[LoggedStep]:
     for line in read_lines(Path(folder) / FILE_NAME):
         try:
             groups = [
-                LoggedGroup(**group | {"answers": [LoggedAnswer(**answer) for answer in group["answers"]]})
+                LoggedGroup(**group | {"answers": [_read_answer(answer) for answer in group["answers"]]})
                 for group in line["groups"]
             ]
         except (KeyError, TypeError):
             continue
         steps.append(LoggedStep(line["step"], groups))
     return steps
+
+
+def _read_answer(answer: dict[str, Any]) -> LoggedAnswer:
+    return LoggedAnswer(**answer | {"turns": [LoggedTurn(**turn) for turn in answer.get("turns", [])]})
 
 
 def _thinned(lines: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -148,6 +177,7 @@ def _shortened(group: LoggedGroup) -> LoggedGroup:
             tokens=plain(answer.tokens),
             finish=answer.finish,
             failures=[_cut(failure, MAX_SHORT_TEXT) for failure in answer.failures[:MAX_FAILURES]],
+            turns=[_shortened_turn(turn) for turn in answer.turns[:MAX_TURNS]],
         )
         for answer in group.answers[:MAX_ANSWERS]
     ]
@@ -160,6 +190,26 @@ def _shortened(group: LoggedGroup) -> LoggedGroup:
         media_left_out=max(len(group.media) - MAX_MEDIA, 0),
         answers_left_out=max(len(group.answers) - MAX_ANSWERS, 0),
     )
+
+
+def _shortened_turn(turn: LoggedTurn) -> LoggedTurn:
+    shown = [url for picture in turn.pictures[:MAX_TURN_PICTURES] if (url := _small(picture)) is not None]
+    return LoggedTurn(turn.by, _cut(turn.text, MAX_TURN_TEXT), shown, len(turn.pictures) - len(shown))
+
+
+def _small(picture: bytes | str) -> str | None:
+    """A small copy of a picture as a data URL; None if it cannot be read."""
+    if isinstance(picture, str):
+        return picture
+    try:
+        with Image.open(io.BytesIO(picture)) as image:
+            small = Image.fromarray(upright_rgb(image).permute(1, 2, 0).numpy())
+    except Exception:  # whatever a decoder raises; that the environment failed is told elsewhere
+        return None
+    small.thumbnail((TURN_PICTURE, TURN_PICTURE))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _middle_frame(named: Any) -> Any:

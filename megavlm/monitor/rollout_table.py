@@ -7,7 +7,7 @@ from PIL import Image
 
 from megavlm.base.errors import UserError
 from megavlm.media.access import MediaAccess
-from megavlm.monitor.rollout_log import LoggedGroup
+from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup
 from megavlm.sources.previews import looks_like_video, media_of, preview
 
 if TYPE_CHECKING:
@@ -34,11 +34,29 @@ def rollout_table(groups: Sequence[LoggedGroup], access: MediaAccess) -> "wandb.
             parts = [_float(answer.parts.get(name)) for name in rewards]
             rows.append(
                 [
-                    *(group.sample, shown, group.question, group.reference, answer.text, _float(answer.reward), *parts),
+                    *(
+                        group.sample,
+                        shown,
+                        group.question,
+                        group.reference,
+                        _told(answer),
+                        _float(answer.reward),
+                        *parts,
+                    ),
                     *(_float(answer.advantage), answer.tokens, answer.finish, "; ".join(answer.failures)),
                 ]
             )
     return wandb.Table(columns=[*columns, "advantage", "tokens", "finish", "failures"], data=rows)
+
+
+def _told(answer: LoggedAnswer) -> str:
+    """The answer or, in several turns, the whole conversation."""
+    parts = [
+        f"[{turn.by}{f', {count} pictures' if (count := len(turn.pictures) + turn.pictures_left_out) else ''}] "
+        f"{turn.text}"
+        for turn in answer.turns
+    ]
+    return "\n".join(parts) or answer.text
 
 
 def _first_picture(group: LoggedGroup, access: MediaAccess) -> Image.Image | None:

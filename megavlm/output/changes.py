@@ -16,6 +16,7 @@ FREE_TO_CHANGE = (
     "log",
     "generate",
     "reward_pool",
+    "environment.workers",
     "rollout.cache_gib",
     "rollout.max_sequences",
     "rollout.log_every",
@@ -55,6 +56,7 @@ CHANGEABLE = (
     "data.train",  # only the blend: weights and epochs of the same sources
     "data.replay",  # the same, and the share
     "reward",
+    "environment",
 )
 _BLEND = re.compile(r"data\.(train|replay)\b.*\.(weight|epochs|share)")
 _LONGEST = 60  # characters of a value in a message

@@ -85,6 +85,7 @@ def _inputs(settings: Settings) -> dict[str, str]:
     named = {f"model.{name}": getattr(settings.model, name) for name in _MODEL}
     named |= {key: source.path for key, source in settings.data.leaves.items()}
     named["align.reference"] = settings.align.reference
+    named["environment"] = settings.environment.file
     named |= {f"reward[{n}]": reward.file or reward.model for n, reward in enumerate(settings.reward)}
     return {key: str(path) for key, path in named.items() if path is not None}
 

@@ -129,8 +129,8 @@ class AnswerQueue:
             thread.join(timeout=10.0)
 
     def texts(self, answered: Answered, *, special: bool = False) -> list[str]:
-        """The texts of the answers."""
-        tokens = [answer.tokens for answer in answered.answers]
+        """The texts of the answers, of several turns that of the last one."""
+        tokens = [answer.last for answer in answered.answers]
         assert self._renderer is not None, "answers arrive on leaders"
         return self._renderer.tokenizer.batch_decode(tokens, skip_special_tokens=not special)
 

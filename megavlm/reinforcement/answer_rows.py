@@ -1,4 +1,8 @@
-"""Packs sampled answers into rows: answers to one prompt stand side by side and share its frames."""
+"""Packs sampled answers into rows: answers to one prompt stand side by side and share its frames.
+
+An answer in several turns that has pictures of its own, which its environment has shown, stands by itself: it shares no
+frames, so those of its prompt are encoded once more for it.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megavlm.data.answers import with_answer
+from megavlm.data.answers import with_answer, with_targets
 from megavlm.data.eval_samples import meaningless_sample
 from megavlm.data.packing import best_fit
 from megavlm.data.renderer import Renderer
@@ -87,19 +91,36 @@ def _units(groups: Sequence[AnswerGroup], renderer: Renderer, *, mask_truncated:
         unit: list[Sample] = []
         used = 0
         for answer, advantage in zip(group.answers, group.advantages, strict=True):
-            length = padded_length(len(group.prompt.input_ids) + len(answer.tokens), renderer.pad_multiple)
+            whole = len(group.prompt.input_ids) + len(answer.tokens)
+            whole = whole if answer.continued is None else len(answer.continued.input_ids)
+            length = padded_length(whole, renderer.pad_multiple)
+            is_target = not (mask_truncated and answer.finish == "length")
+            annotations = Annotations(sampled=_sampled(group, answer, advantage, number))
+            number += 1
+            if answer.continued is not None and len(answer.continued.frame_grids) > len(group.prompt.frame_grids):
+                yield [with_targets(answer.continued, answer.said or [], annotations, is_target=is_target)]
+                continue
             if unit and used + length > renderer.seq_length:
                 yield unit
                 unit, used = [], 0
-            logprobs = torch.tensor(answer.policy_logprobs, dtype=torch.float32)
-            routing = None if group.routing is None or answer.routing is None else (group.routing, answer.routing)
-            sampled = SampledAnswer(advantage=advantage, logprobs=logprobs, number=number, routing=routing)
-            is_target = not (mask_truncated and answer.finish == "length")
-            annotations = Annotations(sampled=sampled)
-            unit.append(
-                with_answer(group.prompt, answer.tokens, annotations, is_target=is_target, shares_media=bool(unit))
-            )
+            how: dict[str, bool] = {"is_target": is_target, "shares_media": bool(unit)}
+            if answer.continued is None:
+                unit.append(with_answer(group.prompt, answer.tokens, annotations, **how))
+            else:
+                unit.append(with_targets(answer.continued, answer.said or [], annotations, **how))
             used += length
-            number += 1
         if unit:
             yield unit
+
+
+def _sampled(group: AnswerGroup, answer: Answer, advantage: float, number: int) -> SampledAnswer:
+    """What is known of an answer. Of several turns, the experts are those of the whole conversation."""
+    said = answer.said or [True] * len(answer.tokens)
+    known = [value for value, is_said in zip(answer.policy_logprobs, said, strict=True) if is_said]
+    routing: tuple[torch.Tensor, ...] | None = None
+    if answer.routing is not None and answer.continued is not None:
+        routing = (answer.routing,)
+    elif answer.routing is not None and group.routing is not None:
+        routing = (group.routing, answer.routing)
+    logprobs = torch.tensor(known, dtype=torch.float32)
+    return SampledAnswer(advantage=advantage, logprobs=logprobs, number=number, routing=routing)

@@ -20,8 +20,11 @@ def add_batch(sums: Sums, batch: Batch, rewards: Sequence[str]) -> None:
         sums["squares"] += sum(reward**2 for reward in known)
         sums["judged"] += len(known)
         sums["failures"] += sum(bool(score.failures) for score in group.scores)
-        sums["tokens"] += sum(len(answer.tokens) for answer in group.answered.answers)
+        sums["tokens"] += sum(answer.num_said for answer in group.answered.answers)
         sums["truncated"] += sum(answer.finish == "length" for answer in group.answered.answers)
+        sums["turns"] += sum(answer.num_turns for answer in group.answered.answers)
+        sums["environment_failures"] += sum(bool(answer.failures) for answer in group.answered.answers)
+        sums["out_of_turns"] += sum(answer.is_out_of_turns for answer in group.answered.answers)
         for name in rewards:
             parts = [part for score in group.scores if (part := score.parts.get(name)) is not None]
             sums[f"part/{name}"] += sum(parts)
@@ -45,7 +48,8 @@ def keys_of(rewards: Sequence[str], sources: Sequence[str]) -> list[str]:
         "skipped",
         "learned",
     ]
-    names += ["staleness", "seconds_rollout", "seconds_sampling", "seconds_reward", "seconds_sync"]
+    names += ["turns", "environment_failures", "out_of_turns", "staleness"]
+    names += ["seconds_rollout", "seconds_sampling", "seconds_reward", "seconds_environment", "seconds_sync"]
     names += [f"{kind}/{name}" for kind in ("part", "parts") for name in rewards]
     return names + [f"{kind}/{name}" for kind in ("used", "newly_read") for name in sources]
 
@@ -72,6 +76,17 @@ def fields_of(sums: Sums, rewards: Sequence[str], data_parallel: int) -> dict[st
         "seconds_reward": sums["seconds_reward"] / data_parallel,
         "seconds_sync": sums["seconds_sync"] / data_parallel,
         "rollout_tokens_per_second": sums["tokens"] / seconds if seconds else None,
+    }
+
+
+def environment_fields(sums: Sums, data_parallel: int) -> dict[str, float | None]:
+    """The fields of a run with an environment from the sums of all ranks."""
+    answers = max(sums["answers"], 1)
+    return {
+        "turns": sums["turns"] / answers,
+        "environment_failures": int(sums["environment_failures"]),
+        "truncated_by_turns": sums["out_of_turns"] / answers,
+        "seconds_environment": sums["seconds_environment"] / data_parallel,
     }
 
 

@@ -16,6 +16,8 @@ from megavlm.config.settings import Settings
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
+from megavlm.environments.messages import Messages
+from megavlm.environments.pool import EnvironmentPool
 from megavlm.reinforcement.divergence import Divergence
 from megavlm.reinforcement.policy_objective import PolicyObjective, PolicyOptions
 from megavlm.reinforcement.policy_step import PolicyStep
@@ -23,7 +25,8 @@ from megavlm.reinforcement.reward_models import RewardModels
 from megavlm.reinforcement.rollouts import Rollouts
 from megavlm.rewards.pool import RewardPool
 from megavlm.rollout.answerer import stop_tokens, vision_tokens
-from megavlm.rollout.engine import Sampling
+from megavlm.rollout.conversations import Conversations
+from megavlm.rollout.engine import Engine, Sampling
 from megavlm.rollout.engines import make_engine
 from megavlm.runtime.session import Session
 from megavlm.training.memory_check import longest_row
@@ -102,7 +105,7 @@ class Policy:
                 )
         given = {"lowest": align.correction_lowest, "highest": align.correction_highest}
         limits = {name: value for name, value in given.items() if value is not None}
-        most = rollout.max_new_tokens
+        most = settings.answer_tokens
         replacements = rollout.replace_flat
         if replacements is None:
             replacements = REPLACEMENTS if loss == "dapo" else 0
@@ -148,10 +151,9 @@ class PolicyMethod:
         renderer, loader, rewards = None, None, None
         if groups.is_leader:
             renderer = Renderer(settings.model.hf, settings.data, settings.pad_multiple)
-            most = settings.rollout.max_new_tokens
             loader = build_loader(
                 settings.data.model_copy(update={"packing": "none"}),
-                Renderer.of_prompts(settings.model.hf, settings.data, most),
+                Renderer.of_prompts(settings.model.hf, settings.data, settings.answer_tokens, settings.answer_setting),
                 "prompt",
                 dp_rank=groups.dp_rank,
                 dp_size=groups.dp_size,
@@ -181,7 +183,7 @@ class PolicyMethod:
             )
             rollouts = Rollouts(
                 session,
-                engine,
+                in_turns(session, engine, renderer),
                 _sampling(session, stops),
                 renderer,
                 loader,
@@ -217,6 +219,25 @@ def _sampling(session: Session, stops: tuple[int, ...]) -> Sampling:
         stop=stops,
         stop_strings=tuple(rollout.stop),
         banned=vision_tokens(session.shapes),
+    )
+
+
+def in_turns(session: Session, engine: Engine, renderer: Renderer | None) -> Engine:
+    """The engine or, with an environment, one that lets answers have several turns. Call it on all ranks."""
+    settings = session.settings.environment
+    if settings.python is None:
+        return engine
+    pool, messages = None, None
+    if renderer is not None:
+        messages = Messages(renderer, settings.role)
+        pool = EnvironmentPool(settings)
+    return Conversations(
+        engine,
+        pool,
+        messages,
+        max_turns=settings.max_turns,
+        max_tokens=session.settings.answer_tokens,
+        group=session.groups.world_host,
     )
 
 

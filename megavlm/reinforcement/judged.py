@@ -1,15 +1,16 @@
 """Prompts with their sampled answers and what these are worth."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from megavlm.config.environment_section import ENVIRONMENT
 from megavlm.data.row import Asked
 from megavlm.monitor.reward_failures import JudgedAnswer
-from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup
+from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup, LoggedTurn
 from megavlm.records.skipped_samples import SkippedSample
 from megavlm.reinforcement.answer_rows import AnswerGroup
-from megavlm.rewards.score import Score
-from megavlm.rollout.engine import Answered
+from megavlm.rewards.score import Score, score
+from megavlm.rollout.engine import Answer, Answered
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ def asked_of(answered: Answered) -> Asked:
     return asked
 
 
+def with_environment(found: Score, answer: Answer, weights: dict[str, float]) -> Score:
+    """A score with the reward of an environment. An answer whose environment failed has no reward at all."""
+    parts = {**found.parts, ENVIRONMENT: answer.reward}
+    failures = [*found.failures, *(f"{ENVIRONMENT}: {cause}" for cause in answer.failures)]
+    known = score(parts, failures, weights)
+    return replace(known, total=None) if answer.failures else known
+
+
 def failures_of(groups: Sequence[Judged]) -> list[JudgedAnswer]:
     """What is recorded of rewards that failed or did not apply."""
     return [
@@ -79,5 +88,8 @@ def logged(group: Judged) -> LoggedGroup:
         group.answered.answers, group.full_texts, group.scores, group.rewards, group.advantages, strict=True
     ):
         shown = None if reward is None else advantage
-        answers.append(LoggedAnswer(text, reward, one.parts, shown, len(answer.tokens), answer.finish, one.failures))
+        turns = [LoggedTurn(turn.by, turn.text, turn.pictures) for turn in answer.turns]
+        answers.append(
+            LoggedAnswer(text, reward, one.parts, shown, answer.num_said, answer.finish, one.failures, turns)
+        )
     return LoggedGroup(group.answered.prompt.sample.source, asked.question, asked.media, asked.reference, answers)

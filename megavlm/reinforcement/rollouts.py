@@ -11,18 +11,20 @@ from megavlm.align.losses import advantages
 from megavlm.align.sampling_checks import too_few_prompts, uncorrected
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
+from megavlm.config.environment_section import ENVIRONMENT
 from megavlm.config.requirements import required
 from megavlm.data.loader import RowLoader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.reinforcement.answer_queue import AnswerQueue, Asked
 from megavlm.reinforcement.answer_rows import AnswerGroup
-from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, fields_of, keys_of
+from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, environment_fields, fields_of, keys_of
 from megavlm.reinforcement.divergence import Divergence
-from megavlm.reinforcement.judged import Batch, Judged
+from megavlm.reinforcement.judged import Batch, Judged, with_environment
 from megavlm.reinforcement.reward_models import RewardModels
 from megavlm.rewards.pool import RewardPool
 from megavlm.rewards.score import Score, overlong_penalty, score
+from megavlm.rollout.conversations import Conversations
 from megavlm.rollout.engine import Answered, Engine, Sampling
 from megavlm.runtime.session import Session
 from megavlm.training.step import raise_everywhere
@@ -62,13 +64,17 @@ class Rollouts:
         advantage: tuple[str, dict[str, float]],
         replacements: int,
     ):
-        self._session, self._sampling, self._loader, self._rewards = session, sampling, loader, rewards
+        self._session, self._engine, self._sampling = session, engine, sampling
+        self._loader, self._rewards = loader, rewards
         self._queue = AnswerQueue(session, engine, sampling, renderer, loader, rows, rewards)
         self._collected = time.perf_counter()  # when the last batch was complete
         self._scores: dict[Hashable, list[Score]] = {}  # of answers that were not yet taken, by the prompt's number
         self._advantage, self._replacements = advantage, replacements
         self._models, self._divergence = models, divergence
         self._weights = {reward.key: reward.weight for reward in session.settings.reward}
+        self._speaks = session.settings.environment.python is not None
+        if self._speaks:
+            self._weights[ENVIRONMENT] = session.settings.environment.weight
         self._names = session.settings.data.source_names
 
     def collect(self) -> Batch:
@@ -154,6 +160,8 @@ class Rollouts:
                 scores[number] = _with_models(
                     one, {name: values[first + number] for name, values in of_models.items()}, self._weights
                 )
+                if self._speaks:
+                    scores[number] = with_environment(scores[number], group.answers[number], self._weights)
                 if self._divergence is not None:
                     scores[number] = _with_kl(scores[number], divergences[first + number], self._divergence.weight)
             judged.append(self._judge(group, scores))
@@ -176,9 +184,13 @@ class Rollouts:
         """Fills ``fields`` and ``counts`` with sums over all ranks."""
         rewards = [*self._weights, *([KL] if self._divergence is not None else [])]
         add_batch(sums, batch, rewards)
+        if isinstance(self._engine, Conversations):
+            sums["seconds_environment"] += self._engine.take_seconds()
         is_leader = self._loader is not None
         found = self._sum({key: sums[key] if is_leader else 0.0 for key in keys_of(rewards, self._names)})
         batch.fields = fields_of(found, rewards, self._session.groups.dp_size)
+        if self._speaks:
+            batch.fields |= environment_fields(found, self._session.groups.dp_size)
         batch.counts = counts_of(found)
 
     def _sum(self, values: dict[str, float]) -> Sums:

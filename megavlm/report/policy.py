@@ -36,6 +36,13 @@ def policy_charts(lines: Sequence[dict[str, Any]]) -> list[tuple[str, list[Marku
         curve(name, f"seconds_{name}", color)
         for name, color in (("rollout", "loss"), ("reward", "lr"), ("update", "language"), ("sync", "soft"))
     ]
+    turns = []
+    if any("turns" in line for line in lines):
+        turns = [
+            chart("Turns", steps, [curve("turns", "turns", "vision")], from_zero=True, note="mean of the model's"),
+            share("Ended by environment.max_turns, %", "truncated_by_turns", "projector", ""),
+        ]
+        seconds.append(curve("environment", "seconds_environment", "vision"))
     return [
         (
             "Rewards",
@@ -65,6 +72,7 @@ def policy_charts(lines: Sequence[dict[str, Any]]) -> list[tuple[str, list[Marku
             [
                 chart("Length", steps, [curve("tokens", "answer_tokens", "loss")], from_zero=True, note="mean tokens"),
                 share("Cut off, %", "truncated_share", "projector", "longer than rollout.max_new_tokens"),
+                *turns,
             ],
         ),
         (

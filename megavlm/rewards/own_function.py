@@ -12,8 +12,13 @@ from megavlm.base.errors import UserError
 from megavlm.base.quoting import shortened
 
 
-def load_function(file: str, function: str) -> Callable[..., Any]:
+def load_function(file: str, function: str, kind: str = "function") -> Callable[..., Any]:
     """Runs a Python file once and returns a function of it, which may be async. The file can import its neighbours.
+
+    Args:
+        file: its path.
+        function: the name of the function; anything that can be called, such as a class, will do.
+        kind: what it is called in messages.
 
     Raises:
         UserError: the file cannot be run, or has no such function. The message names the file, the line and the cause.
@@ -35,9 +40,11 @@ def load_function(file: str, function: str) -> Callable[..., Any]:
         raise _unusable(file, path, error) from None
     found = getattr(module, function, None)
     if not callable(found):
-        known = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        what = "has no function" if found is None else "has something that is no function as"
-        raise UserError(f"{file} {what} {function}", f"its functions: {', '.join(known) or 'none'}")
+        is_known = inspect.isfunction if kind == "function" else callable
+        known = [name for name, value in vars(module).items() if is_known(value) and not name.startswith("_")]
+        what = f"has no {kind}" if found is None else f"has something that is no {kind} as"
+        remedy = "its functions" if kind == "function" else "what can be called in it"
+        raise UserError(f"{file} {what} {function}", f"{remedy}: {', '.join(known) or 'none'}")
     return found
 
 

@@ -18,7 +18,7 @@ from megavlm.config.reward_section import RewardSettings
 
 # A fork of the trainer would hold copies of its memory, and multiprocessing's "spawn" would import its main module.
 _CODE = (
-    "import json, sys; sys.path = json.loads(sys.argv[3]); from megavlm.rewards.worker import main; "
+    "import json, sys; sys.path = json.loads(sys.argv[3]); from {} import main; "
     "main(int(sys.argv[1]), int(sys.argv[2]))"
 )
 _STUCK = 10.0  # seconds after which a message that is cut off, or cannot be sent, counts as a dead worker
@@ -34,21 +34,7 @@ class WorkerProcess:
     """
 
     def __init__(self, rewards: Sequence[RewardSettings]):
-        ours, theirs = socket.socketpair()
-        for side in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            ours.setsockopt(socket.SOL_SOCKET, side, struct.pack("ll", int(_STUCK), 0))
-        with theirs:
-            arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(sys.path)]
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, *arguments],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                process_group=0,  # so that what a reward starts is killed with it
-            )
-        self.pidfd = os.pidfd_open(self._process.pid)
-        self.connection = Connection(ours.detach())
-        self.started, self.is_ready = time.monotonic(), False
-        loaded = [
+        self._start("megavlm.rewards.worker", [
             {
                 "name": reward.name,
                 "options": reward.options,
@@ -56,8 +42,25 @@ class WorkerProcess:
                 "function": reward.function,
             }
             for reward in rewards
-        ]
-        self.connection.send_bytes(json.dumps(loaded).encode())
+        ])  # fmt: skip
+
+    def _start(self, module: str, first: Any) -> None:
+        """Starts the process, which runs ``main`` of a module and gets the first message as JSON."""
+        ours, theirs = socket.socketpair()
+        for side in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, side, struct.pack("ll", int(_STUCK), 0))
+        with theirs:
+            arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(sys.path)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _CODE.format(module), *arguments],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                process_group=0,  # so that what a reward starts is killed with it
+            )
+        self.pidfd = os.pidfd_open(self._process.pid)
+        self.connection = Connection(ours.detach())
+        self.started, self.is_ready = time.monotonic(), False
+        self.connection.send_bytes(json.dumps(first).encode())
 
     @property
     def pid(self) -> int:

@@ -47,6 +47,21 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What one of the two has said in a conversation, for readers.
+
+    Attributes:
+        by: who has said it.
+        text: what was said; of the model with special tokens.
+        pictures: the bytes of picture files.
+    """
+
+    by: Literal["model", "environment"]
+    text: str
+    pictures: tuple[bytes, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
 class Answer:
     """A sampled answer of n tokens. Of each token there are three log-probabilities in nats, which differ as follows.
 
@@ -60,6 +75,19 @@ class Answer:
         finish: "stop", or "length" if max_new_tokens has cut the answer off.
         routing: which experts each token went to, see ``megavlm.runtime.routing`` (not known of the last one, which the
             model has not read); None: the engine was not asked to record it.
+
+    Of an answer in several turns (``megavlm.rollout.conversations``), the tokens are all that followed the prompt, the
+    environment's among them, whose log-probabilities are 0. ``finish`` is that of the last turn, or "length" if there
+    was no room for a further one, and ``routing`` is that of all tokens of ``continued``. It also has:
+
+    Attributes:
+        said: of each token, whether the model has said it; None: all.
+        continued: the whole conversation with its pictures, without targets; it ends with ``tokens``. If the environment
+            has spoken first, its message is among them and takes the place of the end of the prompt.
+        reward: the sum of the rewards that the environment has given; None if it failed, or if there is none.
+        failures: why the environment failed.
+        turns: what was said, in order; () without an environment.
+        is_out_of_turns: whether it ended only because the model may not have a further turn.
     """
 
     tokens: list[int]
@@ -68,6 +96,31 @@ class Answer:
     sampled_logprobs: list[float] = field(repr=False)
     finish: Literal["stop", "length"]
     routing: Tensor | None = field(default=None, repr=False, compare=False)
+    said: list[bool] | None = field(default=None, repr=False)
+    continued: Sample | None = field(default=None, repr=False, compare=False)
+    reward: float | None = None
+    failures: tuple[str, ...] = ()
+    turns: tuple[Turn, ...] = field(default=(), repr=False)
+    is_out_of_turns: bool = False
+
+    @property
+    def num_said(self) -> int:
+        """The number of tokens that the model has said."""
+        return len(self.tokens) if self.said is None else sum(self.said)
+
+    @property
+    def num_turns(self) -> int:
+        """The number of turns of the model."""
+        return sum(turn.by == "model" for turn in self.turns) if self.said is not None else 1
+
+    @property
+    def last(self) -> list[int]:
+        """The tokens of the model's last turn, which rewards judge."""
+        if self.said is None:
+            return self.tokens
+        end = next((n for n in range(len(self.said), 0, -1) if self.said[n - 1]), 0)
+        start = next((n for n in range(end, 0, -1) if not self.said[n - 1]), 0)
+        return self.tokens[start:end]
 
 
 @dataclass(frozen=True)
@@ -80,19 +133,12 @@ class Answered:
 
 
 class Engine(Protocol):
-    """Samples answers with the weights of the model that is trained.
-
-    Attributes:
-        samples_apart: whether ``generate`` works on leaders alone, without any collective, and may run in a thread
-            while the model learns, also while ``sync`` is called. What it raises, it then raises on that rank alone.
-    """
-
-    samples_apart: bool
+    """Samples answers with the weights of the model that is trained."""
 
     @property
     def samples_apart(self) -> bool:
-        """Whether ``generate`` is called on leaders alone, communicates with no other rank of the trainer, and may run
-        in several threads while the model learns."""
+        """Whether ``generate`` works on leaders alone, without any collective, and may run in threads, also in several
+        at once, while the model learns or ``sync`` is called. What it raises, it then raises on that rank alone."""
 
     def generate(self, prompts: Iterator[Prompt] | None, sampling: Sampling) -> Iterator[Answered]:
         """Answers prompts. Call it on all ranks, and iterate to the end on all ranks.

@@ -210,9 +210,7 @@ def test_weights_arrive_while_answers_are_sampled(partial, served, prompts, samp
     served.sync()
     thread.join()
     assert sorted(found) == list(range(20))
-    assert tokens_of(found) == tokens_of(
-        undisturbed
-    )  # the weights were the same: so are answers that go on
+    assert tokens_of(found) == tokens_of(undisturbed)  # the weights were the same: so are answers that go on
 
 
 def test_a_killed_server_costs_nothing_but_time(served, prompts, sampling):
