@@ -9,7 +9,7 @@ from megavlm.config.section import Bool, Float, Int, Section, Str
 
 
 class RolloutSettings(Section):
-    """How answers are sampled in reinforcement learning (grpo)."""
+    """How answers are sampled in reinforcement learning (grpo and ppo)."""
 
     engine: Literal["megatron"] = Field(
         "megatron", description="what samples the answers. megatron: the weights that are trained, in their own layout"
@@ -17,7 +17,12 @@ class RolloutSettings(Section):
     prompts: Int | None = Field(
         None, ge=1, description="number of prompts in a step, over all ranks; each gets group_size answers"
     )
-    group_size: Int = Field(16, ge=2, description="number of answers to each prompt, which are compared to each other")
+    group_size: Int | None = Field(
+        None,
+        ge=1,
+        description="number of answers to each prompt. grpo compares them to each other and needs at least 2. null: 16 "
+        "for grpo, 1 for ppo",
+    )
     max_new_tokens: Int = Field(
         1024,
         ge=1,

@@ -19,7 +19,7 @@ FREE_TO_CHANGE = (
     "rollout.cache_gib",
     "rollout.max_sequences",
     "rollout.log_every",
-    "align.offload_reference",
+    "align.offload",
     "output",
     "overwrite",
     "data.eval",
@@ -54,6 +54,8 @@ CHANGEABLE = (
     "train.clip_grad",
     "data.train",  # only the blend: weights and epochs of the same sources
     "data.replay",  # the same, and the share
+    "align.critic.lr",
+    "align.critic.warmup_steps",
     "reward",
 )
 _BLEND = re.compile(r"data\.(train|replay)\b.*\.(weight|epochs|share)")

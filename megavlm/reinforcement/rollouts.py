@@ -20,6 +20,7 @@ from megavlm.reinforcement.answer_rows import AnswerGroup
 from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, fields_of, keys_of
 from megavlm.reinforcement.divergence import Divergence
 from megavlm.reinforcement.judged import Batch, Judged, asked_of
+from megavlm.reinforcement.policy import GAE
 from megavlm.reinforcement.reward_models import RewardModels
 from megavlm.rewards.pool import RewardPool
 from megavlm.rewards.score import Score, columns_of, overlong_penalty, score
@@ -127,7 +128,8 @@ class Rollouts:
                 sums[f"newly_read/{name}"] += new
             for source in (row.source_ids[0], *(skipped.source_id for skipped in row.skipped_samples)):
                 sums[f"used/{self._names[source]}"] += 1
-            seeds = tuple(mixed_seed(settings.train.seed, number, n) for n in range(settings.rollout.group_size))
+            size = required(settings.rollout.group_size, "rollout.group_size")  # see ``with_group_size``
+            seeds = tuple(mixed_seed(settings.train.seed, number, n) for n in range(size))
             prompt = Prompt(first_sample(row), seeds)
             places[id(prompt)] = place
             yield prompt
@@ -192,8 +194,10 @@ class Rollouts:
             rewards.append(None if found.total is None else found.total + late)
         known = torch.tensor([float("nan") if r is None else r for r in rewards], dtype=torch.float64)
         name, options = self._advantage
-        of_answers = advantages(name, known, len(rewards), **options)
-        return Judged(answered, self._texts(answered, special=True), scores, rewards, of_answers.tolist())
+        of_tokens = name == GAE
+        of_answers = known.nan_to_num() if of_tokens else advantages(name, known, len(rewards), **options)
+        texts = self._texts(answered, special=True)
+        return Judged(answered, texts, scores, rewards, of_answers.tolist(), of_tokens)
 
     def _count(self, batch: Batch, sums: Sums) -> None:
         """Fills ``fields`` and ``counts`` with sums over all ranks."""
