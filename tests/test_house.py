@@ -84,6 +84,8 @@ MAY_IMPORT = {
         "runtime",
         "monitor",
         "checkpoint",
+        "optim",
+        "adapters",
         "data",
         "records",
         "model",

@@ -4,7 +4,6 @@ from megavlm.base.errors import UserError
 from megavlm.config.sections import RANDOM
 from megavlm.config.settings import Settings
 
-
 GROUP_SIZES = {"grpo": 16, "ppo": 1}
 """By method, the number of answers to each prompt if ``rollout.group_size`` is null."""
 

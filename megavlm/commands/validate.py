@@ -200,7 +200,8 @@ def _adapter(settings: Settings, shapes: Shapes) -> str:
 def _summary(held: "Held", sampled: Settings | None) -> Iterator[Table | str]:
     """The number of parameters and bytes on a rank. ``sampled``: the settings if the verb samples answers."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in (f"rank {held.rank}", "parameters", "trainable"):
+    rank = f"rank {held.rank}" + (f", {held.model}" if held.model != "model" else "")
+    for name in (rank, "parameters", "trainable"):
         table.add_column(name, justify="left" if name.startswith("rank") else "right")
     for part, count in held.parameters.items():
         table.add_row(part, f"{count:,}", f"{held.learning[part]:,}")
@@ -209,7 +210,7 @@ def _summary(held: "Held", sampled: Settings | None) -> Iterator[Table | str]:
     listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
     others = "activations"
     if sampled is not None:
-        others += f", {sampled.rollout.cache_gib:g} for keys and values (rollout.cache_gib), and a reference model"
+        others += f", {sampled.rollout.cache_gib:g} for keys and values (rollout.cache_gib), and models that only judge"
     yield f"GiB: {listed} = {sum(sizes.values()) / 2**30:.2f}, without {others}"
     if held.reached is None:
         yield (

@@ -132,7 +132,8 @@ class AlignSettings(Section):
     updates: Int = Field(
         1,
         ge=1,
-        description="only for grpo and ppo: how often each step learns from its answers; above 1 they become off-policy",
+        description="only for grpo and ppo: how often each step learns from its answers; above 1, they become "
+        "off-policy",
     )
     mini_batches: Int = Field(
         1,

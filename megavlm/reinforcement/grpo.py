@@ -25,11 +25,12 @@ from megavlm.rollout.builtin import BuiltinEngine
 from megavlm.rollout.engine import Sampling
 from megavlm.runtime.session import Session
 from megavlm.training.memory_check import longest_row
-from megavlm.training.method import Prepared
+from megavlm.training.method import OneModel, Prepared
 from megavlm.training.start_weights import StartWeights
 from megavlm.training.step import Step
 
-class PolicyMethod:
+
+class PolicyMethod(OneModel):
     """A training method (see ``training.method.Method``) that learns from answers that the model samples itself."""
 
     scores = False

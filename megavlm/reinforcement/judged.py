@@ -28,7 +28,7 @@ class Judged:
 
     @property
     def is_flat(self) -> bool:
-        """Whether all rewards of the group are equal or unknown, so that a comparison of its answers teaches nothing."""
+        """Whether all rewards of the group are equal or unknown, so that comparing them teaches nothing."""
         return len({reward for reward in self.rewards if reward is not None}) < 2
 
     @property

@@ -3,7 +3,7 @@
 from megavlm.align.preference_method import check_reference
 from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
-from megavlm.reinforcement.critic import CRITIC, add_critic
+from megavlm.reinforcement.critic import CRITIC, add_critic, bare_critic
 from megavlm.reinforcement.grpo import PolicyMethod
 from megavlm.reinforcement.policy import Policy
 from megavlm.reinforcement.policy_objective import PolicyObjective
@@ -20,6 +20,9 @@ class PpoMethod(PolicyMethod):
     """A training method (see ``training.method.Method``) in which a critic learns beside the policy."""
 
     verb = "ppo"
+
+    def bare_others(self, session: Session) -> dict[str, Step]:
+        return {CRITIC: bare_critic(session)}
 
     def _others(self, session: Session) -> dict[str, Step]:
         self._critic = add_critic(session)

@@ -73,7 +73,7 @@ class PpoStep(PolicyStep):
         for_critic = [StepRows(rows.hosts, list(rows.full), encoded=[]) for rows in parts]
         began = time.perf_counter()
         known = [self._known(rows) for rows in parts]
-        with chosen_anew():
+        with self._critic.awake(), chosen_anew():
             found = [self._advantages(rows, of_rows) for rows, of_rows in zip(for_critic, known, strict=True)]
             sums = totals([row for rows in found for row in rows])
             batch.fields["seconds_values"] = time.perf_counter() - began
@@ -82,7 +82,9 @@ class PpoStep(PolicyStep):
         batch.fields["seconds_critic"] = time.perf_counter() - began
         batch.fields |= fields_of(sums.tolist(), has_kl=self._options.kl > 0)
         batch.fields |= _fields_of_critic(of_critic)
-        advantages = [[whitened(row, sums) if self._options.whiten else row.advantages for row in rows] for rows in found]
+        advantages = [
+            [whitened(row, sums) if self._options.whiten else row.advantages for row in rows] for rows in found
+        ]
         results = []
         for number, critic in enumerate(of_critic):
             at = number % len(parts)
@@ -132,7 +134,12 @@ class PpoStep(PolicyStep):
         trouble = None if critic.trouble is None else f"of the critic, {critic.trouble}"
         names = (*self._objective.sum_names, *self._objective.max_names)
         return replace(
-            critic, loss=0.0, lr=0.0, norms=dict.fromkeys(critic.norms, 0.0), fields=dict.fromkeys(names), trouble=trouble
+            critic,
+            loss=0.0,
+            lr=0.0,
+            norms=dict.fromkeys(critic.norms, 0.0),
+            fields=dict.fromkeys(names),
+            trouble=trouble,
         )
 
 

@@ -52,10 +52,13 @@ def check_memory(steps: Sequence[Step], longest_row: Callable[[], Row] | None, s
     with _same_random_numbers():
         try:
             rows = [longest_row()] * num_rows if longest_row is not None else None
-            reserved = [_optimizer_state_to_come(one) for one in steps]
+            # A model that waits in host memory takes none on the device while the others learn.
+            reserved = [_optimizer_state_to_come(one) for one in steps if one.awake is contextlib.nullcontext]
             for one in steps:
-                with _unfrozen(one):
+                with one.awake(), _unfrozen(one):
+                    own = _optimizer_state_to_come(one) if one.awake is not contextlib.nullcontext else None
                     one.gradients(one.rows(Feed(one.vlm, iter(rows) if rows is not None else None), num_rows))
+                    del own
             peak = _largest(memory_gib(), step)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -63,7 +66,8 @@ def check_memory(steps: Sequence[Step], longest_row: Callable[[], Row] | None, s
             raise _too_large(error, settings) from None
     del reserved
     for one in steps:
-        one.optimizers.zero_grad()
+        with one.awake():
+            one.optimizers.zero_grad()
     reset_memory()
     if rows is None:
         return ""  # only rank 0 prints the message, and it is a leader

@@ -74,6 +74,12 @@ class Method(Protocol):
     def bare_objective(self, session: Session) -> Objective:
         """Returns the objective without anything that is computed from weights or data beforehand, for a dry run."""
 
+    def bare_others(self, session: Session) -> Mapping[str, Step]:
+        """Adds the further models that are trained to the session, without weights, for a dry run.
+
+        Returns what updates them, by name.
+        """
+
     def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
         """Prepares the method. It is called on all ranks before the optimizers are built and a checkpoint is restored.
 
@@ -83,6 +89,13 @@ class Method(Protocol):
             session: the session of the run.
             heartbeat: the method calls it after each sign of progress with a short description of what was done.
         """
+
+
+class OneModel:
+    """A base class of methods that train the main model alone."""
+
+    def bare_others(self, session: Session) -> Mapping[str, Step]:
+        return {}
 
 
 @dataclass(frozen=True)

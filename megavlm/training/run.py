@@ -87,7 +87,10 @@ class Run:
 
     def weights_failure(self) -> RunFailure | None:
         """See ``skipped_steps.weights_failure``; of all models that are trained."""
-        found = [weights_failure(step.vlm) for step in (self.step, *self.others.values())]
+        found = []
+        for step in (self.step, *self.others.values()):
+            with step.awake():
+                found.append(weights_failure(step.vlm))
         return next(filter(None, found), None)
 
     def close(self) -> None:
@@ -138,7 +141,7 @@ def build_run(
     optimizers = Optimizers(session.vlm, settings.train, prepared.updates)
     trained = {MAIN: TrainedModel(session.vlm, optimizers, session.adapters)}
     for name, other in prepared.others.items():
-        trained[name] = TrainedModel(other.vlm, other.optimizers, session.models[name].adapters)
+        trained[name] = TrainedModel(other.vlm, other.optimizers, session.models[name].adapters, other.awake)
     source = HeldRows(prepared.rows) if prepared.rows is not None else None
     checkpoints = Checkpoints(output / "checkpoints", trained, source, settings, origin)
     first_step = checkpoints.restore(checkpoint) if checkpoint else 0

@@ -7,6 +7,7 @@ import forked_command
 import pytest
 import torch
 from killing import Commands, Kill
+from parity import settings_of
 from test_kill import is_continued, metrics_of, same_bits
 from test_preference import pairs_of
 from toy import toy_records, write_records
@@ -72,12 +73,12 @@ def weights_in(output: Path, step: int, prefix: str = "") -> dict[str, torch.Ten
 
 
 def test_both_models_go_on_with_the_same_bits(ppo, reward_model, toys, tmp_path):
-    """Stopped after a step in which the critic alone learned, from a reward model, which also judges."""
+    """Of the three steps, the critic learns alone in the first. It starts from a reward model, which also judges."""
     reward = f"reward=[{{model: {reward_model()}, label: taste}}]"
     overrides = [reward, f"align.critic.load={reward_model()}", "align.offload=[reference,reward,critic]"]
     straight, halted = tmp_path / "straight", tmp_path / "halted"
     done(ppo(straight, [*overrides, "train.steps=3", "checkpoint.every=1", "checkpoint.keep=3"]))
-    for steps in (1, 3):
+    for steps in (2, 3):
         done(ppo(halted, [*overrides, f"train.steps={steps}", "train.memory_check=true"]))
     assert metrics_of(halted) == metrics_of(straight)
     final = "checkpoints/step_00000003"
@@ -97,6 +98,68 @@ def test_both_models_go_on_with_the_same_bits(ppo, reward_model, toys, tmp_path)
         assert {"returns", "explained_variance", "value_clip_share", "kl", "seconds_critic"} <= line.keys()
     assert lines[1]["critic_lr"] == pytest.approx(1e-3)
     assert lines[2]["kl"] != 0
+
+
+def test_with_adapters_one_base_serves_all_models(ppo, reward_model, tmp_path):
+    """The reward model is an adapter, too, and the critic starts from it. No base weights are saved."""
+    rm = reward_model(adapter=True)
+    models = [f"reward=[{{model: {rm}, label: taste}}]", f"align.critic.load={rm}", "align.critic.alone_steps=0"]
+    overrides = [*models, "adapter.type=lora", "adapter.rank=3"]
+    straight, halted = tmp_path / "straight", tmp_path / "halted"
+    done(ppo(straight, [*overrides, "train.steps=3"]))
+    for steps in (2, 3):
+        done(ppo(halted, [*overrides, f"train.steps={steps}", "align.offload=[reference,critic,reward]"]))
+    assert metrics_of(halted) == metrics_of(straight)
+    final = "checkpoints/step_00000003"
+    stored, other = McoreCheckpoint(straight / final), McoreCheckpoint(halted / final)
+    assert all(torch.equal(stored.read(key), other.read(key)) for key in stored.tensors)
+    weights = {key for key in stored.tensors if "optimizer." not in key}
+    assert {key.removeprefix("critic.").partition(".")[0] for key in weights} == {"adapter", "language"}
+    assert {key for key in weights if "language." in key and "adapter." not in key} == {
+        "critic.language.score_head.weight"
+    }
+    # the same reward model beside a policy of which all weights learn, and which therefore cannot share them
+    whole = tmp_path / "whole"
+    done(ppo(whole, [*models, "train.steps=1"]))
+    lines, others = read_metrics(straight), read_metrics(whole)
+    assert others[0]["reward/taste"] == pytest.approx(lines[0]["reward/taste"], rel=1e-5)
+    assert others[0]["value_loss"] == pytest.approx(lines[0]["value_loss"], rel=1e-5)
+    done(["export", ppo(straight)[1], f"output={straight}", "--adapter", "--out", str(tmp_path / "adapter")])
+
+
+def shared_storage(settings: dict, rm: str) -> dict[str, float]:
+    """Runs on every rank: the share of each further model's weights that have the storage of the policy's."""
+    from megavlm.config.settings import Settings
+    from megavlm.reinforcement.critic import add_critic
+    from megavlm.reinforcement.reward_models import RewardModels
+    from megavlm.runtime.parking import own_weights
+    from megavlm.runtime.session import start
+
+    settings = Settings(**settings)
+    session = start(settings, training=True)
+    RewardModels(session, settings.reward, None)
+    add_critic(session)
+    total = sum(p.numel() for p in session.vlm.language[0].parameters())
+    return {
+        name: 1 - sum(p.numel() for p in own_weights(model.vlm, [session.vlm])) / total
+        for name, model in session.models.items()
+        if model.vlm is not session.vlm
+    }
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_the_base_weights_are_in_memory_once(quantize, reward_model, toys, world1):
+    rm = str(reward_model(adapter=True))
+    settings = settings_of(toys.folder("dense"), {}, seq_length=256, optimizer="adam")
+    settings["model"] |= {"load": str(toys.checkpoint("dense"))}
+    settings |= {
+        "adapter": {"type": "lora", "rank": 4, "quantize": quantize},
+        "reward": [{"model": rm, "label": "taste"}],
+    }
+    settings["align"] = {"critic": {"load": rm}}
+    (shares,) = world1.run(shared_storage, settings, rm)
+    assert shares.keys() == {"critic", "reward/taste"}
+    assert all(share > 0.9 for share in shares.values()), shares
 
 
 @pytest.mark.slow

@@ -37,9 +37,7 @@ BAD_FOR_GRPO = {
 }
 
 
-@pytest.mark.parametrize(
-    ("verb", "case"), [("ppo", case) for case in BAD] + [("grpo", case) for case in BAD_FOR_GRPO]
-)
+@pytest.mark.parametrize(("verb", "case"), [("ppo", case) for case in BAD] + [("grpo", case) for case in BAD_FOR_GRPO])
 def test_settings_without_effect_or_sense_are_refused(verb, case):
     sections, words = (BAD if verb == "ppo" else BAD_FOR_GRPO)[case]
     with pytest.raises(UserError) as caught:
