@@ -53,7 +53,7 @@ def reward_model(toys, tmp_path_factory):
     def make(adapter: bool = False) -> Path:
         if adapter not in made:
             made[adapter] = folder / f"rm-{adapter}"
-            overrides = ["adapter.type=lora", "adapter.rank=4"] if adapter else []
+            overrides = ["adapter.type=lora", "adapter.rank=4", "model.freeze=[vision,projector]"] if adapter else []
             done(["rm", str(folder / "rm.yaml"), f"output={made[adapter]}", *overrides])
         return made[adapter]
 
@@ -104,6 +104,7 @@ def test_with_adapters_one_base_serves_all_models(ppo, reward_model, tmp_path):
     """The reward model is an adapter, too, and the critic starts from it. No base weights are saved."""
     rm = reward_model(adapter=True)
     models = [f"reward=[{{model: {rm}, label: taste}}]", f"align.critic.load={rm}", "align.critic.alone_steps=0"]
+    models += ["model.freeze=[vision,projector]"]
     overrides = [*models, "adapter.type=lora", "adapter.rank=3"]
     straight, halted = tmp_path / "straight", tmp_path / "halted"
     done(ppo(straight, [*overrides, "train.steps=3"]))
@@ -127,9 +128,10 @@ def test_with_adapters_one_base_serves_all_models(ppo, reward_model, tmp_path):
     done(["export", ppo(straight)[1], f"output={straight}", "--adapter", "--out", str(tmp_path / "adapter")])
 
 
-def shared_storage(settings: dict, rm: str) -> dict[str, float]:
-    """Runs on every rank: the share of each further model's weights that have the storage of the policy's."""
+def own_parameters(settings: dict) -> dict[str, set[str]]:
+    """Runs on every rank: of each further model, the parameters that have another storage than the policy's."""
     from megavlm.config.settings import Settings
+    from megavlm.model.vlm import PARTS
     from megavlm.reinforcement.critic import add_critic
     from megavlm.reinforcement.reward_models import RewardModels
     from megavlm.runtime.parking import own_weights
@@ -139,27 +141,25 @@ def shared_storage(settings: dict, rm: str) -> dict[str, float]:
     session = start(settings, training=True)
     RewardModels(session, settings.reward, None)
     add_critic(session)
-    total = sum(p.numel() for p in session.vlm.language[0].parameters())
-    return {
-        name: 1 - sum(p.numel() for p in own_weights(model.vlm, [session.vlm])) / total
-        for name, model in session.models.items()
-        if model.vlm is not session.vlm
-    }
+    found = {}
+    for model in ("critic", "reward/taste"):
+        vlm = session.models[model].vlm
+        own = {id(weight) for weight in own_weights(vlm, [session.vlm])}
+        modules = [module for part in PARTS for module in vlm.modules_of(part)]
+        named = [pair for module in modules for pair in module.named_parameters()]
+        found[model] = {name.partition(".")[0] for name, weight in named if id(weight) in own}
+    return found
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_the_base_weights_are_in_memory_once(quantize, reward_model, toys, world1):
-    rm = str(reward_model(adapter=True))
-    settings = settings_of(toys.folder("dense"), {}, seq_length=256, optimizer="adam")
-    settings["model"] |= {"load": str(toys.checkpoint("dense"))}
-    settings |= {
-        "adapter": {"type": "lora", "rank": 4, "quantize": quantize},
-        "reward": [{"model": rm, "label": "taste"}],
-    }
-    settings["align"] = {"critic": {"load": rm}}
-    (shares,) = world1.run(shared_storage, settings, rm)
-    assert shares.keys() == {"critic", "reward/taste"}
-    assert all(share > 0.9 for share in shares.values()), shares
+    settings = settings_of(toys.folder("dense"), {}, seq_length=256, optimizer="adam", freeze=("vision", "projector"))
+    settings["model"]["load"] = str(toys.checkpoint("dense"))
+    settings["adapter"] = {"type": "lora", "rank": 4, "quantize": quantize}
+    settings["reward"] = [{"model": str(reward_model(adapter=True)), "label": "taste"}]
+    settings["align"] = {"critic": {"load": str(reward_model(adapter=True))}}
+    (found,) = world1.run(own_parameters, settings)
+    assert found == {"critic": {"adapters", "score_head"}, "reward/taste": {"adapters", "score_head"}}
 
 
 @pytest.mark.slow
