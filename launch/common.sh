@@ -11,7 +11,7 @@
 # system that all nodes share. SLURM reads account and partition from SBATCH_ACCOUNT and SBATCH_PARTITION.
 #
 #   MEGAVLM_MODEL    the file of configs/models/*.yaml to use             (default: 8b)
-#   MEGAVLM_TUNER    full, or lora for adapters in sft, rm, dpo, kto, grpo (default: full)
+#   MEGAVLM_TUNER    full, or lora for adapters in sft, rm, dpo, kto, grpo, ppo (default: full)
 #   MEGAVLM_MODELS   folder of the Hugging Face folders 2b, 8b, …         (default: configs/models, without weights)
 #   MEGAVLM_DATA     folder of the training files                         (default: data)
 #   MEGAVLM_RUNS     folder for the runs: RUNS/MODEL/stage1/…             (default: runs)
@@ -58,7 +58,7 @@ config_of_tuner() {
   if [[ ${MEGAVLM_TUNER:-full} != full ]]; then
     config=${1%.yaml}-$MEGAVLM_TUNER.yaml
     if [[ ! -f $config ]]; then
-      echo "MEGAVLM_TUNER is $MEGAVLM_TUNER, but $config does not exist; lora is available for sft, rm, dpo, kto and grpo" >&2
+      echo "MEGAVLM_TUNER is $MEGAVLM_TUNER, but $config does not exist; lora is available for sft, rm, dpo, kto, grpo and ppo" >&2
       return 2
     fi
   fi

@@ -86,6 +86,8 @@ MAY_IMPORT = {
         "runtime",
         "monitor",
         "checkpoint",
+        "optim",
+        "adapters",
         "data",
         "records",
         "model",

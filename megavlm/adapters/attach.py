@@ -89,7 +89,7 @@ class Adapters:
         first, so that the initial values are computed from the quantized weights.
         """
         if self.settings.quantize:
-            for linear in self.linears:
+            for linear in (one for one in self.linears if getattr(one, "nf4", None) is None):
                 quantize(linear, double=self.settings.quantize == "nf4_double")
         for adapter in self.adapters:
             adapter.begin(source.read if source is not None else None, seed)

@@ -4,6 +4,7 @@ Weights are dequantized before each product, which is computed in the precision 
 """
 
 import logging
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, cast
 
@@ -51,11 +52,21 @@ def nbytes_of(numel: int, *, double: bool) -> int:
 
 def quantize(linear: nn.Module, *, double: bool) -> None:
     """Replaces the weight of a frozen linear layer by ``linear.nf4``. Forward and backward each dequantize it again."""
-    quantized = Nf4(cast(Tensor, linear.weight), double=double)
+    _replace(linear, Nf4(cast(Tensor, linear.weight), double=double))
+    beat("quantizing a layer")
+
+
+def share_quantized(linears: Sequence[nn.Module], others: Sequence[nn.Module]) -> None:
+    """Gives each of ``linears`` the quantized weight of the same layer of another model, if that is quantized."""
+    for linear, other in zip(linears, others, strict=True):
+        if (quantized := getattr(other, "nf4", None)) is not None:
+            _replace(linear, quantized)
+
+
+def _replace(linear: nn.Module, quantized: Nf4) -> None:
     linear.nf4 = quantized  # type: ignore[assignment]  # modules may have any attribute
     original = linear.forward
     linear._parameters["weight"] = None
-    beat("quantizing a layer")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         weight = quantized.weight()

@@ -12,14 +12,14 @@ from megavlm.config.settings import Settings
 from megavlm.data.row_source import MappedRows, RowSource
 from megavlm.records.records import Kind
 from megavlm.runtime.session import Session
-from megavlm.training.method import FileRows, Prepared
+from megavlm.training.method import FileRows, OneModel, Prepared
 from megavlm.training.objective import Objective
 from megavlm.training.start_weights import StartWeights
 
 MakeObjective = Callable[[Settings, ProcessGroupCollection, StartWeights | None], Objective]
 
 
-class PreferenceMethod:
+class PreferenceMethod(OneModel):
     """A training method (see ``training.method.Method``) whose objective compares or judges whole answers.
 
     Args:

@@ -96,6 +96,16 @@ METHODS = {
         reads=("reward", "environment"),
         samples=True,
     ),
+    "ppo": MethodEntry(
+        "megavlm.reinforcement.ppo:method",
+        "reinforcement learning from sampled answers and a critic, which judges each token",
+        "megavlm ppo ppo.yaml align.critic.load=runs/rm train.lr=1e-6 output=runs/ppo --nproc 2",
+        "prompt",
+        aligns=True,
+        requires=("model.load", "rollout.prompts", "reward"),
+        reads=("reward", "align.critic.load"),
+        samples=True,
+    ),
 }
 
 
@@ -114,7 +124,7 @@ def check_method(name: str, settings: Settings) -> None:
             f"stage is {settings.stage}, but {name} has no stages: the setting would be ignored", "set stage to null"
         )
     if METHODS[name].samples:
-        check_sampling(settings)
+        check_sampling(settings, name)
         return
     for section in ("rollout", "reward", "reward_pool", "environment"):
         if settings.is_changed(section):

@@ -4,9 +4,28 @@ from megavlm.base.errors import UserError
 from megavlm.config.sections import RANDOM
 from megavlm.config.settings import Settings
 
+GROUP_SIZES = {"grpo": 16, "ppo": 1}
+"""By method, the number of answers to each prompt if ``rollout.group_size`` is null."""
 
-def check_sampling(settings: Settings) -> None:
-    """Raises UserError if a setting does not fit a method that samples its answers.
+
+def why_ppo(settings: Settings) -> str | None:
+    """The setting by which a configuration can only be for ppo, if there is one."""
+    if settings.align.loss == "ppo":
+        return "align.loss"
+    return next((f"align.{name}" for name in ("critic", "discount") if settings.align.is_changed(name)), None)
+
+
+def with_group_size(settings: Settings, verb: str | None) -> Settings:
+    """The settings with the number of answers to each prompt that ``verb`` samples; None: a guess."""
+    if settings.rollout.group_size is not None:
+        return settings
+    verb = verb or ("ppo" if why_ppo(settings) else "grpo")
+    size = GROUP_SIZES.get(verb, GROUP_SIZES["grpo"])
+    return settings.model_copy(update={"rollout": settings.rollout.model_copy(update={"group_size": size})})
+
+
+def check_sampling(settings: Settings, verb: str) -> None:
+    """Raises UserError if a setting does not fit a method that samples its answers, ``verb``.
 
     What depends on the table of losses is checked when the method is made.
     """
@@ -19,24 +38,24 @@ def check_sampling(settings: Settings) -> None:
         )
     if train.global_batch_size is not None:
         raise UserError(
-            "train.global_batch_size is set, but grpo packs its answers into as many rows as they need: it would be "
+            f"train.global_batch_size is set, but {verb} packs its answers into as many rows as they need: it would be "
             "ignored",
             "remove train.global_batch_size; rollout.prompts and rollout.group_size give the size of a step",
         )
     if data.too_long == "truncate":
         raise UserError("data.too_long is truncate, but prompts are never truncated", "set data.too_long to drop")
     if data.replay is not None:
-        raise UserError("data.replay is set, but grpo does not use it, so it would be ignored", "remove data.replay")
+        raise UserError(f"data.replay is set, but {verb} does not use it, so it would be ignored", "remove data.replay")
     if data.is_changed("packing"):
-        raise UserError("data.packing is set, but grpo packs its answers best-fit always", "remove data.packing")
+        raise UserError(f"data.packing is set, but {verb} packs its answers best-fit always", "remove data.packing")
     if train.kl_to_start:
         raise UserError(
-            f"train.kl_to_start is {train.kl_to_start:g}, but grpo does not use it, so it would be ignored",
+            f"train.kl_to_start is {train.kl_to_start:g}, but {verb} does not use it, so it would be ignored",
             "remove train.kl_to_start; align.beta keeps the model close to where it starts",
         )
     if data.is_changed("packing_buffer"):
         raise UserError(
-            "data.packing_buffer is set, but grpo packs the answers of a step: it would be ignored",
+            f"data.packing_buffer is set, but {verb} packs the answers of a step: it would be ignored",
             "remove data.packing_buffer",
         )
     if train.precision == "fp8":
@@ -47,13 +66,52 @@ def check_sampling(settings: Settings) -> None:
             "others",
             "set train.overlap.tensor to false",
         )
-    if settings.rollout.ahead and settings.rollout.engine == "megatron":
+    ahead = settings.rollout.ahead
+    if ahead and settings.rollout.engine == "megatron":
         raise UserError(
-            f"rollout.ahead is {settings.rollout.ahead}, but rollout.engine megatron samples with the weights that learn, so "
-            "that sampling and learning take turns",
+            f"rollout.ahead is {ahead}, but rollout.engine megatron samples with the weights that learn, so that "
+            "sampling and learning take turns",
             "set rollout.engine to vllm, or rollout.ahead to 0",
         )
+    if verb == "grpo" and settings.rollout.group_size == 1:
+        raise UserError(
+            "rollout.group_size is 1, but grpo compares the answers to a prompt with each other",
+            "set rollout.group_size to at least 2, or use megavlm ppo",
+        )
+    if verb == "ppo":
+        _check_ppo(settings)
     _check_align(settings)
+
+
+def _check_ppo(settings: Settings) -> None:
+    train, critic = settings.train, settings.align.critic
+    if settings.rollout.replace_flat:
+        raise UserError(
+            f"rollout.replace_flat is {settings.rollout.replace_flat}, but ppo does not compare the answers to a "
+            "prompt: it would be ignored",
+            "remove rollout.replace_flat",
+        )
+    if train.unfreeze_after:
+        raise UserError(
+            f"train.unfreeze_after is {train.unfreeze_after}, which ppo does not follow, so it would be ignored",
+            "remove train.unfreeze_after",
+        )
+    if train.optimizer == "galore":
+        raise UserError(
+            "train.optimizer is galore, with which two models in one run have not been tried",
+            "set train.optimizer to adam",
+        )
+    if train.steps is not None and critic.alone_steps >= train.steps:
+        raise UserError(
+            f"align.critic.alone_steps is {critic.alone_steps}, but train.steps is {train.steps}: the policy would "
+            "learn nothing",
+            "lower align.critic.alone_steps",
+        )
+    if settings.model.load == RANDOM and critic.load is None:
+        raise UserError(
+            "model.load is random, and align.critic.load is not set: there is nothing that the critic could start from",
+            "set model.load to trained weights",
+        )
 
 
 def _check_align(settings: Settings) -> None:

@@ -9,7 +9,8 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,11 +53,15 @@ MAIN = "model"
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model, its optimizers, and its adapters if it has any: everything whose state a checkpoint contains."""
+    """A model, its optimizers, and its adapters if it has any: everything whose state a checkpoint contains.
+
+    ``awake`` is the context within which the model is on the device, if it waits elsewhere.
+    """
 
     vlm: VLM
     optimizers: Optimizers
     adapters: Adapters | None = None
+    awake: Callable[[], AbstractContextManager] = nullcontext
 
 
 class Checkpoints:
@@ -119,17 +124,19 @@ class Checkpoints:
         """
         self.finish()
         began = time.perf_counter()
-        state = {
-            **self._sharded(loading=False),
-            "step": step,
-            "schedule": self.optimizers.scheduler.num_steps,
-            "thawed_at": self.optimizers.unfrozen_at,
-            "schedules": {name: model.optimizers.scheduler.num_steps for name, model in self._others.items()},
-            "identity": self._identity(step),
-            "layout": self._layout,
-            "align": self._pad_multiple,
-        }
-        self._writer.start(state, partial_folder(self.root, step, self._start), sorted(self.optimizers.unfrozen_at))
+        with self._awake():
+            state = {
+                **self._sharded(loading=False),
+                "step": step,
+                "schedule": self.optimizers.scheduler.num_steps,
+                "thawed_at": self.optimizers.unfrozen_at,
+                "schedules": {name: model.optimizers.scheduler.num_steps for name, model in self._others.items()},
+                "identity": self._identity(step),
+                "layout": self._layout,
+                "align": self._pad_multiple,
+            }
+            thawed = sorted(self.optimizers.unfrozen_at)
+            self._writer.start(state, partial_folder(self.root, step, self._start), thawed)
         self._seconds += time.perf_counter() - began
         if not self.settings.async_save:
             self.finish()
@@ -151,6 +158,13 @@ class Checkpoints:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for model in self.models.values():
+                stack.enter_context(model.awake())
+            yield
+
     def restore(self, folder: Path) -> int:
         """Restores the state in ``folder``. Returns the number of completed steps.
 
@@ -162,6 +176,10 @@ class Checkpoints:
                 model, or was written with another optimizer, precision, adapter or set of trained parts, or with other
                 data; with GaLore, also if the weights were divided into other pieces.
         """
+        with self._awake():
+            return self._restore(folder)
+
+    def _restore(self, folder: Path) -> int:
         checkpoint, world = McoreCheckpoint(folder), self.vlm.groups.world_host
         on_first_rank(checkpoint.check_contents, world)
         common = checkpoint.common_state()
@@ -218,9 +236,9 @@ class Checkpoints:
 
     def _check_weights(self, checkpoint: McoreCheckpoint) -> None:
         for name, model in self.models.items():
-            if model.adapters is not None:
+            if model.adapters is not None and name == MAIN:
                 Adapter(checkpoint.path, model.vlm.shapes)
-            else:
+            elif model.adapters is None:  # Megatron names what is missing of another model's adapters
                 check_checkpoint(checkpoint, model.vlm.shapes, prefix="" if name == MAIN else f"{name}.")
 
     def _sharded(self, *, loading: bool) -> dict:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megavlm.align.registry import METHODS
+from megavlm.align.sampling_checks import why_ppo
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.answer_groups import likely_kind
@@ -49,6 +50,8 @@ def intended(settings: Settings, sources: Sequence[Source], verb: str | None) ->
         return Intended(verb)
     if settings.stage is not None:
         return Intended("pretrain", "stage")
+    if (of_ppo := why_ppo(settings)) is not None:
+        return Intended("ppo", of_ppo)
     for name, is_set in {
         "rollout.prompts": settings.rollout.prompts,
         "reward": settings.reward,

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megavlm.align.registry import METHODS, make_method
+from megavlm.align.sampling_checks import with_group_size
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted, short
 from megavlm.checkpoint.load_weights import shapes_at_start, start_words
@@ -85,6 +86,7 @@ def main(
         check_stage(settings)
     if verb is not None:
         make_method(verb, settings)  # raises for settings that the verb would ignore
+    settings = with_group_size(settings, verb or dry_run)
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
@@ -152,8 +154,8 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     if settings.adapter.type or settings.model.adapter:
         facts.append(("adapter", _adapter(settings, shapes)))
     schedule = "no lr" if train.lr is None else f"lr {train.lr:g} → {train.min_lr:g} ({train.schedule})"
-    if settings.rollout.prompts and train.steps:
-        prompts, group_size = settings.rollout.prompts, settings.rollout.group_size
+    if (prompts := settings.rollout.prompts) and train.steps:
+        group_size = required(settings.rollout.group_size, "rollout.group_size")  # see ``with_group_size``
         count = f"{counted(prompts, 'prompt')} × {counted(group_size, 'answer')} = {prompts * group_size:,} answers"
         share = f"{-(-prompts // data_parallel) * group_size:,} per data-parallel rank"
         facts += [
@@ -202,7 +204,8 @@ def _adapter(settings: Settings, shapes: Shapes) -> str:
 def _summary(held: "Held", sampled: Settings | None) -> Iterator[Table | str]:
     """The number of parameters and bytes on a rank. ``sampled``: the settings if the verb samples answers."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in (f"rank {held.rank}", "parameters", "trainable"):
+    rank = f"rank {held.rank}" + (f", {held.model}" if held.model != "model" else "")
+    for name in (rank, "parameters", "trainable"):
         table.add_column(name, justify="left" if name.startswith("rank") else "right")
     for part, count in held.parameters.items():
         table.add_row(part, f"{count:,}", f"{held.learning[part]:,}")
@@ -211,7 +214,7 @@ def _summary(held: "Held", sampled: Settings | None) -> Iterator[Table | str]:
     listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
     others = "activations"
     if sampled is not None:
-        others += f", {sampled.rollout.cache_gib:g} for keys and values (rollout.cache_gib), and a reference model"
+        others += f", {sampled.rollout.cache_gib:g} for keys and values (rollout.cache_gib), and models that only judge"
     yield f"GiB: {listed} = {sum(sizes.values()) / 2**30:.2f}, without {others}"
     if held.reached is None:
         yield (

@@ -72,7 +72,7 @@ class VllmSettings(Section):
 
 
 class RolloutSettings(Section):
-    """How answers are sampled in reinforcement learning (grpo)."""
+    """How answers are sampled in reinforcement learning (grpo and ppo)."""
 
     engine: Literal["megatron", "vllm"] = Field(
         "megatron",
@@ -88,7 +88,12 @@ class RolloutSettings(Section):
     prompts: Int | None = Field(
         None, ge=1, description="number of prompts in a step, over all ranks; each gets group_size answers"
     )
-    group_size: Int = Field(16, ge=2, description="number of answers to each prompt, which are compared to each other")
+    group_size: Int | None = Field(
+        None,
+        ge=1,
+        description="number of answers to each prompt. grpo compares them to each other and needs at least 2. null: 16 "
+        "for grpo, 1 for ppo",
+    )
     max_new_tokens: Int = Field(
         1024,
         ge=1,

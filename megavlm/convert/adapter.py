@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
-from megavlm.convert.check_checkpoint import check_trained_parts
+from megavlm.convert.check_checkpoint import PARTS, check_trained_parts
 from megavlm.convert.hf_folder import short_list
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.convert.model_facts import differences, of_adapter
@@ -141,7 +141,7 @@ class Adapter:
     def other_weights(self) -> set[str]:
         """Keys of the checkpoint's other weights: of parts that were trained in full, and of a reward model's head."""
         tensors = self.checkpoint.tensors if self.checkpoint else ()
-        return {key for key in tensors if not key.startswith((CHECKPOINT_PREFIX, "optimizer."))}
+        return {key for key in tensors if key.startswith(PARTS)}
 
     @property
     def reward_head(self) -> Tensor | None:

@@ -20,7 +20,8 @@ class SampledAnswer:
     """What is known of an answer that the model has sampled, and that it learns from.
 
     Attributes:
-        advantage: how much better it is than was to be expected; every token of the answer has this advantage.
+        advantage: how much better it is than was to be expected; every token of the answer has this advantage. With
+            ppo, its reward, from which the advantages of its tokens are computed.
         logprobs: float32 [n], log-probability of each target when it was sampled, at the temperature of sampling.
         number: number of the answer among those that were packed together.
         routing: the experts of the tokens of its prompt and of its own tokens, or of both together (see

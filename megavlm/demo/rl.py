@@ -2,8 +2,9 @@
 
 It continues from the pretrained model of `python -m megavlm.demo`, which it trains first if necessary. Supervised
 fine-tuning that ends early leaves a model that often errs. `megavlm grpo` then samples its answers to the training
-questions, and the reward is whether an answer is right. Held-out questions show what was learned. With ``--all``, the
-other losses and advantages learn for some steps, too. Exit status: 0 if all results are within their bounds; 1 if not,
+questions, and the reward is whether an answer is right. `megavlm ppo` does the same with a reward model, which was
+trained on pairs of digits, and a critic that starts from it. Held-out questions show what was learned. With ``--all``,
+the other losses and advantages learn for some steps, too. Exit status: 0 if all results are within their bounds; 1 if not,
 or if a command fails; 2 if the output folder exists.
 """
 
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rl.demo.begin(rl.out, options.overwrite)
         rl.start()
         rl.learn()
+        rl.reward_model()
+        rl.learn_with_critic()
         others = tuple(OTHERS) if options.all else ()
         for name in others:
             rl.learn_otherwise(name)
@@ -74,6 +77,21 @@ class Reinforcement:
         run("megavlm", "infer", grpo, f"model.load={self.out / 'grpo'}", f"output={self.out / 'after'}", *NPROC)
         run("python", "-m", "megavlm.report.run_report", self.out / "grpo")  # again, because now there are answers
 
+    def reward_model(self) -> None:
+        """Trains a reward model on pairs of the right digit and a wrong one."""
+        from megavlm.demo.pairs import write_drawn_pairs
+
+        pairs = self.out / "pairs.jsonl"
+        write_drawn_pairs(self.demo.out / "data" / "questions.jsonl", pairs)
+        settings = (f"data.train={pairs}", "data.eval=null", f"output={self.out / 'rm'}")
+        run("megavlm", "rm", CONFIGS / "rm.yaml", *settings, *NPROC)
+
+    def learn_with_critic(self) -> None:
+        """Trains the model of `start` with PPO and the reward model, and generates its answers."""
+        ppo = CONFIGS / "ppo.yaml"
+        run("megavlm", "ppo", ppo, *NPROC)
+        run("megavlm", "infer", ppo, f"model.load={self.out / 'ppo'}", f"output={self.out / 'after_ppo'}", *NPROC)
+
     def learn_otherwise(self, name: str) -> None:
         """Trains the model of `start` for some steps with a key of `OTHERS`."""
         settings = (*OTHERS[name], *OTHER_SETTINGS, f"train.steps={OTHER_STEPS}", f"output={self.out / name}")
@@ -84,9 +102,12 @@ class Reinforcement:
         from megavlm.demo.answers import accuracy_of
 
         accuracy = partial(accuracy_of, questions=self.demo.questions)
-        before, after = accuracy(self.out / "before"), accuracy(self.out / "after")
+        before, after, ppo = (accuracy(self.out / name) for name in ("before", "after", "after_ppo"))
         console.print("\nresults on handwritten digits that were not used for training")
-        kept = [at_least(f"GRPO: right answers, {before:.1%} before", after, before + REQUIRED_GAIN)]
+        kept = [
+            at_least(f"GRPO: right answers, {before:.1%} before", after, before + REQUIRED_GAIN),
+            at_least(f"PPO and a reward model: right answers, {before:.1%} before", ppo, before + REQUIRED_GAIN),
+        ]
         if others:
             console.print(f"mean rewards of {AVERAGED} steps, at the end of {OTHER_STEPS}")
         for name in others:

@@ -95,6 +95,16 @@ Reinforcement learning adds these fields, over all answers of the step (rollouts
     truncated_by_turns  share of the answers that ended only because of environment.max_turns, 0 to 1
     seconds_environment time for which sampling has waited for environments, a part of seconds_rollout
 
+ppo adds these fields, over all target tokens of the step; loss, lr and norms are 0 in steps in which the critic alone
+learns, and flat_groups is null with one answer to a prompt:
+
+    value_loss          the critic's loss, half the squared error of its values; mean over its updates
+    value_clip_share    share of the values that have left their limits to no avail, 0 to 1
+    returns             mean of what the critic should say: the discounted rewards to come, with the divergence
+    explained_variance  share of the variance of the returns that the critic knows before its updates, at most 1
+    critic_grad_norm, critic_lr  gradient norm and learning rate of the critic
+    seconds_values, seconds_critic  parts of seconds_update: passes without gradients, and updates of the critic
+
 train.kl_to_start adds kl_to_start, the divergence from the start model in nats per target, and nll, the loss without
 it.
 

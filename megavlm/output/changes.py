@@ -20,7 +20,7 @@ FREE_TO_CHANGE = (
     "rollout.cache_gib",
     "rollout.max_sequences",
     "rollout.log_every",
-    "align.offload_reference",
+    "align.offload",
     "output",
     "overwrite",
     "data.eval",
@@ -55,6 +55,8 @@ CHANGEABLE = (
     "train.clip_grad",
     "data.train",  # only the blend: weights and epochs of the same sources
     "data.replay",  # the same, and the share
+    "align.critic.lr",
+    "align.critic.warmup_steps",
     "reward",
     "environment",
 )

@@ -25,8 +25,9 @@ from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import absent_world
 from megavlm.runtime.feed import Feed, StepRows
-from megavlm.runtime.session import Session, start
+from megavlm.runtime.session import MAIN, Session, start
 from megavlm.training.method import Method
+from megavlm.training.objective import Objective
 from megavlm.training.step import Step
 
 _FRAME = (4, 4)  # patches of a picture, the smallest with several visual tokens
@@ -38,6 +39,7 @@ class Held:
 
     Attributes:
         rank: the rank.
+        model: the name of the model.
         parameters, learning: for each part (``PARTS``), the number of parameters and of trainable parameters.
         weights, gradients, optimizer: bytes, without activations. Weights are counted as ``adapter.quantize`` stores
             them, gradient buffers as Megatron pads them. The optimizer has this rank's part of the float32 copy of
@@ -47,6 +49,7 @@ class Held:
     """
 
     rank: int
+    model: str
     parameters: dict[str, int]
     learning: dict[str, int]
     weights: int
@@ -77,16 +80,23 @@ def dry_run(settings: Settings, verb: str, world_size: int) -> list[Held]:
     vision = settings.vision.model_copy(update={"balance": "model_parallel", "offload": False})
     settings = settings.model_copy(update={"model": model, "train": train, "vision": vision})
     ranks = sorted({0, world_size // pipeline * (pipeline - 1)})
-    return [_run(settings, method, rank, world_size) for rank in ranks]
+    return [held for rank in ranks for held in _run(settings, method, rank, world_size)]
 
 
-def _run(settings: Settings, method: Method, rank: int, world_size: int) -> Held:
+def _run(settings: Settings, method: Method, rank: int, world_size: int) -> list[Held]:
+    """What the main model and others that are trained take on a rank."""
     with absent_world(rank, world_size):
         with torch.device("meta"):
             session = start(settings, training=True, load=False, score_head=method.scores)
-        optimizers = Optimizers(session.vlm, settings.train)
-        reached = _pass(session, method, optimizers) if session.shapes.text.moe is None else None
-        return _held(session.vlm, session.adapters, optimizers, rank, reached)
+        main = session.vlm, Optimizers(session.vlm, settings.train), method.bare_objective(session)
+        trained = {MAIN: main} | {
+            name: (step.vlm, step.optimizers, step.objective) for name, step in method.bare_others(session).items()
+        }
+        found = []
+        for name, (vlm, optimizers, objective) in trained.items():
+            reached = _pass(session, vlm, optimizers, objective) if session.shapes.text.moe is None else None
+            found.append(_held(vlm, session.models[name].adapters, optimizers, rank, reached, name))
+        return found
 
 
 def _parameters(vlm: VLM) -> dict[str, list[nn.Parameter]]:
@@ -94,7 +104,12 @@ def _parameters(vlm: VLM) -> dict[str, list[nn.Parameter]]:
 
 
 def _held(
-    vlm: VLM, adapters: Adapters | None, optimizers: Optimizers, rank: int, reached: dict[str, int] | None
+    vlm: VLM,
+    adapters: Adapters | None,
+    optimizers: Optimizers,
+    rank: int,
+    reached: dict[str, int] | None,
+    model: str,
 ) -> Held:
     parts = _parameters(vlm)
     buffers = [b for ddps in optimizers.ddp.values() for d in ddps for b in (*d.buffers, *d.expert_parallel_buffers)]
@@ -104,9 +119,12 @@ def _held(
         double = adapters.settings.quantize == "nf4_double"
         frozen = [cast(nn.Parameter, linear.weight) for linear in adapters.linears]
         weights += sum(nf4.nbytes_of(weight.numel(), double=double) - weight.nbytes for weight in frozen)
+    if model != MAIN and adapters is not None:  # the frozen weights are those of the main model
+        weights = sum(p.nbytes for ps in parts.values() for p in ps if p.requires_grad)
     copy = 4 if optimizers.train.precision != "fp32" else 0
     return Held(
         rank=rank,
+        model=model,
         parameters={part: sum(p.numel() for p in ps) for part, ps in parts.items()},
         learning={part: sum(p.numel() for p in ps if p.requires_grad) for part, ps in parts.items()},
         weights=weights,
@@ -127,23 +145,20 @@ def _state(optimizers: Optimizers, parameter: torch.Tensor) -> int:
     return 2 * parameter.numel() if optimizers.train.optimizer == "adam" else 0
 
 
-def _pass(session: Session, method: Method, optimizers: Optimizers) -> dict[str, int]:
+def _pass(session: Session, vlm: VLM, optimizers: Optimizers, objective: Objective) -> dict[str, int]:
     """Runs as many rows as fill the pipeline forward and backward. Returns ``Held.reached``."""
     settings, num_rows = session.settings, session.settings.parallel.pipeline
-    feed = _Rows(session.vlm, [_row(settings, session.shapes)] * num_rows)
-    step = Step(
-        session.vlm, optimizers, feed, num_rows, method.bare_objective(session), None, settings.data.source_names
-    )
-    session.vlm.decoder_config.batch_p2p_comm = False  # torch cannot batch sends of meta tensors
+    feed = _Rows(vlm, [_row(settings, session.shapes)] * num_rows)
+    step = Step(vlm, optimizers, feed, num_rows, objective, None, settings.data.source_names)
+    vlm.decoder_config.batch_p2p_comm = False  # torch cannot batch sends of meta tensors
     reached: set[torch.Tensor] = set()
-    for parameter in (p for ps in _parameters(session.vlm).values() for p in ps if p.requires_grad):
+    for parameter in (p for ps in _parameters(vlm).values() for p in ps if p.requires_grad):
         parameter.register_post_accumulate_grad_hook(reached.add)
     step.gradients(feed.rows(num_rows))
     # a word embedding that two stages share gets the sum of the gradients of both
-    reached |= {p for ps in _parameters(session.vlm).values() for p in ps if getattr(p, "shared_embedding", False)}
+    reached |= {p for ps in _parameters(vlm).values() for p in ps if getattr(p, "shared_embedding", False)}
     return {
-        part: sum(p.numel() for p in ps if p.requires_grad and p in reached)
-        for part, ps in _parameters(session.vlm).items()
+        part: sum(p.numel() for p in ps if p.requires_grad and p in reached) for part, ps in _parameters(vlm).items()
     }
 
 

@@ -196,10 +196,11 @@ class AnswerQueue:
         assert self._loader is not None, "leaders have prompts"
         assert self._rows is not None, "leaders have prompts"
         groups, settings = self._session.groups, self._session.settings
+        size = required(settings.rollout.group_size, "rollout.group_size")
         for _ in range(count):
             number = self._loader.next_number(groups.dp_rank)
             row = next(self._rows)
-            seeds = tuple(mixed_seed(settings.train.seed, number, n) for n in range(settings.rollout.group_size))
+            seeds = tuple(mixed_seed(settings.train.seed, number, n) for n in range(size))
             prompt = Prompt(first_sample(row), seeds)
             yield Asked(
                 self._number, prompt, self.version, row.skipped_samples, row.newly_read, row.source_ids[0],

@@ -66,7 +66,7 @@ def fields_of(sums: Sums, rewards: Sequence[str], data_parallel: int) -> dict[st
         "reward_std": None if mean is None else max(sums["squares"] / judged - mean**2, 0.0) ** 0.5,
         **of_rewards,
         "groups": int(sums["groups"]),
-        "flat_groups": sums["flat"] / max(sums["groups"], 1),
+        "flat_groups": sums["flat"] / max(sums["groups"], 1) if sums["answers"] > sums["groups"] else None,
         "answers": int(sums["answers"]),
         "answer_tokens": sums["tokens"] / answers,
         "truncated_share": sums["truncated"] / answers,

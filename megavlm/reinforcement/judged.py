@@ -15,18 +15,22 @@ from megavlm.rollout.engine import Answer, Answered
 
 @dataclass(frozen=True)
 class Judged:
-    """A prompt with its answers and, for each, its text with special tokens, score, reward (or None), advantage."""
+    """A prompt with its answers and, for each, its text with special tokens, score, reward (or None), advantage.
+
+    If advantages are those of tokens (``of_tokens``), ``advantages`` are the rewards (0 for None).
+    """
 
     answered: Answered
     full_texts: list[str]
     scores: list[Score]
     rewards: list[float | None]
     advantages: list[float]
+    of_tokens: bool = False
 
     @property
     def is_flat(self) -> bool:
-        """Whether nothing can be learned from the group, because all its rewards are equal or unknown."""
-        return not any(self.advantages)
+        """Whether all rewards of the group are equal or unknown, so that comparing them teaches nothing."""
+        return len({reward for reward in self.rewards if reward is not None}) < 2
 
     @property
     def group(self) -> AnswerGroup:
@@ -87,7 +91,7 @@ def logged(group: Judged) -> LoggedGroup:
     for answer, text, one, reward, advantage in zip(
         group.answered.answers, group.full_texts, group.scores, group.rewards, group.advantages, strict=True
     ):
-        shown = None if reward is None else advantage
+        shown = None if reward is None or group.of_tokens else advantage
         turns = [LoggedTurn(turn.by, turn.text, turn.pictures) for turn in answer.turns]
         answers.append(
             LoggedAnswer(text, reward, one.parts, shown, answer.num_said, answer.finish, one.failures, turns)

@@ -43,9 +43,19 @@ class PolicyOptions:
     limits: dict[str, float] = field(default_factory=dict)
 
 
-Known = tuple[Tensor | None, Tensor | None]
-"""Log-probabilities of a row's targets that are computed before the updates, float32 [slices, m]: those under the
-weights that have sampled, and those under the reference model. Each is None if it is not needed."""
+@dataclass(frozen=True)
+class Known:
+    """What is computed of a row's targets before the updates, float32 [slices, m]; None if it is not needed.
+
+    Attributes:
+        old: log-probabilities under the weights that have sampled.
+        reference: log-probabilities under the reference model.
+        advantages: the advantage of each target; None: all targets of an answer have that of the answer.
+    """
+
+    old: Tensor | None = None
+    reference: Tensor | None = None
+    advantages: Tensor | None = None
 
 
 class PolicyObjective:
@@ -97,7 +107,8 @@ class PolicyObjective:
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         options, answers = self.options, _Answers(micro_batch, self.context)
         logprobs, entropies = outputs.unbind()
-        old, reference = cast(Known, micro_batch.found) if micro_batch.found is not None else (None, None)
+        known = cast(Known, micro_batch.found) if micro_batch.found is not None else Known()
+        old, reference = known.old, known.reference
         # With a single update, the weights that have sampled are the present ones.
         old, mask = logprobs.detach() if old is None else old, answers.mask
         if options.beta and reference is None:  # the memory check and the dry run, which compute nothing beforehand
@@ -109,7 +120,7 @@ class PolicyObjective:
             options.loss,
             logprobs,
             old,
-            answers.advantages,
+            answers.advantages if known.advantages is None else known.advantages,
             mask,
             reference,
             beta=options.beta,

@@ -42,7 +42,7 @@ class PolicyStep:
         rollouts: makes batches of answers.
         objective: the objective of ``step``.
         renderer: packs rows, on leaders; None elsewhere.
-        start: the reference model; None if the loss does not use it.
+        start: the reference model; None if the updates do not use it.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PolicyStep:
         renderer: Renderer | None,
         start: StartWeights | None,
     ):
-        assert (start is not None) == (objective.options.beta > 0), "a loss with a divergence needs the reference"
+        assert start is not None or not objective.options.beta, "a loss with a divergence needs the reference"
         self._session, self._step, self._rollouts, self._objective = session, step, rollouts, objective
         self._renderer, self._start = renderer, start
         self._judged: list[JudgedAnswer] = []  # of the last step on this data-parallel rank, on leaders
@@ -77,7 +77,7 @@ class PolicyStep:
         if len(good) < len(results) and good:
             batch.fields["skipped_updates"] = len(results) - len(good)
         done = good or results
-        fields = _merged(done, self._objective.max_names) | batch.fields
+        fields = merged(done, self._objective.max_names) | batch.fields
         fields["seconds_update"] = time.perf_counter() - began
         return StepResult(
             sum(result.loss for result in done) / len(done),
@@ -91,15 +91,7 @@ class PolicyStep:
 
     def _learn(self, batch: Batch) -> list[StepResult]:
         """Updates the weights with each mini-batch, as often as the settings say. Returns the results in order."""
-        align = self._session.settings.align
-        cut = in_mini_batches(batch.groups, align.mini_batches)
-        parts = [rows for groups in cut if (rows := self._rows(groups)) is not None]
-        if not parts:  # nothing can be learned: one update that changes nothing
-            rows = self._rows([], filled=True)
-            assert rows is not None, "rows were asked for"
-            parts = [rows]
-        for rows in parts:
-            rows.encoded = []  # a frozen tower encodes the frames of each mini-batch once for all passes
+        align, parts = self._session.settings.align, self._parts(batch)
         known = [self._known(rows) for rows in parts]
         results: list[StepResult] = []
         for update in range(align.updates):
@@ -110,6 +102,18 @@ class PolicyStep:
                 beat("an update of the weights")
         self._objective.known = []
         return results
+
+    def _parts(self, batch: Batch) -> list[StepRows]:
+        """The rows of each mini-batch; if nothing can be learned, those of one update that changes nothing."""
+        cut = in_mini_batches(batch.groups, self._session.settings.align.mini_batches)
+        parts = [rows for groups in cut if (rows := self._rows(groups)) is not None]
+        if not parts:
+            rows = self._rows([], filled=True)
+            assert rows is not None, "rows were asked for"
+            parts = [rows]
+        for rows in parts:
+            rows.encoded = []  # a frozen tower encodes the frames of each mini-batch once for all passes
+        return parts
 
     def report(self, step: int, monitor: RunMonitor) -> UserError | None:
         """Records answers and failed rewards; see ``MethodStep``. An error if too many rewards fail."""
@@ -161,14 +165,14 @@ class PolicyStep:
             with self._start(), chosen_anew():
                 reference = look(self._objective.logprobs)
         count = max(len(old), len(reference))
-        return [(old[n] if old else None, reference[n] if reference else None) for n in range(count)]
+        return [Known(old[n] if old else None, reference[n] if reference else None) for n in range(count)]
 
 
 def _sums(many: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(values[name] for values in many) for name in many[0]}
 
 
-def _merged(results: Sequence[StepResult], largest: Sequence[str]) -> dict[str, float | None]:
+def merged(results: Sequence[StepResult], largest: Sequence[str]) -> dict[str, float | None]:
     """The mean of each field over the target tokens of the updates, or the largest value of those that are named."""
     merged: dict[str, float | None] = {}
     for name in results[0].fields:

@@ -1,13 +1,13 @@
 """Reward models as rewards: the ranks of the run score the sampled answers with them."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
-from megavlm.checkpoint.load_weights import has_score_head
 from megavlm.config.reward_section import RewardSettings
 from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
@@ -16,6 +16,8 @@ from megavlm.model.vlm import VLM
 from megavlm.reinforcement.answer_rows import AnswerGroup, answer_rows, on_all_ranks
 from megavlm.runtime.feed import Feed, MicroBatch
 from megavlm.runtime.forward import forward_only, to_leader
+from megavlm.runtime.further_model import has_reward_head
+from megavlm.runtime.parking import Parking, parked_model
 from megavlm.runtime.scoring import row_rewards
 from megavlm.runtime.session import Session
 from megavlm.training.objective import Read
@@ -36,21 +38,27 @@ class RewardModels:
     def __init__(self, session: Session, rewards: Sequence[RewardSettings], renderer: Renderer | None):
         self._session, self._renderer = session, renderer
         self._models: dict[str, VLM] = {}
+        self._awake: dict[str, Parking] = {}
         for reward in rewards:
             if reward.model is None:
                 continue
             path = find_checkpoint(reward.model)
-            if not has_score_head(path):
+            if not has_reward_head(path, session.shapes):
                 raise UserError(
                     f"reward {reward.key}: {path} has no reward head", "give a run of megavlm rm, or a checkpoint of it"
                 )
-            self._models[reward.key] = session.add_model(
-                f"reward/{reward.key}", path, trained=False, score_head=True
-            ).vlm
+            name = f"reward/{reward.key}"
+            self._models[reward.key] = session.add_model(name, path, trained=False, score_head=True).vlm
+            if "reward" in session.settings.align.offload:
+                self._awake[reward.key] = parked_model(self._models[reward.key], [session.vlm])
 
     def scores(self, groups: Sequence[AnswerGroup]) -> dict[str, list[float]]:
         """Scores the answers by each model's name, in order, on leaders; elsewhere []. Call it on all ranks."""
-        return {name: self._of(vlm, groups) for name, vlm in self._models.items()}
+        found = {}
+        for name, vlm in self._models.items():
+            with self._awake.get(name, nullcontext)():
+                found[name] = self._of(vlm, groups)
+        return found
 
     def _of(self, vlm: VLM, groups: Sequence[AnswerGroup]) -> list[float]:
         sequence_parallel = self._session.settings.parallel.sequence_parallel

@@ -21,6 +21,7 @@ from megavlm.reinforcement.answer_rows import AnswerGroup
 from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, environment_fields, fields_of, keys_of
 from megavlm.reinforcement.divergence import Divergence
 from megavlm.reinforcement.judged import Batch, Judged, with_environment
+from megavlm.reinforcement.policy import GAE
 from megavlm.reinforcement.reward_models import RewardModels
 from megavlm.rewards.pool import RewardPool
 from megavlm.rewards.score import Score, overlong_penalty, score
@@ -177,8 +178,10 @@ class Rollouts:
             rewards.append(None if found.total is None else found.total + late)
         known = torch.tensor([float("nan") if r is None else r for r in rewards], dtype=torch.float64)
         name, options = self._advantage
-        of_answers = advantages(name, known, len(rewards), **options)
-        return Judged(answered, self._queue.texts(answered, special=True), scores, rewards, of_answers.tolist())
+        of_tokens = name == GAE
+        of_answers = known.nan_to_num() if of_tokens else advantages(name, known, len(rewards), **options)
+        texts = self._queue.texts(answered, special=True)
+        return Judged(answered, texts, scores, rewards, of_answers.tolist(), of_tokens)
 
     def _count(self, batch: Batch, sums: Sums) -> None:
         """Fills ``fields`` and ``counts`` with sums over all ranks."""

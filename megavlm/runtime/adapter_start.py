@@ -103,18 +103,26 @@ def load_start(settings: Settings, vlm: VLM, adapters: Adapters | None) -> None:
         load_weights(find_checkpoint(model.start), vlm)
     if adapters is None:
         return
+    folder = find_checkpoint(model.adapter) if model.adapter is not None else None
+    if folder is not None and dist.get_rank() == 0:
+        warn_of_other_base(folder, find_checkpoint(required(model.start, "model.load")))
+    begin_adapters(vlm, adapters, folder, settings.train.seed)
+
+
+def begin_adapters(vlm: VLM, adapters: Adapters, folder: Path | None, seed: int) -> None:
+    """Sets the first values of adapters, and of what was trained beside them, to those in ``folder``.
+
+    Without a folder, adapters get values that do not change the model's output.
+    """
     source = None
-    if model.adapter is not None:
-        folder = find_checkpoint(model.adapter)
-        if dist.get_rank() == 0:
-            warn_of_other_base(folder, find_checkpoint(required(model.start, "model.load")))
+    if folder is not None:
         source = Adapter(folder, vlm.shapes)
         if others := source.other_weights - {score_head.KEY}:  # of parts without adapters that were trained as well
             load_some(folder, vlm, lambda key: key in others)
         for chunk in vlm.language if source.reward_head is not None else ():
             if hasattr(chunk, "score_head"):
                 chunk.score_head.weight.data.copy_(source.reward_head)
-    adapters.begin(source, settings.train.seed)
+    adapters.begin(source, seed)
 
 
 def warn_of_other_base(adapter: Path, load: Path) -> None:

@@ -9,17 +9,18 @@ import torch.distributed as dist
 from megavlm.adapters.attach import Adapters
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
-from megavlm.checkpoint.load_weights import has_score_head, load_weights, shapes_at_start
+from megavlm.checkpoint.load_weights import has_score_head, shapes_at_start
 from megavlm.checkpoint.manager import MAIN
 from megavlm.config.layout import check_expert_settings, check_layout, check_window
 from megavlm.config.settings import Settings
 from megavlm.config.speed_checks import check_speed_with_model
 from megavlm.model.configs import check_supported, decoder_widths
 from megavlm.model.shapes import Shapes
-from megavlm.model.vlm import PARTS, VLM
+from megavlm.model.vlm import VLM
 from megavlm.monitor.hang_watch import collective_minutes
 from megavlm.platform import Groups, init
 from megavlm.runtime.adapter_start import check_adapter, load_start, with_stored_adapter
+from megavlm.runtime.further_model import further_model
 
 _log = logging.getLogger(__name__)
 
@@ -59,25 +60,29 @@ class Session:
         """The adapters of the main model."""
         return self.models[MAIN].adapters
 
-    def add_model(self, name: str, load: Path, *, trained: bool, score_head: bool = False) -> Model:
-        """Adds another model with the same shapes and layout, and the weights of ``load``.
+    def add_model(self, name: str, load: Path | None, *, trained: bool, score_head: bool = False) -> Model:
+        """Adds another model with the same shapes and layout.
 
         Args:
             name: name of the model in ``models`` and, if it is trained, in checkpoints.
-            load: checkpoint, run folder or Hugging Face folder.
-            trained: whether its weights will change; otherwise the whole model is frozen and in eval mode.
-            score_head: whether to add the head of a reward or value model.
+            load, trained, score_head: see ``further_model``.
 
         Raises:
-            UserError: ``load`` contains only an adapter, no complete weights, or another model.
+            UserError: ``load`` contains no complete weights, or another model.
         """
         assert name not in self.models, name
-        vlm = VLM(self.shapes, self.settings, self.groups, score_head=score_head)
-        load_weights(find_checkpoint(load), vlm)
-        if not trained:
-            for module in (module for part in PARTS for module in vlm.modules_of(part)):
-                module.requires_grad_(False)
-        self.models[name] = Model(vlm.train(trained))
+        self.models[name] = Model(
+            *further_model(
+                self.settings,
+                self.shapes,
+                self.groups,
+                self.vlm,
+                self.adapters,
+                load,
+                trained=trained,
+                score_head=score_head,
+            )
+        )
         return self.models[name]
 
     @property

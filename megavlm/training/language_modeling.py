@@ -10,14 +10,14 @@ from megavlm.config.requirements import check_stage, required
 from megavlm.config.settings import Settings
 from megavlm.records.records import Kind
 from megavlm.runtime.session import Session
-from megavlm.training.method import FileRows, Prepared
+from megavlm.training.method import FileRows, OneModel, Prepared
 from megavlm.training.objective import CrossEntropy, CrossEntropyWithKL
 from megavlm.training.start_weights import StartWeights
 
 STAGES = ("alignment", "all weights", "long context", "ultra-long context")
 
 
-class LanguageModeling:
+class LanguageModeling(OneModel):
     """Training with the cross-entropy of the targets and, with ``train.kl_to_start``, a KL term to the start model.
 
     Args:

@@ -16,7 +16,7 @@ from megavlm.training.hooks import Hook
 from megavlm.training.memory_check import check_memory
 from megavlm.training.method import Method
 from megavlm.training.run import Run, build_run
-from megavlm.training.skipped_steps import SkippedSteps, weights_failure
+from megavlm.training.skipped_steps import SkippedSteps
 from megavlm.training.step import NoRows, StepResult
 from megavlm.training.stop_signal import StopSignal
 from megavlm.training.summary import header, metrics_line
@@ -76,7 +76,7 @@ def _run_steps(
         monitor.finish(failed=True)
         raise failure
     if settings.train.memory_check and number < steps:
-        monitor.say(check_memory(run.step, run.longest_row, settings))
+        monitor.say(check_memory([run.step, *run.others.values()], run.longest_row, settings))
         heartbeat("the memory check")
     skipped = SkippedSteps(settings.train.max_skipped_steps, monitor.say)
     saved = run.first_step
@@ -100,7 +100,7 @@ def _run_steps(
         saving = number == steps or stopping or due or bool(every and number % every == 0) or data_failure is not None
         failure = skipped.failure(number, result.trouble)
         if result.trouble and saving and not failure:
-            failure = weights_failure(run.session.vlm)  # a bad checkpoint would replace an older, good one
+            failure = run.weights_failure()  # a bad checkpoint would replace an older, good one
         if saving and not failure:  # also if the data end the run: with other data or limits, it continues from here
             with run.phases.named("checkpoint"):
                 run.checkpoints.save(number)
@@ -128,7 +128,7 @@ def _save_before(run: Run, number: int) -> None:
     """Writes the checkpoint of the step before ``number``, for which there are no rows, if all weights are finite."""
     if run.loader is not None:
         run.loader.rewind()
-    if weights_failure(run.session.vlm) is None:
+    if run.weights_failure() is None:
         run.checkpoints.save(number - 1)
 
 

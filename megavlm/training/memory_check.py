@@ -9,7 +9,7 @@ import contextlib
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -31,11 +31,13 @@ _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", 
 _BLOCK = 4096  # number of random patches; further patches repeat them
 
 
-def check_memory(step: Step, longest_row: Callable[[], Row] | None, settings: Settings) -> str:
-    """Runs the longest row forward and backward on all ranks, and restores the previous state.
+def check_memory(steps: Sequence[Step], longest_row: Callable[[], Row] | None, settings: Settings) -> str:
+    """Runs the longest row forward and backward on all ranks, through each model that is trained.
+
+    Afterwards the state is as before.
 
     Args:
-        step: the step of the run; its feed is not read.
+        steps: the step of each model, that of the main model first; their feeds are not read.
         longest_row: makes the longest row, on leaders; None on the other ranks.
         settings: the settings of the run.
 
@@ -45,21 +47,27 @@ def check_memory(step: Step, longest_row: Callable[[], Row] | None, settings: Se
     Raises:
         UserError: this rank ran out of memory. The message names settings that help. The other ranks keep waiting.
     """
-    began = time.perf_counter()
+    began, step = time.perf_counter(), steps[0]
     num_rows = min(step.num_micro_batches, step.window)  # the number of rows whose features exist at the same time
     with _same_random_numbers():
         try:
             rows = [longest_row()] * num_rows if longest_row is not None else None
-            reserved = _optimizer_state_to_come(step)
-            with _unfrozen(step):
-                step.gradients(step.rows(Feed(step.vlm, iter(rows) if rows is not None else None), num_rows))
+            # A model that waits in host memory takes none on the device while the others learn.
+            reserved = [_optimizer_state_to_come(one) for one in steps if one.awake is contextlib.nullcontext]
+            for one in steps:
+                with one.awake(), _unfrozen(one):
+                    own = _optimizer_state_to_come(one) if one.awake is not contextlib.nullcontext else None
+                    one.gradients(one.rows(Feed(one.vlm, iter(rows) if rows is not None else None), num_rows))
+                    del own
             peak = _largest(memory_gib(), step)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             raise _too_large(error, settings) from None
     del reserved
-    step.optimizers.zero_grad()
+    for one in steps:
+        with one.awake():
+            one.optimizers.zero_grad()
     reset_memory()
     if rows is None:
         return ""  # only rank 0 prints the message, and it is a leader

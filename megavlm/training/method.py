@@ -1,7 +1,7 @@
 """The interface of training methods: a method provides an objective and rows."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -30,6 +30,8 @@ class Prepared:
         make_step: makes what the loop calls for each step, from what updates the weights and the iterator over
             ``rows``; None: each step is one update with the next ``train.global_batch_size`` rows.
         updates: number of updates of the weights in a step.
+        others: for each further model of the session that is trained, what updates its weights. The run saves and
+            restores these models, too.
     """
 
     objective: Objective
@@ -38,6 +40,7 @@ class Prepared:
     loader: RowLoader | None = None
     make_step: Callable[[Step, Iterator[Row] | None], "MethodStep"] | None = None
     updates: int = 1
+    others: Mapping[str, Step] = field(default_factory=dict)
 
 
 class MethodStep(Protocol):
@@ -71,6 +74,12 @@ class Method(Protocol):
     def bare_objective(self, session: Session) -> Objective:
         """Returns the objective without anything that is computed from weights or data beforehand, for a dry run."""
 
+    def bare_others(self, session: Session) -> Mapping[str, Step]:
+        """Adds the further models that are trained to the session, without weights, for a dry run.
+
+        Returns what updates them, by name.
+        """
+
     def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
         """Prepares the method. It is called on all ranks before the optimizers are built and a checkpoint is restored.
 
@@ -80,6 +89,13 @@ class Method(Protocol):
             session: the session of the run.
             heartbeat: the method calls it after each sign of progress with a short description of what was done.
         """
+
+
+class OneModel:
+    """A base class of methods that train the main model alone."""
+
+    def bare_others(self, session: Session) -> Mapping[str, Step]:
+        return {}
 
 
 @dataclass(frozen=True)

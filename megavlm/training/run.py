@@ -1,7 +1,7 @@
 """Builds a training run: the model, its rows, optimizers, checkpoints and the step. An interrupted run is resumed."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from megavlm.runtime.read_ahead import ReadAhead
 from megavlm.runtime.session import Session, start
 from megavlm.training.continuing import remarks_on
 from megavlm.training.method import Method, MethodStep
+from megavlm.training.skipped_steps import weights_failure
 from megavlm.training.step import Step, StepResult
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Run:
         title: heading on the terminal.
         step: updates the weights.
         method_step: the steps of the method, if it does more in a step than one update.
+        others: what updates the weights of the further models, by name.
         optimizers: the optimizers of the main model.
         checkpoints: writes the checkpoints of the run.
         rows: the source of the rows, on leaders; None on the other ranks.
@@ -62,6 +64,7 @@ class Run:
     title: str
     step: Step
     method_step: MethodStep | None
+    others: Mapping[str, Step]
     optimizers: Optimizers
     checkpoints: Checkpoints
     rows: RowSource | None
@@ -81,6 +84,14 @@ class Run:
     def report(self, number: int, monitor: RunMonitor) -> UserError | None:
         """Lets the method report on the step, and returns the error with which it ends the run, if any."""
         return self.method_step.report(number, monitor) if self.method_step is not None else None
+
+    def weights_failure(self) -> RunFailure | None:
+        """See ``skipped_steps.weights_failure``; of all models that are trained."""
+        found = []
+        for step in (self.step, *self.others.values()):
+            with step.awake():
+                found.append(weights_failure(step.vlm))
+        return next(filter(None, found), None)
 
     def close(self) -> None:
         """Ends the processes of the run, and writes the trace of a profile that has not come to its last step."""
@@ -129,6 +140,8 @@ def build_run(
     heartbeat("preparing the method")
     optimizers = Optimizers(session.vlm, settings.train, prepared.updates)
     trained = {MAIN: TrainedModel(session.vlm, optimizers, session.adapters)}
+    for name, other in prepared.others.items():
+        trained[name] = TrainedModel(other.vlm, other.optimizers, session.models[name].adapters, other.awake)
     source = HeldRows(prepared.rows) if prepared.rows is not None else None
     checkpoints = Checkpoints(output / "checkpoints", trained, source, settings, origin)
     first_step = checkpoints.restore(checkpoint) if checkpoint else 0
@@ -163,6 +176,7 @@ def build_run(
         method.title,
         step,
         prepared.make_step(step, rows) if prepared.make_step is not None else None,
+        prepared.others,
         optimizers,
         checkpoints,
         prepared.rows,

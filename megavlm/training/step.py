@@ -1,7 +1,7 @@
 """A training step: encode the frames, run Megatron's schedule, run the tower's backward pass, update the weights."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -110,6 +110,9 @@ class Step:
         tower_timer: a context manager around what the tower computes on this rank without waiting for other ranks.
         phases: measures and names the phases of a step; None: nothing does.
     """
+
+    awake: Callable[[], AbstractContextManager] = nullcontext
+    """The context within which the model is on the device, if it waits elsewhere (see ``runtime.parking``)."""
 
     def __init__(
         self,

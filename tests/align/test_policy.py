@@ -279,3 +279,33 @@ def test_limits_of_a_correction():
         correction("token_mask", zeros, zeros, zeros, highest=0.2)
     with pytest.raises(ValueError, match="'token' is no correction: choose one of off, token_truncate"):
         correction("token", zeros, zeros, zeros)
+
+
+def test_values_are_limited_around_the_old_ones_by_hand():
+    """Six tokens in two answers, one of them filling: ½ max((V − R)², (V' − R)²), where |V' − V_old| ≤ 0.2."""
+    from megavlm.align.losses import value_loss
+
+    values = torch.tensor([[1.0, 0.5, -1.0], [0.3, 2.0, 9.0]], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([[0.9, 0.0, -0.5], [0.3, 1.0, 0.0]], dtype=torch.float64)
+    returns = torch.tensor([[0.0, 1.0, -2.0], [1.3, 1.5, 0.0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    # V':           1.0          0.2          -0.7          0.3          1.2
+    each = [1.0, max(0.25, 0.64), max(1.0, 1.69), 1.0, max(0.25, 0.09)]
+    loss, metrics = value_loss(values, old, returns, mask, clip=0.2)
+    assert loss.item() == pytest.approx(sum(each) / 2 / 5, rel=1e-12)
+    assert metrics["value_clip_share"].item() == pytest.approx(2 / 5)
+    loss.backward()
+    wanted = [[1.0 / 5, 0.0, 0.0], [-1.0 / 5, 0.5 / 5, 0.0]]  # (V − R) / 5, and none where V' is worse
+    torch.testing.assert_close(values.grad, torch.tensor(wanted, dtype=torch.float64))
+    plain, metrics = value_loss(values.detach(), old, returns, mask, clip=None)
+    assert plain.item() == pytest.approx((1.0 + 0.25 + 1.0 + 1.0 + 0.25) / 2 / 5, rel=1e-12)
+    assert metrics["value_clip_share"].item() == 0
+
+
+@pytest.mark.parametrize("change", [{"returns": torch.zeros(2, 2)}, {"mask": torch.ones(3)}, {"clip": -1.0}])
+def test_bad_arguments_of_a_value_loss_are_named(change):
+    from megavlm.align.losses import value_loss
+
+    good = dict.fromkeys(("values", "old_values", "returns", "mask"), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=next(iter(change))):
+        value_loss(**{**good, **change})

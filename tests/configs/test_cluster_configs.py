@@ -16,7 +16,7 @@ from megavlm.sources.blend import open_sources
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]
 STAGES = [f"pretrain/stage{stage}.yaml" for stage in range(4)]
-METHODS = ["tune/sft", "tune/rm", "tune/dpo", "tune/kto", "align/grpo"]
+METHODS = ["tune/sft", "tune/rm", "tune/dpo", "tune/kto", "align/grpo", "align/ppo"]
 RECIPES = [*STAGES, *(f"{method}{tuner}.yaml" for method in METHODS for tuner in ("", "-lora"))]
 
 
@@ -123,6 +123,10 @@ def test_an_adapter_is_trained_where_the_weights_are_and_each_starts_from_the_on
     assert lora.model.load == start
     assert lora.model.adapter == (None if method == "tune/sft" else lora.output.parent / "sft-lora")
     theirs = {"model", "adapter", "train", "output"}
+    if method == "align/ppo":  # its reward model is an adapter, too
+        assert [lora.reward[0].model, lora.align.critic.load] == [lora.output.parent / "rm-lora"] * 2
+        assert lora.align.critic.lr == pytest.approx(10 * full.align.critic.lr)
+        theirs |= {"reward", "align"}
     assert lora.model_dump(exclude=theirs) == full.model_dump(exclude=theirs)
 
 

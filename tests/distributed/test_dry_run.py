@@ -22,10 +22,11 @@ MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]
 CASES = [(model, verb, tuner) for model in MODELS for verb in ("sft", "rm", "dpo") for tuner in ("", "-lora")]
 CASES += [("2b", "kto", tuner) for tuner in ("", "-lora")]
 CASES += [(model, "grpo", tuner) for model in MODELS for tuner in ("", "-lora")]
+CASES += [(model, "ppo", tuner) for model in ("2b", "8b", "235b-a22b") for tuner in ("", "-lora")]
 # One of each kind of model (tied, untied, MoE), of each method, with adapters and without: what a method adds is the
 # same on all models, and each case takes 5 to 10 seconds.
 QUICK = [("2b", verb, "") for verb in ("sft", "rm", "kto", "grpo")]
-QUICK += [("8b", "sft", "-lora"), ("235b-a22b", "dpo", ""), ("235b-a22b", "rm", "-lora")]
+QUICK += [("8b", "sft", "-lora"), ("8b", "ppo", "-lora"), ("235b-a22b", "dpo", ""), ("235b-a22b", "rm", "-lora")]
 RANK = 16  # of LoRA, the default
 
 
@@ -60,7 +61,7 @@ def dry_runs(cases: list) -> dict:
     with alone():
         for model, verb, tuner in cases[here::size]:
             os.environ["MEGAVLM_MODEL"] = model
-            settings = load_settings(CONFIGS / f"{'align' if verb == 'grpo' else 'tune'}/{verb}{tuner}.yaml")
+            settings = load_settings(CONFIGS / f"{'align' if verb in ('grpo', 'ppo') else 'tune'}/{verb}{tuner}.yaml")
             found[model, verb, tuner] = (settings, dry_run(settings, verb, world_of(model)))
     return found
 
@@ -129,17 +130,20 @@ def of_the_decoder(model: str, layout, *, first: bool, last: bool) -> dict[str, 
 def test_a_rank_holds_its_share_and_all_that_learns_has_gradients(found, model: str, verb: str, tuner: str) -> None:
     settings, ranks = found[model, verb, tuner]
     layout, world, tower = settings.parallel, world_of(model), of_the_tower(model)
-    assert [held.rank for held in ranks] == [0, world // 2][: layout.pipeline]  # of one or two stages
+    models = ["model", "critic"] if verb == "ppo" else ["model"]
+    stages = [0, world // 2][: layout.pipeline]  # of one or two
+    assert [(held.rank, held.model) for held in ranks] == [(rank, name) for rank in stages for name in models]
     for held in ranks:
+        scores = verb == "rm" or held.model == "critic"
         first, last = held.rank == 0, held.rank > 0 or layout.pipeline == 1
         decoder = of_the_decoder(model, layout, first=first, last=last)
-        head = decoder["head"] * (verb == "rm")
+        head = decoder["head"] * scores
         full = decoder["shared"] + decoder["experts"] + head
         lora = decoder["shared adapters"] + decoder["expert adapters"]
         assert held.parameters == tower | {"language": full + lora * bool(tuner)}
         learn = {"projector": 0, "shared": decoder["shared adapters"] + head, "experts": decoder["expert adapters"]}
         if not tuner:
-            shared = decoder["shared"] + (head - decoder["output layer"]) * (verb == "rm")  # scores use no output layer
+            shared = decoder["shared"] + (head - decoder["output layer"]) * scores  # scores use no output layer
             projector = tower["projector"] * ("projector" not in settings.model.freeze)
             learn = {"projector": projector, "shared": shared, "experts": decoder["experts"]}
         assert held.learning == {
@@ -153,7 +157,8 @@ def test_a_rank_holds_its_share_and_all_that_learns_has_gradients(found, model: 
         data = world // (layout.tensor * layout.pipeline * layout.context)
         expert_data = world // (layout.expert * layout.expert_tensor * layout.pipeline)
         shares = learn["projector"] / world + learn["shared"] / data + learn["experts"] / expert_data
-        assert held.weights == 2 * sum(held.parameters.values())
+        shares_base = bool(tuner) and held.model == "critic"  # with the policy, which holds it
+        assert held.weights == 2 * sum((held.learning if shares_base else held.parameters).values())
         # Megatron pads each bucket to a multiple of its data ranks and of 128
         assert held.gradients == pytest.approx(4 * sum(held.learning.values()), rel=1e-3)
         assert held.optimizer == pytest.approx(12 * shares, rel=1e-3)
@@ -204,9 +209,9 @@ def test_any_layout_and_method_goes_through(world2, toys) -> None:
     first, second = world2.run(layouts, toys.folder("dense"))
     found = first | second
     assert len(found) == 2 * len(LAYOUTS)
-    assert {verb for _, verb in found} == {"sft", "rm", "dpo", "kto", "grpo"}
+    assert {verb for _, verb in found} == {"sft", "rm", "dpo", "kto", "grpo", "ppo"}
     for (name, verb), ranks in found.items():
-        assert len(ranks) == LAYOUTS[name][1].get("pipeline", 1)
+        assert len(ranks) == LAYOUTS[name][1].get("pipeline", 1) * (2 if verb == "ppo" else 1)
         for held in ranks:
             assert sum(held.learning.values()) > 0
             assert held.reached == held.learning, (name, verb)
@@ -255,7 +260,7 @@ def test_the_command_tells_what_a_rank_holds(world1) -> None:
         ("pretrain", "train.lr=1e-5", "pretrain needs stage"),
         ("sft", "stage=1", "sft has no stages"),
         ("dpo", "train.steps=null", "dpo needs train.steps"),
-        ("ppo", "train.lr=1e-5", "invalid choice: 'ppo'"),
+        ("a2c", "train.lr=1e-5", "invalid choice: 'a2c'"),
     ],
 )
 def test_a_dry_run_needs_what_its_verb_needs(verb: str, override: str, told: str, capsys) -> None:

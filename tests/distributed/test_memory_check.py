@@ -65,7 +65,7 @@ def train(folder, checkpoint, root, records, settings, memory_check: bool, addre
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + address_space, before[1]))
         try:
-            said = check_memory(step, make_longest if groups.is_leader else None, settings)
+            said = check_memory([step], make_longest if groups.is_leader else None, settings)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, before)
         buffers = [

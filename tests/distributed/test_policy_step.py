@@ -168,7 +168,7 @@ def step_in_layout(settings: dict, root, records: list[dict]):
     step = Step(session.vlm, optimizers, Feed(session.vlm, None), 1, objective, settings.vision.window)
     reference = StartWeights(session, offload=True) if options.beta else None
     if dist.get_world_size() == 1:  # what was never sampled leaves no trace in the metrics of the step
-        check_memory(step, partial(longest_row, renderer), settings)
+        check_memory([step], partial(longest_row, renderer), settings)
     result = PolicyStep(session, step, Given(), objective, renderer, reference)()
     return result.loss, result.norms, result.counts, result.fields, pieces_of(session.vlm)
 

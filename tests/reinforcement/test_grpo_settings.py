@@ -37,7 +37,7 @@ BAD = {
         {"align": {"correction": "token_truncate", "correction_lowest": 0.5}},
         "correction_lowest",
     ),
-    "an idle reference without one": ({"align": {"beta": 0.0, "offload_reference": True}}, "no reference model"),
+    "an idle reference without one": ({"align": {"beta": 0.0, "offload": ["reference"]}}, "no reference model"),
     "a divergence of nothing": (
         {"align": {"loss": "dapo", "kl_in": "reward"}, "rollout": {"replace_flat": 0}},
         "kl_in",

@@ -17,6 +17,7 @@ from megavlm.align.losses.kto import kto_loss
 from megavlm.align.losses.policy import POLICY_LOSSES, PolicyLoss, check_policy, policy_loss
 from megavlm.align.losses.preference import PREFERENCE_LOSSES, PreferenceLoss, check_preference, preference_loss
 from megavlm.align.losses.reward import reward_loss
+from megavlm.align.losses.value import value_loss
 
 __all__ = [
     "ADVANTAGES",
@@ -34,4 +35,5 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "reward_loss",
+    "value_loss",
 ]

@@ -15,7 +15,18 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(["epsilon", "epsilon_high", "tau_pos", "tau_neg"], (lambda x: x > 0, "above 0")),
     "dual_clip": (lambda x: x > 1, "above 1"),
     **dict.fromkeys(
-        ["gamma", "lam", "desirable_weight", "undesirable_weight", "centering", "eps", "ddof", "lowest", "highest"],
+        [
+            "gamma",
+            "lam",
+            "desirable_weight",
+            "undesirable_weight",
+            "centering",
+            "eps",
+            "ddof",
+            "lowest",
+            "highest",
+            "clip",
+        ],
         (lambda x: x >= 0, "at least 0"),
     ),
 }
