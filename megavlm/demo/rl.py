@@ -4,8 +4,8 @@ It continues from the pretrained model of `python -m megavlm.demo`, which it tra
 fine-tuning that ends early leaves a model that often errs. `megavlm grpo` then samples its answers to the training
 questions, and the reward is whether an answer is right. `megavlm ppo` does the same with a reward model, which was
 trained on pairs of digits, and a critic that starts from it. Held-out questions show what was learned. With ``--all``,
-the other losses and advantages learn for some steps, too. Exit status: 0 if all results are within their bounds; 1 if not,
-or if a command fails; 2 if the output folder exists.
+the other losses and advantages learn for some steps, too. Exit status: 0 if all results are within their bounds; 1 if
+not, or if a command fails; 2 if the output folder exists.
 """
 
 import argparse

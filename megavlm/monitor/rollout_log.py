@@ -10,7 +10,7 @@
         text            the answer as sampled, special tokens included
         reward          weighted sum of its rewards; null if one failed or none applies
         parts           each reward by name; null if it failed or does not apply
-        advantage       its advantage in the group; null if it was left out
+        advantage       its advantage in the group; null if it was left out, and with ppo, where tokens have advantages
         tokens          its length in tokens
         finish          "stop", or "length" if it was cut off at rollout.max_new_tokens
         failures        which reward failed, and why

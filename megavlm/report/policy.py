@@ -43,6 +43,14 @@ def policy_charts(lines: Sequence[dict[str, Any]]) -> list[tuple[str, list[Marku
             share("Ended by environment.max_turns, %", "truncated_by_turns", "projector", ""),
         ]
         seconds.append(curve("environment", "seconds_environment", "vision"))
+    of_critic = [
+        chart(
+            "Value loss", steps, [curve("loss", "value_loss", "loss")], from_zero=True, note="half the squared error"
+        ),
+        share("Explained variance of the returns, %", "explained_variance", "vision", "100: the critic knows them"),
+        chart("Returns", steps, [curve("mean", "returns", "speed")], note="what the critic should say"),
+        share("Limited values, %", "value_clip_share", "lr", ""),
+    ]
     return [
         (
             "Rewards",
@@ -67,6 +75,7 @@ def policy_charts(lines: Sequence[dict[str, Any]]) -> list[tuple[str, list[Marku
                 chart("Staleness", steps, [curve("steps", "staleness", "soft")], from_zero=True, note="steps"),
             ],
         ),
+        *([("Critic", of_critic)] if any("value_loss" in line for line in lines) else []),
         (
             "Answers",
             [

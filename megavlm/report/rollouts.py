@@ -45,6 +45,8 @@ class ShownGroup:
         """The rewards of the group in words."""
         if not (rewards := self.rewards):
             return "no answer has a reward"
+        if all(answer.advantage is None for answer in self.answers):  # of ppo, which does not compare answers
+            return f"mean reward {fmean(rewards):.3g}"
         if len(set(rewards)) == 1:
             return f"all rewards {rewards[0]:.3g}: the group teaches nothing"
         return f"mean reward {fmean(rewards):.3g}, spread {pstdev(rewards):.3g}"

@@ -5,7 +5,7 @@ bucket as one message, and rank 0 copies them to their places in tensors of Hugg
 more than its own weights, the tensors of one bucket and the message of one rank.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -74,7 +74,8 @@ class WeightStream:
             only_trained: whether to leave out what is frozen now, and has no adapter that is merged.
 
         Yields:
-            Pairs of a name and a tensor on the rank's device, which nothing else refers to.
+            Pairs of a name and a tensor, contiguous and on the rank's device. Copies of a tied
+            weight are the same tensor.
 
         Raises:
             UserError: the decoder's weights are stored in 4 bits, so they are not to be had.
@@ -145,7 +146,7 @@ class WeightStream:
     def _shards(self) -> dict:
         return self._session.models[self._name].vlm.sharded_state_dict(dict(SHARDED_METADATA))
 
-    def _stream(self, items: list[Item], max_bytes: int, shards: dict) -> Iterator[Named]:
+    def _stream(self, items: Sequence[Item], max_bytes: int, shards: dict) -> Iterator[Named]:
         """Sends items, in buckets of ``max_bytes``."""
         wanted = {key for item in items for key in item.keys}
         mine = [(box, values) for box, values in _boxes(shards) if box.key in wanted]
@@ -164,7 +165,7 @@ def _boxes(shards: dict) -> Iterator[tuple[_Box, Tensor]]:
             yield _Box(shard.key, tuple(shard.global_offset), shape, shard.dtype), shard.data.detach()
 
 
-def _buckets(items: list[Item], max_bytes: int) -> list[list[Item]]:
+def _buckets(items: Sequence[Item], max_bytes: int) -> list[list[Item]]:
     """The items in buckets, in their order. All ranks get the same ones."""
     found: list[list[Item]] = []
     size = 0

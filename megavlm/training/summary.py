@@ -7,10 +7,10 @@ from megavlm.checkpoint.load_weights import start_words
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
 from megavlm.model.flops import Work, peak_flops, step_flops
-from megavlm.model.vlm import PARTS
+from megavlm.model.vlm import PARTS, VLM
 from megavlm.monitor.metrics import throughput
 from megavlm.platform import device_name, memory_gib
-from megavlm.runtime.session import Session
+from megavlm.runtime.session import MAIN, Session
 from megavlm.training.step import StepResult
 
 
@@ -53,12 +53,14 @@ def header(session: Session, loader: RowLoader | None) -> dict[str, str]:
         "expert": parallel.expert,
         "data": session.groups.dp_size,
     }
+    others = {name: model for name, model in session.models.items() if name != MAIN and _all_trained(model.vlm)}
     is_cut = parallel.tensor * parallel.pipeline * parallel.expert > 1
     share = " (on rank 0)" if is_cut else ""
     return {
         "model": f"{settings.model.hf} · {vlm.kernels} kernels · {settings.train.precision}",
         "start": start_words(settings.model),
         "trainable": " · ".join(f"{part} {_trained(session, part)}" for part in PARTS) + share,
+        **{name: f"{_all_trained(model.vlm)} trainable{share}" for name, model in others.items()},
         "layout": " × ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process",
         "data": _data(settings, loader),
         "rows": _rows(settings),
@@ -84,6 +86,13 @@ def _data(settings: Settings, loader: RowLoader | None) -> str:
         passes = f", {rows * source.share / size:.3g} passes" if settings.data.packing == "none" else ""
         listed.append(f"{source.file.path} ({counted(size, 'sample')}{passes})")
     return ", ".join(listed)
+
+
+def _all_trained(vlm: VLM) -> str:
+    """How many weights of a model are trained on this rank; "" if none is."""
+    weights = [p for part in PARTS for module in vlm.modules_of(part) for p in module.parameters()]
+    trained = sum(p.numel() for p in weights if p.requires_grad)
+    return short(trained) if trained else ""
 
 
 def _trained(session: Session, part: str) -> str:

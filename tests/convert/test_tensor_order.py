@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megavlm.convert.tensor_order import Experts, FusedQkv, GroupedQkv, Same, Stacked
+from megavlm.convert.tensor_order import Experts, FusedQkv, GroupedQkv, Same, Stacked, views_of_box
 
 HEADS, GROUPS, DIM, HIDDEN = 6, 2, 4, 5
 
@@ -76,3 +76,23 @@ def test_blocks_are_the_megatron_tensor_in_pieces_that_are_no_copies(inner):
         assert torch.equal(torch.cat(blocks), layout.to_mcore(parts, shape))
         owners = {part.untyped_storage().data_ptr() for part in parts}
         assert {block.untyped_storage().data_ptr() for block in blocks} == owners
+
+
+def test_a_box_is_cut_out_of_the_blocks_without_a_copy():
+    q, k, v = (
+        numbered(HEADS * DIM, HIDDEN),
+        1000 + numbered(GROUPS * DIM, HIDDEN),
+        2000 + numbered(GROUPS * DIM, HIDDEN),
+    )
+    whole = GroupedQkv(GROUPS).to_mcore([q, k, v], (40, HIDDEN))
+    blocks = GroupedQkv(GROUPS).blocks([q, k, v], (40, HIDDEN))
+    for first, last in ((0, 40), (10, 20), (11, 33), (39, 40)):
+        box = torch.full((last - first, 2), -1)
+        for rows, view in views_of_box(blocks, (first, 3), tuple(box.shape)):
+            box[rows] = view
+        assert torch.equal(box, whole[first:last, 3:])
+    beyond = list(views_of_box(blocks, (30, 0), (16, HIDDEN)))  # of a padded vocabulary: six rows are in no block
+    assert sum(len(view) for _, view in beyond) == 10
+    for rows, view in beyond:
+        view.copy_(torch.zeros(16, HIDDEN)[rows])
+    assert not GroupedQkv(GROUPS).to_mcore([q, k, v], (40, HIDDEN))[30:].any()

@@ -163,9 +163,19 @@ def settings_for(toys: Toys, kind: str, parallel: dict, **sections) -> dict:
 
 def steps_in_layout(settings: dict, root, records: list[dict]):
     """Runs on every rank: the steps. Returns their results, and this rank's pieces of the weights of both models."""
+    from megavlm.reinforcement.critic import CRITIC
+
+    session, _, steps = made(settings, root, records)
+    results = [steps() for _ in range(STEPS)]
+    found = [{"loss": one.loss, **one.norms, **one.fields} for one in results]
+    return found, pieces_of(session.vlm), pieces_of(session.models[CRITIC].vlm)
+
+
+def made(settings: dict, root, records: list[dict]):
+    """The session, what returns the answers, and what runs the steps."""
     from megavlm.config.settings import Settings
     from megavlm.optim.optimizers import Optimizers
-    from megavlm.reinforcement.critic import CRITIC, add_critic
+    from megavlm.reinforcement.critic import add_critic
     from megavlm.reinforcement.policy import Policy
     from megavlm.reinforcement.policy_objective import PolicyObjective
     from megavlm.reinforcement.ppo import advantage_options
@@ -186,10 +196,7 @@ def steps_in_layout(settings: dict, root, records: list[dict]):
     step = Step(session.vlm, optimizers, Feed(session.vlm, None), 1, objective, settings.vision.window, names)
     rollouts, renderer = given_rollouts(settings, groups, root, records)
     options = advantage_options(settings, policy)
-    steps = PpoStep(session, step, rollouts, objective, renderer, reference, critic, options)
-    results = [steps() for _ in range(STEPS)]
-    found = [{"loss": one.loss, **one.norms, **one.fields} for one in results]
-    return found, pieces_of(session.vlm), pieces_of(session.models[CRITIC].vlm)
+    return session, rollouts, PpoStep(session, step, rollouts, objective, renderer, reference, critic, options)
 
 
 def given_rollouts(settings, groups, root, records: list[dict]):
@@ -258,3 +265,34 @@ def test_both_models_learn_as_in_plain_pytorch(layout, toys, expectations, reque
     check_update(named_as_in_hf(of_critic, folder), wanted.critic, start)
     head = of_critic["language.score_head.weight"]
     assert (head - wanted.head).norm() <= 1e-4 * wanted.head.norm()
+
+
+def steps_that_teach_nothing(settings: dict, root, records: list[dict]):
+    """Runs on every rank: a step without answers, and one with a critic of which a gradient is infinite.
+
+    Returns both results, and whether the weights of policy and critic are as before.
+    """
+    from megavlm.reinforcement.critic import CRITIC
+    from megavlm.reinforcement.judged import Batch
+
+    session, rollouts, steps = made(settings, root, records)
+    modules = [session.vlm.language[0], session.models[CRITIC].vlm.language[0]]
+    before = [parameter.detach().clone() for module in modules for parameter in module.parameters()]
+    collect, rollouts.collect = rollouts.collect, lambda: Batch([], [], {}, {}, [])
+    empty = steps()
+    rollouts.collect = collect
+    modules[1].score_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    bad = steps()
+    now = [parameter for module in modules for parameter in module.parameters()]
+    same = all(torch.equal(one, other) for one, other in zip(before, now, strict=True))
+    return (empty.loss, empty.trouble, empty.fields), (bad.trouble, bad.fields), same
+
+
+def test_without_answers_or_with_a_broken_critic_nothing_changes(toys, world1):
+    settings, records = settings_for(toys, "dense", {}), [toys.records[n] for n in PROMPTS]
+    ((empty, bad, same),) = world1.run(steps_that_teach_nothing, settings, toys.root, records)
+    assert same
+    assert empty[:2] == (0.0, None)
+    assert [empty[2][name] for name in ("returns", "explained_variance", "kl", "value_clip_share")] == [None] * 4
+    assert bad[0].startswith("of the critic, the gradient of language is NaN or infinite")
+    assert bad[1]["entropy"] is None  # the policy was left out

@@ -17,7 +17,7 @@ from parity import part_of, save_weights, settings_of
 from pool import RankError
 from safetensors.torch import load_file, save_file
 
-FACTOR, LIMIT = 1.5, 200_000  # bytes of a bucket: the toys have 1.3 to 2.5 MB
+FACTOR, LIMIT = 1.5, 200_000  # bytes of a bucket: the toys have 6 to 9 MB
 
 
 class Peak(torch.utils._python_dispatch.TorchDispatchMode):

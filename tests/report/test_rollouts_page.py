@@ -146,6 +146,15 @@ def test_every_metric_has_a_curve_and_the_reward_heads_the_page(page):
     assert re.findall(r"<h4>([^<]*)", page) == ["Rewards", "Policy", "Answers", "Time", "Training"]
 
 
+def test_a_critic_has_curves_of_its_own():
+    from megavlm.report.policy import policy_charts
+
+    line = {"step": 1, "reward": 0.5, "value_loss": 2.0, "explained_variance": 0.25, "returns": 0.5}
+    of_critic = dict(policy_charts([line, line | {"step": 2}]))["Critic"]
+    assert sum("<svg" in chart for chart in of_critic) == 3  # those with values
+    assert "Critic" not in dict(policy_charts([{"step": 1, "reward": 0.5}]))
+
+
 def test_warnings_stand_in_the_page(page):
     section = page[page.index("<h2>Warnings") : page.index("<h2>The run")]
     assert section.count("<li") == 1
