@@ -207,7 +207,8 @@ def _summary(held: "Held", sampled: Settings | None) -> Iterator[Table | str]:
     listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
     others = "activations"
     if sampled is not None:
-        others += f", {sampled.rollout.cache_gib:g} for keys and values (rollout.cache_gib), and a reference model"
+        cache = f", {sampled.rollout.cache_gib:g} for keys and values (rollout.cache_gib)"
+        others += f"{cache if sampled.rollout.engine == 'megatron' else ''}, and a reference model"
     yield f"GiB: {listed} = {sum(sizes.values()) / 2**30:.2f}, without {others}"
     if held.reached is None:
         yield (

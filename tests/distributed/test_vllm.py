@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,13 +207,13 @@ def test_new_weights_are_used_at_once_and_for_everything(served, toys, asked, pr
     served.sync()
 
 
-@pytest.mark.parametrize("partial", ["continue", "drop"])
-def test_weights_arrive_while_answers_are_sampled(partial, served, prompts, sampling):
+@pytest.mark.parametrize("what", ["continue", "drop"])
+def test_weights_arrive_while_answers_are_sampled(what, served, prompts, sampling):
     """No answer is lost, none is there twice; dropped ones are those of an undisturbed engine."""
     wanted = prompts(range(20), 2)
     undisturbed = by_index(served.generate(iter(wanted), sampling(60, 1.0)))
     settings = served._settings
-    rollout = settings.rollout.model_copy(update={"partial": partial})
+    rollout = settings.rollout.model_copy(update={"partial": what})
     for keeper in served._keepers:
         keeper._settings = settings.model_copy(update={"rollout": rollout})
     begun, found = threading.Event(), {}
@@ -271,7 +272,13 @@ def from_a_trainer(settings: dict, sampling) -> tuple[dict, dict]:
     return found, by_index(engine_of(session, renderer, places=25).generate(prompts(), sampling))
 
 
-LORA = {"adapter": {"type": "lora", "rank": 4, "targets": ["attn.qkv", "merger.linear_fc1", "q_proj", "v_proj", "down_proj"]}}
+LORA = {
+    "adapter": {
+        "type": "lora",
+        "rank": 4,
+        "targets": ["attn.qkv", "merger.linear_fc1", "q_proj", "v_proj", "down_proj"],
+    }
+}
 TRAINERS = {
     "TP2": ("dense", {"parallel": {"tensor": 2}}),
     "PP2, LoRA": ("dense", {"parallel": {"pipeline": 2}, **LORA}),
@@ -329,6 +336,23 @@ def test_grpo_learns_with_it(served, toys, tmp_path):
     served.sync()
 
 
+def test_stop_strings_and_filters(served, toys, prompts, sampling):
+    """An answer ends with the token that completes a stop string; with top_k 1 nothing is left to chance."""
+    from transformers import AutoTokenizer
+
+    decode = partial(AutoTokenizer.from_pretrained(toys.folder("dense")).decode, skip_special_tokens=True)
+    whole = by_index(served.generate(iter(prompts(range(6))), sampling(8)))
+    few = by_index(served.generate(iter(prompts(range(6), 2)), sampling(8, 1.0, top_k=1)))
+    stop = decode(whole[2][0].tokens)[2:4]
+    ended = by_index(served.generate(iter(prompts(range(6))), sampling(8, stop_strings=(stop,))))
+    for index, (answer,) in whole.items():
+        assert all(one.tokens == answer.tokens for one in few[index])
+        upto = [n for n in range(1, len(answer.tokens) + 1) if stop in decode(answer.tokens[:n])]
+        assert ended[index][0].tokens == answer.tokens[: min(upto, default=len(answer.tokens))]
+        assert ended[index][0].finish == ("stop" if upto else answer.finish)
+    assert any(len(ended[index][0].tokens) < len(whole[index][0].tokens) for index in whole)
+
+
 def test_prompts_that_cannot_be_read_or_are_too_long(served, prompts, sampling):
     def read():
         yield from prompts(range(2))
@@ -361,6 +385,18 @@ def test_a_tensor_that_arrives_with_other_values_is_named(served, toys, tmp_path
 def test_a_server_of_another_model_is_refused(served, toys, tmp_path):
     with pytest.raises(UserError, match=r"serves another model than .*: .* here and .* there"):
         vllm_engine(toys.folder("moe"), tmp_path, url=served._urls)
+
+
+def test_a_server_for_another_temperature_is_refused(served, toys):
+    from megavlm.rollout.vllm.client import Client
+    from megavlm.rollout.vllm.identity import check_identity
+
+    settings = vllm_settings(toys.folder("dense"))
+    rollout = settings.rollout.model_copy(update={"temperature": 0.7})
+    told = Client(served._urls[0]).get("/identity", 10)
+    check_identity(told, settings, "here")
+    with pytest.raises(UserError, match=r"logprobs_mode raw_logprobs, but the run needs processed_logprobs"):
+        check_identity(told, settings.model_copy(update={"rollout": rollout}), "here")
 
 
 def test_a_server_with_the_weights_of_another_run_is_refused(served, toys, prompts, sampling, tmp_path):
