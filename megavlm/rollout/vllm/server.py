@@ -225,7 +225,10 @@ def engine_of(model: Path, arguments: dict[str, Any]) -> AsyncLLM:
     os.environ[SERVER] = str(os.getpid())
     is_cpu = current_platform.is_cpu()
     if is_cpu:  # vLLM would compile for a minute, and start two interpreters, which import everything again
-        arguments = {"enforce_eager": True, "distributed_executor_backend": _IN_ENGINE, **arguments}
+        # Of a prompt that is read in parts, vLLM takes back the random numbers that it has drawn too early, which its
+        # generators cannot do on a CPU.
+        whole = {"enable_chunked_prefill": False}
+        arguments = {"enforce_eager": True, "distributed_executor_backend": _IN_ENGINE, **whole, **arguments}
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # for processes to come
         torch._dynamo.config.disable = True  # for this one, and for those that are forked off it
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # it would bind every server to the same cores
