@@ -214,7 +214,8 @@ def _summary(held: "Held", sampled: Settings | None) -> Iterator[Table | str]:
     listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
     others = "activations"
     if sampled is not None:
-        others += f", {sampled.rollout.cache_gib:g} for keys and values (rollout.cache_gib), and models that only judge"
+        cache = f", {sampled.rollout.cache_gib:g} for keys and values (rollout.cache_gib)"
+        others += f"{cache if sampled.rollout.engine == 'megatron' else ''}, and models that only judge"
     yield f"GiB: {listed} = {sum(sizes.values()) / 2**30:.2f}, without {others}"
     if held.reached is None:
         yield (

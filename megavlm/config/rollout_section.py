@@ -41,6 +41,11 @@ class VllmSettings(Section):
     servers: Count = Field(1, description="number of servers to start on the host of rank 0, shared by all ranks")
     tensor_parallel: Count = Field(1, description="number of devices of a server over which each layer is divided")
     data_parallel: Count = Field(1, description="number of copies of the model in a server")
+    devices: list[Annotated[Int, Field(ge=0)]] = Field(
+        [],
+        description="numbers of the GPUs for the servers, tensor_parallel × data_parallel for each in turn (not tried "
+        "on GPUs yet). []: those that rank 0 sees",
+    )
     start_minutes: Positive = Field(
         10.0, description="minutes within which a server must answer after its start, also after it was lost"
     )
@@ -57,12 +62,19 @@ class VllmSettings(Section):
             parts = urlsplit(url)
             if parts.scheme != "http" or not parts.hostname or parts.path.strip("/"):
                 raise UserError(f"rollout.vllm.url has {quoted(url)}, which is not http://HOST:PORT")
-        for name in ("python", "servers", "tensor_parallel", "data_parallel", "args"):
+        for name in ("python", "servers", "tensor_parallel", "data_parallel", "devices", "args"):
             if self.url and self.is_changed(name):
                 raise UserError(
                     f"rollout.vllm.{name} is set, but rollout.vllm.url names servers that run: it would be ignored",
                     f"remove rollout.vllm.{name} or rollout.vllm.url",
                 )
+        needed = self.servers * self.tensor_parallel * self.data_parallel
+        if self.devices and (len(self.devices) != needed or len(set(self.devices)) != needed):
+            raise UserError(
+                f"rollout.vllm.devices has {len(set(self.devices))} different numbers in {len(self.devices)}, but the "
+                f"servers need {needed} (servers × tensor_parallel × data_parallel)",
+                f"name {needed} different devices, or remove rollout.vllm.devices",
+            )
         if taken := sorted(self.args.keys() & OWN_ARGUMENTS.keys()):
             raise UserError(
                 f"rollout.vllm.args has {taken[0]}, which comes from {OWN_ARGUMENTS[taken[0]]}",

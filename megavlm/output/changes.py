@@ -20,6 +20,7 @@ FREE_TO_CHANGE = (
     "rollout.cache_gib",
     "rollout.max_sequences",
     "rollout.log_every",
+    "rollout.vllm",
     "align.offload",
     "output",
     "overwrite",

@@ -9,18 +9,22 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked_command
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_engine import engine_of, start, tokens_of
 from test_generate import BANNED, mixed_questions
-from toy import read_samples, reference_inputs, reference_model, write_records
+from toy import read_samples, reference_inputs, reference_model, toy_records, write_records
 
 from megavlm.base.errors import UserError
+from megavlm.monitor.metrics import read_metrics
 
 ONE = SimpleNamespace(world_host=SimpleNamespace(size=lambda: 1, rank=lambda: 0), dp_rank=0)  # groups of one process
 # The same float32 numbers, summed in another order by other kernels; over four layers 5e-6 was seen.
@@ -78,6 +82,14 @@ def served(python, toys, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def served_moe(python, toys, tmp_path_factory):
+    """As ``served``, of the toy with experts."""
+    engine = vllm_engine(toys.folder("moe"), tmp_path_factory.mktemp("vllm_moe"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
 def asked(toys):
     """Fifty questions with and without pictures and videos: their records, and the file."""
     records = mixed_questions(toys.root)
@@ -87,12 +99,9 @@ def asked(toys):
 @pytest.fixture(scope="module")
 def prompts(toys, asked):
     """prompts(indices, answers): that many answers to these questions."""
-    from megavlm.data.renderer import Renderer
-    from megavlm.rollout.engine import Prompt
-
-    settings = vllm_settings(toys.folder("dense"))
-    samples = read_samples(asked[1], Renderer(settings.model.hf, settings.data), "prompt")
-    return lambda indices, answers=1: [Prompt(samples[i], tuple(100 * i + n for n in range(answers))) for i in indices]
+    found = prompts_of(toys, "dense", asked)
+    seeds = lambda index, count: tuple(100 * index + n for n in range(count))
+    return lambda indices, answers=1: [replace(found[i], seeds=seeds(i, answers)) for i in indices]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +116,15 @@ def sampling(toys):
     banned = tuple(tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in BANNED)
     stop = stop_tokens(toys.folder("dense"), tokenizer)
     return lambda tokens, temperature=0.0, **more: Sampling(tokens, temperature, stop=stop, banned=banned, **more)
+
+
+def prompts_of(toys, kind: str, asked) -> list:
+    from megavlm.data.renderer import Renderer
+    from megavlm.rollout.engine import Prompt
+
+    settings = vllm_settings(toys.folder(kind))
+    samples = read_samples(asked[1], Renderer(settings.model.hf, settings.data), "prompt")
+    return [Prompt(sample, (0,)) for sample in samples]
 
 
 def by_index(answered) -> dict[int, list]:
@@ -189,13 +207,13 @@ def test_new_weights_are_used_at_once_and_for_everything(served, toys, asked, pr
     served.sync()
 
 
-@pytest.mark.parametrize("partial", ["continue", "drop"])
-def test_weights_arrive_while_answers_are_sampled(partial, served, prompts, sampling):
+@pytest.mark.parametrize("what", ["continue", "drop"])
+def test_weights_arrive_while_answers_are_sampled(what, served, prompts, sampling):
     """No answer is lost, none is there twice; dropped ones are those of an undisturbed engine."""
     wanted = prompts(range(20), 2)
     undisturbed = by_index(served.generate(iter(wanted), sampling(60, 1.0)))
     settings = served._settings
-    rollout = settings.rollout.model_copy(update={"partial": partial})
+    rollout = settings.rollout.model_copy(update={"partial": what})
     for keeper in served._keepers:
         keeper._settings = settings.model_copy(update={"rollout": rollout})
     begun, found = threading.Event(), {}
@@ -223,6 +241,116 @@ def test_a_killed_server_costs_nothing_but_time(served, prompts, sampling):
     found = by_index([*first, *running])
     assert served._keepers[0]._process.pid != pid
     assert tokens_of(found) == tokens_of(undisturbed)
+
+
+def from_a_trainer(settings: dict, sampling) -> tuple[dict, dict]:
+    """Runs on every rank: the answers of vLLM and of the built-in engine with weights that were changed here.
+
+    Adapters alone are changed if there are any.
+    """
+    from megavlm.config.settings import Settings
+    from megavlm.data.renderer import Renderer
+    from megavlm.model.vlm import PARTS
+    from megavlm.rollout.engine import Prompt
+    from megavlm.rollout.engines import make_engine
+    from megavlm.runtime import session
+
+    settings = Settings(**settings)
+    session = session.start(settings, training=True)
+    learned = [p for part in PARTS for module in session.vlm.modules_of(part) for p in module.parameters()]
+    for parameter in learned:
+        if parameter.requires_grad:  # copies on other ranks change alike
+            parameter.data += 0.03 * torch.arange(parameter.numel()).cos().view_as(parameter)
+    renderer, groups = Renderer(settings.model.hf, settings.data), session.groups
+    samples = read_samples(settings.data.eval, renderer, "prompt")[groups.dp_rank :: groups.dp_size]
+    prompts = lambda: iter([Prompt(sample, (0,)) for sample in samples]) if groups.is_leader else None
+    engine = make_engine(session)
+    engine.sync()
+    found = by_index(engine.generate(prompts(), sampling))
+    engine.close()
+    session.vlm.train(False)
+    return found, by_index(engine_of(session, renderer, places=25).generate(prompts(), sampling))
+
+
+LORA = {
+    "adapter": {
+        "type": "lora",
+        "rank": 4,
+        "targets": ["attn.qkv", "merger.linear_fc1", "q_proj", "v_proj", "down_proj"],
+    }
+}
+TRAINERS = {
+    "TP2": ("dense", {"parallel": {"tensor": 2}}),
+    "PP2, LoRA": ("dense", {"parallel": {"pipeline": 2}, **LORA}),
+    "DP2 × EP2": ("moe", {"parallel": {"expert": 2}}),
+}
+
+
+@pytest.mark.parametrize("case", TRAINERS)
+def test_weights_come_from_every_layout(case, request, toys, asked, sampling, world2, tmp_path):
+    kind, more = TRAINERS[case]
+    served = request.getfixturevalue("served" if kind == "dense" else "served_moe")
+    settings = {
+        "model": {"hf": str(toys.folder(kind)), "load": str(toys.checkpoint(kind))},
+        "data": {"eval": str(asked[1]), "seq_length": 512},
+        "train": {"precision": "fp32"},
+        "rollout": {"engine": "vllm", "max_sequences": 64, "vllm": {"url": served._urls}},
+        "output": str(tmp_path),
+        **more,
+    }
+    ranks = world2.run(from_a_trainer, settings, sampling(4))
+    found, expected = ({i: a for rank in ranks for i, a in rank[which].items()} for which in (0, 1))
+    assert sorted(found) == sorted(expected) == list(range(50))
+    for index, (answer,) in found.items():
+        (ours,) = expected[index]
+        assert answer.tokens == ours.tokens, index
+        assert answer.logprobs == pytest.approx(ours.logprobs, abs=CLOSE)
+    served.sync()
+    (old,) = served.generate(iter(prompts_of(toys, kind, asked)[:1]), sampling(4))
+    assert max(abs(a - b) for a, b in zip(old.answers[0].logprobs, found[0][0].logprobs, strict=True)) > 100 * CLOSE
+
+
+def test_grpo_learns_with_it(served, toys, tmp_path):
+    """The log-probabilities that vLLM gives are those that the trainer computes, also after updates."""
+    data = write_records(toys.root / "for_grpo.jsonl", toy_records(toys.root))
+    config = {
+        "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense"))},
+        "data": {"train": [{"path": str(data)}], "seq_length": 256, "workers": 0},
+        "train": {"optimizer": "adam", "lr": 1e-3, "precision": "fp32", "warmup_steps": 0, "memory_check": False,
+                  "steps": 3},
+        "align": {"beta": 0.0},
+        "rollout": {"engine": "vllm", "prompts": 4, "group_size": 4, "max_new_tokens": 5,
+                    "vllm": {"url": served._urls}},
+        "reward": [{"python": f"{Path(__file__).parent / 'grpo_rewards.py'}:letters"}],
+        "reward_pool": {"workers": 1},
+        "log": {"wandb": {"mode": "off"}},
+        "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    result = forked_command.run(["grpo", str(tmp_path / "run.yaml")])
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["mismatch_max"] < CLOSE for line in lines)
+    assert all(line["grad_norm"] > 0 for line in lines)
+    served.sync()
+
+
+def test_stop_strings_and_filters(served, toys, prompts, sampling):
+    """An answer ends with the token that completes a stop string; with top_k 1 nothing is left to chance."""
+    from transformers import AutoTokenizer
+
+    decode = partial(AutoTokenizer.from_pretrained(toys.folder("dense")).decode, skip_special_tokens=True)
+    whole = by_index(served.generate(iter(prompts(range(6))), sampling(8)))
+    few = by_index(served.generate(iter(prompts(range(6), 2)), sampling(8, 1.0, top_k=1)))
+    stop = decode(whole[2][0].tokens)[2:4]
+    ended = by_index(served.generate(iter(prompts(range(6))), sampling(8, stop_strings=(stop,))))
+    for index, (answer,) in whole.items():
+        assert all(one.tokens == answer.tokens for one in few[index])
+        upto = [n for n in range(1, len(answer.tokens) + 1) if stop in decode(answer.tokens[:n])]
+        assert ended[index][0].tokens == answer.tokens[: min(upto, default=len(answer.tokens))]
+        assert ended[index][0].finish == ("stop" if upto else answer.finish)
+    assert any(len(ended[index][0].tokens) < len(whole[index][0].tokens) for index in whole)
 
 
 def test_prompts_that_cannot_be_read_or_are_too_long(served, prompts, sampling):
@@ -257,6 +385,18 @@ def test_a_tensor_that_arrives_with_other_values_is_named(served, toys, tmp_path
 def test_a_server_of_another_model_is_refused(served, toys, tmp_path):
     with pytest.raises(UserError, match=r"serves another model than .*: .* here and .* there"):
         vllm_engine(toys.folder("moe"), tmp_path, url=served._urls)
+
+
+def test_a_server_for_another_temperature_is_refused(served, toys):
+    from megavlm.rollout.vllm.client import Client
+    from megavlm.rollout.vllm.identity import check_identity
+
+    settings = vllm_settings(toys.folder("dense"))
+    rollout = settings.rollout.model_copy(update={"temperature": 0.7})
+    told = Client(served._urls[0]).get("/identity", 10)
+    check_identity(told, settings, "here")
+    with pytest.raises(UserError, match=r"logprobs_mode raw_logprobs, but the run needs processed_logprobs"):
+        check_identity(told, settings.model_copy(update={"rollout": rollout}), "here")
 
 
 def test_a_server_with_the_weights_of_another_run_is_refused(served, toys, prompts, sampling, tmp_path):

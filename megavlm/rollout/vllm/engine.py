@@ -1,6 +1,8 @@
 """Answers by servers of vLLM; see ``Engine``."""
 
 import secrets
+import shutil
+import socket
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -15,7 +17,7 @@ from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
 from megavlm.config.settings import Settings
 from megavlm.platform import Groups
-from megavlm.platform.collectives import broadcast_object, while_others_wait
+from megavlm.platform.collectives import all_gather_objects, broadcast_object, while_others_wait
 from megavlm.rollout.engine import Answered, Prompt, Sampling
 from megavlm.rollout.vllm.asking import ask
 from megavlm.rollout.vllm.client import Client
@@ -64,6 +66,7 @@ class VllmEngine:
         self._keepers: Sequence[Keeper] = []
         self._kept: Kept | None = None
         self.seconds_sync, self.bytes_sync = 0.0, 0
+        self._check_hosts()
         self._urls = while_others_wait(self._start, groups.world_host)
 
     def generate(self, prompts: Iterator[Prompt] | None, sampling: Sampling) -> Iterator[Answered]:
@@ -92,11 +95,11 @@ class VllmEngine:
                     pending[future] = prompt
                 if not pending:
                     break
+                beat("asking vLLM")  # which must answer within rollout.vllm.request_minutes
                 for future in wait(pending, _SIGN, FIRST_COMPLETED).done:
                     prompt = pending.pop(future)
                     room += len(prompt.seeds)
                     yield Answered(prompt, future.result())
-                    beat("answers of vLLM")
         finally:
             client.close()
             threads.shutdown(cancel_futures=True)
@@ -152,6 +155,8 @@ class VllmEngine:
         """On rank 0: starts the servers, and returns their addresses when all have answered."""
         if not self._settings.rollout.vllm.url:
             check_environment(python_of(self._settings))
+        for left in self._folder.glob("weights-*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         self._keepers = keepers_of(self._settings, self._folder)
         try:
             for keeper in self._keepers:
@@ -163,6 +168,16 @@ class VllmEngine:
             self.close()
             raise
         return [keeper.url for keeper in self._keepers]
+
+    def _check_hosts(self) -> None:
+        """Raises UserError if servers that are started here could not be reached by all ranks."""
+        host = self._groups.world_host
+        hosts = set(all_gather_objects(socket.gethostname(), host)) if host.size() > 1 else set()
+        if len(hosts) > 1 and not self._settings.rollout.vllm.url:
+            raise UserError(
+                f"the ranks are on {len(hosts)} hosts, and those beside the first cannot reach servers that it starts",
+                "start the servers by themselves (docs/vllm.md), and set rollout.vllm.url to their addresses",
+            )
 
     def _check(self) -> None:
         """Raises what has gone wrong with a server, which rank 0 alone knows."""

@@ -1,6 +1,7 @@
 """Keeps servers of vLLM running, each with the current weights. Runs in threads of rank 0."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from megavlm.rollout.vllm.kept import Kept
 
 _LOOK = 0.5  # seconds between two looks at a server
 _ASK = 10.0  # seconds between two questions to a server that no process tells of, and within which it must answer them
+_OF_RANKS = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 _TRIES = 3  # how often in a row a server may be lost before it has got the weights
 
 
@@ -29,11 +31,12 @@ class Keeper(threading.Thread):
         settings: of the run.
         url: where the server is, or is to be.
         log: the file for what it prints; None: it was started elsewhere.
+        devices: numbers of its GPUs; none: those that the trainer sees.
     """
 
-    def __init__(self, settings: Settings, url: str, log: Path | None):
+    def __init__(self, settings: Settings, url: str, log: Path | None, devices: Sequence[int] = ()):
         super().__init__(name=f"vllm {url}", daemon=True)
-        self.url, self._settings, self._log = url, settings, log
+        self.url, self._settings, self._log, self._devices = url, settings, log, devices
         self.problem: Exception | None = None
         self.version: str | None = None  # of the weights that the server has
         self._is_known = False  # whether the server has said what it is
@@ -63,7 +66,9 @@ class Keeper(threading.Thread):
         """Ends the server if it was started here."""
         self._closing.set()
         self._wake.set()
-        self.join()
+        self._kill()  # so that the thread does not wait for its answer
+        if self.is_alive():
+            self.join()
 
     def run(self) -> None:
         """The thread: makes what is wanted so, until it is closed."""
@@ -73,18 +78,18 @@ class Keeper(threading.Thread):
                 try:
                     if not self._is_running():
                         self._start()
-                    if self._wanted is not None and self.version != self._wanted.version:
-                        self._send(self._wanted)
-                        lost = 0
                     if self._log is None and time.monotonic() > asked + _ASK:
                         asked = time.monotonic()
                         self._look()
+                    if self._wanted is not None and self.version != self._wanted.version:
+                        self._send(self._wanted)
+                    lost = 0
                 except (NotReady, TooSlow) as error:
                     lost += 1
                     self._forget()
                     if lost == _TRIES:
-                        raise UserError(f"the server of vLLM at {self.url} was lost {lost} times: {error}",
-                                        self._hint()) from None  # fmt: skip
+                        text = f"the server of vLLM at {self.url} was lost {lost} times in a row: {error}"
+                        raise UserError(text, self._hint()) from None
                 self._wake.wait(_LOOK)
                 self._wake.clear()
         except Exception as error:
@@ -112,7 +117,7 @@ class Keeper(threading.Thread):
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # with the processes that it starts it can be ended as one group
                     cwd=self._log.parent,
-                    env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+                    env=self._environment(),
                 )
         end = time.monotonic() + 60 * self._settings.rollout.vllm.start_minutes
         while not self._closing.is_set():
@@ -139,9 +144,10 @@ class Keeper(threading.Thread):
         """Asks the server what it is."""
         told = Client(self.url).get("/identity", _ASK)
         check_identity(told, self._settings, self.url)
-        if told["weights"] != self.version:
-            self._note(version=None)  # it was started again, or another trainer uses it: it gets the weights again
-        self._note(is_known=True)
+        if self.version is not None and told["weights"] not in (self.version, None):
+            raise UserError(f"the server of vLLM at {self.url} has got the weights of another run",
+                            "give each run servers of its own")  # fmt: skip
+        self._note(is_known=True, version=told["weights"] and self.version)  # without any, it was started again
 
     def _send(self, weights: Kept) -> None:
         rollout = self._settings.rollout
@@ -159,12 +165,22 @@ class Keeper(threading.Thread):
         self._end()
         self._note(version=None, is_known=False)
 
-    def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
+    def _kill(self) -> None:
+        if self._process is not None:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _end(self) -> None:
+        self._kill()
+        if self._process is not None:
+            self._process.wait()
+        self._process = None
+
+    def _environment(self) -> dict[str, str]:
+        """The variables of the server: not those by which torchrun would make it a rank of the trainer."""
+        kept = {name: value for name, value in os.environ.items() if not _OF_RANKS.fullmatch(name)}
+        devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self._devices))} if self._devices else {}
+        return {**kept, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **devices}
 
     def _note(self, **values: object) -> None:
         """Changes attributes and tells those who wait."""
@@ -203,5 +219,13 @@ def keepers_of(settings: Settings, folder: Path) -> Sequence[Keeper]:
     vllm = settings.rollout.vllm
     if vllm.url:
         return [Keeper(settings, url.rstrip("/"), None) for url in vllm.url]
-    ports = free_ports(vllm.servers)
-    return [Keeper(settings, f"http://127.0.0.1:{port}", folder / f"server{n}.log") for n, port in enumerate(ports)]
+    each = vllm.tensor_parallel * vllm.data_parallel
+    return [
+        Keeper(
+            settings,
+            f"http://127.0.0.1:{port}",
+            folder / f"server{number}.log",
+            vllm.devices[number * each : (number + 1) * each],
+        )
+        for number, port in enumerate(free_ports(vllm.servers))
+    ]

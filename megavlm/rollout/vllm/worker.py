@@ -48,7 +48,7 @@ class FileTransfer(WeightTransferEngine[NoInit, Bucket]):
         """Does nothing."""
 
     def start_weight_update(self) -> None:
-        self.digests, self.missing = {}, {name for name, _ in self.model.named_parameters()}
+        self.digests, self.missing = {}, {_reported(name) for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -71,6 +71,11 @@ class FileTransfer(WeightTransferEngine[NoInit, Bucket]):
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
         """Not used: the trainer sends buckets over HTTP."""
         raise NotImplementedError
+
+
+def _reported(parameter: str) -> str:
+    """The name under which vLLM's model reports that it has loaded a parameter."""
+    return parameter.replace(".experts.routed_experts.", ".experts.")
 
 
 class Extension:
