@@ -6,7 +6,8 @@
 tokens. The model has random weights in float32: a decoder with 8 layers of width 512 and 32,768 tokens, and a tower
 with 4 layers of width 256. vLLM runs in its own environment, in one process with as many threads, and shares the cache
 of a prompt between its answers. No token ends an answer, so both make the same number of tokens. Both return the
-log-probabilities of sampled tokens, and both have answered other questions before.
+log-probabilities of sampled tokens, and both have answered other questions before. Beside the seconds by the clock are
+those of the processor, which other programs on the machine influence less; the smaller of both ratios counts.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def ours(folder: Path, root: Path, questions: dict[str, list[dict]]) -> dict:
 
     def answer(some: list[dict], tokens: int) -> dict:
         seconds.clear()
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         prompts = (
             Prompt(
                 renderer.encode(question, in_folder(root), "question", kind="prompt", index=index),
@@ -91,7 +92,7 @@ def ours(folder: Path, root: Path, questions: dict[str, list[dict]]) -> dict:
             for index, question in enumerate(some)
         )
         answered = list(engine.generate(prompts, Sampling(tokens, temperature=1.0)))
-        total = time.perf_counter() - begin
+        total, cpu = time.perf_counter() - begin, time.process_time() - cpu
         parts = {part: round(value, 3) for part, value in seconds.items()}
         return {
             "seconds": total, "seconds_of": {**parts, "other": round(total - sum(parts.values()), 3)},
@@ -160,23 +161,26 @@ def main() -> int:
     for name, result in results.items():
         for kind, found in result["of"].items():
             found["tokens_per_second"] = found["tokens"] / found["seconds"]
-            print(f"{name}, {kind}: {found['tokens']} tokens in {found['seconds']:.2f} s, "
-                  f"{found['tokens_per_second']:.0f} per second {found.get('seconds_of', '')}")  # fmt: skip
+            found["tokens_per_cpu_second"] = found["tokens"] / found["cpu_seconds"]
+            print(
+                f"{name}, {kind}: {found['tokens']} tokens, {found['tokens_per_second']:.0f} per second, "
+                f"{found['tokens_per_cpu_second']:.0f} per second of a processor {found.get('seconds_of', '')}"
+            )
     if len(results) < 2:
         return 0
-    of = {name: result["of"] for name, result in results.items()}
-    for kind, found in of["megavlm"].items():
-        assert found["tokens"] == of["vllm"][kind]["tokens"]
-        assert found["prompt_tokens"] == of["vllm"][kind]["prompt_tokens"], "the prompts are not the same"
-    ratios = {k: x["tokens_per_second"] / of["vllm"][k]["tokens_per_second"] for k, x in of["megavlm"].items()}
-    print(", ".join(f"{kind}: {ratio:.2f} of vLLM" for kind, ratio in ratios.items()) + f" (at least {MIN_RATIO})")
+    ratios = {}
+    for kind, found in results["megavlm"]["of"].items():
+        other = results["vllm"]["of"][kind]
+        assert (found["tokens"], found["prompt_tokens"]) == (other["tokens"], other["prompt_tokens"]), "not alike"
+        ratios[kind] = [found[speed] / other[speed] for speed in ("tokens_per_second", "tokens_per_cpu_second")]
+        print(f"{kind}: {ratios[kind][0]:.2f} of vLLM by the clock, {ratios[kind][1]:.2f} by the processor's")
     if args.json:
         content = {
             "versions": versions(), "threads": args.threads, "prompts": PROMPTS, "answers": ANSWERS,
             "tokens_of_an_answer": TOKENS, "vllm_compiled": args.compiled, **results, "ratios": ratios,
         }  # fmt: skip
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
-    return 0 if min(ratios.values()) >= MIN_RATIO else 1
+    return 0 if min(map(min, ratios.values())) >= MIN_RATIO else 1
 
 
 if __name__ == "__main__":
