@@ -45,7 +45,7 @@ def load_both(hf: Path, checkpoint: Path, parallel: dict) -> dict:
         for weight in weights:
             weight.zero_()
         dist.barrier()
-        with _PeakMemory() as peak:
+        with PeakMemory() as peak:
             began = time.perf_counter()
             load_weights(path, vlm)
             seconds = time.perf_counter() - began
@@ -61,10 +61,10 @@ def load_both(hf: Path, checkpoint: Path, parallel: dict) -> dict:
     return found
 
 
-class _PeakMemory:
+class PeakMemory:
     """Within the block, watches the anonymous memory of this process. ``before``, ``bytes``: at its start, at most."""
 
-    def __enter__(self) -> "_PeakMemory":
+    def __enter__(self) -> "PeakMemory":
         self.bytes = self.before = self._now()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch)

@@ -19,7 +19,11 @@
 #   MEGAVLM_MOUNTS   further pyxis mounts, separated by commas            (default: none; the checkout is mounted)
 #   MEGAVLM_VENV     environment in which megavlm is installed            (default: .venv of the checkout)
 #   MEGAVLM_RETRIES  how often in a row a job that failed is requeued     (default: 3; 0: never)
+#   MEGAVLM_SERVER_NODES     how many nodes of the job, its last ones, sample with vLLM (grpo, ppo; default: 0)
+#   MEGAVLM_SERVERS_PER_NODE how many servers share the GPUs of such a node              (default: 1)
 set -euo pipefail
+# shellcheck source=launch/servers.sh
+source "$MEGAVLM_HOME/launch/servers.sh"
 
 # The environment of each rank. Variables that are set when the job is submitted take precedence. Sites can add their
 # own NCCL_SOCKET_IFNAME, NCCL_IB_HCA, … in the same way, because SLURM passes on the environment of the submitting
@@ -65,55 +69,76 @@ config_of_tuner() {
   echo "$config"
 }
 
+# The address by which SLURM itself reaches a node; the same as its name, unless a site says otherwise.
+address_of() {
+  if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
+  else
+    echo "$1"
+  fi
+}
+
 launch() {
-  local nodes gpus cpus config address name=${SLURM_JOB_NAME:-$(sbatch_header job-name)}
-  local -a hosts environment
+  local nodes gpus cpus config address servers server_step python=python name=${SLURM_JOB_NAME:-$(sbatch_header job-name)}
+  local -a hosts environment container=() first=() server_srun trainer_words server_words
   nodes=${SLURM_JOB_NUM_NODES:-${NODES:-$(sbatch_header nodes)}}
   gpus=${SLURM_NTASKS_PER_NODE:-$(sbatch_header ntasks-per-node)}
   cpus=${SLURM_CPUS_PER_TASK:-$(sbatch_header cpus-per-task)}
   if [[ -n ${SLURM_JOB_ID:-} ]]; then
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    # The address by which SLURM itself reaches the first node; the same as its name, unless a site says otherwise.
-    address=$(scontrol show node "${hosts[0]}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
   else
     mapfile -t hosts < <(seq --format=node%.0f 0 $((nodes - 1)))
-    address=${hosts[0]}
   fi
+  address=$(address_of "${hosts[0]}")
   rank_environment
   cd "$MEGAVLM_HOME"
   config=$(config_of_tuner "$2")
 
   # `python -m` imports the package from the current folder, so a container runs the checkout that was submitted.
-  local -a srun command=(python -m megavlm "$1" "$config" "${@:3}")
   local logs=${MEGAVLM_RUNS:-runs}/logs/$name-${SLURM_JOB_ID:-0}
-  # Each task sees all GPUs of its node and uses the one of its local rank: --gpus-per-task would hide the others, and
-  # NVLink with them. If a rank fails, the job ends, so that the other ranks do not wait for it.
-  srun=(srun --nodes="$nodes" --ntasks-per-node="$gpus" --cpus-per-task="$cpus"
-    --kill-on-bad-exit=1 --open-mode=append --output="$logs/rank-%t.log")
   if [[ -n ${MEGAVLM_IMAGE:-} ]]; then
     # Without --container-env, a variable that the image sets hides the one of the job.
-    srun+=(--container-image="$MEGAVLM_IMAGE" --container-workdir="$PWD"
+    container=(--container-image="$MEGAVLM_IMAGE" --container-workdir="$PWD"
       --container-env="$(IFS=, && echo "${environment[*]}")"
       --container-mounts="$PWD:$PWD${MEGAVLM_MOUNTS:+,$MEGAVLM_MOUNTS}")
   else
-    command[0]=${MEGAVLM_VENV:-$PWD/.venv}/bin/python
+    python=${MEGAVLM_VENV:-$PWD/.venv}/bin/python
   fi
+  plan_servers "$@"
+  # Each task sees all GPUs of its node and uses the one of its local rank: --gpus-per-task would hide the others, and
+  # NVLink with them. If a rank fails, the job ends, so that the other ranks do not wait for it.
+  local -a srun=(srun --nodes="$nodes" "${first[@]}" --ntasks-per-node="$gpus" --cpus-per-task="$cpus"
+    --kill-on-bad-exit=1 --open-mode=append --output="$logs/rank-%t.log" "${container[@]}")
+  local -a command=("$python" -m megavlm "$1" "$config" "${@:3}" "${trainer_words[@]}")
 
-  echo "$name: MEGAVLM_MODEL=${MEGAVLM_MODEL:-8b}, $nodes nodes × $gpus GPUs, logs in $logs"
+  local with=""
+  if ((servers)); then
+    with=" and $servers with vLLM"
+  fi
+  echo "$name: MEGAVLM_MODEL=${MEGAVLM_MODEL:-8b}, $nodes nodes × $gpus GPUs$with, logs in $logs"
   if [[ ${DRY_RUN:-0} != 0 ]]; then
     print_ranks
+    if ((servers)); then
+      print_words "${server_srun[@]}" "${@:3}" "${server_words[@]}"
+    fi
   else
     mkdir -p "$logs"
+    start_servers "${@:3}"
     run_and_requeue
   fi
+}
+
+# Prints words in shell syntax, on a line.
+print_words() {
+  printf '%q ' "$@"
+  echo
 }
 
 # Prints the srun command, then one line per rank: its node and local rank, followed by its environment and command in
 # shell syntax.
 print_ranks() {
   local node local_rank rank name
-  printf '%q ' "${srun[@]}" "${command[@]}"
-  echo
+  print_words "${srun[@]}" "${command[@]}"
   for ((rank = 0; rank < nodes * gpus; rank++)); do
     node=$((rank / gpus)) local_rank=$((rank % gpus))
     printf '%s[%d] SLURM_STEP_ID=0 SLURM_PROCID=%d SLURM_LOCALID=%d SLURM_NTASKS=%d' \
@@ -144,6 +169,7 @@ run_and_requeue() {
     wait "$ranks" || status=$?
     kill $! 2>/dev/null || true
   fi
+  stop_servers
   if ((overran)); then
     requeue_after_failure "step and checkpoint took longer than the warning before the time limit"
   elif ((warned && status == 0)); then

@@ -147,3 +147,43 @@ def test_fp32_products_are_of_fp32_unless_the_reader_says_otherwise() -> None:
 )
 def test_gloo_takes_the_interface_of_nccl_if_it_is_one(variables: dict[str, str], interface: str | None) -> None:
     assert dry_run("sft", **variables)[1][0]["env"].get("GLOO_SOCKET_IFNAME") == interface
+
+
+def dry_run_with_servers(**variables: str) -> tuple[list[str], list[str], list[str]]:
+    """The words of the trainer's step, of the last rank, and of the step of the servers."""
+    done = subprocess.run(
+        [ROOT / "launch/grpo.sh", "train.lr=1e-6"], cwd=ROOT, env=environment(DRY_RUN="1", **variables),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    _, srun, *_, rank, servers = done.stdout.splitlines()
+    return shlex.split(srun), shlex.split(rank), shlex.split(servers)
+
+
+def test_the_last_nodes_of_a_job_can_sample() -> None:
+    srun, rank, servers = dry_run_with_servers(NODES="4", MEGAVLM_SERVER_NODES="2", MEGAVLM_SERVERS_PER_NODE="2")
+    urls = [f"http://node{node}:{10000 + number}" for number, node in enumerate((2, 2, 3, 3))]
+    words = ["train.lr=1e-6", "rollout.engine=vllm", f"rollout.vllm.url=[{','.join(urls)}]"]
+    assert {"--nodes=2", "--relative=0", "--ntasks-per-node=8"} <= set(srun)
+    assert srun[-3:] == rank[-3:] == words
+    assert rank[0] == "node1[7]"
+    assert {"--nodes=2", "--relative=2", "--ntasks-per-node=2", "--cpus-per-task=48"} <= set(servers)
+    python = str(ROOT / ".venv/bin/python")
+    server = [python, "-m", "megavlm.rollout.vllm.serve", "configs/align/grpo.yaml", "train.lr=1e-6"]
+    share = ["rollout.engine=vllm", "rollout.vllm.tensor_parallel=4"]
+    assert servers[-len(server + share) :] == server + share
+
+
+@pytest.mark.parametrize(
+    ("job", "variables", "said"),
+    [
+        ("sft", {"MEGAVLM_SERVER_NODES": "1"}, "sft samples no answers"),
+        ("grpo", {"MEGAVLM_SERVER_NODES": "2"}, "the trainer needs one"),
+        ("grpo", {"MEGAVLM_SERVER_NODES": "1", "MEGAVLM_SERVERS_PER_NODE": "3"}, "does not divide the 8 GPUs"),
+    ],
+)
+def test_servers_that_cannot_be_are_refused(job: str, variables: dict[str, str], said: str) -> None:
+    done = subprocess.run(
+        [ROOT / f"launch/{job}.sh"], cwd=ROOT, env=environment(DRY_RUN="1", **variables), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr

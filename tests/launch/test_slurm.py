@@ -54,17 +54,19 @@ def ended(slurm: OneHostSlurm, job: str, log: Path) -> str:
 
 
 class Job:
-    """A job of stage 1 whose "python" is the shell script ``trainer``, run in ``folder``; one retry if it fails."""
+    """A job whose "python" is the shell script ``trainer``, run in ``folder``; one retry if it fails."""
 
-    def __init__(self, slurm: OneHostSlurm, folder: Path, trainer: str, *options: str):
+    def __init__(
+        self, slurm: OneHostSlurm, folder: Path, trainer: str, *options: str, script: str = "stage1", **variables: str
+    ):
         self._slurm, self._folder = slurm, folder
         (folder / "bin").mkdir(parents=True)
         (folder / "bin/python").write_text(f"#!/bin/bash\ncd {folder}; echo start >>starts\n{trainer}\n")
         (folder / "bin/python").chmod(0o755)
         self.number = submitted(
-            slurm, folder, "stage1", *options, "train.lr=1e-5", MEGAVLM_VENV=str(folder), MEGAVLM_RETRIES="1"
+            slurm, folder, script, *options, "train.lr=1e-5", MEGAVLM_VENV=str(folder), MEGAVLM_RETRIES="1", **variables
         )
-        self.logs = folder / f"runs/logs/megavlm-stage1-{self.number}"
+        self.logs = folder / f"runs/logs/megavlm-{script}-{self.number}"
 
     def read(self, name: str) -> str:
         return (self._folder / name).read_text()
@@ -265,3 +267,36 @@ def test_a_killed_node_requeues_the_job(slurm: OneHostSlurm, tmp_path: Path) -> 
     slurm.kill_node(second)
     slurm.start_node(second)
     assert job.ended()[:2] == ("COMPLETED", 4)
+
+
+# The rank writes its arguments and ends when the servers have come up twice. A server dies at its first start.
+WITH_SERVERS = """
+if [[ $2 == megavlm ]]; then
+  echo "${@:3}" >rank$SLURM_PROCID
+  until [[ -e again0 && -e again1 ]]; do sleep 0.1; done
+  exit 0
+fi
+name=server$SLURM_PROCID
+echo "$SLURMD_NODENAME $CUDA_VISIBLE_DEVICES ${MASTER_PORT:-none} ${@:1}" >$name
+[[ -e died$SLURM_PROCID ]] || { touch died$SLURM_PROCID; exit 1; }
+touch again$SLURM_PROCID; sleep 300
+"""
+
+
+def test_servers_have_the_last_node_and_end_with_the_trainer(slurm: OneHostSlurm, tmp_path: Path) -> None:
+    job = Job(
+        slurm, tmp_path / "job", WITH_SERVERS, "--nodes=2", "--ntasks-per-node=2",
+        script="grpo", MEGAVLM_SERVER_NODES="1", MEGAVLM_SERVERS_PER_NODE="2",
+    )  # fmt: skip
+    state, starts, said = job.ended()
+    assert (state, starts, said) == ("COMPLETED", 2 + 4, [])
+    _, last = slurm.nodes(job.number)
+    port = 10000 + 10 * (int(job.number) % 900)
+    urls = f"rollout.vllm.url=[http://127.0.0.1:{port},http://127.0.0.1:{port + 1}]"
+    for number in range(2):
+        words = "grpo configs/align/grpo.yaml train.lr=1e-5 rollout.engine=vllm"
+        assert job.read(f"rank{number}").split() == [*words.split(), urls]
+        server = "-m megavlm.rollout.vllm.serve configs/align/grpo.yaml train.lr=1e-5 rollout.engine=vllm"
+        rest = f"rollout.vllm.tensor_parallel=1 --port {port + number}"
+        assert job.read(f"server{number}").split() == [last, str(number), "none", *server.split(), *rest.split()]
+    wait_until(lambda: not one_host_slurm.processes_with(f"SLURM_JOB_ID={job.number}"), "the servers have ended", 30)
