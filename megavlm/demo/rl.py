@@ -31,6 +31,7 @@ OTHERS = {  # what else can learn, and its settings
 OTHER_SETTINGS = ("align.mini_batches=2",)
 OTHER_STEPS = 10
 REQUIRED_REWARD_GAIN = 0.1  # of the mean reward in the steps of another method
+SAMPLE_EVERY = 3  # each third training question is asked to the weak model
 AVERAGED = 2  # number of steps at each end whose rewards are averaged
 
 
@@ -78,11 +79,27 @@ class Reinforcement:
         run("python", "-m", "megavlm.report.run_report", self.out / "grpo")  # again, because now there are answers
 
     def reward_model(self) -> None:
-        """Trains a reward model on pairs of the right digit and a wrong one."""
-        from megavlm.demo.pairs import write_drawn_pairs
+        """Trains a reward model on pairs of the right digit and a wrong one, or a wrong answer of the weak model.
 
-        pairs = self.out / "pairs.jsonl"
-        write_drawn_pairs(self.demo.out / "data" / "questions.jsonl", pairs)
+        It must know both: which digit is right, and that nothing follows it.
+        """
+        from megavlm.demo.answers import read_answers
+        from megavlm.demo.data import read_records, write_records
+        from megavlm.demo.pairs import write_drawn_pairs, write_pairs, write_some
+
+        questions, asked, sampled = (
+            self.demo.out / "data" / "questions.jsonl",
+            self.out / "asked.jsonl",
+            self.out / "sampled",
+        )
+        write_some(questions, asked, SAMPLE_EVERY)
+        weak = (f"model.load={self.out / 'weak'}", f"data.eval={asked}", "generate.temperature=1.0")
+        run("megavlm", "infer", CONFIGS / "weak.yaml", *weak, f"output={sampled}", *NPROC)
+        answers = read_answers(sampled / "answers.jsonl", len(read_records(asked)))
+        drawn, own, pairs = (self.out / f"{name}.jsonl" for name in ("drawn_pairs", "own_pairs", "pairs"))
+        write_drawn_pairs(questions, drawn)
+        write_pairs(asked, answers, own)
+        write_records(pairs, [*read_records(drawn), *read_records(own)])
         settings = (f"data.train={pairs}", "data.eval=null", f"output={self.out / 'rm'}")
         run("megavlm", "rm", CONFIGS / "rm.yaml", *settings, *NPROC)
 

@@ -17,7 +17,7 @@ from megavlm.demo.tune import TUNE
 
 # Those of the other demos: where each starts, below the demo's folder.
 TUNE_STARTS = {"rm": "stage3", "mediocre": "stage3", "dpo": f"{TUNE}/mediocre", "lora": "stage3"}
-RL_STARTS = {"weak": "stage3", "grpo": f"{RL}/weak"}
+RL_STARTS = {"weak": "stage3", "grpo": f"{RL}/weak", "ppo": f"{RL}/weak"}
 STARTS = TUNE_STARTS | RL_STARTS
 CONFIGS = Path(__file__).parents[2] / "configs" / "demo"
 
@@ -47,7 +47,7 @@ def test_tuning_config_has_its_place(name):
 def test_config_suits_two_processes(name):
     settings = load_settings(CONFIGS / f"{name}.yaml")
     assert settings.model.hf == Path(DEFAULT_OUT) / "model"
-    assert settings.parallel.tensor == (1 if name == "grpo" else 2)
+    assert settings.parallel.tensor == (1 if name in ("grpo", "ppo") else 2)
     assert settings.parallel.sequence_parallel == (settings.parallel.tensor == 2)
     data_parallel = check_layout(
         settings.parallel,

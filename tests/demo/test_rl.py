@@ -4,7 +4,7 @@ import pytest
 
 from megavlm.demo import rl
 from megavlm.demo.answers import expected_answers
-from megavlm.demo.data import write_records
+from megavlm.demo.data import read_records, write_records
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 
@@ -20,6 +20,14 @@ def test_commands(pretrained, started):
     run.learn()
     assert verbs(started.commands) == ["sft", "infer", "grpo", "infer", "megavlm.report.run_report"]
     started.commands.clear()
+    count = -(-len(read_records(run.demo.out / "data" / "questions.jsonl")) // rl.SAMPLE_EVERY)
+    (run.out / "sampled").mkdir(parents=True)
+    write_records(run.out / "sampled" / "answers.jsonl", ({"index": i, "answer": "?"} for i in range(count)))
+    run.reward_model()
+    assert len(read_records(run.out / "pairs.jsonl")) > count  # drawn ones, and those of the model
+    run.learn_with_critic()
+    assert verbs(started.commands) == ["infer", "rm", "ppo", "infer"]
+    started.commands.clear()
     for name in rl.OTHERS:
         run.learn_otherwise(name)
     assert verbs(started.commands) == ["grpo"] * len(rl.OTHERS)
@@ -28,7 +36,7 @@ def test_commands(pretrained, started):
 
 def test_other_methods_are_run_only_when_that_is_wished(pretrained, monkeypatch):
     learned = []
-    for name in ("start", "learn"):
+    for name in ("start", "learn", "reward_model", "learn_with_critic"):
         monkeypatch.setattr(rl.Reinforcement, name, lambda self: None)
     monkeypatch.setattr(rl.Reinforcement, "learn_otherwise", lambda self, name: learned.append(name))
     monkeypatch.setattr(rl.Reinforcement, "check", lambda self, others: len(others) == len(learned))
@@ -41,13 +49,13 @@ def test_other_methods_are_run_only_when_that_is_wished(pretrained, monkeypatch)
 
 @pytest.mark.parametrize(
     ("changed", "missed"),
-    [({}, None), ({"after": 0.64}, "GRPO"), ({"before": 0.51}, "GRPO"), ({"gspo": 0.29}, "gspo")],
+    [({}, None), ({"after": 0.64}, "GRPO"), ({"after_ppo": 0.64}, "PPO"), ({"gspo": 0.29}, "gspo")],
 )
 def test_each_bound_is_held(pretrained, capsys, changed, missed):
     run = rl.Reinforcement(pretrained)
     expected = expected_answers(run.demo.questions)
-    shares = {"before": 0.5, "after": 0.65, **dict.fromkeys(rl.OTHERS, 0.3)} | changed
-    for name in ("before", "after"):
+    shares = {"before": 0.5, "after": 0.65, "after_ppo": 0.65, **dict.fromkeys(rl.OTHERS, 0.3)} | changed
+    for name in ("before", "after", "after_ppo"):
         (run.out / name).mkdir(parents=True)
         given = [right if i < shares[name] * len(expected) else "?" for i, right in enumerate(expected)]
         write_records(run.out / name / "answers.jsonl", ({"index": i, "answer": a} for i, a in enumerate(given)))
