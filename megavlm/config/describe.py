@@ -116,7 +116,7 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
         return f"section with {', '.join(keys_of(annotation))}"
     if annotation in (int, float):
         return " ".join(filter(None, ["whole number" if annotation is int else "number", _bounds(metadata)]))
-    return {bool: "true | false", str: "text", Path: "path"}[annotation]
+    return {bool: "true | false", str: "text", Path: "path", Any: "anything"}[annotation]
 
 
 def _bounds(metadata: list[Any]) -> str:

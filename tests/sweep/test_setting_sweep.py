@@ -39,6 +39,13 @@ BESIDE = {
     "generate.top_p": ("generate.temperature=1.0",), "generate.top_k": ("generate.temperature=1.0",),
     "train.warmup_steps": ("train.steps=2147483647",), "train.min_lr": ("train.lr=1e6", "train.schedule=cosine"),
     "parallel.expert": ("train.global_batch_size=null",), "parallel.expert_tensor": ("train.global_batch_size=null",),
+    **dict.fromkeys(
+        ("environment.options", "environment.max_turns", "environment.role", "environment.weight",
+         "environment.timeout", "environment.workers"),
+        ("environment.python=doors.py:Doors", "environment.max_tokens=2000"),
+    ),
+    "environment.python": ("environment.max_tokens=2000",),
+    "environment.max_tokens": ("environment.python=doors.py:Doors",),
     "data.min_pixels": ("data.max_pixels=2147483647",),
 }  # fmt: skip
 
@@ -49,7 +56,8 @@ UNLIMITED = {
         (
             "train.steps", "train.global_batch_size", "train.warmup_steps", "generate.max_new_tokens",
             "generate.samples", "rollout.prompts", "rollout.group_size", "rollout.max_new_tokens",
-            "rollout.replace_flat", "align.updates", "align.mini_batches",
+            "rollout.replace_flat", "align.updates", "align.mini_batches", "environment.max_turns",
+            "environment.max_tokens",
         ),
         "as much work as was asked for",
     ),
@@ -66,7 +74,7 @@ UNLIMITED = {
             "train.logprob_chunk_tokens", "train.max_skipped_steps",
             "generate.batch_size", "generate.top_k", "data.packing_buffer", "train.hang_minutes",
             "generate.cache_gib", "rollout.cache_gib", "rollout.max_sequences", "rollout.top_k",
-            "align.overlong_cache", "align.correction_lowest", "align.correction_highest",
+            "align.overlong_cache", "align.correction_lowest", "align.correction_highest", "environment.timeout",
         ),
         "no limit: as many as there are, or a sample that is too long",
     ),
@@ -76,7 +84,7 @@ UNLIMITED = {
             "train.moe_aux_loss_coeff", "train.kl_to_start", "adapter.alpha", "adapter.scaling", "align.beta",
             "align.gamma", "align.lam", "align.desirable_weight", "align.undesirable_weight", "align.centering",
             "generate.temperature", "rollout.temperature", "align.epsilon", "align.epsilon_high", "align.dual_clip",
-            "align.tau_pos", "align.tau_neg",
+            "align.tau_pos", "align.tau_neg", "environment.weight",
         ),
         "a bad choice, with which steps are skipped or nothing is learned",
     ),
