@@ -156,7 +156,7 @@ class Conversations:
                     self._give(one, answer, answered.routing)
             try:
                 self._take(going)
-            except UserError as raised:
+            except Exception as raised:
                 error = raised
             going = [one for one in going if not one.is_over]
             done = [asked for asked in unanswered if all(one.is_over for one in asked.conversations)]

@@ -167,7 +167,10 @@ def grpo(toys, tmp_path_factory):
 def test_killed_and_started_again_it_speaks_the_same(grpo, tmp_path):
     """On two ranks. Conversations of a step that was cut off begin anew."""
     commands = Commands(reports=False)
-    kills = [lambda done: Kill(rank=1, step=done + 1, delay=0.1)]
+    kills = [
+        lambda done: Kill(rank=0, step=done + 1, writing=True),
+        lambda done: Kill(rank=1, step=done + 1, delay=0.1),
+    ]
     try:
         is_continued(commands, grpo, tmp_path / "straight", tmp_path / "killed", kills, 4)
     finally:
@@ -187,3 +190,42 @@ def test_killed_and_started_again_it_speaks_the_same(grpo, tmp_path):
     assert [turn["by"] for turn in spoken["turns"][:4]] == ["model", "environment"] * 2
     assert spoken["turns"][1]["pictures"][0].startswith("data:image/jpeg;base64,")
     assert "Door" in spoken["turns"][1]["text"]
+
+
+TROUBLE = ["raise", "raise at reset", "hang", "exit", "broken", "nan", "fine", "fine"]
+
+
+def test_a_bad_environment_costs_only_its_answers(grpo, toys, tmp_path):
+    """Two answers to each prompt. The run goes on, and the answers that failed are named."""
+    import forked_command
+
+    output = tmp_path / "bad"
+    records = [record | {"what": what} for record, what in zip(toy_records(toys.root), TROUBLE, strict=True)]
+    arguments = grpo(output, "train.steps=1", "train.warmup_steps=0", "data.workers=0", "data.shuffle=false")
+    data = write_records(toys.root / "bad_doors.jsonl", records)
+    odd = DOORS.parent / "odd_environments.py"
+    arguments += [f"data.train=[{{path: {data}}}]", "rollout.prompts=8", "rollout.group_size=2", "data.seq_length=320"]
+    arguments += [f"environment.python={odd}:Counter", "environment.timeout=2.0", "environment.workers=2"]
+    arguments += ["environment.max_turns=2", "reward_pool.max_failed_fraction=1.0", "reward=[{name: length, limit: 3}]"]
+    result = forked_command.run(arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    [line] = read_metrics(output)
+    assert line["environment_failures"] == line["reward_failures"] == 2 * 6
+    assert line["groups"] == 8
+    assert line["grad_norm"] > 0
+    failed = [json.loads(text) for text in (output / "reward_failures.jsonl").read_text().splitlines()]
+    causes = {TROUBLE[int(one["sample"].rpartition(":")[2]) - 1]: one["cause"] for one in failed}
+    assert {one["reward"] for one in failed} == {"environment"}
+    expected = {
+        "raise": "step: RuntimeError: the door is stuck",
+        "raise at reset": "reset: KeyError",
+        "hang": "no result after",
+        "exit": "its process ended with status 3",
+        "broken": "picture 1 of its environment cannot be read",
+        "nan": "step: its reward is nan",
+    }
+    assert causes.keys() == expected.keys()
+    for what, cause in expected.items():
+        assert cause in causes[what], (what, causes[what])
+    groups = json.loads((output / "rollouts.jsonl").read_text())["groups"]
+    assert groups[0]["answers"][0]["reward"] is None
