@@ -3,13 +3,14 @@
 It imports nothing that is slow to load. Methods that are coroutines run together, in a thread with an event loop; all
 others run one after the other in the main thread. Messages, all over one connection:
 
-    to the worker     JSON {"file", "name", "options"}, once; then for each call JSON {"id": conversation, "answer": text
-                      or null, "limit": seconds} and a payload: empty, or for a conversation that is new here a pickled
-                      (columns of the record, folder, answers to which it has replied elsewhere). An answer of null with
-                      an empty payload ends the conversation.
+    to the worker     JSON {"file", "name", "options"}, once; then for each call JSON {"id": conversation, "answer":
+                      text or null, "limit": seconds} and a payload: empty, or for a conversation that is new here a
+                      pickled (columns of the record, folder, answers to which it has replied elsewhere). An answer of
+                      null with an empty payload ends the conversation.
     from the worker   JSON {"ready": true, "together": whether its methods are coroutines} or {"unusable": [message,
-                      remedy]}, once; then for each call, in any order, {"id", "seconds", "together"} and either {"text",
-                      "reward", "done", "pictures": count}, after which each picture follows, or {"error": cause}
+                      remedy]}, once; then for each call, in any order, {"id", "seconds", "together"} and either
+                      {"text", "reward", "done", "pictures": count}, after which each picture follows, or {"error":
+                      cause}
 """
 
 import asyncio

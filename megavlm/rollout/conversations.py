@@ -79,7 +79,8 @@ class _Conversation:
 
     def result(self) -> Answer:
         """The finished answer."""
-        tokens, logprobs, policy, sampled, said = ([value[n] for value in self.values] for n in range(5))
+        logprobs, policy, sampled = ([float(value[n]) for value in self.values] for n in (1, 2, 3))
+        tokens, said = [token for token, *_ in self.values], [is_said for *_, is_said in self.values]
         return Answer(
             tokens, logprobs, policy, sampled, self.finish, self.routing, said, self.sample,
             None if self.failures else self.reward, self.failures, tuple(self.turns), self.is_out_of_turns,
@@ -162,7 +163,7 @@ class Conversations:
                     self._give(one, answer, answered.routing)
             try:
                 self._take(going)
-            except UserError as raised:
+            except Exception as raised:
                 error = raised
             going = [one for one in going if not one.is_over]
             done = [asked for asked in unanswered if all(one.is_over for one in asked.conversations)]
@@ -241,7 +242,7 @@ class Conversations:
     ) -> dict[int, tuple[Prompt, list[_Conversation]]]:
         """The prompts of a round, with the conversations that their answers are for, by id.
 
-        In the first turn, the conversations of a prompt share it, unless the environment has told them different things.
+        In the first turn, the conversations of a prompt share it, unless its environments have said different things.
         """
         found = []
         if turn > 1:

@@ -82,8 +82,8 @@ class Answer:
 
     Attributes:
         said: of each token, whether the model has said it; None: all.
-        continued: the whole conversation with its pictures, without targets; it ends with ``tokens``. If the environment
-            has spoken first, its message is among them and takes the place of the end of the prompt.
+        continued: the whole conversation with its pictures, without targets; it ends with ``tokens``. If the
+            environment has spoken first, its message is among them and takes the place of the end of the prompt.
         reward: the sum of the rewards that the environment has given; None if it failed, or if there is none.
         failures: why the environment failed.
         turns: what was said, in order; () without an environment.

@@ -15,7 +15,7 @@ VARYING = {
     *("seconds", "seconds_checkpoint", "seconds_data", "seconds_tower", "seconds_tower_max", "slowest_rank"),
     *("tower_imbalance", "tokens_per_second", "model_tflops", "mfu", "memory_gib"),
     *("seconds_rollout", "seconds_reward", "seconds_update", "seconds_sync", "rollout_tokens_per_second"),
-    *("seconds_values", "seconds_critic"),
+    *("seconds_values", "seconds_critic", "seconds_environment"),
 }
 ROWS = ((0, 1, 2), (3, 5), (4, 6), (7,))  # toy records in each row of a step; the second row has no picture
 # So large a rate that updates stand above the rounding of the weights they are added to, and small enough to train.

@@ -2,13 +2,15 @@
 
 import pytest
 
-from megavlm.align.registry import check_method, make_method
+from megavlm.align.registry import METHODS, check_method, make_method
 from megavlm.base.errors import UserError
 from megavlm.config.layout import check_prompts
+from megavlm.config.requirements import check_required
 from megavlm.config.settings import Settings
 from megavlm.reinforcement.grpo import Policy
 
 REWARD = [{"name": "exact"}]
+DOOR = {"python": "doors.py:Door", "max_tokens": 40}
 GOOD = {
     "model": {"hf": "folder", "load": "folder"},
     "data": {"seq_length": 64},
@@ -49,6 +51,11 @@ BAD = {
     "truncated prompts": ({"data": {"too_long": "truncate"}}, "never truncated"),
     "packing": ({"data": {"packing": "none"}}, "data.packing"),
     "a packing buffer": ({"data": {"packing_buffer": 7}}, "packing_buffer"),
+    "no room for a prompt and a conversation": ({"environment": {**DOOR, "max_tokens": 64}}, "environment.max_tokens"),
+    "a penalty for long answers in several turns": (
+        {"environment": DOOR, "align": {"overlong_cache": 3}},
+        "align.overlong_cache",
+    ),
     "random weights as reference": ({"model": {"load": "random"}}, "model.load"),
     "fp8": ({"train": {"precision": "fp8"}, "model": {"kernels": "te"}}, "fp8"),
 }
@@ -62,6 +69,41 @@ def test_settings_without_effect_or_sense_are_refused(case):
     assert words in f"{caught.value.message} {caught.value.remedy}"
 
 
+def test_a_conversation_has_the_room_that_an_environment_needs():
+    assert settings().answer_tokens == 32
+    assert settings(environment=DOOR).answer_tokens == 40
+    assert Policy.of(settings(environment=DOOR, align={"loss": "dr_grpo"})).options.max_length == 40
+
+
+BAD_ENVIRONMENTS = {
+    "ignored": ({"max_turns": 3}, "environment.max_turns is 3, but there is no environment"),
+    "no name": ({"python": "doors.py", "max_tokens": 40}, "which is not FILE.py:NAME"),
+    "no budget": ({"python": "doors.py:Door"}, "environment.max_tokens is not set"),
+    "a budget below one answer": ({**DOOR, "max_tokens": 31}, "less than a single answer may have"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ENVIRONMENTS)
+def test_bad_environments_are_refused(case):
+    section, words = BAD_ENVIRONMENTS[case]
+    with pytest.raises(ValueError, match=words):
+        settings(environment=section)
+
+
+def test_an_environment_may_be_the_only_reward():
+    needed = METHODS["grpo"].requires
+    check_required(Settings(**{**GOOD, "reward": [], "environment": DOOR}), needed, "grpo")
+    check_required(Settings(**GOOD), needed, "grpo")
+    with pytest.raises(UserError, match=r"reward \(.*\) or environment.python \("):
+        check_required(Settings(**{**GOOD, "reward": []}), needed, "grpo")
+    nothing = [{"name": "exact", "weight": 0.0}]
+    with pytest.raises(ValueError, match="all rewards have weight 0"):
+        Settings(**{**GOOD, "reward": nothing, "environment": {**DOOR, "weight": 0.0}})
+    Settings(**{**GOOD, "reward": nothing, "environment": DOOR})
+    with pytest.raises(ValueError, match="a reward has the name environment"):
+        Settings(**{**GOOD, "reward": [{"name": "exact", "label": "environment"}], "environment": DOOR})
+
+
 def test_good_settings_are_accepted_with_the_defaults_of_their_loss():
     assert make_method("grpo", settings()).title == "reinforcement learning · grpo"
     policy = Policy.of(settings(align={"loss": "dapo"}))
@@ -71,7 +113,15 @@ def test_good_settings_are_accepted_with_the_defaults_of_their_loss():
     assert Policy.of(settings(align={"ddof": 0})).advantage == ("grpo", {"ddof": 0.0})
 
 
-@pytest.mark.parametrize("section", [{"rollout": {"prompts": 2}}, {"reward": REWARD}, {"reward_pool": {"workers": 3}}])
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"rollout": {"prompts": 2}},
+        {"reward": REWARD},
+        {"reward_pool": {"workers": 3}},
+        {"environment": {**DOOR, "max_tokens": 2000}},
+    ],
+)
 @pytest.mark.parametrize("verb", ["sft", "dpo"])
 def test_other_methods_refuse_the_sections_of_sampling(verb, section):
     with pytest.raises(UserError, match=next(iter(section))):

@@ -4,8 +4,10 @@ import math
 
 import pytest
 
+from megavlm.reinforcement.judged import with_environment
 from megavlm.reinforcement.rollouts import _with_models, in_mini_batches
 from megavlm.rewards.score import Score
+from megavlm.rollout.engine import Answer
 
 
 def test_the_score_of_a_reward_model_is_added_with_its_weight():
@@ -26,3 +28,22 @@ def test_mini_batches_are_cut_in_order(groups, count, sizes):
     parts = in_mini_batches(list(range(groups)), count)
     assert [len(part) for part in parts] == sizes
     assert [group for part in parts for group in part] == list(range(groups))
+
+
+def spoken(reward: float | None, *failures: str) -> Answer:
+    return Answer([1], [0.0], [0.0], [0.0], "stop", reward=reward, failures=failures)
+
+
+def test_the_reward_of_an_environment_is_added_with_its_weight():
+    weights = {"exact": 0.5, "environment": 2.0}
+    found = with_environment(Score(0.5, {"exact": 1.0}, []), spoken(3.0), weights)
+    assert (found.total, found.parts, found.failures) == (6.5, {"exact": 1.0, "environment": 3.0}, [])
+    alone = with_environment(Score(None, {}, []), spoken(3.0), {"environment": 2.0})
+    assert (alone.total, alone.parts) == (6.0, {"environment": 3.0})
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_an_answer_whose_environment_failed_has_no_reward(weight):
+    weights = {"exact": 0.5, "environment": weight}
+    found = with_environment(Score(0.5, {"exact": 1.0}, []), spoken(None, "step: no"), weights)
+    assert found == Score(None, {"exact": 1.0, "environment": None}, ["environment: step: no"])

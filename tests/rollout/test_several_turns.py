@@ -142,7 +142,7 @@ def converse(renderer, prompts, say, reply, *, max_turns=3, max_tokens=200, max_
 
 
 def test_turns_follow_each_other(renderer, prompts):
-    """Each conversation has tokens, masks, seeds, rewards and pictures of its own, and ends when its environment ends."""
+    """Each conversation has tokens, masks, seeds, rewards and pictures of its own, and ends with its environment."""
     say = lambda text, seed: f"answer {text.count('assistant')} of {seed % 10}{END}"
 
     def reply(columns, answers):
