@@ -35,7 +35,7 @@ plan_servers() {
   server_srun=(srun --nodes="$servers" --relative="$nodes" --ntasks-per-node="$each"
     --cpus-per-task="$((cpus * gpus / each))" --kill-on-bad-exit=0 --open-mode=append
     --output="$logs/server-%t.log" "${container[@]}" bash -c "$serve" serve "$port" "$((gpus / each))"
-    "$python" -m megavlm.rollout.vllm.serve "$config")
+    "$python" -m megavlm.vllm.serve "$config")
 }
 
 # Each server has its port and its share of the node's GPUs, and none of the settings that are for training. One that

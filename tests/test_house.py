@@ -76,10 +76,12 @@ MAY_IMPORT = {
     ],
     "environments": ["rewards", "data", "media", "config", "base"],
     "rollout": ["runtime", "environments", "data", "model", "platform", "config", "base"],
+    "vllm": ["rollout", "runtime", "data", "platform", "config", "base"],
     "rewards": ["records", "config", "base"],
     "reinforcement": [
         "align",
         "rollout",
+        "vllm",
         "rewards",
         "environments",
         "training",

@@ -16,6 +16,7 @@ from megavlm.data.row import Row
 from megavlm.environments.messages import Messages
 from megavlm.environments.pool import EnvironmentPool
 from megavlm.reinforcement.divergence import Divergence
+from megavlm.reinforcement.engines import make_engine
 from megavlm.reinforcement.policy import Policy
 from megavlm.reinforcement.policy_objective import PolicyObjective
 from megavlm.reinforcement.policy_step import PolicyStep
@@ -25,7 +26,6 @@ from megavlm.rewards.pool import RewardPool
 from megavlm.rollout.answerer import stop_tokens, vision_tokens
 from megavlm.rollout.conversations import Conversations
 from megavlm.rollout.engine import Engine, Sampling
-from megavlm.rollout.engines import make_engine
 from megavlm.runtime.session import Session
 from megavlm.training.memory_check import longest_row
 from megavlm.training.method import OneModel, Prepared

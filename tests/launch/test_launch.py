@@ -168,7 +168,7 @@ def test_the_last_nodes_of_a_job_can_sample() -> None:
     assert rank[0] == "node1[7]"
     assert {"--nodes=2", "--relative=2", "--ntasks-per-node=2", "--cpus-per-task=48"} <= set(servers)
     python = str(ROOT / ".venv/bin/python")
-    server = [python, "-m", "megavlm.rollout.vllm.serve", "configs/align/grpo.yaml", "train.lr=1e-6"]
+    server = [python, "-m", "megavlm.vllm.serve", "configs/align/grpo.yaml", "train.lr=1e-6"]
     share = ["rollout.engine=vllm", "rollout.vllm.tensor_parallel=4"]
     assert servers[-len(server + share) :] == server + share
 

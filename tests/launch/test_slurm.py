@@ -296,7 +296,7 @@ def test_servers_have_the_last_node_and_end_with_the_trainer(slurm: OneHostSlurm
     for number in range(2):
         words = "grpo configs/align/grpo.yaml train.lr=1e-5 rollout.engine=vllm"
         assert job.read(f"rank{number}").split() == [*words.split(), urls]
-        server = "-m megavlm.rollout.vllm.serve configs/align/grpo.yaml train.lr=1e-5 rollout.engine=vllm"
+        server = "-m megavlm.vllm.serve configs/align/grpo.yaml train.lr=1e-5 rollout.engine=vllm"
         rest = f"rollout.vllm.tensor_parallel=1 --port {port + number}"
         assert job.read(f"server{number}").split() == [last, str(number), "none", *server.split(), *rest.split()]
     wait_until(lambda: not one_host_slurm.processes_with(f"SLURM_JOB_ID={job.number}"), "the servers have ended", 30)
