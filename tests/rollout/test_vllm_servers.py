@@ -207,3 +207,22 @@ def test_nothing_is_asked_on_other_ranks(make, server):
 def test_settings_that_would_be_ignored_are_refused(rollout, expected, model_folder):
     with pytest.raises(ValueError, match=expected):
         Settings(model={"hf": str(model_folder)}, rollout=rollout)
+
+
+def test_a_server_elsewhere_gets_the_configuration_of_the_run(model_folder, tmp_path, monkeypatch):
+    from megavlm.rollout.vllm import serve
+
+    rollout = {"engine": "vllm", "cache_gib": 0.5, "max_sequences": 7}
+    settings = {"model": {"hf": str(model_folder)}, "data": {"seq_length": 64}, "rollout": rollout}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    words = []
+    monkeypatch.setattr(serve, "check_environment", lambda python: None)
+    monkeypatch.setattr(serve.os, "execv", lambda program, arguments: words.extend(arguments))
+    overrides = ["rollout.vllm.python=some/python", "rollout.vllm.args.enforce_eager=true"]
+    monkeypatch.setattr("sys.argv", ["serve", str(tmp_path / "run.yaml"), *overrides, "--port", "81"])
+    serve.main()
+    assert words[0] == "some/python"
+    given = dict(zip(words[-8::2], words[-7::2], strict=True))
+    assert (given["--model"], given["--host"], given["--port"]) == (str(model_folder), "0.0.0.0", "81")
+    expected = {"max_model_len": 64, "max_num_seqs": 7, "kv_cache_memory_bytes": 2**29, "enforce_eager": True}
+    assert expected.items() <= json.loads(given["--arguments"]).items()
