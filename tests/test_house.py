@@ -75,10 +75,12 @@ MAY_IMPORT = {
         "base",
     ],
     "rollout": ["runtime", "data", "model", "platform", "config", "base"],
+    "vllm": ["rollout", "runtime", "data", "platform", "config", "base"],
     "rewards": ["records", "config", "base"],
     "reinforcement": [
         "align",
         "rollout",
+        "vllm",
         "rewards",
         "training",
         "runtime",

@@ -17,6 +17,7 @@ from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.reinforcement.divergence import Divergence
+from megavlm.reinforcement.engines import make_engine
 from megavlm.reinforcement.policy_objective import PolicyObjective, PolicyOptions
 from megavlm.reinforcement.policy_step import PolicyStep
 from megavlm.reinforcement.reward_models import RewardModels
@@ -24,7 +25,6 @@ from megavlm.reinforcement.rollouts import Rollouts
 from megavlm.rewards.pool import RewardPool
 from megavlm.rollout.answerer import stop_tokens, vision_tokens
 from megavlm.rollout.engine import Sampling
-from megavlm.rollout.engines import make_engine
 from megavlm.runtime.session import Session
 from megavlm.training.memory_check import longest_row
 from megavlm.training.method import Prepared

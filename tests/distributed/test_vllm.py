@@ -54,7 +54,7 @@ def vllm_settings(folder: Path, **vllm):
 
 
 def vllm_engine(folder: Path, output: Path, groups=ONE, **vllm):
-    from megavlm.rollout.vllm.engine import VllmEngine
+    from megavlm.vllm.engine import VllmEngine
 
     return VllmEngine(vllm_settings(folder, **vllm), groups, FolderWeights(folder), output)
 
@@ -62,7 +62,7 @@ def vllm_engine(folder: Path, output: Path, groups=ONE, **vllm):
 @pytest.fixture(scope="module")
 def python() -> Path:
     """The Python that has vLLM."""
-    from megavlm.rollout.vllm.environment import check_environment, python_of
+    from megavlm.vllm.environment import check_environment, python_of
 
     found = python_of(vllm_settings(Path("nowhere")))
     try:
@@ -251,8 +251,8 @@ def from_a_trainer(settings: dict, sampling) -> tuple[dict, dict]:
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
     from megavlm.model.vlm import PARTS
+    from megavlm.reinforcement.engines import make_engine
     from megavlm.rollout.engine import Prompt
-    from megavlm.rollout.engines import make_engine
     from megavlm.runtime import session
 
     settings = Settings(**settings)
@@ -367,8 +367,8 @@ def test_prompts_that_cannot_be_read_or_are_too_long(served, prompts, sampling):
 
 
 def test_a_tensor_that_arrives_with_other_values_is_named(served, toys, tmp_path):
-    from megavlm.rollout.vllm.client import Client, Refused
-    from megavlm.rollout.vllm.kept import Kept
+    from megavlm.vllm.client import Client, Refused
+    from megavlm.vllm.kept import Kept
 
     kept = Kept(f"{served._token}:x", tmp_path / "kept")
     kept.write(FolderWeights(toys.folder("dense")).buckets(0))
@@ -388,8 +388,8 @@ def test_a_server_of_another_model_is_refused(served, toys, tmp_path):
 
 
 def test_a_server_for_another_temperature_is_refused(served, toys):
-    from megavlm.rollout.vllm.client import Client
-    from megavlm.rollout.vllm.identity import check_identity
+    from megavlm.vllm.client import Client
+    from megavlm.vllm.identity import check_identity
 
     settings = vllm_settings(toys.folder("dense"))
     rollout = settings.rollout.model_copy(update={"temperature": 0.7})
@@ -418,8 +418,8 @@ def test_a_server_that_is_not_there(toys, tmp_path):
 
 
 def test_a_server_that_is_slow(served, prompts, sampling):
-    from megavlm.rollout.vllm.asking import ask
-    from megavlm.rollout.vllm.client import Client
+    from megavlm.vllm.asking import ask
+    from megavlm.vllm.client import Client
 
     limits = served._settings.rollout.vllm.model_copy(update={"request_minutes": 1e-4})
     with pytest.raises(UserError, match=r"has not answered within rollout.vllm.request_minutes = 0.0001"):
@@ -463,7 +463,7 @@ def test_what_vllm_says_when_it_does_not_start(toys, tmp_path):
 def test_a_server_without_enough_memory(python, toys, tmp_path):
     settings = vllm_settings(toys.folder("dense"))
     rollout = settings.rollout.model_copy(update={"cache_gib": 1e5})
-    from megavlm.rollout.vllm.engine import VllmEngine
+    from megavlm.vllm.engine import VllmEngine
 
     with pytest.raises(UserError, match=r"has ended with status \d+:(.|\n)*[mM]emory"):
         VllmEngine(settings.model_copy(update={"rollout": rollout}), ONE, FolderWeights(Path("x")), tmp_path)

@@ -26,7 +26,7 @@ def test_constraints_pin_every_dependency() -> None:
 
 
 def test_the_versions_of_vllm_are_exact_and_fit() -> None:
-    from megavlm.rollout.vllm.environment import FITTING, check_versions
+    from megavlm.vllm.environment import FITTING, check_versions
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [line for line in (ROOT / "constraints-vllm.txt").read_text().splitlines() if not line.startswith("#")]

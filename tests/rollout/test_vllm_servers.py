@@ -12,9 +12,9 @@ from safetensors.torch import load
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.rollout.engine import Prompt, Sampling
-from megavlm.rollout.vllm import keeper
-from megavlm.rollout.vllm.engine import VllmEngine
-from megavlm.rollout.vllm.wire import unpacked
+from megavlm.vllm import keeper
+from megavlm.vllm.engine import VllmEngine
+from megavlm.vllm.wire import unpacked
 
 
 class StandIn:
@@ -210,7 +210,7 @@ def test_settings_that_would_be_ignored_are_refused(rollout, expected, model_fol
 
 
 def test_a_server_elsewhere_gets_the_configuration_of_the_run(model_folder, tmp_path, monkeypatch):
-    from megavlm.rollout.vllm import serve
+    from megavlm.vllm import serve
 
     rollout = {"engine": "vllm", "cache_gib": 0.5, "max_sequences": 7}
     settings = {"model": {"hf": str(model_folder)}, "data": {"seq_length": 64}, "rollout": rollout}

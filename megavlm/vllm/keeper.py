@@ -13,10 +13,10 @@ from pathlib import Path
 
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
-from megavlm.rollout.vllm.client import Client, NotReady, Refused, TooSlow
-from megavlm.rollout.vllm.environment import command
-from megavlm.rollout.vllm.identity import check_identity
-from megavlm.rollout.vllm.kept import Kept
+from megavlm.vllm.client import Client, NotReady, Refused, TooSlow
+from megavlm.vllm.environment import command
+from megavlm.vllm.identity import check_identity
+from megavlm.vllm.kept import Kept
 
 _LOOK = 0.5  # seconds between two looks at a server
 _ASK = 10.0  # seconds between two questions to a server that no process tells of, and within which it must answer them

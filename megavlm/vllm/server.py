@@ -36,8 +36,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from megavlm.base.processes import wait_for_end
-from megavlm.rollout.vllm.inputs import engine_input
-from megavlm.rollout.vllm.wire import SERVER, TRANSPORT, unpacked
+from megavlm.vllm.inputs import engine_input
+from megavlm.vllm.wire import SERVER, TRANSPORT, unpacked
 
 _log = logging.getLogger(__name__)
 _LARGEST_BODY = 2**36  # bytes; aiohttp refuses more than one MiB otherwise
@@ -244,7 +244,7 @@ def engine_of(model: Path, arguments: dict[str, Any]) -> AsyncLLM:
     settings = AsyncEngineArgs(
         model=str(model),
         weight_transfer_config={"backend": TRANSPORT},
-        worker_extension_cls="megavlm.rollout.vllm.worker.Extension",
+        worker_extension_cls="megavlm.vllm.worker.Extension",
         **arguments,
     ).create_engine_config()
     if is_cpu:

@@ -8,8 +8,8 @@ from megavlm.base.errors import UserError
 from megavlm.config.rollout_section import VllmSettings
 from megavlm.data.row import Sample
 from megavlm.rollout.engine import Answer, Prompt, Sampling
-from megavlm.rollout.vllm.client import Client, NotReady, Refused, TooSlow
-from megavlm.rollout.vllm.wire import packed
+from megavlm.vllm.client import Client, NotReady, Refused, TooSlow
+from megavlm.vllm.wire import packed
 
 _PAUSE = 0.25  # seconds before a prompt is asked again
 _LOSSES = 3  # how often a server may be lost while it answers the same prompt

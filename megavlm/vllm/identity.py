@@ -6,7 +6,7 @@ from typing import Any
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
 from megavlm.config.settings import Settings
-from megavlm.rollout.vllm.environment import check_versions, logprobs_mode
+from megavlm.vllm.environment import check_versions, logprobs_mode
 
 _PARTS = ("text_config", "vision_config")
 # Fields that say nothing of the model: how it was made, or is stored.

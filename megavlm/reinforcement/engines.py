@@ -8,9 +8,9 @@ from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
 from megavlm.rollout.builtin import BuiltinEngine
 from megavlm.rollout.engine import Engine
-from megavlm.rollout.vllm.engine import VllmEngine
 from megavlm.runtime.session import Session
 from megavlm.runtime.weight_stream import WeightStream
+from megavlm.vllm.engine import VllmEngine
 
 
 def make_engine(

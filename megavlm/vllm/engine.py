@@ -19,11 +19,11 @@ from megavlm.config.settings import Settings
 from megavlm.platform import Groups
 from megavlm.platform.collectives import all_gather_objects, broadcast_object, while_others_wait
 from megavlm.rollout.engine import Answered, Prompt, Sampling
-from megavlm.rollout.vllm.asking import ask
-from megavlm.rollout.vllm.client import Client
-from megavlm.rollout.vllm.environment import check_environment, python_of
-from megavlm.rollout.vllm.keeper import Keeper, keepers_of
-from megavlm.rollout.vllm.kept import BUCKET, Kept
+from megavlm.vllm.asking import ask
+from megavlm.vllm.client import Client
+from megavlm.vllm.environment import check_environment, python_of
+from megavlm.vllm.keeper import Keeper, keepers_of
+from megavlm.vllm.kept import BUCKET, Kept
 
 _SIGN = 1.0  # seconds between two signs of life while answers are awaited
 
