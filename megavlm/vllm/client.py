@@ -8,6 +8,8 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
+from megavlm.base.quoting import shortened
+
 
 class NotReady(Exception):
     """The server cannot be reached, or cannot answer now. Asking again may help.
@@ -96,4 +98,7 @@ class Client:
             raise NotReady(text)
         if response.status != http.client.OK:
             raise Refused(text)
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise Refused(f"its answer is not JSON: {shortened(text)}") from None

@@ -37,6 +37,7 @@ class Keeper(threading.Thread):
     def __init__(self, settings: Settings, url: str, log: Path | None, devices: Sequence[int] = ()):
         super().__init__(name=f"vllm {url}", daemon=True)
         self.url, self._settings, self._log, self._devices = url, settings, log, devices
+        self._client = Client(url)
         self.problem: Exception | None = None
         self.version: str | None = None  # of the weights that the server has
         self._is_known = False  # whether the server has said what it is
@@ -66,7 +67,7 @@ class Keeper(threading.Thread):
         """Ends the server if it was started here."""
         self._closing.set()
         self._wake.set()
-        self._kill()  # so that the thread does not wait for its answer
+        self._client.close()  # so that the thread waits for no answer
         if self.is_alive():
             self.join()
 
@@ -142,7 +143,11 @@ class Keeper(threading.Thread):
 
     def _look(self) -> None:
         """Asks the server what it is."""
-        told = Client(self.url).get("/identity", _ASK)
+        try:
+            told = self._client.get("/identity", _ASK)
+        except Refused as error:
+            raise UserError(f"what answers at {self.url} is no server of vLLM that megavlm has started: {error}",
+                            "start it as docs/vllm.md says") from None  # fmt: skip
         check_identity(told, self._settings, self.url)
         if self.version is not None and told["weights"] not in (self.version, None):
             raise UserError(f"the server of vLLM at {self.url} has got the weights of another run",
@@ -153,11 +158,10 @@ class Keeper(threading.Thread):
         rollout = self._settings.rollout
         self._note(version=None)
         try:
-            weights.send(Client(self.url), rollout.partial, 60 * rollout.vllm.request_minutes)
+            weights.send(self._client, rollout.partial, 60 * rollout.vllm.request_minutes)
         except Refused as error:
-            raise UserError(
-                f"the server of vLLM at {self.url} has refused the weights: {error}", self._hint()
-            ) from None
+            text = f"the server of vLLM at {self.url} has refused the weights: {error}"
+            raise UserError(text, self._hint()) from None
         self._note(version=weights.version)
 
     def _forget(self) -> None:
@@ -165,16 +169,12 @@ class Keeper(threading.Thread):
         self._end()
         self._note(version=None, is_known=False)
 
-    def _kill(self) -> None:
-        if self._process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-
     def _end(self) -> None:
-        self._kill()
-        if self._process is not None:
-            self._process.wait()
-        self._process = None
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def _environment(self) -> dict[str, str]:
         """The variables of the server: not those by which torchrun would make it a rank of the trainer."""

@@ -15,12 +15,14 @@ import argparse
 import asyncio
 import importlib.metadata
 import json
+import logging
 import os
 import signal
 import tempfile
 import threading
 import uuid
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from megavlm.base.processes import wait_for_end
 from megavlm.vllm.inputs import engine_input
 from megavlm.vllm.wire import SERVER, TRANSPORT, unpacked
 
+_log = logging.getLogger(__name__)
 _LARGEST_BODY = 2**36  # bytes; aiohttp refuses more than one MiB otherwise
 _IN_ENGINE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # the worker in the engine's process
 _MEMORY = Path("/dev/shm")  # files here are in host memory
@@ -95,7 +98,8 @@ class Server:
         self._weights = None
         await self._engine.pause_generation(mode="keep" if partial == "continue" else "abort", clear_cache=False)
         if self._is_updating:  # a trainer has ended in the middle of an update
-            await self._engine.finish_weight_update()
+            with suppress(Exception):  # or a part of it could not be loaded, which has ended it
+                await self._engine.finish_weight_update()
         self._is_updating = True
         await self._engine.start_weight_update()
         return {}
@@ -152,7 +156,10 @@ class Server:
                     return web.Response(status=503, text=str(cause))
                 if isinstance(cause, (ValueError, KeyError, EngineGenerateError)):
                     return web.Response(status=400, text=f"{cause}")
-                raise
+                if not isinstance(cause, Exception):
+                    raise  # the client has gone
+                _log.exception("a request has failed")
+                return web.Response(status=500, text=f"{type(cause).__name__}: {cause}")
 
         return handle
 

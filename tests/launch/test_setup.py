@@ -25,6 +25,18 @@ def test_constraints_pin_every_dependency() -> None:
         assert requirement.specifier.contains(pinned), f"{requirement.name}=={pinned}, but pyproject.toml says {text}"
 
 
+def test_the_versions_of_vllm_are_exact_and_fit() -> None:
+    from megavlm.vllm.environment import FITTING, check_versions
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "constraints-vllm.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(line.count("==") == 1 and "/" not in line for line in lines)
+    pins = dict(line.split("==") for line in lines)
+    check_versions(pins, "constraints-vllm.txt")
+    (extra,) = (Requirement(text) for text in project["optional-dependencies"]["vllm"] if text.startswith("vllm"))
+    assert all(extra.specifier.contains(version) for version in FITTING["vllm"])
+
+
 def test_without_python_312_make_says_so(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)

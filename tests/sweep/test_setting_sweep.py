@@ -68,7 +68,8 @@ UNLIMITED = {
     ),
     **dict.fromkeys(
         ("checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every", "log.every",
-         "train.galore_update_every", "rollout.log_every"),
+         "train.galore_update_every", "rollout.log_every", "rollout.vllm.start_minutes",
+         "rollout.vllm.request_minutes"),
         "never, or always",
     ),
     **dict.fromkeys(

@@ -1,0 +1,228 @@
+"""How the trainer deals with servers of vLLM. The servers here are stand-ins that remember what they are told."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from megavlm.base.errors import UserError
+from megavlm.config.settings import Settings
+from megavlm.rollout.engine import Prompt, Sampling
+from megavlm.vllm import keeper
+from megavlm.vllm.engine import VllmEngine
+from megavlm.vllm.wire import unpacked
+
+
+class StandIn:
+    """A server that answers a prompt with its seeds as tokens."""
+
+    def __init__(self, folder):
+        self.config = json.loads((folder / "config.json").read_text())
+        self.weights, self.tensors, self.asked, self.version = None, {}, [], "0.25.1"
+        self.status = 200
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.reply(stand_in.identity())
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                self.reply(getattr(stand_in, self.path.strip("/").replace("/", "_"))(body))
+
+            def reply(self, told: dict | None):
+                self.send_response(stand_in.status if told is not None else 503)
+                self.end_headers()
+                self.wfile.write(json.dumps(told).encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def identity(self):
+        return {
+            "versions": {"vllm": self.version, "transformers": "5.17.0"},
+            "config": self.config,
+            "max_model_len": 64,
+            "logprobs_mode": "raw_logprobs",
+            "weights": self.weights,
+        }
+
+    def generate(self, body):
+        if self.weights is None:
+            return None
+        head, pixels = unpacked(body)
+        self.asked.append((head, bytes(pixels)))
+        return {
+            "answers": [{"tokens": [seed], "logprobs": [-1.0], "finish": "stop"} for seed in head["seeds"]],
+            "weights": self.weights,
+        }
+
+    def weights_start(self, _):
+        self.tensors, self.weights = {}, None
+        return {}
+
+    def weights_bucket(self, body):
+        self.tensors |= load(body)
+        return {}
+
+    def weights_finish(self, body):
+        self.weights = json.loads(body)["version"]
+        return {}
+
+
+@pytest.fixture
+def server(model_folder):
+    stand_in = StandIn(model_folder)
+    yield stand_in
+    stand_in.http.shutdown()
+
+
+@pytest.fixture
+def make(model_folder, tmp_path):
+    """make(servers, rank): an engine, and {"a": tensor}, its weights."""
+    engines = []
+
+    def engine(*servers, dp_rank=0, **rollout):
+        settings = Settings(
+            model={"hf": str(model_folder)},
+            data={"seq_length": 64},
+            rollout={"engine": "vllm", "vllm": {"url": [one.url for one in servers], "start_minutes": 0.2}, **rollout},
+        )
+        groups = SimpleNamespace(world_host=SimpleNamespace(size=lambda: 1, rank=lambda: 0), dp_rank=dp_rank)
+        weights = {"a": torch.ones(3)}
+
+        def buckets(_):
+            yield from ([item] for item in weights.items())
+            yield []
+
+        engines.append(VllmEngine(settings, groups, SimpleNamespace(buckets=buckets), tmp_path))
+        return engines[-1], weights
+
+    yield engine
+    for one in engines:
+        one.close()
+
+
+@pytest.fixture
+def prompts(renderer):
+    sample = renderer.encode({"messages": [{"role": "user", "content": "Hi"}]}, None, "somewhere:1", kind="prompt")
+    return lambda count: iter([Prompt(sample, (10 * n, 10 * n + 1)) for n in range(count)])
+
+
+SAMPLING = Sampling(2, 1.0)
+
+
+def tokens(answered):
+    return sorted([answer.tokens[0] for answer in one.answers] for one in answered)
+
+
+def test_prompts_and_weights_reach_the_server_of_the_rank(server, model_folder, make, prompts):
+    second = StandIn(model_folder)
+    engine, weights = make(server, second, dp_rank=3)
+    engine.sync()
+    assert server.tensors["a"].tolist() == second.tensors["a"].tolist() == [1, 1, 1]
+    weights["a"] = torch.zeros(2)
+    engine.sync()
+    assert server.tensors["a"].tolist() == second.tensors["a"].tolist() == [0, 0]
+    assert tokens(engine.generate(prompts(3), SAMPLING)) == [[0, 1], [10, 11], [20, 21]]
+    assert (len(server.asked), len(second.asked)) == (0, 3)
+    assert len(list(engine._folder.glob("weights-*"))) == 1  # those of the last time
+    engine.close()
+    assert not list(engine._folder.glob("weights-*"))
+    second.http.shutdown()
+
+
+def test_a_server_that_was_started_again_gets_the_weights_again(server, make, prompts, monkeypatch):
+    monkeypatch.setattr(keeper, "_ASK", 0.1)
+    engine, _ = make(server)
+    engine.sync()
+    server.weights, server.tensors = None, {}
+    assert tokens(engine.generate(prompts(2), SAMPLING)) == [[0, 1], [10, 11]]
+    assert server.tensors["a"].tolist() == [1, 1, 1]
+
+
+def test_a_server_with_the_weights_of_another_run_ends_this_one(server, make, prompts, monkeypatch):
+    monkeypatch.setattr(keeper, "_ASK", 0.1)
+    engine, _ = make(server)
+    engine.sync()
+    server.weights = "other:1"
+    with pytest.raises(UserError, match="weights of another run"):
+        list(engine.generate(prompts(1), SAMPLING))
+    with pytest.raises(UserError, match="has got the weights of another run"):  # also without a prompt
+        engine._keepers[0].wait("never", 20.0)
+
+
+def test_a_server_of_another_version_is_refused(server, make):
+    server.version = "0.11.0"
+    with pytest.raises(UserError, match=r"has vllm 0\.11\.0, .*; those that fit are 0\.25\.1"):
+        make(server)
+
+
+def test_something_else_that_answers_at_the_address(server, make):
+    server.identity = lambda: 0 / 0  # the connection ends
+    with pytest.raises(UserError, match=r"there is no server of vLLM at .* has not answered \("):
+        make(server, vllm={"url": [server.url], "start_minutes": 1e-3})
+    server.identity = lambda: {"detail": "Not Found"}
+    server.status = 404
+    with pytest.raises(UserError, match=r"is no server of vLLM that megavlm has started: .*Not Found"):
+        make(server)
+
+
+def test_as_many_answers_as_the_setting_says_are_on_their_way(server, make, prompts):
+    engine, _ = make(server, max_sequences=3)
+    engine.sync()
+    read = []
+    running = engine.generate((read.append(one) or one for one in prompts(9)), SAMPLING)
+    next(running)
+    assert len(read) == 2  # of two answers each: the second was begun while there was room
+    assert len(list(running)) == 8
+
+
+def test_nothing_is_asked_on_other_ranks(make, server):
+    engine, _ = make(server)
+    assert list(engine.generate(None, SAMPLING)) == []
+
+
+@pytest.mark.parametrize(
+    ("rollout", "expected"),
+    [
+        ({"vllm": {"servers": 2}}, r"rollout.vllm.servers is set, but rollout.engine is megatron"),
+        ({"partial": "drop"}, r"rollout.partial is set, but rollout.engine is megatron"),
+        ({"engine": "vllm", "batch_invariant": True}, r"rollout.batch_invariant is true, but rollout.engine is vllm"),
+        ({"engine": "vllm", "temperature": 0.005}, r"vLLM would sample at 0.01"),
+        ({"engine": "vllm", "vllm": {"url": ["http://a:1"], "servers": 2}}, r"servers is set, but rollout.vllm.url"),
+        ({"engine": "vllm", "vllm": {"url": ["a:1"]}}, r"'a:1', which is not http://HOST:PORT"),
+        ({"engine": "vllm", "vllm": {"args": {"dtype": "half"}}}, r"args has dtype, which comes from train.precision"),
+        ({"engine": "vllm", "vllm": {"devices": [0, 0], "servers": 2}}, r"has 1 different numbers in 2"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(rollout, expected, model_folder):
+    with pytest.raises(ValueError, match=expected):
+        Settings(model={"hf": str(model_folder)}, rollout=rollout)
+
+
+def test_a_server_elsewhere_gets_the_configuration_of_the_run(model_folder, tmp_path, monkeypatch):
+    from megavlm.vllm import serve
+
+    rollout = {"engine": "vllm", "cache_gib": 0.5, "max_sequences": 7}
+    settings = {"model": {"hf": str(model_folder)}, "data": {"seq_length": 64}, "rollout": rollout}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    words = []
+    monkeypatch.setattr(serve, "check_environment", lambda python: None)
+    monkeypatch.setattr(serve.os, "execv", lambda program, arguments: words.extend(arguments))
+    overrides = ["rollout.vllm.python=some/python", "rollout.vllm.args.enforce_eager=true"]
+    monkeypatch.setattr("sys.argv", ["serve", str(tmp_path / "run.yaml"), *overrides, "--port", "81"])
+    serve.main()
+    assert words[0] == "some/python"
+    given = dict(zip(words[-8::2], words[-7::2], strict=True))
+    assert (given["--model"], given["--host"], given["--port"]) == (str(model_folder), "0.0.0.0", "81")
+    expected = {"max_model_len": 64, "max_num_seqs": 7, "kv_cache_memory_bytes": 2**29, "enforce_eager": True}
+    assert expected.items() <= json.loads(given["--arguments"]).items()
