@@ -25,7 +25,7 @@ def test_no_training_verb_starts_from_random_weights_unasked(verb, toys, tmp_pat
         sft_config(toys, tmp_path),
         {
             "pretrain": ["stage=0"],
-            **dict.fromkeys(("grpo", "ppo"), ["rollout.prompts=2", "reward=[{name: exact}]"]),
+            **{verb: ["rollout.prompts=2", "reward=[{name: exact}]"] for verb in ("grpo", "ppo")},
         },
     )
     assert main([verb, str(config), "model.load=null", *others.get(verb, [])]) == 2
