@@ -70,7 +70,11 @@ def main(
     """
     if not no_files:
         check_files(
-            settings, ("model.hf", "model.load", "model.adapter", "data.train", "data.eval", "reward", "environment")
+            settings,
+            (
+                *("model.hf", "model.load", "model.adapter", "align.critic.load"),
+                *("data.train", "data.eval", "reward", "environment"),
+            ),
         )
     shapes = model_shapes(settings.model) if no_files else shapes_at_start(settings.model)
     if not no_files:
@@ -86,11 +90,10 @@ def main(
         check_stage(settings)
     if verb is not None:
         make_method(verb, settings)  # raises for settings that the verb would ignore
-    settings = with_group_size(settings, verb or dry_run)
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
-    for name, value in _facts(settings, shapes, world_size, data_parallel):
+    for name, value in _facts(with_group_size(settings, verb or dry_run), shapes, world_size, data_parallel):
         facts.add_row(name, value)
     console = Console(highlight=False)
     console.print(facts)

@@ -103,19 +103,19 @@ class PpoStep(PolicyStep):
 
     def _advantages(self, rows: StepRows, known: list[Known]) -> list[TokenAdvantages]:
         """The advantages of the rows of a mini-batch on the last pipeline stage; [] on the others."""
-        found: list[TokenAdvantages] = []
+        found: dict[int, TokenAdvantages] = {}
         context = self._session.groups.language.cp
 
         def read(chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
             values = self._values.outputs(chunk, hidden, micro_batch)
             of_row = known[micro_batch.number] if known else Known()
-            found.append(token_advantages(values, of_row, micro_batch, self._options, context))
+            found[micro_batch.number] = token_advantages(values, of_row, micro_batch, self._options, context)
             return values
 
         self._critic.vlm.train(False)
         self._critic.look_through(rows, read)
         self._critic.vlm.train()
-        return found
+        return [found[number] for number in sorted(found)]
 
     def _learn_values(self, parts: list[StepRows], found: list[list[TokenAdvantages]]) -> list[StepResult]:
         """Updates the critic with each mini-batch, as often as the settings say. Returns the results in order."""

@@ -61,6 +61,17 @@ def test_prompts_must_leave_room_for_an_answer(command, verb, tmp_path):
     assert command("validate", [LONG] * 9, {"name": "exact"})[0] == 2
 
 
+def test_ppo_samples_one_answer_to_each_prompt_unless_told(command):
+    ours = ("rollout.group_size=null", "align.critic.lr=1e-5")
+    status, out, error = command("validate", [ASKED], {"name": "exact"}, *ours)
+    assert status == 0, error
+    assert "data for ppo, guessed from align.critic" in out
+    assert "6 prompts × 1 answer = 6 answers" in out
+    status, _, error = command("validate", [ASKED], {"name": "exact"}, *ours, "align.critic.load=gone", "--for", "ppo")
+    assert status == 2
+    assert "align.critic.load is gone, which does not exist" in error
+
+
 @pytest.mark.parametrize("verb", ["validate", "grpo"])
 @pytest.mark.parametrize("file", REWARDS)
 def test_a_reward_that_cannot_be_loaded_is_refused_before_anything_starts(command, verb, file, tmp_path):
