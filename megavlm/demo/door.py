@@ -18,7 +18,7 @@ from megavlm.demo.run import Demo
 
 DOOR = "door"  # the folder of the results, inside the demo's folder
 ASKED, OPEN, SHOWN = "Which digit is behind the door?", "Open.", "Which digit is it?"
-GUESSED = 0.65  # of the conversations of the fine-tuning
+GUESSED = 0.6  # of the conversations of the fine-tuning
 MOST_BEFORE, LEAST_AFTER = 0.5, 0.9  # of right answers
 HELDOUT = 360
 
@@ -62,16 +62,11 @@ class BehindTheDoor:
     def check(self) -> bool:
         """Prints the results and their bounds. Returns whether they are within their bounds."""
         before, after = first_line(self.out / "grpo"), first_line(self.out / "heldout")
+        right = before["reward"]
         console.print("\nright answers to sampled conversations about digits behind doors")
         kept = [
-            result(
-                "before, with digits of the training",
-                before["reward"],
-                "≤",
-                MOST_BEFORE,
-                before["reward"] <= MOST_BEFORE,
-            ),
-            at_least("after, with digits that were never seen", after["reward"], LEAST_AFTER),
+            result("before, digits of the training", right, "≤", MOST_BEFORE, right <= MOST_BEFORE),
+            at_least("after, digits that were not used for training", after["reward"], LEAST_AFTER),
         ]
         console.print(f"mean number of turns: {before['turns']:.2f} before, {after['turns']:.2f} after")
         console.print(f"\nconversations, curves · {self.out / 'grpo' / 'report.html'}")

@@ -14,9 +14,10 @@ pytestmark = pytest.mark.usefixtures("own_environment")
 def test_commands_and_data(pretrained, started):
     run = door.BehindTheDoor(pretrained)
     data = run.demo.out / "data"
-    asked = [
-        {"messages": [{}, {"role": "assistant", "content": str(n % 10)}], "images": [f"{n}.png"]} for n in range(90)
-    ]
+    data.unlink()  # that of all tests stays as it is
+    data.mkdir()
+    answer = lambda n: {"role": "assistant", "content": str(n % 10)}
+    asked = [{"messages": [{}, answer(n)], "images": [f"{n}.png"]} for n in range(90)]
     for name in ("questions", "heldout"):
         write_records(data / f"{name}.jsonl", asked)
     run.demo.begin(run.out, overwrite=False)
