@@ -13,13 +13,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megavlm.demo.commands import CONFIGS, DEFAULT_OUT, NPROC, console, run, status_of
+from megavlm.demo.commands import CONFIGS, DEFAULT_OUT, NPROC, at_least, console, result, run, status_of
 from megavlm.demo.run import Demo
 
 DOOR = "door"  # the folder of the results, inside the demo's folder
 ASKED, OPEN, SHOWN = "Which digit is behind the door?", "Open.", "Which digit is it?"
-GUESSED = 0.65  # of the conversations of the fine-tuning
-MOST_BEFORE, LEAST_AFTER = 0.5, 0.9  # of right answers to held-out questions
+GUESSED = 0.6  # of the conversations of the fine-tuning
+MOST_BEFORE, LEAST_AFTER = 0.5, 0.9  # of right answers
 HELDOUT = 360
 
 
@@ -47,28 +47,30 @@ class BehindTheDoor:
         self.out = self.demo.out / DOOR
 
     def learn(self) -> None:
-        """Fine-tunes a model that guesses, lets it learn, and samples held-out conversations before and after."""
+        """Fine-tunes a model that guesses, lets it learn, and samples a step of held-out conversations.
+
+        The rewards of a step are those of the weights before its update.
+        """
         write_doors(self.demo.out / "data")
         run("megavlm", "sft", CONFIGS / "door-sft.yaml", *NPROC)
-        self.ask("before", self.out / "sft")
         run("megavlm", "grpo", CONFIGS / "door.yaml", *NPROC)
-        self.ask("after", self.out / "grpo")
-
-    def ask(self, name: str, load: Path) -> None:
-        """Samples a step of held-out conversations. Its reward is that of the weights before the step."""
         questions = f"data.train=[{{path: {self.demo.out / 'data' / 'heldout_doors.jsonl'}}}]"
         small = ("rollout.group_size=2", f"rollout.prompts={HELDOUT}", "train.steps=1", "train.warmup_steps=0")
-        settings = (questions, *small, f"model.load={load}", f"output={self.out / name}")
+        settings = (questions, *small, f"model.load={self.out / 'grpo'}", f"output={self.out / 'heldout'}")
         run("megavlm", "grpo", CONFIGS / "door.yaml", *settings, *NPROC)
 
     def check(self) -> bool:
         """Prints the results and their bounds. Returns whether they are within their bounds."""
-        before, after = (reward_of(self.out / name) for name in ("before", "after"))
-        console.print("\nresults on handwritten digits behind doors that were not used for training")
-        for name, found in (("before", before), ("after", after)):
-            console.print(f"  {name:6} {found['reward']:6.1%} right, {found['turns']:.2f} turns")
+        before, after = first_line(self.out / "grpo"), first_line(self.out / "heldout")
+        right = before["reward"]
+        console.print("\nright answers to sampled conversations about digits behind doors")
+        kept = [
+            result("before, digits of the training", right, "≤", MOST_BEFORE, right <= MOST_BEFORE),
+            at_least("after, digits that were not used for training", after["reward"], LEAST_AFTER),
+        ]
+        console.print(f"mean number of turns: {before['turns']:.2f} before, {after['turns']:.2f} after")
         console.print(f"\nconversations, curves · {self.out / 'grpo' / 'report.html'}")
-        return before["reward"] <= MOST_BEFORE and after["reward"] >= LEAST_AFTER
+        return all(kept)
 
 
 def write_doors(data: Path, seed: int = 0) -> None:
@@ -87,7 +89,7 @@ def write_doors(data: Path, seed: int = 0) -> None:
     write_records(data / "heldout_doors.jsonl", _closed(read_records(data / "heldout.jsonl")))
 
 
-def reward_of(folder: Path) -> dict:
+def first_line(folder: Path) -> dict:
     """The first line of a run's metrics."""
     from megavlm.demo.data import read_records
 

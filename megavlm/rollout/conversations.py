@@ -11,80 +11,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
-from megavlm.data.answers import continued, followed_by
-from megavlm.data.row import Sample
 from megavlm.environments.messages import Messages
 from megavlm.environments.pool import EnvironmentPool, Reply
 from megavlm.environments.worker_process import Episode
 from megavlm.platform.collectives import all_gather_objects, picklable
+from megavlm.rollout.conversation import Conversation
 from megavlm.rollout.engine import Answer, Answered, Engine, Prompt, Sampling, Turn
 from megavlm.rollout.sampling import mixed_seed
-
-
-@dataclass(eq=False)
-class _Conversation:
-    """An answer that grows turn by turn.
-
-    Attributes:
-        seed: the seed of the answer; that of a turn follows from it.
-        episode: its environment.
-        sample: all that was said so far, with the prompt; at first the prompt alone.
-        room: number of tokens that it may still get.
-    """
-
-    seed: int
-    episode: Episode
-    sample: Sample
-    room: int
-    values: list[tuple[int, float, float, float, bool]] = field(default_factory=list)  # of each token, as in Answer
-    turns: list[Turn] = field(default_factory=list)
-    num_turns: int = 0
-    routing: Tensor | None = None
-    finish: Any = "stop"
-    reward: float = 0.0
-    failures: tuple[str, ...] = ()
-    is_over: bool = False
-    is_out_of_turns: bool = False
-
-    def hear(self, answer: Answer, routing: Tensor | None) -> None:
-        """Adds a turn of the model, cut off where there is no more room.
-
-        Args:
-            answer: the turn.
-            routing: the experts of all tokens before it; those of what was said are known already, but for the last.
-        """
-        kept = answer.tokens[: self.room]
-        values = zip(kept, answer.logprobs, answer.policy_logprobs, answer.sampled_logprobs, strict=False)
-        self.values += [(*value, True) for value in values]
-        if routing is not None and answer.routing is not None:
-            known = routing[:0] if self.routing is None else self.routing[:-1]
-            self.routing = torch.cat([known, routing[len(known) :], answer.routing[: len(kept)]])
-        self.finish = answer.finish if len(kept) == len(answer.tokens) else "length"
-        self.sample, self.room = continued(self.sample, kept), self.room - len(kept)
-        self.num_turns += 1
-
-    def read(self, message: Sample) -> None:
-        """Adds a message of the environment, for which there is room."""
-        self.sample, self.room = followed_by(self.sample, message), self.room - len(message.input_ids)
-        self.values += [(token, 0.0, 0.0, 0.0, False) for token in message.input_ids.tolist()]
-
-    def fail(self, cause: str) -> None:
-        self.failures, self.is_over = (cause,), True
-
-    def result(self) -> Answer:
-        """The finished answer."""
-        logprobs, policy, sampled = ([float(value[n]) for value in self.values] for n in (1, 2, 3))
-        tokens, said = [token for token, *_ in self.values], [is_said for *_, is_said in self.values]
-        return Answer(
-            tokens, logprobs, policy, sampled, self.finish, self.routing, said, self.sample,
-            None if self.failures else self.reward, self.failures, tuple(self.turns), self.is_out_of_turns,
-        )  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -92,7 +30,7 @@ class _Asked:
     """A prompt and its conversations, in the order of the seeds."""
 
     prompt: Prompt
-    conversations: list[_Conversation] = field(default_factory=list)
+    conversations: list[Conversation] = field(default_factory=list)
 
 
 class Conversations:
@@ -202,12 +140,12 @@ class Conversations:
     def _begun(self, prompts: Iterator[Prompt]) -> list[_Asked]:
         """Reads all prompts, and begins their conversations."""
         assert self._pool is not None, "leaders have environments"
-        everything, conversations = list[_Asked](), dict[Episode, _Conversation]()
+        everything, conversations = list[_Asked](), dict[Episode, Conversation]()
         for prompt in prompts:
             asked, columns = _Asked(prompt), _columns(prompt)
             for seed in prompt.seeds:
                 episode = self._pool.begin(columns, _folder(prompt.sample.source))
-                one = _Conversation(seed, episode, prompt.sample, self._max_tokens)
+                one = Conversation(seed, episode, prompt.sample, self._max_tokens)
                 conversations[episode] = one
                 asked.conversations.append(one)
             everything.append(asked)
@@ -215,7 +153,7 @@ class Conversations:
             self._open(conversations[episode], reply)
         return everything
 
-    def _open(self, one: _Conversation, reply: Reply) -> None:
+    def _open(self, one: Conversation, reply: Reply) -> None:
         """The environment has replied to reset; most often it says nothing."""
         assert self._messages is not None, "leaders render messages"
         if reply.cause is not None:
@@ -238,8 +176,8 @@ class Conversations:
         one.values = [(token, 0.0, 0.0, 0.0, False) for token in new]
 
     def _prompts_of(
-        self, everything: Sequence[_Asked], going: Sequence[_Conversation], turn: int
-    ) -> dict[int, tuple[Prompt, list[_Conversation]]]:
+        self, everything: Sequence[_Asked], going: Sequence[Conversation], turn: int
+    ) -> dict[int, tuple[Prompt, list[Conversation]]]:
         """The prompts of a round, with the conversations that their answers are for, by id.
 
         In the first turn, the conversations of a prompt share it, unless its environments have said different things.
@@ -248,7 +186,7 @@ class Conversations:
         if turn > 1:
             found = [(Prompt(one.sample, (mixed_seed(one.seed, turn),)), [one]) for one in going]
         for asked in everything:
-            groups: list[list[_Conversation]] = []
+            groups: list[list[Conversation]] = []
             for one in asked.conversations:
                 if not one.is_over:
                     same = next((group for group in groups if group[0].turns == one.turns), None)
@@ -256,7 +194,7 @@ class Conversations:
             found += [(Prompt(group[0].sample, tuple(one.seed for one in group)), group) for group in groups]
         return {id(prompt): (prompt, group) for prompt, group in found}
 
-    def _give(self, one: _Conversation, answer: Answer, routing: Tensor | None) -> None:
+    def _give(self, one: Conversation, answer: Answer, routing: Tensor | None) -> None:
         """A turn of the model, which the environment gets at once."""
         assert self._pool is not None, "answers arrive on leaders"
         assert self._messages is not None, "answers arrive on leaders"
@@ -266,13 +204,13 @@ class Conversations:
         one.turns.append(Turn("model", tokenizer.decode(tokens)))
         self._pool.step(one.episode, tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _take(self, going: Sequence[_Conversation]) -> None:
+    def _take(self, going: Sequence[Conversation]) -> None:
         """What the environments have said to the last turns."""
         by_episode = {one.episode: one for one in going}
         for episode, reply in self._replies().items():
             self._reply(by_episode[episode], reply)
 
-    def _reply(self, one: _Conversation, reply: Reply) -> None:
+    def _reply(self, one: Conversation, reply: Reply) -> None:
         assert self._messages is not None, "leaders render messages"
         said = reply.observation
         if reply.cause is not None:
@@ -300,7 +238,7 @@ class Conversations:
             return
         one.read(message)
 
-    def _end(self, one: _Conversation, cause: str | None = None) -> None:
+    def _end(self, one: Conversation, cause: str | None = None) -> None:
         assert self._pool is not None, "leaders have environments"
         one.is_over = True
         if cause is not None:

@@ -61,6 +61,7 @@ class Counter:
             "no file": {"pictures": ["nowhere.png"]},
             "pictures": {"pictures": [picture(1), np.full((8, 8), 2, np.uint8), file.getvalue(), "on_disk.png"]},
             "stop": ("over", (), 1, True),
+            "broken": {"pictures": [b"broken"]},
         }
         if what in odd:
             return odd[what]

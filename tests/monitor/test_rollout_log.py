@@ -35,9 +35,9 @@ def test_a_line_has_the_fields_that_readers_rely_on(tmp_path):
                 "reference": None,
                 "answers": [
                     {"text": "seven<|im_end|>", "reward": 0.25, "parts": {"a": None, "b": None}, "advantage": None,
-                     "tokens": 2, "finish": "stop", "failures": []},
+                     "tokens": 2, "finish": "stop", "failures": [], "turns": []},
                     {"text": "", "reward": None, "parts": {"exact": 1.0}, "advantage": 0.5,
-                     "tokens": 2, "finish": "length", "failures": ["math: TimeoutError"]},
+                     "tokens": 2, "finish": "length", "failures": ["math: TimeoutError"], "turns": []},
                 ],
                 "media_left_out": 0,
                 "answers_left_out": 0,
