@@ -93,6 +93,9 @@ def served_moe(python, toys, tmp_path_factory):
 def asked(toys):
     """Fifty questions with and without pictures and videos: their records, and the file."""
     records = mixed_questions(toys.root)
+    records[0]["messages"][0]["content"] += " Why?" * 60  # longer than a block of vLLM's prefix cache, 128 on a CPU
+    for video in (video for record in records for video in record.get("videos", [])):
+        video["frames"] = video["frames"][1:] + video["frames"][:1]  # so that the two images of a step differ
     return records, write_records(toys.root / "for_vllm.jsonl", records)
 
 
@@ -351,6 +354,10 @@ def test_stop_strings_and_filters(served, toys, prompts, sampling):
         assert ended[index][0].tokens == answer.tokens[: min(upto, default=len(answer.tokens))]
         assert ended[index][0].finish == ("stop" if upto else answer.finish)
     assert any(len(ended[index][0].tokens) < len(whole[index][0].tokens) for index in whole)
+    firsts = {answers[0].tokens[0] for answers in whole.values()}
+    banning = replace(sampling(8), banned=tuple(firsts))
+    others = by_index(served.generate(iter(prompts(range(6))), banning))
+    assert not firsts & {token for (answer,) in others.values() for token in answer.tokens}
 
 
 def test_prompts_that_cannot_be_read_or_are_too_long(served, prompts, sampling):
