@@ -106,8 +106,9 @@ launch() {
   fi
   plan_servers "$@"
   # Each task sees all GPUs of its node and uses the one of its local rank: --gpus-per-task would hide the others, and
-  # NVLink with them. If a rank fails, the job ends, so that the other ranks do not wait for it.
-  local -a srun=(srun --nodes="$nodes" "${first[@]}" --ntasks-per-node="$gpus" --cpus-per-task="$cpus"
+  # NVLink with them. If a rank fails, the job ends, so that the other ranks do not wait for it. --ntasks: the job's
+  # variable would count the nodes of servers, too.
+  local -a srun=(srun --nodes="$nodes" "${first[@]}" --ntasks="$((nodes * gpus))" --ntasks-per-node="$gpus" --cpus-per-task="$cpus"
     --kill-on-bad-exit=1 --open-mode=append --output="$logs/rank-%t.log" "${container[@]}")
   local -a command=("$python" -m megavlm "$1" "$config" "${@:3}" "${trainer_words[@]}")
 

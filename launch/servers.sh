@@ -32,7 +32,7 @@ plan_servers() {
   done
   trainer_words=(rollout.engine=vllm "rollout.vllm.url=[$(IFS=, && echo "${urls[*]}")]")
   server_words=(rollout.engine=vllm "rollout.vllm.tensor_parallel=$((gpus / each))")
-  server_srun=(srun --nodes="$servers" --relative="$nodes" --ntasks-per-node="$each"
+  server_srun=(srun --nodes="$servers" --relative="$nodes" --ntasks="$((servers * each))" --ntasks-per-node="$each"
     --cpus-per-task="$((cpus * gpus / each))" --kill-on-bad-exit=0 --open-mode=append
     --output="$logs/server-%t.log" "${container[@]}" bash -c "$serve" serve "$port" "$((gpus / each))"
     "$python" -m megavlm.vllm.serve "$config")

@@ -74,11 +74,11 @@ class WeightStream:
             only_trained: whether to leave out what is frozen now, and has no adapter that is merged.
 
         Yields:
-            Pairs of a name and a tensor, contiguous and on the rank's device. Copies of a tied
-            weight are the same tensor.
+            Pairs of a name and a tensor, contiguous and on the rank's device. Copies of a tied weight are the same
+            tensor.
 
         Raises:
-            UserError: the decoder's weights are stored in 4 bits, so they are not to be had.
+            UserError: the decoder's weights are stored in 4 bits; not if they are left out (``only_trained``).
         """
         adapters = self._session.models[self._name].adapters
         shards = self._shards()

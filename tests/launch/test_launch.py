@@ -163,10 +163,10 @@ def test_the_last_nodes_of_a_job_can_sample() -> None:
     srun, rank, servers = dry_run_with_servers(NODES="4", MEGAVLM_SERVER_NODES="2", MEGAVLM_SERVERS_PER_NODE="2")
     urls = [f"http://node{node}:{10000 + number}" for number, node in enumerate((2, 2, 3, 3))]
     words = ["train.lr=1e-6", "rollout.engine=vllm", f"rollout.vllm.url=[{','.join(urls)}]"]
-    assert {"--nodes=2", "--relative=0", "--ntasks-per-node=8"} <= set(srun)
+    assert {"--nodes=2", "--relative=0", "--ntasks=16", "--ntasks-per-node=8"} <= set(srun)
     assert srun[-3:] == rank[-3:] == words
     assert rank[0] == "node1[7]"
-    assert {"--nodes=2", "--relative=2", "--ntasks-per-node=2", "--cpus-per-task=48"} <= set(servers)
+    assert {"--nodes=2", "--relative=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=48"} <= set(servers)
     python = str(ROOT / ".venv/bin/python")
     server = [python, "-m", "megavlm.vllm.serve", "configs/align/grpo.yaml", "train.lr=1e-6"]
     share = ["rollout.engine=vllm", "rollout.vllm.tensor_parallel=4"]

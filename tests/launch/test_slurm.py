@@ -272,12 +272,12 @@ def test_a_killed_node_requeues_the_job(slurm: OneHostSlurm, tmp_path: Path) -> 
 # The rank writes its arguments and ends when the servers have come up twice. A server dies at its first start.
 WITH_SERVERS = """
 if [[ $2 == megavlm ]]; then
-  echo "${@:3}" >rank$SLURM_PROCID
+  echo "$SLURMD_NODENAME ${@:3}" >rank$SLURM_PROCID
   until [[ -e again0 && -e again1 ]]; do sleep 0.1; done
   exit 0
 fi
 name=server$SLURM_PROCID
-echo "$SLURMD_NODENAME $CUDA_VISIBLE_DEVICES ${MASTER_PORT:-none} ${@:1}" >$name
+echo "$SLURMD_NODENAME $CUDA_VISIBLE_DEVICES ${MASTER_PORT:-none} $@" >$name
 [[ -e died$SLURM_PROCID ]] || { touch died$SLURM_PROCID; exit 1; }
 touch again$SLURM_PROCID; sleep 300
 """
@@ -290,12 +290,13 @@ def test_servers_have_the_last_node_and_end_with_the_trainer(slurm: OneHostSlurm
     )  # fmt: skip
     state, starts, said = job.ended()
     assert (state, starts, said) == ("COMPLETED", 2 + 4, [])
-    _, last = slurm.nodes(job.number)
+    first, last = (job.read(f"{name}0").split()[0] for name in ("rank", "server"))
+    assert first < last
     port = 10000 + 10 * (int(job.number) % 900)
     urls = f"rollout.vllm.url=[http://127.0.0.1:{port},http://127.0.0.1:{port + 1}]"
     for number in range(2):
         words = "grpo configs/align/grpo.yaml train.lr=1e-5 rollout.engine=vllm"
-        assert job.read(f"rank{number}").split() == [*words.split(), urls]
+        assert job.read(f"rank{number}").split() == [first, *words.split(), urls]
         server = "-m megavlm.vllm.serve configs/align/grpo.yaml train.lr=1e-5 rollout.engine=vllm"
         rest = f"rollout.vllm.tensor_parallel=1 --port {port + number}"
         assert job.read(f"server{number}").split() == [last, str(number), "none", *server.split(), *rest.split()]
