@@ -164,6 +164,7 @@ def grpo(toys, tmp_path_factory):
     return arguments
 
 
+@pytest.mark.slow  # three starts of two processes
 def test_killed_and_started_again_it_speaks_the_same(grpo, tmp_path):
     """On two ranks. Conversations of a step that was cut off begin anew."""
     commands = Commands(reports=False)
