@@ -66,6 +66,8 @@ def check_sampling(settings: Settings, verb: str) -> None:
             "others",
             "set train.overlap.tensor to false",
         )
+    if settings.rollout.engine == "vllm":
+        _check_vllm(settings)
     ahead = settings.rollout.ahead
     if ahead and settings.rollout.engine == "megatron":
         raise UserError(
@@ -81,6 +83,20 @@ def check_sampling(settings: Settings, verb: str) -> None:
     if verb == "ppo":
         _check_ppo(settings)
     _check_align(settings)
+
+
+def _check_vllm(settings: Settings) -> None:
+    if settings.adapter.quantize is not None:
+        raise UserError(
+            f"adapter.quantize is {settings.adapter.quantize}, but the weights are sent to vLLM with the adapters "
+            "merged into them, which 4 bits do not allow",
+            "set rollout.engine to megatron, or adapter.quantize to null",
+        )
+    if settings.align.routing_replay:
+        raise UserError(
+            "align.routing_replay is true, but rollout.engine is vllm, which does not say which experts it chose",
+            "remove align.routing_replay, or set rollout.engine to megatron",
+        )
 
 
 def _check_ppo(settings: Settings) -> None:

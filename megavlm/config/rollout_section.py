@@ -18,7 +18,7 @@ OWN_ARGUMENTS = {
     "max_num_seqs": "rollout.max_sequences",
     "kv_cache_memory_bytes": "rollout.cache_gib",
     "tensor_parallel_size": "rollout.vllm.tensor_parallel",
-    "data_parallel_size": "rollout.vllm.data_parallel",
+    "data_parallel_size": "rollout.vllm.servers",
     "logprobs_mode": "rollout.temperature",
     "load_format": "the trainer, which sends the weights",
     "weight_transfer_config": "the trainer, which sends the weights",
@@ -40,11 +40,10 @@ class VllmSettings(Section):
     )
     servers: Count = Field(1, description="number of servers to start on the host of rank 0, shared by all ranks")
     tensor_parallel: Count = Field(1, description="number of devices of a server over which each layer is divided")
-    data_parallel: Count = Field(1, description="number of copies of the model in a server")
     devices: list[Annotated[Int, Field(ge=0)]] = Field(
         [],
-        description="numbers of the GPUs for the servers, tensor_parallel × data_parallel for each in turn (not tried "
-        "on GPUs yet). []: those that rank 0 sees",
+        description="numbers of the GPUs for the servers, tensor_parallel for each in turn (not tried on GPUs "
+        "yet). []: those that rank 0 sees",
     )
     start_minutes: Positive = Field(
         10.0, description="minutes within which a server must answer after its start, also after it was lost"
@@ -62,17 +61,17 @@ class VllmSettings(Section):
             parts = urlsplit(url)
             if parts.scheme != "http" or not parts.hostname or parts.path.strip("/"):
                 raise UserError(f"rollout.vllm.url has {quoted(url)}, which is not http://HOST:PORT")
-        for name in ("python", "servers", "tensor_parallel", "data_parallel", "devices", "args"):
+        for name in ("python", "servers", "tensor_parallel", "devices", "args"):
             if self.url and self.is_changed(name):
                 raise UserError(
                     f"rollout.vllm.{name} is set, but rollout.vllm.url names servers that run: it would be ignored",
                     f"remove rollout.vllm.{name} or rollout.vllm.url",
                 )
-        needed = self.servers * self.tensor_parallel * self.data_parallel
+        needed = self.servers * self.tensor_parallel
         if self.devices and (len(self.devices) != needed or len(set(self.devices)) != needed):
             raise UserError(
                 f"rollout.vllm.devices has {len(set(self.devices))} different numbers in {len(self.devices)}, but the "
-                f"servers need {needed} (servers × tensor_parallel × data_parallel)",
+                f"servers need {needed} (servers × tensor_parallel)",
                 f"name {needed} different devices, or remove rollout.vllm.devices",
             )
         if taken := sorted(self.args.keys() & OWN_ARGUMENTS.keys()):
@@ -94,7 +93,7 @@ class RolloutSettings(Section):
     vllm: VllmSettings = VllmSettings()
     partial: Literal["continue", "drop"] = Field(
         "continue",
-        description="only for the engine vllm: what becomes of answers that are being sampled when new weights come. "
+        description="only with rollout.ahead: what becomes of answers that are being sampled when new weights come. "
         "continue: their next tokens come from the new weights; drop: they are sampled again from the start",
     )
     prompts: Int | None = Field(
@@ -184,6 +183,12 @@ class RolloutSettings(Section):
             raise UserError(
                 f"{given[0]} is set, but rollout.engine is megatron: it would be ignored",
                 f"remove {given[0]}, or set rollout.engine to vllm",
+            )
+        if self.is_changed("partial") and not self.ahead:
+            raise UserError(
+                f"rollout.partial is {self.partial}, but rollout.ahead is 0, so that no answer is being sampled when "
+                "new weights come: it would be ignored",
+                "remove rollout.partial, or set rollout.ahead",
             )
         if self.engine == "vllm" and self.batch_invariant:
             raise UserError(

@@ -111,7 +111,9 @@ def followed_by(first: Sample, second: Sample) -> Sample:
     The positions of the second go on after those of the first, as in a conversation that was rendered as a whole.
     Everything else is that of the first.
     """
+    has_media = len(second.frame_grids) > 0  # without any, the pixels are not copied
     joined = lambda name: torch.cat([getattr(first, name), getattr(second, name)])
+    of_media = lambda name: joined(name) if has_media else getattr(first, name)
     tokens = joined("input_ids")
     after = int(first.position_ids.max()) + 1
     return replace(
@@ -120,9 +122,9 @@ def followed_by(first: Sample, second: Sample) -> Sample:
         labels=torch.full_like(tokens, IGNORE),
         loss_weights=torch.zeros(len(tokens)),
         position_ids=torch.cat([first.position_ids, second.position_ids + after], dim=1),
-        pixels=joined("pixels"),
-        frame_images=joined("frame_images"),
-        frame_grids=joined("frame_grids"),
+        pixels=of_media("pixels"),
+        frame_images=of_media("frame_images"),
+        frame_grids=of_media("frame_grids"),
         visual_positions=torch.cat([first.visual_positions, second.visual_positions + len(first.input_ids)]),
         num_images=first.num_images + second.num_images,
         num_videos=first.num_videos + second.num_videos,

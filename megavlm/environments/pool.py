@@ -115,6 +115,8 @@ class EnvironmentPool:
         self.close()
 
     def _submit(self, call: Call) -> None:
+        if self._is_closed:
+            raise RuntimeError("the environments have been closed")
         self._pending += not call.ends
         self._submitted.put(call)
         self._wake_up()
@@ -131,6 +133,7 @@ class EnvironmentPool:
                     self._workers.append(EnvironmentWorker(self._settings))
                 self._deal()
                 self._listen()
+            raise RuntimeError("the environments have been closed")
         except BaseException as error:
             self._error = error
             self._finished.put(None)

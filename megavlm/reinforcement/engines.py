@@ -6,6 +6,8 @@ from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
+from megavlm.config.settings import Settings
+from megavlm.platform import device
 from megavlm.rollout.builtin import BuiltinEngine
 from megavlm.rollout.engine import Engine
 from megavlm.runtime.session import Session
@@ -29,15 +31,12 @@ def make_engine(
         records_routing: whether answers have their ``routing``; only for a mixture of experts.
 
     Raises:
-        UserError: the engine cannot record the routing; or, with vLLM, a server does not start or does not fit.
+        UserError: a server of vLLM does not start or does not fit.
     """
     settings = session.settings
     if settings.rollout.engine == "vllm":
-        if records_routing:
-            raise UserError(
-                "align.routing_replay is true, but rollout.engine is vllm, which does not say which experts it chose",
-                "remove align.routing_replay, or set rollout.engine to megatron",
-            )
+        assert not records_routing, "check_sampling refuses it"
+        _check_devices(settings)
         folder = required(settings.output, "output") / "vllm"
         return VllmEngine(settings, session.groups, _Merged(session), folder)
     return BuiltinEngine(
@@ -54,11 +53,22 @@ def make_engine(
     )
 
 
+def _check_devices(settings: Settings) -> None:
+    """Raises UserError if several servers would all be on the first GPU."""
+    vllm = settings.rollout.vllm
+    if device().type != "cpu" and not vllm.url and vllm.servers > 1 and not vllm.devices:
+        raise UserError(
+            f"rollout.vllm.servers is {vllm.servers}, but rollout.vllm.devices does not say on which GPUs they run: "
+            "all would be on the first one",
+            "set rollout.vllm.devices",
+        )
+
+
 class _Merged:
     """The weights of the main model with its adapters merged into them; see ``vllm.engine.Weights``."""
 
     def __init__(self, session: Session):
-        self._stream, self._has_adapters = WeightStream(session), session.adapters is not None
+        self._stream, self._has_adapters = WeightStream(session, in_run_dtype=True), session.adapters is not None
 
     def buckets(self, max_bytes: int) -> Generator[list[tuple[str, Tensor]]]:
         """See ``WeightStream.buckets``."""

@@ -30,7 +30,7 @@ from megavlm.runtime.session import Session
 from megavlm.training.memory_check import longest_row
 from megavlm.training.method import OneModel, Prepared
 from megavlm.training.start_weights import StartWeights
-from megavlm.training.step import Step
+from megavlm.training.step import Step, raise_everywhere
 
 
 class PolicyMethod(OneModel):
@@ -166,16 +166,21 @@ def in_turns(session: Session, engine: Engine, renderer: Renderer | None) -> Eng
     settings = session.settings.environment
     if settings.python is None:
         return engine
-    pool, messages = None, None
+    pool, messages, problem = None, None, None
     if renderer is not None:
-        messages = Messages(renderer, settings.role)
-        pool = EnvironmentPool(settings)
+        try:
+            messages = Messages(renderer, settings.role)
+            pool = EnvironmentPool(settings)
+        except UserError as error:
+            problem = error
+    raise_everywhere(problem, problem is not None, session.groups)
     return Conversations(
         engine,
         pool,
         messages,
         max_turns=settings.max_turns,
         max_tokens=session.settings.answer_tokens,
+        max_patches=session.settings.data.max_patches_per_row,
         group=session.groups.world_host,
     )
 

@@ -104,6 +104,8 @@ class RewardPool:
             completions: its answers.
             columns: for each name as many values as there are answers (`score.columns_of`).
         """
+        if self._is_closed:
+            raise RuntimeError("the rewards have been closed")
         bad = {name: len(column) for name, column in columns.items() if len(column) != len(completions)}
         assert not bad, f"{len(completions)} completions, but columns of other lengths: {bad}"
         cause = None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
+from megavlm.data.row import Sample
 from megavlm.environments.messages import Messages
 from megavlm.environments.pool import EnvironmentPool, Reply
 from megavlm.environments.worker_process import Episode
@@ -23,6 +24,8 @@ from megavlm.platform.collectives import all_gather_objects, picklable
 from megavlm.rollout.conversation import Conversation
 from megavlm.rollout.engine import Answer, Answered, Engine, Prompt, Sampling, Turn
 from megavlm.rollout.sampling import mixed_seed
+
+_PATIENCE = 10.0  # seconds in which a thread that is being answered must notice that the engine has ended
 
 
 @dataclass(eq=False)
@@ -42,6 +45,7 @@ class Conversations:
         messages: renders what they say, on leaders; None elsewhere.
         max_turns: maximum number of turns of the model.
         max_tokens: maximum number of tokens after a prompt; a turn is cut off there.
+        max_patches: maximum number of patches in a conversation, which it may not grow beyond; None: no limit.
         group: all ranks, on the host network.
 
     Attributes:
@@ -56,10 +60,11 @@ class Conversations:
         *,
         max_turns: int,
         max_tokens: int,
+        max_patches: int | None,
         group: dist.ProcessGroup,
     ):
         self._engine, self._pool, self._messages = engine, pool, messages
-        self._max_turns, self._max_tokens, self._group = max_turns, max_tokens, group
+        self._max_turns, self._max_tokens, self._max_patches, self._group = max_turns, max_tokens, max_patches, group
         self._alone = threading.Lock()
         self.seconds = 0.0
 
@@ -117,8 +122,11 @@ class Conversations:
     def close(self) -> None:
         """Ends the engine, and all environments."""
         self._engine.close()
+        is_alone = self._alone.acquire(timeout=_PATIENCE)  # a thread may still be told that the engine has ended
         if self._pool is not None:
             self._pool.close()
+        if is_alone:
+            self._alone.release()
 
     def take_seconds(self) -> float:
         """The seconds that this rank has waited for environments since the last call."""
@@ -232,11 +240,16 @@ class Conversations:
         except UserError as error:
             self._end(one, error.message)
             return
-        if len(message.input_ids) >= one.room:
+        if len(message.input_ids) >= one.room or not self._has_patches_for(one, message):
             one.finish = "length"
             self._end(one)
             return
         one.read(message)
+
+    def _has_patches_for(self, one: Conversation, message: Sample) -> bool:
+        """Whether the pictures of a message still fit in a row beside those of the conversation."""
+        patches = sum(int(sample.frame_grids.prod(dim=1).sum()) for sample in (one.sample, message))
+        return not self._max_patches or patches <= self._max_patches
 
     def _end(self, one: Conversation, cause: str | None = None) -> None:
         assert self._pool is not None, "leaders have environments"

@@ -6,7 +6,7 @@ more than its own weights, the tensors of one bucket and the message of one rank
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -26,6 +26,7 @@ from megavlm.convert.hf_folder import HfLayout
 from megavlm.convert.hf_source import check_names
 from megavlm.convert.names import HF_EMBEDDING, HF_OUTPUT, Entry, table
 from megavlm.convert.peft_names import Linear, peft_name, targeted, tensor_shapes
+from megavlm.convert.safetensors_file import DTYPES
 from megavlm.convert.tensor_order import Shape, views_of_box
 from megavlm.platform import device, synchronize
 from megavlm.platform.collectives import all_gather_objects, gather_objects, on_first_rank
@@ -52,14 +53,20 @@ class WeightStream:
     Args:
         session: the session; create the stream on all ranks.
         name: the name of the model in ``session.models``.
+        in_run_dtype: whether tensors have the dtype of the run instead, so that a server computes with what is trained.
 
     Raises:
         UserError: the files of ``model.hf`` are damaged or of another model.
     """
 
-    def __init__(self, session: Session, name: str = MAIN) -> None:
+    def __init__(self, session: Session, name: str = MAIN, *, in_run_dtype: bool = False) -> None:
         self._session, self._name = session, name
-        self._tensors = on_first_rank(self._layout, session.groups.world_host).tensors
+        tensors = on_first_rank(self._layout, session.groups.world_host).tensors
+        if in_run_dtype:
+            dtype = session.models[name].vlm.decoder_config.params_dtype
+            spelled = next(key for key, value in DTYPES.items() if value == dtype)
+            tensors = {key: replace(info, dtype=spelled) for key, info in tensors.items()}
+        self._tensors = tensors
 
     def buckets(self, max_bytes: int, *, merged: bool = False, only_trained: bool = False) -> Iterator[Named]:
         """The weights. Iterate on all ranks: rank 0 gets the tensors, the others an empty list for each bucket.

@@ -51,7 +51,11 @@ def train(
         with RunMonitor(*shown, is_first=session.is_first) as monitor:
             signals.speak = monitor.say
             stop = StopSignal(session.groups.world_host, signals, settings.checkpoint.minutes)
-            last, stopped = _run_steps(run, stop, hooks, monitor, watch.heartbeat)
+            try:
+                last, stopped = _run_steps(run, stop, hooks, monitor, watch.heartbeat)
+            except BaseException:
+                run.abandon()
+                raise
             run.checkpoints.finish()
             _at_end(run, last, hooks, monitor)
             monitor.tell_samples()

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,12 @@ class Run:
             with step.awake():
                 found.append(weights_failure(step.vlm))
         return next(filter(None, found), None)
+
+    def abandon(self) -> None:
+        """Ends what would go on after a run that has failed, such as servers, as far as that is possible."""
+        if self.method_step is not None:
+            with suppress(Exception):
+                self.method_step.close()
 
     def close(self) -> None:
         """Ends the processes of the run, and writes the trace of a profile that has not come to its last step."""

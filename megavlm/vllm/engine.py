@@ -84,7 +84,7 @@ class VllmEngine:
                     try:
                         prompt = next(prompts, None)
                         if prompt is not None:
-                            self._check_length(prompt, sampling)
+                            self._check_length(prompt)
                     except Exception as error:
                         problem, prompt = error, None
                     if prompt is None:
@@ -185,11 +185,11 @@ class VllmEngine:
             if keeper.problem is not None:
                 raise keeper.problem
 
-    def _check_length(self, prompt: Prompt, sampling: Sampling) -> None:
+    def _check_length(self, prompt: Prompt) -> None:
         length, most = len(prompt.sample.input_ids), self._settings.data.seq_length
-        if length + sampling.max_new_tokens > most:
+        if length >= most:  # a longer answer ends there; those of conversations have less room than the longest
             raise UserError(
-                f"{prompt.sample.source}: the prompt has {length} tokens, which with an answer of "
-                f"{sampling.max_new_tokens} are more than data.seq_length = {most}, for which vLLM was started",
+                f"{prompt.sample.source}: the prompt has {length} tokens, which leaves no room for an answer in "
+                f"data.seq_length = {most}, for which vLLM was started",
                 "raise data.seq_length",
             )

@@ -69,7 +69,6 @@ def engine_arguments(settings: Settings) -> dict[str, Any]:
         "max_num_seqs": rollout.max_sequences,
         "kv_cache_memory_bytes": int(rollout.cache_gib * 2**30),
         "tensor_parallel_size": rollout.vllm.tensor_parallel,
-        "data_parallel_size": rollout.vllm.data_parallel,
         "seed": settings.train.seed,
         "load_format": "dummy",  # the trainer sends the weights
         "logprobs_mode": logprobs_mode(rollout.temperature),

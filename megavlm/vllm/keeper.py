@@ -219,7 +219,7 @@ def keepers_of(settings: Settings, folder: Path) -> Sequence[Keeper]:
     vllm = settings.rollout.vllm
     if vllm.url:
         return [Keeper(settings, url.rstrip("/"), None) for url in vllm.url]
-    each = vllm.tensor_parallel * vllm.data_parallel
+    each = vllm.tensor_parallel
     return [
         Keeper(
             settings,

@@ -49,7 +49,7 @@ def vllm_settings(folder: Path, **vllm):
         model={"hf": str(folder)},
         data={"seq_length": 512},
         train={"precision": "fp32"},
-        rollout={"engine": "vllm", "max_sequences": 64, "cache_gib": 0.25, "partial": "drop", "vllm": vllm},
+        rollout={"engine": "vllm", "max_sequences": 64, "cache_gib": 0.25, "ahead": 1, "partial": "drop", "vllm": vllm},
     )
 
 

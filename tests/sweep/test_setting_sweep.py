@@ -39,9 +39,10 @@ BESIDE = {
     "generate.top_p": ("generate.temperature=1.0",), "generate.top_k": ("generate.temperature=1.0",),
     **{
         f"rollout.{name}": ("rollout.engine=vllm",)
-        for name in ("partial", "vllm.python", "vllm.url", "vllm.servers", "vllm.tensor_parallel", "vllm.data_parallel",
+        for name in ("ahead", "vllm.python", "vllm.url", "vllm.servers", "vllm.tensor_parallel",
                      "vllm.devices", "vllm.start_minutes", "vllm.request_minutes", "vllm.args")
     },
+    "rollout.partial": ("rollout.engine=vllm", "rollout.ahead=1"),
     "train.warmup_steps": ("train.steps=2147483647",), "train.min_lr": ("train.lr=1e6", "train.schedule=cosine"),
     "parallel.expert": ("train.global_batch_size=null",), "parallel.expert_tensor": ("train.global_batch_size=null",),
     **dict.fromkeys(
@@ -79,7 +80,7 @@ UNLIMITED = {
             "data.max_image_megapixels", "vision.chunk_patches", "vision.window",
             "train.logprob_chunk_tokens", "train.max_skipped_steps",
             "generate.batch_size", "generate.top_k", "data.packing_buffer", "train.hang_minutes",
-            "rollout.vllm.servers", "rollout.vllm.tensor_parallel", "rollout.vllm.data_parallel",
+            "rollout.vllm.servers", "rollout.vllm.tensor_parallel",
             "generate.cache_gib", "rollout.cache_gib", "rollout.max_sequences", "rollout.top_k",
             "align.overlong_cache", "align.correction_lowest", "align.correction_highest", "align.critic.clip",
             "environment.timeout",
