@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Reinforcement learning with a critic and a reward model (PPO).
-# Nodes by model: 2b 1, 4b 8, 8b 8, 32b 32; others only with MEGAVLM_TUNER=lora. Variables and examples: common.sh.
+# Reinforcement learning with a critic (PPO): two models learn. 4b and 8b need --nodes=8, 32b 32; others only as lora.
+# Nodes by model: 2b 1, 4b 1, 8b 2, 30b-a3b 4, 32b 8, 235b-a22b 32. Variables and examples: common.sh.
 #SBATCH --job-name=megavlm-ppo
-#SBATCH --nodes=8
+#SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
