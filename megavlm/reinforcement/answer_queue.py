@@ -6,6 +6,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
+import torch.distributed as dist
+
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
 from megavlm.config.requirements import required
@@ -59,7 +62,8 @@ class _Flight:
 class AnswerQueue:
     """Has prompts answered, and gives each group to the rewards as soon as it is complete. Create it on all ranks.
 
-    With ``rollout.ahead`` n, the prompts of the next n steps are answered in threads while a step learns. They are
+    An engine that works apart is asked in threads. With ``rollout.ahead`` n, it answers the prompts of the next n steps
+    while a step learns. They are
     taken in the order in which they were read, so no answer waits for its length, and what a checkpoint says of the
     data ends with the last prompt that was taken.
 
@@ -110,14 +114,13 @@ class AnswerQueue:
         Raises:
             NoRows: on all ranks, if a rank has no prompts, or its answers cannot be sampled.
         """
+        if self._engine.samples_apart:
+            return self._take_from_threads(count)
         taken: list[Asked] = []
         problem: UserError | None = None
         try:
-            if not self._ahead:
-                taken = self._answer(count)
-            elif self._loader is not None:
-                taken = self._take_ahead(count)
-        except UserError as error:  # an engine of all ranks raises it on all of them
+            taken = self._answer(count)
+        except UserError as error:  # the engine raises it on all ranks
             problem = error
         raise_everywhere(problem, problem is not None, self._session.groups)
         return taken
@@ -143,31 +146,56 @@ class AnswerQueue:
                 asked.append(one)
                 yield one.prompt
 
-        if self._loader is not None or not self._engine.samples_apart:
-            self._generate(asked, read() if self._loader is not None else None)
+        self._generate(asked, read() if self._loader is not None else None)
         assert all(one.answered is not None for one in asked), "the engine answers every prompt"
         return asked
 
-    def _take_ahead(self, count: int) -> list[Asked]:
-        new = list(self._read(count + self._ahead - len(self._open)))
+    def _take_from_threads(self, count: int) -> list[Asked]:
+        """Asks the next prompts, and waits for the answers to the first; all ranks meet each second meanwhile.
+
+        Without that, ranks that have no prompts would wait in one collective as long as sampling takes.
+        """
+        taken: list[Asked] = []
+        problem: UserError | None = None
+        if self._loader is not None:
+            try:
+                self._ask(count + self._ahead - len(self._open))
+                taken = [self._open.popleft() for _ in range(count)]
+            except UserError as error:
+                problem = error
+        is_waiting = True
+        while is_waiting:
+            with self._changed:
+                if problem is None and not _are_answered(taken):
+                    self._changed.wait(_SECONDS_BETWEEN_SIGNS)
+                problem = problem or self._failure()
+                here = problem is None and not _are_answered(taken)
+            told = torch.tensor([int(here), int(problem is not None)])
+            dist.all_reduce(told, group=self._session.groups.world_host)
+            is_waiting = bool(told[0]) and not told[1]
+            beat("the answers")  # engines have time-outs of their own
+        raise_everywhere(problem, problem is not None, self._session.groups)
+        self._flights = [(thread, flight) for thread, flight in self._flights if thread.is_alive()]
+        if self._loader is not None and self._ahead and taken:
+            self._loader.hold(taken[-1].place)
+        return taken
+
+    def _ask(self, count: int) -> None:
+        """Reads prompts and has a thread answer them. Raises UserError if there are none."""
+        new = list(self._read(count))
         self._open.extend(new)
         if new:
             flight = _Flight(new)
             thread = threading.Thread(target=self._fly, args=(flight,), name="answers", daemon=True)
             self._flights.append((thread, flight))
             thread.start()
-        taken = [self._open.popleft() for _ in range(count)]
-        with self._changed:
-            while any(one.answered is None for one in taken):
-                for _, flight in self._flights:
-                    if flight.error is not None:
-                        raise flight.error
-                self._changed.wait(_SECONDS_BETWEEN_SIGNS)
-                beat("the answers")  # engines have time-outs of their own
-        self._flights = [(thread, flight) for thread, flight in self._flights if thread.is_alive() or flight.error]
-        assert self._loader is not None, "leaders have prompts"
-        self._loader.hold(taken[-1].place)
-        return taken
+
+    def _failure(self) -> UserError | None:
+        """The error of a thread, if it is for the user; any other one is raised."""
+        error = next((flight.error for _, flight in self._flights if flight.error is not None), None)
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        return error
 
     def _fly(self, flight: _Flight) -> None:
         """A thread: answers prompts that were read."""
@@ -207,3 +235,7 @@ class AnswerQueue:
                 self._loader.place,
             )  # fmt: skip
             self._number += 1
+
+
+def _are_answered(asked: Sequence[Asked]) -> bool:
+    return all(one.answered is not None for one in asked)
