@@ -60,7 +60,7 @@ class Conversations:
         *,
         max_turns: int,
         max_tokens: int,
-        max_patches: int | None,
+        max_patches: int | None = None,
         group: dist.ProcessGroup,
     ):
         self._engine, self._pool, self._messages = engine, pool, messages
