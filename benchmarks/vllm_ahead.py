@@ -2,7 +2,6 @@
 
     python -m benchmarks.vllm_ahead [--demo DIR] [--steps N] [--work DIR] [--json FILE]
 
-The folder DIR of ``make demo-rl`` has a model that often errs at handwritten digits, and questions. GRPO goes on
 The folder DIR of ``make demo-rl`` has a model that often errs at handwritten digits, and questions. GRPO goes on from
 it in one process; a server of vLLM beside it samples the answers. The built-in engine does the same for comparison.
 """
