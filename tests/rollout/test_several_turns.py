@@ -130,10 +130,18 @@ def prompts(renderer, tmp_path_factory):
     return found
 
 
-def converse(renderer, prompts, say, reply, *, max_turns=3, max_tokens=200, max_new_tokens=20, role="user"):
+def converse(
+    renderer, prompts, say, reply, *, max_turns=3, max_tokens=200, max_new_tokens=20, role="user", max_patches=None
+):
     engine, pool = Script(renderer.tokenizer, say), Scripted(reply)
     conversations = Conversations(
-        engine, pool, Messages(renderer, role), max_turns=max_turns, max_tokens=max_tokens, group=Group()
+        engine,
+        pool,
+        Messages(renderer, role),
+        max_turns=max_turns,
+        max_tokens=max_tokens,
+        max_patches=max_patches,
+        group=Group(),
     )
     found = list(conversations.generate(iter(prompts), Sampling(max_new_tokens)))
     assert len(pool.ended) == sum(len(prompt.seeds) for prompt in prompts)
@@ -318,3 +326,25 @@ def test_an_error_of_reading_or_loading_is_raised(renderer, prompts):
 
     with pytest.raises(UserError, match="cannot be loaded"):
         converse(renderer, prompts, lambda text, seed: END, fails)
+
+
+@pytest.mark.parametrize(("patches", "turns"), [(None, 3), (16, 3), (15, 2)])
+def test_a_conversation_takes_no_more_pictures_than_a_row_may_have(renderer, prompts, patches, turns):
+    """Its prompt has 8 patches, and the picture of each reply 4."""
+    say = lambda text, seed: f"more{END}"
+    reply = lambda columns, answers: Observation("look", (png(1),), 0.0, len(answers) == 3) if answers else None
+    answers, *_ = converse(renderer, prompts, say, reply, max_patches=patches, max_tokens=400)
+    for answer in answers[0]:
+        total = int(answer.continued.frame_grids.prod(dim=1).sum())
+        assert answer.num_turns == turns
+        assert answer.finish == ("stop" if turns == 3 else "length")
+        assert not patches or total <= patches
+
+
+def test_replies_of_text_alone_copy_no_pictures(renderer, prompts):
+    reply = lambda columns, answers: Observation("go on", (), 0.0, len(answers) == 2) if answers else None
+    answers, *_ = converse(renderer, prompts, lambda text, seed: f"yes{END}", reply)
+    for prompt, group in zip(prompts, answers, strict=True):
+        for answer in group:
+            assert answer.num_turns == 2
+            assert answer.continued.pixels.data_ptr() == prompt.sample.pixels.data_ptr()
