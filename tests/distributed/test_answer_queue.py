@@ -111,3 +111,62 @@ def test_answers_are_taken_in_the_order_of_their_prompts_and_never_older_than_al
 def test_an_engine_that_fails_in_a_thread_ends_the_step(asked, world1):
     with pytest.raises(RankError, match="the server is gone"):
         world1.run(taken_ahead, asked, 1, [2], True)
+
+
+def taken_on_two_ranks(settings: dict) -> list[list[int]]:
+    """Runs in a world: what each rank takes; the second is no leader. A collective ends after two seconds."""
+    import time
+    from datetime import timedelta
+    from types import SimpleNamespace
+
+    import torch.distributed as dist
+
+    from megavlm.config.settings import Settings
+    from megavlm.data.loader import build_loader
+    from megavlm.data.renderer import Renderer
+    from megavlm.platform import init
+    from megavlm.reinforcement.answer_queue import AnswerQueue
+    from megavlm.rewards.pool import RewardPool
+    from megavlm.rollout.engine import Answer, Answered, Sampling
+
+    settings = Settings(**settings, rollout={"prompts": 2, "group_size": 2, "max_new_tokens": 4})
+    groups = init(settings.parallel, settings.train.seed)
+
+    class Slow:
+        samples_apart = True
+
+        def generate(self, prompts, sampling):
+            assert groups.is_leader
+            for prompt in list(prompts):
+                time.sleep(2.5)
+                yield Answered(prompt, [Answer([7], [0.0], [0.0], [0.0], "stop")] * 2)
+
+        def sync(self): ...
+
+        def close(self): ...
+
+    impatient = dist.new_group(backend="gloo", timeout=timedelta(seconds=2))
+    session = SimpleNamespace(
+        settings=settings,
+        groups=SimpleNamespace(dp_size=1, dp_rank=0, world_host=impatient, is_leader=groups.is_leader),
+    )
+    of_leader = [None] * 4
+    if groups.is_leader:
+        renderer = Renderer.of_prompts(settings.model.hf, settings.data, 4)
+        data = settings.data.model_copy(update={"packing": "none"})
+        loader = build_loader(data, renderer, "prompt", dp_rank=0, dp_size=1, seed=0)
+        of_leader = [renderer, loader, iter(loader), RewardPool([], 1)]
+    try:
+        queue = AnswerQueue(session, Slow(), Sampling(4), *of_leader)
+        queue.begin_step()
+        return [one.answered.answers[0].tokens for one in queue.take(2)]
+    finally:
+        queue.close()
+        if groups.is_leader:
+            of_leader[1].close()
+            of_leader[3].close()
+
+
+def test_ranks_without_prompts_wait_as_long_as_sampling_takes(asked, world2):
+    asked["parallel"] = {"tensor": 2}
+    assert world2.run(taken_on_two_ranks, asked) == [[[7], [7]], []]
