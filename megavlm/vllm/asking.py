@@ -12,6 +12,7 @@ from megavlm.vllm.client import Client, NotReady, Refused, TooSlow
 from megavlm.vllm.wire import packed
 
 _PAUSE = 0.25  # seconds before a prompt is asked again
+_WORK = 3.0  # seconds after which a server that says "later" has worked on the prompt
 _LOSSES = 3  # how often a server may be lost while it answers the same prompt
 
 
@@ -79,7 +80,8 @@ def ask(
             losses += error.was_lost
             if losses == _LOSSES:
                 raise UserError(f"{where} was lost {losses} times while it answered this prompt: {error}") from None
-            end = end or time.monotonic() + 60 * limits.start_minutes
+            if not end or error.was_lost or error.seconds > _WORK:  # it was there until now
+                end = time.monotonic() + 60 * limits.start_minutes
             if time.monotonic() > end:
                 raise UserError(
                     f"{where} has not been ready for rollout.vllm.start_minutes = {limits.start_minutes:g}: {error}",

@@ -3,11 +3,13 @@
 import secrets
 import shutil
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -38,9 +40,10 @@ class Weights(Protocol):
 class VllmEngine:
     """Servers of vLLM, which get the weights of the model; see ``Engine``. Create it on all ranks.
 
-    Rank 0 starts the servers, watches them and sends the weights. Each leader asks one of them, without any collective,
-    so that ``generate`` may run in a thread while the model learns; ``sync`` pauses the servers for the time that
-    sending takes. A server that is lost is started again with the current weights, and its prompts are asked again.
+    Rank 0 starts the servers, watches them and sends the weights. Each leader asks all of them in turn, without any
+    collective, so that ``generate`` may run in a thread while the model learns; ``sync`` pauses the servers for the
+    time that sending takes. A server that is lost is started again with the current weights, and its prompts are asked
+    again.
 
     vLLM gives one log-probability of each token. At temperature 1 (and 0) it is that of the model itself, so
     ``logprobs`` and ``policy_logprobs`` are exact, and ``sampled_logprobs`` are the same numbers, which know nothing of
@@ -65,6 +68,8 @@ class VllmEngine:
         self._token, self._count = broadcast_object(secrets.token_hex(4), groups.world_host), 0
         self._keepers: Sequence[Keeper] = []
         self._kept: Kept | None = None
+        self._turns = count(groups.dp_rank)  # leaders begin with different servers
+        self._lock, self._clients, self._is_closed = threading.Lock(), set[Client](), False
         self.seconds_sync, self.bytes_sync = 0.0, 0
         self._check_hosts()
         self._urls = while_others_wait(self._start, groups.world_host)
@@ -74,7 +79,8 @@ class VllmEngine:
         if prompts is None:
             return
         rollout = self._settings.rollout
-        client = Client(self._urls[self._groups.dp_rank % len(self._urls)])
+        clients = self._open_clients()
+        is_main = threading.current_thread() is threading.main_thread()
         pending: dict[Future, Prompt] = {}
         room, problem, is_used_up = rollout.max_sequences, None, False
         threads = ThreadPoolExecutor(rollout.max_sequences, "vllm answers")
@@ -91,17 +97,19 @@ class VllmEngine:
                         is_used_up = True
                         break
                     room -= len(prompt.seeds)
+                    client = clients[next(self._turns) % len(clients)]
                     future = threads.submit(ask, client, prompt, sampling, rollout.vllm, self._check, self._token)
                     pending[future] = prompt
                 if not pending:
                     break
-                beat("asking vLLM")  # which must answer within rollout.vllm.request_minutes
+                if is_main:  # of another thread it would hide that the main one hangs
+                    beat("asking vLLM")  # which must answer within rollout.vllm.request_minutes
                 for future in wait(pending, _SIGN, FIRST_COMPLETED).done:
                     prompt = pending.pop(future)
                     room += len(prompt.seeds)
                     yield Answered(prompt, future.result())
         finally:
-            client.close()
+            self._close_clients(clients)
             threads.shutdown(cancel_futures=True)
         if problem is not None:
             raise problem
@@ -122,12 +130,14 @@ class VllmEngine:
         with closing(self._weights.buckets(BUCKET)) as buckets:  # which goes on to its end if rank 0 stops early
             try:
                 new.write(buckets) if self._is_first else deque(buckets, 0)
-            except OSError as error:
+            except Exception as error:  # of whatever kind: the other ranks wait to hear of it
                 problem = error
 
         def send() -> None:
-            if problem is not None:
+            if isinstance(problem, OSError):
                 raise UserError(f"the weights for vLLM cannot be written to {new.folder}: {problem}")
+            if problem is not None:
+                raise problem
             for keeper in self._keepers:
                 keeper.want(new)
             for keeper in self._keepers:
@@ -136,16 +146,41 @@ class VllmEngine:
             if old is not None:
                 old.remove()
 
-        while_others_wait(send, self._groups.world_host)
+        try:
+            while_others_wait(send, self._groups.world_host)
+            if problem is not None:  # of this rank alone
+                raise problem
+        except BaseException:
+            if self._is_first:
+                new.remove()
+            raise
         self._kept = new
         self.seconds_sync, self.bytes_sync = time.perf_counter() - began, new.num_bytes
 
     def close(self) -> None:
-        """Ends the servers that were started here, and deletes the weights kept for them."""
+        """Ends ``generate`` wherever it runs, and the servers started here; deletes the weights kept for them."""
+        self._is_closed = True
+        self._close_clients(list(self._clients))
         for keeper in self._keepers:
             keeper.close()
         if self._kept is not None:
             self._kept.remove()
+
+    def _open_clients(self) -> list[Client]:
+        """One for each server."""
+        clients = [Client(url) for url in self._urls]
+        with self._lock:
+            self._clients.update(clients)
+        if self._is_closed:
+            self._close_clients(clients)
+        return clients
+
+    def _close_clients(self, clients: Sequence[Client]) -> None:
+        """Ends their requests; those who wait for one get ``NotReady``."""
+        for client in clients:
+            client.close()
+        with self._lock:
+            self._clients.difference_update(clients)
 
     @property
     def _is_first(self) -> bool:
@@ -157,7 +192,7 @@ class VllmEngine:
             check_environment(python_of(self._settings))
         for left in self._folder.glob("weights-*"):  # by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
-        self._keepers = keepers_of(self._settings, self._folder)
+        self._keepers = keepers_of(self._settings, self._folder, self._token)
         try:
             for keeper in self._keepers:
                 keeper.start()

@@ -19,8 +19,14 @@ from megavlm.vllm.identity import check_identity
 from megavlm.vllm.kept import Kept
 
 _LOOK = 0.5  # seconds between two looks at a server
-_ASK = 10.0  # seconds between two questions to a server that no process tells of, and within which it must answer them
-_OF_RANKS = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
+_ASK = 10.0  # seconds between two questions to a server, and within which one that starts must answer
+_HANGS = 60.0  # seconds without an answer after which a server is lost; one that computes answers all the same
+# Of the trainer alone: variables by which torchrun would make a server one of its ranks, and tuning of the training.
+_OF_TRAINER = re.compile(
+    "(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|CUDA_DEVICE_MAX_CONNECTIONS|"
+    "PYTORCH_(CUDA_)?ALLOC_CONF|OMP_NUM_THREADS"
+)
+_GOODBYE = 2.0  # seconds within which a server must take notice of the end of the run
 _TRIES = 3  # how often in a row a server may be lost before it has got the weights
 
 
@@ -32,15 +38,18 @@ class Keeper(threading.Thread):
         url: where the server is, or is to be.
         log: the file for what it prints; None: it was started elsewhere.
         devices: numbers of its GPUs; none: those that the trainer sees.
+        run: the name of the run. A server that was started elsewhere is reserved for it.
     """
 
-    def __init__(self, settings: Settings, url: str, log: Path | None, devices: Sequence[int] = ()):
+    def __init__(self, settings: Settings, url: str, log: Path | None, devices: Sequence[int] = (), run: str = ""):
         super().__init__(name=f"vllm {url}", daemon=True)
         self.url, self._settings, self._log, self._devices = url, settings, log, devices
-        self._client = Client(url)
+        self._run = run if log is None else ""
+        self._client = Client(url, self._run)
         self.problem: Exception | None = None
         self.version: str | None = None  # of the weights that the server has
-        self._is_known = False  # whether the server has said what it is
+        self._is_known = False  # whether the server has said what it is, and is ours
+        self._idle = 0.0  # seconds since another run, for which the server is reserved, has asked it
         self._wanted: Kept | None = None
         self._process: subprocess.Popen | None = None
         self._wake, self._closing, self._changed = threading.Event(), threading.Event(), threading.Condition()
@@ -64,7 +73,7 @@ class Keeper(threading.Thread):
         return done
 
     def close(self) -> None:
-        """Ends the server if it was started here."""
+        """Ends the server if it was started here, otherwise leaves it to others."""
         self._closing.set()
         self._wake.set()
         self._client.close()  # so that the thread waits for no answer
@@ -79,9 +88,9 @@ class Keeper(threading.Thread):
                 try:
                     if not self._is_running():
                         self._start()
-                    if self._log is None and time.monotonic() > asked + _ASK:
+                    if time.monotonic() > asked + _ASK:
+                        self._look(_HANGS)
                         asked = time.monotonic()
-                        self._look()
                     if self._wanted is not None and self.version != self._wanted.version:
                         self._send(self._wanted)
                     lost = 0
@@ -97,6 +106,9 @@ class Keeper(threading.Thread):
             self._note(problem=error)
         finally:
             self._end()
+            if self._run and self._is_known:
+                with suppress(NotReady, TooSlow, Refused):
+                    Client(self.url, self._run).post("/release", {}, _GOODBYE)
 
     def _is_running(self) -> bool:
         if self._log is None:
@@ -128,7 +140,7 @@ class Keeper(threading.Thread):
                     self._hint(),
                 )
             try:
-                self._look()
+                self._look(_ASK)
             except (NotReady, TooSlow) as error:
                 if time.monotonic() > end:
                     minutes = self._settings.rollout.vllm.start_minutes
@@ -137,18 +149,30 @@ class Keeper(threading.Thread):
                         f"has not answered ({error})",
                         self._hint(),
                     ) from None
-                self._closing.wait(_LOOK)
-            else:
+            if self._is_known:
                 return
+            self._closing.wait(_LOOK)
 
-    def _look(self) -> None:
-        """Asks the server what it is."""
+    def _look(self, seconds: float) -> None:
+        """Asks the server what it is, and waits that long for the answer.
+
+        While it is reserved for another run, it stays unknown. If that run has ended without a word, this passes.
+        """
         try:
-            told = self._client.get("/identity", _ASK)
+            told = self._client.get("/identity", seconds)
         except Refused as error:
             raise UserError(f"what answers at {self.url} is no server of vLLM that megavlm has started: {error}",
                             "start it as docs/vllm.md says") from None  # fmt: skip
         check_identity(told, self._settings, self.url)
+        if self._log is not None:  # its process tells whether it was started again, and nobody else uses it
+            self._note(is_known=True)
+            return
+        if told["run"] != self._run and not self._is_known:
+            if told["run_seconds"] < self._idle:
+                raise UserError(f"the server of vLLM at {self.url} is working for another run",
+                                "give each run servers of its own, or wait for the end of the other one")  # fmt: skip
+            self._idle = told["run_seconds"]
+            return
         if self.version is not None and told["weights"] not in (self.version, None):
             raise UserError(f"the server of vLLM at {self.url} has got the weights of another run",
                             "give each run servers of its own")  # fmt: skip
@@ -177,8 +201,8 @@ class Keeper(threading.Thread):
             process.wait()
 
     def _environment(self) -> dict[str, str]:
-        """The variables of the server: not those by which torchrun would make it a rank of the trainer."""
-        kept = {name: value for name, value in os.environ.items() if not _OF_RANKS.fullmatch(name)}
+        """The variables of the server."""
+        kept = {name: value for name, value in os.environ.items() if not _OF_TRAINER.fullmatch(name)}
         devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self._devices))} if self._devices else {}
         return {**kept, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **devices}
 
@@ -214,11 +238,11 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-def keepers_of(settings: Settings, folder: Path) -> Sequence[Keeper]:
-    """One keeper for each server of the settings; their logs lie in ``folder``."""
+def keepers_of(settings: Settings, folder: Path, run: str) -> Sequence[Keeper]:
+    """One keeper for each server of the settings; their logs lie in ``folder``. ``run`` is the name of the run."""
     vllm = settings.rollout.vllm
     if vllm.url:
-        return [Keeper(settings, url.rstrip("/"), None) for url in vllm.url]
+        return [Keeper(settings, url.rstrip("/"), None, run=run) for url in vllm.url]
     each = vllm.tensor_parallel
     return [
         Keeper(

@@ -36,7 +36,7 @@ class Kept:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         for number, bucket in enumerate(bucket for bucket in buckets if bucket):
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in bucket}
+            tensors = _apart(bucket)
             self.digests |= {name: digest(tensor) for name, tensor in tensors.items()}
             self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
             (self.folder / f"{number:05d}.safetensors").write_bytes(save(tensors))
@@ -60,3 +60,15 @@ class Kept:
     def remove(self) -> None:
         """Deletes the files."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _apart(bucket: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors on the host, without shared memory, which a file of safetensors does not allow (tied weights)."""
+    tensors: dict[str, Tensor] = {}
+    storages = set[int]()
+    for name, tensor in bucket:
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        tensors[name] = value.clone() if storage in storages else value
+        storages.add(storage)
+    return tensors

@@ -2,22 +2,28 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
+from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings
 from megavlm.vllm.environment import check_environment, command, python_of
 
 
 def main() -> None:
-    """Becomes the server."""
+    """Becomes the server. With wrong settings it exits with status 2: starting again would not help."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("configuration", type=Path, help="configuration of the trainer, without rollout.vllm.url")
     parser.add_argument("overrides", nargs="*", help="NAME=VALUE")
     parser.add_argument("--host", default="0.0.0.0", help="address on which it listens")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
-    settings = load_settings(options.configuration, options.overrides)
-    check_environment(python_of(settings))
+    try:
+        settings = load_settings(options.configuration, options.overrides)
+        check_environment(python_of(settings))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
     words = command(settings, options.port, host=options.host)
     os.execv(words[0], words)
 

@@ -2,13 +2,15 @@
 
 It imports vLLM, aiohttp, torch, and of megavlm only modules that need no more than these. Routes:
 
-    GET  /identity         what it is: versions, model, weights
+    GET  /identity         what it is: versions, model, weights, and for which run it is reserved
     POST /generate         a message (see ``wire``): tokens and pictures of a prompt, sampling, seeds → the answers
     POST /weights/start    {"partial": "continue" or "drop"}: pauses sampling
     POST /weights/bucket   safetensors with some of the weights
     POST /weights/finish   {"version", "digests"}: compares, forgets all that was computed before, samples again
+    POST /release          the run that says so needs the server no longer
 
-Status 503 means: ask again later. With 400, the text says what is wrong with the request.
+Status 503 means: ask again later. With 400, the text says what is wrong with the request. A run that names itself (see
+``wire.RUN``) in a request reserves the server (see ``Reservation``).
 """
 
 import argparse
@@ -37,12 +39,13 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from megavlm.base.processes import wait_for_end
 from megavlm.vllm.inputs import engine_input
-from megavlm.vllm.wire import SERVER, TRANSPORT, unpacked
+from megavlm.vllm.reservation import Reservation
+from megavlm.vllm.wire import RUN, SERVER, TRANSPORT, folder_for, unpacked
 
 _log = logging.getLogger(__name__)
 _LARGEST_BODY = 2**36  # bytes; aiohttp refuses more than one MiB otherwise
 _IN_ENGINE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # the worker in the engine's process
-_MEMORY = Path("/dev/shm")  # files here are in host memory
+_MEMORY = Path("/dev/shm")  # files here are in host memory, of which a container may have little (Docker: 64 MB)
 
 
 class Server:
@@ -58,6 +61,7 @@ class Server:
         self._images_per_step = config["vision_config"].get("temporal_patch_size", 2)
         self._weights: str | None = None
         self._is_updating = False
+        self._reservation = Reservation()
 
     def app(self) -> web.Application:
         """The routes."""
@@ -69,6 +73,7 @@ class Server:
                 web.post("/weights/start", self._route(self.start)),
                 web.post("/weights/bucket", self._route(self.bucket)),
                 web.post("/weights/finish", self._route(self.finish)),
+                web.post("/release", self._route(self.release)),
             ]
         )
         return app
@@ -82,16 +87,18 @@ class Server:
             "max_model_len": self._engine.model_config.max_model_len,
             "logprobs_mode": self._engine.model_config.logprobs_mode,
             "weights": self._weights,
+            **self._reservation.told(),
         }
 
     async def generate(self, request: web.Request) -> dict[str, Any]:
         head, pixels = unpacked(await request.read())
-        if self._weights is None:
-            raise _Again("it has no weights yet")
-        prompt = engine_input(head, pixels, self._images_per_step)
+        self._present_weights()
+        # In a thread, so that the server answers others meanwhile, /identity above all.
+        prompt = await asyncio.to_thread(engine_input, head, pixels, self._images_per_step)
+        weights = self._present_weights()  # there may be none while the answers end: others are on their way then
         async with asyncio.TaskGroup() as group:  # if one fails, the others are cancelled, which aborts them in vLLM
             tasks = [group.create_task(self._answer(prompt, head, seed)) for seed in head["seeds"]]
-        return {"answers": [task.result() for task in tasks], "weights": self._weights}
+        return {"answers": [task.result() for task in tasks], "weights": weights}
 
     async def start(self, request: web.Request) -> dict[str, Any]:
         partial = (await request.json())["partial"]
@@ -107,8 +114,9 @@ class Server:
     async def bucket(self, request: web.Request) -> dict[str, Any]:
         if not self._is_updating:
             raise ValueError("no update of the weights has been started")
-        with tempfile.NamedTemporaryFile(dir=_MEMORY if _MEMORY.is_dir() else None, suffix=".safetensors") as file:
-            file.write(await request.read())
+        body = await request.read()
+        with tempfile.NamedTemporaryFile(dir=folder_for(len(body), _MEMORY), suffix=".safetensors") as file:
+            file.write(body)
             file.flush()
             await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": file.name}))
         return {}
@@ -129,6 +137,15 @@ class Server:
             raise ValueError(problem)
         return {"tensors": len(told["digests"])}
 
+    async def release(self, request: web.Request) -> dict[str, Any]:
+        self._reservation.release(request.headers.get(RUN, ""))
+        return {}
+
+    def _present_weights(self) -> str:
+        if self._weights is None:
+            raise _Again("it has no weights yet")
+        return self._weights
+
     async def _answer(self, prompt: Any, head: dict[str, Any], seed: int) -> dict[str, Any]:
         running = self._engine.generate(prompt, _params(head, seed), uuid.uuid4().hex)
         (output,) = [output async for output in running]  # FINAL_ONLY
@@ -146,6 +163,8 @@ class Server:
         self, work: Callable[[web.Request], Awaitable[dict[str, Any]]]
     ) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handle(request: web.Request) -> web.Response:
+            if run := request.headers.get(RUN):
+                self._reservation.ask(run)
             try:
                 return web.json_response(await work(request))
             except BaseException as error:
@@ -154,12 +173,14 @@ class Server:
                     os._exit(1)  # whoever watches the server starts it again
                 if isinstance(cause, _Again):
                     return web.Response(status=503, text=str(cause))
-                if isinstance(cause, (ValueError, KeyError, EngineGenerateError)):
-                    return web.Response(status=400, text=f"{cause}")
+                if isinstance(cause, ValueError):
+                    return web.Response(status=400, text=str(cause))
+                if isinstance(cause, (KeyError, EngineGenerateError)):
+                    return web.Response(status=400, text=_with_type(cause))
                 if not isinstance(cause, Exception):
                     raise  # the client has gone
                 _log.exception("a request has failed")
-                return web.Response(status=500, text=f"{type(cause).__name__}: {cause}")
+                return web.Response(status=500, text=_with_type(cause))
 
         return handle
 
@@ -209,6 +230,12 @@ def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def _with_type(error: BaseException) -> str:
+    """The type and text of an exception, and of those by which it was caused."""
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return text if error.__cause__ is None else f"{text}, because of {_with_type(error.__cause__)}"
 
 
 def _version(package: str) -> str | None:

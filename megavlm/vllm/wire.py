@@ -4,7 +4,9 @@ It imports the standard library alone, because the environment of vLLM need not 
 """
 
 import json
+import shutil
 import struct
+from pathlib import Path
 from typing import Any
 
 _LENGTH = struct.Struct("<Q")
@@ -28,5 +30,16 @@ def unpacked(message: bytes) -> tuple[dict[str, Any], memoryview]:
     return json.loads(message[_LENGTH.size : end]), memoryview(message)[end:]
 
 
+def folder_for(num_bytes: int, memory: Path) -> Path | None:
+    """Where a file of this size is written: in ``memory``, or None, where temporary files are, if it has no room.
+
+    Twice the size must be free, because other servers may write at the same time.
+    """
+    return memory if memory.is_dir() and shutil.disk_usage(memory).free > 2 * num_bytes else None
+
+
 SERVER = "MEGAVLM_VLLM_SERVER"
 """Environment variable with the process id of a server, for its workers."""
+
+RUN = "X-Megavlm-Run"
+"""Header in which the trainer names itself to a server that was started elsewhere. This reserves the server for it."""

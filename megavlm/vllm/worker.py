@@ -24,6 +24,8 @@ from megavlm.base.processes import wait_for_end
 from megavlm.runtime.digest import digest
 from megavlm.vllm.wire import SERVER, TRANSPORT
 
+_PARENT = os.getppid()  # vLLM's engine, or the server if the engine has the worker in its own process
+
 
 @dataclass
 class NoInit(WeightTransferInitInfo):
@@ -89,10 +91,12 @@ class Extension:
 
 def _end_with(server: int) -> None:
     """Ends the processes of a server soon after it has ended, even if it was killed; those of vLLM would go on."""
-    wait_for_end(server)
-    if os.getppid() > 1:
-        os.kill(os.getppid(), signal.SIGKILL)  # the engine, if the worker has a process of its own
-    os._exit(1)
+    try:
+        wait_for_end(server)
+        if os.getppid() == _PARENT != server:  # not whoever adopts the children of a server that has ended
+            os.kill(_PARENT, signal.SIGKILL)
+    finally:
+        os._exit(1)
 
 
 WeightTransferEngineFactory.register_engine(TRANSPORT, FileTransfer)

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -25,6 +26,7 @@ from toy import read_samples, reference_inputs, reference_model, toy_records, wr
 
 from megavlm.base.errors import UserError
 from megavlm.monitor.metrics import read_metrics
+from megavlm.monitor.rollout_log import read_rollouts
 
 ONE = SimpleNamespace(world_host=SimpleNamespace(size=lambda: 1, rank=lambda: 0), dp_rank=0)  # groups of one process
 # The same float32 numbers, summed in another order by other kernels; over four layers 5e-6 was seen.
@@ -313,29 +315,79 @@ def test_weights_come_from_every_layout(case, request, toys, asked, sampling, wo
     assert max(abs(a - b) for a, b in zip(old.answers[0].logprobs, found[0][0].logprobs, strict=True)) > 100 * CLOSE
 
 
-def test_grpo_learns_with_it(served, toys, tmp_path):
-    """The log-probabilities that vLLM gives are those that the trainer computes, also after updates."""
+def test_no_answer_is_without_weights_when_they_arrive(served, prompts, sampling):
+    """Short answers end all the time, also between the request for a pause and the pause: the weights are then old."""
+    found: dict[int, list] = {}
+    wanted = prompts(range(50), 2)
+    problem: list[Exception] = []
+
+    def answer():
+        try:
+            found.update(by_index(served.generate(iter(wanted), sampling(8, 1.0))))
+        except Exception as error:
+            problem.append(error)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    for _ in range(3):
+        served.sync()
+    thread.join()
+    assert not problem
+    assert sorted(found) == list(range(50))
+
+
+def grpo(served, toys, folder: Path, steps: int, **rollout) -> tuple[list[dict], list[str], float]:
+    """A run: its metrics, its prompts in the order in which they were learned, and how many seconds its end took."""
     data = write_records(toys.root / "for_grpo.jsonl", toy_records(toys.root))
     config = {
         "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense"))},
         "data": {"train": [{"path": str(data)}], "seq_length": 256, "workers": 0},
         "train": {"optimizer": "adam", "lr": 1e-3, "precision": "fp32", "warmup_steps": 0, "memory_check": False,
-                  "steps": 3},
+                  "steps": steps},
         "align": {"beta": 0.0},
-        "rollout": {"engine": "vllm", "prompts": 4, "group_size": 4, "max_new_tokens": 5,
-                    "vllm": {"url": served._urls}},
+        "rollout": {"engine": "vllm", "prompts": 4, "group_size": 4, "max_new_tokens": 5, "log_every": 1,
+                    "vllm": {"url": served._urls}, **rollout},
         "reward": [{"python": f"{Path(__file__).parent / 'grpo_rewards.py'}:letters"}],
         "reward_pool": {"workers": 1},
         "log": {"wandb": {"mode": "off"}},
-        "output": str(tmp_path / "run"),
+        "output": str(folder),
     }  # fmt: skip
-    (tmp_path / "run.yaml").write_text(json.dumps(config))
-    result = forked_command.run(["grpo", str(tmp_path / "run.yaml")])
+    (folder.parent / "run.yaml").write_text(json.dumps(config))
+    result = forked_command.run(["grpo", str(folder.parent / "run.yaml")])
+    ended = time.time()
     assert result.returncode == 0, result.stdout + result.stderr
-    lines = read_metrics(tmp_path / "run")
-    assert [line["step"] for line in lines] == [1, 2, 3]
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    learned = [group.sample for step in read_rollouts(folder) for group in step.groups]
+    return lines, learned, ended - (folder / "metrics.jsonl").stat().st_mtime
+
+
+@pytest.fixture(scope="module")
+def learned(served, toys, tmp_path_factory):
+    """A run of three steps."""
+    found = grpo(served, toys, tmp_path_factory.mktemp("grpo") / "run", 3)
+    served.sync()
+    return found
+
+
+def test_grpo_learns_with_it(learned):
+    """The log-probabilities that vLLM gives are those that the trainer computes, also after updates."""
+    lines, _, _ = learned
     assert all(line["mismatch_max"] < CLOSE for line in lines)
     assert all(line["grad_norm"] > 0 for line in lines)
+
+
+def test_grpo_samples_ahead(served, learned, toys, tmp_path):
+    """Answers are one step older than what learns from them; prompts stay in order, and the end is the end."""
+    lines, prompts, seconds = grpo(served, toys, tmp_path / "run", 8, ahead=1)
+    assert [line["staleness"] for line in lines] == [0.0] + 7 * [1.0]
+    assert lines[0]["mismatch_max"] < CLOSE
+    assert max(line["mismatch_max"] for line in lines[1:]) > 10 * CLOSE  # of older weights
+    assert len(prompts) == 32  # of eight records, each once in an epoch
+    assert all(len(set(prompts[first : first + 8])) == 8 for first in range(0, 32, 8))
+    assert prompts[:12] == learned[1]
+    assert lines[-1]["epoch/for_grpo"] == pytest.approx(4.0)
+    assert seconds < 60  # far more than a busy machine needs, far less than start_minutes
     served.sync()
 
 

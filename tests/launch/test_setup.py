@@ -35,6 +35,10 @@ def test_the_versions_of_vllm_are_exact_and_fit() -> None:
     check_versions(pins, "constraints-vllm.txt")
     (extra,) = (Requirement(text) for text in project["optional-dependencies"]["vllm"] if text.startswith("vllm"))
     assert all(extra.specifier.contains(version) for version in FITTING["vllm"])
+    (extra,) = (
+        Requirement(text) for text in project["optional-dependencies"]["vllm"] if text.startswith("transformers")
+    )
+    assert {"==" + version for version in FITTING["transformers"]} > {str(extra.specifier)}  # one that was tried
 
 
 def test_without_python_312_make_says_so(tmp_path: Path) -> None:

@@ -1,7 +1,12 @@
 """How the trainer deals with servers of vLLM. The servers here are stand-ins that remember what they are told."""
 
+import errno
+import http.client
 import json
+import socket
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -12,9 +17,12 @@ from safetensors.torch import load
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.rollout.engine import Prompt, Sampling
-from megavlm.vllm import keeper
+from megavlm.vllm import asking, keeper, reservation
+from megavlm.vllm.client import Client, NotReady
 from megavlm.vllm.engine import VllmEngine
-from megavlm.vllm.wire import unpacked
+from megavlm.vllm.kept import Kept
+from megavlm.vllm.reservation import Reservation
+from megavlm.vllm.wire import RUN, folder_for, unpacked
 
 
 class StandIn:
@@ -23,11 +31,13 @@ class StandIn:
     def __init__(self, folder):
         self.config = json.loads((folder / "config.json").read_text())
         self.weights, self.tensors, self.asked, self.version = None, {}, [], "0.25.1"
-        self.status = 200
+        self.status, self.reservation = 200, Reservation()
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
+                if run := self.headers.get(RUN):
+                    stand_in.reservation.ask(run)
                 self.reply(stand_in.identity())
 
             def do_POST(self):
@@ -53,7 +63,12 @@ class StandIn:
             "max_model_len": 64,
             "logprobs_mode": "raw_logprobs",
             "weights": self.weights,
+            **self.reservation.told(),
         }
+
+    def release(self, _):
+        self.reservation.release(self.reservation.told()["run"])
+        return {}
 
     def generate(self, body):
         if self.weights is None:
@@ -124,7 +139,7 @@ def tokens(answered):
     return sorted([answer.tokens[0] for answer in one.answers] for one in answered)
 
 
-def test_prompts_and_weights_reach_the_server_of_the_rank(server, model_folder, make, prompts):
+def test_weights_reach_all_servers_and_prompts_one_after_the_other(server, model_folder, make, prompts):
     second = StandIn(model_folder)
     engine, weights = make(server, second, dp_rank=3)
     engine.sync()
@@ -133,7 +148,9 @@ def test_prompts_and_weights_reach_the_server_of_the_rank(server, model_folder, 
     engine.sync()
     assert server.tensors["a"].tolist() == second.tensors["a"].tolist() == [0, 0]
     assert tokens(engine.generate(prompts(3), SAMPLING)) == [[0, 1], [10, 11], [20, 21]]
-    assert (len(server.asked), len(second.asked)) == (0, 3)
+    assert (len(server.asked), len(second.asked)) == (1, 2)  # rank 3 begins with the second one
+    list(engine.generate(prompts(1), SAMPLING))
+    assert (len(server.asked), len(second.asked)) == (2, 2)  # and goes on where it was
     assert len(list(engine._folder.glob("weights-*"))) == 1  # those of the last time
     engine.close()
     assert not list(engine._folder.glob("weights-*"))
@@ -186,7 +203,7 @@ def test_as_many_answers_as_the_setting_says_are_on_their_way(server, make, prom
     assert len(list(running)) == 8
 
 
-def test_nothing_is_asked_on_other_ranks(make, server):
+def test_nothing_is_asked_on_other_ranks(server, make):
     engine, _ = make(server)
     assert list(engine.generate(None, SAMPLING)) == []
 
@@ -226,3 +243,154 @@ def test_a_server_elsewhere_gets_the_configuration_of_the_run(model_folder, tmp_
     assert (given["--model"], given["--host"], given["--port"]) == (str(model_folder), "0.0.0.0", "81")
     expected = {"max_model_len": 64, "max_num_seqs": 7, "kv_cache_memory_bytes": 2**29, "enforce_eager": True}
     assert expected.items() <= json.loads(given["--arguments"]).items()
+
+
+def test_a_server_elsewhere_tells_what_is_wrong_with_the_configuration(tmp_path, monkeypatch, capsys):
+    """With the status by which launch/servers.sh knows that it would be wrong again."""
+    from megavlm.vllm import serve
+
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": {"hf": "x"}, "rollout": {"top_p": 2}}))
+    monkeypatch.setattr("sys.argv", ["serve", str(tmp_path / "run.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        serve.main()
+    assert ended.value.code == 2
+    assert "rollout.top_p" in capsys.readouterr().err
+
+
+def test_generate_ends_soon_after_the_engine(server, make, prompts):
+    """Also where a thread waits for a server that says "later" again and again, as one that is gone."""
+    engine, _ = make(server, vllm={"url": [server.url], "start_minutes": 10})
+    engine.sync()
+    asked, found = threading.Event(), []
+    server.generate = lambda _: asked.set()
+
+    def answer():
+        try:
+            list(engine.generate(prompts(3), SAMPLING))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    assert asked.wait(20)
+    engine.close()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert isinstance(found[0], NotReady)
+    with pytest.raises(NotReady):  # also one that begins later
+        list(engine.generate(prompts(1), SAMPLING))
+
+
+def test_a_server_that_works_and_says_later_has_its_time_anew(server, make, prompts, monkeypatch):
+    monkeypatch.setattr(asking, "_WORK", 0.1)
+    engine, _ = make(server, vllm={"url": [server.url], "start_minutes": 0.5 / 60})
+    engine.sync()
+    real, times = server.generate, []
+
+    def drops(body):
+        times.append(time.monotonic())
+        time.sleep(0.2)
+        return None if len(times) < 6 else real(body)
+
+    server.generate = drops
+    assert tokens(engine.generate(prompts(1), SAMPLING)) == [[0, 1]]
+    assert times[-1] - times[0] > 1.0  # twice as long as a server may be away
+
+
+def test_a_server_of_another_run_is_refused_and_one_that_is_free_again_is_taken(server, make, monkeypatch):
+    monkeypatch.setattr(keeper, "_ASK", 0.2)
+    first, _ = make(server)
+    with pytest.raises(UserError, match="is working for another run"):
+        make(server)
+    first.close()
+    make(server)[0].close()
+    server.reservation.ask("killed")  # and never asks again
+    monkeypatch.setattr(reservation, "HELD", 1.5)
+    began = time.monotonic()
+    make(server)
+    assert time.monotonic() - began > 1
+
+
+# The first answer is there at once, the second never. Its own name is in the log.
+HANGS = """
+import http.server, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    count = 0
+    def do_GET(self):
+        Handler.count += 1
+        if Handler.count > 1: time.sleep(600)
+        self.send_response(200); self.end_headers(); self.wfile.write(sys.argv[2].encode())
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_of_our_own_that_hangs_is_started_again(server, model_folder, tmp_path, monkeypatch):
+    told = json.dumps(server.identity())
+    words = lambda settings, port, parent: [sys.executable, "-I", "-c", HANGS, str(port), told]
+    monkeypatch.setattr(keeper, "command", words)
+    monkeypatch.setattr(keeper, "_ASK", 0.3)
+    monkeypatch.setattr(keeper, "_HANGS", 1.0)
+    settings = Settings(model={"hf": str(model_folder)}, data={"seq_length": 64}, rollout={"engine": "vllm"})
+    (one,) = keeper.keepers_of(settings, tmp_path, "run")
+    one.start()
+    try:
+        assert one.wait(None, 30)
+        first, end = one._process.pid, time.monotonic() + 30
+        while one._process is None or one._process.pid == first:
+            assert time.monotonic() < end, "it was not started again"
+            assert one.problem is None
+            time.sleep(0.05)
+        assert one.wait(None, 30)
+    finally:
+        one.close()
+
+
+def test_servers_do_not_get_the_variables_of_the_trainer(model_folder, tmp_path, monkeypatch):
+    for name in ("RANK", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+                 "OMP_NUM_THREADS", "SOMETHING_ELSE"):  # fmt: skip
+        monkeypatch.setenv(name, "1")
+    (one,) = keeper.keepers_of(Settings(model={"hf": str(model_folder)}), tmp_path, "run")
+    found = one._environment()
+    assert found["SOMETHING_ELSE"] == "1"
+    assert not {"RANK", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"} & found.keys()
+    assert not [name for name in found if name.startswith("PYTORCH_")]
+
+
+def test_tied_weights_are_written_twice(tmp_path):
+    tied = torch.arange(6.0).view(2, 3)
+    kept = Kept("x:1", tmp_path / "kept")
+    kept.write([[("embedding", tied), ("output", tied), ("other", torch.ones(1))], []])
+    found = load((tmp_path / "kept" / "00000.safetensors").read_bytes())
+    assert found["embedding"].tolist() == found["output"].tolist() == tied.tolist()
+    assert kept.digests["embedding"] == kept.digests["output"]
+
+
+def test_whatever_ends_a_sync_leaves_no_files(server, make):
+    engine, weights = make(server)
+    engine.sync()
+    weights["b"] = "no tensor"
+    with pytest.raises(AttributeError):
+        engine.sync()
+    assert [path.name for path in engine._folder.glob("weights-*")] == ["weights-1"]
+
+
+def test_a_host_that_vanishes_is_a_lost_server(server, monkeypatch):
+    """The kernel ends the connection with ETIMEDOUT, which Python raises as the class of its own time-outs, too."""
+    seen = []
+
+    def vanishes(connection):
+        seen.append(connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+        seen.append(connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE))
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+    monkeypatch.setattr(http.client.HTTPConnection, "getresponse", vanishes)
+    with pytest.raises(NotReady) as error:
+        Client(server.url).get("/identity", 10)
+    assert error.value.was_lost
+    assert seen == [1, 30]
+
+
+def test_a_file_that_does_not_fit_into_memory_is_written_elsewhere(tmp_path):
+    assert folder_for(10, tmp_path) == tmp_path
+    assert folder_for(2**62, tmp_path) is None
+    assert folder_for(10, tmp_path / "nowhere") is None
