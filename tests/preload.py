@@ -28,6 +28,10 @@ def modules() -> list[str]:
 
 gc.disable()
 for name in [*LIBRARIES, *modules()]:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        if error.name != "vllm":  # those that run in vLLM's environment need it
+            raise RuntimeError(f"{name} cannot be imported") from error  # the server would pass over an ImportError
 gc.enable()
 gc.freeze()  # no collection in a child looks at all of this again, or copies its pages

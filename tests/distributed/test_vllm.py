@@ -412,7 +412,7 @@ def test_stop_strings_and_filters(served, toys, prompts, sampling):
     assert not firsts & {token for (answer,) in others.values() for token in answer.tokens}
 
 
-def test_prompts_that_cannot_be_read_or_are_too_long(served, prompts, sampling):
+def test_prompts_that_cannot_be_read_or_are_too_long(served, prompts, sampling, monkeypatch):
     def read():
         yield from prompts(range(2))
         raise OSError("the disk is gone")
@@ -420,9 +420,11 @@ def test_prompts_that_cannot_be_read_or_are_too_long(served, prompts, sampling):
     found = []
     with pytest.raises(OSError, match="the disk is gone"):
         found += served.generate(read(), sampling(2))
-    too_long = served.generate(iter(prompts(range(1))), sampling(510))
-    with pytest.raises(UserError, match=r"more than data.seq_length = 512"):
-        list(too_long)
+    (prompt,) = prompts(range(1))
+    data = served._settings.data.model_copy(update={"seq_length": len(prompt.sample.input_ids)})
+    monkeypatch.setattr(served, "_settings", served._settings.model_copy(update={"data": data}))
+    with pytest.raises(UserError, match=r"leaves no room for an answer in data.seq_length = \d+"):
+        list(served.generate(iter([prompt]), sampling(2)))
 
 
 def test_a_tensor_that_arrives_with_other_values_is_named(served, toys, tmp_path):
