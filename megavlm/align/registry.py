@@ -102,8 +102,8 @@ METHODS = {
         "megavlm ppo ppo.yaml align.critic.load=runs/rm train.lr=1e-6 output=runs/ppo --nproc 2",
         "prompt",
         aligns=True,
-        requires=("model.load", "rollout.prompts", "reward"),
-        reads=("reward", "align.critic.load"),
+        requires=("model.load", "rollout.prompts", "reward|environment.python"),
+        reads=("reward", "environment", "align.critic.load"),
         samples=True,
     ),
 }
