@@ -165,10 +165,17 @@ def test_a_function_can_make_environments(name):
         assert pool.wait()[episode].observation.text == {"made": "6 0", "made_together": "1 a"}[name]
 
 
+def is_worker(process):
+    try:
+        return "environments.worker" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it has ended, perhaps without anybody having waited for it
+        return False
+
+
 def test_no_process_is_left(played):
     del played
     until = time.monotonic() + 30
-    while [c for c in psutil.Process().children() if "environments.worker" in " ".join(c.cmdline())]:
+    while any(map(is_worker, psutil.Process().children())):
         assert time.monotonic() < until
         time.sleep(0.1)
 
