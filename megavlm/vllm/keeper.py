@@ -106,7 +106,7 @@ class Keeper(threading.Thread):
             self._note(problem=error)
         finally:
             self._end()
-            if self._run and self._is_known:
+            if self._run:  # the server knows whether it was this run that had it
                 with suppress(NotReady, TooSlow, Refused):
                     Client(self.url, self._run).post("/release", {}, _GOODBYE)
 
