@@ -107,3 +107,10 @@ def test_a_resumed_run_says_the_same(tmp_path):
 
 def test_an_entropy_that_falls_and_stays_above_half_a_nat_has_not_collapsed():
     assert said_by(run_of(entropy=[5.0, 1.0, 1.0, 1.0])) == []
+
+
+def test_answers_of_older_weights_may_differ():
+    lines = [{"step": n, "mismatch_kl": 1.0, "mismatch_max": 2.0, "staleness": 0.0} for n in range(1, 6)]
+    watch, ahead = RlWarnings(), RlWarnings()
+    assert [found for line in lines for found in watch.take(line)]
+    assert not [found for line in lines for found in ahead.take({**line, "staleness": 1.0})]
