@@ -4,7 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -56,16 +56,15 @@ class _Flight:
     """Prompts that a thread has answered, and the error that has ended it."""
 
     asked: list[Asked]
-    error: BaseException | None = field(default=None)
+    error: BaseException | None = None
 
 
 class AnswerQueue:
     """Has prompts answered, and gives each group to the rewards as soon as it is complete. Create it on all ranks.
 
     An engine that works apart is asked in threads. With ``rollout.ahead`` n, it answers the prompts of the next n steps
-    while a step learns. They are
-    taken in the order in which they were read, so no answer waits for its length, and what a checkpoint says of the
-    data ends with the last prompt that was taken.
+    while a step learns. They are taken in the order in which they were read, so no answer waits for its length, and
+    what a checkpoint says of the data ends with the last prompt that was taken.
 
     Args:
         session: the session of the run.
@@ -175,7 +174,8 @@ class AnswerQueue:
             is_waiting = bool(told[0]) and not told[1]
             beat("the answers")  # engines have time-outs of their own
         raise_everywhere(problem, problem is not None, self._session.groups)
-        self._flights = [(thread, flight) for thread, flight in self._flights if thread.is_alive()]
+        # One that has failed since stays, so that the next step hears of it.
+        self._flights = [(thread, flight) for thread, flight in self._flights if thread.is_alive() or flight.error]
         if self._loader is not None and self._ahead and taken:
             self._loader.hold(taken[-1].place)
         return taken

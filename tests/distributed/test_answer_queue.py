@@ -11,8 +11,11 @@ from toy import toy_records, write_records
 from megavlm.base.errors import UserError
 
 
-def taken_ahead(settings: dict, ahead: int, counts: list[int], fails: bool = False) -> dict:
-    """Runs in a world: takes ``counts`` groups in turn; the answers of each call of the engine arrive in reverse."""
+def taken_ahead(settings: dict, ahead: int, counts: list[int], fails: bool = False, fails_late: bool = False) -> dict:
+    """Runs in a world: takes ``counts`` groups in turn; the answers of each call of the engine arrive in reverse.
+
+    With ``fails_late``, the second call fails when its step has looked for failures for the last time.
+    """
     import threading
     from types import SimpleNamespace
 
@@ -20,6 +23,7 @@ def taken_ahead(settings: dict, ahead: int, counts: list[int], fails: bool = Fal
     from megavlm.data.loader import build_loader
     from megavlm.data.renderer import Renderer
     from megavlm.platform import init
+    from megavlm.reinforcement import answer_queue
     from megavlm.reinforcement.answer_queue import AnswerQueue
     from megavlm.rewards.pool import RewardPool
     from megavlm.rollout.engine import Answer, Answered, Sampling
@@ -43,7 +47,9 @@ def taken_ahead(settings: dict, ahead: int, counts: list[int], fails: bool = Fal
             asked = list(prompts)
             self.begun.append(len(asked))
             assert self.go_on.wait(60)
-            if fails:
+            if fails_late and len(self.begun) == 2:
+                assert looked.wait(60)
+            if fails or (fails_late and len(self.begun) == 2):
                 raise UserError("the server is gone", "start it")
             for prompt in reversed(asked):
                 yield Answered(prompt, [Answer([5 + prompt.sample.index], [0.0], [0.0], [0.0], "stop")] * 2)
@@ -51,6 +57,17 @@ def taken_ahead(settings: dict, ahead: int, counts: list[int], fails: bool = Fal
         def close(self):
             self.go_on.set()
 
+    looked = threading.Event()
+
+    def at_the_end_of_a_step(problem, failed, groups):
+        found["steps"] = found.get("steps", 0) + 1
+        if fails_late and found["steps"] == 2:
+            looked.set()
+            queue._flights[-1][0].join(60)
+        original(problem, failed, groups)
+
+    original = answer_queue.raise_everywhere
+    answer_queue.raise_everywhere = at_the_end_of_a_step
     engine, queue, rewards, found = Engine(), None, RewardPool([], 1), {"taken": [], "ages": [], "rows": []}
     renderer = Renderer.of_prompts(settings.model.hf, settings.data, 4)
     data = settings.data.model_copy(update={"packing": "none"})
@@ -76,6 +93,7 @@ def taken_ahead(settings: dict, ahead: int, counts: list[int], fails: bool = Fal
         again.close()
         return found
     finally:
+        answer_queue.raise_everywhere = original
         if queue is not None:
             queue.close()
         rewards.close()
@@ -111,6 +129,12 @@ def test_answers_are_taken_in_the_order_of_their_prompts_and_never_older_than_al
 def test_an_engine_that_fails_in_a_thread_ends_the_step(asked, world1):
     with pytest.raises(RankError, match="the server is gone"):
         world1.run(taken_ahead, asked, 1, [2], True)
+
+
+def test_a_failure_between_two_steps_is_not_forgotten(asked, world1):
+    """Otherwise the third step would wait for ever."""
+    with pytest.raises(RankError, match="the server is gone"):
+        world1.run(taken_ahead, asked, 1, [2, 2, 2], fails_late=True, timeout=30)
 
 
 def taken_on_two_ranks(settings: dict) -> list[list[int]]:
