@@ -29,7 +29,6 @@ from megavlm.checkpoint.load_weights import load_weights
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.row import Annotations, Row
-from megavlm.data.worker_processes import rows_from_workers
 from megavlm.media.files import File
 from megavlm.model.language import LanguageModel
 from megavlm.platform.collectives import on_first_rank
@@ -40,6 +39,7 @@ from megavlm.runtime.forward import forward_only
 from megavlm.runtime.session import Session
 from megavlm.sources.blend import Source
 from megavlm.sources.shards import ShardFolder
+from megavlm.workers.worker_processes import rows_from_workers
 
 FILE_NAME = "reference.safetensors"
 _SAVED_EVERY = 60.0  # seconds between two partial files

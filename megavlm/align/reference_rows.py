@@ -9,15 +9,15 @@ import numpy as np
 
 from megavlm.base.errors import UserError
 from megavlm.data.answer_groups import draft_unit
-from megavlm.data.current_sample import PIXELS, RECORD, reading
 from megavlm.data.draft import Draft, DraftError
-from megavlm.data.fatal_samples import FatalSamples
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
-from megavlm.data.worker_processes import WorkerRows
 from megavlm.media.files import File
 from megavlm.records.records import Kind
 from megavlm.sources.blend import Source
+from megavlm.workers.current_sample import PIXELS, RECORD, reading
+from megavlm.workers.fatal_samples import FatalSamples
+from megavlm.workers.worker_processes import WorkerRows
 
 
 @dataclass(frozen=True)

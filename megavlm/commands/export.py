@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from megavlm.base import yaml_files
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.load_weights import check_base, shapes_at_start
-from megavlm.config import yaml_files
 from megavlm.config.data_sections import LIMITS, DataSettings
 from megavlm.config.settings import Settings
 from megavlm.convert import mcore_to_hf

@@ -14,12 +14,13 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from megavlm.base import yaml_files
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import MOST, quoted, shortened
-from megavlm.config import describe, yaml_files
+from megavlm.base.yaml_files import Location, Values
+from megavlm.config import describe
 from megavlm.config.renamed import RENAMED
 from megavlm.config.settings import Settings
-from megavlm.config.yaml_files import Location, Values
 
 
 def load_settings(path: Path | str, overrides: Iterable[str] = ()) -> Settings:

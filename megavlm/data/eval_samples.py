@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.data.answer_groups import separate_answers
-from megavlm.data.current_sample import RECORD, reading
-from megavlm.data.fatal_samples import FatalSamples
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Sample
-from megavlm.data.worker_processes import WorkerRows, rows_from_workers
 from megavlm.media.files import File, Find
 from megavlm.records.questions import question_of, reference_of
 from megavlm.records.records import Kind, check_record
 from megavlm.records.skipped_samples import SkippedSample
 from megavlm.sources.blend import SampleFile, Source
+from megavlm.workers.current_sample import RECORD, reading
+from megavlm.workers.fatal_samples import FatalSamples
+from megavlm.workers.worker_processes import WorkerRows, rows_from_workers
 
 
 @dataclass(kw_only=True)

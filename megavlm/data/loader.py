@@ -8,15 +8,15 @@ from typing import Any
 
 from megavlm.base.errors import UserError
 from megavlm.config.data_sections import DataSettings
-from megavlm.data.fatal_samples import FatalSamples
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.rows import RowDataset
 from megavlm.data.sample_order import reshard
-from megavlm.data.worker_processes import rows_from_workers
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import SkippedSample
 from megavlm.sources.blend import Source, open_sources
+from megavlm.workers.fatal_samples import FatalSamples
+from megavlm.workers.worker_processes import rows_from_workers
 
 _BLEND = "data.train and data.replay"
 _MOST_AHEAD = 16  # maximum rows that a worker prepares in advance; rows are large because they contain pixels

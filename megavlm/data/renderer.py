@@ -16,7 +16,6 @@ import torch
 from megavlm.base.errors import UserError
 from megavlm.chat.template import ChatTemplate
 from megavlm.config.data_sections import DataSettings
-from megavlm.data.current_sample import PIXELS, reading
 from megavlm.data.draft import Draft, DraftError
 from megavlm.data.positions import mrope_positions
 from megavlm.data.processor import Clip, Still, VisionProcessor, limits_of
@@ -28,6 +27,7 @@ from megavlm.media.videos import find_video
 from megavlm.records.records import Kind, Record, check_record
 from megavlm.records.remarks import LITERAL_MARK
 from megavlm.records.skipped_samples import NO_TARGET, TOO_LONG, UnfitSample
+from megavlm.workers.current_sample import PIXELS, reading
 
 END_OF_TEXT = "<|endoftext|>"
 

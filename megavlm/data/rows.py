@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from megavlm.base.command_line import command
 from megavlm.base.errors import UserError
 from megavlm.data.answer_groups import draft_unit
-from megavlm.data.current_sample import PIXELS, RECORD, reading
 from megavlm.data.draft import Draft, DraftError
-from megavlm.data.fatal_samples import FatalSamples
 from megavlm.data.packing import first_fill, next_fill, take_row
 from megavlm.data.processor import limits_of
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.sample_order import SampleOrder
-from megavlm.data.worker_processes import WorkerRows
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import TOO_LONG, SkippedSample, UnfitSample
 from megavlm.sources.blend import Source
+from megavlm.workers.current_sample import PIXELS, RECORD, reading
+from megavlm.workers.fatal_samples import FatalSamples
+from megavlm.workers.worker_processes import WorkerRows
 
 _MOST_SKIPPED = 1000  # after this many consecutive skipped samples, a source is considered unusable
 

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megavlm.base import yaml_files
 from megavlm.base.errors import UserError
-from megavlm.config import yaml_files
 from megavlm.config.settings import Settings
 from megavlm.output.inputs import has_moved
 

@@ -9,8 +9,8 @@ import pytest
 
 from megavlm.align import reference_rows
 from megavlm.align.reference_rows import AllAnswers, AnswerData, Progress
-from megavlm.data.fatal_samples import FatalSamples
 from megavlm.sources.blend import Source
+from megavlm.workers.fatal_samples import FatalSamples
 
 
 class File:

@@ -9,8 +9,9 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from megavlm.base import yaml_files
 from megavlm.cli.main import main
-from megavlm.config import describe, yaml_files
+from megavlm.config import describe
 from megavlm.config.load import load_settings
 from megavlm.sources.blend import open_sources
 

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from megavlm.base.errors import UserError
-from megavlm.data.current_sample import PIXELS, RECORD, Notes, Reading
 from megavlm.sources.blend import Source
+from megavlm.workers.current_sample import PIXELS, RECORD, Notes, Reading
 
 FOLDER = "fatal_samples"  # within the output folder
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)

@@ -10,9 +10,9 @@ import torch
 
 from megavlm.base.errors import RunFailure
 from megavlm.config.settings import DataSettings
-from megavlm.data import worker_processes
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
+from megavlm.workers import worker_processes
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megavlm.base.errors import RunFailure, UserError
 from megavlm.base.processes import end_with_parent
-from megavlm.data.fatal_samples import FROM_OUTSIDE, FatalSamples, death_of
-from megavlm.data.shared_memory import sent, too_little
+from megavlm.workers.fatal_samples import FROM_OUTSIDE, FatalSamples, death_of
+from megavlm.workers.shared_memory import sent, too_little
 
 _PATIENCE = 2.0  # seconds to wait for the end of a process that should end or has probably died
 _MOST_DEATHS = 3  # consecutive deaths of workers, without a row in between, that a run survives

@@ -1,0 +1,1 @@
+"""Processes that read and render samples: starting them, their memory, and samples that kill them."""
