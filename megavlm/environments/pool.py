@@ -1,15 +1,11 @@
 """Environments in worker processes beside the sampling: each conversation has one of its own."""
 
-import contextlib
-import os
 import pickle
 import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from typing import Any
 
 from megavlm.base.errors import RunFailure
@@ -17,6 +13,7 @@ from megavlm.base.quoting import shortened
 from megavlm.config.environment_section import EnvironmentSettings
 from megavlm.environments.step import Observation
 from megavlm.environments.worker_process import LOADING, Call, EnvironmentWorker, Episode, unusable
+from megavlm.rewards.pool_thread import PoolThread
 
 _MOST_BAD_STARTS = 3  # workers in a row that may end while they load the file
 _GRACE = 5.0  # seconds after its limit in which such a worker ends a call by itself
@@ -31,7 +28,7 @@ class Reply:
     seconds: float
 
 
-class EnvironmentPool:
+class EnvironmentPool(PoolThread[Call, tuple[Episode, Reply]]):
     """Worker processes for the conversations of a data-parallel rank, on its leader.
 
     A thread deals the calls to the workers. An environment stays in the process in which it began. If that ends, by its
@@ -43,16 +40,11 @@ class EnvironmentPool:
     """
 
     def __init__(self, settings: EnvironmentSettings):
+        super().__init__("environments")
         self._settings = settings
-        self._submitted: queue.SimpleQueue[Call] = queue.SimpleQueue()
-        self._finished: queue.SimpleQueue[tuple[Episode, Reply] | None] = queue.SimpleQueue()  # None: the thread ended
         self._waiting: deque[Call] = deque()
         self._workers: list[EnvironmentWorker] = []
-        self._error: BaseException | None = None
-        self._bad_starts, self._pending, self._numbers, self._is_closed = 0, 0, 0, False
-        self._wake, self._waker = os.pipe()
-        os.set_blocking(self._waker, False)
-        self._thread = threading.Thread(target=self._run, name="environments", daemon=True)
+        self._bad_starts, self._pending, self._numbers = 0, 0, 0
         self._thread.start()
 
     def begin(self, columns: Mapping[str, Any], folder: str) -> Episode:
@@ -64,16 +56,16 @@ class EnvironmentPool:
         """
         self._numbers += 1
         episode = Episode(self._numbers, (columns, folder))
-        self._submit(Call(episode, None))
+        self._call(Call(episode, None))
         return episode
 
     def step(self, episode: Episode, answer: str) -> None:
         """Calls ``step`` of an environment without waiting."""
-        self._submit(Call(episode, answer))
+        self._call(Call(episode, answer))
 
     def end(self, episode: Episode) -> None:
         """Calls ``close`` of an environment, if it has one; there is no reply, and a failure is of no interest."""
-        self._submit(Call(episode, None, ends=True))
+        self._call(Call(episode, None, ends=True))
 
     def wait(self, sign: Callable[[], None] = lambda: None) -> dict[Episode, Reply]:
         """Waits for the replies to all calls since the last time.
@@ -87,59 +79,26 @@ class EnvironmentPool:
         found: dict[Episode, Reply] = {}
         while self._pending:
             try:
-                item = self._finished.get(timeout=1.0)
+                episode, reply = self._next(timeout=1.0)
             except queue.Empty:
                 sign()
                 continue
-            if item is None:
-                self._finished.put(None)  # the next call is to end, too
-                assert self._error is not None
-                raise self._error
             self._pending -= 1
-            found[item[0]] = item[1]
+            found[episode] = reply
         return found
 
-    def close(self) -> None:
-        """Ends the workers, and with them all environments. A second call does nothing."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._wake_up()
-            self._thread.join()
-            os.close(self._wake)
-            os.close(self._waker)
-
-    def __enter__(self) -> "EnvironmentPool":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _submit(self, call: Call) -> None:
-        if self._is_closed:
-            raise RuntimeError("the environments have been closed")
+    def _call(self, call: Call) -> None:
         self._pending += not call.ends
-        self._submitted.put(call)
-        self._wake_up()
+        self._submit(call)
 
-    def _wake_up(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full, so the thread wakes up in any case
-            os.write(self._waker, b".")
+    def _running(self) -> Iterable[EnvironmentWorker]:
+        return self._workers
 
-    def _run(self) -> None:
-        """The thread."""
-        try:
-            while not self._is_closed:
-                while len(self._workers) < self._settings.workers:
-                    self._workers.append(EnvironmentWorker(self._settings))
-                self._deal()
-                self._listen()
-            raise RuntimeError("the environments have been closed")
-        except BaseException as error:
-            self._error = error
-            self._finished.put(None)
-        finally:
-            for worker in self._workers:
-                worker.kill()
+    def _round(self) -> None:
+        while len(self._workers) < self._settings.workers:
+            self._workers.append(EnvironmentWorker(self._settings))
+        self._deal()
+        self._listen()
 
     def _deal(self) -> None:
         """Gives waiting calls to workers that can take them."""
@@ -184,13 +143,8 @@ class EnvironmentPool:
         deadlines = [call.deadline for worker in self._workers for call in worker.calls.values()]
         deadlines += [worker.started + LOADING for worker in self._workers if not worker.is_ready]
         timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-        handles = [handle for worker in self._workers for handle in (worker.connection, worker.pidfd)]
-        ready = wait([self._wake, *handles], timeout)
-        if self._wake in ready:
-            os.read(self._wake, 4096)
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._waiting.append(self._submitted.get_nowait())
+        ready, calls = self._heard_from(self._workers, timeout)
+        self._waiting.extend(calls)
         now = time.monotonic()
         for worker in list(self._workers):
             late = min(worker.calls.values(), key=lambda call: call.deadline, default=None)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from typing import Any
 
 from megavlm.base.errors import UserError
@@ -84,14 +83,7 @@ def check_environment(settings: EnvironmentSettings) -> None:
     """
     if settings.python is None:
         return
-    worker, message = EnvironmentWorker(settings), None
-    try:
-        if wait([worker.connection, worker.pidfd], LOADING):
-            message = worker.receive()
-    except (OSError, EOFError):
-        pass  # it died
-    finally:
-        end = worker.kill()
+    message, end = EnvironmentWorker(settings).try_start(LOADING)
     if message is None:
         raise UserError(
             f"the environment {settings.python} cannot be loaded: its process {end}",

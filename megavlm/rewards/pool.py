@@ -1,20 +1,18 @@
 """Rewards computed in worker processes beside the sampling."""
 
-import contextlib
-import os
 import pickle
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from typing import Any
 
 from megavlm.base.errors import RunFailure, UserError
 from megavlm.base.quoting import shortened
 from megavlm.config.reward_section import RewardSettings
+from megavlm.rewards.pool_thread import PoolThread
 from megavlm.rewards.score import Score
 from megavlm.rewards.tasks import Group, Task
 from megavlm.rewards.worker_process import WorkerProcess, unusable
@@ -34,15 +32,7 @@ def check_rewards(rewards: Sequence[RewardSettings]) -> None:
     computed = _computed(rewards)
     if not computed:
         return
-    worker = WorkerProcess(computed)
-    message = None
-    try:
-        if wait([worker.connection, worker.pidfd], _LOADING):
-            message = worker.receive()
-    except (OSError, EOFError):
-        pass  # it died
-    finally:
-        end = worker.kill()
+    message, end = WorkerProcess(computed).try_start(_LOADING)
     if message is None:
         listed = ", ".join(reward.key for reward in computed)
         raise UserError(
@@ -65,7 +55,7 @@ class _Call:
         return self.began + self.task.limit
 
 
-class RewardPool:
+class RewardPool(PoolThread[Group, Result]):
     """Worker processes that judge groups of answers. One for each data-parallel rank, on its leader.
 
     A thread deals the groups to the workers, so that these go on while the trainer samples or updates. A reward that
@@ -77,18 +67,13 @@ class RewardPool:
     """
 
     def __init__(self, rewards: Sequence[RewardSettings], workers: int = 2):
+        super().__init__("rewards")
         self._rewards = _computed(rewards)
         self._num_workers = workers if self._rewards else 0
-        self._submitted: queue.SimpleQueue[Group] = queue.SimpleQueue()
-        self._finished: queue.SimpleQueue[Result | None] = queue.SimpleQueue()  # None: the thread has ended
         self._waiting: deque[Task] = deque()
         self._workers: dict[WorkerProcess, _Call | None] = {}
-        self._error: BaseException | None = None
-        self._bad_starts, self._pending, self._is_closed = 0, 0, False
+        self._bad_starts, self._pending = 0, 0
         self._counting = threading.Lock()  # of groups, which may be submitted and taken by different threads
-        self._wake, self._waker = os.pipe()
-        os.set_blocking(self._waker, False)
-        self._thread = threading.Thread(target=self._run, name="rewards", daemon=True)
         self._thread.start()
 
     @property
@@ -104,8 +89,6 @@ class RewardPool:
             completions: its answers.
             columns: for each name as many values as there are answers (`score.columns_of`).
         """
-        if self._is_closed:
-            raise RuntimeError("the rewards have been closed")
         bad = {name: len(column) for name, column in columns.items() if len(column) != len(completions)}
         assert not bad, f"{len(completions)} completions, but columns of other lengths: {bad}"
         cause = None
@@ -120,8 +103,7 @@ class RewardPool:
                 task.give_up(cause or "")
         with self._counting:
             self._pending += 1
-        self._submitted.put(group)
-        self._wake_up()
+        self._submit(group)
 
     def results(self, timeout: float = 0.0) -> list[Result]:
         """The groups that are finished and were not returned before: (key, score of each answer), in any order.
@@ -135,62 +117,29 @@ class RewardPool:
         found: list[Result] = []
         while self._pending:
             try:
-                found.append(self._next(0.0 if found else timeout))
+                found.append(self._taken(0.0 if found else timeout))
             except queue.Empty:
                 break
         return found
 
     def wait(self) -> list[Result]:
         """Waits for all groups that were submitted, and returns those not returned before. Raises as `results`."""
-        return [self._next(None) for _ in range(self._pending)]
+        return [self._taken(None) for _ in range(self._pending)]
 
-    def close(self) -> None:
-        """Ends the workers. Groups that are not finished are dropped. A second call does nothing."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._wake_up()
-            self._thread.join()
-            os.close(self._wake)
-            os.close(self._waker)
-
-    def __enter__(self) -> "RewardPool":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _wake_up(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full, so the thread wakes up in any case
-            os.write(self._waker, b".")
-
-    def _next(self, timeout: float | None) -> Result:
-        """The next finished group; None waits for it, and otherwise queue.Empty is raised after ``timeout`` seconds."""
-        found = self._finished.get(block=timeout != 0.0, timeout=timeout)
-        if found is None:
-            self._finished.put(None)  # the next call is to end, too
-            assert self._error is not None
-            raise self._error
+    def _taken(self, timeout: float | None) -> Result:
+        found = self._next(timeout)
         with self._counting:
             self._pending -= 1
         return found
 
-    def _run(self) -> None:
-        """The thread."""
-        try:
-            while not self._is_closed:
-                self._start_workers()
-                self._deal()
-                self._listen()
-        except BaseException as error:
-            self._error = error
-            self._finished.put(None)
-        finally:
-            for worker in self._workers:
-                worker.kill()
+    def _running(self) -> Iterable[WorkerProcess]:
+        return self._workers
 
-    def _start_workers(self) -> None:
+    def _round(self) -> None:
         while len(self._workers) < self._num_workers:
             self._workers[WorkerProcess(self._rewards)] = None
+        self._deal()
+        self._listen()
 
     def _deal(self) -> None:
         """Gives each idle worker a task."""
@@ -214,10 +163,10 @@ class RewardPool:
             if call or not worker.is_ready
         ]
         timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-        handles = [handle for worker in self._workers for handle in (worker.connection, worker.pidfd)]
-        ready = wait([self._wake, *handles], timeout)
-        if self._wake in ready:
-            self._take_submitted()
+        ready, groups = self._heard_from(self._workers, timeout)
+        for group in groups:
+            self._waiting.extend(task for task in group.tasks if not task.is_done)
+            self._finish(group)
         for worker, call in list(self._workers.items()):
             if worker.connection in ready:
                 try:
@@ -232,16 +181,6 @@ class RewardPool:
                 self._ended(worker, call, f"no result after {call.task.limit:.3g} s")
             elif call is None and not worker.is_ready and time.monotonic() >= worker.started + _LOADING:
                 self._ended(worker, call, f"has not loaded the rewards after {_LOADING:g} s")
-
-    def _take_submitted(self) -> None:
-        os.read(self._wake, 4096)
-        while True:
-            try:
-                group = self._submitted.get_nowait()
-            except queue.Empty:
-                return
-            self._waiting.extend(task for task in group.tasks if not task.is_done)
-            self._finish(group)
 
     def _heard(self, worker: WorkerProcess, call: _Call | None, message: dict[str, Any]) -> None:
         if "unusable" in message:
@@ -273,7 +212,7 @@ class RewardPool:
                 )
 
     def _replace(self, worker: WorkerProcess) -> str:
-        """Kills a worker, for which `_start_workers` starts another. Returns how it ended."""
+        """Kills a worker, for which `_round` starts another. Returns how it ended."""
         del self._workers[worker]
         return worker.kill()
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from megavlm.base.errors import UserError
@@ -83,6 +83,16 @@ class WorkerProcess:
         message = json.loads(self.connection.recv_bytes())
         self.is_ready = self.is_ready or "ready" in message
         return message
+
+    def try_start(self, seconds: float) -> tuple[dict[str, Any] | None, str]:
+        """Waits for its first message and ends it. Returns the message, None if there is none, and how it ended."""
+        message = None
+        try:
+            if wait([self.connection, self.pidfd], seconds):
+                message = self.receive()
+        except (OSError, EOFError):
+            pass  # it died
+        return message, self.kill()
 
     def kill(self) -> str:
         """Ends the process and those that it has started. Returns how it ended, for example "killed by SIGSEGV"."""
