@@ -46,6 +46,7 @@ line and over the ranks, and add up to seconds. On a GPU they are times of the d
 that a step's last work (the update of the weights) is in the next line:
 
     phase/data          waiting for rows, and copying them to the device
+    phase/sampling      sampling answers and waiting for their rewards, without the frames of the prompts
     phase/reference     passes without gradients that the method makes first
     phase/tower         forward and backward pass of the frames
     phase/exchange      the exchange of features and of their gradients between the ranks

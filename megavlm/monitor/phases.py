@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from megavlm.platform import mark, named_range, reached, seconds_between
 
-PHASES = ("data", "reference", "tower", "exchange", "decoder", "head", "reduction", "optimizer", "other")
+PHASES = (
+    "data", "sampling", "reference", "tower", "exchange", "decoder", "head", "reduction", "optimizer", "other",
+)  # fmt: skip
 
 
 class Phases:

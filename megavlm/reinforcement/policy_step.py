@@ -64,7 +64,8 @@ class PolicyStep:
     def __call__(self) -> StepResult:
         session, align = self._session, self._session.settings.align
         session.vlm.train(False)
-        batch = self._rollouts.collect()
+        with self._step.phases("sampling"):
+            batch = self._rollouts.collect()
         session.vlm.train()
         began = time.perf_counter()
         self._judged, self._logged = failures_of(batch.shown), [logged(group) for group in batch.shown[:MAX_GROUPS]]
@@ -157,13 +158,14 @@ class PolicyStep:
         look = partial(self._step.look_through, rows)
         old: list[torch.Tensor] = []
         reference: list[torch.Tensor] = []
-        if self._needs_old:
-            self._session.vlm.train(False)
-            old = look(self._objective.logprobs)
-            self._session.vlm.train()
-        if self._start is not None:
-            with self._start(), chosen_anew():
-                reference = look(self._objective.logprobs)
+        with self._step.phases("reference"):
+            if self._needs_old:
+                self._session.vlm.train(False)
+                old = look(self._objective.logprobs)
+                self._session.vlm.train()
+            if self._start is not None:
+                with self._start(), chosen_anew():
+                    reference = look(self._objective.logprobs)
         count = max(len(old), len(reference))
         return [Known(old[n] if old else None, reference[n] if reference else None) for n in range(count)]
 

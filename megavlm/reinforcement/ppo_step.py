@@ -113,7 +113,8 @@ class PpoStep(PolicyStep):
             return values
 
         self._critic.vlm.train(False)
-        self._critic.look_through(rows, read)
+        with self._step.phases("reference"):
+            self._critic.look_through(rows, read)
         self._critic.vlm.train()
         return [found[number] for number in sorted(found)]
 

@@ -10,8 +10,9 @@ from megavlm.monitor.phases import PHASES
 from megavlm.report.run import Run
 
 _COLORS: Mapping[str, str] = {
-    "data": "lr", "reference": "faint", "tower": "vision", "exchange": "projector", "decoder": "language",
-    "head": "loss", "reduction": "speed", "optimizer": "text", "other": "soft", "checkpoint": "mark",
+    "data": "lr", "sampling": "sampling", "reference": "faint", "tower": "vision", "exchange": "projector",
+    "decoder": "language", "head": "loss", "reduction": "speed", "optimizer": "text", "other": "soft",
+    "checkpoint": "mark",
 }  # fmt: skip
 
 

@@ -135,6 +135,11 @@ class Step:
         prepare_schedule(vlm.decoder_config)
 
     @property
+    def phases(self) -> Phases:
+        """What measures and names the phases of its steps, for methods that do more in a step."""
+        return self._phases
+
+    @property
     def window(self) -> int:
         """The number of micro-batches whose features exist at the same time in a step of ``num_micro_batches``."""
         return self._window_of(self.num_micro_batches)

@@ -194,6 +194,7 @@ def test_the_divergence_can_be_a_part_of_the_reward(grpo, tmp_path):
     output = tmp_path / "rloo"
     overrides = ["train.steps=2", "train.warmup_steps=0", "train.lr=3e-3", "data.workers=0", "rollout.log_every=1"]
     overrides += ["align.advantage=rloo", "align.kl_in=reward", "align.beta=0.1", "align.loss=dr_grpo"]
+    overrides += ["log.phases=true"]
     result = forked_command.run(grpo(output, overrides))
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [json.loads(text)["groups"] for text in (output / "rollouts.jsonl").read_text().splitlines()]
@@ -208,6 +209,8 @@ def test_the_divergence_can_be_a_part_of_the_reward(grpo, tmp_path):
     metrics = read_metrics(output)
     assert metrics[1]["reward/kl"] == pytest.approx(sum(second) / len(second), rel=1e-6)
     assert metrics[1]["kl"] is None  # there is none in the loss
+    assert metrics[1]["phase/sampling"] > 0
+    assert metrics[1]["phase/other"] < metrics[1]["seconds_rollout"]  # sampling is not counted there
 
 
 def test_a_run_whose_rewards_all_fail_saves_and_ends(grpo, toys, tmp_path):

@@ -110,6 +110,7 @@ def test_each_second_counts_for_its_phase(toys, world1):
     ((fields, _, _),) = run(world1, toys, {}, measured=True, false_clock=True)
     assert fields == {
         "phase/data": ROW * len(ROWS),
+        "phase/sampling": 0.0,
         "phase/reference": 0.0,
         "phase/tower": TOWER * 3,  # one of the rows, each of which is a window here, has no picture
         "phase/exchange": 0.0,
