@@ -4,7 +4,17 @@ import os
 
 import pytest
 import torch
-from parity import ROWS, Toys, Trained, named_as_in_hf, put_together, settings_of, train_layout, train_reference
+from parity import (
+    ROWS,
+    Toys,
+    Trained,
+    mostly_slow,
+    named_as_in_hf,
+    put_together,
+    settings_of,
+    train_layout,
+    train_reference,
+)
 from toy import picture
 
 # name: (processes, model, parallel settings); each runs without and with recompute of tower and decoder
@@ -28,6 +38,16 @@ LAYOUTS = {
     "MoE EP2 × TP2 × PP2": (4, "moe", {"expert": 2, "tensor": 2, "pipeline": 2}),
 }
 RECOMPUTE = {"kept": {}, "recomputed": {"recompute": "full", "vision": {"recompute": True, "chunk_patches": 64}}}
+BOTH = [(name, recompute) for name in LAYOUTS for recompute in RECOMPUTE]
+# `make test` runs each layout once: recomputed where recomputation has most to do with it, otherwise kept.
+RECOMPUTED = {"TP2 × CP2", "PP2 × VPP2", "TP2 × PP2 × CP2", "MoE expert TP2", "MoE EP2 × TP2 × PP2"}
+
+
+def is_quick(case: tuple[str, str]) -> bool:
+    name, recompute = case
+    return name == "one process" or (recompute == "recomputed") == (name in RECOMPUTED)
+
+
 # name: (processes, model, parallel settings, other settings)
 VARIANTS = {
     "TP2 without sequence parallelism": (2, "dense", {"tensor": 2, "sequence": False}, {}),
@@ -111,8 +131,7 @@ def row_of_table(name: str, differences: dict) -> str:
     return f"\n| {name} | " + " | ".join(f"{differences[key]:.1e}" for key in ("loss", "grad_norm", "weights")) + " |"
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("name", "recompute"), mostly_slow(BOTH, is_quick))
 def test_layout(name, recompute, toys, request):
     size, kind, parallel = LAYOUTS[name]
     settings = settings_of(toys.folder(kind), parallel, moe=kind == "moe", **RECOMPUTE[recompute])
