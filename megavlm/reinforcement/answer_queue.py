@@ -74,6 +74,10 @@ class AnswerQueue:
         loader: the loader of the prompts, on the same ranks.
         rows: the rows of that loader, one prompt each.
         rewards: judges the answers, on the same ranks.
+
+    Attributes:
+        engine, sampling, loader, rewards: see above.
+        version: number of steps that have begun, less 1.
     """
 
     def __init__(
@@ -86,8 +90,8 @@ class AnswerQueue:
         rows: Iterator[Row] | None,
         rewards: RewardPool | None,
     ):
-        self._session, self._engine, self._sampling, self._renderer = session, engine, sampling, renderer
-        self._loader, self._rows, self._rewards = loader, rows, rewards
+        self._session, self.engine, self.sampling, self._renderer = session, engine, sampling, renderer
+        self.loader, self._rows, self.rewards = loader, rows, rewards
         rollout = session.settings.rollout
         self._ahead = rollout.ahead * required(rollout.prompts, "rollout.prompts") // session.groups.dp_size
         self._open: deque[Asked] = deque()
@@ -100,9 +104,9 @@ class AnswerQueue:
         """Hands the present weights to the engine. Call it on all ranks. Returns the seconds that this took."""
         began = time.perf_counter()
         self.version += 1
-        self._engine.sync()
-        if self._loader is not None:
-            self._loader.begin_step()
+        self.engine.sync()
+        if self.loader is not None:
+            self.loader.begin_step()
         return time.perf_counter() - began
 
     def take(self, count: int) -> list[Asked]:
@@ -113,7 +117,7 @@ class AnswerQueue:
         Raises:
             NoRows: on all ranks, if a rank has no prompts, or its answers cannot be sampled.
         """
-        if self._engine.samples_apart:
+        if self.engine.samples_apart:
             return self._take_from_threads(count)
         taken: list[Asked] = []
         problem: UserError | None = None
@@ -125,10 +129,12 @@ class AnswerQueue:
         return taken
 
     def close(self) -> None:
-        """Ends the engine; answers that nobody has taken are dropped."""
-        self._engine.close()
+        """Ends the engine and the processes of the rewards; answers that nobody has taken are dropped."""
+        self.engine.close()
         for thread, _ in self._flights:
             thread.join(timeout=10.0)
+        if self.rewards is not None:
+            self.rewards.close()
 
     def texts(self, answered: Answered, *, special: bool = False) -> list[str]:
         """The texts of the answers, of several turns that of the last one."""
@@ -145,7 +151,7 @@ class AnswerQueue:
                 asked.append(one)
                 yield one.prompt
 
-        self._generate(asked, read() if self._loader is not None else None)
+        self._generate(asked, read() if self.loader is not None else None)
         assert all(one.answered is not None for one in asked), "the engine answers every prompt"
         return asked
 
@@ -156,7 +162,7 @@ class AnswerQueue:
         """
         taken: list[Asked] = []
         problem: UserError | None = None
-        if self._loader is not None:
+        if self.loader is not None:
             try:
                 self._ask(count + self._ahead - len(self._open))
                 taken = [self._open.popleft() for _ in range(count)]
@@ -176,8 +182,8 @@ class AnswerQueue:
         raise_everywhere(problem, problem is not None, self._session.groups)
         # One that has failed since stays, so that the next step hears of it.
         self._flights = [(thread, flight) for thread, flight in self._flights if thread.is_alive() or flight.error]
-        if self._loader is not None and self._ahead and taken:
-            self._loader.hold(taken[-1].place)
+        if self.loader is not None and self._ahead and taken:
+            self.loader.hold(taken[-1].place)
         return taken
 
     def _ask(self, count: int) -> None:
@@ -209,30 +215,30 @@ class AnswerQueue:
 
     def _generate(self, asked: Sequence[Asked], prompts: Iterator[Prompt] | None) -> None:
         """``asked`` may grow while the engine reads ``prompts``."""
-        for answered in self._engine.generate(prompts, self._sampling):
+        for answered in self.engine.generate(prompts, self.sampling):
             one = next(one for one in asked if one.prompt is answered.prompt)
             record, texts = asked_of(answered), self.texts(answered)
             columns = {"answer": record.reference, **record.columns} if record.reference is not None else record.columns
-            assert self._rewards is not None, "answers arrive on leaders, which have rewards"
-            self._rewards.submit(one.number, texts, columns_of(columns, record.question, len(texts)))
+            assert self.rewards is not None, "answers arrive on leaders, which have rewards"
+            self.rewards.submit(one.number, texts, columns_of(columns, record.question, len(texts)))
             with self._changed:
                 one.answered = answered
                 self._changed.notify_all()
 
     def _read(self, count: int) -> Iterator[Asked]:
         """The next prompts of this data-parallel rank. Raises UserError if there are none."""
-        assert self._loader is not None, "leaders have prompts"
+        assert self.loader is not None, "leaders have prompts"
         assert self._rows is not None, "leaders have prompts"
         groups, settings = self._session.groups, self._session.settings
         size = required(settings.rollout.group_size, "rollout.group_size")
         for _ in range(count):
-            number = self._loader.next_number(groups.dp_rank)
+            number = self.loader.next_number(groups.dp_rank)
             row = next(self._rows)
             seeds = tuple(mixed_seed(settings.train.seed, number, n) for n in range(size))
             prompt = Prompt(first_sample(row), seeds)
             yield Asked(
                 self._number, prompt, self.version, row.skipped_samples, row.newly_read, row.source_ids[0],
-                self._loader.place,
+                self.loader.place,
             )  # fmt: skip
             self._number += 1
 

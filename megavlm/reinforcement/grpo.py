@@ -15,6 +15,7 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.environments.messages import Messages
 from megavlm.environments.pool import EnvironmentPool
+from megavlm.reinforcement.answer_queue import AnswerQueue
 from megavlm.reinforcement.divergence import Divergence
 from megavlm.reinforcement.engines import make_engine
 from megavlm.reinforcement.policy import Policy
@@ -104,19 +105,9 @@ class PolicyMethod(OneModel):
                 special=tokenizer.all_special_ids,
                 records_routing=replays,
             )
-            rollouts = Rollouts(
-                session,
-                in_turns(session, engine, renderer),
-                _sampling(session, stops),
-                renderer,
-                loader,
-                rows,
-                rewards,
-                models,
-                divergence,
-                policy.advantage,
-                policy.replacements,
-            )
+            answering = in_turns(session, engine, renderer)
+            queue = AnswerQueue(session, answering, _sampling(session, stops), renderer, loader, rows, rewards)
+            rollouts = Rollouts(session, queue, models, divergence, policy.advantage, policy.replacements)
             return self._step(session, step, rollouts, objective, renderer, start)
 
         updates = settings.align.updates * settings.align.mini_batches

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,6 @@ from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
 from megavlm.config.environment_section import ENVIRONMENT
 from megavlm.config.requirements import required
-from megavlm.data.loader import RowLoader
-from megavlm.data.renderer import Renderer
-from megavlm.data.row import Row
 from megavlm.reinforcement.answer_queue import AnswerQueue, Asked
 from megavlm.reinforcement.answer_rows import AnswerGroup
 from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, environment_fields, fields_of, keys_of
@@ -23,10 +20,9 @@ from megavlm.reinforcement.divergence import Divergence
 from megavlm.reinforcement.judged import Batch, Judged, with_environment
 from megavlm.reinforcement.policy import GAE
 from megavlm.reinforcement.reward_models import RewardModels
-from megavlm.rewards.pool import RewardPool
 from megavlm.rewards.score import Score, overlong_penalty, score
 from megavlm.rollout.conversations import Conversations
-from megavlm.rollout.engine import Answered, Engine, Sampling
+from megavlm.rollout.engine import Answered
 from megavlm.runtime.session import Session
 from megavlm.training.step import raise_everywhere
 
@@ -39,12 +35,7 @@ class Rollouts:
 
     Args:
         session: the session of the run.
-        engine: samples the answers.
-        sampling: how it samples.
-        renderer: decodes the answers on the leader of each model-parallel group; None elsewhere.
-        loader: the loader of the prompts, on the same ranks.
-        rows: the rows of that loader, one prompt each.
-        rewards: judges the answers, on the same ranks.
+        queue: has prompts answered, and knows the rewards.
         models: the reward models among the rewards.
         divergence: the divergence from the reference model, if it is a part of the rewards.
         advantage: the name of the advantage, and its options.
@@ -54,20 +45,13 @@ class Rollouts:
     def __init__(
         self,
         session: Session,
-        engine: Engine,
-        sampling: Sampling,
-        renderer: Renderer | None,
-        loader: RowLoader | None,
-        rows: Iterator[Row] | None,
-        rewards: RewardPool | None,
+        queue: AnswerQueue,
         models: RewardModels,
         divergence: Divergence | None,
         advantage: tuple[str, dict[str, float]],
         replacements: int,
     ):
-        self._session, self._engine, self._sampling = session, engine, sampling
-        self._loader, self._rewards = loader, rewards
-        self._queue = AnswerQueue(session, engine, sampling, renderer, loader, rows, rewards)
+        self._session, self._queue = session, queue
         self._collected = time.perf_counter()  # when the last batch was complete
         self._scores: dict[Hashable, list[Score]] = {}  # of answers that were not yet taken, by the prompt's number
         self._advantage, self._replacements = advantage, replacements
@@ -111,19 +95,17 @@ class Rollouts:
 
     def remarks(self) -> list[str]:
         """What the user should know of the prompts; on leaders, which read them."""
-        if self._loader is None:
+        loader, settings = self._queue.loader, self._session.settings
+        if loader is None:
             return []
-        settings = self._session.settings
         return [
-            *too_few_prompts(settings, sum(len(source.file) for source in self._loader.sources)),
+            *too_few_prompts(settings, sum(len(source.file) for source in loader.sources)),
             *uncorrected(settings),
         ]
 
     def close(self) -> None:
         """Ends the engine and the processes of the rewards."""
         self._queue.close()
-        if self._rewards is not None:
-            self._rewards.close()
 
     def _taken(self, count: int, batch: Batch, sums: Sums) -> list[Asked]:
         """The next prompts of this data-parallel rank with their answers, on leaders; elsewhere []."""
@@ -142,10 +124,11 @@ class Rollouts:
     def _judged(self, asked: list[Asked], sums: Sums) -> list[Judged]:
         began, judged = time.perf_counter(), list[Judged]()
         problem: UserError | None = None
-        if self._rewards is not None:
+        rewards = self._queue.rewards
+        if rewards is not None:
             try:
                 while any(one.number not in self._scores for one in asked):  # not for ever: rewards have time-outs
-                    self._scores |= dict(self._rewards.results(_SECONDS_BETWEEN_SIGNS))
+                    self._scores |= dict(rewards.results(_SECONDS_BETWEEN_SIGNS))
                     beat("the rewards")
             except UserError as error:
                 problem = error
@@ -171,7 +154,7 @@ class Rollouts:
         return judged
 
     def _judge(self, answered: Answered, scores: list[Score]) -> Judged:
-        cache, most = self._session.settings.align.overlong_cache, self._sampling.max_new_tokens
+        cache, most = self._session.settings.align.overlong_cache, self._queue.sampling.max_new_tokens
         rewards: list[float | None] = []
         for answer, found in zip(answered.answers, scores, strict=True):
             late = overlong_penalty(len(answer.tokens), most, cache) if cache is not None else 0.0
@@ -187,9 +170,9 @@ class Rollouts:
         """Fills ``fields`` and ``counts`` with sums over all ranks."""
         rewards = [*self._weights, *([KL] if self._divergence is not None else [])]
         add_batch(sums, batch, rewards)
-        if isinstance(self._engine, Conversations):
-            sums["seconds_environment"] += self._engine.take_seconds()
-        is_leader = self._loader is not None
+        if isinstance(self._queue.engine, Conversations):
+            sums["seconds_environment"] += self._queue.engine.take_seconds()
+        is_leader = self._queue.loader is not None
         found = self._sum({key: sums[key] if is_leader else 0.0 for key in keys_of(rewards, self._names)})
         batch.fields = fields_of(found, rewards, self._session.groups.dp_size)
         if self._speaks:

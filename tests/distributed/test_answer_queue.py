@@ -138,7 +138,7 @@ def test_a_failure_between_two_steps_is_not_forgotten(asked, world1):
 
 
 def taken_on_two_ranks(settings: dict) -> list[list[int]]:
-    """Runs in a world: what each rank takes; the second is no leader. A collective ends after two seconds."""
+    """Runs in a world: what each rank takes; the second is no leader. A collective ends after three seconds."""
     import time
     from datetime import timedelta
     from types import SimpleNamespace
@@ -169,7 +169,7 @@ def taken_on_two_ranks(settings: dict) -> list[list[int]]:
 
         def close(self): ...
 
-    impatient = dist.new_group(backend="gloo", timeout=timedelta(seconds=2))
+    impatient = dist.new_group(backend="gloo", timeout=timedelta(seconds=3))
     session = SimpleNamespace(
         settings=settings,
         groups=SimpleNamespace(dp_size=1, dp_rank=0, world_host=impatient, is_leader=groups.is_leader),
@@ -180,6 +180,7 @@ def taken_on_two_ranks(settings: dict) -> list[list[int]]:
         data = settings.data.model_copy(update={"packing": "none"})
         loader = build_loader(data, renderer, "prompt", dp_rank=0, dp_size=1, seed=0)
         of_leader = [renderer, loader, iter(loader), RewardPool([], 1)]
+    dist.barrier()  # opening them may take longer
     try:
         queue = AnswerQueue(session, Slow(), Sampling(4), *of_leader)
         queue.begin_step()
