@@ -77,7 +77,11 @@ def publish(partial: Path, keep: int, keep_every: int | None) -> None:
 
 def clean(root: Path) -> None:
     """Deletes folders that earlier starts of the run left incomplete, and what killed readers have held."""
-    for path in [*root.glob("step_*.partial"), *root.glob("step_*.deleted"), *filter(_is_forgotten, root.glob(f"step_*{HELD}"))]:
+    for path in [
+        *root.glob("step_*.partial"),
+        *root.glob("step_*.deleted"),
+        *filter(_is_forgotten, root.glob(f"step_*{HELD}")),
+    ]:
         shutil.rmtree(path, ignore_errors=True)  # if a writer elsewhere still adds files, the next call deletes them
 
 

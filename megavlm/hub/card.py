@@ -23,7 +23,7 @@ _RESULTS = (
     ("answer_tokens", "tokens of an answer", False),
     ("kl", "divergence from the reference, nats per token", False),
 )
-_LOAD = '''\
+_LOAD = """\
 ```python
 {imports}from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -36,7 +36,7 @@ inputs = processor.apply_chat_template(
 )
 tokens = model.generate(**inputs.to(model.device), max_new_tokens=128)
 print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```'''
+```"""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,9 @@ class Card:
                 "that the assistant says. `megavlm score --reward` computes it."
             )
         if self.limits:
-            where = "has no processor files; use it with" if self.adapter else "was trained with, and its processor has,"
+            where = (
+                "has no processor files; use it with" if self.adapter else "was trained with, and its processor has,"
+            )
             text += f"\n\nIt {where} these limits of pictures and videos: {self.limits}."
         return text
 
