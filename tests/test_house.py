@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "checkpoint": ["optim", "adapters", "convert", "data", "sources", "media", "model", "platform", "config", "base"],
     "monitor": ["data", "sources", "records", "media", "platform", "config", "base"],
     "report": ["output", "monitor", "data", "sources", "records", "media", "config", "base"],
+    "hub": ["report", "output", "config", "base"],
     "runtime": [
         "output",
         "monitor",
@@ -109,6 +110,7 @@ MAY_IMPORT = {
         "rewards",
         "environments",
         "runtime",
+        "hub",
         "report",
         "checkpoint",
         "convert",

@@ -5,13 +5,14 @@ is on disk. Until then its name is ``step_00000100.XXXXXXXX.partial``, where XXX
 that writes it. So a later start never writes into a folder that a killed start has left behind, even if a writer of
 that start still runs on another machine. A checkpoint is renamed to ``….deleted`` before it is deleted. One that could
 not be read when the run was resumed is renamed to ``….unreadable`` and kept, because the file system may have been at
-fault.
+fault. ``….held`` has further names of a checkpoint's files, for somebody who reads it while the run goes on (held.py).
 """
 
 import logging
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from megavlm.base.errors import UserError
@@ -19,6 +20,8 @@ from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d+)")
+HELD = ".held"
+_LONGEST_READ = 86_400.0  # seconds after which nobody reads what is held: its reader was killed
 
 
 def latest(root: Path) -> Path | None:
@@ -73,9 +76,20 @@ def publish(partial: Path, keep: int, keep_every: int | None) -> None:
 
 
 def clean(root: Path) -> None:
-    """Deletes folders that earlier starts of the run left incomplete."""
-    for path in [*root.glob("step_*.partial"), *root.glob("step_*.deleted")]:
+    """Deletes folders that earlier starts of the run left incomplete, and what killed readers have held."""
+    for path in [
+        *root.glob("step_*.partial"),
+        *root.glob("step_*.deleted"),
+        *filter(_is_forgotten, root.glob(f"step_*{HELD}")),
+    ]:
         shutil.rmtree(path, ignore_errors=True)  # if a writer elsewhere still adds files, the next call deletes them
+
+
+def _is_forgotten(held: Path) -> bool:
+    try:
+        return time.time() - held.stat().st_mtime > _LONGEST_READ
+    except FileNotFoundError:  # its reader is done
+        return False
 
 
 def _delete(folder: Path) -> None:

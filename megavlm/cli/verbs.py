@@ -168,12 +168,22 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
         "convert a checkpoint to a Hugging Face folder, with an adapter merged or written separately",
         "megavlm export sft.yaml --out exported\n"
         "megavlm export sft.yaml model.load=runs/sft/checkpoints/step_00000100 --out exported\n"
+        "megavlm export sft.yaml --shard-size 2GB --base-model Qwen/Qwen3-VL-8B-Instruct --out exported\n"
         "megavlm export sft-lora.yaml --adapter --out adapter",
         sections=("model", "adapter"),
         requires=("model.load",),
         flags={
             "out": {"metavar": "DIR", "type": Path, "required": True, "help": "folder to write; it must not exist"},
             "adapter": {"action": "store_true", "help": "write only the adapter, in peft's format"},
+            "shard_size": {
+                "metavar": "SIZE",
+                "help": "largest size of a file of weights, such as 5GB; default: the files that model.hf has",
+            },
+            "base_model": {
+                "metavar": "NAME",
+                "help": "name of the base model on the hub, for the model card and for peft; default: known only if "
+                "model.hf is in the hub's cache",
+            },
         },
         local_workers=False,
         uses_run=True,

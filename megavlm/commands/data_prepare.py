@@ -1,6 +1,5 @@
 """`megavlm data prepare`: indexes a folder of shards, or converts JSONL files and their media to a folder of shards."""
 
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megavlm.base.byte_sizes import parse_size
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted
 from megavlm.config.data_sections import check_media_protocols
@@ -20,7 +20,6 @@ from megavlm.records.skipped_samples import causes
 from megavlm.sources.shards import ShardFolder
 
 DEFAULT_SIZE = "500MB"
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _EVERY = 30  # seconds between two lines of progress if there is no terminal
 
 
@@ -86,15 +85,6 @@ def _tell(unusable: Unusable, console: Console) -> None:
     if unusable.number:
         found = f"{unusable.number:,} of {unusable.looked_at:,} samples that were looked at cannot be used by any verb"
         console.print("\n".join([f"{found}:", *causes(unusable.some)]), style="yellow", markup=False)
-
-
-def parse_size(text: str) -> int:
-    """The number of bytes given as "500MB", "2GiB" or "64k". Raises UserError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?|)b?", text.strip().lower())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise UserError(f"--shard-size is {text!r}; allowed: a size such as {DEFAULT_SIZE} or 2GiB")
-    return size
 
 
 class _Bar:

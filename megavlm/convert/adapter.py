@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -162,8 +163,18 @@ class Adapter:
             for kind, shape in self._kinds[name].items()
         }
 
-    def write(self, out: str | Path, base: str | Path | None = None, *, overwrite: bool = False) -> None:
-        """Writes a new folder in peft's format with the same bits. ``base``: the HF folder that peft will look for."""
+    def write(
+        self,
+        out: str | Path,
+        base: str | Path | None = None,
+        *,
+        overwrite: bool = False,
+        finish: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
+        """Writes a new folder in peft's format with the same bits.
+
+        ``base``: the HF folder that peft will look for. ``finish``: called with the folder before it gets its name.
+        """
         whole = self.other_weights - {score_head.KEY}
         if whole:
             raise UserError(
@@ -177,14 +188,15 @@ class Adapter:
             if isinstance(self._file, SafetensorsReader):  # it already has that format
                 shutil.copyfile(self.folder / ADAPTER_CONFIG, partial / ADAPTER_CONFIG)
                 shutil.copyfile(self.folder / ADAPTER_MODEL, partial / ADAPTER_MODEL)
-                return
-            write_config(partial / ADAPTER_CONFIG, self.settings, self.shapes, str(base) if base else None)
-            tensors = {
-                self._peft_names[name, kind]: to_peft(linear, kind, tensor)
-                for name, linear in self.linears.items()
-                for kind, tensor in self.read(name).items()
-            }
-            save_file(tensors, partial / ADAPTER_MODEL, metadata={"format": "pt"})
+            else:
+                write_config(partial / ADAPTER_CONFIG, self.settings, self.shapes, str(base) if base else None)
+                tensors = {
+                    self._peft_names[name, kind]: to_peft(linear, kind, tensor)
+                    for name, linear in self.linears.items()
+                    for kind, tensor in self.read(name).items()
+                }
+                save_file(tensors, partial / ADAPTER_MODEL, metadata={"format": "pt"})
+            finish(partial)
 
     def merged(self, entry: Entry, parts: list[Tensor], piece: int = 0) -> list[Tensor]:
         """The HF tensors of a table entry with the adapter merged into them, computed in float32.

@@ -1,5 +1,6 @@
 """The conversions in both directions. Each makes one pass over the weights in constant memory."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -58,8 +59,10 @@ def mcore_to_hf(
     adapter: Adapter | None = None,
     resize_vocabulary: bool = False,
     dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Converts a Megatron checkpoint, whether converted or saved by training, into a Hugging Face folder.
 
@@ -78,8 +81,10 @@ def mcore_to_hf(
             ``model.resize_vocabulary`` does: rows that ``mcore`` lacks are the mean of the others. If False, rows
             beyond those of ``hf`` are written only if ``mcore`` is of a run with that setting.
         dtype: dtype of all weights, instead of those above.
+        shard_bytes: largest size of a file of weights, instead of the files above.
         overwrite: whether to replace an existing model folder.
         progress: whether to show a progress bar on standard error.
+        finish: called with the folder before it gets its name, to add files to it.
 
     Raises:
         UserError: the checkpoint is of another model than ``hf``; it is a Hugging Face folder to which nothing would
@@ -119,6 +124,7 @@ def mcore_to_hf(
         layout = layout.with_rows((HF_EMBEDDING, HF_OUTPUT), grown)
     check_names(entries, layout, hf if HfWeights.present(hf) else mcore / HF_LAYOUT)
     layout = layout if dtype is None else layout.with_dtype(dtype)
+    layout = layout if shard_bytes is None else layout.with_files_of(shard_bytes)
     tensors = layout.tensors
     with new_folder(out, overwrite=overwrite, mark="config.json") as partial:
         copy_configuration(hf, partial, dtype, grown)
@@ -146,6 +152,7 @@ def mcore_to_hf(
             head = checkpoint.read(score_head.KEY)
         if head is not None:
             save_file({"weight": head}, partial / REWARD_HEAD)
+        finish(partial)
 
 
 def hf_layout(hf: str | Path, mcore: str | Path | None = None) -> HfLayout | None:

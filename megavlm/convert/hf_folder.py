@@ -20,6 +20,7 @@ _WEIGHTS = ("BF16", "F16", "F32", "F64")
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken"}  # configuration, processor, tokenizer, chat template
+_LEGAL = {"LICENSE", "NOTICE"}
 _SHARD_BYTES = 5 * 10**9
 _PICKLED = ("*.bin", "*.pt", "*.pth")  # weights in torch's own format
 HF_LAYOUT = "hf_layout.json"
@@ -84,21 +85,26 @@ class HfLayout:
     @classmethod
     def sharded(cls, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> "HfLayout":
         """A new layout for tensors: files of about 5 GB, in the given order."""
+        tensors = {name: TensorInfo(DTYPE_NAMES[dtype], tuple(shape)) for name, shape in shapes.items()}
+        return cls({SINGLE_FILE: tensors}, {}).with_files_of(_SHARD_BYTES)
+
+    def with_files_of(self, most: int) -> "HfLayout":
+        """The same tensors in the same order, in files of at most ``most`` bytes; a larger tensor has a file alone."""
         groups: list[dict[str, TensorInfo]] = [{}]
-        size = total = 0
-        for name, shape in shapes.items():
-            info = TensorInfo(DTYPE_NAMES[dtype], tuple(shape))
-            if size and size + info.nbytes > _SHARD_BYTES:
+        size = 0
+        for name, info in self.tensors.items():
+            if size and size + info.nbytes > most:
                 groups.append({})
                 size = 0
             groups[-1][name] = info
-            size, total = size + info.nbytes, total + info.nbytes
-        if len(groups) == 1:
-            return cls({SINGLE_FILE: groups[0]}, {SINGLE_FILE: {"format": "pt"}})
-        files = {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
-        weight_map = {name: file for file, group in files.items() for name in group}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        return cls(files, {file: {"format": "pt"} for file in files}, index)
+            size += info.nbytes
+        files, index = {SINGLE_FILE: groups[0]}, None
+        if len(groups) > 1:
+            files = {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+            weight_map = {name: file for file, group in files.items() for name in group}
+            total = sum(info.nbytes for info in self.tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        return HfLayout(files, {file: {"format": "pt"} for file in files}, index, self.untied)
 
     def with_dtype(self, dtype: torch.dtype) -> "HfLayout":
         """The same layout with every tensor in ``dtype``."""
@@ -212,7 +218,7 @@ class HfWriter:
 def copy_configuration(
     source: Path, out: Path, dtype: torch.dtype | None = None, vocab_size: int | None = None
 ) -> None:
-    """Copies the files of configuration, processor and tokenizer.
+    """Copies the files of configuration, processor and tokenizer, and the licence.
 
     Args:
         source: the Hugging Face folder.
@@ -221,7 +227,8 @@ def copy_configuration(
         vocab_size: the number of rows of word embedding and output layer to write into config.json.
     """
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in _COPIED and file.name != INDEX and not file.name.startswith("."):
+        wanted = file.suffix in _COPIED and file.name != INDEX and not file.name.startswith(".")
+        if file.is_file() and (wanted or file.name in _LEGAL):
             shutil.copyfile(file, out / file.name)
     if dtype is None and vocab_size is None:
         return

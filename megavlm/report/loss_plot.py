@@ -60,10 +60,15 @@ def write_loss_plot(output_dir: str | Path, title: str | None = None) -> Path | 
     if not lines:
         return None
     path = Path(output_dir) / FILE_NAME
-    figure = _draw(lines, title or path.absolute().parent.name)
+    save_loss_plot(lines, path, title or path.absolute().parent.name)
+    return path
+
+
+def save_loss_plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws the same from lines of metrics.jsonl, of which there is at least one, into the file ``path``."""
+    figure = _draw(lines, title)
     with atomic_open(path, "wb") as file:
         figure.savefig(file, format="png", dpi=150)
-    return path
 
 
 def _draw(lines: list[dict[str, Any]], title: str) -> "Figure":

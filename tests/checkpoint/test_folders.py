@@ -1,10 +1,15 @@
-"""The newest checkpoint that can be read is found; damaged and half-written ones are named."""
+"""The newest checkpoint that can be read is found, damaged ones are named, and what is read is not deleted."""
+
+import errno
+import os
+import time
 
 import pytest
 import torch
 
 from megavlm.checkpoint.folders import latest, partial_folder, publish
-from megavlm.convert.mcore_checkpoint import TensorToWrite, write_checkpoint
+from megavlm.checkpoint.held import held
+from megavlm.convert.mcore_checkpoint import McoreCheckpoint, TensorToWrite, write_checkpoint
 
 
 @pytest.fixture
@@ -74,3 +79,60 @@ def test_keeps_the_newest_and_every_nth(root):
 def test_half_written_is_never_taken(root):
     (root / "step_00000300").rename(root / "step_00000400.partial")
     assert latest(root) == root / "step_00000200"
+
+
+def publish_next(root, step):
+    partial = partial_folder(root, step, "0badcafe")
+    partial.mkdir()
+    write_checkpoint(partial, [TensorToWrite("language.x", (1,), torch.float32, lambda a, b: torch.ones(1))], {})
+    publish(partial, keep=1, keep_every=None)
+
+
+@pytest.fixture
+def run(tmp_path, root):
+    """The same in the folder of a run."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for path in root.glob("step_*"):
+        path.rename(folder / path.name)
+    return folder
+
+
+def test_what_is_held_stays_while_the_run_deletes_it(run):
+    newest = latest(run)
+    with held(newest) as kept:
+        publish_next(run, 400)
+        assert [path.name for path in run.glob("step_*") if path != kept] == ["step_00000400"]
+        assert latest(run) == run / "step_00000400"
+        checkpoint = McoreCheckpoint(kept)
+        checkpoint.check_contents()
+        assert torch.equal(checkpoint.read("language.x"), torch.full((64, 64), 300.0))
+    assert [path.name for path in run.iterdir()] == ["step_00000400"]
+    with pytest.raises(FileNotFoundError), held(newest):
+        pass
+    assert [path.name for path in run.iterdir()] == ["step_00000400"]
+
+
+def test_what_a_killed_reader_has_held_is_deleted_a_day_later(run):
+    for name, age in (("step_00000200.aaaaaaaa.held", 90_000), ("step_00000200.bbbbbbbb.held", 80_000)):
+        (run / name).mkdir()
+        os.utime(run / name, (time.time() - age,) * 2)
+    publish_next(run, 400)
+    assert sorted(path.name for path in run.iterdir()) == ["step_00000200.bbbbbbbb.held", "step_00000400"]
+
+
+def test_where_there_are_no_links_the_checkpoint_itself_is_read(run, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with held(run / "step_00000300") as kept:
+        assert kept == run / "step_00000300"
+    assert "cannot be kept (Operation not permitted)" in caplog.text
+    assert kept.is_dir()
+    assert len(list(run.iterdir())) == 3
+
+
+def test_only_checkpoints_of_a_run_are_held(root):
+    with held(root) as kept:
+        assert kept == root

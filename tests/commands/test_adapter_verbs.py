@@ -108,7 +108,14 @@ def test_exports_are_for_transformers_and_for_peft(toys, frozen, tmp_path):
 
 def test_the_recipe_that_trained_an_adapter_exports_it(frozen, tmp_path):
     config, run = frozen
-    done = megavlm("export", config, f"output={run}", "--adapter", "--out", tmp_path / "own")
+    base = ("--base-model", "Qwen/Toy")
+    done = megavlm("export", config, f"output={run}", "--adapter", *base, "--out", tmp_path / "own")
+    card = (tmp_path / "own" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: Qwen/Toy\nlibrary_name: peft\n")
+    assert "An adapter for a Qwen3-VL model after step 4 of supervised fine-tuning" in card
+    assert "| train | 16 |" in card  # four steps of four records
+    assert 'PeftModel.from_pretrained(model, "own")' in card
+    assert json.loads((tmp_path / "own" / "adapter_config.json").read_text())["base_model_name_or_path"] == "Qwen/Toy"
     assert f"weights · step 4 of {run}" in done.stdout
     assert f"an adapter on {json.loads(config.read_text())['model']['load']}" in done.stdout
     ours = load_file(tmp_path / "own" / ADAPTER_MODEL)

@@ -19,7 +19,11 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]
 STAGES = [f"pretrain/stage{stage}.yaml" for stage in range(4)]
 METHODS = ["tune/sft", "tune/rm", "tune/dpo", "tune/kto", "align/grpo", "align/ppo"]
-RECIPES = [*STAGES, *(f"{method}{tuner}.yaml" for method in METHODS for tuner in ("", "-lora"))]
+RECIPES = [
+    *STAGES,
+    *(f"{method}{tuner}.yaml" for method in METHODS for tuner in ("", "-lora")),
+    "tune/sft-lora-r8.yaml",
+]
 
 
 @pytest.fixture(autouse=True)

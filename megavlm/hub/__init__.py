@@ -1,0 +1,1 @@
+"""What makes an exported folder complete for others: the model card and the configuration of generation."""
