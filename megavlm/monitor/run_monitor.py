@@ -9,6 +9,7 @@ from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
 from megavlm.monitor.data_errors import DataErrors
+from megavlm.monitor.expert_metrics import ExpertLoadFile, ExpertTotals, expert_fields
 from megavlm.monitor.metrics import MetricsWriter, read_metrics
 from megavlm.monitor.progress import Progress
 from megavlm.monitor.rl_warnings import RlWarnings
@@ -51,6 +52,7 @@ class RunMonitor:
         steps = required(settings.train.steps, "train.steps")
         self._progress = Progress(steps, first_step, title, header, enabled=is_first)
         self._metrics = MetricsWriter(self._output, first_step, enabled=is_first)
+        self._experts = ExpertLoadFile(self._output)
         self._rollouts = RolloutLog(self._output, first_step, enabled=is_first)
         self._warnings = RlWarnings(read_metrics(self._output) if is_first else ())
 
@@ -59,6 +61,7 @@ class RunMonitor:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._progress)
             stack.enter_context(self._metrics)
+            stack.callback(self._experts.flush)
             self._samples = SampleCounts(data.source_names, self._loader, self._groups)
             self._errors = DataErrors(
                 self._output,
@@ -133,6 +136,11 @@ class RunMonitor:
     def record_rollouts(self, step: int, groups: Sequence[LoggedGroup]) -> None:
         """Writes sampled answers of a step to rollouts.jsonl and wandb. Only what rank 0 hands over counts."""
         self._wandb.log_rollouts(step, self._rollouts.write(step, groups))
+
+    def record_experts(self, step: int, totals: ExpertTotals | None) -> dict[str, float | None]:
+        """Keeps the load of a step's experts for the report; returns its fields for metrics.jsonl."""
+        self._experts.put(step, totals)
+        return expert_fields(totals)
 
     def finish(self, *, failed: bool = False) -> None:
         """Ends the wandb run; ``failed`` marks it as failed."""
