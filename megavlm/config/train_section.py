@@ -75,8 +75,8 @@ class TrainSettings(Section):
     moe_z_loss_coeff: Float = Field(
         0.0,
         ge=0,
-        description="weight of the z-loss of the routers (MoE models only): the mean square of the logarithm of the sum "
-        "of exponentials of their logits, which keeps them small; 0.001 is usual; 0: none",
+        description="weight of the routers' z-loss (MoE models only): the mean square of the logarithm of the sum of "
+        "exponentials of their logits, which it keeps small; 0.001 is usual; 0: none",
     )
     precision: Literal["bf16", "fp32", "fp8"] = Field(
         "bf16", description="number format of the computation; fp8 needs model.kernels te"

@@ -1,4 +1,4 @@
-"""All outputs of a run during training: the terminal, metrics.jsonl, wandb, data_errors.jsonl and rollouts.jsonl."""
+"""All outputs of a run during training: terminal, metrics.jsonl, wandb, TensorBoard, skipped samples, answers."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from megavlm.monitor.progress import Progress
 from megavlm.monitor.rl_warnings import RlWarnings
 from megavlm.monitor.rollout_log import LoggedGroup, RolloutLog
 from megavlm.monitor.sample_counts import SampleCounts
+from megavlm.monitor.tensorboard_log import TensorboardLog
 from megavlm.monitor.wandb_log import WandbLog
 from megavlm.platform import Groups
 from megavlm.records.remarks import WORDS, told
@@ -75,6 +76,10 @@ class RunMonitor:
             self._wandb = WandbLog(settings, enabled=self._is_first, warn=self.say)
             if self._wandb.mode != "off":
                 self.say(f"wandb: {self._wandb.description}")
+            self._tensorboard = TensorboardLog(settings, self._first_step, self._is_first, self.say)
+            stack.callback(self._tensorboard.close)
+            if self._tensorboard.is_on:
+                self.say(f"tensorboard: {self._tensorboard.folder}")
             self._stack = stack.pop_all()
         return self
 
@@ -122,13 +127,14 @@ class RunMonitor:
         return self._errors.failure()
 
     def record(self, line: Mapping[str, float | int | None], *, logged: bool) -> None:
-        """Shows the line of a step on the terminal and, if ``logged``, writes it to metrics.jsonl and wandb.
+        """Shows the line of a step on the terminal and, if ``logged``, writes it to metrics.jsonl and other logs.
 
         What such lines tell of reinforcement learning that goes wrong is said in words (see ``RlWarnings``).
         """
         if logged:
             self._metrics.write(line)
             self._wandb.log(line)
+            self._tensorboard.log(line)
         self._progress.update(line)
         for warning in self._warnings.take(line) if logged else ():
             self.say(f"warning: {warning}")

@@ -6,13 +6,13 @@ from statistics import mean
 from markupsafe import Markup
 
 from megavlm.base.number_format import number, percent
-from megavlm.monitor.phases import PHASES
 from megavlm.report.run import Run
 
 _COLORS: Mapping[str, str] = {
     "data": "lr", "reference": "faint", "tower": "vision", "exchange": "projector", "decoder": "language",
     "head": "loss", "reduction": "speed", "optimizer": "text", "other": "soft", "checkpoint": "mark",
 }  # fmt: skip
+PHASES = tuple(_COLORS)[:-1]  # those of ``monitor.phases``, which imports torch; a report is also written without it
 
 
 def phases_bar(run: Run) -> Markup:

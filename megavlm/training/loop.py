@@ -110,6 +110,8 @@ def _run_steps(
                 run.checkpoints.save(number)
             saved = number
             stop.saved()
+            for hook in (hook for hook in hooks if hook.at_checkpoint):
+                hook.call(run, number, monitor.say)
             heartbeat(f"the checkpoint of step {number}")
         if (ending := failure or data_failure) is not None:
             run.checkpoints.finish()  # a checkpoint may still be in progress
