@@ -1,13 +1,10 @@
 """Logs metrics.jsonl for TensorBoard. An error while writing never interrupts training."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
-
-if TYPE_CHECKING:
-    pass
 
 FOLDER = "tensorboard"  # within the output folder
 _FLUSH_SECONDS = 10
@@ -27,7 +24,8 @@ class TensorboardLog:
     """
 
     def __init__(self, settings: Settings, first_step: int, enabled: bool, warn: Callable[[str], None]):
-        self._warn, self._writer = warn, None
+        self._warn = warn
+        self._writer: Any = None  # torch's SummaryWriter
         self.folder = required(settings.output, "output") / FOLDER
         self.is_on = enabled and settings.log.tensorboard
         if self.is_on:
@@ -36,9 +34,7 @@ class TensorboardLog:
     def _start(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: SummaryWriter | None = SummaryWriter(
-            str(self.folder), purge_step=first_step + 1, flush_secs=_FLUSH_SECONDS
-        )
+        self._writer = SummaryWriter(str(self.folder), purge_step=first_step + 1, flush_secs=_FLUSH_SECONDS)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Logs one line of metrics.jsonl under the names that its fields have there."""

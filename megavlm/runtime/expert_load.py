@@ -1,4 +1,4 @@
-"""Counts how many tokens of a step the routers of a mixture of experts send to each expert, and adds up their losses."""
+"""Counts the tokens of a step that the routers of a mixture of experts send to each expert; adds up their losses."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +20,8 @@ _LOSSES = ("load_balancing_loss", "z_loss")  # Megatron's names of the losses th
 class ExpertLoad:
     """Counts the choices of this rank's routers; for a dense model nothing is counted.
 
-    The counts stay on the device. Padding is not counted, and neither are passes outside of ``counting``: those of other
-    weights, of sampling, and those that recompute a layer in the backward pass.
+    The counts stay on the device. Padding is not counted, and neither are passes outside of ``counting``: those of
+    other weights, of sampling, and those that recompute a layer in the backward pass.
 
     Args:
         vlm: the model.
@@ -76,7 +76,7 @@ class ExpertLoad:
         if dist.get_rank() > 0:
             return None
         sums = sums[self._layers].cpu()
-        # For each row, the loss of a layer is a mean over the row's tokens, of which the ranks that share them have parts.
+        # A layer's loss of a row is a mean over the row's tokens, of which the ranks that share them have parts.
         rows = max(self._rows, 1) * self._data_ranks
         balancing, z = (sums[:, -2] / rows).tolist(), (sums[:, -1] / rows).tolist()
         tokens = sums[:, : -len(_LOSSES)].long().tolist()

@@ -23,8 +23,8 @@ def test_each_cell_has_its_place_and_shade(tmp_path):
         ("loss", "1.00"): [("1", "1")],
         ("loss", "0.50"): [("2", "1"), ("3", "1")],
     }
-    assert "Largest: expert 0 of layer 9, 3.2 times" in page
-    assert "smallest: expert 1 of layer 9, 0 times" in page
+    assert "Largest: expert 0 of layer 9, 3.20 times" in page
+    assert "smallest: expert 1 of layer 9, 0.00 times" in page
 
 
 def test_nothing_without_a_readable_file(tmp_path):
