@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "checkpoint": ["optim", "adapters", "convert", "data", "sources", "media", "model", "platform", "config", "base"],
     "monitor": ["data", "sources", "records", "media", "platform", "config", "base"],
     "report": ["output", "monitor", "data", "sources", "records", "media", "config", "base"],
+    "watch": ["report", "monitor", "base"],
     "runtime": [
         "output",
         "monitor",
@@ -110,6 +111,7 @@ MAY_IMPORT = {
         "environments",
         "runtime",
         "report",
+        "watch",
         "checkpoint",
         "convert",
         "prepare",
