@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "monitor": ["data", "sources", "records", "media", "platform", "config", "base"],
     "report": ["output", "monitor", "data", "sources", "records", "media", "config", "base"],
     "hub": ["report", "output", "config", "base"],
+    "watch": ["report", "monitor", "base"],
     "runtime": [
         "output",
         "monitor",
@@ -112,6 +113,7 @@ MAY_IMPORT = {
         "runtime",
         "hub",
         "report",
+        "watch",
         "checkpoint",
         "convert",
         "prepare",

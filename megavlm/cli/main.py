@@ -135,6 +135,8 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
     requirements.check_required(settings, requires, job)
     if job in METHODS:
         check_method(job, settings)
+    if name in METHODS:
+        requirements.check_packages(settings)
     if name == "infer" and not one_prompt and (options["image"] or options["video"]):
         raise UserError("--image and --video can only be used with --prompt", "add --prompt TEXT, or leave them out")
     requirements.check_files(settings, verb.reads)

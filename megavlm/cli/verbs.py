@@ -214,6 +214,34 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
         },
         local_workers=False,
     ),
+    "watch": Verb(
+        "megavlm.commands.watch:main",
+        "show runs while they train, on a local page or on the terminal",
+        "megavlm watch runs/sft\nmegavlm watch runs/sft runs/sft-2\nmegavlm watch --text runs/sft --field loss",
+        sections=(),
+        reads=(),
+        positionals={
+            "outputs": {
+                "metavar": "OUTPUT",
+                "nargs": "+",
+                "type": Path,
+                "help": "output folders of runs, or folders that contain some",
+            }
+        },
+        flags={
+            "text": {"action": "store_true", "help": "show curves on the terminal instead of a page"},
+            "once": {"action": "store_true", "help": "only with --text: show them once"},
+            "log": {"action": "store_true", "help": "only with --text: logarithmic scales"},
+            "field": {
+                "metavar": "NAME",
+                "action": "append",
+                "default": [],
+                "help": "only with --text: a field of metrics.jsonl to draw; may be repeated; default: the main ones",
+            },
+            "port": {"metavar": "N", "type": int, "help": "port of the page; default: a free one from 8471 on"},
+        },
+        local_workers=False,
+    ),
     "data prepare": Verb(
         "megavlm.commands.data_prepare:main",
         "index a folder of WebDataset shards, or create one from JSONL files and their media",

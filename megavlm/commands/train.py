@@ -1,12 +1,14 @@
 """`megavlm pretrain`, `sft`, `rm`, `dpo`, `kto`: a training run with one of the methods of ``align.registry``."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from megavlm.align.registry import make_method
 from megavlm.base.heartbeat import while_bytes_flow
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.output.folder import StartOptions
+from megavlm.report.at_checkpoint import ReportAtCheckpoint
 from megavlm.report.loss_plot import write_loss_plot
 from megavlm.report.run_report import write_report
 from megavlm.training.hooks import Hook
@@ -19,17 +21,33 @@ def main(settings: Settings, method: str, restart: bool = False, change: Sequenc
 
     ``restart`` and ``change``: see ``StartOptions``.
     """
-    options = StartOptions(restart, tuple(change))
-    return train(settings, make_method(method, settings), [Hook(_report, at_end=True)], options)
+    options, reports = StartOptions(restart, tuple(change)), _Reports()
+    hooks = [Hook(reports.at_checkpoint, at_checkpoint=True), Hook(reports.at_end, at_end=True)]
+    return train(settings, make_method(method, settings), hooks, options)
 
 
-def _report(run: Run, step: int, say: Callable[[str], None]) -> None:
-    if not run.session.is_first:
-        return
-    output = required(run.session.settings.output, "output")
-    try:
-        with while_bytes_flow("the report"):
-            write_loss_plot(output)
-            say(f"report · {write_report(output)}")
-    except Exception as error:  # the run itself is complete, so a failed report is no error
-        say(f"the report could not be written: {error}")
+class _Reports:
+    """Writes the reports of a run, on the first rank: in the background after checkpoints, and the last one itself."""
+
+    _background: ReportAtCheckpoint | None = None
+
+    def at_checkpoint(self, run: Run, step: int, say: Callable[[str], None]) -> None:
+        if run.session.is_first:
+            self._background = self._background or ReportAtCheckpoint(_output(run))
+            self._background.due()
+
+    def at_end(self, run: Run, step: int, say: Callable[[str], None]) -> None:
+        if not run.session.is_first:
+            return
+        try:
+            with while_bytes_flow("the report"):
+                if self._background is not None:
+                    self._background.close()
+                write_loss_plot(_output(run))
+                say(f"report · {write_report(_output(run))}")
+        except Exception as error:  # the run itself is complete, so a failed report is no error
+            say(f"the report could not be written: {error}")
+
+
+def _output(run: Run) -> Path:
+    return required(run.session.settings.output, "output")

@@ -147,19 +147,20 @@ def check_expert_settings(train: TrainSettings, num_experts: int | None, *, deco
         num_experts: experts in an MoE layer; None for a dense model.
         decoder_trained: whether the decoder, or adapters in it, are ever trained.
     """
-    if not train.moe_aux_loss_coeff or not train.is_changed("moe_aux_loss_coeff"):
-        return
-    if num_experts is None:
-        raise UserError(
-            f"train.moe_aux_loss_coeff is {train.moe_aux_loss_coeff:g}, but the model is dense: it would be ignored",
-            "remove it, or point model.hf at a mixture-of-experts model",
-        )
-    if not decoder_trained:
-        raise UserError(
-            f"train.moe_aux_loss_coeff is {train.moe_aux_loss_coeff:g}, but model.freeze has language: it would be "
-            "ignored",
-            "remove it, or remove language from model.freeze",
-        )
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        value = getattr(train, name)
+        if not value or not train.is_changed(name):
+            continue
+        if num_experts is None:
+            raise UserError(
+                f"train.{name} is {value:g}, but the model is dense: it would be ignored",
+                "remove it, or point model.hf at a mixture-of-experts model",
+            )
+        if not decoder_trained:
+            raise UserError(
+                f"train.{name} is {value:g}, but model.freeze has language: it would be ignored",
+                "remove it, or remove language from model.freeze",
+            )
 
 
 def _check_uneven_stages(parallel: ParallelSettings, num_layers: int) -> None:

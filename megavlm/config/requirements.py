@@ -1,5 +1,6 @@
 """What a verb needs in addition to valid settings: keys that must be set and files that must exist."""
 
+import importlib.util
 from collections.abc import Iterable
 from operator import attrgetter
 from pathlib import Path
@@ -73,6 +74,15 @@ def _exists(path: Path, key: str) -> bool:
         return path.exists()
     except OSError as error:  # a folder above it may not be read, or the name is too long
         raise UserError(f"{key} is {path}, which cannot be read: {error.strerror}", "check this path") from None
+
+
+def check_packages(settings: Settings) -> None:
+    """Raises a UserError if a setting needs a package that is not installed."""
+    if settings.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "log.tensorboard is true, but the package tensorboard is not installed",
+            "pip install tensorboard, or set it to false",
+        )
 
 
 def check_stage(settings: Settings) -> None:

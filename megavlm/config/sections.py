@@ -234,6 +234,11 @@ class LogSettings(Section):
         "exchange of features, decoder, head, reduction of gradients and optimizer",
     )
     wandb: WandbSettings = Field(WandbSettings(), description="Weights & Biases")
+    tensorboard: Bool = Field(
+        False,
+        description="whether the lines of metrics.jsonl are also written for TensorBoard, to OUTPUT/tensorboard; needs "
+        "the package tensorboard",
+    )
 
 
 class GenerateSettings(Section):

@@ -72,6 +72,12 @@ class TrainSettings(Section):
         description="weight of the load-balancing loss of the experts (MoE models only); it has no effect while the "
         "decoder is frozen",
     )
+    moe_z_loss_coeff: Float = Field(
+        0.0,
+        ge=0,
+        description="weight of the routers' z-loss (MoE models only): the mean square of the logarithm of the sum of "
+        "exponentials of their logits, which it keeps small; 0.001 is usual; 0: none",
+    )
     precision: Literal["bf16", "fp32", "fp8"] = Field(
         "bf16", description="number format of the computation; fp8 needs model.kernels te"
     )

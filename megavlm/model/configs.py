@@ -105,6 +105,7 @@ def decoder_config(
             moe_router_pre_softmax=False,
             moe_router_load_balancing_type="aux_loss",
             moe_aux_loss_coeff=train.moe_aux_loss_coeff,
+            moe_z_loss_coeff=train.moe_z_loss_coeff or None,
             moe_router_dtype="fp32",
             moe_token_dispatcher_type="alltoall" if train.experts.dispatcher == "alltoall" else "flex",
             moe_grouped_gemm=grouped_experts,

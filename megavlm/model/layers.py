@@ -3,12 +3,16 @@
 from functools import partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -44,9 +48,9 @@ class DeepstackLayer(TransformerLayer):
 
 
 class Router(TopKRouter):
-    """A router whose balancing loss counts only while the decoder is trained.
+    """A router whose losses count only while the decoder is trained.
 
-    In a frozen decoder the loss would have a gradient all the same: it would train the projector to give the decoder
+    In a frozen decoder they would have a gradient all the same: they would train the projector to give the decoder
     such features as its experts share evenly.
     """
 
@@ -54,7 +58,22 @@ class Router(TopKRouter):
     """True if the decoder has adapters, which are trained although the router is not."""
 
     def is_aux_loss_enabled(self) -> bool:
-        return (self.weight.requires_grad or self.adapters_are_trained) and super().is_aux_loss_enabled()
+        return self._is_trained and super().is_aux_loss_enabled()
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Attaches the z-loss as a mean over the row's tokens; Megatron's counts padding unevenly in a cut row."""
+        if not (self.config.moe_z_loss_coeff and self._is_trained and self.training and torch.is_grad_enabled()):
+            return logits
+        mine = torch.ones_like(logits[:, 0]) if padding_mask is None else (~padding_mask).to(logits.dtype)
+        count = mine.sum()
+        dist.all_reduce(count, group=self.tp_cp_group)
+        loss = (logits.logsumexp(-1).square() * mine).sum() / count.clamp(min=1)  # the ranks' parts add up
+        get_moe_metrics_tracker().record("z_loss", loss, self.layer_number, self.config.num_layers)
+        return MoEAuxLossAutoScaler.apply(logits, self.config.moe_z_loss_coeff * loss)
+
+    @property
+    def _is_trained(self) -> bool:
+        return self.weight.requires_grad or self.adapters_are_trained
 
 
 def _attention(kernels: Kernels, *, rms_norm: bool, qk_norm: bool, mask: AttnMaskType) -> ModuleSpec:

@@ -56,6 +56,15 @@ that a step's last work (the update of the weights) is in the next line:
     phase/optimizer     gradient norms and update of the weights
     phase/other         everything else of a step
 
+For a mixture of experts, these fields tell how evenly the routers share the step's tokens, without padding, over the
+global batch. A load is relative to an even one. No token is ever dropped: experts have no capacity.
+
+    experts/load_max, experts/load_min  largest and smallest load of an expert in any layer; 1 is even
+    experts/entropy     entropy of the loads of a layer over its maximum, 0 to 1; 1 is even; mean over the layers
+    experts/aux_loss    balancing loss before its weight, 1 if even; mean over layers and rows; absent if not computed
+    experts/z_loss      z-loss of the routers before its weight, likewise
+    experts/NAME/PART   entropy and losses of the early, middle and late third of the layers
+
 Methods that compare answers (dpo, rm, kto) add these fields, over all pairs or answers of the step:
 
     accuracy            dpo and rm: share of pairs whose chosen answer has the higher reward or score; kto: share of

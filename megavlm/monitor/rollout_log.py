@@ -37,7 +37,6 @@ from typing import Any, Literal
 from PIL import Image
 
 from megavlm.base.atomic_files import write_text
-from megavlm.media.decode import upright_rgb
 from megavlm.monitor.metrics import append_lines, drop_after, plain, read_lines
 
 FILE_NAME = "rollouts.jsonl"
@@ -201,6 +200,8 @@ def _small(picture: bytes | str) -> str | None:
     """A small copy of a picture as a data URL; None if it cannot be read."""
     if isinstance(picture, str):
         return picture
+    from megavlm.media.decode import upright_rgb  # here, because it imports torch, which a report does without
+
     try:
         with Image.open(io.BytesIO(picture)) as image:
             small = Image.fromarray(upright_rgb(image).permute(1, 2, 0).numpy())

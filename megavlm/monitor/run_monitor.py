@@ -1,4 +1,4 @@
-"""All outputs of a run during training: the terminal, metrics.jsonl, wandb, data_errors.jsonl and rollouts.jsonl."""
+"""All outputs of a run during training: terminal, metrics.jsonl, wandb, TensorBoard, skipped samples, answers."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,13 @@ from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
 from megavlm.monitor.data_errors import DataErrors
+from megavlm.monitor.expert_metrics import ExpertLoadFile, ExpertTotals, expert_fields
 from megavlm.monitor.metrics import MetricsWriter, read_metrics
 from megavlm.monitor.progress import Progress
 from megavlm.monitor.rl_warnings import RlWarnings
 from megavlm.monitor.rollout_log import LoggedGroup, RolloutLog
 from megavlm.monitor.sample_counts import SampleCounts
+from megavlm.monitor.tensorboard_log import TensorboardLog
 from megavlm.monitor.wandb_log import WandbLog
 from megavlm.platform import Groups
 from megavlm.records.remarks import WORDS, told
@@ -51,6 +53,7 @@ class RunMonitor:
         steps = required(settings.train.steps, "train.steps")
         self._progress = Progress(steps, first_step, title, header, enabled=is_first)
         self._metrics = MetricsWriter(self._output, first_step, enabled=is_first)
+        self._experts = ExpertLoadFile(self._output)
         self._rollouts = RolloutLog(self._output, first_step, enabled=is_first)
         self._warnings = RlWarnings(read_metrics(self._output) if is_first else ())
 
@@ -59,6 +62,7 @@ class RunMonitor:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._progress)
             stack.enter_context(self._metrics)
+            stack.callback(self._experts.flush)
             self._samples = SampleCounts(data.source_names, self._loader, self._groups)
             self._errors = DataErrors(
                 self._output,
@@ -72,6 +76,10 @@ class RunMonitor:
             self._wandb = WandbLog(settings, enabled=self._is_first, warn=self.say)
             if self._wandb.mode != "off":
                 self.say(f"wandb: {self._wandb.description}")
+            self._tensorboard = TensorboardLog(settings, self._first_step, self._is_first, self.say)
+            stack.callback(self._tensorboard.close)
+            if self._tensorboard.is_on:
+                self.say(f"tensorboard: {self._tensorboard.folder}")
             self._stack = stack.pop_all()
         return self
 
@@ -119,13 +127,14 @@ class RunMonitor:
         return self._errors.failure()
 
     def record(self, line: Mapping[str, float | int | None], *, logged: bool) -> None:
-        """Shows the line of a step on the terminal and, if ``logged``, writes it to metrics.jsonl and wandb.
+        """Shows the line of a step on the terminal and, if ``logged``, writes it to metrics.jsonl and other logs.
 
         What such lines tell of reinforcement learning that goes wrong is said in words (see ``RlWarnings``).
         """
         if logged:
             self._metrics.write(line)
             self._wandb.log(line)
+            self._tensorboard.log(line)
         self._progress.update(line)
         for warning in self._warnings.take(line) if logged else ():
             self.say(f"warning: {warning}")
@@ -133,6 +142,11 @@ class RunMonitor:
     def record_rollouts(self, step: int, groups: Sequence[LoggedGroup]) -> None:
         """Writes sampled answers of a step to rollouts.jsonl and wandb. Only what rank 0 hands over counts."""
         self._wandb.log_rollouts(step, self._rollouts.write(step, groups))
+
+    def record_experts(self, step: int, totals: ExpertTotals | None) -> dict[str, float | None]:
+        """Keeps the load of a step's experts for the report; returns its fields for metrics.jsonl."""
+        self._experts.put(step, totals)
+        return expert_fields(totals)
 
     def finish(self, *, failed: bool = False) -> None:
         """Ends the wandb run; ``failed`` marks it as failed."""

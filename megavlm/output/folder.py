@@ -30,6 +30,8 @@ RUN_FILES = (
     "reference.safetensors",
     "loss.png",
     "report.html",
+    "expert_load.json",
+    "tensorboard",
     "wandb",
     "stacks",
     "profile",

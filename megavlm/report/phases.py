@@ -6,7 +6,6 @@ from statistics import mean
 from markupsafe import Markup
 
 from megavlm.base.number_format import number, percent
-from megavlm.monitor.phases import PHASES
 from megavlm.report.run import Run
 
 _COLORS: Mapping[str, str] = {
@@ -14,6 +13,7 @@ _COLORS: Mapping[str, str] = {
     "decoder": "language", "head": "loss", "reduction": "speed", "optimizer": "text", "other": "soft",
     "checkpoint": "mark",
 }  # fmt: skip
+PHASES = tuple(_COLORS)[:-1]  # those of ``monitor.phases``, which imports torch; a report is also written without it
 
 
 def phases_bar(run: Run) -> Markup:

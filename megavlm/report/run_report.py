@@ -21,6 +21,7 @@ from megavlm.base.number_format import percent, short
 from megavlm.monitor.rl_warnings import history
 from megavlm.report.answers import AnswerGroup, AnswerSource, group_answers, read_note, read_source
 from megavlm.report.charts import Band, Curve, chart
+from megavlm.report.experts import expert_charts
 from megavlm.report.loss_plot import smooth
 from megavlm.report.page import render_page
 from megavlm.report.phases import phases_bar
@@ -210,6 +211,7 @@ def _charts(run: Run) -> list[tuple[str, list[Markup]]]:
         chart("Tokens per second", steps, [Curve.smoothed("tokens/s", speed, "speed")], from_zero=True, label=short),
         chart("MFU", steps, [Curve.smoothed("MFU", mfu, "speed")], from_zero=True, label=percent),
         phases_bar(run),
+        *expert_charts(run.lines, run.folder),
         chart("Peak memory, GiB", steps, [Curve("GiB", run.column("memory_gib"), "soft")], from_zero=True),
     ]
     groups = [*policy_charts(run.lines), ("Training", charts)] if rl else [("", charts)]

@@ -7,13 +7,14 @@ from PIL import Image
 
 from megavlm.media.access import MediaAccess
 from megavlm.media.files import Find
-from megavlm.media.pictures import find_picture
-from megavlm.media.videos import find_video
 from megavlm.sources.shards import VIDEOS, find_in_shard
 
 
 def preview(named: Any, is_video: bool, find: Find, source: str) -> Image.Image:
     """The picture, or the middle frame of the video, that a record names. Raises UserError if it cannot be read."""
+    from megavlm.media.pictures import find_picture  # here, because they import torch: most pages show no picture
+    from megavlm.media.videos import find_video
+
     if is_video:
         video = find_video(named, find, source, sampled_fps=1.0)
         frames = video.probe()

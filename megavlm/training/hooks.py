@@ -16,12 +16,14 @@ class Hook:
         call: the function. Its arguments are the run, the number of the last step and a function that prints a message
             on the terminal. The fields that it returns after a step are added to that step's line of metrics.jsonl.
         every: it is called after each step whose number is divisible by this; None: after no step.
+        at_checkpoint: whether it is called after a step whose checkpoint is complete or being written.
         at_end: whether it is called once after the last step, when all checkpoints are complete. It is not called if
             the run fails.
     """
 
     call: Callable[[Run, int, Callable[[str], None]], Fields | None]
     every: int | None = None
+    at_checkpoint: bool = False
     at_end: bool = False
 
     def is_due(self, step: int) -> bool:

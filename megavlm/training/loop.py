@@ -110,6 +110,8 @@ def _run_steps(
                 run.checkpoints.save(number)
             saved = number
             stop.saved()
+            for hook in (hook for hook in hooks if hook.at_checkpoint):
+                hook.call(run, number, monitor.say)
             heartbeat(f"the checkpoint of step {number}")
         if (ending := failure or data_failure) is not None:
             run.checkpoints.finish()  # a checkpoint may still be in progress
@@ -142,6 +144,7 @@ def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor)
     with run.profile.step(number):
         began = time.perf_counter()
         run.stragglers.start()
+        run.step.expert_load.start()
         result = run.take_step(is_last=number == settings.train.steps)
         seconds = time.perf_counter() - began
     line = {
@@ -153,7 +156,7 @@ def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor)
         line |= hook.call(run, number, monitor.say) or {}
     logged = number % settings.log.every == 0 or number == settings.train.steps or bool(result.trouble or due)
     if logged:
-        line |= run.stragglers.fields()
+        line |= run.stragglers.fields() | monitor.record_experts(number, run.step.expert_load.totals())
         line |= {"seconds_checkpoint": run.checkpoints.take_seconds(), **run.phases.fields()}
     monitor.record(line, logged=logged)
     return result

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from megavlm.platform import Groups, device
 from megavlm.platform.collectives import all_gather_objects
 from megavlm.records.remarks import WORDS
 from megavlm.records.skipped_samples import SkippedSample
+from megavlm.runtime.expert_load import ExpertLoad
 from megavlm.runtime.feed import Feed, MicroBatch, StepRows, Window
 from megavlm.runtime.forward import encode_window, forward_chunk, forward_only, prepare_schedule
 from megavlm.training.objective import Objective, Read, count_sources
@@ -131,6 +131,7 @@ class Step:
         self.groups, self.source_names = vlm.groups, list(source_names)
         self._window, self._tower_timer = window, tower_timer
         self._phases = phases or Phases()
+        self.expert_load = ExpertLoad(vlm)
         self._schedule = get_forward_backward_func()
         prepare_schedule(vlm.decoder_config)
 
@@ -221,7 +222,7 @@ class Step:
             totals[-1] = self.vlm.tower.frames_encoded  # exact in float32 up to 16 million frames
             dist.all_reduce(totals)
             self._finalize()
-        get_moe_metrics_tracker().clear()  # otherwise it would accumulate the balancing losses of all steps
+        self.expert_load.take_losses(num_rows)
         skipped_samples = [skipped for row in rows.hosts for skipped in row.skipped_samples]
         return Gradients(totals, counts, skipped_samples, row_losses)
 
@@ -297,7 +298,8 @@ class Step:
         """Megatron's ``forward_step_func``: returns hidden states, or on the last stage the outputs and their loss."""
         micro_batch: MicroBatch = next(micro_batches)
         chunk = unwrap_model(model)
-        hidden = forward_chunk(self.vlm, chunk, micro_batch)
+        with self.expert_load.counting():
+            hidden = forward_chunk(self.vlm, chunk, micro_batch)
         if not chunk.post_process:
             return hidden, None
         with self._phases("head"):

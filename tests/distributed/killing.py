@@ -82,7 +82,7 @@ def _serve(connection, environment: dict[str, str], path: list[str], reports: bo
 
     torch.set_num_threads(1)
     if not reports:
-        megavlm.commands.train._report = lambda run, step, say: None
+        megavlm.commands.train._Reports.at_end = lambda self, run, step, say: None
     while True:
         try:
             arguments, size, output, kill = connection.recv()

@@ -52,11 +52,13 @@ def train_reference(
     lr_scale: dict[str, float] | None = None,
     unfreeze_after: dict[str, int] | None = None,
     kl: float = 0.0,
+    z: float = 0.0,
 ) -> Trained:
     """SGD without momentum on the mean over all targets of the batch, sample by sample: nothing is packed here.
 
     ``aux`` is the coefficient of the experts' balancing loss, which looks at the samples of a row together: the mean
     over the ``rows`` is added to what is learned, not to the loss that is reported, unless the decoder is frozen.
+    ``z`` is the coefficient of the routers' z-loss, a mean over the tokens of a row, likewise.
     ``kl`` is the weight of the divergence from the model as it was before the first step.
     """
     from transformers import AutoProcessor
@@ -73,7 +75,7 @@ def train_reference(
         model.zero_grad()
         total = 0.0
         for row in rows or [(i,) for i in range(len(records))]:
-            learned, routers = torch.zeros(()), watch_routers(model) if aux and "language" not in frozen else {}
+            learned, routers = torch.zeros(()), watch_routers(model) if (aux or z) and "language" not in frozen else {}
             for arguments, where in (inputs[i] for i in row):
                 logprobs = model(**arguments).logits[0].log_softmax(-1)
                 loss = -logprobs[where - 1, arguments["input_ids"][0, where]].sum() / count
@@ -86,6 +88,7 @@ def train_reference(
                 total += loss.item()
             for logits in routers.values():
                 learned = learned + aux * balancing_loss(torch.cat(logits), model.config.text_config) / len(rows)
+                learned = learned + z * torch.cat(logits).float().logsumexp(-1).square().mean() / len(rows)
             if learned.requires_grad:
                 learned.backward()
         squares = dict.fromkeys(("vision", "projector", "language"), 0.0)

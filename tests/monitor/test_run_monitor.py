@@ -33,6 +33,7 @@ def test_warnings_are_said_of_lines_that_are_written_and_answers_go_to_both_logs
         SimpleNamespace(write=written.append),
         SimpleNamespace(update=lambda line: None),
     )
+    monitor._tensorboard = SimpleNamespace(log=lambda line: None)
     monitor._wandb = SimpleNamespace(log=lambda line: None, log_rollouts=lambda *logged: sent.append(logged))
     monitor._warnings, monitor._rollouts, monitor.say = RlWarnings(), RolloutLog(tmp_path), said.append
     for step in range(1, 7):  # only every second line is written, so a resumed run knows no others

@@ -90,7 +90,8 @@ UNLIMITED = {
     **dict.fromkeys(
         (
             "train.lr", "train.min_lr", "train.galore_scale", "train.adam_eps", "train.weight_decay", "train.clip_grad",
-            "train.moe_aux_loss_coeff", "train.kl_to_start", "adapter.alpha", "adapter.scaling", "align.beta",
+            "train.moe_aux_loss_coeff", "train.moe_z_loss_coeff", "train.kl_to_start", "adapter.alpha",
+            "adapter.scaling", "align.beta",
             "align.gamma", "align.lam", "align.desirable_weight", "align.undesirable_weight", "align.centering",
             "generate.temperature", "rollout.temperature", "align.epsilon", "align.epsilon_high", "align.dual_clip",
             "align.tau_pos", "align.tau_neg", "align.critic.lr", "environment.weight",

@@ -1,0 +1,1 @@
+"""Watching runs while they train: their metrics.jsonl is followed, and shown on a local page or on the terminal."""

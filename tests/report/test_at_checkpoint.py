@@ -1,0 +1,50 @@
+"""Reports while a run goes on: they are there after the run has been killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from megavlm.monitor.metrics import REQUIRED
+from megavlm.report import at_checkpoint
+from megavlm.report.at_checkpoint import ReportAtCheckpoint
+
+
+def write_metrics(folder, steps) -> None:
+    lines = [dict.fromkeys(REQUIRED, 1.0) | {"step": step, "loss": 2.0 / step} for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_killed_run_leaves_its_report(tmp_path):
+    write_metrics(tmp_path, 4)
+    trainer = os.fork()
+    if not trainer:  # the run: it has written a checkpoint, trains on, and is killed
+        at_checkpoint.PAUSE = 0.0
+        ReportAtCheckpoint(tmp_path).due()
+        time.sleep(600)
+        os._exit(1)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "report.html").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(trainer, signal.SIGKILL)
+    os.waitpid(trainer, 0)
+    assert "loss at step 4" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "report.html", "loss.png"}
+
+
+def test_a_run_of_seconds_starts_no_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(at_checkpoint.subprocess, "Popen", lambda *arguments, **options: started.append(arguments))
+    started: list = []
+    report = ReportAtCheckpoint(tmp_path)
+    report.due()
+    report.close()
+    assert not started
+    assert not report._thread.is_alive()
+
+
+def test_torch_is_not_imported():
+    code = "import sys, megavlm.report.at_checkpoint as a; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
