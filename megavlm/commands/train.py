@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-from megavlm.align.registry import make_method
+from megavlm.align.registry import METHODS, make_method
 from megavlm.base.heartbeat import while_bytes_flow
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
+from megavlm.evaluation.held_out import evaluation_hooks
 from megavlm.output.folder import StartOptions
 from megavlm.report.loss_plot import write_loss_plot
 from megavlm.report.run_report import write_report
@@ -20,7 +21,8 @@ def main(settings: Settings, method: str, restart: bool = False, change: Sequenc
     ``restart`` and ``change``: see ``StartOptions``.
     """
     options = StartOptions(restart, tuple(change))
-    return train(settings, make_method(method, settings), [Hook(_report, at_end=True)], options)
+    hooks = [*evaluation_hooks(settings, METHODS[method].kind), Hook(_report, at_end=True)]
+    return train(settings, make_method(method, settings), hooks, options)
 
 
 def _report(run: Run, step: int, say: Callable[[str], None]) -> None:
