@@ -12,9 +12,11 @@ from megavlm.config.settings import Settings
 from megavlm.data.row_source import MappedRows, RowSource
 from megavlm.records.records import Kind
 from megavlm.runtime.session import Session
+from megavlm.sources.blend import open_eval_sources
 from megavlm.training.method import FileRows, OneModel, Prepared
 from megavlm.training.objective import Objective
 from megavlm.training.start_weights import StartWeights
+from megavlm.workers.fatal_samples import FatalSamples
 
 MakeObjective = Callable[[Settings, ProcessGroupCollection, StartWeights | None], Objective]
 
@@ -41,6 +43,7 @@ class PreferenceMethod(OneModel):
     def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
         files, start = FileRows.of(session, self.kind), None
         rows: RowSource | None = files.loader
+        attach = None
         if self._has_reference and session.settings.align.reference_at == "step":
             start = StartWeights(session)
         elif self._has_reference:
@@ -49,8 +52,21 @@ class PreferenceMethod(OneModel):
                 data = AnswerData(files.loader.sources, files.renderer, files.loader.fatal)
             reference = reference_of(session, data, self.kind, heartbeat)
             rows = MappedRows(rows, reference.attach) if rows is not None else None
+            if session.settings.eval.every is not None:
+                held_out = _held_out(session.settings, files)
+                attach = reference_of(session, held_out, self.kind, heartbeat, held_out=True).attach
+                if files.loader is not None and session.settings.data.workers == 0:
+                    files.loader.fatal.notes.use(0)  # this process reads samples of training again
         objective = self._make(session.settings, session.groups.language, start)
-        return Prepared(objective, rows, files.longest_row, files.loader)
+        return Prepared(objective, rows, files.longest_row, files.loader, attach=attach)
+
+
+def _held_out(settings: Settings, files: FileRows) -> AnswerData | None:
+    """All samples of data.eval, on leaders."""
+    if files.renderer is None:
+        return None
+    sources = open_eval_sources(settings.data)
+    return AnswerData(sources, files.renderer, FatalSamples(sources, settings.data.workers))
 
 
 def check_reference(settings: Settings, verb: str) -> None:

@@ -42,6 +42,7 @@ from megavlm.sources.shards import ShardFolder
 from megavlm.workers.worker_processes import rows_from_workers
 
 FILE_NAME = "reference.safetensors"
+HELD_OUT = "reference_held_out.safetensors"
 _SAVED_EVERY = 60.0  # seconds between two partial files
 # Settings of the section data that the log-probabilities depend on.
 _SETTINGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "seq_length")
@@ -73,7 +74,14 @@ class Reference:
             yield replace(row, annotations=annotated)
 
 
-def reference_of(session: Session, data: AnswerData | None, kind: Kind, heartbeat: Callable[[str], None]) -> Reference:
+def reference_of(
+    session: Session,
+    data: AnswerData | None,
+    kind: Kind,
+    heartbeat: Callable[[str], None],
+    *,
+    held_out: bool = False,
+) -> Reference:
     """Reads the reference file, or computes and writes it. Call it on all ranks; it may change the model's weights.
 
     Args:
@@ -81,13 +89,15 @@ def reference_of(session: Session, data: AnswerData | None, kind: Kind, heartbea
         data: the training data, on leaders; None on the other ranks.
         kind: how the records are rendered.
         heartbeat: called with a short description of what was done, after each sign of progress.
+        held_out: the data is that of data.eval, which may change at any time; it has a file of its own.
 
     Raises:
         UserError: on all ranks, if the file belongs to another model, other data or other settings.
     """
     settings = session.settings
     output = required(settings.output, "output")
-    path = settings.align.reference or output / FILE_NAME
+    given = None if held_out else settings.align.reference
+    path = output / HELD_OUT if held_out else given or output / FILE_NAME
 
     def stored() -> list[np.ndarray] | None:
         if not path.exists():
@@ -97,7 +107,7 @@ def reference_of(session: Session, data: AnswerData | None, kind: Kind, heartbea
             return _read(path, _note(settings, sources, kind), len(sources))
         except UserError:
             # A run that has no checkpoint yet may have been started again with other data: compute the file again.
-            if settings.align.reference is not None or latest(output / "checkpoints") is not None:
+            if given is not None or (not held_out and latest(output / "checkpoints") is not None):
                 raise
             return None
 

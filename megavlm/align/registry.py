@@ -123,9 +123,26 @@ def check_method(name: str, settings: Settings) -> None:
         raise UserError(
             f"stage is {settings.stage}, but {name} has no stages: the setting would be ignored", "set stage to null"
         )
+    _check_evaluation(settings, name)
     if METHODS[name].samples:
         check_sampling(settings, name)
         return
     for section in ("rollout", "reward", "reward_pool", "environment"):
         if settings.is_changed(section):
             raise UserError(f"the section {section} is not used by {name}, so it would be ignored", f"remove {section}")
+
+
+def _check_evaluation(settings: Settings, name: str) -> None:
+    """Raises UserError for settings of the section eval that the method cannot follow."""
+    method, chosen = METHODS[name], settings.eval
+    if method.samples and chosen.every is not None:
+        raise UserError(
+            f"eval.every is {chosen.every}, but {name} does not evaluate while it trains; its rewards are measured in "
+            "each step",
+            "remove eval.every; megavlm infer answers the questions of data.eval with any checkpoint",
+        )
+    if chosen.best is not None and not chosen.best.endswith("/loss") and method.kind not in ("pair", "judged"):
+        raise UserError(
+            f"eval.best is {chosen.best}, but {name} compares no answers, so there is no such metric",
+            "set eval.best to eval/loss",
+        )

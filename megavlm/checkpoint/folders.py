@@ -6,6 +6,7 @@ that writes it. So a later start never writes into a folder that a killed start 
 that start still runs on another machine. A checkpoint is renamed to ``….deleted`` before it is deleted. One that could
 not be read when the run was resumed is renamed to ``….unreadable`` and kept, because the file system may have been at
 fault. ``….held`` has further names of a checkpoint's files, for somebody who reads it while the run goes on (held.py).
+``best`` is a link to the checkpoint with the best value of ``eval.best``, which is never deleted.
 """
 
 import logging
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from megavlm.base.errors import UserError
@@ -22,6 +24,7 @@ _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d+)")
 HELD = ".held"
 _LONGEST_READ = 86_400.0  # seconds after which nobody reads what is held: its reader was killed
+BEST = "best"
 
 
 def latest(root: Path) -> Path | None:
@@ -45,7 +48,7 @@ def final_folder(partial: Path) -> Path:
     return partial.with_name(partial.name.partition(".")[0])
 
 
-def publish(partial: Path, keep: int, keep_every: int | None) -> None:
+def publish(partial: Path, keep: int, keep_every: int | None, best: int | None = None) -> None:
     """Renames a complete checkpoint to its final name, and deletes checkpoints that are no longer kept.
 
     Checkpoints of later steps are set aside as ``….unreadable``: the run skipped them when it resumed. They stay until
@@ -55,6 +58,7 @@ def publish(partial: Path, keep: int, keep_every: int | None) -> None:
         partial: the folder of the checkpoint, from ``partial_folder``.
         keep: the number of newest checkpoints to keep.
         keep_every: if set, checkpoints whose step is divisible by it are always kept.
+        best: the step whose checkpoint is linked as ``best`` and kept; None: the link, and what it leads to, stay.
     """
     final, root = final_folder(partial), partial.parent
     _sync(partial)
@@ -66,13 +70,36 @@ def publish(partial: Path, keep: int, keep_every: int | None) -> None:
     assert match is not None, f"{partial} is not from partial_folder"
     step, others = int(match[1]), _published(root)
     older = [path for number, path in others if number <= step]
+    if best is not None:
+        link_best(root, best)
+    linked = best_of(root)
     for number, path in others:
         forever = keep_every is not None and number % keep_every == 0
         if number > step:
             _set_aside(path)
-        elif path in older[:-keep] and not forever:
+        elif path in older[:-keep] and not forever and path != linked:
             _delete(path)
     clean(root)
+
+
+def best_of(root: Path) -> Path | None:
+    """The checkpoint that ``best`` leads to; None without such a link, or if it leads nowhere."""
+    with suppress(OSError):
+        path = root / os.readlink(root / BEST)
+        return path if path.is_dir() else None
+    return None
+
+
+def link_best(root: Path, step: int) -> None:
+    """Lets ``best`` lead to the checkpoint of this step, or to none if that does not exist. Atomic, and relative."""
+    name, link, new = f"step_{step:08}", root / BEST, root / f"{BEST}.new"
+    if not (root / name).is_dir():
+        link.unlink(missing_ok=True)
+    elif best_of(root) != root / name:
+        new.unlink(missing_ok=True)
+        new.symlink_to(name)
+        new.replace(link)
+        _sync(root)
 
 
 def clean(root: Path) -> None:
@@ -124,7 +151,8 @@ def _sync(folder: Path) -> None:
 def find_checkpoint(path: Path) -> Path:
     """Returns the checkpoint that ``path`` (``model.load``, ``model.adapter``) refers to.
 
-    It is the newest checkpoint if ``path`` is the output folder of a run, otherwise ``path`` itself.
+    It is the newest checkpoint if ``path`` is the output folder of a run, the one that ``best`` leads to if ``path`` is
+    that link, otherwise ``path`` itself.
 
     Raises:
         UserError: the run has no complete checkpoint.
@@ -136,4 +164,4 @@ def find_checkpoint(path: Path) -> Path:
                 f"{path} is a run that has no complete checkpoint yet", "choose another run or a checkpoint"
             )
         return newest
-    return path
+    return (best_of(path.parent) or path) if path.name == BEST and path.is_symlink() else path

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megavlm.adapters.attach import Adapters, learned
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.fingerprint import digest_of_folders
-from megavlm.checkpoint.folders import clean, partial_folder, publish
+from megavlm.checkpoint.folders import clean, link_best, partial_folder, publish
 from megavlm.checkpoint.load_weights import load_checked
 from megavlm.checkpoint.optimizer_state import load_state, saved_state, wanted_state
 from megavlm.checkpoint.writer import CheckpointWriter
@@ -113,16 +113,24 @@ class Checkpoints:
             self.vlm.groups.language.dp_cp, world, background=settings.checkpoint.async_save
         )
         self._seconds = 0.0
+        self._best: int | None = None
 
-    def save(self, step: int) -> None:
+    def link(self, best: int | None) -> None:
+        """Links the checkpoint of the step with the best value of ``eval.best``. None: what is linked stays."""
+        if best is not None:
+            on_first_rank(partial(link_best, self.root, best), self.vlm.groups.world_host)
+
+    def save(self, step: int, *, best: int | None = None) -> None:
         """Writes the state after ``step``. With ``async_save``, it returns as soon as the state may change.
 
         It waits for the previous checkpoint, because only one checkpoint is written at a time. Call it on all ranks.
+        ``best`` is the step with the best value of ``eval.best``, if there is one.
 
         Raises:
             WriteError: on all ranks, if this checkpoint or the previous one could not be written.
         """
         self.finish()
+        self._best = best
         began = time.perf_counter()
         with self._awake():
             state = {
@@ -271,7 +279,7 @@ class Checkpoints:
             write_config(folder / ADAPTER_CONFIG, self.adapters.settings, self.vlm.shapes, str(self._hf))
         elif self._hf_layout:
             (folder / HF_LAYOUT).write_text(self._hf_layout, encoding="utf-8")
-        publish(folder, self.settings.keep, self.settings.keep_every)
+        publish(folder, self.settings.keep, self.settings.keep_every, self._best)
 
 
 def _sharded_model(model: TrainedModel, *, loading: bool) -> dict:

@@ -129,7 +129,7 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
     if built and named and built != named:
         raise UserError(f"--dry-run {built} and --for {named} are two verbs", "leave out --for")
     job: str = (name == "validate" and (built or named)) or name
-    if name == "infer" and not one_prompt and settings.data.eval is None:
+    if name == "infer" and not one_prompt and not settings.data.eval:
         raise UserError("infer has no questions", "ask one with --prompt TEXT, or set data.eval=FILE")
     requires = (*VERBS[job].requires, *(() if name != "infer" or one_prompt else ("data.eval", "output")))
     requirements.check_required(settings, requires, job)

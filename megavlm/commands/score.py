@@ -64,20 +64,25 @@ def main(settings: Settings, reward: bool = False) -> int:
     scores, skipped = evaluation.run("scoring", rows_of, compute, size=settings.parallel.pipeline)
     if session.is_first:
         if reward:
-            summary = f"mean score {sum(score['score'] for score in scores) / len(scores):.4f}{_won(scores)}"
+            summary = f"mean score {sum(score['score'] for score in scores) / len(scores):.4f}"
         else:
             mean = sum(score["sum"] for score in scores) / max(1, sum(score["tokens"] for score in scores))
             summary = f"mean log-probability {mean:.4f}"
-        print(" · ".join(filter(None, (f"{len(scores)} samples", summary, skipped, str(evaluation.path)))))
+        pairs = _pairs(scores, "score" if reward else "sum")
+        print(" · ".join(filter(None, (f"{len(scores)} samples", summary, pairs, skipped, str(evaluation.path)))))
     return 0
 
 
-def _won(scores: list[dict]) -> str:
-    """How many chosen answers have a higher score than the rejected ones of their pairs, if there are pairs."""
-    sides = [
-        {line["index"]: line["score"] for line in scores if line.get("side") == side} for side in ("chosen", "rejected")
-    ]
-    if not sides[0]:
+def _pairs(scores: list[dict], field: str) -> str:
+    """If there are pairs: how often the chosen answer has more of a field than the rejected one, and how much more."""
+    chosen, rejected = (
+        {line["index"]: line[field] for line in scores if line.get("side") == side} for side in ("chosen", "rejected")
+    )
+    if not chosen:
         return ""
-    won = sum(score > sides[1][index] for index, score in sides[0].items())
-    return f" · the chosen answer has the higher score in {won} of {len(sides[0])} pairs ({won / len(sides[0]):.1%})"
+    margins = [value - rejected[index] for index, value in chosen.items()]
+    won, what = sum(margin > 0 for margin in margins), "score" if field == "score" else "log-probability"
+    return (
+        f"the chosen answer has the higher {what} in {won} of {len(margins)} pairs ({won / len(margins):.1%}), mean "
+        f"margin {sum(margins) / len(margins):.4f}"
+    )

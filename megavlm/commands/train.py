@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megavlm.align.registry import make_method
+from megavlm.align.registry import METHODS, make_method
 from megavlm.base.heartbeat import while_bytes_flow
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
+from megavlm.evaluation.held_out import evaluation_hooks
 from megavlm.output.folder import StartOptions
 from megavlm.report.at_checkpoint import ReportAtCheckpoint
 from megavlm.report.loss_plot import write_loss_plot
@@ -22,7 +23,11 @@ def main(settings: Settings, method: str, restart: bool = False, change: Sequenc
     ``restart`` and ``change``: see ``StartOptions``.
     """
     options, reports = StartOptions(restart, tuple(change)), _Reports()
-    hooks = [Hook(reports.at_checkpoint, at_checkpoint=True), Hook(reports.at_end, at_end=True)]
+    hooks = [
+        *evaluation_hooks(settings, METHODS[method].kind),
+        Hook(reports.at_checkpoint, at_checkpoint=True),
+        Hook(reports.at_end, at_end=True),
+    ]
     return train(settings, make_method(method, settings), hooks, options)
 
 

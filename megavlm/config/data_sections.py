@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
+from megavlm.config.eval_section import EvalSource
 from megavlm.config.section import Bool, DataPath, FilePath, Float, Int, Section, Str
 
 # Protocols that may be allowed as a whole: where a name inside the network is no risk, or is checked. For all others,
@@ -143,7 +144,11 @@ class DataSettings(Section):
         description="samples of an earlier training stage, mixed in so that the model does not forget it: {sources, "
         "share}; null: none",
     )
-    eval: DataPath | None = Field(None, description="JSONL file or folder of shards that score and infer read")
+    eval: list[EvalSource] = Field(
+        [],
+        description="held-out data, which score and infer read and eval.every evaluates: one path, or a list of "
+        "sources, for example [{path: a.jsonl, name: a}]",
+    )
     seq_length: Int = Field(8192, ge=1, description="number of tokens in a row; a row is one micro-batch")
     packing: Literal["best_fit", "none"] = Field(
         "best_fit",
@@ -266,10 +271,23 @@ class DataSettings(Section):
         check_media_protocols(entries)
         return entries
 
-    @field_validator("train", mode="before")
+    @field_validator("train", "eval", mode="before")
     @classmethod
     def _one_path(cls, value: Any) -> Any:
         return [{"path": value}] if isinstance(value, str | Path) else value
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return [] if value is None else value
+
+    @field_validator("eval")
+    @classmethod
+    def _distinct(cls, sources: list[EvalSource]) -> list[EvalSource]:
+        names = [source.label for source in sources]
+        if double := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"two sources have the name {quoted(double[0])}", "give one of them another: {path, name}")
+        return sources
 
     @field_validator("train")
     @classmethod

@@ -48,6 +48,11 @@ def check_files(settings: Settings, keys: Iterable[str]) -> None:
     for key in keys:
         if key == "data.train":
             paths |= {name: source.path for name, source in settings.data.leaves.items()}
+        elif key == "data.eval":
+            several = len(settings.data.eval) > 1
+            paths |= {
+                f"{key}[{n}].path" if several else key: source.path for n, source in enumerate(settings.data.eval)
+            }
         elif key == "environment":
             paths["the file of environment.python"] = settings.environment.file
         elif key == "reward":

@@ -7,6 +7,7 @@ from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.align_sections import AlignSettings
 from megavlm.config.data_sections import DataSettings, DataSource
 from megavlm.config.environment_section import ENVIRONMENT, EnvironmentSettings
+from megavlm.config.eval_section import EvalSettings
 from megavlm.config.reward_section import RewardPoolSettings, Rewards, RewardSettings
 from megavlm.config.rollout_section import RolloutSettings
 from megavlm.config.section import Bool, FilePath, Int, Section
@@ -29,6 +30,7 @@ __all__ = [
     "DataSettings",
     "DataSource",
     "EnvironmentSettings",
+    "EvalSettings",
     "GenerateSettings",
     "LogSettings",
     "ModelSettings",
@@ -58,6 +60,7 @@ class Settings(Section):
     parallel: ParallelSettings = ParallelSettings()
     vision: VisionSettings = VisionSettings()
     train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
     reward: Rewards = Field(
         [],
         description="only for methods that sample answers: how the answers are judged. A list of rewards, for example "
@@ -109,6 +112,7 @@ class Settings(Section):
                 "set model.load to the weights to stay close to, or set kl_to_start to 0",
             )
         self._check_environment()
+        self.eval.check_names([source.label for source in self.data.eval])
         check_speed(self.train, self.parallel, self.model.kernels, self.adapter.type)
         check_seq_length(self.data.seq_length, self.parallel)
         self._check_pad_multiple()

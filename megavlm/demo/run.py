@@ -59,7 +59,7 @@ class Demo:
     def __init__(self, out: Path):
         self.out = work_in(out)
         self.sft = load_settings(CONFIGS / "sft.yaml")
-        questions, start = self.sft.data.eval, self.sft.model.load
+        questions, start = self.sft.data.eval[0].path, self.sft.model.load
         assert isinstance(questions, Path), "configs/demo/sft.yaml sets data.eval to a file"
         assert start is not None, "configs/demo/sft.yaml sets model.load"
         self.questions, self.start = questions, start

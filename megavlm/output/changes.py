@@ -14,6 +14,7 @@ FREE_TO_CHANGE = (
     "vision",
     "checkpoint",
     "log",
+    "eval",
     "generate",
     "reward_pool",
     "environment.workers",

@@ -28,6 +28,7 @@ RUN_FILES = (
     FILE,
     CHANGES_FILE,
     "reference.safetensors",
+    "reference_held_out.safetensors",
     "loss.png",
     "report.html",
     "expert_load.json",
@@ -42,6 +43,7 @@ RUN_FILES = (
     ),
     ".alive",
     "reference.safetensors.partial",
+    "reference_held_out.safetensors.partial",
 )
 _CHECKPOINT = re.compile(r"step_(\d+)")  # the name of a complete checkpoint, see checkpoint/folders.py
 

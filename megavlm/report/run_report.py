@@ -96,8 +96,9 @@ def find_answers(chain: list[Run]) -> list[AnswerSource]:
             place = own_place
         if place is None:
             continue
-        eval_path = data.get("eval")
-        questions = existing(Path(eval_path), folder) if eval_path else None
+        asked = data.get("eval")
+        paths = [asked] if isinstance(asked, str) else [source["path"] for source in asked or ()]
+        questions = existing(Path(paths[0]), folder) if len(paths) == 1 else None  # several are not told apart here
         is_own = trained is None or place == trained
         source = read_source(folder, questions, access_of(data), weights=_words(weights), is_own=is_own)
         if source is not None:

@@ -15,7 +15,7 @@ from megavlm.runtime.feed import Window
 from megavlm.runtime.results import Results
 from megavlm.runtime.session import Session
 from megavlm.runtime.weights import Weights
-from megavlm.sources.blend import SampleFile, media_access, open_file
+from megavlm.sources.blend import JoinedFiles, open_eval_sources
 
 # Settings of the data section on which results depend, beside the limits of pictures and videos.
 _DATA = {"eval", "seq_length", "packing", "pad_multiple", "too_long", "append_eos"}
@@ -52,7 +52,7 @@ class Evaluation:
         note = {"weights": weights.note(), "data": of_data, **made_with}
 
         def identity() -> dict[str, Any]:
-            file = self._file()
+            files = self._file().files
             of_data = data.model_dump(mode="json", include=_DATA) | data.limits
             return {
                 "weights": f"{weights}, files {weights.digest()}",
@@ -63,7 +63,7 @@ class Evaluation:
                 "adapter.quantize": settings.adapter.quantize,
                 "train.precision": settings.train.precision,
                 **{f"data.{key}": value for key, value in of_data.items()},
-                "content of data.eval": describe_samples(file),
+                "content of data.eval": ", ".join(map(describe_samples, files)),
                 **{f"{part}.{key}": value for part, values in made_with.items() for key, value in values.items()},
             }
 
@@ -105,7 +105,7 @@ class Evaluation:
             done = [{**samples.about.pop(line.pop("index")), **line} for line in found[:count]]
             self._results.take(done, samples.take_skipped())
         self._results.take([], samples.take_skipped() if samples is not None else [])
-        return self._results.publish(str(session.settings.data.eval))
+        return self._results.publish(self._names())
 
     def stream(
         self, what: str, results_of: Callable[[Iterator[Sample] | None], Iterator[dict[str, Any]]]
@@ -127,7 +127,7 @@ class Evaluation:
                 self._results.keep([{**about, **line}], skipped)
                 bar.update(task, advance=1 + len(skipped))
         self._results.take([], samples.take_skipped() if samples is not None else [])
-        return self._results.publish(str(self._session.settings.data.eval))
+        return self._results.publish(self._names())
 
     def _samples(self) -> tuple[EvalSamples | None, int]:
         """The samples of this data-parallel rank that are not done yet, on its leader, and how many these are."""
@@ -139,7 +139,8 @@ class Evaluation:
         workers, output = session.settings.data.workers, self.path.parent
         return EvalSamples(file, self._renderer, self._kind, mine, workers, output, groups.dp_rank), len(mine)
 
-    def _file(self) -> SampleFile:
-        data = self._session.settings.data
-        assert data.eval is not None, "data.eval must be set"
-        return open_file(data.eval, media_access(data))
+    def _file(self) -> JoinedFiles:
+        return JoinedFiles([source.file for source in open_eval_sources(self._session.settings.data)])
+
+    def _names(self) -> str:
+        return ", ".join(str(source.path) for source in self._session.settings.data.eval)

@@ -1,7 +1,10 @@
 """The data sources of a run: files and folders of samples, and the share of each in the blend."""
 
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +39,31 @@ class Source:
     share: float
 
 
+class JoinedFiles:
+    """The samples of several files as those of one, file after file."""
+
+    def __init__(self, files: Sequence[SampleFile]):
+        self.files, self.path = list(files), ", ".join(file.path for file in files)
+        self._ends = list(accumulate(map(len, files)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def source(self, index: int) -> str:
+        """See ``SampleFile``."""
+        file, place = self._find(index)
+        return file.source(place)
+
+    def read(self, index: int) -> tuple[Any, Find]:
+        """See ``SampleFile``."""
+        file, place = self._find(index)
+        return file.read(place)
+
+    def _find(self, index: int) -> tuple[SampleFile, int]:
+        number = bisect_right(self._ends, index)
+        return self.files[number], index - (self._ends[number - 1] if number else 0)
+
+
 def open_file(path: str | Path, access: MediaAccess = ANY_LOCAL_FILE) -> SampleFile:
     """Open a JSONL file or a folder of shards whose records may name media as `access` allows.
 
@@ -52,6 +80,12 @@ def media_access(settings: DataSettings) -> MediaAccess:
     """Which media records may name, from data.media_roots and data.media_protocols."""
     roots = settings.media_roots
     return MediaAccess(None if roots is None else tuple(map(str, roots)), tuple(settings.media_protocols))
+
+
+def open_eval_sources(settings: DataSettings) -> list[Source]:
+    """Opens the sources of ``data.eval``. Raises UserError if one is missing or empty."""
+    access = media_access(settings)
+    return [Source(source.label, open_file(source.path, access), 1.0) for source in settings.eval]
 
 
 def open_sources(settings: DataSettings) -> list[Source]:

@@ -52,14 +52,14 @@ def train(
             signals.speak = monitor.say
             stop = StopSignal(session.groups.world_host, signals, settings.checkpoint.minutes)
             try:
-                last, stopped = _run_steps(run, stop, hooks, monitor, watch.heartbeat)
+                last, ending = _run_steps(run, stop, hooks, monitor, watch.heartbeat)
             except BaseException:
                 run.abandon()
                 raise
             run.checkpoints.finish()
             _at_end(run, last, hooks, monitor)
             monitor.tell_samples()
-            monitor.say(f"stopped at step {last}" if stopped else f"done at step {last}")
+            monitor.say(ending)
             monitor.finish()
         run.close()
         dist.barrier()
@@ -68,8 +68,8 @@ def train(
 
 def _run_steps(
     run: Run, stop: StopSignal, hooks: Sequence[Hook], monitor: RunMonitor, heartbeat: Callable[[str], None]
-) -> tuple[int, bool]:
-    """Runs the remaining steps. Returns the number of the last step, and whether a signal ended the run early."""
+) -> tuple[int, str]:
+    """Runs the remaining steps. Returns the number of the last step, and why the run ends with it."""
     settings = run.session.settings
     steps, number = required(settings.train.steps, "train.steps"), run.first_step
     for remark in run.remarks:
@@ -79,9 +79,16 @@ def _run_steps(
     if failure := monitor.data_failure():  # an earlier start ended for its data, which are still as they were
         monitor.finish(failed=True)
         raise failure
+    if number < steps and (early := run.best.ending(number)):
+        monitor.say("eval.stop_after has ended this run already; with a larger value, or null, it goes on")
+        return number, early
     if settings.train.memory_check and number < steps:
         monitor.say(check_memory([run.step, *run.others.values()], run.longest_row, settings))
         heartbeat("the memory check")
+    for hook in hooks:
+        if hook.at_start and number == 0:
+            hook.call(run, 0, monitor.say)
+            heartbeat("the work before the first step")
     skipped = SkippedSteps(settings.train.max_skipped_steps, monitor.say)
     saved = run.first_step
     stop.begin()
@@ -101,13 +108,15 @@ def _run_steps(
         heartbeat(f"step {number}")
         (stopping, due), every = stop.decide(), settings.checkpoint.every
         data_failure = monitor.data_failure() or run.report(number, monitor)
+        early, is_best = run.best.ending(number), run.best.step == number
         saving = number == steps or stopping or due or bool(every and number % every == 0) or data_failure is not None
+        saving = saving or is_best or early is not None
         failure = skipped.failure(number, result.trouble)
         if result.trouble and saving and not failure:
             failure = run.weights_failure()  # a bad checkpoint would replace an older, good one
         if saving and not failure:  # also if the data end the run: with other data or limits, it continues from here
             with run.phases.named("checkpoint"):
-                run.checkpoints.save(number)
+                run.checkpoints.save(number, best=run.best.step)
             saved = number
             stop.saved()
             for hook in (hook for hook in hooks if hook.at_checkpoint):
@@ -118,9 +127,9 @@ def _run_steps(
             _at_end(run, number, hooks, monitor)
             monitor.finish(failed=True)
             raise ending
-        if stopping:
-            return number, number < steps
-    return number, False
+        if number < steps and (stopping or early is not None):
+            return number, early or f"stopped at step {number}"
+    return number, f"done at step {number}"
 
 
 def _at_end(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -> None:
@@ -151,7 +160,7 @@ def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor)
         **metrics_line(run.session, number, result, seconds),
         **monitor.count_samples(number, result.counts, result.skipped_samples),
     }
-    due = [hook for hook in hooks if hook.is_due(number)]
+    due = [hook for hook in hooks if hook.is_due(number, is_last=number == settings.train.steps)]
     for hook in due:
         line |= hook.call(run, number, monitor.say) or {}
     logged = number % settings.log.every == 0 or number == settings.train.steps or bool(result.trouble or due)
@@ -159,4 +168,7 @@ def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor)
         line |= run.stragglers.fields() | monitor.record_experts(number, run.step.expert_load.totals())
         line |= {"seconds_checkpoint": run.checkpoints.take_seconds(), **run.phases.fields()}
     monitor.record(line, logged=logged)
+    run.best.take(line)
+    if run.best.step == number:
+        monitor.say(f"step {number} has the best {run.best.told()} so far")
     return result

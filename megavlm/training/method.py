@@ -32,6 +32,7 @@ class Prepared:
         updates: number of updates of the weights in a step.
         others: for each further model of the session that is trained, what updates its weights. The run saves and
             restores these models, too.
+        attach: attaches to held-out rows what the method attaches to those of training, on leaders; None: nothing.
     """
 
     objective: Objective
@@ -41,6 +42,7 @@ class Prepared:
     make_step: Callable[[Step, Iterator[Row] | None], "MethodStep"] | None = None
     updates: int = 1
     others: Mapping[str, Step] = field(default_factory=dict)
+    attach: Callable[[Iterator[Row]], Iterator[Row]] | None = None
 
 
 class MethodStep(Protocol):

@@ -18,6 +18,7 @@ from megavlm.data.loader import RowLoader
 from megavlm.data.row import Row
 from megavlm.data.row_source import HeldRows, RowSource
 from megavlm.monitor.hang_watch import collective_minutes
+from megavlm.monitor.metrics import read_metrics
 from megavlm.monitor.phases import Phases
 from megavlm.monitor.profile import Profile
 from megavlm.monitor.run_monitor import RunMonitor
@@ -31,6 +32,7 @@ from megavlm.runtime.adapter_start import load_start
 from megavlm.runtime.feed import Feed
 from megavlm.runtime.read_ahead import ReadAhead
 from megavlm.runtime.session import Session, start
+from megavlm.training.best import Best
 from megavlm.training.continuing import remarks_on
 from megavlm.training.method import Method, MethodStep
 from megavlm.training.skipped_steps import weights_failure
@@ -57,6 +59,8 @@ class Run:
         phases: measures where the time of a step goes.
         profile: writes traces of the steps that ``train.profile`` names.
         first_step: number of steps that earlier starts of the run have done.
+        attach: see ``Prepared.attach``.
+        best: the best value of ``eval.best`` so far.
         remarks: what the user should know about how this start continues an earlier one.
     """
 
@@ -74,6 +78,8 @@ class Run:
     phases: Phases
     profile: Profile
     first_step: int
+    attach: Callable[[Iterator[Row]], Iterator[Row]] | None
+    best: Best
     remarks: list[str]
 
     def take_step(self, *, is_last: bool) -> StepResult:
@@ -153,6 +159,8 @@ def build_run(
     first_step = checkpoints.restore(checkpoint) if checkpoint else 0
     heartbeat("building the optimizer and restoring the run")
     remarks = remarks_on(begin, optimizers, first_step)
+    best = _best(settings, output, first_step, groups.world_host)
+    checkpoints.link(best.step)
     if checkpoint is not None:
         on_first_rank(partial(record_changes, begin, first_step), groups.world_host)
     stragglers = Stragglers(groups.world_host)
@@ -192,8 +200,22 @@ def build_run(
         phases,
         profile,
         first_step,
+        prepared.attach,
+        best,
         remarks,
     )
+
+
+def _best(settings: Settings, output: Path, first_step: int, world: dist.ProcessGroup) -> Best:
+    """The best value of ``eval.best`` in the steps that earlier starts have done."""
+    metric = settings.eval.best
+
+    def past() -> list[dict[str, float | None]]:
+        lines = read_metrics(output) if metric is not None and first_step else []
+        wanted = [line for line in lines if metric in line and line["step"] <= first_step]
+        return [{name: line[name] for name in ("step", str(metric))} for line in wanted]
+
+    return Best(settings.eval, on_first_rank(past, world))
 
 
 def _prepare(settings: Settings, lock: RunLock, options: StartOptions) -> tuple[Start, Path | None]:
