@@ -99,8 +99,8 @@ def _use_own_rates(optimizers: list, state: dict) -> None:
     """Writes the rates of the settings into the stored groups; Megatron finds a group only if they are equal."""
     stored = [state] if len(optimizers) == 1 else [one for _, one in sorted(state.items())]
     for optimizer, one in zip(optimizers, stored, strict=True):
-        own = optimizer.param_groups[0]  # all groups of an optimizer have the same rates
-        for group in one.get("optimizer", one)["param_groups"]:
+        # Megatron sorts the groups, so they are in the same order in every layout.
+        for group, own in zip(one.get("optimizer", one)["param_groups"], optimizer.param_groups, strict=True):
             group.update({key: own[key] for key in ("max_lr", "min_lr", "start_wd", "end_wd") if key in own})
 
 

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.base.errors import UserError
+from megavlm.config.group_section import GroupSettings
 from megavlm.config.profile_section import ProfileSettings
 from megavlm.config.section import Bool, Count, Float, Int, Part, Positive, Section
 from megavlm.config.speed_sections import (
@@ -27,6 +28,18 @@ class TrainSettings(Section):
         {},
         description="factor by which the learning rate of a part is multiplied, for example {vision: 0.1}; parts that "
         "are not named have 1",
+    )
+    groups: list[GroupSettings] = Field(
+        [],
+        description="weights that are trained with another learning rate or weight decay, or not at all, for example "
+        "[{match: embed_tokens, lr_scale: 0.1}, {match: 'layers\\.[01]\\.', freeze: true}]",
+    )
+    layer_decay: Float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor of the learning rate from one layer to the one below it, in the tower and in the decoder: "
+        "the last layer has 1, the first layer_decay^(layers - 1), the embeddings below it layer_decay^layers",
     )
     unfreeze_after: dict[Part, Count] = Field(
         {},

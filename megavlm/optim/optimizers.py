@@ -12,7 +12,13 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -24,6 +30,7 @@ from megavlm.config.train_section import TrainSettings
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim import megatron_galore
 from megavlm.optim.grad_stats import GradStats, read_grad_stats
+from megavlm.optim.param_groups import ParamGroups
 from megavlm.platform import device
 
 
@@ -83,6 +90,8 @@ class Optimizers:
         self.ddp: dict[str, list[DistributedDataParallel]] = {}
         self.parts: dict[str, list[MegatronOptimizer]] = {}
         self.unfrozen_at: dict[str, int] = {}
+        self._groups = ParamGroups(vlm, train)
+        self._groups.freeze()
         for part in PARTS:
             self._build(part)
         self.optimizer = self._chained()
@@ -124,8 +133,13 @@ class Optimizers:
         self.ddp[part] = [
             PartDDP(m.config, config, m, disable_bucketing=i > 0, pg_collection=groups) for i, m in enumerate(modules)
         ]
+        own = self._groups.overrides(p for m in modules for p in m.parameters())
         built = get_megatron_optimizer(
-            self._config, self.ddp[part], use_gloo_process_groups=False, pg_collection=groups
+            self._config,
+            self.ddp[part],
+            {**get_standard_config_overrides(self._config), **own},  # by default, norms and biases have no decay
+            use_gloo_process_groups=False,
+            pg_collection=groups,
         )
         optimizers = built.chained_optimizers if isinstance(built, ChainedOptimizer) else [built]
         # If only experts are trainable, as may be with adapters, Megatron adds an optimizer without parameters.
@@ -152,10 +166,13 @@ class Optimizers:
         )
 
     def _set_rates(self, part: str) -> None:
-        lr = required(self.train.lr, "train.lr")
         for group in (g for opt in self.parts[part] for g in opt.param_groups):
-            scale = next((scale for name, scale in self.train.lr_scale.items() if name == part), 1.0)
-            group["max_lr"], group["min_lr"] = lr * scale, self.train.min_lr * scale  # read by the scheduler
+            group |= self._rates(part, group.get("lr_scale", 1.0))
+
+    def _rates(self, part: str, lr_scale: float = 1.0) -> dict[str, float]:
+        """What the scheduler reads of a parameter group."""
+        scale = lr_scale * next((scale for name, scale in self.train.lr_scale.items() if name == part), 1.0)
+        return {"max_lr": required(self.train.lr, "train.lr") * scale, "min_lr": self.train.min_lr * scale}
 
     def follow_settings(self) -> None:
         """Sets the learning rates by the settings and the position in the schedule.
@@ -194,6 +211,7 @@ class Optimizers:
         for part in due:
             for module in self._vlm.modules_of(part):
                 module.requires_grad_(True)
+            self._groups.freeze()
             self._build(part)
             self.unfrozen_at[part] = self.scheduler.num_steps
         if due:
@@ -207,13 +225,13 @@ class Optimizers:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step, for parts without an entry in train.lr_scale."""
+        """Learning rate of the next step, for weights whose learning rate has no factor."""
         return self.scheduler.get_lr({})
 
     @property
     def part_lrs(self) -> dict[str, float]:
         """Learning rate of each part in the next step, 0.0 if the part is frozen."""
-        return {part: self.parts[part][0].param_groups[0]["lr"] if part in self.parts else 0.0 for part in PARTS}
+        return {part: self.scheduler.get_lr(self._rates(part)) if part in self.parts else 0.0 for part in PARTS}
 
     def zero_grad(self) -> None:
         """Sets all gradients to zero."""
