@@ -174,6 +174,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
         flags={
             "out": {"metavar": "DIR", "type": Path, "required": True, "help": "folder to write; it must not exist"},
             "adapter": {"action": "store_true", "help": "write only the adapter, in peft's format"},
+            "ema": {"action": "store_true", "help": "write the moving average of the weights (train.ema)"},
         },
         local_workers=False,
         uses_run=True,

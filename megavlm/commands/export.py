@@ -15,7 +15,7 @@ from megavlm.runtime.adapter_start import warn_of_other_base
 from megavlm.runtime.weights import Weights, choose
 
 
-def main(settings: Settings, out: Path, adapter: bool = False) -> int:
+def main(settings: Settings, out: Path, adapter: bool = False, ema: bool = False) -> int:
     """Writes ``out`` from ``model.load``, or the run in ``output``, with the other files of ``model.hf``.
 
     The limits of pictures and videos in the processor files are those of ``settings.data`` or, where these are null,
@@ -25,6 +25,7 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
         settings: the settings of the run.
         out: the folder to write.
         adapter: write only ``model.adapter``, in peft's format. Otherwise it is merged into the weights.
+        ema: write the moving average of the trained weights (``train.ema``) instead of the weights.
 
     Raises:
         UserError: the adapter or the checkpoint is missing or does not fit.
@@ -39,7 +40,7 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
             "set model.adapter to the run that trained the adapter, or adapter.type to null",
         )
     if model.adapter is not None:
-        found = Adapter(model.adapter, shapes)
+        found = Adapter(model.adapter, shapes, ema=ema)
     limits = _limits(settings, weights)
     print(f"weights · {weights}", flush=True)
     listed = ", ".join(f"data.{name}={value}" for name, value in limits.items())
@@ -56,6 +57,7 @@ def main(settings: Settings, out: Path, adapter: bool = False) -> int:
             adapter=found,
             resize_vocabulary=model.resize_vocabulary,
             overwrite=settings.overwrite,
+            ema=ema and found is None,
         )
         write_limits(out, changes)
         if limits:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from megavlm.base.errors import UserError
 from megavlm.convert import vocabulary
 from megavlm.convert.adapter import REWARD_HEAD, Adapter
+from megavlm.convert.averages import AveragedCheckpoint
 from megavlm.convert.check_checkpoint import check_checkpoint
 from megavlm.convert.hf_folder import HF_LAYOUT, HfLayout, HfWeights, HfWriter, copy_configuration
 from megavlm.convert.hf_shapes import has_own_output, is_hf_folder, layout_of, shapes_of, warn_of_own_output
@@ -60,6 +61,7 @@ def mcore_to_hf(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    ema: bool = False,
 ) -> None:
     """Converts a Megatron checkpoint, whether converted or saved by training, into a Hugging Face folder.
 
@@ -80,9 +82,10 @@ def mcore_to_hf(
         dtype: dtype of all weights, instead of those above.
         overwrite: whether to replace an existing model folder.
         progress: whether to show a progress bar on standard error.
+        ema: whether to write the moving averages of the weights of ``mcore`` instead of the weights.
 
     Raises:
-        UserError: the checkpoint is of another model than ``hf``; it is a Hugging Face folder to which nothing would
+        UserError: the checkpoint is of another model than ``hf``; it has no averages; it is a Hugging Face folder to which nothing would
             be done; ``out`` exists; and all errors of HfWeights and
             ``open_source``.
     """
@@ -98,7 +101,7 @@ def mcore_to_hf(
                 "nothing to convert",
                 "name the run or the checkpoint that is to be converted",
             )
-    in_hf, checkpoint = shapes_of(hf, mcore), open_source(mcore)
+    in_hf, checkpoint = shapes_of(hf, mcore), AveragedCheckpoint(mcore) if ema else open_source(mcore)
     shapes = vocabulary.resized(in_hf, hf) if resize_vocabulary else vocabulary.stored_shapes(in_hf, hf, checkpoint)
     entries = table(shapes)
     check_checkpoint(checkpoint, shapes, fewer_rows=resize_vocabulary)

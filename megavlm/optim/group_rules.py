@@ -14,7 +14,7 @@ from megavlm.base.number_format import counted, short
 from megavlm.config.settings import Settings
 from megavlm.config.train_section import TrainSettings
 from megavlm.convert.names import MCORE_EMBEDDING, table
-from megavlm.convert.peft_names import CHECKPOINT_PREFIX, part_of, targeted, tensor_shapes
+from megavlm.convert.peft_names import CHECKPOINT_PREFIX, LORA_B, part_of, targeted, tensor_shapes
 from megavlm.model.score_head import KEY as SCORE_HEAD
 from megavlm.model.shapes import Shapes
 
@@ -124,7 +124,8 @@ def described(settings: Settings, shapes: Shapes, *, score_head: bool = False) -
         raise UserError("train.groups freezes every weight: nothing would be trained", "freeze fewer of them")
     by_rule: dict[tuple[int | None, float], list[Weight]] = {}
     for weight, rule in zip(weights, rules, strict=True):
-        by_rule.setdefault((rule.group, rule.lr_scale), []).append(weight)
+        ratio = settings.adapter.lr_ratio if weight.names[0].endswith(LORA_B) else 1.0
+        by_rule.setdefault((rule.group, rule.lr_scale * ratio), []).append(weight)
     return [
         _line(train, number, scale, own)
         for (number, scale), own in sorted(by_rule.items(), key=lambda item: (item[0][0] is None, item[0]))

@@ -24,11 +24,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
 from megavlm.config.train_section import TrainSettings
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim import megatron_galore
+from megavlm.optim.ema import start_averages, update_averages
 from megavlm.optim.grad_stats import GradStats, read_grad_stats
 from megavlm.optim.param_groups import ParamGroups
 from megavlm.platform import device
@@ -110,24 +110,15 @@ class Optimizers:
         )
 
     def _build(self, part: str) -> None:
-        """Creates the gradient buffers and optimizers of a part, if it has trainable parameters.
+        """Creates the gradient buffers and optimizers of a part, if it has trainable parameters on some rank.
 
-        Raises:
-            UserError: on all ranks, if only some pipeline chunks have trainable parameters; gradients and norms are
-                summed over all of them.
+        Pipeline stages without any get empty ones: gradients and norms are summed over all of them.
         """
         modules = self._vlm.modules_of(part)
-        learning = [any(p.requires_grad for p in m.parameters()) for m in modules]
-        flags = torch.tensor([any(learning), not all(learning)], dtype=torch.int32)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._vlm.groups.world_host)
-        some, lacking = flags.tolist()
-        if not some:
+        learns = torch.tensor(any(p.requires_grad for m in modules for p in m.parameters()), dtype=torch.int32)
+        dist.all_reduce(learns, op=dist.ReduceOp.MAX, group=self._vlm.groups.world_host)
+        if not learns:
             return
-        if lacking:
-            raise UserError(
-                f"{part} has trainable parameters in some pipeline stages (or their chunks) and none in others",
-                "put adapters on layers of all stages, train the whole part, or set parallel.pipeline=1",
-            )
         groups = self.groups_of(part)
         config = self._ddp_config(part, modules)
         self.ddp[part] = [
@@ -147,6 +138,8 @@ class Optimizers:
         if self.train.optimizer == "galore":
             for optimizer in self.parts[part]:
                 megatron_galore.put_inside(optimizer, modules, self.train, groups)
+        if self.train.ema is not None:
+            start_averages(self.parts[part])
         self._set_rates(part)
 
     def _ddp_config(self, part: str, modules: Sequence[torch.nn.Module]) -> DistributedDataParallelConfig:
@@ -258,6 +251,8 @@ class Optimizers:
             norm = stats.norms["grad_norm"]
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.train.clip_grad, norm)
         self.optimizer.step_with_ready_grads()
+        if self.train.ema is not None:
+            update_averages(self.optimizer.chained_optimizers, self.train.ema)
         self.scheduler.step(increment=1)
         return stats
 
