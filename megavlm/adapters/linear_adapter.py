@@ -50,6 +50,8 @@ class LinearAdapter(nn.Module, ABC):
                 local = site.share(torch.empty(shape, device="meta"), axis)
                 parameter = nn.Parameter(torch.zeros(local.shape, dtype=dtype, device=device()))
                 self._mark(parameter, axis)
+                if kind == LORA_B:
+                    parameter.lr_scale = settings.lr_ratio  # type: ignore[attr-defined]  # read by optim/param_groups.py
                 name = f"{kind.partition('.')[0]}_{number}"
                 self.register_parameter(name, parameter)
                 self.names[name] = (part, kind, axis)

@@ -34,8 +34,13 @@ def options_of(settings: Settings) -> dict[str, float]:
             "would be ignored",
             "remove align.reference_at",
         )
+    if name == "orpo" and align.sft_weight:
+        raise UserError(
+            f"align.sft_weight is {align.sft_weight:g}, but align.loss is orpo, which has this term already",
+            "remove align.sft_weight; align.lam sets the weight of the other term",
+        )
     for key in type(align).model_fields:
-        if key not in {"loss", "reference", "reference_at", *known} and align.is_changed(key):
+        if key not in {"loss", "reference", "reference_at", "sft_weight", *known} and align.is_changed(key):
             raise UserError(f"align.{key} is not used by dpo, so it would be ignored", f"remove align.{key}")
     return options
 
@@ -48,5 +53,7 @@ def method(settings: Settings) -> PreferenceMethod:
     has_reference = PREFERENCE_LOSSES[loss].reference
     if has_reference:
         check_reference(settings, f"dpo with align.loss {loss}")
-    make = lambda s, groups, start: PairObjective(loss, options, s.train.logprob_chunk_tokens, groups, start)
+    make = lambda s, groups, start: PairObjective(
+        loss, options, s.train.logprob_chunk_tokens, groups, start, s.align.sft_weight
+    )
     return PreferenceMethod("pair", f"preference tuning · {loss}", make, has_reference=has_reference)

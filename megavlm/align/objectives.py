@@ -68,9 +68,11 @@ class _AnswerObjective:
 
 
 class PairObjective(_AnswerObjective):
-    """A preference loss, averaged over the pairs of the global batch; for orpo, the chosen answer's NLL is added.
+    """A preference loss, averaged over the pairs of the global batch.
 
-    The samples of a row are a chosen and a rejected answer alternately.
+    The samples of a row are a chosen and a rejected answer alternately. The chosen answer's negative log-likelihood, a
+    mean over its tokens, may be added: with weight 1 for orpo, and with ``sft_weight``. (TRL's loss ``sft`` is a mean
+    over the tokens of all chosen answers of a micro-batch, which depends on how a batch is cut.)
 
     Args:
         loss: a key of ``PREFERENCE_LOSSES``.
@@ -78,6 +80,7 @@ class PairObjective(_AnswerObjective):
         chunk_tokens: number of targets whose logits are computed at a time.
         groups: the decoder's process groups.
         start: the reference model, if it is run in each step.
+        sft_weight: weight of the chosen answer's negative log-likelihood.
     """
 
     names = ("rewards/chosen", "rewards/rejected", "accuracy", "margin", "logprobs/chosen", "logprobs/rejected")
@@ -89,9 +92,13 @@ class PairObjective(_AnswerObjective):
         chunk_tokens: int,
         groups: ProcessGroupCollection,
         start: StartWeights | None = None,
+        sft_weight: float = 0.0,
     ):
         super().__init__(chunk_tokens, groups, start)
         self.name, self.options, self.has_reference = loss, options, PREFERENCE_LOSSES[loss].reference
+        self.sft_weight = 1.0 if loss == "orpo" else sft_weight
+        if sft_weight:
+            self.names = (*self.names, "nll/chosen")
 
     def weight(self, rows: list[Row]) -> float:
         return sum(row.num_samples // 2 for row in rows)
@@ -108,11 +115,12 @@ class PairObjective(_AnswerObjective):
         losses, metrics = preference_loss(
             self.name, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, **self.options
         )
-        if self.name == "orpo":
-            losses = losses - answers[:, 0] / lengths[:, 0]
+        nll = -answers[:, 0] / lengths[:, 0]
+        if self.sft_weight:
+            losses = losses + self.sft_weight * nll
         loss = losses.sum()
         values = [metrics[name] * len(losses) for name in self.names[:4]]
-        return loss, self.sums(loss, [*values, *answers.sum(dim=0)])
+        return loss, self.sums(loss, [*values, *answers.sum(dim=0), nll.sum()][: len(self.names)])
 
     def fields(self, sums: list[float], counts: dict[str, float]) -> dict[str, float | None]:
         pairs = counts["weight"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megavlm.model.vlm import PARTS
 from megavlm.optim import megatron_galore
+from megavlm.optim.ema import EMA, fill_adam, has_average
 from megavlm.optim.optimizers import Optimizers
 
 
@@ -40,9 +41,10 @@ def saved_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
         return chained.sharded_state_dict(model, metadata=metadata)
     for optimizer in inner:
         if not optimizer.optimizer.state:  # the optimizer of a part whose first step was skipped
-            _fill(optimizer)
+            fill_adam(optimizer)
     entries = {entry.data: entry for entry in model.values() if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
-    return {"tensors": [list(_stored_here(optimizer, entries)) for optimizer in inner]}
+    # Megatron would keep an empty list in the common state, where it does not fit that of other ranks.
+    return {"tensors": list(filter(None, (list(_stored_here(optimizer, entries)) for optimizer in inner)))}
 
 
 def wanted_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
@@ -53,12 +55,12 @@ def wanted_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
     inner = chained.chained_optimizers
     if not _are_sharded(inner):
         return chained.sharded_state_dict(model, metadata=metadata)  # SGD, which has no state to be created first
-    return {
-        "tensors": [
-            optimizer.sharded_param_state_fully_reshardable(model, is_loading=True, metadata=metadata)
-            for optimizer in inner
-        ]
-    }
+    wanted = {}
+    for number, optimizer in enumerate(inner):
+        tensors = optimizer.sharded_param_state_fully_reshardable(model, is_loading=True, metadata=metadata)
+        if tensors:  # a pipeline stage may have nothing that is trained
+            wanted[number] = {index: one | _wanted_average(optimizer, one) for index, one in tensors.items()}
+    return {"tensors": wanted}
 
 
 def load_state(optimizers: Optimizers, state: dict) -> None:
@@ -78,10 +80,12 @@ def load_state(optimizers: Optimizers, state: dict) -> None:
         chained.load_state_dict(state)
         return
     updates = [optimizers.updates(part) for part in PARTS for _ in optimizers.parts.get(part, [])]
-    for optimizer, tensors, step in zip(chained.chained_optimizers, state["tensors"], updates, strict=True):
+    for number, (optimizer, step) in enumerate(zip(chained.chained_optimizers, updates, strict=True)):
         adam = optimizer.optimizer
+        if not any(group["params"] for group in adam.param_groups):
+            continue  # a pipeline stage of which nothing is trained
         if isinstance(adam, torch.optim.Adam):
-            _fill(optimizer)  # DistributedOptimizer requires existing state
+            fill_adam(optimizer)  # DistributedOptimizer requires existing state
         settings = optimizer.state_dict()
         for group in settings["optimizer"]["param_groups"]:
             group["step"] = step
@@ -89,7 +93,7 @@ def load_state(optimizers: Optimizers, state: dict) -> None:
         if isinstance(adam, torch.optim.Adam):
             for value in adam.state.values():
                 value["step"] = value["step"].item()
-        optimizer.load_parameter_state_from_fully_reshardable(tensors)
+        optimizer.load_parameter_state_from_fully_reshardable(state.get("tensors", {}).get(number, {}))
         if isinstance(adam, torch.optim.Adam):
             for value in adam.state.values():
                 value["step"] = torch.tensor(value["step"])
@@ -99,8 +103,8 @@ def _use_own_rates(optimizers: list, state: dict) -> None:
     """Writes the rates of the settings into the stored groups; Megatron finds a group only if they are equal."""
     stored = [state] if len(optimizers) == 1 else [one for _, one in sorted(state.items())]
     for optimizer, one in zip(optimizers, stored, strict=True):
-        own = optimizer.param_groups[0]  # all groups of an optimizer have the same rates
-        for group in one.get("optimizer", one)["param_groups"]:
+        # Megatron sorts the groups, so they are in the same order in every layout.
+        for group, own in zip(one.get("optimizer", one)["param_groups"], optimizer.param_groups, strict=True):
             group.update({key: own[key] for key in ("max_lr", "min_lr", "start_wd", "end_wd") if key in own})
 
 
@@ -108,20 +112,10 @@ def _are_sharded(optimizers: list) -> bool:
     return all(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers)
 
 
-def _fill(optimizer: DistributedOptimizer) -> None:
-    """Creates Adam's initial state, which torch does not create before the first step."""
-    adam = optimizer.optimizer
-    if not isinstance(adam, torch.optim.Adam):
-        optimizer.init_state_fn(adam, optimizer.config)
-        return
-    for parameter in (p for group in adam.param_groups for p in group["params"]):  # neither TE nor Apex is installed
-        moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        adam.state[parameter] = {"step": torch.zeros(()), **moments}
-
-
 def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dict]:
     """Yields {kind of state: ShardedTensor or its factory} for each parameter that this rank stores."""
-    group, keys = optimizer.data_parallel_group, ("param", *optimizer.optimizer_state_keys)
+    group, averages = optimizer.data_parallel_group, [EMA] if has_average(optimizer) else []
+    keys = ("param", *optimizer.optimizer_state_keys, *averages)
     stored, transfers = [], []
     for parameter, pieces in _pieces(optimizer):
         owner = max(pieces, key=lambda rank: (pieces[rank][1] - pieces[rank][0], -rank))
@@ -150,6 +144,17 @@ def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dic
     alone = group.size() == dist.get_world_size()
     for entry, own in stored:
         yield {key: _named(entry, key, tensor, alone) for key, tensor in own.items()}
+
+
+def _wanted_average(optimizer: DistributedOptimizer, wanted: dict) -> dict:
+    """The entry of the average of a weight, if the optimizer has averages, made from those of its other tensors."""
+    if not has_average(optimizer):
+        return {}
+    entry = wanted["param"]
+    changes: dict[str, object] = {"key": entry.key.replace("optimizer.state.param.", f"optimizer.state.{EMA}.", 1)}
+    if isinstance(entry.data, Tensor):
+        changes["data"] = torch.empty_like(entry.data)
+    return {EMA: replace(entry, **changes)}
 
 
 def _pieces(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, dict[int, tuple[int, int]]]]:

@@ -184,6 +184,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "help": "name of the base model on the hub, for the model card and for peft; default: known only if "
                 "model.hf is in the hub's cache",
             },
+            "ema": {"action": "store_true", "help": "write the moving average of the weights (train.ema)"},
         },
         local_workers=False,
         uses_run=True,

@@ -31,6 +31,7 @@ def main(
     adapter: bool = False,
     shard_size: str | None = None,
     base_model: str | None = None,
+    ema: bool = False,
 ) -> int:
     """Writes ``out`` from ``model.load``, or the run in ``output``, with the other files of ``model.hf``.
 
@@ -45,6 +46,7 @@ def main(
         shard_size: largest size of a file of weights, such as "5GB"; None: the files of ``model.hf``.
         base_model: the name on the hub of the model in ``model.hf``, for the card; None: that of its folder in the
             hub's cache, if it is one.
+        ema: write the moving average of the trained weights (``train.ema``) instead of the weights.
 
     Raises:
         UserError: the adapter or the checkpoint is missing or does not fit.
@@ -69,7 +71,7 @@ def _export(
             "set model.adapter to the run that trained the adapter, or adapter.type to null",
         )
     if model.adapter is not None:
-        found = Adapter(model.adapter, shapes)
+        found = Adapter(model.adapter, shapes, ema=ema)
     limits = _limits(settings, weights)
     print(f"weights · {weights}", flush=True)
     listed = ", ".join(f"data.{name}={value}" for name, value in limits.items())
@@ -109,6 +111,7 @@ def _export(
             shard_bytes=shard_bytes,
             overwrite=settings.overwrite,
             finish=finish,
+            ema=ema and found is None,
         )
         if limits:
             print(f"the processor files carry the limits of training: {listed}")

@@ -31,6 +31,7 @@ from megavlm.data.rows import RowDataset
 from megavlm.environments.worker_process import check_environment
 from megavlm.model.flops import active_decoder_weights
 from megavlm.model.shapes import Shapes
+from megavlm.optim.group_rules import described
 from megavlm.output.folder import check_output, newest_step
 from megavlm.records.remarks import told
 from megavlm.records.skipped_samples import SkippedSample, causes
@@ -93,7 +94,8 @@ def main(
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
-    for name, value in _facts(with_group_size(settings, verb or dry_run), shapes, world_size, data_parallel):
+    shown = with_group_size(settings, verb or dry_run), shapes, world_size, data_parallel
+    for name, value in _facts(*shown, score_head=(verb or dry_run) == "rm"):
         facts.add_row(name, value)
     console = Console(highlight=False)
     console.print(facts)
@@ -136,7 +138,9 @@ def _check_data(settings: Settings, verb: str | None, console: Console) -> None:
         raise UserError("\n".join(error.message for error in refused), refused[0].remedy)
 
 
-def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: int) -> list[tuple[str, str]]:
+def _facts(
+    settings: Settings, shapes: Shapes, world_size: int, data_parallel: int, *, score_head: bool
+) -> list[tuple[str, str]]:
     train, data, parallel = settings.train, settings.data, settings.parallel
     text, vision = shapes.text, shapes.vision
     sizes = [(name, getattr(parallel, name)) for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")]
@@ -156,6 +160,8 @@ def _facts(settings: Settings, shapes: Shapes, world_size: int, data_parallel: i
     ]
     if settings.adapter.type or settings.model.adapter:
         facts.append(("adapter", _adapter(settings, shapes)))
+    if groups := described(settings, shapes, score_head=score_head):
+        facts.append(("groups", "\n".join(groups)))
     schedule = "no lr" if train.lr is None else f"lr {train.lr:g} → {train.min_lr:g} ({train.schedule})"
     if (prompts := settings.rollout.prompts) and train.steps:
         group_size = required(settings.rollout.group_size, "rollout.group_size")  # see ``with_group_size``

@@ -16,6 +16,7 @@ _ONLY = {  # the types to which a field applies
     "dropout": ("lora", "dora"),
     "rank_pattern": ("lora", "dora"),
     "alpha_pattern": ("lora", "dora"),
+    "lr_ratio": ("lora", "dora"),
     "frequencies": ("fourierft",),
     "scaling": ("fourierft",),
     "seed": ("fourierft",),
@@ -62,6 +63,11 @@ class AdapterSettings(Section):
     )
     alpha_pattern: dict[Str, Positive] = Field(
         {}, description="only for lora and dora: alpha of single layers, with keys as in rank_pattern"
+    )
+    lr_ratio: Positive = Field(
+        1.0,
+        description="only for lora and dora: learning rate of the matrices B as a multiple of that of A (LoRA+, "
+        "2402.12354, which takes 16)",
     )
     frequencies: Int = Field(
         1000, ge=1, description="only for fourierft: number of trained coefficients per linear layer"

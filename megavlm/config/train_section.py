@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.base.errors import UserError
+from megavlm.config.group_section import GroupSettings
 from megavlm.config.profile_section import ProfileSettings
 from megavlm.config.section import Bool, Count, Float, Int, Part, Positive, Section
 from megavlm.config.speed_sections import (
@@ -27,6 +28,18 @@ class TrainSettings(Section):
         {},
         description="factor by which the learning rate of a part is multiplied, for example {vision: 0.1}; parts that "
         "are not named have 1",
+    )
+    groups: list[GroupSettings] = Field(
+        [],
+        description="weights that are trained with another learning rate or weight decay, or not at all, for example "
+        "[{match: embed_tokens, lr_scale: 0.1}, {match: 'layers\\.[01]\\.', freeze: true}]",
+    )
+    layer_decay: Float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor of the learning rate from one layer to the one below it, in the tower and in the decoder: "
+        "the last layer has 1, the first layer_decay^(layers - 1), the embeddings below it layer_decay^layers",
     )
     unfreeze_after: dict[Part, Count] = Field(
         {},
@@ -58,6 +71,14 @@ class TrainSettings(Section):
     )
     galore_scale: Float = Field(
         0.25, gt=0, description="only for galore: factor by which the update of a projected matrix is multiplied"
+    )
+    ema: Float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay rate of a moving average of the trained weights, for example 0.999, which "
+        "`megavlm export --ema` exports; it needs 4 bytes for each weight, divided over the data-parallel ranks. null: "
+        "there is no average",
     )
     adam_beta1: Float = Field(0.9, ge=0, lt=1, description="decay rate of Adam's running mean of the gradients")
     adam_beta2: Float = Field(0.95, ge=0, lt=1, description="decay rate of Adam's running mean of squared gradients")
@@ -198,6 +219,11 @@ class TrainSettings(Section):
                     f"train.{name} is {getattr(self, name):g}, but train.optimizer is sgd: it would be ignored",
                     f"remove {name} or choose optimizer adam",
                 )
+        if self.ema is not None and self.optimizer != "adam":
+            raise UserError(
+                f"train.ema is {self.ema:g}, but train.optimizer is {self.optimizer}: only adam keeps an average",
+                "set ema to null or choose optimizer adam",
+            )
         for name in ("galore_rank", "galore_update_every", "galore_scale"):
             if self.optimizer != "galore" and self.is_changed(name):
                 raise UserError(

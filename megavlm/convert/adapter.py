@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
+from megavlm.convert.averages import AveragedCheckpoint
 from megavlm.convert.check_checkpoint import PARTS, check_trained_parts
 from megavlm.convert.hf_folder import short_list
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
@@ -50,6 +51,7 @@ class Adapter:
     Args:
         folder: a folder in peft's format, or the checkpoint of a run that trained an adapter.
         shapes: shapes of the model that the adapter belongs to.
+        ema: whether to read the moving averages in the checkpoint of a run instead of the weights.
     Attributes:
         settings: the adapter's settings.
         linears: the linear layers that have an adapter, by their HF names.
@@ -57,7 +59,7 @@ class Adapter:
         UserError: the folder contains no adapter, the adapter of another model, or an incomplete adapter.
     """
 
-    def __init__(self, folder: str | Path, shapes: Shapes) -> None:
+    def __init__(self, folder: str | Path, shapes: Shapes, *, ema: bool = False) -> None:
         self.folder, self.shapes = Path(folder), shapes
         if not self.folder.is_dir():
             raise UserError(f"no such adapter: {folder}", f"give a folder with {ADAPTER_CONFIG}")
@@ -72,12 +74,13 @@ class Adapter:
             )
         self._file: SafetensorsReader | McoreCheckpoint
         stored: dict[str, Shape]
-        if os.path.lexists(self.folder / ADAPTER_MODEL):
+        if os.path.lexists(self.folder / ADAPTER_MODEL) and not ema:
             reader, names = SafetensorsReader(self.folder / ADAPTER_MODEL), self._peft_names
             stored = {name: info.shape for name, info in reader.tensors.items()}
             self._file = reader
         else:
-            checkpoint, names = McoreCheckpoint(self.folder), self._checkpoint_names
+            checkpoint = (AveragedCheckpoint if ema else McoreCheckpoint)(self.folder)
+            names = self._checkpoint_names
             checkpoint.check_contents()
             stored = {
                 name: shape for name, (shape, _) in checkpoint.tensors.items() if name.startswith(CHECKPOINT_PREFIX)

@@ -12,18 +12,25 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
 from megavlm.config.train_section import TrainSettings
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim import megatron_galore
+from megavlm.optim.ema import start_averages, update_averages
 from megavlm.optim.grad_stats import GradStats, read_grad_stats
+from megavlm.optim.param_groups import ParamGroups
 from megavlm.platform import device
 
 
@@ -83,6 +90,8 @@ class Optimizers:
         self.ddp: dict[str, list[DistributedDataParallel]] = {}
         self.parts: dict[str, list[MegatronOptimizer]] = {}
         self.unfrozen_at: dict[str, int] = {}
+        self._groups = ParamGroups(vlm, train)
+        self._groups.freeze()
         for part in PARTS:
             self._build(part)
         self.optimizer = self._chained()
@@ -101,31 +110,27 @@ class Optimizers:
         )
 
     def _build(self, part: str) -> None:
-        """Creates the gradient buffers and optimizers of a part, if it has trainable parameters.
+        """Creates the gradient buffers and optimizers of a part, if it has trainable parameters on some rank.
 
-        Raises:
-            UserError: on all ranks, if only some pipeline chunks have trainable parameters; gradients and norms are
-                summed over all of them.
+        Pipeline stages without any get empty ones: gradients and norms are summed over all of them.
         """
         modules = self._vlm.modules_of(part)
-        learning = [any(p.requires_grad for p in m.parameters()) for m in modules]
-        flags = torch.tensor([any(learning), not all(learning)], dtype=torch.int32)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._vlm.groups.world_host)
-        some, lacking = flags.tolist()
-        if not some:
+        learns = torch.tensor(any(p.requires_grad for m in modules for p in m.parameters()), dtype=torch.int32)
+        dist.all_reduce(learns, op=dist.ReduceOp.MAX, group=self._vlm.groups.world_host)
+        if not learns:
             return
-        if lacking:
-            raise UserError(
-                f"{part} has trainable parameters in some pipeline stages (or their chunks) and none in others",
-                "put adapters on layers of all stages, train the whole part, or set parallel.pipeline=1",
-            )
         groups = self.groups_of(part)
         config = self._ddp_config(part, modules)
         self.ddp[part] = [
             PartDDP(m.config, config, m, disable_bucketing=i > 0, pg_collection=groups) for i, m in enumerate(modules)
         ]
+        own = self._groups.overrides(p for m in modules for p in m.parameters())
         built = get_megatron_optimizer(
-            self._config, self.ddp[part], use_gloo_process_groups=False, pg_collection=groups
+            self._config,
+            self.ddp[part],
+            {**get_standard_config_overrides(self._config), **own},  # by default, norms and biases have no decay
+            use_gloo_process_groups=False,
+            pg_collection=groups,
         )
         optimizers = built.chained_optimizers if isinstance(built, ChainedOptimizer) else [built]
         # If only experts are trainable, as may be with adapters, Megatron adds an optimizer without parameters.
@@ -133,6 +138,8 @@ class Optimizers:
         if self.train.optimizer == "galore":
             for optimizer in self.parts[part]:
                 megatron_galore.put_inside(optimizer, modules, self.train, groups)
+        if self.train.ema is not None:
+            start_averages(self.parts[part])
         self._set_rates(part)
 
     def _ddp_config(self, part: str, modules: Sequence[torch.nn.Module]) -> DistributedDataParallelConfig:
@@ -152,10 +159,13 @@ class Optimizers:
         )
 
     def _set_rates(self, part: str) -> None:
-        lr = required(self.train.lr, "train.lr")
         for group in (g for opt in self.parts[part] for g in opt.param_groups):
-            scale = next((scale for name, scale in self.train.lr_scale.items() if name == part), 1.0)
-            group["max_lr"], group["min_lr"] = lr * scale, self.train.min_lr * scale  # read by the scheduler
+            group |= self._rates(part, group.get("lr_scale", 1.0))
+
+    def _rates(self, part: str, lr_scale: float = 1.0) -> dict[str, float]:
+        """What the scheduler reads of a parameter group."""
+        scale = lr_scale * next((scale for name, scale in self.train.lr_scale.items() if name == part), 1.0)
+        return {"max_lr": required(self.train.lr, "train.lr") * scale, "min_lr": self.train.min_lr * scale}
 
     def follow_settings(self) -> None:
         """Sets the learning rates by the settings and the position in the schedule.
@@ -194,6 +204,7 @@ class Optimizers:
         for part in due:
             for module in self._vlm.modules_of(part):
                 module.requires_grad_(True)
+            self._groups.freeze()
             self._build(part)
             self.unfrozen_at[part] = self.scheduler.num_steps
         if due:
@@ -207,13 +218,13 @@ class Optimizers:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step, for parts without an entry in train.lr_scale."""
+        """Learning rate of the next step, for weights whose learning rate has no factor."""
         return self.scheduler.get_lr({})
 
     @property
     def part_lrs(self) -> dict[str, float]:
         """Learning rate of each part in the next step, 0.0 if the part is frozen."""
-        return {part: self.parts[part][0].param_groups[0]["lr"] if part in self.parts else 0.0 for part in PARTS}
+        return {part: self.scheduler.get_lr(self._rates(part)) if part in self.parts else 0.0 for part in PARTS}
 
     def zero_grad(self) -> None:
         """Sets all gradients to zero."""
@@ -240,6 +251,8 @@ class Optimizers:
             norm = stats.norms["grad_norm"]
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.train.clip_grad, norm)
         self.optimizer.step_with_ready_grads()
+        if self.train.ema is not None:
+            update_averages(self.optimizer.chained_optimizers, self.train.ema)
         self.scheduler.step(increment=1)
         return stats
 

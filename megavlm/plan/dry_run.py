@@ -142,7 +142,7 @@ def _state(optimizers: Optimizers, parameter: torch.Tensor) -> int:
             opt for opt in inside if any(parameter is p for group in opt.param_groups for p in group["params"])
         )
         return sum(math.prod(shape) for shape in owner.state_shapes(parameter).values())
-    return 2 * parameter.numel() if optimizers.train.optimizer == "adam" else 0
+    return (2 + (optimizers.train.ema is not None)) * parameter.numel() if optimizers.train.optimizer == "adam" else 0
 
 
 def _pass(session: Session, vlm: VLM, optimizers: Optimizers, objective: Objective) -> dict[str, int]:

@@ -42,7 +42,8 @@ def with_stored_adapter(settings: Settings, shapes: Shapes) -> Settings:
                 f"the section adapter does not match model.adapter: {listed}",
                 "remove the section, or remove model.adapter to start with a new adapter",
             )
-        stored = AdapterSettings(**{**stored.model_dump(), "quantize": section.quantize})
+        kept = {name: getattr(section, name) for name in ("quantize", "lr_ratio")}  # which peft's format does not have
+        stored = AdapterSettings(**{**stored.model_dump(), **kept})
     return settings.model_copy(update={"adapter": stored})
 
 

@@ -62,7 +62,8 @@ def further_model(
     if path is not None and is_adapter:
         source = path
         stored = Adapter(path, shapes).settings
-        section = AdapterSettings(**{**stored.model_dump(), "quantize": settings.adapter.quantize})
+        kept = {name: getattr(settings.adapter, name) for name in ("quantize", "lr_ratio")}
+        section = AdapterSettings(**{**stored.model_dump(), **kept})
         if dist.get_rank() == 0:
             warn_of_other_base(path, base)
     elif main_adapters is not None and trained:

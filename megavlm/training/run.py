@@ -23,6 +23,7 @@ from megavlm.monitor.phases import Phases
 from megavlm.monitor.profile import Profile
 from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.monitor.stragglers import Stragglers
+from megavlm.optim.group_rules import described
 from megavlm.optim.optimizers import Optimizers
 from megavlm.output.folder import Start, StartOptions, prepare_output, record_changes
 from megavlm.output.inputs import note_inputs
@@ -148,6 +149,7 @@ def build_run(
         load_start(settings, session.vlm, session.adapters)
         origin = find_checkpoint(settings.model.start) if settings.model.start is not None else None
         heartbeat("loading the weights")
+    groups_of_weights = described(settings, session.vlm.shapes, score_head=method.scores)
     prepared = method.prepare(session, heartbeat)
     heartbeat("preparing the method")
     optimizers = Optimizers(session.vlm, settings.train, prepared.updates)
@@ -158,7 +160,7 @@ def build_run(
     checkpoints = Checkpoints(output / "checkpoints", trained, source, settings, origin)
     first_step = checkpoints.restore(checkpoint) if checkpoint else 0
     heartbeat("building the optimizer and restoring the run")
-    remarks = remarks_on(begin, optimizers, first_step)
+    remarks = [*groups_of_weights, *remarks_on(begin, optimizers, first_step)]
     best = _best(settings, output, first_step, groups.world_host)
     checkpoints.link(best.step)
     if checkpoint is not None:

@@ -62,6 +62,14 @@ def ipo_by_hand(beta):
     return lambda c, j, rc, rj, nc, nj: ((c - rc) / nc - (j - rj) / nj - 1 / (2 * beta)) ** 2
 
 
+def normed(beta, smoothing):
+    def value(c, j, rc, rj, nc, nj):
+        margin = beta * ((c - rc) / nc - (j - rj) / nj)
+        return -(1 - smoothing) * math.log(sigma(margin)) - smoothing * math.log(sigma(-margin))
+
+    return value
+
+
 def simpo_by_hand(beta, gamma):
     return lambda c, j, rc, rj, nc, nj: -math.log(sigma(beta * (c / nc - j / nj) - gamma))
 
@@ -86,6 +94,8 @@ def orpo_rewards(c, j, rc, rj, nc, nj):
 PREFERENCE = [
     ("sigmoid", {}, smoothed(0.1, 0.0), by_sums(0.1)),
     ("sigmoid", {"beta": 0.3, "label_smoothing": 0.2}, smoothed(0.3, 0.2), by_sums(0.3)),
+    ("sigmoid_norm", {}, normed(5.0, 0.0), ipo_rewards(5.0)),
+    ("sigmoid_norm", {"beta": 2.0, "label_smoothing": 0.2}, normed(2.0, 0.2), ipo_rewards(2.0)),
     ("hinge", {}, lambda *case: max(0.0, 1 - 0.1 * delta(*case)), by_sums(0.1)),
     ("hinge", {"beta": 0.5}, lambda *case: max(0.0, 1 - 0.5 * delta(*case)), by_sums(0.5)),
     ("ipo", {}, ipo_by_hand(0.1), ipo_rewards(0.1)),
@@ -134,7 +144,7 @@ def test_signatures_are_those_of_the_contract():
 
 
 def test_every_loss_and_option_has_values_by_hand():
-    assert list(PREFERENCE_LOSSES) == ["sigmoid", "hinge", "ipo", "robust", "simpo", "orpo"]
+    assert list(PREFERENCE_LOSSES) == ["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "simpo", "orpo"]
     for name, loss in PREFERENCE_LOSSES.items():
         tried = [set(options) for known, options, *_ in PREFERENCE if known == name]
         assert set() in tried, f"{name} with its defaults"
@@ -210,6 +220,7 @@ def test_equal_answers_have_no_margin(name):
 
 EQUAL = {
     "sigmoid": math.log(2),
+    "sigmoid_norm": math.log(2),
     "hinge": 1.0,
     "ipo": 25.0,  # (1 / 0.2)²
     "robust": math.log(2),  # (0.9 − 0.1) / 0.8 = 1
@@ -293,7 +304,7 @@ def test_half_precision_is_computed_in_float32(name):
     ("name", "options", "message"),
     [
         ("dpo", {}, "'dpo' is not a preference loss: choose one of " + ", ".join(PREFERENCE_LOSSES)),
-        ("hinge", {"label_smoothing": 0.1}, r"hinge has no option label_smoothing, only beta.*\(sigmoid, robust\)"),
+        ("hinge", {"label_smoothing": 0.1}, r"hinge has no option label_smoothing, only beta.*\(sigmoid, sigmoid_norm, robust\)"),
         ("sigmoid", {"gamma": 0.1}, r"sigmoid has no option gamma, only beta, label_smoothing.*\(simpo\)"),
         ("ipo", {"lam": 0.1}, r"ipo has no option lam, only beta.*\(orpo\)"),
         ("orpo", {"beta": 0.1}, "orpo has no option beta, only lam"),

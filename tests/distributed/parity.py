@@ -53,8 +53,11 @@ def train_reference(
     unfreeze_after: dict[str, int] | None = None,
     kl: float = 0.0,
     z: float = 0.0,
+    make_optimizer=None,
 ) -> Trained:
     """SGD without momentum on the mean over all targets of the batch, sample by sample: nothing is packed here.
+
+    ``make_optimizer``: makes another optimizer for the model, which then has a rate of its own.
 
     ``aux`` is the coefficient of the experts' balancing loss, which looks at the samples of a row together: the mean
     over the ``rows`` is added to what is learned, not to the loss that is reported, unless the decoder is frozen.
@@ -68,6 +71,7 @@ def train_reference(
     inputs = [(reference_inputs(processor, record, root), targets_of(processor, record, root)) for record in records]
     count = sum(len(where) for _, where in inputs)
     done = []
+    optimizer = make_optimizer(model) if make_optimizer else None
     for number in range(1, steps + 1):
         frozen = [part for part in freeze if number <= (unfreeze_after or {}).get(part, steps)]
         for name, parameter in model.named_parameters():
@@ -96,7 +100,10 @@ def train_reference(
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     squares[part_of(name)] += parameter.grad.double().square().sum().item()
-                    parameter -= lr * (lr_scale or {}).get(part_of(name), 1.0) * parameter.grad
+                    if optimizer is None:
+                        parameter -= lr * (lr_scale or {}).get(part_of(name), 1.0) * parameter.grad
+        if optimizer is not None:
+            optimizer.step()
         done.append((total, {part: square**0.5 for part, square in squares.items()}))
     return Trained(done, {name: value.clone() for name, value in model.state_dict().items()})
 

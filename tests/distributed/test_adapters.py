@@ -1,5 +1,7 @@
 """Adapters in several layouts do what peft's do on transformers' model, and go into its files and back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from adapted import ADAPTERS, DECODER, LR, AdaptedStep, load_and_save, peft_model, step_of_peft, step_with_adapter
@@ -70,6 +72,22 @@ def test_a_step_is_that_of_peft(name, layout, toys, references, tmp_path, reques
     folder, reference = references(name)
     settings = settings_with(toys, kind, folder, parallel, train, reference)
     check_step(request.getfixturevalue(f"world{processes}"), settings, reference, toys, kind, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["one process", "TP2"])
+def test_the_matrices_b_have_a_rate_of_their_own(layout, toys, references, tmp_path, request):
+    """LoRA+ (adapter.lr_ratio): a step of SGD moves them that much further, and everything else as before."""
+    processes, parallel, train = DENSE[layout]
+    folder, reference = references("lora")
+    settings = settings_with(toys, "dense", folder, parallel, train, reference)
+    targets = ADAPTERS["lora"][1]["target_modules"]
+    settings["adapter"] = {"type": "lora", "rank": 4, "alpha": 6.0, "targets": targets, "lr_ratio": 4.0}
+    after = {
+        name: reference.before[name] + (4 if "lora_B" in name else 1) * (value - reference.before[name])
+        for name, value in reference.after.items()
+    }
+    expected = replace(reference, after=after)
+    check_step(request.getfixturevalue(f"world{processes}"), settings, expected, toys, "dense", tmp_path)
 
 
 def check_step(world, settings: dict, reference: AdaptedStep, toys: Toys, kind: str, root) -> None:

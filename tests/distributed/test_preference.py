@@ -41,6 +41,7 @@ REJECTED = [
 # name: options of the loss that differ from its defaults
 LOSSES = {
     "sigmoid": {"beta": 0.3, "label_smoothing": 0.1},
+    "sigmoid_norm": {"beta": 2.0},
     "hinge": {"beta": 0.2},
     "ipo": {"beta": 0.4},
     "robust": {},
@@ -51,6 +52,7 @@ LOSSES = {
 }
 LR = {"kto": 2.0, "robust": 1.0}  # small gradients: the update should stand above the rounding of the weights
 CENTERING = 0.05
+SFT = {"sigmoid_norm": 0.3}  # weight of the chosen answers' likelihood
 KTO = (0.2, 1.0, 1.3)  # beta, weights of good and bad answers
 
 
@@ -103,6 +105,9 @@ def plain_loss(name: str, c, j, ref, lengths, options: dict):
     if name == "sigmoid":
         e = options["label_smoothing"]
         return (1 - e) * softplus(-beta * delta) + e * softplus(beta * delta)
+    if name == "sigmoid_norm":
+        mean = (c - ref[0]) / lengths[0] - (j - ref[1]) / lengths[1]
+        return softplus(-beta * mean) - SFT[name] * c_mean
     if name == "hinge":
         return torch.relu(1 - beta * delta)
     if name == "ipo":
@@ -233,7 +238,7 @@ def step_in_layout(folder, checkpoint, root, records, settings, name, refs):
         sequence_parallel = settings.parallel.sequence_parallel
         objective = RewardObjective(CENTERING, groups.language, sequence_parallel=sequence_parallel)
     else:
-        objective = PairObjective(name, LOSSES[name], 64, groups.language)
+        objective = PairObjective(name, LOSSES[name], 64, groups.language, sft_weight=SFT.get(name, 0.0))
     optimizers = Optimizers(vlm, settings.train)
     result = Step(vlm, optimizers, feed, each, objective, settings.vision.window)()
     optimizers.zero_grad()  # as a second step begins: Megatron checks that each gradient has been reduced

@@ -49,6 +49,14 @@ def sigmoid(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, label_smooth
     return loss, beta * chosen, beta * rejected
 
 
+def sigmoid_norm(chosen: Tensor, rejected: Tensor, *, beta: float = 5.0, label_smoothing: float = 0.0) -> Result:
+    """Length-normalised DPO (2411.15124, section 5): the loss of DPO on per-token means, so that length has no weight.
+
+    The means are smaller than the sums by the number of tokens, and β is larger accordingly.
+    """
+    return sigmoid(chosen, rejected, beta=beta, label_smoothing=label_smoothing)
+
+
 def hinge(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Result:
     """The hinge loss of SLiC on the margin of DPO (2305.10425, 2309.06657): max(0, 1 − βΔ)."""
     return torch.relu(1 - beta * (chosen - rejected)), beta * chosen, beta * rejected
@@ -98,6 +106,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     "sigmoid": PreferenceLoss(sigmoid, reference=True),
+    "sigmoid_norm": PreferenceLoss(sigmoid_norm, reference=True, per_token=True),
     "hinge": PreferenceLoss(hinge, reference=True),
     "ipo": PreferenceLoss(ipo, reference=True, per_token=True),
     "robust": PreferenceLoss(robust, reference=True),
@@ -125,16 +134,17 @@ def preference_loss(
 
     Δ = (chosen − ref_chosen) − (rejected − ref_rejected), and a bar denotes means over target tokens:
 
-    ======= ==================================================== ============================
-    name    loss                                                 options
-    ======= ==================================================== ============================
-    sigmoid −(1−ε) log σ(βΔ) − ε log σ(−βΔ)                      beta 0.1, label_smoothing 0
-    hinge   max(0, 1 − βΔ)                                       beta 0.1
-    ipo     (Δ̄ − 1/(2β))²                                        beta 0.1
-    robust  [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε)           beta 0.1, label_smoothing 0.1
-    simpo   −log σ(β(c̄ − j̄) − γ)                                 beta 2.5, gamma 0.55 β
-    orpo    −λ log σ(log-odds(c̄) − log-odds(j̄)), penalty alone   lam 0.1
-    ======= ==================================================== ============================
+    ============ ==================================================== ============================
+    name         loss                                                 options
+    ============ ==================================================== ============================
+    sigmoid      −(1−ε) log σ(βΔ) − ε log σ(−βΔ)                      beta 0.1, label_smoothing 0
+    sigmoid_norm −(1−ε) log σ(βΔ̄) − ε log σ(−βΔ̄)                      beta 5, label_smoothing 0
+    hinge        max(0, 1 − βΔ)                                       beta 0.1
+    ipo          (Δ̄ − 1/(2β))²                                        beta 0.1
+    robust       [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε)           beta 0.1, label_smoothing 0.1
+    simpo        −log σ(β(c̄ − j̄) − γ)                                 beta 2.5, gamma 0.55 β
+    orpo         −λ log σ(log-odds(c̄) − log-odds(j̄)), penalty alone   lam 0.1
+    ============ ==================================================== ============================
 
     Args:
         name: a key of ``PREFERENCE_LOSSES``; the functions cite the papers.
