@@ -178,6 +178,10 @@ def _facts(
             ("step", f"{rows}, {counted(train.global_batch_size // data_parallel, 'row')} per data-parallel rank"),
             ("run", f"{counted(train.steps, 'step')} = {short(tokens * train.steps)} tokens, {schedule}"),
         ]
+    if train.lr is not None and (train.steps or train.schedule_steps):
+        from megavlm.plan.curve import curve  # imported here because Megatron takes seconds to import
+
+        facts.append(("learning rate", curve(train)))
     if settings.output is not None:
         facts.append(("output", f"{settings.output} · {_found_in(settings)}"))
     return facts

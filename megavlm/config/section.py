@@ -38,6 +38,14 @@ Int = Annotated[int, Strict(), AfterValidator(_fits_int32)]
 Float = Annotated[float, Strict(), AfterValidator(_fits_float32)]
 Positive = Annotated[float, Strict(), Field(gt=0), AfterValidator(_is_a_factor)]
 Count = Annotated[int, Strict(), Field(ge=1), AfterValidator(_fits_int32)]
+# A number of steps as the key of a table; config.yaml has such keys as text.
+Steps = Annotated[
+    int,
+    BeforeValidator(lambda key: int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 11 else key),
+    Strict(),
+    Field(ge=0),
+    AfterValidator(_fits_int32),
+]
 Bool = Annotated[bool, Strict()]
 Str = Annotated[str, Strict()]
 

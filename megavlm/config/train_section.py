@@ -6,8 +6,10 @@ from pydantic import Field, field_validator, model_validator
 
 from megavlm.base.errors import UserError
 from megavlm.config.group_section import GroupSettings
+from megavlm.config.loss_section import LossSettings
 from megavlm.config.profile_section import ProfileSettings
-from megavlm.config.section import Bool, Count, Float, Int, Part, Positive, Section
+from megavlm.config.schedule_section import ScheduleSettings
+from megavlm.config.section import Bool, Count, Float, Int, Part, Positive
 from megavlm.config.speed_sections import (
     ExpertSettings,
     Fp8Settings,
@@ -16,14 +18,9 @@ from megavlm.config.speed_sections import (
 )
 
 
-class TrainSettings(Section):
+class TrainSettings(ScheduleSettings):
     """The optimizer, its schedule, and how the training steps run."""
 
-    steps: Int | None = Field(None, ge=1, description="number of optimizer steps of the whole run")
-    global_batch_size: Int | None = Field(
-        None, ge=1, description="number of rows in a step, summed over all data-parallel ranks"
-    )
-    lr: Float | None = Field(None, gt=0, description="maximum learning rate")
     lr_scale: dict[Part, Positive] = Field(
         {},
         description="factor by which the learning rate of a part is multiplied, for example {vision: 0.1}; parts that "
@@ -45,20 +42,6 @@ class TrainSettings(Section):
         {},
         description="number of steps after which a frozen part is unfrozen, for example {language: 1000}; its learning "
         "rate then follows the schedule of the run",
-    )
-    min_lr: Float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
-    warmup_steps: Int = Field(
-        0, ge=0, description="number of steps over which the learning rate rises linearly from 0 to lr"
-    )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine",
-        description="how the learning rate falls from lr to min_lr after the warm-up; constant: it stays at lr",
-    )
-    schedule_steps: Int | None = Field(
-        None,
-        ge=1,
-        description="number of steps after which the learning rate has fallen to min_lr, where it then stays; null: "
-        "steps at the first start of the run, also if the run is continued with more steps",
     )
     optimizer: Literal["adam", "sgd", "galore"] = Field(
         "adam",
@@ -118,6 +101,7 @@ class TrainSettings(Section):
         description="maximum number of tokens whose logits are in memory at the same time, with 6 to 8 bytes for each "
         "logit",
     )
+    loss: LossSettings = LossSettings()
     kl_to_start: Float = Field(
         0.0,
         ge=0,
@@ -172,32 +156,11 @@ class TrainSettings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSettings":
-        if self.lr is not None and self.min_lr > self.lr:
-            raise UserError(
-                f"train.min_lr is {self.min_lr:g}, which is greater than train.lr = {self.lr:g}",
-                "lower min_lr or raise lr",
-            )
-        if self.steps is not None and self.warmup_steps > self.steps:
-            raise UserError(
-                f"train.warmup_steps is {self.warmup_steps}, which is greater than train.steps = {self.steps}",
-                "lower warmup_steps or raise steps",
-            )
         if self.steps is not None and self.profile.last > self.steps:
             raise UserError(
                 f"train.profile.start and train.profile.steps ask for traces of steps {self.profile.start} to "
                 f"{self.profile.last}, but train.steps is {self.steps}",
                 "lower train.profile.start or train.profile.steps, or raise train.steps",
-            )
-        if self.schedule_steps is not None and self.schedule == "constant":
-            raise UserError(
-                f"train.schedule_steps is {self.schedule_steps}, but train.schedule is constant: it would be ignored",
-                "set schedule_steps to null, or choose schedule cosine or linear",
-            )
-        if self.schedule_steps is not None and self.warmup_steps > self.schedule_steps:
-            raise UserError(
-                f"train.warmup_steps is {self.warmup_steps}, which is greater than train.schedule_steps = "
-                f"{self.schedule_steps}",
-                "lower warmup_steps or raise schedule_steps",
             )
         late = ", ".join(
             part for part, after in self.unfreeze_after.items() if self.steps is not None and after >= self.steps
@@ -207,11 +170,6 @@ class TrainSettings(Section):
                 f"train.unfreeze_after is {self.unfreeze_after}, but train.steps is {self.steps}: "
                 f"the entry for {late} would be ignored",
                 f"unfreeze {late} after fewer than {self.steps} steps, or raise train.steps",
-            )
-        if self.schedule == "constant" and self.min_lr:
-            raise UserError(
-                f"train.min_lr is {self.min_lr:g}, but train.schedule is constant: it would be ignored",
-                "set min_lr to 0, or choose schedule cosine or linear",
             )
         for name in ("adam_beta1", "adam_beta2", "adam_eps"):
             if self.optimizer == "sgd" and self.is_changed(name):

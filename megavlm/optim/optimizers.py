@@ -6,7 +6,6 @@ the gradient norm of each part, and a frozen part takes no memory until it is un
 and stepped together.
 """
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +19,6 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -31,6 +29,7 @@ from megavlm.optim import megatron_galore
 from megavlm.optim.ema import start_averages, update_averages
 from megavlm.optim.grad_stats import GradStats, read_grad_stats
 from megavlm.optim.param_groups import ParamGroups
+from megavlm.optim.schedule import Schedule
 from megavlm.platform import device
 
 
@@ -60,7 +59,7 @@ class Optimizers:
         ddp: for each trainable part, one DistributedDataParallel per module (several with virtual pipelining).
         parts: for each trainable part, Megatron's optimizers (two if the part has experts).
         optimizer: Megatron's ChainedOptimizer over all parts.
-        scheduler: the OptimizerParamScheduler of this optimizer.
+        scheduler: the learning-rate schedule of this optimizer.
         unfrozen_at: for each part that was unfrozen during the run, the number of updates before that.
     """
 
@@ -68,7 +67,6 @@ class Optimizers:
     """Number of weights whose gradients are reduced together during the backward pass; None: Megatron's choice."""
 
     def __init__(self, vlm: VLM, train: TrainSettings, updates_per_step: int = 1):
-        steps = required(train.steps, "train.steps")
         self.train, self._vlm, self._updates_per_step = train, vlm, updates_per_step
         # GaLore needs whole matrices, but Megatron's DistributedOptimizer splits them, and it does not support SGD.
         sharded = train.optimizer == "adam"
@@ -95,19 +93,7 @@ class Optimizers:
         for part in PARTS:
             self._build(part)
         self.optimizer = self._chained()
-        self.scheduler = OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=train.lr,
-            min_lr=train.min_lr,
-            lr_warmup_steps=train.warmup_steps * updates_per_step,
-            lr_decay_steps=_decay_steps(train) * updates_per_step,
-            lr_decay_style=train.schedule,
-            start_wd=train.weight_decay,
-            end_wd=train.weight_decay,
-            wd_incr_steps=steps * updates_per_step,
-            wd_incr_style="constant",
-        )
+        self.scheduler = Schedule(self.optimizer, train, updates_per_step)
 
     def _build(self, part: str) -> None:
         """Creates the gradient buffers and optimizers of a part, if it has trainable parameters on some rank.
@@ -178,12 +164,7 @@ class Optimizers:
 
     def lr_with(self, train: TrainSettings) -> float:
         """The learning rate of the next step with another ``train`` section, at the same position in its schedule."""
-        other = copy.copy(self.scheduler)
-        other.max_lr, other.min_lr = required(train.lr, "train.lr"), train.min_lr
-        other.lr_warmup_steps = train.warmup_steps * self._updates_per_step
-        other.lr_decay_steps = _decay_steps(train) * self._updates_per_step
-        other.lr_decay_style = train.schedule
-        return other.get_lr({})
+        return self.scheduler.with_settings(train).get_lr({})
 
     def _chained(self) -> ChainedOptimizer:
         return ChainedOptimizer([opt for part in PARTS for opt in self.parts.get(part, [])])
@@ -279,8 +260,3 @@ class Optimizers:
         if self._config.use_distributed_optimizer:
             return [groups.intra_dist_opt]
         return list(dict.fromkeys([groups.mp, getattr(groups, "tp_ep_pp_with_egtp_remat", groups.tp_ep_pp)]))
-
-
-def _decay_steps(train: TrainSettings) -> int:
-    """The number of steps after which the learning rate is ``min_lr``."""
-    return max(train.schedule_steps or required(train.steps, "train.steps"), train.warmup_steps + 1)

@@ -34,6 +34,7 @@ FREE_TO_CHANGE = (
     "data.media_protocols",
     "model.kernels",
     "train.steps",
+    "train.epochs",
     "train.recompute",
     "train.overlap",
     "train.experts",
@@ -53,16 +54,22 @@ CHANGEABLE = (
     "train.warmup_steps",
     "train.schedule",
     "train.schedule_steps",
+    "train.warmup_share",
+    "train.restarts",
+    "train.decay_share",
+    "train.decay_shape",
+    "train.schedule_table",
+    "train.loss",
     "train.weight_decay",
     "train.clip_grad",
-    "data.train",  # only the blend: weights and epochs of the same sources
+    "data.train",  # only the blend: weights, loss weights and epochs of the same sources
     "data.replay",  # the same, and the share
     "align.critic.lr",
     "align.critic.warmup_steps",
     "reward",
     "environment",
 )
-_BLEND = re.compile(r"data\.(train|replay)\b.*\.(weight|epochs|share)")
+_BLEND = re.compile(r"data\.(train|replay)\b.*\.(weight|loss_weight|epochs|share)")
 _LONGEST = 60  # characters of a value in a message
 
 

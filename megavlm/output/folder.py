@@ -266,7 +266,7 @@ def _completed(settings: Settings, before: Settings | None) -> Settings:
     if settings.align.loss == "sigmoid":  # what null means for dpo; earlier versions wrote it for all verbs
         settings = settings.model_copy(update={"align": settings.align.model_copy(update={"loss": None})})
     train = settings.train
-    if train.schedule == "constant" or train.schedule_steps is not None:
+    if train.schedule_steps is not None or not (train.has_length or train.epochs):
         return settings
     return _with(settings, (before and before.train.schedule_steps) or train.steps)
 

@@ -68,9 +68,10 @@ def train_of_critic(settings: Settings) -> TrainSettings:
     """The section ``train`` of the critic. Its lowest learning rate is the same fraction of its highest one."""
     train, critic = settings.train, settings.align.critic
     lr = required(train.lr, "train.lr") if critic.lr is None else critic.lr
-    warmup_steps = train.warmup_steps if critic.warmup_steps is None else critic.warmup_steps
+    warmup_steps = train.warmup if critic.warmup_steps is None else critic.warmup_steps
     lowest = train.min_lr * lr / required(train.lr, "train.lr")
-    return train.model_copy(update={"lr": lr, "min_lr": lowest, "warmup_steps": warmup_steps})
+    changed = {"lr": lr, "min_lr": lowest, "warmup_steps": warmup_steps, "warmup_share": None}
+    return train.model_copy(update=changed)
 
 
 def _parked(step: Step, main: VLM) -> Parking:

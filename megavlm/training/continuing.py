@@ -4,7 +4,11 @@ from megavlm.optim.optimizers import Optimizers
 from megavlm.output.changes import text
 from megavlm.output.folder import Start
 
-_SCHEDULE = ("train.lr", "train.min_lr", "train.warmup_steps", "train.schedule", "train.schedule_steps")
+_SCHEDULE = (
+    *("train.lr", "train.min_lr", "train.warmup_steps", "train.warmup_share", "train.schedule", "train.schedule_steps"),
+    *("train.restarts", "train.decay_share", "train.decay_shape", "train.schedule_table"),
+)
+_ENDING = ("cosine", "linear", "wsd")  # schedules that fall to min_lr
 
 
 def remarks_on(start: Start, optimizers: Optimizers, step: int) -> list[str]:
@@ -25,9 +29,9 @@ def remarks_on(start: Start, optimizers: Optimizers, step: int) -> list[str]:
         for key, (old, new) in start.changed.items()
     ]
     now, old = optimizers.lr, optimizers.lr_with(before.train)
-    if any(key in start.changed for key in _SCHEDULE):
+    if any(key.startswith(_SCHEDULE) for key in start.changed):
         said.append(f"the learning rate of step {step + 1} is {now:.3g}; with the settings before it was {old:.3g}")
-    if "train.steps" in start.changed and train.schedule != "constant" and train.schedule_steps != train.steps:
+    if "train.steps" in start.changed and train.schedule in _ENDING and train.schedule_steps != train.steps:
         other = optimizers.lr_with(train.model_copy(update={"schedule_steps": train.steps}))
         said.append(
             f"the schedule of this run has {train.schedule_steps} steps: the learning rate of step {step + 1} is "

@@ -3,11 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megavlm.base.errors import RunFailure
 from megavlm.config.settings import Settings
 from megavlm.optim.optimizers import Optimizers
+from megavlm.optim.schedule import Schedule
 from megavlm.output.folder import StartOptions, plan_start, prepare_output
 from megavlm.output.lock import RunLock
 from megavlm.training.continuing import remarks_on
@@ -23,11 +23,7 @@ def settings(tmp_path):
 def optimizers_after(steps, train):
     """With the schedule of the ``train`` section after this number of steps, and no parameters."""
     optimizers = object.__new__(Optimizers)
-    optimizers._updates_per_step = 1
-    optimizers.scheduler = OptimizerParamScheduler(
-        SimpleNamespace(param_groups=[]), 0.0, train.lr, train.min_lr, train.warmup_steps,
-        train.schedule_steps, train.schedule, 0.1, 0.1, 1, "constant",
-    )  # fmt: skip
+    optimizers.scheduler = Schedule(SimpleNamespace(param_groups=[]), train)
     optimizers.scheduler.step(increment=steps)
     return optimizers
 
