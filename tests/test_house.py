@@ -114,7 +114,7 @@ MAY_IMPORT = {
         "config",
         "base",
     ],
-    "plan": ["align", "training", "runtime", "optim", "adapters", "data", "model", "platform", "config"],
+    "plan": ["align", "training", "runtime", "optim", "adapters", "monitor", "data", "model", "platform", "config"],
     "commands": [
         "output",
         "plan",

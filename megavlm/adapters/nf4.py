@@ -35,13 +35,15 @@ class Nf4:
         """The dequantized weight [out, in] in its original dtype."""
         return _bitsandbytes().dequantize_4bit(self.packed, self.state)
 
+    def tensors(self) -> list[Tensor]:
+        """What it is stored in: the numbers and their scales."""
+        scales = [self.state.state2.absmax, self.state.offset] if self.state.nested else []
+        return [self.packed, self.state.absmax, *scales]
+
     @property
     def nbytes(self) -> int:
         """Size in bytes, including the scales."""
-        tensors = [self.packed, self.state.absmax]
-        if self.state.nested:
-            tensors += [self.state.state2.absmax, self.state.offset]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in self.tensors())
 
 
 def nbytes_of(numel: int, *, double: bool) -> int:

@@ -23,9 +23,9 @@ from megavlm.data.synthetic_row import synthetic_samples
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.optimizers import Optimizers
-from megavlm.platform import absent_world
+from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
 from megavlm.runtime.feed import Feed, StepRows
-from megavlm.runtime.session import MAIN, Session, start
+from megavlm.runtime.session import MAIN, Session
 from megavlm.training.method import Method
 from megavlm.training.objective import Objective
 from megavlm.training.step import Step
@@ -62,9 +62,7 @@ def dry_run(settings: Settings, verb: str, world_size: int) -> list[Held]:
     """Builds rank 0 and then, if there are several pipeline stages, the first rank of the last stage.
 
     Args:
-        settings: the settings of the run. Some are replaced: kernels are the portable ones, precision fp8 becomes bf16,
-            data-parallel ranks do not share frames, and features are not in host memory. ``model.adapter`` need not
-            exist if the section ``adapter`` describes it.
+        settings: the settings of the run. Some are replaced (``that_can_be_absent``).
         verb: a key of ``align.registry.METHODS``.
         world_size: number of ranks of the cluster.
 
@@ -72,30 +70,19 @@ def dry_run(settings: Settings, verb: str, world_size: int) -> list[Held]:
         UserError: the settings do not fit the model, the verb or the number of processes.
     """
     method, pipeline = make_method(verb, settings), settings.parallel.pipeline
-    model = settings.model.model_copy(update={"kernels": "portable"})
-    if settings.adapter.type is not None and model.adapter is not None and not model.adapter.exists():
-        model = model.model_copy(update={"adapter": None})  # a new adapter has the same size
-    precision = "bf16" if settings.train.precision == "fp8" else settings.train.precision
-    train = settings.train.model_copy(update={"precision": precision})
-    vision = settings.vision.model_copy(update={"balance": "model_parallel", "offload": False})
-    settings = settings.model_copy(update={"model": model, "train": train, "vision": vision})
+    settings = that_can_be_absent(settings)
     ranks = sorted({0, world_size // pipeline * (pipeline - 1)})
     return [held for rank in ranks for held in _run(settings, method, rank, world_size)]
 
 
 def _run(settings: Settings, method: Method, rank: int, world_size: int) -> list[Held]:
     """What the main model and others that are trained take on a rank."""
-    with absent_world(rank, world_size):
-        with torch.device("meta"):
-            session = start(settings, training=True, load=False, score_head=method.scores)
-        main = session.vlm, Optimizers(session.vlm, settings.train), method.bare_objective(session)
-        trained = {MAIN: main} | {
-            name: (step.vlm, step.optimizers, step.objective) for name, step in method.bare_others(session).items()
-        }
+    with absent_rank(settings, method, rank, world_size) as (session, trained):
         found = []
-        for name, (vlm, optimizers, objective) in trained.items():
-            reached = _pass(session, vlm, optimizers, objective) if session.shapes.text.moe is None else None
-            found.append(_held(vlm, session.models[name].adapters, optimizers, rank, reached, name))
+        for one in trained:
+            is_dense = session.shapes.text.moe is None
+            reached = _pass(session, one.vlm, one.optimizers, one.objective) if is_dense else None
+            found.append(_held(one.vlm, one.adapters, one.optimizers, rank, reached, one.name))
         return found
 
 

@@ -11,7 +11,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """left [n, k] @ right [k, m] -> float32 [n, m]. Without gradients."""
     if left.dtype == torch.float32:
         return left @ right
-    if left.is_cuda:
+    if left.is_cuda or left.is_meta:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
 
@@ -20,6 +20,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left [n, k] @ right [k, m] to ``total``, float32 [n, m]."""
     if left.dtype == torch.float32:
         total.addmm_(left, right)
+    elif left.is_meta:
+        return  # on the meta device there is nothing to add, and no kernel that would
     elif left.is_cuda:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:

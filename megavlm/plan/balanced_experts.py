@@ -1,0 +1,48 @@
+"""Experts on the meta device, where no router knows which expert a token chooses: each gets the same number of tokens.
+
+Megatron's dispatcher reads the numbers of tokens back to the host. Here it reads those of a routing in which the
+choices go round the experts, which is what the balancing loss works towards. Real numbers differ, so the busiest rank
+needs more memory than is counted here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megavlm.model.vlm import VLM
+
+
+class BalancedDispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron's dispatcher with counts of a balanced routing, in host memory."""
+
+    def preprocess(self, routing_map: Tensor) -> Tensor:
+        tokens, experts = routing_map.shape
+        top_k = self.config.moe_router_topk
+        chosen = (torch.arange(tokens, device="cpu")[:, None] * top_k + torch.arange(top_k, device="cpu")) % experts
+        balanced = torch.zeros(tokens, experts, dtype=torch.bool, device="cpu")
+        return super().preprocess(balanced.scatter_(1, chosen, True))
+
+
+class BalancedExperts(TorchDispatchMode):
+    """Within the block, the experts of a model on the meta device get balanced numbers of tokens.
+
+    A model without experts is not changed.
+    """
+
+    def __init__(self, vlm: VLM):
+        super().__init__()
+        self._top_k = vlm.decoder_config.moe_router_topk
+        dispatchers = (getattr(module, "token_dispatcher", None) for chunk in vlm.language for module in chunk.modules())
+        for dispatcher in (one for one in dispatchers if isinstance(one, MoEAlltoAllTokenDispatcher)):
+            dispatcher.__class__ = BalancedDispatcher  # MoELayer chooses its dispatcher by name, so it cannot be given
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.masked_select.default and args[0].is_meta:  # of a mask [experts, tokens]
+            return args[0].new_empty(args[1].shape[-1] * self._top_k)
+        return func(*args, **(kwargs or {}))

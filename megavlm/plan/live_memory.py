@@ -1,0 +1,87 @@
+"""Counts the bytes of the tensors that are alive while code runs, on the CPU or, without memory, on the meta device."""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megavlm.monitor.phases import Phases
+
+
+class LiveMemory(TorchDispatchMode):
+    """Within the block, follows each storage that an operation of torch makes, from then until it is freed.
+
+    A storage belongs to the phase in which it was made. Storages that exist before the block are not counted, nor are
+    memory that kernels use for themselves, and arrays of numpy. The operations of a backward pass are seen, too.
+
+    Attributes:
+        live, peak: bytes of the storages that are alive now, and the largest value so far.
+        at_peak: the bytes of each phase at that moment.
+        peak_phase: the phase in which it was.
+    """
+
+    phase = "other"
+
+    def __init__(self, where: torch.device):
+        super().__init__()
+        self._where = where.type
+        self._alive: dict[int, weakref.ref] = {}  # by the address of the storage
+        self._by_phase: Counter[str] = Counter()
+        self.live = self.peak = 0
+        self.at_peak: dict[str, int] = {}
+        self.peak_phase = self.phase
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for known in tree_leaves((args, kwargs)):
+            self._note(known, is_new=False)
+        results = func(*args, **(kwargs or {}))
+        for made in tree_leaves(results):
+            self._note(made, is_new=True)
+        return results
+
+    def _note(self, tensor: object, *, is_new: bool) -> None:
+        if not isinstance(tensor, Tensor) or tensor.device.type != self._where:
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes() if is_new else 0
+        if key in self._alive:
+            return
+        self._alive[key] = weakref.ref(storage, partial(self._freed, key, size, self.phase))
+        if size:
+            self._add(size, self.phase)
+
+    def _add(self, size: int, phase: str) -> None:
+        self.live += size
+        self._by_phase[phase] += size
+        if self.live > self.peak:
+            self.peak, self.peak_phase, self.at_peak = self.live, self.phase, dict(self._by_phase)
+
+    def _freed(self, key: int, size: int, phase: str, _: weakref.ref) -> None:
+        del self._alive[key]
+        self._add(-size, phase)
+
+
+class PhasesOf(Phases):
+    """Tells a ``LiveMemory`` which phase of a step it is in."""
+
+    def __init__(self, memory: LiveMemory):
+        super().__init__()
+        self._memory, self.is_named = memory, True
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        before, self._memory.phase = self._memory.phase, name
+        try:
+            with super()._phase(name):
+                yield
+        finally:
+            self._memory.phase = before

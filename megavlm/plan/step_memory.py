@@ -1,0 +1,100 @@
+"""The memory of a step beyond what a rank holds all the time: a real step is run, and living tensors are counted.
+
+The step is that of training, with its feed, tower, pipeline schedule, head and backward passes. On the meta device it
+computes nothing and allocates nothing, but its tensors live as long as real ones would.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from megavlm.data.row import Row
+from megavlm.model.vlm import VLM
+from megavlm.optim.optimizers import Optimizers
+from megavlm.plan.balanced_experts import BalancedExperts
+from megavlm.plan.live_memory import LiveMemory, PhasesOf
+from megavlm.runtime.feed import Feed, StepRows
+from megavlm.training.objective import Objective
+from megavlm.training.step import Step
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest number of bytes of a step's tensors on a rank.
+
+    Attributes:
+        phase: the phase of the step in which it is reached (``monitor.phases.PHASES``).
+        by_phase: what is alive at that moment, by the phase in which it was made.
+    """
+
+    phase: str
+    by_phase: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.by_phase.values())
+
+
+class RowsAtHand(Feed):
+    """A feed with rows of its own, because on the meta device no leader sends any."""
+
+    def __init__(self, vlm: VLM, rows: list[Row]):
+        super().__init__(vlm, None)
+        self._rows = rows
+
+    def rows(self, num_rows: int) -> StepRows:
+        return StepRows(self._rows, list(self._rows) if self.groups.is_leader else [])
+
+
+def peak_of(
+    vlm: VLM, optimizers: Optimizers, objective: Objective, rows: list[Row], window: int | None, where: torch.device
+) -> Peak:
+    """Runs the rows forward and backward, and returns the peak. Gradients stay in the buffers.
+
+    Args:
+        vlm, optimizers, objective: the model and what trains it.
+        rows: the rows of this data-parallel rank.
+        window: see ``Step``.
+        where: the device that is counted: that of the model.
+    """
+    memory = LiveMemory(where)
+    phases = PhasesOf(memory)
+    feed, timer = RowsAtHand(vlm, rows), partial(phases, "tower")
+    names = ["data"] * (1 + max(number for row in rows for number in row.source_ids))
+    step = Step(vlm, optimizers, feed, len(rows), objective, window, names, timer, phases)
+    if where.type == "meta":
+        vlm.decoder_config.batch_p2p_comm = False  # torch cannot batch sends of meta tensors
+    with BalancedExperts(vlm) if where.type == "meta" else memory, memory, phases.step():
+        step.gradients(feed.rows(len(rows)))
+    return Peak(memory.peak_phase, memory.at_peak)
+
+
+def peak_of_window(run: Callable[[int], Peak], window: int, pipeline: int, chunks: int) -> Peak:
+    """The peak of a window of many rows, from two runs of as many as fill the pipeline and a few more.
+
+    Once the pipeline is full, each further row of a window adds the same: its pixels and its features.
+
+    Args:
+        run: runs a number of rows.
+        window: number of rows of the window.
+        pipeline, chunks: number of pipeline stages, and of chunks of each.
+    """
+    # Megatron's interleaved schedule runs so many chunks forward before the first backward pass
+    started = 2 * (pipeline - 1) + (chunks - 1) * pipeline + 1 if chunks > 1 else pipeline
+    few = -(-started // (chunks * pipeline)) * pipeline
+    if window <= few + pipeline:
+        return run(window)
+    less, more = run(few), run(few + pipeline)
+    further = (window - few) / pipeline
+    phases = less.by_phase | more.by_phase
+    return Peak(
+        more.phase,
+        {
+            phase: round(a + (more.by_phase.get(phase, 0) - a) * further)
+            for phase in phases
+            for a in (less.by_phase.get(phase, 0),)
+        },
+    )
