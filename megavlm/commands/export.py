@@ -56,11 +56,17 @@ def main(
         raise UserError("--shard-size with --adapter would be ignored: peft reads one file", "leave out one of them")
     with ExitStack() as stack:
         kept, weights = _chosen(settings, stack)
-        return _export(kept, weights, out, adapter, shard_bytes, base_model)
+        return _export(kept, weights, out, adapter, shard_bytes, base_model, ema)
 
 
 def _export(
-    settings: Settings, weights: Weights, out: Path, adapter: bool, shard_bytes: int | None, base_model: str | None
+    settings: Settings,
+    weights: Weights,
+    out: Path,
+    adapter: bool,
+    shard_bytes: int | None,
+    base_model: str | None,
+    ema: bool,
 ) -> int:
     model, found = settings.model, None
     shapes = shapes_at_start(model)
