@@ -126,7 +126,7 @@ def test_samples_are_read(files: Path) -> None:
 
 @pytest.mark.slow
 def test_commands_run(files: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Every command of the page, in its order, and then the lines to add, on a toy. What needs a cluster is left out."""
+    """Every command of the page, in its order, and then the lines to add, on a toy. What needs a cluster is not run."""
     make_data(files, tmp_path_factory.mktemp("toy"))
     done, failed = [], []
     for _, line in COMMANDS:
