@@ -133,8 +133,8 @@ class Card:
             for source in facts.sources
         ]
         table = ["| source | samples | target tokens | passes over it |", "|---|---|---|---|", *rows]
-        sums = {"tokens": "tokens", "target_tokens": "target tokens", "images": "pictures", "videos": "videos"}
-        told = ", ".join(f"{about}{run.total(field):,.0f} {noun}" for field, noun in sums.items())
+        nouns = {"tokens": "token", "target_tokens": "target token", "images": "picture", "videos": "video"}
+        told = ", ".join(about + counted(round(run.total(field)), noun) for field, noun in nouns.items())
         return ["\n".join(table)] * bool(rows) + [f"In all: {told}. Padding is not counted."]
 
     def _training(self, facts: RunFacts) -> list[str]:

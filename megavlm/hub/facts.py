@@ -36,7 +36,8 @@ _METHODS = {
 # Settings that say nothing of the model: places, what has its own section in the card, and how the work was organised.
 _UNTOLD = ("model.hf", "model.load", "model.adapter", "output", "overwrite", "data.train", "data.eval", "data.workers",
            "data.media_roots", "data.media_protocols", "data.replay.sources", "log", "checkpoint", "generate",
-           "rollout.vllm", "reward_pool", "stage", "train.steps", "align.reference", "align.critic.load")  # fmt: skip
+           "rollout.vllm", "reward_pool", "stage", "train.steps", "train.memory_check", "align.reference",
+           "align.critic.load")  # fmt: skip
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # a folder of the hub's cache
 _LICENSE = re.compile(r"^license:[ \t]*([\w.+-]+)[ \t]*$", re.MULTILINE)
 _PACKAGES = ("torch", "transformers", "megatron-core", "peft")
@@ -49,7 +50,7 @@ class Source:
     name: str
     samples: float
     target_tokens: float
-    passes: float | None
+    passes: float
 
 
 class RunFacts:
@@ -91,11 +92,14 @@ class RunFacts:
     @cached_property
     def sources(self) -> list[Source]:
         """The sources that samples came from, those with the most samples first."""
-        lines = self.run.lines
-        names = {key.removeprefix("samples/") for line in lines for key in line if key.startswith("samples/")}
-        passes = passes_of(lines)
-        total = lambda field, name: Run(self.run.folder, {}, _zeros(lines, f"{field}/{name}")).total(f"{field}/{name}")
-        found = [Source(n, total("samples", n), total("target_tokens", n), passes.get(n)) for n in names]
+        passes = passes_of(self.run.lines)
+        if len(passes) == 1:  # the counts of an only source are those of the steps
+            ((name, made),) = passes.items()
+            return [Source(name, self.run.total("samples"), self.run.total("target_tokens"), made)]
+        total = lambda field, name: Run(self.run.folder, {}, _zeros(self.run.lines, f"{field}/{name}")).total(
+            f"{field}/{name}"
+        )
+        found = [Source(n, total("samples", n), total("target_tokens", n), made) for n, made in passes.items()]
         return sorted(found, key=lambda source: (-source.samples, source.name))
 
     @cached_property

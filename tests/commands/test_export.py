@@ -6,12 +6,16 @@ It is that of the chosen step, also if the run goes on and deletes the checkpoin
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from toy import picture, reference_model, toy_folder
-from transformers import GenerationConfig
+from transformers import AutoProcessor, GenerationConfig
 
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import publish
@@ -177,3 +181,40 @@ def test_a_checkpoint_that_is_deleted_just_before(run, tmp_path, monkeypatch):
 def test_sizes_that_cannot_be_used(flags, message, run, tmp_path):
     with pytest.raises(UserError, match=message):
         export.main(Settings(model={"hf": run[0], "load": run[1]}), tmp_path / "out", **flags)
+
+
+@pytest.mark.slow
+def test_vllm_and_transformers_answer_alike(run, tmp_path):
+    """Real vLLM reads the exported files: weights in shards, processor with the limits of training, end tokens."""
+    python = Path(sys.prefix) / "vllm" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("there is no environment with vLLM (make vllm)")
+    hf, folder = run
+    out = tmp_path / "out"
+    export.main(Settings(model={"hf": hf, "load": folder}), out, shard_size="1MB")
+    processor = AutoProcessor.from_pretrained(out)
+    cat, page = (
+        str(tmp_path / picture(tmp_path, name, size)) for name, size in (("chelsea", (96, 64)), ("page", (384, 192)))
+    )
+    # the page is larger than the limit of training
+    asked = [("What is this?", [cat]), ("Read this.", [page]), ("Compare.", [cat, page]), ("Hi", [])]
+    prompts = []
+    for question, names in asked:
+        content = [*({"type": "image"} for _ in names), {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompts.append({"text": text, "images": names})
+    script = Path(__file__).with_name("vllm_answers.py")
+    done = subprocess.run(
+        [python, "-P", script, out, json.dumps(prompts), "8"], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    model, ours = reference_model(out), []
+    for prompt in prompts:
+        pictures = [Image.open(file).convert("RGB") for file in prompt["images"]]
+        inputs = processor(text=[prompt["text"]], images=pictures or None, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        ours.append(tokens[0, inputs["input_ids"].shape[1] :].tolist())
+    assert theirs == ours
+    assert len({tuple(answer) for answer in ours}) == len(asked)  # the questions matter

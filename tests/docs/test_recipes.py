@@ -31,7 +31,9 @@ SAMPLED = {
     "rollout.max_new_tokens": "8",
     "rollout.cache_gib": "0.05",
 }
-STEPS = {"1000": "2", "2000": "4", "500": "2"}
+STEPS = {"1000": "2", "2000": "4"}
+# One needs vLLM (tests/distributed/test_vllm.py), the other records of its environment (tests/environments).
+NOT_RUN = ("… sample with vLLM?", "… let the model use a tool, or speak with an environment?")
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def test_samples_are_read(files: Path) -> None:
 
 @pytest.mark.slow
 def test_commands_run(files: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Every line of the page, in its order, on a toy. What needs a cluster is left out, and a second run of a verb."""
+    """Every command of the page, in its order, and then the lines to add, on a toy. What needs a cluster is not run."""
     make_data(files, tmp_path_factory.mktemp("toy"))
     done, failed = [], []
     for _, line in COMMANDS:
@@ -136,6 +138,14 @@ def test_commands_run(files: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         done.append(line)
         if run.returncode:
             failed.append(f"{line}\n{run.stdout[-500:]}\n{run.stderr[-1500:]}")
+    for number, block in enumerate(FRAGMENTS):
+        if block.question not in NOT_RUN:
+            name = re.match(r"# in (\S+)\n", block.text)[1]
+            (files / "added.yaml").write_text(f"base: {name}\n{block.text}")
+            words = ["grpo" if name == "grpo.yaml" else "sft", "added.yaml", f"output=runs/added{number}"]
+            run = forked_command.run([*with_small(words[0], words), *(["--nproc", "4"] * ("pipeline" in block.text))])
+            if run.returncode:
+                failed.append(f"{block.question}\n{run.stdout[-500:]}\n{run.stderr[-1500:]}")
     assert not failed, "\n\n".join(failed)
     assert len(done) > 25
     card = (files / "exported" / "README.md").read_text()
@@ -147,15 +157,17 @@ def with_small(name: str, words: list[str]) -> list[str]:
     if not VERBS[name].sections:
         return words
     small = dict(SMALL)
-    config = next(word for word in words if word.endswith(".yaml"))
-    if config == "grpo.yaml":
+    if "grpo.yaml" in words or "grpo" in words:
         del small["train.global_batch_size"]
         small |= SAMPLED
+    if "--world-size" in words or "added.yaml" in words:
+        small["train.global_batch_size"] = "8"
     if name in ("score", "infer", "export", "data inspect"):
         small.pop("train.memory_check")
     given = {word.partition("=")[0]: word.partition("=")[2] for word in words if "=" in word}
-    steps = given.get("train.steps", {"grpo.yaml": "500"}.get(config, "1000"))
-    small["train.steps"] = STEPS[steps]
+    small["train.steps"] = STEPS[given.get("train.steps", "1000")]
+    if "align.overlong_cache" in given:
+        small["align.overlong_cache"] = "4"
     words = [word for word in words if word.partition("=")[0] not in small]
     return [*words, *(f"{key}={value}" for key, value in small.items())]
 

@@ -13,7 +13,7 @@ from megavlm.hub.facts import RunFacts, hub_name, license_of
 
 
 def line(step, **more):
-    """A line of a run with two sources, whose numbers can be added in the head."""
+    """A line of a run, whose numbers can be added in the head; ``dogs`` are a second source."""
     return {
         "step": step, "loss": 4.0 - step, "lr": 1e-3, "grad_norm": 1.0, "tokens": 1000, "target_tokens": 100,
         "images": 3, "videos": 1, "samples/cats": 6, "target_tokens/cats": 70, "epoch/cats": 0.25 * step, **more,
@@ -82,10 +82,19 @@ def test_the_card_of_a_model(facts, tmp_path):
 
 
 def test_a_line_for_each_second_step_counts_twice_and_says_about(tmp_path):
-    facts = RunFacts(run_of(tmp_path / "run", [line(2), line(4)]), 4)
+    facts = RunFacts(run_of(tmp_path / "run", [line(2), line(4, **{"epoch/dogs": 0.0})]), 4)
     text = Card("mine", "qwen3_vl", facts).text()
     assert "| cats | about 24 | about 280 | 1.00 |" in text
-    assert "In all: about 4,000 tokens" in text
+    assert "In all: about 4,000 tokens, about 400 target tokens" in text
+
+
+def test_the_counts_of_an_only_source_are_those_of_the_steps(tmp_path):
+    """As metrics.jsonl has them then: without samples/NAME."""
+    lines = [{"step": n, "loss": 1.0, "tokens": 9, "target_tokens": 5, "images": 1, "videos": 0, "samples": 4,
+              "epoch/cats": n / 2} for n in (1, 2)]  # fmt: skip
+    text = Card("mine", "qwen3_vl", RunFacts(run_of(tmp_path / "run", lines), 2)).text()
+    assert "| cats | 8 | 10 | 1.00 |" in text
+    assert "In all: 18 tokens, 10 target tokens, 2 pictures, 0 videos." in text
 
 
 def test_what_is_not_known_is_not_said(tmp_path):
