@@ -43,7 +43,7 @@ def plot(title: str, lines: Sequence[Line], width: int, height: int, *, is_log: 
     cells: dict[tuple[int, int], tuple[int, str]] = {}
     for line in lines:
         _draw(line, cells, 2 * columns, scale, first, last)
-    ticks = {0: high, rows // 2: scale.value((rows - 1 - rows // 2 + 0.5) * 4), rows - 1: low}
+    ticks = {0: high, rows // 2: scale.value((rows - 1 - rows // 2) * 4 + 1.5), rows - 1: low}
     for row in range(rows):
         label = number(ticks[row], 3) if row in ticks and (low < high or row == rows // 2) else ""
         text.append(f"\n{label[: _LABEL - 2]:>{_LABEL - 2}} ", style="dim").append("│", style="dim")

@@ -105,7 +105,7 @@ class FollowedRun:
         except ValueError:
             return
         step = line.get("step") if isinstance(line, dict) else None
-        if not isinstance(step, int) or not 0 <= step < _MOST_STEPS:
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _MOST_STEPS:
             return
         count = len(self.steps)
         self.steps.append(step)
@@ -127,8 +127,8 @@ class FollowedRun:
 
     def last(self, field: str) -> float | None:
         """The newest value of a field; None if the newest line has none."""
-        column = self._columns.get(field, ())
-        return column[-1] if len(column) == len(self.steps) > 0 else None
+        column = self._columns.get(field)
+        return column[-1] if column and len(column) == len(self.steps) else None
 
     def points(self, field: str, most: int) -> Points:
         """The curve of a field with about ``most`` points at most."""

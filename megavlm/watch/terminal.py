@@ -50,7 +50,7 @@ def screen(
     shown = list(fields) or _main(runs)
     rows = _HEIGHT
     if height is not None:
-        room = max(height - len(head) - len(notes), _LEAST)
+        room = height - len(head) - len(notes)
         if not fields:
             shown = shown[: max(room // _LEAST, 1)]
         rows = max(min(room // max(len(shown), 1), 2 * _HEIGHT), 5)
