@@ -90,8 +90,9 @@ class Demo:
         run("megavlm", "infer", sft, f"model.load={out / 'model'}", f"output={out / 'before'}", *NPROC)
         self.pretrain()
         run("megavlm", "sft", sft, *NPROC)
-        run("megavlm", "export", sft, f"model.load={out / 'sft'}", "--out", out / "exported")
-        run("megavlm", "infer", sft, f"model.load={out / 'sft'}", f"output={out / 'after'}", *NPROC)
+        best = f"model.load={out / 'sft' / 'checkpoints' / 'best'}"
+        run("megavlm", "export", sft, best, "--out", out / "exported")
+        run("megavlm", "infer", sft, best, f"output={out / 'after'}", *NPROC)
         run("python", "-m", "megavlm.report.run_report", out / "sft")  # again, because now there are answers to show
 
     def pretrain(self) -> None:

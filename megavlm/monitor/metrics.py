@@ -41,6 +41,12 @@ The training loop adds these fields:
     literal_marks       texts of the step in which <image> or <video> were read as words; absent if there are none
     seconds_checkpoint  time that rank 0 has waited for checkpoints since the previous line; not part of seconds
 
+Steps that eval.every names, and the last, have these fields, over all samples of data.eval (with several sources also
+as eval/NAME/loss and so on):
+
+    eval/loss           mean negative log-probability of the targets; for dpo, rm and kto the loss of the method
+    eval/accuracy, eval/margin  dpo, rm and kto: as accuracy and margin
+
 With log.phases, these fields tell how the seconds of a step divide. They are means over the steps since the previous
 line and over the ranks, and add up to seconds. On a GPU they are times of the device, read without waiting for it, so
 that a step's last work (the update of the weights) is in the next line:

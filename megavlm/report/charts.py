@@ -30,12 +30,14 @@ class Curve:
         values: one value per step, None if there is no value.
         color: the name of the page's CSS variable.
         average: the moving average of the values. It is drawn as a line over the values, which are then drawn lightly.
+        sparse: the values are measured in some steps only, and the line leads from one to the next.
     """
 
     name: str
     values: Sequence[float | None]
     color: str
     average: Sequence[float | None] | None = None
+    sparse: bool = False
 
     @classmethod
     def smoothed(cls, name: str, values: Sequence[float | None], color: str) -> "Curve":
@@ -93,7 +95,12 @@ def chart(
         color = f"var(--{curve.color})"
         if curve.average is not None:
             lines.append(_path(_extremes(steps, curve.values), x, y, color, "raw"))
-        points = _means(steps, curve.values if curve.average is None else curve.average)
+        at, drawn = steps, curve.values if curve.average is None else curve.average
+        if curve.sparse:
+            at, drawn = zip(
+                *((step, value) for step, value in zip(at, drawn, strict=True) if value is not None), strict=True
+            )
+        points = _means(at, drawn)
         lines.append(_path(points, x, y, color, "line"))
         texts = [(step, label(value)) for step, value in points if value is not None]
         shown.append({"name": curve.name, "points": texts})

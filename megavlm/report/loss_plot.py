@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILE_NAME = "loss.png"
+HELD_OUT = "eval/loss"  # the field of the loss on data.eval
 COLORS = {
     "loss": "#2563eb",
     "lr": "#f59e0b",
@@ -95,6 +96,10 @@ def _draw(lines: list[dict[str, Any]], title: str) -> "Figure":
     smoothed = average("loss")
     loss_axes.plot(steps, column("loss"), color=COLORS["loss"], alpha=0.3, linewidth=1, marker=marker)
     loss_axes.plot(steps, smoothed, color=COLORS["loss"], linewidth=2, label="loss (smoothed)")
+    if evaluated := [line for line in lines if line.get(HELD_OUT) is not None]:
+        values = [line[HELD_OUT] for line in evaluated]
+        at = [line["step"] for line in evaluated]
+        loss_axes.plot(at, values, color=COLORS["accuracy"], linewidth=1.6, marker=".", label="held-out loss")
     loss_axes.set_ylabel("loss", color=COLORS["loss"])
     if known := [value for value in smoothed if value == value]:
         loss_axes.set_title(f"loss {known[-1]:.4g} after step {steps[-1]}", loc="right", fontsize=10, color="#6b7280")

@@ -1,5 +1,6 @@
 """What a run measures of whole answers in each step, in plain words: accuracy, margin and the rewards behind them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,24 +67,33 @@ def method_charts(lines: Sequence[dict[str, Any]]) -> list[Markup]:
     def curve(name: str, field: str, color: str) -> Curve:
         return Curve.smoothed(name, [line.get(field) for line in lines], color)
 
+    def held_out(name: str, field: str, color: str = "loss") -> Curve:
+        return Curve(name, [line.get(field) for line in lines], color, sparse=True)
+
     charts = []
     if found := Preferences.of(lines):
         accuracy = Curve.smoothed("accuracy, %", in_percent(lines), "speed")
+        of_held_out = Curve("held out, %", in_percent(lines, "eval/accuracy"), "loss", sparse=True)
+        margin = curve("margin", "margin", "language")
         charts = [
-            chart("Accuracy, %", steps, [accuracy], from_zero=True, note=found.accuracy),
-            chart("Margin", steps, [curve("margin", "margin", "language")], from_zero=True, note=found.margin),
+            chart("Accuracy, %", steps, [accuracy, of_held_out], from_zero=True, note=found.accuracy),
+            chart("Margin", steps, [margin, held_out("held out", "eval/margin")], from_zero=True, note=found.margin),
         ]
         colors = ("loss", "projector")
         behind = [curve(name, field, color) for (field, name), color in zip(found.curves, colors, strict=False)]
         charts.append(chart(found.measured, steps, behind))
     sources = sorted({name for line in lines[-1:] for name in line if name.startswith("loss/")})
     of_sources = [curve(name.removeprefix("loss/"), name, _COLORS[i]) for i, name in enumerate(sources[: len(_COLORS)])]
+    evaluated = sorted({name for line in lines for name in line if _OF_SOURCE.fullmatch(name)})[: len(_COLORS)]
+    of_evaluated = [held_out(name[5:-5], name, _COLORS[i]) for i, name in enumerate(evaluated)]
     divergence = [curve("KL", "kl_to_start", "vision")]
     return [
         *charts,
         chart("Loss of each source", steps, of_sources),
+        chart("Held-out loss of each source", steps, of_evaluated),
         chart("Divergence from the start (KL)", steps, divergence, from_zero=True, note="nats per target"),
     ]
 
 
+_OF_SOURCE = re.compile("eval/.+/loss")
 _COLORS = ("loss", "lr", "speed", "projector", "language", "vision")  # for sources; further ones have no curve

@@ -22,7 +22,7 @@ from megavlm.monitor.rl_warnings import history
 from megavlm.report.answers import AnswerGroup, AnswerSource, group_answers, read_note, read_source
 from megavlm.report.charts import Band, Curve, chart
 from megavlm.report.experts import expert_charts
-from megavlm.report.loss_plot import smooth
+from megavlm.report.loss_plot import HELD_OUT, smooth
 from megavlm.report.page import render_page
 from megavlm.report.phases import phases_bar
 from megavlm.report.policy import is_rl, policy_charts
@@ -203,9 +203,10 @@ def _charts(run: Run) -> list[tuple[str, list[Markup]]]:
         norms.insert(0, Curve.smoothed("whole", run.column("grad_norm"), "text"))
     speed, mfu = run.column("tokens_per_second"), run.column("mfu")
     loss = Curve.smoothed("loss", run.column("loss"), "loss")
+    held_out = Curve("held out", run.column(HELD_OUT), "speed", sparse=True)
     rl = is_rl(run.lines)
     charts = [
-        chart("Loss", steps, [loss], kind="" if rl else "large"),
+        chart("Loss", steps, [loss, held_out], kind="" if rl else "large"),
         *method_charts(run.lines),
         chart("Gradient norm", steps, norms, log=True),
         chart("Learning rate", steps, [Curve("learning rate", run.column("lr"), "lr")], from_zero=True),

@@ -1,14 +1,18 @@
 """Which weights a verb reads, told to the user and recorded beside the results."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from megavlm.base.errors import RunFailure
+from megavlm.base import yaml_files
+from megavlm.base.errors import RunFailure, UserError
+from megavlm.base.number_format import number
 from megavlm.checkpoint.fingerprint import digest_of_folders
-from megavlm.checkpoint.folders import find_checkpoint
+from megavlm.checkpoint.folders import best_of, find_checkpoint
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
+from megavlm.monitor.metrics import read_metrics
 from megavlm.output.held_run import of_run
 from megavlm.platform.collectives import all_gather_objects
 from megavlm.runtime.session import Session
@@ -41,6 +45,18 @@ class Weights:
             name = f"step {self.step} of {self.run} ({self.trained})"
         return f"{name}, an adapter on {self.load}" if self.adapter else name
 
+    def told(self) -> str:
+        """The weights and, if they are linked as the best of their run, by which value."""
+        if self.run is None or best_of(self.trained.parent) != self.trained:
+            return str(self)
+        with suppress(UserError):  # the run's other files matter no further here
+            tree = yaml_files.read_file(self.run / "config.yaml").tree
+            metric = (tree.get("eval") or {}).get("best")
+            line = next((line for line in read_metrics(self.run) if line["step"] == self.step), {})
+            if (value := line.get(metric)) is not None:
+                return f"{self}, its best by {metric}: {number(value)}"
+        return f"{self}, its best"
+
     def note(self) -> dict[str, Any]:
         """What is recorded beside results."""
         named = {"run": self.run, "load": self.load, "adapter": self.adapter}
@@ -64,9 +80,9 @@ def choose(settings: Settings) -> tuple[Settings, Weights]:
     load, adapter = required(settings.model.load, "model.load"), settings.model.adapter
     load, adapter = find_checkpoint(load), find_checkpoint(adapter) if adapter is not None else None
     last, run, step = adapter or load, None, None
-    kind, _, number = Path(last).name.partition("_")
-    if kind == "step" and number.isdecimal() and Path(last).parent.name == "checkpoints":
-        run, step = Path(last).parent.parent, int(number)
+    kind, _, digits = Path(last).name.partition("_")
+    if kind == "step" and digits.isdecimal() and Path(last).parent.name == "checkpoints":
+        run, step = Path(last).parent.parent, int(digits)
     model = settings.model.model_copy(update={"load": load, "adapter": adapter})
     return settings.model_copy(update={"model": model}), Weights(load, adapter, run, step)
 
@@ -89,4 +105,4 @@ def tell(weights: Weights, session: Session, stream: TextIO | None = None) -> No
             "start the same command again, or name a checkpoint in model.load",
         )
     if session.is_first:
-        print(f"weights · {weights}", file=stream, flush=True)
+        print(f"weights · {weights.told()}", file=stream, flush=True)

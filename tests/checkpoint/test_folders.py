@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from megavlm.checkpoint.folders import latest, partial_folder, publish
+from megavlm.checkpoint.folders import best_of, find_checkpoint, latest, link_best, partial_folder, publish
 from megavlm.checkpoint.held import held
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint, TensorToWrite, write_checkpoint
 
@@ -136,3 +136,29 @@ def test_where_there_are_no_links_the_checkpoint_itself_is_read(run, monkeypatch
 def test_only_checkpoints_of_a_run_are_held(root):
     with held(root) as kept:
         assert kept == root
+
+
+def test_the_best_is_kept_and_linked(root):
+    link_best(root, 100)
+    assert (root / "best").readlink().as_posix() == "step_00000100"  # relative, so that the folder may be moved
+    assert find_checkpoint(root / "best") == root / "step_00000100"
+    partial = partial_folder(root, 400, "0badcafe")
+    (root / "step_00000300").rename(partial)
+    publish(partial, keep=1, keep_every=None, best=100)
+    assert sorted(path.name for path in root.iterdir()) == ["best", "step_00000100", "step_00000400"]
+    assert latest(root) == root / "step_00000400"
+    (root / "step_00000400").rename(partial)
+    publish(partial, keep=1, keep_every=None)  # the run no longer looks for the best
+    assert best_of(root) == root / "step_00000100"
+    (root / "step_00000400").rename(partial)
+    publish(partial, keep=1, keep_every=None, best=400)
+    assert sorted(path.name for path in root.iterdir()) == ["best", "step_00000400"]
+    assert find_checkpoint(root / "best") == root / "step_00000400"
+
+
+def test_a_best_that_was_not_saved_is_not_linked(root):
+    link_best(root, 300)
+    link_best(root, 250)
+    assert best_of(root) is None
+    assert not (root / "best").is_symlink()
+    assert find_checkpoint(root / "best") == root / "best"  # and whoever reads it says that it does not exist

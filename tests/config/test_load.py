@@ -96,7 +96,7 @@ def test_environment_variables(write, monkeypatch):
     assert settings.model.hf == Path("/scratch/me/hf")
     assert settings.model.load is None
     assert settings.train.steps == 100
-    assert settings.data.eval == Path("/scratch/me/eval.jsonl")
+    assert [source.path for source in settings.data.eval] == [Path("/scratch/me/eval.jsonl")]
 
 
 def test_resolved_yaml_gives_the_same_settings_back_with_every_default(write):

@@ -29,6 +29,18 @@ HF = "model: {hf: folder}\n"
         (["data.packing=none", "data.packing_buffer=5"], "but data.packing is none: it would be ignored"),
         (["checkpoint.keep_every=5"], "checkpoint.keep_every is 5, but checkpoint.every is null"),
         (["checkpoint.every=2", "checkpoint.keep_every=5"], "checkpoint.keep_every is 5, but checkpoint.every is 2"),
+        (["eval.rows=4"], "eval.rows is 4, but eval.every is null: it would be ignored"),
+        (["eval.best=eval/loss"], "eval.best is eval/loss, but eval.every is null: it would be ignored"),
+        (["eval.every=1", "data.eval=a.jsonl", "eval.stop_after=2"], "eval.stop_after is 2, but eval.best is null"),
+        (["eval.every=1"], "eval.every is 1, but data.eval is not set: there is nothing to evaluate"),
+        (["eval.every=1", "data.eval=a.jsonl", "eval.best=loss"], "'loss' is not a metric of an evaluation"),
+        (["eval.every=1", "data.eval=a.jsonl", "eval.best=eval/kl"], "'eval/kl' is not a metric of an evaluation"),
+        (["eval.every=1", "data.eval=a.jsonl", "eval.best=eval/a/loss"], "has no source 'a' beside others"),
+        (
+            ["eval.every=1", "data.eval=[{path: a.jsonl}, {path: b.jsonl}]", "eval.best=eval/c/loss"],
+            "data.eval has no source 'c'",
+        ),
+        (["data.eval=[{path: x/a.jsonl}, {path: y/a.jsonl}]"], "two sources have the name 'a'"),
         (["generate.top_p=0.5"], "generate.top_p is 0.5, but generate.temperature is 0"),
         (["generate.top_k=5"], "generate.top_k is 5, but generate.temperature is 0"),
         (["data.seq_length=30", "parallel.tensor=4"], "data.seq_length is 30, which is not divisible by"),
@@ -201,3 +213,22 @@ def test_every_setting_has_default_range_and_meaning():
     assert by_key["train.lr_scale"].allowed == "{vision | projector | language: number > 0}"
     assert by_key["adapter.rank_pattern"].allowed == "{text: whole number ≥ 1}"
     assert by_key["log.wandb.mode"].section == "log"
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        (None, []),
+        ("x/a.jsonl", ["a"]),
+        ("s3://bucket/shards/", ["shards"]),
+        ([{"path": "a.jsonl"}, {"path": "b.jsonl", "name": "c"}], ["a", "c"]),
+    ],
+)
+def test_held_out_data_is_one_path_or_several_sources(given, labels):
+    settings = Settings(model={"hf": "folder"}, data={"eval": given})
+    assert [source.label for source in settings.data.eval] == labels
+    again = Settings(**settings.model_dump(by_alias=True))
+    assert again == settings
+    best = f"eval/{labels[-1]}/loss" if len(labels) > 1 else "eval/loss"
+    if labels:
+        assert Settings(model={"hf": "folder"}, data={"eval": given}, eval={"every": 5, "best": best}).eval.best == best

@@ -76,7 +76,7 @@ def test_heldout_questions_are_in_no_training_list():
         settings = load_settings(CONFIGS / f"{stage}.yaml")
         names = {source.path.stem for source in settings.data.train}
         assert names <= set(TRAIN_FILES)
-    assert settings.data.eval.stem == HELDOUT_FILE
+    assert settings.data.eval[0].path.stem == HELDOUT_FILE
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -84,7 +84,7 @@ def test_tuning_learns_from_questions_and_pairs_of_them(name):
     settings = load_settings(CONFIGS / f"{name}.yaml")
     learned = {"rm": "pairs", "dpo": "sampled_pairs"}
     assert [source.path.stem for source in settings.data.train] == [learned.get(name, "questions")]
-    assert settings.data.eval.stem == ("all_answers" if name == "rm" else HELDOUT_FILE)
+    assert settings.data.eval[0].path.stem == ("all_answers" if name == "rm" else HELDOUT_FILE)
 
 
 def test_lora_differs_from_tuning_all_weights_by_what_learns_and_how_fast():

@@ -55,7 +55,7 @@ def test_check_compares_with_transformers(tmp_path, demo_data, demo_model, monke
     (out / "data").symlink_to(demo_data)
     (out / "exported").symlink_to(demo_model)
     demo = run.Demo(out)
-    questions = demo.sft.data.eval
+    questions = demo.sft.data.eval[0].path
     assert questions == out / "data" / f"{HELDOUT_FILE}.jsonl"
     theirs = answers.transformers_answers(demo_model, questions, demo.sft.generate.max_new_tokens)
     expected = answers.expected_answers(questions)

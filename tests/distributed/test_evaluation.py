@@ -1,12 +1,13 @@
 """Evaluation while training: the held-out loss is that of `score`, training keeps its bits, the best is kept."""
 
+import itertools
 import json
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from parity import VARYING, settings_of
-from test_preference import answered, judged_of, pairs_of
+from test_preference import judged_of, pairs_of
 from test_scores import run_score, score_settings
 from toy import write_records
 
@@ -28,7 +29,7 @@ def train(settings: dict, method: str = "sft") -> str:
     from megavlm.commands import train as verb
     from megavlm.config.settings import Settings
 
-    with mock.patch.object(verb, "_report", lambda run, step, say: None):
+    with mock.patch.object(verb, "_report", return_value=None):
         try:
             verb.main(Settings(**settings), method)
         except UserError as error:
@@ -84,6 +85,11 @@ def scored(toys, held_out, world1, tmp_path_factory):
     return scored
 
 
+def without(lines: list[dict], *prefixes: str) -> list[dict]:
+    """Lines of metrics without what tells of the machine, and without fields that begin with these prefixes."""
+    return [{k: v for k, v in line.items() if k not in VARYING and not k.startswith(prefixes)} for line in lines]
+
+
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -98,3 +104,130 @@ def test_the_held_out_loss_is_that_of_score(layout, settings, scored, tmp_path, 
     print(f"\n| {layout} | {max(abs(line[name] / value - 1) for name, value in expected.items()):.1e} |")
     for name, value in expected.items():
         assert line[name] == pytest.approx(value, rel=1e-6)  # some 80 log-probabilities near -10, each to a few 1e-7
+
+
+# method: (layout, settings of align)
+COMPARED = {
+    "sft": ("one process", {}),
+    "dpo": ("PP2", {"loss": "sigmoid", "beta": 0.3}),
+    "dpo, reference in each step": ("one process", {"loss": "hinge", "reference_at": "step"}),
+    "kto": ("DP2", {"reference_at": "step"}),
+    "rm": ("TP2", {"centering": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_held_out_data_that_is_trained_on_has_the_loss_of_the_next_step(name, settings, toys, tmp_path, request):
+    """Each step has all samples, so an evaluation sees what the next step sees, with the same weights."""
+    method, (layout, align) = name[:3], COMPARED[name]
+    processes, kind, parallel = LAYOUTS[layout]
+    pairs = pairs_of(toys.records)
+    records = {"sft": toys.records, "kto": judged_of(pairs)}.get(method, pairs)
+    file = str(write_records(toys.root / f"{method}-all.jsonl", records))
+    data = {"train": file, "eval": file, "packing": "none", "shuffle": False, "seq_length": 512}
+    made = settings(kind, parallel, 3, {"every": 1}, data, global_batch_size=8, lr=0.2) | {"align": align}
+    assert request.getfixturevalue(f"world{processes}").run(train, made, method) == [""] * processes
+    lines = lines_of(tmp_path / "run/metrics.jsonl")
+    assert len({line["loss"] for line in lines}) == 3
+    for line, after in itertools.pairwise(lines):
+        for field in ("loss", "accuracy", "margin"):
+            if field in after:
+                assert line[f"eval/{field}"] == pytest.approx(after[field], rel=1e-5, abs=1e-6)
+    assert ("eval/margin" in lines[0]) == (method != "sft")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_has_the_bits_of_a_run_that_does_not_evaluate(workers, settings, world1, tmp_path):
+    """Dropout included, whose random numbers an evaluation must not use."""
+    lora = {"adapter": {"type": "lora", "rank": 4, "dropout": 0.3}}
+    found = {}
+    for name, evaluation in {"with": {"every": 2, "rows": 1}, "without": {}}.items():
+        made = settings(steps=4, evaluation=evaluation, data={"workers": workers}, optimizer="adam", lr=0.01) | lora
+        made["output"] = str(tmp_path / name)
+        assert world1.run(train, made) == [""]
+        found[name] = lines_of(tmp_path / name / "metrics.jsonl")
+    assert ["eval/loss" in line for line in found["with"]] == [False, True, False, True]
+    assert without(found["with"], "eval/") == without(found["without"])
+
+
+def test_the_best_is_kept_and_the_run_ends_early(settings, toys, held_out, world1, tmp_path, capsys):
+    """Interrupted in the middle as well, with the same end; a start after that says so again."""
+    evaluation = {"every": 1, "best": "eval/first/loss", "stop_after": 2}
+    made = settings(steps=12, evaluation=evaluation, lr=0.5) | {"checkpoint": {"keep": 1, "every": 1}}
+    folders = {}
+    for name, starts in {"straight": (12, 12), "resumed": (3, 12)}.items():
+        made["output"], told = str(tmp_path / name), []
+        for steps in starts:
+            made["train"]["steps"] = steps
+            assert world1.run(train, made) == [""]
+            told.append(capsys.readouterr().out)
+        lines = lines_of(tmp_path / name / "metrics.jsonl")
+        losses = [line["eval/first/loss"] for line in lines]
+        best = losses.index(min(losses)) + 1
+        assert len(losses) == best + 2  # the learning rate is so large that the loss goes up and down
+        end = f"stopped early at step {len(losses)}: eval/first/loss has not improved in 2 evaluations"
+        assert [end in words for words in told] == [name == "straight", True]
+        assert f"step {best} has the best eval/first/loss {losses[best - 1]:.4g} so far" in told[0]
+        kept = {path.name for path in (tmp_path / name / "checkpoints").iterdir()}
+        assert kept == {f"step_{best:08}", f"step_{len(losses):08}", "best"}
+        assert (tmp_path / name / "checkpoints/best").readlink() == Path(f"step_{best:08}")
+        folders[name] = without(lines)
+        again = "eval.stop_after has ended this run already" if name == "straight" else "continued after step 3"
+        assert again in told[1]
+    assert folders["resumed"] == folders["straight"]
+
+    scores = score_settings(toys.folder("dense"), tmp_path / "straight/checkpoints/best", None, tmp_path / "scores")
+    scores["data"]["eval"] = [held_out[0]]
+    assert world1.run(run_score, scores) == [0]
+    lines = lines_of(tmp_path / "scores/scores.jsonl")
+    loss = -sum(line["sum"] for line in lines) / sum(line["tokens"] for line in lines)
+    assert loss == pytest.approx(min(losses), rel=1e-6)
+    told = capsys.readouterr().out
+    assert f"step {best} of {tmp_path / 'straight'}" in told
+    assert f"its best by eval/first/loss: {min(losses):.4g}" in told
+
+
+def test_held_out_data_that_cannot_be_used_ends_the_run_before_its_first_step(settings, world2, tmp_path, capsys):
+    """On all ranks. A single broken sample is told and passed over."""
+    bad = write_records(tmp_path / "bad.jsonl", [{"messages": 1}] * 3)
+    made = settings(data={"eval": str(bad)})
+    ends = world2.run(train, made)
+    assert len(set(ends)) == 1
+    assert "data.eval, source bad" in ends[0]
+    assert "none of its samples can be used; the first is" in ends[0]
+    assert not lines_of(tmp_path / "run/metrics.jsonl")
+    some = write_records(tmp_path / "some.jsonl", [{"text": "one two three"}, {"messages": 1}, {"text": "four"}])
+    assert world2.run(train, settings(data={"eval": str(some)})) == ["", ""]
+    assert f"data.eval: 1 sample cannot be used; the first is {some}:2" in capsys.readouterr().out
+    (line,) = lines_of(tmp_path / "run/metrics.jsonl")
+    assert line["eval/loss"] > 0
+
+
+def rows_of(folder: str, files: list[str], data: dict, size: int) -> list[list[list[int]]]:
+    """The numbers of the samples in each row, on each data-parallel rank."""
+    from megavlm.config.settings import DataSettings
+    from megavlm.data.renderer import Renderer
+    from megavlm.evaluation.held_out_rows import HeldOutSource
+    from megavlm.sources.blend import open_eval_sources
+
+    settings = DataSettings(eval=files, **data)
+    renderer, sources = Renderer(folder, settings), open_eval_sources(settings)
+    found = []
+    for rank in range(size):
+        source = HeldOutSource(sources, renderer, "tune", settings, 3, rank, size, Path(folder))
+        found.append([row.indices for row in source.rows(0)])
+        assert [row.indices for row in source.rows(0)] == found[-1]  # now from memory
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_are_the_same_on_any_number_of_ranks(workers, toys, held_out):
+    data = {"seq_length": 256, "workers": workers}
+    file = [{"path": str(write_records(toys.root / "train.jsonl", toys.records))}]
+    ((*whole,),) = rows_of(str(toys.folder("dense")), file, data, 1)
+    assert whole[0][0] == 0
+    assert [index for row in whole for index in row] == list(range(sum(map(len, whole))))
+    assert len(whole) == 3  # eval.rows
+    for size in (2, 3):
+        ranks = rows_of(str(toys.folder("dense")), file, data, size)
+        assert [ranks[number % size][number // size] for number in range(3)] == whole

@@ -53,6 +53,9 @@ BESIDE = {
     "environment.python": ("environment.max_tokens=2000",),
     "environment.max_tokens": ("environment.python=doors.py:Doors",),
     "data.min_pixels": ("data.max_pixels=2147483647",),
+    "eval.every": ("data.eval=eval.jsonl",),
+    **dict.fromkeys(("eval.rows", "eval.best"), ("data.eval=eval.jsonl", "eval.every=1")),
+    "eval.stop_after": ("data.eval=eval.jsonl", "eval.every=1", "eval.best=eval/loss"),
 }  # fmt: skip
 
 # Numbers without an upper limit of their own, and what a huge one means.
@@ -68,7 +71,8 @@ UNLIMITED = {
         "as much work as was asked for",
     ),
     **dict.fromkeys(
-        ("checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every", "log.every",
+        ("eval.every", "eval.rows", "eval.stop_after",
+         "checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every", "log.every",
          "train.galore_update_every", "rollout.log_every", "rollout.vllm.start_minutes",
          "rollout.vllm.request_minutes"),
         "never, or always",
