@@ -5,6 +5,7 @@ from typing import Any
 
 from megavlm.base import yaml_files
 from megavlm.base.errors import UserError
+from megavlm.checkpoint.averages import AveragedCheckpoint
 from megavlm.checkpoint.load_weights import check_base, shapes_at_start
 from megavlm.config.data_sections import LIMITS, DataSettings
 from megavlm.config.settings import Settings
@@ -40,7 +41,7 @@ def main(settings: Settings, out: Path, adapter: bool = False, ema: bool = False
             "set model.adapter to the run that trained the adapter, or adapter.type to null",
         )
     if model.adapter is not None:
-        found = Adapter(model.adapter, shapes, ema=ema)
+        found = Adapter(model.adapter, shapes, AveragedCheckpoint(model.adapter) if ema else None)
     limits = _limits(settings, weights)
     print(f"weights · {weights}", flush=True)
     listed = ", ".join(f"data.{name}={value}" for name, value in limits.items())
@@ -57,7 +58,7 @@ def main(settings: Settings, out: Path, adapter: bool = False, ema: bool = False
             adapter=found,
             resize_vocabulary=model.resize_vocabulary,
             overwrite=settings.overwrite,
-            ema=ema and found is None,
+            source=AveragedCheckpoint(load) if ema and found is None else None,
         )
         write_limits(out, changes)
         if limits:

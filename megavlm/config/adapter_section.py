@@ -20,6 +20,7 @@ _ONLY = {  # the types to which a field applies
     "frequencies": ("fourierft",),
     "scaling": ("fourierft",),
     "seed": ("fourierft",),
+    "modules_to_save": ("lora", "dora", "fourierft"),
     "targets": ("lora", "dora", "fourierft"),
     "quantize": ("lora", "dora", "fourierft"),
 }
@@ -43,6 +44,12 @@ class AdapterSettings(Section):
         description="linear layers that get an adapter, given by the ends of their Hugging Face names, for example "
         "[q_proj, v_proj, attn.qkv]; null: all linear layers of the decoder (experts with lora only). A part without "
         "adapters is trained in full unless model.freeze names it",
+    )
+    modules_to_save: list[Str] = Field(
+        [],
+        description="modules that are trained as a whole beside the adapters and saved with them, as in peft, given by "
+        "the ends of their Hugging Face names, for example [embed_tokens, lm_head]. They must be in parts that have "
+        "adapters",
     )
     rank: Int = Field(16, ge=1, description="only for lora and dora: rank of the adapter matrices")
     alpha: Float = Field(

@@ -69,9 +69,7 @@ def weights_of(shapes: Shapes, settings: Settings | None = None) -> list[Weight]
         for kind, shape in tensor_shapes(adapter, linear).items():
             name = f"{linear.name}.{kind}"
             size, decays = math.prod(shape), len(shape) > 1
-            adapted.append(
-                Weight(CHECKPOINT_PREFIX + name, linear.entry.key, (name,), part_of(name), size, decays)
-            )
+            adapted.append(Weight(CHECKPOINT_PREFIX + name, linear.entry.key, (name,), part_of(name), size, decays))
     fixed = {*settings.frozen(), *(weight.part for weight in adapted)}
     return [weight for weight in found if weight.part not in fixed] + adapted
 
@@ -116,8 +114,8 @@ def described(settings: Settings, shapes: Shapes, *, score_head: bool = False) -
         own = [weight for weight, rule in zip(weights, rules, strict=True) if rule.group == number]
         if group.weight_decay is not None and not any(weight.decays for weight in own):
             raise UserError(
-                f"train.groups[{number}].weight_decay is {group.weight_decay:g}, but {group.match!r} matches only norms "
-                "and biases, which have no weight decay: it would be ignored",
+                f"train.groups[{number}].weight_decay is {group.weight_decay:g}, but {group.match!r} matches only "
+                "norms and biases, which have no weight decay: it would be ignored",
                 "remove weight_decay, or match matrices",
             )
     if all(rule.freeze for rule in rules):
@@ -147,7 +145,8 @@ def _check_group(number: int, match: str, weights: list[Weight], rules: list[Rul
             )
     if not any(rule.group == number for rule in rules):
         raise UserError(
-            f"{here}, but all {counted(len(hit), 'weight')} that it matches belong to earlier groups: it would be ignored",
+            f"{here}, but all {counted(len(hit), 'weight')} that it matches belong to earlier groups: it would be "
+            "ignored",
             "put this group before the others, or remove it",
         )
 
