@@ -73,8 +73,8 @@ class AdapterSettings(Section):
     )
     lr_ratio: Positive = Field(
         1.0,
-        description="only for lora and dora: learning rate of the matrices B as a multiple of that of A (LoRA+, "
-        "2402.12354, which takes 16)",
+        description="only for lora and dora: how many times faster the matrices B learn than A (LoRA+, 2402.12354, "
+        "which takes 16)",
     )
     frequencies: Int = Field(
         1000, ge=1, description="only for fourierft: number of trained coefficients per linear layer"

@@ -128,7 +128,7 @@ def saved_whole(adapter: AdapterSettings, shapes: Shapes) -> dict[str, Entry]:
     linears = targeted(adapter, shapes) if adapter.modules_to_save else {}
     parts = {part_of(name) for name in linears}
     for module in adapter.modules_to_save:
-        here, hit = f"adapter.modules_to_save has {module!r}", {}
+        here, hit = f"adapter.modules_to_save has {module!r}", dict[str, Entry]()
         for entry in table(shapes):
             # "embed_tokens" is the end of a module's name, and a module may hold others
             own = [name for name in entry.hf if f".{module}." in f".{name.rpartition('.')[0]}."]

@@ -111,7 +111,7 @@ def state(optimization: PartOptimizers, model: dict) -> dict[str, ShardedTensor 
     """
     entries = {}
     for name, key, entry, tensor in _tensors(optimization, model):
-        changes = {"key": f"optimizer.state.{key}.{entry.key}", "data": tensor}
+        changes: dict[str, object] = {"key": f"optimizer.state.{key}.{entry.key}", "data": tensor}
         if isinstance(entry, ShardedTensor):
             changes["dtype"] = tensor.dtype
         entries[f"{key}/{name}"] = replace(entry, **changes)
@@ -134,7 +134,7 @@ def load(optimization: PartOptimizers, model: dict, loaded: dict[str, Tensor]) -
 
 def _tensors(optimization: PartOptimizers, model: dict) -> Iterator[tuple[str, str, ShardedTensor, Tensor]]:
     """(name of the weight in ``model``, name of the state, entry of the weight, tensor)."""
-    states = {}
+    states: dict[Tensor, dict[str, Tensor]] = {}
     for optimizer in (o for optimizers in optimization.parts.values() for o in optimizers if o.optimizer is not None):
         optimizer.optimizer.fill()
         states |= {weight: optimizer.optimizer.state[weight] for weight in optimizer.get_parameters()}

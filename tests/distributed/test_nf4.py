@@ -54,7 +54,7 @@ def test_products_are_with_the_dequantised_weights(kind, quantize_as, toys, worl
     mostly_slow(
         [
             *(("dense", parallel) for parallel in ({"tensor": 2}, {"pipeline": 2}, {"context": 2})),
-            *(("moe", parallel) for parallel in ({"expert": 2}, {"tensor": 2, "expert_tensor": 2})),
+            ("moe", {"expert": 2}),  # halves of the experts have no multiple of 64 numbers: rounded otherwise
         ],
         lambda case: case[1] in ({"tensor": 2}, {"expert": 2}),
     ),
