@@ -50,7 +50,7 @@ def test_the_table(shapes):
     assert lines[0].endswith("lr × 0.1, weight decay 0")
     assert lines[1].endswith("numbers: frozen")
     assert lines[2].endswith("lr × 2, weight decay 0.1")
-    assert lines[3].endswith("lr × 0.5 or 1, weight decay 0.1 (norms and biases: 0)")
+    assert lines[3].endswith("lr × 0.5 to 1, weight decay 0.1 (norms and biases: 0)")
     assert sum(weight.numel for weight in weights_of(shapes)) > size
     assert described(settings(), shapes) == []
 
