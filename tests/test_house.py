@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "prepare": ["sources", "records", "media", "base"],
     "convert": ["model.shapes", "model.score_head", "config", "base"],
     "adapters": ["convert", "model", "platform", "config", "base"],
-    "optim": ["convert", "model", "platform", "config", "base"],
+    "optim": ["adapters.sites", "convert", "model", "platform", "config", "base"],
     "checkpoint": ["optim", "adapters", "convert", "data", "sources", "media", "model", "platform", "config", "base"],
     "monitor": ["data", "sources", "records", "media", "platform", "config", "base"],
     "report": ["output", "monitor", "data", "sources", "records", "media", "config", "base"],

@@ -13,8 +13,9 @@ from megavlm.adapters.lora import Dora, Lora
 from megavlm.adapters.nf4 import quantize
 from megavlm.adapters.sites import AdapterSite, adapter_sites
 from megavlm.config.adapter_section import AdapterSettings
+from megavlm.convert import SHARDED_METADATA
 from megavlm.convert.adapter import Adapter
-from megavlm.convert.peft_names import part_of, targeted
+from megavlm.convert.peft_names import part_of, saved_whole, targeted
 from megavlm.model.layers import Router
 from megavlm.model.vlm import VLM
 
@@ -36,7 +37,8 @@ class AdapterList(nn.ModuleList):
 class Adapters:
     """The adapters of a model on this rank. Create it once, right after the model.
 
-    In parts of the model with adapters, all other weights are frozen, except the reward head.
+    In parts of the model with adapters, all other weights are frozen, except the reward head and
+    ``adapter.modules_to_save``.
 
     Attributes:
         settings: the ``adapter`` section.
@@ -53,6 +55,10 @@ class Adapters:
             module.requires_grad_(False)
         for module in head:
             module.requires_grad_(True)
+        if whole := saved_whole(settings, vlm.shapes):
+            for shard in vlm.sharded_state_dict(dict(SHARDED_METADATA)).values():
+                if getattr(shard, "key", None) in whole:
+                    shard.data.requires_grad_(True)
         self.linears: list[nn.Module] = []
         assert settings.type is not None, "there are no adapters without adapter.type"
         make, dtype = TYPES[settings.type], vlm.decoder_config.params_dtype

@@ -70,9 +70,9 @@ class _AnswerObjective:
 class PairObjective(_AnswerObjective):
     """A preference loss, averaged over the pairs of the global batch.
 
-    The samples of a row are a chosen and a rejected answer alternately. The chosen answer's negative log-likelihood, a
-    mean over its tokens, may be added: with weight 1 for orpo, and with ``sft_weight``. (TRL's loss ``sft`` is a mean
-    over the tokens of all chosen answers of a micro-batch, which depends on how a batch is cut.)
+    Each rejected answer of a row makes a pair with the chosen answer before it. The chosen answer's negative
+    log-likelihood, a mean over its tokens, may be added: with weight 1 for orpo, and with ``sft_weight``. (TRL's loss
+    ``sft`` is a mean over the tokens of all chosen answers of a micro-batch, which depends on how a batch is cut.)
 
     Args:
         loss: a key of ``PREFERENCE_LOSSES``.
@@ -83,7 +83,10 @@ class PairObjective(_AnswerObjective):
         sft_weight: weight of the chosen answer's negative log-likelihood.
     """
 
-    names = ("rewards/chosen", "rewards/rejected", "accuracy", "margin", "logprobs/chosen", "logprobs/rejected")
+    names: tuple[str, ...] = (
+        *("rewards/chosen", "rewards/rejected", "accuracy", "margin"),
+        *("logprobs/chosen", "logprobs/rejected"),
+    )
 
     def __init__(
         self,
@@ -101,26 +104,28 @@ class PairObjective(_AnswerObjective):
             self.names = (*self.names, "nll/chosen")
 
     def weight(self, rows: list[Row]) -> float:
-        return sum(row.num_samples // 2 for row in rows)
+        return sum(len(pairs_of(row)) for row in rows)
 
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         row = micro_batch.host
-        answers = self.answers(outputs, micro_batch).view(-1, 2)
-        lengths = to_device(answer_lengths(row), device()).view(-1, 2)
-        ref_chosen = ref_rejected = None
+        places = pairs_of(row)
+        answers, pairs = self.answers(outputs, micro_batch), to_device(places, device())
+        shares = to_device(places[:, 0].bincount()[places[:, 0]].float(), device())
+        lengths = to_device(answer_lengths(row), device())
+        references: list[Tensor | None] = [None, None]
         if self.has_reference:
             found = cast(Tensor | None, micro_batch.found)  # from look_ahead
-            ref_chosen, ref_rejected = self.references(row, found).view(-1, 2).unbind(1)
-        (chosen, rejected), (chosen_lengths, rejected_lengths) = answers.unbind(1), lengths.unbind(1)
+            references = [*self.references(row, found)[pairs].unbind(1)]
+        (chosen, rejected), (chosen_lengths, rejected_lengths) = answers[pairs].unbind(1), lengths[pairs].unbind(1)
         losses, metrics = preference_loss(
-            self.name, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, **self.options
+            self.name, chosen, rejected, *references, chosen_lengths, rejected_lengths, **self.options
         )
-        nll = -answers[:, 0] / lengths[:, 0]
+        nll = -chosen / chosen_lengths / shares  # a chosen answer is learned once, also if it has several pairs
         if self.sft_weight:
             losses = losses + self.sft_weight * nll
         loss = losses.sum()
         values = [metrics[name] * len(losses) for name in self.names[:4]]
-        return loss, self.sums(loss, [*values, *answers.sum(dim=0), nll.sum()][: len(self.names)])
+        return loss, self.sums(loss, [*values, *answers[pairs].sum(dim=0), nll.sum()][: len(self.names)])
 
     def fields(self, sums: list[float], counts: dict[str, float]) -> dict[str, float | None]:
         pairs = counts["weight"]
@@ -226,7 +231,7 @@ class RewardObjective(_AnswerObjective):
         self.centering, self.tensor = centering, groups.tp if sequence_parallel else None
 
     def weight(self, rows: list[Row]) -> float:
-        return sum(row.num_samples // 2 for row in rows)
+        return sum(len(pairs_of(row)) for row in rows)
 
     def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Computes the scores of the answers, float32 [samples], the same on all ranks."""
@@ -236,12 +241,13 @@ class RewardObjective(_AnswerObjective):
         return sum_of_ranks(scores, self.context)
 
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        annotations = micro_batch.host.annotations[::2]
-        margin = to_device(torch.tensor([answer.margin for answer in annotations]), device())
-        chosen, rejected = outputs.view(-1, 2).unbind(1)
+        row, pairs = micro_batch.host, pairs_of(micro_batch.host)
+        margin = to_device(torch.tensor([row.annotations[first].margin for first in pairs[:, 0].tolist()]), device())
+        answers = outputs[to_device(pairs, device())]
+        chosen, rejected = answers.unbind(1)
         losses, metrics = reward_loss(chosen, rejected, margin, self.centering)
         loss, count = losses.sum(), len(losses)
-        squares = outputs.square().sum() / 2
+        squares = answers.square().sum() / 2
         return loss, self.sums(loss, [*(metrics[name] * count for name in self.names[:3]), squares])
 
     def fields(self, sums: list[float], counts: dict[str, float]) -> dict[str, float | None]:
@@ -254,6 +260,17 @@ class RewardObjective(_AnswerObjective):
             "scores/mean": mean,
             "scores/std": max(squares - mean**2, 0.0) ** 0.5,
         }
+
+
+def pairs_of(row: Row) -> Tensor:
+    """Returns the places of the chosen and the rejected answer of each pair in a row, int64 [pairs, 2] on the host."""
+    pairs, chosen = [], 0
+    for place, answer in enumerate(row.annotations):
+        if answer.side == "rejected":
+            pairs.append((chosen, place))
+        else:
+            chosen = place
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
 
 
 def _indices(flags: list[bool]) -> Tensor:

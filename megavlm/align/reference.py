@@ -1,9 +1,10 @@
 """The reference model's log-probabilities of all answers, computed once with the weights that training starts from.
 
 They are stored in a safetensors file: float32 [samples, 2] for each source, with the columns chosen and rejected
-answer, or own and mismatched answer; NaN for a sample that cannot be used. The file has a note that identifies the
-model and the data. A later start uses the file again if the note matches. While it is computed, a file ``*.partial``
-of the same kind has what is known so far and where each data worker is, so that an interrupted start is continued.
+answer, or own and mismatched answer; NaN for a sample that cannot be used. Further rejected answers have further
+columns. The file has a note that identifies the model and the data. A later start uses the file again if the note
+matches. While it is computed, a file ``*.partial`` of the same kind has what is known so far and where each data worker
+is, so that an interrupted start is continued.
 """
 
 import json
@@ -156,6 +157,10 @@ class _Partial:
     def add(self, found: list[tuple[int, int, int, float]]) -> None:
         """Adds log-probabilities: source, index, column, value."""
         for source, index, column, value in found:
+            width = self.tables[source].shape[1]
+            if column >= width:
+                more = ((0, 0), (0, column + 1 - width))
+                self.tables[source] = np.pad(self.tables[source], more, constant_values=np.nan)
             self.tables[source][index, column] = value
 
     def save(self, places: list[dict[int, int]], num_workers: int) -> None:
@@ -228,8 +233,8 @@ def _make(
 
 
 def _column(annotations: Annotations) -> int:
-    """Returns the column of the table for an answer: 0 for the first answer of its record, 1 for the further one."""
-    return int(annotations.is_further_answer)
+    """Returns the column of the table for an answer: 0 for the first answer of its record, then the further ones."""
+    return annotations.number + 1 if annotations.is_further_answer else 0
 
 
 def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:

@@ -112,9 +112,9 @@ def _check_ppo(settings: Settings) -> None:
             f"train.unfreeze_after is {train.unfreeze_after}, which ppo does not follow, so it would be ignored",
             "remove train.unfreeze_after",
         )
-    if train.optimizer == "galore":
+    if train.optimizer in ("galore", "muon"):
         raise UserError(
-            "train.optimizer is galore, with which two models in one run have not been tried",
+            f"train.optimizer is {train.optimizer}, with which two models in one run have not been tried",
             "set train.optimizer to adam",
         )
     if train.steps is not None and critic.alone_steps >= train.steps:

@@ -23,6 +23,7 @@ from megavlm.convert.hf_source import HfSource, open_source
 from megavlm.convert.peft_config import ADAPTER_CONFIG
 from megavlm.convert.peft_names import CHECKPOINT_PREFIX
 from megavlm.convert.safe_pickle import short
+from megavlm.convert.saved_modules import SavedModules
 from megavlm.convert.threads import in_threads
 from megavlm.convert.weight_source import WeightSource
 from megavlm.model import score_head
@@ -100,18 +101,20 @@ def check_base(path: Path) -> None:
         )
 
 
-def load_some(path: Path, vlm: VLM, wanted: Callable[[str], bool]) -> None:
+def load_some(path: Path, vlm: VLM, wanted: Callable[[str], bool], source: WeightSource | None = None) -> None:
     """Loads the weights in a folder for whose keys ``wanted`` returns true. The folder must be checked.
+
+    ``source`` is the folder if it is open already.
 
     With ``model.resize_vocabulary``, rows of word embedding and output layer that the folder lacks become the mean of
     those that it has.
     """
-    source = open_source(path)
+    source = source or open_source(path)
     shards = vlm.sharded_state_dict(dict(SHARDED_METADATA))
     shards = {name: entry for name, entry in shards.items() if wanted(entry.key)}
     grown = _grown_tables(source, vlm, shards) if vlm.resize_vocabulary else {}
     stored = {name: shards[name] for name in shards if name not in grown}
-    if isinstance(source, HfSource):
+    if isinstance(source, HfSource | SavedModules):
         _copy_shares(source, vlm, stored)
         vlm.load_sharded(grown)
     else:
@@ -119,7 +122,7 @@ def load_some(path: Path, vlm: VLM, wanted: Callable[[str], bool]) -> None:
     dist.barrier()
 
 
-def _copy_shares(source: HfSource, vlm: VLM, shards: dict) -> None:
+def _copy_shares(source: HfSource | SavedModules, vlm: VLM, shards: dict) -> None:
     """Copies this rank's share of each weight from the folder's files straight into the parameters."""
     apply_factories(shards)  # gate and up of this rank are two boxes of a tensor; both are views of the parameter
     modules = [module for part in PARTS for module in vlm.modules_of(part)]

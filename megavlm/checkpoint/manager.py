@@ -214,6 +214,8 @@ class Checkpoints:
             )  # fmt: skip
         self.optimizers.unfreeze(common["step"])
         wanted = self._sharded(loading=True)
+        # dist_checkpointing.load replaces the entries in the dictionary that it gets
+        shards = {name: dict((wanted if name == MAIN else wanted[name])["model"]) for name in self.models}
         if self.rows is not None:
             count = common["workers"]
             wanted["data"] = [
@@ -231,7 +233,7 @@ class Checkpoints:
             if name != MAIN:
                 done = state["schedules"][name]
             scheduler.step(increment=done - scheduler.num_steps)  # the schedule itself follows from the settings
-            load_state(model.optimizers, found["optimizer"])
+            load_state(model.optimizers, found["optimizer"], shards[name])
             model.optimizers.follow_settings()
         if self.rows is not None:
             different = self.rows.load_state_dict(state["data"])

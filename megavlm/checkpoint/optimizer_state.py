@@ -16,7 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megavlm.model.vlm import PARTS
-from megavlm.optim import megatron_galore
+from megavlm.optim import megatron_galore, megatron_muon
 from megavlm.optim.ema import EMA, fill_adam, has_average
 from megavlm.optim.optimizers import Optimizers
 
@@ -35,6 +35,8 @@ def saved_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
     """
     if megatron_galore.has_galore(optimizers):
         return megatron_galore.state(optimizers)
+    if optimizers.train.optimizer == "muon":
+        return megatron_muon.state(optimizers, model)
     chained = optimizers.optimizer
     inner = chained.chained_optimizers
     if not _are_sharded(inner):
@@ -51,6 +53,8 @@ def wanted_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
     """Returns the state that this rank must load for the optimizers; the loaded state is passed to ``load_state``."""
     if megatron_galore.has_galore(optimizers):
         return megatron_galore.state(optimizers)
+    if optimizers.train.optimizer == "muon":
+        return megatron_muon.state(optimizers, model)
     chained = optimizers.optimizer
     inner = chained.chained_optimizers
     if not _are_sharded(inner):
@@ -63,8 +67,10 @@ def wanted_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
     return {"tensors": wanted}
 
 
-def load_state(optimizers: Optimizers, state: dict) -> None:
+def load_state(optimizers: Optimizers, state: dict, model: dict) -> None:
     """Loads what ``dist_checkpointing.load`` returned for ``wanted_state``. The schedule must be restored already.
+
+    ``model`` is the sharded state of the weights, as for ``wanted_state``.
 
     With torch's Adam, Megatron's DistributedOptimizer expects a stored tensor for each tensor of Adam's state, also for
     "step", which is stored as a number; and it gives all parameters the same step tensor, which each of them would
@@ -73,6 +79,9 @@ def load_state(optimizers: Optimizers, state: dict) -> None:
     """
     if megatron_galore.has_galore(optimizers):
         megatron_galore.load(optimizers, state)
+        return
+    if optimizers.train.optimizer == "muon":
+        megatron_muon.load(optimizers, model, state)
         return
     chained = optimizers.optimizer
     if not _are_sharded(chained.chained_optimizers):

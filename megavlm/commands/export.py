@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from megavlm.base import yaml_files
 from megavlm.base.byte_sizes import parse_size
 from megavlm.base.errors import UserError
+from megavlm.checkpoint.averages import AveragedCheckpoint
 from megavlm.checkpoint.held import held
 from megavlm.checkpoint.load_weights import check_base, shapes_at_start
 from megavlm.config.data_sections import LIMITS, DataSettings
@@ -77,7 +78,7 @@ def _export(
             "set model.adapter to the run that trained the adapter, or adapter.type to null",
         )
     if model.adapter is not None:
-        found = Adapter(model.adapter, shapes, ema=ema)
+        found = Adapter(model.adapter, shapes, AveragedCheckpoint(model.adapter) if ema else None)
     limits = _limits(settings, weights)
     print(f"weights · {weights}", flush=True)
     listed = ", ".join(f"data.{name}={value}" for name, value in limits.items())
@@ -117,7 +118,7 @@ def _export(
             shard_bytes=shard_bytes,
             overwrite=settings.overwrite,
             finish=finish,
-            ema=ema and found is None,
+            source=AveragedCheckpoint(load) if ema and found is None else None,
         )
         if limits:
             print(f"the processor files carry the limits of training: {listed}")

@@ -20,6 +20,7 @@ _ONLY = {  # the types to which a field applies
     "frequencies": ("fourierft",),
     "scaling": ("fourierft",),
     "seed": ("fourierft",),
+    "modules_to_save": ("lora", "dora", "fourierft"),
     "targets": ("lora", "dora", "fourierft"),
     "quantize": ("lora", "dora", "fourierft"),
 }
@@ -44,6 +45,12 @@ class AdapterSettings(Section):
         "[q_proj, v_proj, attn.qkv]; null: all linear layers of the decoder (experts with lora only). A part without "
         "adapters is trained in full unless model.freeze names it",
     )
+    modules_to_save: list[Str] = Field(
+        [],
+        description="modules that are trained as a whole beside the adapters and saved with them, as in peft, given by "
+        "the ends of their Hugging Face names, for example [embed_tokens, lm_head]. They must be in parts that have "
+        "adapters",
+    )
     rank: Int = Field(16, ge=1, description="only for lora and dora: rank of the adapter matrices")
     alpha: Float = Field(
         32.0, gt=0, description="only for lora and dora: the product of the adapter matrices is scaled by alpha / rank"
@@ -66,8 +73,8 @@ class AdapterSettings(Section):
     )
     lr_ratio: Positive = Field(
         1.0,
-        description="only for lora and dora: learning rate of the matrices B as a multiple of that of A (LoRA+, "
-        "2402.12354, which takes 16)",
+        description="only for lora and dora: how many times faster the matrices B learn than A (LoRA+, 2402.12354, "
+        "which takes 16)",
     )
     frequencies: Int = Field(
         1000, ge=1, description="only for fourierft: number of trained coefficients per linear layer"

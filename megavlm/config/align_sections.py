@@ -39,15 +39,15 @@ class AlignSettings(Section):
     loss: Str | None = Field(
         None,
         description="for dpo: the loss function, one of sigmoid (the loss of the DPO paper), sigmoid_norm (the same on "
-        "per-token means), hinge, ipo, robust, simpo and orpo; simpo and orpo need no reference model. For grpo: one of grpo, dr_grpo, dapo, gspo, sapo and cispo. "
-        "For ppo: ppo. null: sigmoid for dpo, grpo for grpo, ppo for ppo",
+        "per-token means), hinge, ipo, robust, simpo and orpo; simpo and orpo need no reference model. For grpo: one "
+        "of grpo, dr_grpo, dapo, gspo, sapo and cispo. For ppo: ppo. null: sigmoid for dpo, grpo for grpo, ppo for ppo",
     )
     beta: Float | None = Field(
         None,
         ge=0,
         description="for dpo, kto, grpo and ppo: strength with which the policy is kept close to the reference model; "
-        "higher values keep it closer. null: 0.1 for dpo and kto, 5 for sigmoid_norm, 2.5 for simpo; for grpo 0.03 with the loss grpo and "
-        "0 with the others; 0.05 for ppo. 0, only for grpo and ppo: there is no reference model",
+        "higher values keep it closer. null: 0.1 for dpo and kto, 5 for sigmoid_norm, 2.5 for simpo; for grpo 0.03 "
+        "with the loss grpo and 0 with the others; 0.05 for ppo. 0, only for grpo and ppo: there is no reference model",
     )
     kl_in: Literal["loss", "reward"] | None = Field(
         None,
@@ -71,8 +71,8 @@ class AlignSettings(Section):
     sft_weight: Float = Field(
         0.0,
         ge=0,
-        description="only for dpo: weight in the loss of the mean negative log-likelihood of the chosen answer's tokens "
-        "(RPO, 2404.19733), which keeps the chosen answers likely; orpo has this term already",
+        description="only for dpo: weight of the chosen answer's negative log-likelihood, a mean over its tokens, in "
+        "the loss (RPO, 2404.19733), which keeps the chosen answers likely; orpo has this term already",
     )
     lam: Float | None = Field(
         None, ge=0, description="only for orpo: weight of the odds-ratio term in the loss; null: 0.1"

@@ -58,6 +58,16 @@ class ModelSettings(Section):
         """Keeps ./random apart from the word, also when the settings are written to config.yaml."""
         return Path(load).absolute() if isinstance(load, str) and load != str(RANDOM) and Path(load) == RANDOM else load
 
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _one_adapter(cls, adapter: Any) -> Any:
+        if isinstance(adapter, list):
+            raise UserError(
+                "several adapters cannot be used at the same time",
+                "export a model with the first one merged into it (megavlm export), and load that with the second one",
+            )
+        return adapter
+
     @property
     def start(self) -> Path | None:
         """The checkpoint, run or Hugging Face folder to start from; None: random weights."""

@@ -43,11 +43,14 @@ class TrainSettings(ScheduleSettings):
         description="number of steps after which a frozen part is unfrozen, for example {language: 1000}; its learning "
         "rate then follows the schedule of the run",
     )
-    optimizer: Literal["adam", "sgd", "galore"] = Field(
+    optimizer: Literal["adam", "sgd", "galore", "muon"] = Field(
         "adam",
         description="adam: AdamW, with its state distributed over the data-parallel ranks; sgd: stochastic gradient "
-        "descent; galore: AdamW that keeps its moments of a matrix in a low-rank projection, which needs less memory",
+        "descent; galore: AdamW that keeps its moments of a matrix in a low-rank projection, which needs less memory; "
+        "muon: orthogonalised momentum for the matrices of attention, MLPs and mergers (2502.16982), AdamW for all "
+        "other weights, with AdamW's learning rate; as with galore, each data-parallel rank has the complete state",
     )
+    muon_momentum: Float = Field(0.95, ge=0, lt=1, description="only for muon: decay rate of the momentum of matrices")
     galore_rank: Int = Field(128, ge=1, description="only for galore: rank of the projection")
     galore_update_every: Int = Field(
         200, ge=1, description="only for galore: number of steps after which the projection is computed again"
@@ -181,6 +184,12 @@ class TrainSettings(ScheduleSettings):
             raise UserError(
                 f"train.ema is {self.ema:g}, but train.optimizer is {self.optimizer}: only adam keeps an average",
                 "set ema to null or choose optimizer adam",
+            )
+        if self.optimizer != "muon" and self.is_changed("muon_momentum"):
+            raise UserError(
+                f"train.muon_momentum is {self.muon_momentum:g}, but train.optimizer is {self.optimizer}: it would be "
+                "ignored",
+                "remove muon_momentum or choose optimizer muon",
             )
         for name in ("galore_rank", "galore_update_every", "galore_scale"):
             if self.optimizer != "galore" and self.is_changed(name):

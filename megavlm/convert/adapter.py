@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.config.adapter_section import AdapterSettings
-from megavlm.convert.averages import AveragedCheckpoint
 from megavlm.convert.check_checkpoint import PARTS, check_trained_parts
 from megavlm.convert.hf_folder import short_list
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
@@ -25,16 +24,19 @@ from megavlm.convert.peft_names import (
     LORA_A,
     LORA_B,
     MAGNITUDE,
+    PEFT_PREFIX,
     SPECTRUM,
     Linear,
     from_peft,
     peft_name,
+    saved_whole,
     scale_of,
     targeted,
     tensor_shapes,
     to_peft,
 )
 from megavlm.convert.safetensors_file import SafetensorsReader
+from megavlm.convert.saved_modules import SavedModules
 from megavlm.convert.tensor_order import Shape
 from megavlm.model import score_head
 from megavlm.model.shapes import Shapes
@@ -51,20 +53,23 @@ class Adapter:
     Args:
         folder: a folder in peft's format, or the checkpoint of a run that trained an adapter.
         shapes: shapes of the model that the adapter belongs to.
-        ema: whether to read the moving averages in the checkpoint of a run instead of the weights.
+        checkpoint: the checkpoint, if it is open already.
     Attributes:
         settings: the adapter's settings.
         linears: the linear layers that have an adapter, by their HF names.
+        whole: the weights of ``adapter.modules_to_save``, by key.
+        others: the source of these weights and, in the checkpoint of a run, of others that were trained in full.
     Raises:
         UserError: the folder contains no adapter, the adapter of another model, or an incomplete adapter.
     """
 
-    def __init__(self, folder: str | Path, shapes: Shapes, *, ema: bool = False) -> None:
+    def __init__(self, folder: str | Path, shapes: Shapes, checkpoint: McoreCheckpoint | None = None) -> None:
         self.folder, self.shapes = Path(folder), shapes
         if not self.folder.is_dir():
             raise UserError(f"no such adapter: {folder}", f"give a folder with {ADAPTER_CONFIG}")
         self.settings: AdapterSettings = read_config(self.folder, shapes)
         self.linears: dict[str, Linear] = targeted(self.settings, shapes)
+        self.whole: dict[str, Entry] = saved_whole(self.settings, shapes)
         self._kinds = {name: tensor_shapes(self.settings, linear) for name, linear in self.linears.items()}
         pickled = [name for name in _PICKLED if (self.folder / name).exists()]
         if pickled and not (self.folder / ADAPTER_MODEL).exists():
@@ -74,21 +79,32 @@ class Adapter:
             )
         self._file: SafetensorsReader | McoreCheckpoint
         stored: dict[str, Shape]
-        if os.path.lexists(self.folder / ADAPTER_MODEL) and not ema:
+        if os.path.lexists(self.folder / ADAPTER_MODEL) and checkpoint is None:
             reader, names = SafetensorsReader(self.folder / ADAPTER_MODEL), self._peft_names
             stored = {name: info.shape for name, info in reader.tensors.items()}
             self._file = reader
+            expected = {
+                PEFT_PREFIX + name: entry.hf.get(name, entry.shape)
+                for entry in self.whole.values()
+                for name in (
+                    *entry.hf,
+                    *entry.copies,
+                )  # peft writes a tied output layer, too
+            }
         else:
-            checkpoint = (AveragedCheckpoint if ema else McoreCheckpoint)(self.folder)
+            checkpoint = checkpoint or McoreCheckpoint(self.folder)
             names = self._checkpoint_names
             checkpoint.check_contents()
             stored = {
                 name: shape for name, (shape, _) in checkpoint.tensors.items() if name.startswith(CHECKPOINT_PREFIX)
             }
-            self._file = checkpoint
-        self._check(stored, {name: self._shape(*pair) for pair, name in names.items()})
-        if self.checkpoint is not None:
-            check_trained_parts(self.checkpoint, shapes)
+            self._file, expected = checkpoint, {}
+        self._check(stored, expected | {name: self._shape(*pair) for pair, name in names.items()})
+        if isinstance(self._file, SafetensorsReader):
+            self.others: McoreCheckpoint | SavedModules = SavedModules(self.folder, self._file, self.whole)
+        else:
+            self.others = self._file
+            check_trained_parts(self._file, shapes, self.whole)
 
     def _shape(self, linear: str, kind: str) -> Shape:
         """The shape of a stored tensor."""
@@ -143,9 +159,8 @@ class Adapter:
 
     @property
     def other_weights(self) -> set[str]:
-        """Keys of the checkpoint's other weights: of parts that were trained in full, and of a reward model's head."""
-        tensors = self.checkpoint.tensors if self.checkpoint else ()
-        return {key for key in tensors if key.startswith(PARTS)}
+        """Keys of other weights: ``whole``, of parts that were trained in full, and of a reward model's head."""
+        return {key for key in self.others.tensors if key.startswith(PARTS)}
 
     @property
     def reward_head(self) -> Tensor | None:
@@ -178,7 +193,7 @@ class Adapter:
 
         ``base``: the HF folder that peft will look for. ``finish``: called with the folder before it gets its name.
         """
-        whole = self.other_weights - {score_head.KEY}
+        whole = self.other_weights - {score_head.KEY, *self.whole}
         if whole:
             raise UserError(
                 f"{self.folder} also has weights that were trained in full, which peft's format cannot store: "
@@ -198,6 +213,10 @@ class Adapter:
                     for name, linear in self.linears.items()
                     for kind, tensor in self.read(name).items()
                 }
+                for key, entry in self.whole.items():
+                    parts = entry.layout.to_hf(self.others.read(key), list(entry.hf.values()))
+                    tensors |= {PEFT_PREFIX + name: part.contiguous() for name, part in zip(entry.hf, parts, strict=True)}
+                    tensors |= {PEFT_PREFIX + name: parts[0].clone() for name in entry.copies}
                 save_file(tensors, partial / ADAPTER_MODEL, metadata={"format": "pt"})
             finish(partial)
 

@@ -4,7 +4,7 @@ Every command and tool that reads weights calls this before it does anything, be
 load without an error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from megavlm.base.errors import UserError
 from megavlm.convert.hf_folder import short_list
@@ -59,19 +59,23 @@ def check_checkpoint(checkpoint: WeightSource, shapes: Shapes, *, prefix: str = 
     checkpoint.check_contents()
 
 
-def check_trained_parts(checkpoint: WeightSource, shapes: Shapes) -> None:
+def check_trained_parts(checkpoint: WeightSource, shapes: Shapes, single: Collection[str] = ()) -> None:
     """Checks the weights that a checkpoint of adapters contains beside them: of parts that were trained in full.
+
+    ``single``: keys of weights that must be there without the rest of their part (``adapter.modules_to_save``).
 
     Raises:
         UserError: as ``check_checkpoint``.
     """
     stored = {key: shape for key, (shape, _) in checkpoint.tensors.items() if key.startswith(PARTS)}
-    parts = {key.partition(".")[0] for key in stored if key != score_head.KEY}
+    parts = {key.partition(".")[0] for key in stored if key != score_head.KEY and key not in single}
     expected = {
         key: shape
         for key, shape in _expected(table(shapes), shapes).items()
         # the output layer of a reward model is not trained
-        if key in stored or (key.partition(".")[0] in parts and key not in (MCORE_OUTPUT, score_head.KEY))
+        if key in stored
+        or key in single
+        or (key.partition(".")[0] in parts and key not in (MCORE_OUTPUT, score_head.KEY))
     }
     _compare(stored, expected, checkpoint)
 

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from megavlm.base.errors import UserError
 from megavlm.convert import vocabulary
 from megavlm.convert.adapter import REWARD_HEAD, Adapter
-from megavlm.convert.averages import AveragedCheckpoint
 from megavlm.convert.check_checkpoint import check_checkpoint
 from megavlm.convert.hf_folder import HF_LAYOUT, HfLayout, HfWeights, HfWriter, copy_configuration
 from megavlm.convert.hf_shapes import has_own_output, is_hf_folder, layout_of, shapes_of, warn_of_own_output
@@ -19,6 +18,7 @@ from megavlm.convert.mcore_checkpoint import TensorToWrite, write_checkpoint
 from megavlm.convert.names import HF_EMBEDDING, HF_OUTPUT, Entry, table
 from megavlm.convert.new_output import new_folder, progress_bar
 from megavlm.convert.threads import in_threads
+from megavlm.convert.weight_source import WeightSource
 from megavlm.model import score_head
 
 
@@ -64,7 +64,7 @@ def mcore_to_hf(
     overwrite: bool = False,
     progress: bool = True,
     finish: Callable[[Path], None] = lambda folder: None,
-    ema: bool = False,
+    source: WeightSource | None = None,
 ) -> None:
     """Converts a Megatron checkpoint, whether converted or saved by training, into a Hugging Face folder.
 
@@ -87,10 +87,10 @@ def mcore_to_hf(
         overwrite: whether to replace an existing model folder.
         progress: whether to show a progress bar on standard error.
         finish: called with the folder before it gets its name, to add files to it.
-        ema: whether to write the moving averages of the weights of ``mcore`` instead of the weights.
+        source: where to read the weights of ``mcore``, if not as they are.
 
     Raises:
-        UserError: the checkpoint is of another model than ``hf``; it has no averages; it is a Hugging Face folder to which nothing would
+        UserError: the checkpoint is of another model than ``hf``; it is a Hugging Face folder to which nothing would
             be done; ``out`` exists; and all errors of HfWeights and
             ``open_source``.
     """
@@ -106,7 +106,7 @@ def mcore_to_hf(
                 "nothing to convert",
                 "name the run or the checkpoint that is to be converted",
             )
-    in_hf, checkpoint = shapes_of(hf, mcore), AveragedCheckpoint(mcore) if ema else open_source(mcore)
+    in_hf, checkpoint = shapes_of(hf, mcore), source or open_source(mcore)
     shapes = vocabulary.resized(in_hf, hf) if resize_vocabulary else vocabulary.stored_shapes(in_hf, hf, checkpoint)
     entries = table(shapes)
     check_checkpoint(checkpoint, shapes, fewer_rows=resize_vocabulary)
@@ -116,7 +116,7 @@ def mcore_to_hf(
             "own",
             "convert the folder again with hf2mcore.py, or give a folder without that weight",
         )
-    trained = adapter.checkpoint if adapter is not None else None
+    trained = adapter.others if adapter is not None else None
     newer = adapter.other_weights if adapter is not None else set()
     layout = hf_layout(hf, mcore)
     if layout is None:

@@ -24,6 +24,7 @@ _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _READ = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "rank_pattern", "alpha_pattern"),
     *("target_modules", "target_parameters", "n_frequency", "scaling", "random_loc_seed"),
+    *("modules_to_save", "ensure_weight_tying"),
 }
 
 
@@ -41,6 +42,9 @@ def config_of(adapter: AdapterSettings, shapes: Shapes, base: str | None = None)
         "inference_mode": True,
         "target_modules": modules,
         "task_type": None,
+        # peft would train a copy of a tied embedding apart from the output layer
+        **({"modules_to_save": adapter.modules_to_save} if adapter.modules_to_save else {}),
+        **({"ensure_weight_tying": True} if shapes.tied and adapter.modules_to_save else {}),
     }
     if adapter.type == "fourierft":
         return common | {
@@ -117,4 +121,4 @@ def _settings(config: dict, shapes: Shapes) -> AdapterSettings:
             "rank_pattern": config.get("rank_pattern") or {},
             "alpha_pattern": {k: float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
         }
-    return AdapterSettings(targets=targets, **values)
+    return AdapterSettings(targets=targets, modules_to_save=config.get("modules_to_save") or [], **values)

@@ -117,6 +117,40 @@ def targeted(adapter: AdapterSettings, shapes: Shapes) -> dict[str, Linear]:
     return found
 
 
+def saved_whole(adapter: AdapterSettings, shapes: Shapes) -> dict[str, Entry]:
+    """The weights of ``adapter.modules_to_save``, by their keys in a checkpoint.
+
+    Raises:
+        UserError: a module does not exist, is not in a part that has adapters, has an adapter itself, or is only a part
+            of a Megatron parameter.
+    """
+    found: dict[str, Entry] = {}
+    linears = targeted(adapter, shapes) if adapter.modules_to_save else {}
+    parts = {part_of(name) for name in linears}
+    for module in adapter.modules_to_save:
+        here, hit = f"adapter.modules_to_save has {module!r}", dict[str, Entry]()
+        for entry in table(shapes):
+            # "embed_tokens" is the end of a module's name, and a module may hold others
+            own = [name for name in entry.hf if f".{module}." in f".{name.rpartition('.')[0]}."]
+            if own and len(own) < len(entry.hf):
+                others = " and ".join(name for name in entry.hf if name not in own)
+                raise UserError(f"{here}, which is one parameter with {others}", "name all of them or none")
+            hit |= {entry.key: entry} if own else {}
+        if not hit:
+            tied = " (the output layer is the word embedding: name embed_tokens)" if module == "lm_head" else ""
+            raise UserError(f"{here}, which ends the name of no module of this model{tied}", "correct or remove it")
+        for name in (name for entry in hit.values() for name in entry.hf):
+            if part_of(name) not in parts:
+                raise UserError(
+                    f"{here}, but {part_of(name)} has no adapters",
+                    "remove it: a part without adapters is trained in full unless model.freeze names it",
+                )
+            if name.removesuffix(".weight") in linears:
+                raise UserError(f"{here}, but {name} has an adapter", "remove it from one of the two lists")
+        found |= hit
+    return found
+
+
 def rank_of(adapter: AdapterSettings, name: str) -> int:
     """The rank of a linear layer's adapter matrices."""
     return _from_pattern(adapter.rank_pattern, name, adapter.rank)

@@ -7,7 +7,7 @@ from megavlm.data.draft import Draft
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Annotations, Asked
 from megavlm.records.forms import form_of
-from megavlm.records.preference import split_judgement, split_pair, with_answer_of
+from megavlm.records.preference import single_pairs, split_judgement, split_pair, with_answer_of
 from megavlm.records.questions import question_of, reference_of
 from megavlm.records.records import FIELDS, Kind, check_record
 from megavlm.records.remarks import REPEATED_PROMPT
@@ -30,7 +30,7 @@ def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> 
     """The draft of sample `index`, with ``followers`` for the kinds "pair" and "judged".
 
     A prompt has the fields of its record, for rewards, and must fit in a row.
-    For a pair, the draft has the chosen answer and its follower has the rejected one. The follower of a judged sample
+    For a pair, the draft has the chosen answer and its followers the rejected ones. The follower of a judged sample
     has the same prompt with the answer of the next sample in the file, if that answer differs.
 
     Raises UserError if the sample cannot be used.
@@ -48,14 +48,18 @@ def draft_unit(renderer: Renderer, file: SampleFile, index: int, kind: Kind) -> 
         return draft
     if kind not in ("pair", "judged"):
         return renderer.draft(record, find, source, kind=kind, index=index)
-    record, repeats = _plain(record, kind, source)
     if kind == "pair":
-        first, second, margin = split_pair(record, source)
-        draft = renderer.draft(first, find, source, kind="tune", index=index)
-        follower = renderer.draft(second, find, source, kind="tune", index=index)
-        _follow(renderer, draft, follower, Annotations(side="rejected"))
-        draft.annotations = Annotations(side="chosen", margin=margin)
+        pairs = [_plain(one, kind, source) for one in single_pairs(record)]
+        repeats = any(repeated for _, repeated in pairs)
+        for number, (pair, _) in enumerate(pairs):
+            first, second, margin = split_pair(pair, source)
+            if number == 0:
+                draft = renderer.draft(first, find, source, kind="tune", index=index)
+                draft.annotations = Annotations(side="chosen", margin=margin)
+            follower = renderer.draft(second, find, source, kind="tune", index=index)
+            _follow(renderer, draft, follower, Annotations(side="rejected", number=number))
     else:
+        record, repeats = _plain(record, kind, source)
         first, desirable = split_judgement(record, source)
         draft = renderer.draft(first, find, source, kind="tune", index=index)
         try:
@@ -78,6 +82,8 @@ def separate_answers(record: Any, source: str) -> list[tuple[str | None, Any]]:
     """
     if form_of(record) != "pair":
         return [(None, record)]
+    if len(single_pairs(record)) > 1:
+        raise UserError(f"{source}: several rejected answers are only for training", "write a line for each of them")
     chosen, rejected, _ = split_pair(_plain(record, "pair", source)[0], source)
     return [("chosen", chosen), ("rejected", rejected)]
 
@@ -94,5 +100,5 @@ def _follow(renderer: Renderer, draft: Draft, follower: Draft, annotations: Anno
     if follower.frame_grids.tolist() != draft.frame_grids.tolist():
         raise UserError(f"{draft.source}: an answer contains pictures or videos", "move them into the prompt")
     follower.shares_media, follower.annotations = True, annotations
-    draft.followers = [follower]
+    draft.followers = [*draft.followers, follower]
     renderer.check_size(draft)

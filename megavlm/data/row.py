@@ -57,6 +57,7 @@ class Annotations:
 
     Attributes:
         side: for an answer of a preference pair, "chosen" or "rejected".
+        number: for a rejected answer, its number among those of its prompt, which follow the chosen one.
         margin: for a chosen answer, the margin by which it is preferred.
         desirable: for a judged answer (KTO), whether it is desirable.
         mismatched: whether the answer belongs to another prompt (for the KL term of KTO).
@@ -66,6 +67,7 @@ class Annotations:
     """
 
     side: Literal["chosen", "rejected"] | None = None
+    number: int = 0
     margin: float | None = None
     desirable: bool | None = None
     mismatched: bool = False

@@ -69,9 +69,7 @@ def weights_of(shapes: Shapes, settings: Settings | None = None) -> list[Weight]
         for kind, shape in tensor_shapes(adapter, linear).items():
             name = f"{linear.name}.{kind}"
             size, decays = math.prod(shape), len(shape) > 1
-            adapted.append(
-                Weight(CHECKPOINT_PREFIX + name, linear.entry.key, (name,), part_of(name), size, decays)
-            )
+            adapted.append(Weight(CHECKPOINT_PREFIX + name, linear.entry.key, (name,), part_of(name), size, decays))
     fixed = {*settings.frozen(), *(weight.part for weight in adapted)}
     return [weight for weight in found if weight.part not in fixed] + adapted
 
@@ -116,20 +114,19 @@ def described(settings: Settings, shapes: Shapes, *, score_head: bool = False) -
         own = [weight for weight, rule in zip(weights, rules, strict=True) if rule.group == number]
         if group.weight_decay is not None and not any(weight.decays for weight in own):
             raise UserError(
-                f"train.groups[{number}].weight_decay is {group.weight_decay:g}, but {group.match!r} matches only norms "
-                "and biases, which have no weight decay: it would be ignored",
+                f"train.groups[{number}].weight_decay is {group.weight_decay:g}, but {group.match!r} matches only "
+                "norms and biases, which have no weight decay: it would be ignored",
                 "remove weight_decay, or match matrices",
             )
     if all(rule.freeze for rule in rules):
         raise UserError("train.groups freezes every weight: nothing would be trained", "freeze fewer of them")
-    by_rule: dict[tuple[int | None, float], list[Weight]] = {}
+    of_group: dict[int | None, list[tuple[Weight, float]]] = {}
     for weight, rule in zip(weights, rules, strict=True):
-        ratio = settings.adapter.lr_ratio if weight.names[0].endswith(LORA_B) else 1.0
-        by_rule.setdefault((rule.group, rule.lr_scale * ratio), []).append(weight)
-    return [
-        _line(train, number, scale, own)
-        for (number, scale), own in sorted(by_rule.items(), key=lambda item: (item[0][0] is None, item[0]))
-    ]
+        scale = rule.lr_scale * next((x for part, x in train.lr_scale.items() if part == weight.part), 1.0)
+        if weight.names[0].endswith(LORA_B):
+            scale *= settings.adapter.lr_ratio
+        of_group.setdefault(rule.group, []).append((weight, scale))
+    return [_line(train, number, of_group[number]) for number in sorted(of_group, key=lambda n: (n is None, n))]
 
 
 def _check_group(number: int, match: str, weights: list[Weight], rules: list[Rule]) -> None:
@@ -147,19 +144,20 @@ def _check_group(number: int, match: str, weights: list[Weight], rules: list[Rul
             )
     if not any(rule.group == number for rule in rules):
         raise UserError(
-            f"{here}, but all {counted(len(hit), 'weight')} that it matches belong to earlier groups: it would be ignored",
+            f"{here}, but all {counted(len(hit), 'weight')} that it matches belong to earlier groups: it would be "
+            "ignored",
             "put this group before the others, or remove it",
         )
 
 
-def _line(train: TrainSettings, number: int | None, scale: float, weights: list[Weight]) -> str:
+def _line(train: TrainSettings, number: int | None, own: list[tuple[Weight, float]]) -> str:
     group = None if number is None else train.groups[number]
-    what = f"{counted(len(weights), 'tensor')}, {short(sum(weight.numel for weight in weights))} numbers"
+    name = "other weights" if group is None else group.match
+    what = f"{counted(len(own), 'tensor')}, {short(sum(weight.numel for weight, _ in own))} numbers"
     if group is not None and group.freeze:
-        how = "frozen"
-    else:
-        decay = train.weight_decay if group is None or group.weight_decay is None else group.weight_decay
-        scales = [f"{train.lr_scale.get(part, 1.0) * scale:.4g}" for part in dict.fromkeys(w.part for w in weights)]  # type: ignore[call-overload]  # parts are str here
-        none = "" if all(weight.decays for weight in weights) else " (norms and biases: 0)"
-        how = f"lr × {' or '.join(dict.fromkeys(scales))}, weight decay {decay:g}{none}"
-    return f"{'other weights' if group is None else group.match}: {what}: {how}"
+        return f"{name}: {what}: frozen"
+    decay = train.weight_decay if group is None or group.weight_decay is None else group.weight_decay
+    none = "" if all(weight.decays for weight, _ in own) else " (norms and biases: 0)"
+    scales = [scale for _, scale in own]
+    ends = dict.fromkeys(f"{scale:.4g}" for scale in (min(scales), max(scales)))
+    return f"{name}: {what}: lr × {' to '.join(ends)}, weight decay {decay:g}{none}"

@@ -74,7 +74,7 @@ def put_inside(
         update_every=train.galore_update_every,
         scale=train.galore_scale,
         whole=whole,
-        group=_replicas(optimizer, groups),
+        group=replicas(optimizer, groups),
     )
 
 
@@ -130,14 +130,14 @@ def _tensors(optimization: PartOptimizers) -> Iterator[tuple[str, Tensor, int]]:
     for part, optimizers in optimization.parts.items():
         for number, optimizer in enumerate(o for o in optimizers if o.optimizer is not None):
             cut = optimizer.get_grad_stats_parallel_group().rank()  # the ranks of this group have different shards
-            replica = _replicas(optimizer, optimization.groups_of(part)).rank()
+            replica = replicas(optimizer, optimization.groups_of(part)).rank()
             optimizer.optimizer.fill()
             for place, weight in enumerate(optimizer.get_parameters()):
                 for name, tensor in {"param": weight.detach(), **optimizer.optimizer.state[weight]}.items():
                     yield f"optimizer.galore.{part}.{number}.{cut}.{place}.{name}", tensor, replica
 
 
-def _replicas(optimizer: MegatronOptimizer, groups: ProcessGroupCollection) -> dist.ProcessGroup:
+def replicas(optimizer: MegatronOptimizer, groups: ProcessGroupCollection) -> dist.ProcessGroup:
     """The ranks that have copies of the weights that this optimizer updates."""
     experts = any(group.get("is_expert_parallel") for group in optimizer.param_groups)
     return groups.expt_dp if experts else groups.dp_cp

@@ -25,7 +25,7 @@ from torch import Tensor
 from megavlm.config.requirements import required
 from megavlm.config.train_section import TrainSettings
 from megavlm.model.vlm import PARTS, VLM
-from megavlm.optim import megatron_galore
+from megavlm.optim import megatron_galore, megatron_muon
 from megavlm.optim.ema import start_averages, update_averages
 from megavlm.optim.grad_stats import GradStats, read_grad_stats
 from megavlm.optim.param_groups import ParamGroups
@@ -68,7 +68,7 @@ class Optimizers:
 
     def __init__(self, vlm: VLM, train: TrainSettings, updates_per_step: int = 1):
         self.train, self._vlm, self._updates_per_step = train, vlm, updates_per_step
-        # GaLore needs whole matrices, but Megatron's DistributedOptimizer splits them, and it does not support SGD.
+        # GaLore and Muon need whole matrices, but Megatron's DistributedOptimizer splits them; nor does it support SGD.
         sharded = train.optimizer == "adam"
         self._config = OptimizerConfig(
             optimizer="adam" if sharded else "sgd",
@@ -124,6 +124,9 @@ class Optimizers:
         if self.train.optimizer == "galore":
             for optimizer in self.parts[part]:
                 megatron_galore.put_inside(optimizer, modules, self.train, groups)
+        if self.train.optimizer == "muon":
+            for optimizer in self.parts[part]:
+                megatron_muon.put_inside(optimizer, self._vlm, self.train, groups)
         if self.train.ema is not None:
             start_averages(self.parts[part])
         self._set_rates(part)

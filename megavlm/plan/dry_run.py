@@ -123,7 +123,7 @@ def _held(
 
 def _state(optimizers: Optimizers, parameter: torch.Tensor) -> int:
     """Counts the numbers in the optimizer's state of a parameter, without the float32 copy of the parameter."""
-    if optimizers.train.optimizer == "galore":
+    if optimizers.train.optimizer in ("galore", "muon"):
         inside = (opt.optimizer for opts in optimizers.parts.values() for opt in opts)
         owner = next(
             opt for opt in inside if any(parameter is p for group in opt.param_groups for p in group["params"])

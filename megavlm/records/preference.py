@@ -2,7 +2,8 @@
 
 Pairs: ``{"prompt" or "messages", "chosen", "rejected", "margin"?, "images"?, …}``. Single judgements (KTO):
 ``{"prompt" or "messages", "completion", "label": true or false, …}``. An answer is a string, a message, or a list of
-messages, without the prompt (see ``repeated_prompt``). Media belong to the prompt.
+messages, without the prompt (see ``repeated_prompt``). ``rejected`` may also be a list of strings or of lists of
+messages: several rejected answers. Media belong to the prompt.
 """
 
 from typing import Any
@@ -30,6 +31,14 @@ def split_pair(raw: Any, source: str) -> tuple[dict, dict, float]:
     if not is_number(margin):
         raise UserError(f"{source}: margin must be a number, found {quoted(margin)}", "give a number, or omit margin")
     return {**rest, "messages": [*prompt, *chosen]}, {**rest, "messages": [*prompt, *rejected]}, float(margin)
+
+
+def single_pairs(raw: Any) -> list[Any]:
+    """The record once for each of its rejected answers, with this answer alone; most often the record itself."""
+    rejected = raw.get("rejected") if isinstance(raw, dict) else None
+    if isinstance(rejected, list) and rejected and all(isinstance(answer, str | list) for answer in rejected):
+        return [{**raw, "rejected": answer} for answer in rejected]
+    return [raw]
 
 
 def split_judgement(raw: Any, source: str) -> tuple[dict, bool]:

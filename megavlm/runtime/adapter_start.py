@@ -16,7 +16,7 @@ from megavlm.config.settings import Settings
 from megavlm.convert.adapter import ADAPTER_MODEL, Adapter
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.convert.peft_config import config_of
-from megavlm.convert.peft_names import part_of, rank_of, targeted
+from megavlm.convert.peft_names import part_of, rank_of, saved_whole, targeted
 from megavlm.model import score_head
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
@@ -63,6 +63,13 @@ def check_adapter(settings: Settings, shapes: Shapes) -> None:
             "set model.load to these weights, or adapter.type to null",
         )
     linears = targeted(adapter, shapes)
+    packed = [key for key in saved_whole(adapter, shapes) if key.startswith("language.") and ".linear_" in key]
+    if adapter.quantize and any(key.endswith(".weight") for key in packed):
+        raise UserError(
+            f"adapter.quantize is {adapter.quantize}, but adapter.modules_to_save trains {packed[0]}, which would be "
+            "stored in 4 bits",
+            "remove linear layers from modules_to_save, or set adapter.quantize to null",
+        )
     for name, linear in linears.items():
         if adapter.type != "fourierft" and rank_of(adapter, name) > max(linear.out, linear.inner):
             raise UserError(
@@ -76,9 +83,10 @@ def check_adapter(settings: Settings, shapes: Shapes) -> None:
                 f"model.freeze contains {part}, but there is an adapter on {name}",
                 f"remove {part} from model.freeze: the base weights of a part with adapters are always frozen",
             )
-    if settings.train.optimizer == "galore":
+    if settings.train.optimizer in ("galore", "muon"):
         raise UserError(
-            f"train.optimizer is galore, but adapter.type is {adapter.type}: adapters have no large matrices",
+            f"train.optimizer is {settings.train.optimizer}, but adapter.type is {adapter.type}: adapters have no "
+            "large matrices",
             "set train.optimizer to adam",
         )
     if adapter.dropout and settings.vision.recompute and parts.keys() - {"language"}:
@@ -119,7 +127,7 @@ def begin_adapters(vlm: VLM, adapters: Adapters, folder: Path | None, seed: int)
     if folder is not None:
         source = Adapter(folder, vlm.shapes)
         if others := source.other_weights - {score_head.KEY}:  # of parts without adapters that were trained as well
-            load_some(folder, vlm, lambda key: key in others)
+            load_some(folder, vlm, lambda key: key in others, source.others)
         for chunk in vlm.language if source.reward_head is not None else ():
             if hasattr(chunk, "score_head"):
                 chunk.score_head.weight.data.copy_(source.reward_head)

@@ -22,6 +22,7 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.data.synthetic_row import synthetic_samples
 from megavlm.optim.galore import GaLore
+from megavlm.optim.muon import Muon
 from megavlm.platform import device, memory_gib, reset_memory
 from megavlm.records.records import Kind
 from megavlm.runtime.feed import Feed
@@ -157,16 +158,17 @@ def _unfrozen(step: Step) -> Iterator[None]:
 def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:
     """Allocates as much memory as the optimizers will allocate later.
 
-    In its first step, Adam allocates two float32 numbers for each number that this rank updates. GaLore allocates its
-    state in this function. A part that is unfrozen later needs a gradient buffer, less the gradients that exist during
-    the memory check, and a float32 copy of half-precision weights. Of memory that is divided among data-parallel ranks,
-    only this rank's part is counted (experts, which are divided among fewer ranks, are counted like other weights).
+    In its first step, Adam allocates two float32 numbers for each number that this rank updates. GaLore and Muon
+    allocate their state in this function. A part that is unfrozen later needs a gradient buffer, less the gradients
+    that exist during the memory check, and a float32 copy of half-precision weights. Of memory that is divided among
+    data-parallel ranks, only this rank's part is counted (experts, which are divided among fewer ranks, are counted
+    like other weights).
     """
     optimizers, groups, numbers = step.optimizers, step.groups, 0.0
     adam = optimizers.train.optimizer == "adam"
     if adam and not any(o.optimizer.state for o in optimizers.optimizer.chained_optimizers):
         numbers = 2 * sum(p.numel() for group in optimizers.optimizer.param_groups for p in group["params"])
-    inner = [o.optimizer for o in optimizers.optimizer.chained_optimizers if isinstance(o.optimizer, GaLore)]
+    inner = [o.optimizer for o in optimizers.optimizer.chained_optimizers if isinstance(o.optimizer, GaLore | Muon)]
     for optimizer in inner:
         optimizer.fill()
     tower = {p for part in ("vision", "projector") for m in step.vlm.modules_of(part) for p in m.parameters()}

@@ -304,7 +304,11 @@ def test_half_precision_is_computed_in_float32(name):
     ("name", "options", "message"),
     [
         ("dpo", {}, "'dpo' is not a preference loss: choose one of " + ", ".join(PREFERENCE_LOSSES)),
-        ("hinge", {"label_smoothing": 0.1}, r"hinge has no option label_smoothing, only beta.*\(sigmoid, sigmoid_norm, robust\)"),
+        (
+            "hinge",
+            {"label_smoothing": 0.1},
+            r"hinge has no option label_smoothing, only beta.*\(sigmoid, sigmoid_norm, robust\)",
+        ),
         ("sigmoid", {"gamma": 0.1}, r"sigmoid has no option gamma, only beta, label_smoothing.*\(simpo\)"),
         ("ipo", {"lam": 0.1}, r"ipo has no option lam, only beta.*\(orpo\)"),
         ("orpo", {"beta": 0.1}, "orpo has no option beta, only lam"),

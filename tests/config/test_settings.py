@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from megavlm.config import describe
+from megavlm.config.group_section import GroupSettings
 from megavlm.config.settings import DataSource, RewardSettings, Settings
 
 HF = "model: {hf: folder}\n"
@@ -56,6 +57,12 @@ HF = "model: {hf: folder}\n"
         (["train.galore_rank=64"], "train.galore_rank is 64, but train.optimizer is adam: it would be ignored"),
         (["train.optimizer=sgd", "train.galore_scale=1.0"], "train.galore_scale is 1, but train.optimizer is sgd"),
         (["train.optimizer=galore", "train.galore_update_every=0"], "train.galore_update_every is 0"),
+        (["train.groups=[{match: '('}]"], "match is not a regular expression: missing )"),
+        (["train.groups=[{match: a, freeze: true, lr_scale: 2}]"], "the group is frozen, but has lr_scale"),
+        (["train.optimizer=sgd", "train.ema=0.9"], "train.ema is 0.9, but train.optimizer is sgd"),
+        (["model.adapter=[a, b]"], "several adapters cannot be used at the same time"),
+        (["train.muon_momentum=0.9"], "train.muon_momentum is 0.9, but train.optimizer is adam: it would be ignored"),
+        (["adapter.lr_ratio=4"], "adapter.lr_ratio is 4.0, but adapter.type is null: it would be ignored"),
         (["train.unfreeze_after={vision: 5}"], "but model.freeze is []: the entry for vision would be ignored"),
         (
             ["train.unfreeze_after={vision: 5}", "model.freeze=[vision]", "train.steps=5"],
@@ -142,6 +149,8 @@ def numbers(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str
             yield from (f"{key}=[{{path: a, {name}: VALUE}}]" for name in ("weight", "epochs"))
         elif inner is RewardSettings:
             yield from (f"{key}=[{{name: exact, {name}: VALUE}}]" for name in ("weight", "timeout"))
+        elif inner is GroupSettings:
+            yield from (f"{key}=[{{match: a, {name}: VALUE}}]" for name in ("lr_scale", "weight_decay"))
         elif inner is not None:
             yield from numbers(inner, key + ".")
         elif get_origin(field.annotation) is dict and "float" in annotation:

@@ -34,7 +34,7 @@ def test_patterns_keep_their_order(dense, tmp_path):
         ({"target_modules": "(q_proj"}, "cannot be used"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"peft_type": "LOHA"}, "of type LOHA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [5]}, "trainable_token_indices"),
     ],
 )
 def test_what_cannot_be_used_is_said(dense, tmp_path, changes, told):

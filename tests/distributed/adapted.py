@@ -53,6 +53,8 @@ def peft_model(folder: Path, options: dict):
                 parameter *= 1 + 0.1 * noise
             elif "spectrum" in name:
                 parameter.copy_(noise)
+            elif parameter.ndim == 1:
+                parameter *= 1 + 0.1 * noise
             else:
                 parameter.copy_(noise / parameter.shape[1] ** 0.5)
     return model

@@ -5,7 +5,7 @@ import torch
 from parity import named_as_in_hf
 from test_checkpoint import DP2, ONE, PP2, TP2, adam, run
 from test_checkpoint import toys as saved_toys  # noqa: F401
-from test_groups import FIRST_STAGE
+from test_weight_groups import FIRST_STAGE
 
 DECAY = 0.7
 # Every layout that divides the weights in another way; in PP2 the first stage has nothing that is trained.
@@ -14,8 +14,8 @@ LAYOUTS = {"one process": (ONE, []), "DP2": (DP2, []), "TP2": (TP2, []), "PP2": 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_average_is_that_of_the_weights_after_each_step(name, saved_toys, tmp_path, request):  # noqa: F811
-    """Three steps; the first two are also read from checkpoints. Resumed from the second, the last has the same bits."""
-    from megavlm.convert.averages import AveragedCheckpoint
+    """Three steps, after each of which the weights are read. Resumed after the second, the third has the same bits."""
+    from megavlm.checkpoint.averages import AveragedCheckpoint
     from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 
     layout, groups = LAYOUTS[name]
@@ -46,16 +46,16 @@ def test_it_is_exported(saved_toys, tmp_path, world1):  # noqa: F811
     from safetensors.torch import load_file
 
     from megavlm.base.errors import UserError
+    from megavlm.checkpoint.averages import AveragedCheckpoint
     from megavlm.convert import mcore_to_hf
-    from megavlm.convert.averages import AveragedCheckpoint
 
     toy = saved_toys["dense"]
     world1.run(run, *toy, adam(toy, ONE, ema=DECAY, lr=0.01), tmp_path / "a", steps=1, save_at=[1])
     checkpoint = tmp_path / "a/step_00000001"
-    mcore_to_hf(checkpoint, toy[0], tmp_path / "hf", ema=True, progress=False)
     stored = AveragedCheckpoint(checkpoint)
+    mcore_to_hf(checkpoint, toy[0], tmp_path / "hf", source=stored, progress=False)
     read = {key: stored.read(key) for key in stored.tensors if not key.startswith("optimizer")}
     expected, found = named_as_in_hf(read, toy[0]), load_file(tmp_path / "hf/model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(UserError, match="has no moving average"):
-        mcore_to_hf(toy[1], toy[0], tmp_path / "none", ema=True, progress=False)
+        AveragedCheckpoint(toy[1])

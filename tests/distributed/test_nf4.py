@@ -4,7 +4,8 @@ import gc
 
 import pytest
 import torch
-from parity import settings_of
+from adapted import step_with_adapter
+from parity import mostly_slow, settings_of
 
 
 def rounded(weight: torch.Tensor, *, double: bool) -> torch.Tensor:
@@ -46,6 +47,33 @@ def test_products_are_with_the_dequantised_weights(kind, quantize_as, toys, worl
     assert grads.keys() == others.keys()
     assert any(grad.abs().max() > 0 for grad in grads.values())
     assert all(torch.equal(grad, others[name]) for name, grad in grads.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "parallel"),
+    mostly_slow(
+        [
+            *(("dense", parallel) for parallel in ({"tensor": 2}, {"pipeline": 2}, {"context": 2})),
+            ("moe", {"expert": 2}),  # halves of the experts have no multiple of 64 numbers: rounded otherwise
+        ],
+        lambda case: case[1] in ({"tensor": 2}, {"expert": 2}),
+    ),
+)
+def test_a_layout_takes_the_same_step(kind, parallel, toys, tmp_path, world1, world2):
+    """As in one process, to the tolerances of test_adapters.py: a base in 4 bits is rounded alike on all ranks."""
+
+    def step(world, parallel: dict, out: str):
+        settings = settings_of(toys.folder(kind), parallel, freeze=("vision", "projector"), moe=kind == "moe")
+        settings["model"]["load"] = str(toys.checkpoint(kind))
+        settings["adapter"] = {"type": "lora", "rank": 4, "quantize": "nf4"}
+        arguments = (toys.folder(kind), None, toys.root, toys.records, settings, tmp_path / out)
+        return world.run(step_with_adapter, *arguments)[0]
+
+    loss, norms, _ = step(world1, {}, "one")
+    other_loss, other_norms, _ = step(world2, parallel, "two")
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    assert other_norms == pytest.approx(norms, rel=3e-5)
+    assert norms["grad_norm/language"] > 0
 
 
 def bytes_of_a_linear(double: bool) -> tuple[int, int, int, int]:

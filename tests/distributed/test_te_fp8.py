@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import step_with_adapter
 from parity import settings_of, train_layout
 from toy import TEXT, VISION
 
@@ -232,3 +233,19 @@ def test_steps_in_fp8(recipe, parallel, wide, in_bf16, te_world):
     for (loss, norm), (most, most_of_norm) in zip(differences, ((0.01, 0.09), (0.06, 0.28)), strict=True):
         assert 1e-6 < loss < most
         assert norm < most_of_norm
+
+
+@pytest.mark.parametrize("parallel", [ONE, pytest.param(TP2, marks=SLOW)], ids=["one process", "TP2"])
+def test_adapters_beside_a_base_in_fp8(parallel, wide, te_world, tmp_path):
+    """The base multiplies in FP8, the adapters in bf16: as far from a base in bf16 as the first step above."""
+
+    def step(precision: str) -> tuple[float, dict]:
+        settings = settings_of(wide[0], parallel, precision=precision, freeze=("vision", "projector"))
+        settings["model"] |= {"kernels": "te", "load": str(wide[1])}
+        settings["adapter"] = {"type": "lora", "rank": 4}
+        arguments = (wide[0], None, *wide[2:], settings, tmp_path / precision)
+        return te_world(2 if parallel else 1).run(step_with_adapter, *arguments)[0][:2]
+
+    (loss, norms), (exact, expected) = step("fp8"), step("bf16")
+    assert 1e-6 < abs(loss / exact - 1) < 0.01
+    assert abs(norms["grad_norm/language"] / expected["grad_norm/language"] - 1) < 0.09

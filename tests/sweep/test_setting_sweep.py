@@ -28,6 +28,7 @@ PIPELINE = ("parallel.pipeline=2",)
 BESIDE = {
     "adapter.rank": LORA, "adapter.alpha": LORA, "adapter.rslora": LORA, "adapter.dropout": LORA,
     "adapter.rank_pattern": LORA, "adapter.alpha_pattern": LORA, "adapter.targets": LORA, "adapter.quantize": LORA,
+    "adapter.lr_ratio": LORA, "adapter.modules_to_save": LORA, "train.muon_momentum": ("train.optimizer=muon",),
     "adapter.frequencies": ("model.load=mcore", "adapter.type=fourierft"),
     "adapter.scaling": ("model.load=mcore", "adapter.type=fourierft", "adapter.frequencies=10"),
     "adapter.seed": ("model.load=mcore", "adapter.type=fourierft", "adapter.frequencies=10"),
@@ -96,6 +97,7 @@ UNLIMITED = {
             "train.lr", "train.min_lr", "train.galore_scale", "train.adam_eps", "train.weight_decay", "train.clip_grad",
             "train.moe_aux_loss_coeff", "train.moe_z_loss_coeff", "train.kl_to_start", "adapter.alpha",
             "adapter.scaling", "align.beta",
+            "adapter.lr_ratio", "align.sft_weight",
             "align.gamma", "align.lam", "align.desirable_weight", "align.undesirable_weight", "align.centering",
             "generate.temperature", "rollout.temperature", "align.epsilon", "align.epsilon_high", "align.dual_clip",
             "align.tau_pos", "align.tau_neg", "align.critic.lr", "environment.weight",

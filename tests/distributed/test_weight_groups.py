@@ -15,7 +15,7 @@ from parity import (
     train_layout,
     train_reference,
 )
-from test_checkpoint import DP2, ONE, PP2, TP2, adam, run
+from test_checkpoint import PP2, TP2, adam, run
 from test_checkpoint import toys as saved_toys  # noqa: F401
 from transformers.modeling_utils import load_state_dict
 
@@ -104,14 +104,12 @@ def test_as_torch_with_parameter_groups(name, optimizer, toys, expected, request
     size, kind, parallel = LAYOUTS[name]
     lr = {"lr": 0.2} if optimizer == "sgd" else {"lr": 0.05, "adam_eps": 1e-2}
     settings = settings_of(
-        toys.folder(kind), parallel, moe=kind == "moe", optimizer=optimizer, groups=groups_of(kind), layer_decay=LAYER_DECAY,
-        lr_scale={"vision": VISION}, **lr,
+        toys.folder(kind), parallel, moe=kind == "moe", optimizer=optimizer, groups=groups_of(kind),
+        layer_decay=LAYER_DECAY, lr_scale={"vision": VISION}, **lr,
     )  # fmt: skip
     settings["train"]["weight_decay"] = DECAY
     world = request.getfixturevalue(f"world{size}")
-    ranks = world.run(
-        train_layout, toys.folder(kind), toys.checkpoint(kind), toys.root, toys.records, settings, ROWS
-    )
+    ranks = world.run(train_layout, toys.folder(kind), toys.checkpoint(kind), toys.root, toys.records, settings, ROWS)
     after = named_as_in_hf(put_together([pieces for _, pieces in ranks]), toys.folder(kind))
     start = load_state_dict(str(toys.folder(kind) / "model.safetensors"))
     frozen = [weight for weight in after if re.search(FROZEN[kind], weight)]
@@ -126,7 +124,10 @@ def test_as_torch_with_parameter_groups(name, optimizer, toys, expected, request
 @pytest.mark.parametrize(("optimizer", "groups"), [("adam", FIRST_STAGE), ("sgd", GROUPS)], ids=["adam", "sgd"])
 def test_continues_on_the_same_bits_in_groups(optimizer, groups, saved_toys, tmp_path, world2):  # noqa: F811
     """In the same layout, and in another one with the same numbers; of the first stage nothing is trained with Adam."""
-    toy, train = saved_toys["dense"], {"optimizer": optimizer, "groups": groups, "layer_decay": 0.9, "weight_decay": 0.1}
+    toy, train = (
+        saved_toys["dense"],
+        {"optimizer": optimizer, "groups": groups, "layer_decay": 0.9, "weight_decay": 0.1},
+    )
     straight = world2.run(run, *toy, adam(toy, PP2, **train), tmp_path, steps=3, save_at=[2])
     folder = tmp_path / "step_00000002"
     for (metrics, weights, *_), (late, late_weights, *_) in zip(
@@ -147,8 +148,6 @@ def test_a_stage_of_which_nothing_is_trained(toys, world2):
         [p for n, p in model.named_parameters() if not re.search(r"visual|layers\.[01]\.|embed_tokens", n)], lr=0.2
     )
     reference = train_reference(folder, toys.records, toys.root, freeze, make_optimizer=make)
-    ranks = world2.run(
-        train_layout, folder, toys.checkpoint("dense-untied"), toys.root, toys.records, settings, ROWS
-    )
+    ranks = world2.run(train_layout, folder, toys.checkpoint("dense-untied"), toys.root, toys.records, settings, ROWS)
     after = named_as_in_hf(put_together([pieces for _, pieces in ranks]), folder)
     check_update(after, reference.weights, load_state_dict(str(folder / "model.safetensors")))

@@ -1,0 +1,67 @@
+"""adapter.modules_to_save: whole modules beside an adapter are trained, written and read as peft does it."""
+
+import pytest
+import torch
+from adapted import DECODER, peft_model, step_of_peft
+from test_adapters import check_step, settings_with
+from toy import reference_inputs, reference_model
+
+# toy: peft's options. In the first one, the output layer is the word embedding.
+CASES = {
+    "dense": {"modules_to_save": ["embed_tokens", "language_model.norm"], "ensure_weight_tying": True},
+    "dense-untied": {"modules_to_save": ["lm_head", "layers.1.post_attention_layernorm"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "parallel"),
+    [("dense", {"tensor": 2}), ("dense-untied", {"pipeline": 2})],
+    ids=["tied, TP2", "untied, PP2"],
+)
+def test_a_step_is_that_of_peft_and_comes_back(kind, parallel, toys, tmp_path, world2):
+    """From peft's folder, one step in a layout, into a folder that peft loads, and merged into a whole model."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import AutoProcessor
+
+    from megavlm.convert import mcore_to_hf
+    from megavlm.convert.adapter import Adapter
+    from megavlm.model.shapes import Shapes
+
+    folder = toys.folder(kind)
+    model = peft_model(folder, {"r": 4, "lora_alpha": 6, "target_modules": DECODER, **CASES[kind]})
+    model.save_pretrained(tmp_path / "start")
+    reference = step_of_peft(model, folder, toys.records, toys.root)
+    settings = settings_with(toys, kind, tmp_path / "start", parallel, {}, reference)
+    check_step(world2, settings, reference, toys, kind, tmp_path)
+    loaded = PeftModel.from_pretrained(reference_model(folder), tmp_path / "peft")
+    own = get_peft_model_state_dict(loaded)
+    assert own.keys() == reference.after.keys()
+    found = Adapter(tmp_path / "mcore", Shapes.from_hf(folder))
+    mcore_to_hf(toys.checkpoint(kind), folder, tmp_path / "merged", adapter=found, progress=False)
+    inputs = reference_inputs(AutoProcessor.from_pretrained(folder), toys.records[1], toys.root)
+    with torch.no_grad():
+        apart, merged = loaded(**inputs).logits, reference_model(tmp_path / "merged")(**inputs).logits
+        base = reference_model(folder)(**inputs).logits
+    assert (merged - apart).norm() <= 1e-5 * apart.norm()
+    assert (base - apart).norm() > 1e-2 * apart.norm()
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (["k_proj"], "one parameter with .*q_proj.* and .*v_proj"),
+        (["lm_head"], "no module of this model .the output layer is the word embedding: name embed_tokens"),
+        (["embed"], "ends the name of no module"),
+        (["visual.merger"], "but projector has no adapters"),
+        (["o_proj"], "o_proj.weight has an adapter"),
+    ],
+)
+def test_what_cannot_be_saved_is_told(modules, message, toys):
+    from megavlm.base.errors import UserError
+    from megavlm.config.adapter_section import AdapterSettings
+    from megavlm.convert.peft_names import saved_whole
+    from megavlm.model.shapes import Shapes
+
+    adapter = AdapterSettings(type="lora", targets=["o_proj"], modules_to_save=modules)
+    with pytest.raises(UserError, match=message):
+        saved_whole(adapter, Shapes.from_hf(toys.folder("dense")))
