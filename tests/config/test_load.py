@@ -157,7 +157,7 @@ def test_unknown_key_in_a_list_of_sources(refused):
         (
             "train.schedule=cosin",
             "train.schedule is 'cosin' (override train.schedule=cosin); allowed: cosine | linear | constant | wsd | "
-                "inverse_sqrt | table",
+            "inverse_sqrt | table",
         ),
         (
             "model.freeze=[x]",

@@ -33,7 +33,10 @@ CASES = {
         {"schedule": "wsd", "steps": 100, "warmup_steps": 10, "decay_share": 0.2, "min_lr": 0.2},
         {0: 0.0, 5: 0.5, 10: 1.0, 50: 1.0, 80: 1.0, 90: 0.6, 100: 0.2, 120: 0.2},
     ),
-    "wsd, 1 - √": ({"schedule": "wsd", "steps": 100, "decay_share": 0.4, "decay_shape": "minus_sqrt"}, {60: 1, 70: 0.5}),
+    "wsd, 1 - √": (
+        {"schedule": "wsd", "steps": 100, "decay_share": 0.4, "decay_shape": "minus_sqrt"},
+        {60: 1, 70: 0.5},
+    ),
     "wsd, exponential": (
         {"schedule": "wsd", "steps": 100, "decay_share": 0.4, "decay_shape": "exponential"},
         {80: 2 * 0.5**0.5 - 1, 100: 0.0},
