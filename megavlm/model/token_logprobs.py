@@ -44,16 +44,8 @@ def token_logprobs(
     """
     assert not sums or temperature == 1.0
     logprobs, entropies, log_z, means = _TokenLogprobs.apply(
-        hidden,
-        weight,
-        targets.local,
-        targets.tokens,
-        group,
-        sequence_parallel,
-        chunk_tokens,
-        entropy,
-        temperature,
-        sums,
+        *(hidden, weight, targets.local, targets.tokens, group, sequence_parallel),
+        *(chunk_tokens, entropy, temperature, sums),
     )
     return (logprobs, log_z, means) if sums else (logprobs, entropies)
 

@@ -68,8 +68,8 @@ def test_what_a_sample_counts(per, weight):
     weights = np.array([9, 1, 0, 1, 2, 2], dtype=np.float32)
     nothing = np.zeros(0)
     draft = Draft(
-        token_ids=nothing, repeats=nothing, weights=weights, frame_grids=nothing, frame_images=nothing, media=[], length=6,
-        source="a:1", index=0,
+        token_ids=nothing, repeats=nothing, weights=weights, frame_grids=nothing, frame_images=nothing, media=[],
+        length=6, source="a:1", index=0,
     )  # fmt: skip
     RowPlan(per).weigh(draft, 0.5)
     assert draft.weights[1:].sum() == pytest.approx(weight * 0.5)

@@ -50,9 +50,8 @@ def sources(toys) -> list[dict]:
     """The toy's records as two sources whose losses have different weights; the first record is in three messages."""
     parts = toys.records[:5], toys.records[5:]
     paths = [write_records(toys.root / f"part{n}.jsonl", list(part)) for n, part in enumerate(parts)]
-    return [
-        {"path": str(path), "loss_weight": weight, "epochs": 1.0} for path, weight in zip(paths, WEIGHTS, strict=True)
-    ]
+    both = zip(paths, WEIGHTS, strict=True)
+    return [{"path": str(path), "loss_weight": weight, "epochs": 1.0} for path, weight in both]
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_a_temperature_of_1_changes_no_bit(world2):
 
 
 def loss_on_ranks(sequence_parallel: bool, z_loss: float, smoothing: float) -> dict[str, object]:
-    """Runs on every rank: the loss of ``CrossEntropy`` with such terms, its sums, and the gradients of the whole row."""
+    """Runs on every rank: the loss of ``CrossEntropy`` with such terms, its fields, and gradients of the whole row."""
     from types import SimpleNamespace
 
     import torch.distributed as dist

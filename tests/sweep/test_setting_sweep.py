@@ -71,7 +71,8 @@ UNLIMITED = {
         "as much work as was asked for",
     ),
     **dict.fromkeys(
-        ("checkpoint.every", "checkpoint.every_epochs", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every", "log.every",
+        ("checkpoint.every", "checkpoint.every_epochs",
+         "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every", "log.every",
          "train.galore_update_every", "rollout.log_every", "rollout.vllm.start_minutes",
          "rollout.vllm.request_minutes"),
         "never, or always",
@@ -93,7 +94,8 @@ UNLIMITED = {
     **dict.fromkeys(
         (
             "train.lr", "train.min_lr", "train.galore_scale", "train.adam_eps", "train.weight_decay", "train.clip_grad",
-            "train.moe_aux_loss_coeff", "train.kl_to_start", "train.loss.z_loss", "adapter.alpha", "adapter.scaling", "align.beta",
+            "train.moe_aux_loss_coeff", "train.kl_to_start", "train.loss.z_loss", "adapter.alpha",
+            "adapter.scaling", "align.beta",
             "align.gamma", "align.lam", "align.desirable_weight", "align.undesirable_weight", "align.centering",
             "generate.temperature", "rollout.temperature", "align.epsilon", "align.epsilon_high", "align.dual_clip",
             "align.tau_pos", "align.tau_neg", "align.critic.lr", "environment.weight",
