@@ -16,7 +16,7 @@ from megavlm.data.rows import RowDataset
 from megavlm.data.sample_order import reshard
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import SkippedSample
-from megavlm.sources.blend import Source, open_sources
+from megavlm.sources.blend import Source, open_sources, samples_of_epochs
 from megavlm.workers.fatal_samples import FatalSamples
 from megavlm.workers.worker_processes import rows_from_workers
 
@@ -109,6 +109,11 @@ class RowLoader:
     def ends(self) -> list[int] | None:
         """For each source, how many samples are read until the last epoch ends; None: there is no end."""
         return self._dataset.ends
+
+    @property
+    def epoch(self) -> int:
+        """How many samples are read in one pass over the training data."""
+        return sum(samples_of_epochs(self.sources, 1.0))
 
     def expected_steps(self) -> tuple[int, bool]:
         """The number of steps until the last epoch ends, and whether it is exact (see ``expected_steps``)."""

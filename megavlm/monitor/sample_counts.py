@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from megavlm.data.loader import RowLoader
 from megavlm.platform import Groups
 from megavlm.platform.collectives import all_gather_objects
-from megavlm.sources.blend import samples_of_epochs
 
 
 class SampleCounts:
@@ -28,8 +27,7 @@ class SampleCounts:
     def __init__(self, names: list[str], loader: RowLoader | None, groups: Groups):
         mine = None
         if loader is not None:
-            sizes, epoch = [len(source.file) for source in loader.sources], sum(samples_of_epochs(loader.sources, 1.0))
-            mine = (sizes, loader.drawn, loader.ends, epoch)
+            mine = ([len(source.file) for source in loader.sources], loader.drawn, loader.ends, loader.epoch)
         found = [counts for counts in all_gather_objects(mine, groups.world_host) if counts is not None]
         self.sizes = dict(zip(names, found[0][0], strict=True)) if found else {}
         self.read, self._used = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
