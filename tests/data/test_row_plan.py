@@ -1,5 +1,6 @@
 """Lengths of rows by step, weights of samples, and epochs that end."""
 
+import copy
 import json
 from collections import Counter
 from itertools import islice
@@ -11,7 +12,6 @@ import torch
 from megavlm.config.settings import DataSettings
 from megavlm.data.draft import Draft
 from megavlm.data.loader import build_loader
-from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
 from megavlm.data.row_plan import RowPlan
 from megavlm.sources.blend import open_sources, samples_of_epochs
@@ -28,24 +28,17 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def load(folder, model_folder):
+def load(folder, renderer):
     """load(plan, …): a loader of documents, closed at the end."""
     loaders = []
 
-    def load(plan, names=("long",), *, dp_rank=0, dp_size=1, seed=0, **settings):
+    def load(plan, names=("long",), *, dp_rank=0, dp_size=1, **settings):
         sources = [{"path": folder / f"{name}.jsonl"} if isinstance(name, str) else name for name in names]
         settings = DataSettings(**{"seq_length": 64, "workers": 0} | settings, train=sources)
-        loaders.append(
-            build_loader(
-                settings,
-                Renderer(model_folder, settings),
-                "tune",
-                dp_rank=dp_rank,
-                dp_size=dp_size,
-                seed=seed,
-                plan=plan,
-            )
-        )
+        own = copy.copy(renderer)  # a new one takes half a second
+        own.seq_length, own._truncates = settings.seq_length, settings.too_long == "truncate"
+        ranks = {"dp_rank": dp_rank, "dp_size": dp_size}
+        loaders.append(build_loader(settings, own, "tune", seed=0, plan=plan, **ranks))
         return loaders[-1]
 
     yield load
@@ -101,7 +94,7 @@ def rows(loader, count):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_rows_grow_and_continue_on_the_same_bits(load, workers, too_long):
     plan = RowPlan(rows=2, length_ramp={2: 32, 4: 48})
-    how = {"workers": workers, "too_long": too_long, "packing_buffer": 6, "append_eos": False}
+    how = {"workers": workers, "too_long": too_long, "packing_buffer": 6}
     straight = rows(load(plan, **how), 14)
     assert [len(tokens) for _, tokens, _ in straight] == [32] * 4 + [48] * 4 + [64] * 6
     for done in (4, 6):
