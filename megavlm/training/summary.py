@@ -70,12 +70,13 @@ def header(session: Session, loader: RowLoader | None) -> dict[str, str]:
 
 def _rows(settings: Settings) -> str:
     data, train, rollout = settings.data, settings.train, settings.rollout
-    longest = stepwise(data.length_ramp, data.seq_length) if data.length_ramp else str(data.seq_length)
-    tokens = f"{longest} tokens each"
+    tokens = f", {data.seq_length} tokens each"
+    if data.length_ramp:
+        tokens = f"; tokens of each: {stepwise(data.length_ramp, data.seq_length)}"
     if train.global_batch_size is not None:
         rows = stepwise(train.batch_ramp, train.global_batch_size) if train.batch_ramp else train.global_batch_size
-        return f"{rows} per step, {tokens}"
-    return f"as many as {rollout.prompts} prompts × {rollout.group_size} answers per step need, {tokens}"
+        return f"{rows} per step{tokens}"
+    return f"as many as {rollout.prompts} prompts × {rollout.group_size} answers per step need{tokens}"
 
 
 def _data(settings: Settings, loader: RowLoader | None) -> str:
