@@ -186,7 +186,7 @@ class JudgedObjective(_AnswerObjective):
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         row, (z0, reference) = micro_batch.host, cast(tuple[Tensor, Tensor | None], micro_batch.found)  # look_ahead
         judged = _indices([answer.desirable is not None for answer in row.annotations])
-        desirable = torch.tensor([a.desirable for a in row.annotations if a.desirable is not None])
+        desirable = torch.tensor([a.desirable for a in row.annotations if a.desirable is not None], dtype=torch.bool)
         answers, references = self.answers(outputs, micro_batch)[judged], self.references(row, reference)[judged]
         losses, metrics = kto_loss(answers, references, to_device(desirable, device()), z0, *self.options)
         loss, count = losses.sum(), len(losses)

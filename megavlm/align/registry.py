@@ -7,7 +7,7 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megavlm.align.sampling_checks import check_sampling
+from megavlm.align.sampling_checks import check_numbers, check_sampling
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 
@@ -124,6 +124,8 @@ def check_method(name: str, settings: Settings) -> None:
             f"stage is {settings.stage}, but {name} has no stages: the setting would be ignored", "set stage to null"
         )
     _check_evaluation(settings, name)
+    if METHODS[name].aligns:
+        check_numbers(name, settings)
     if METHODS[name].samples:
         check_sampling(settings, name)
         return

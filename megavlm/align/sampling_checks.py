@@ -24,6 +24,19 @@ def with_group_size(settings: Settings, verb: str | None) -> Settings:
     return settings.model_copy(update={"rollout": settings.rollout.model_copy(update={"group_size": size})})
 
 
+def check_numbers(verb: str, settings: Settings) -> None:
+    """Raises UserError for settings of loss and rows that a method other than pretrain and sft would ignore."""
+    train, data = settings.train, settings.data
+    weighted = next((key for key, source in data.leaves.items() if source.loss_weight != 1), None)
+    given = {
+        "train.loss": train.is_changed("loss"),
+        "data.length_ramp": bool(data.length_ramp),
+        f"the loss_weight of {weighted}": weighted is not None,
+    }
+    for key in (key for key, is_given in given.items() if is_given):
+        raise UserError(f"{key} is set, but {verb} does not use it, so it would be ignored", f"remove {key}")
+
+
 def check_sampling(settings: Settings, verb: str) -> None:
     """Raises UserError if a setting does not fit a method that samples its answers, ``verb``.
 
@@ -41,6 +54,11 @@ def check_sampling(settings: Settings, verb: str) -> None:
             f"train.global_batch_size is set, but {verb} packs its answers into as many rows as they need: it would be "
             "ignored",
             "remove train.global_batch_size; rollout.prompts and rollout.group_size give the size of a step",
+        )
+    if train.epochs is not None:
+        raise UserError(
+            f"train.epochs is {train.epochs:g}, but the steps of {verb} are counted in prompts",
+            "set train.steps: epochs × number of prompts / rollout.prompts",
         )
     if data.too_long == "truncate":
         raise UserError("data.too_long is truncate, but prompts are never truncated", "set data.too_long to drop")

@@ -1,5 +1,7 @@
 """Numbers formatted for readers: 12.3k, 1:02:03."""
 
+from collections.abc import Mapping
+
 
 def short(value: float | None, digits: int = 3) -> str:
     """A count with the suffix k, M, G or T: 12345 → "12.3k"; None → "–"."""
@@ -41,6 +43,12 @@ def percent(share: float | None, digits: int = 1) -> str:
 def counted(number: int, noun: str, ending: str = "s") -> str:
     """A number of things: (1, "step") → "1 step", (1200, "process", "es") → "1,200 processes"."""
     return f"{number:,} {noun}{ending if number != 1 else ''}"
+
+
+def stepwise(table: Mapping[int, int], afterwards: int) -> str:
+    """Numbers that change in a run: ({100: 8}, 16) → "8 up to step 100, then 16"; ({}, 16) → "16"."""
+    before = ", ".join(f"{value:,} up to step {last:,}" for last, value in sorted(table.items()))
+    return f"{before}, then {afterwards:,}" if before else f"{afterwards:,}"
 
 
 def _significant(value: float, digits: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from megavlm.align.registry import METHODS, MethodEntry
 
 RUN = ("model", "adapter", "data", "parallel", "vision", "train", "eval", "checkpoint", "log", "generate")
-RUN_REQUIRES = ("output", "data.train", "train.steps", "train.lr")
+RUN_REQUIRES = ("output", "data.train", "train.steps|train.epochs", "train.lr")
 READS = ("model.hf", "model.load", "model.adapter")
 START_FLAGS: dict[str, dict[str, Any]] = {
     "change": {

@@ -6,6 +6,7 @@ It builds a model only with ``--dry-run``, and then without allocating its memor
 import math
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -15,13 +16,14 @@ from rich.table import Table
 from megavlm.align.registry import METHODS, make_method
 from megavlm.align.sampling_checks import with_group_size
 from megavlm.base.errors import UserError
-from megavlm.base.number_format import counted, short
+from megavlm.base.number_format import counted, short, stepwise
 from megavlm.checkpoint.load_weights import shapes_at_start, start_words
 from megavlm.commands.reward_fields import check_prompt_data
 from megavlm.commands.usable_data import drafts_of, intended, refusal, renderer_of
 from megavlm.config.layout import check_prompts
 from megavlm.config.requirements import check_files, check_stage, required
-from megavlm.config.settings import Settings
+from megavlm.config.schedule_section import value_at
+from megavlm.config.settings import DataSettings, Settings, TrainSettings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.convert.peft_names import targeted, tensor_shapes
 from megavlm.data.draft import Draft
@@ -171,13 +173,21 @@ def _facts(
             ("step", f"{count} of at most {settings.answer_tokens:,} tokens, at most {share}"),
             ("run", f"{counted(train.steps, 'step')} = {counted(prompts * train.steps, 'prompt')}, {schedule}"),
         ]
-    elif train.global_batch_size and train.steps:
+    elif train.global_batch_size and (train.steps or train.epochs):
         tokens = train.global_batch_size * data.seq_length
         rows = f"{counted(train.global_batch_size, 'row')} × {data.seq_length:,} tokens = {short(tokens)} tokens"
-        facts += [
-            ("step", f"{rows}, {counted(train.global_batch_size // data_parallel, 'row')} per data-parallel rank"),
-            ("run", f"{counted(train.steps, 'step')} = {short(tokens * train.steps)} tokens, {schedule}"),
-        ]
+        facts.append(
+            ("step", f"{rows}, {counted(train.global_batch_size // data_parallel, 'row')} per data-parallel rank")
+        )
+        if train.batch_ramp:
+            facts.append(("rows", stepwise(train.batch_ramp, train.global_batch_size)))
+        if data.length_ramp:
+            facts.append(("length", f"{stepwise(data.length_ramp, data.seq_length)} tokens in a row"))
+        if train.steps:
+            whole = _tokens_of_run(train, data)
+            facts.append(("run", f"{counted(train.steps, 'step')} = {short(whole)} tokens, {schedule}"))
+        else:
+            facts.append(("run", f"{train.epochs:g} × the training data, {schedule}"))
     if train.lr is not None and (train.steps or train.schedule_steps):
         from megavlm.plan.curve import curve  # imported here because Megatron takes seconds to import
 
@@ -185,6 +195,16 @@ def _facts(
     if settings.output is not None:
         facts.append(("output", f"{settings.output} · {_found_in(settings)}"))
     return facts
+
+
+def _tokens_of_run(train: TrainSettings, data: DataSettings) -> int:
+    """The number of tokens in all rows of a run, with padding."""
+    ends = sorted({*train.batch_ramp, *data.length_ramp, train.steps or 0})
+    parts = [(first, last) for first, last in pairwise([0, *ends]) if last <= (train.steps or 0)]
+    return sum(
+        (last - first) * (train.rows_of(last) or 0) * value_at(data.length_ramp, last, data.seq_length)
+        for first, last in parts
+    )
 
 
 def _found_in(settings: Settings) -> str:

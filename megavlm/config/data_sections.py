@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
 from megavlm.config.eval_section import EvalSource
-from megavlm.config.section import Bool, DataPath, FilePath, Float, Int, Section, Str
+from megavlm.config.section import Bool, Count, DataPath, FilePath, Float, Int, Positive, Section, Steps, Str
 
 # Protocols that may be allowed as a whole: where a name inside the network is no risk, or is checked. For all others,
 # the host must be named.
@@ -52,6 +53,9 @@ class DataSource(Section):
         gt=0,
         description="instead of weight: number of passes over this source, relative to the others in the blend, which "
         "must have epochs, too",
+    )
+    loss_weight: Positive = Field(
+        1.0, ge=1e-6, description="factor of the weight that its targets have in the loss; only for pretrain and sft"
     )
 
     @property
@@ -150,6 +154,12 @@ class DataSettings(Section):
         "sources, for example [{path: a.jsonl, name: a}]",
     )
     seq_length: Int = Field(8192, ge=1, description="number of tokens in a row; a row is one micro-batch")
+    length_ramp: dict[Steps, Count] = Field(
+        {},
+        description="only for pretrain and sft: shorter rows at the beginning, each with the last step that has them: "
+        "{1000: 4096} means rows of 4096 tokens up to step 1000; then seq_length. Samples are dropped or truncated by "
+        "the length of the rows for which they are read",
+    )
     packing: Literal["best_fit", "none"] = Field(
         "best_fit",
         description="how samples are packed into rows. best_fit: as many whole samples as fit; none: one sample per "
@@ -329,6 +339,13 @@ class DataSettings(Section):
                     f"data.{prefix}min_pixels is {least}, which is greater than data.{prefix}max_pixels = {most}",
                     f"lower {prefix}min_pixels or raise {prefix}max_pixels",
                 )
+        lengths = [*dict(sorted(self.length_ramp.items())).values(), self.seq_length]
+        if 0 in self.length_ramp or any(a >= b for a, b in pairwise(lengths)):
+            raise UserError(
+                f"data.length_ramp is {self.length_ramp}, and data.seq_length is {self.seq_length}: the lengths must "
+                "grow from entry to entry, and steps count from 1",
+                "example: data.length_ramp={1000: 4096} data.seq_length=8192",
+            )
         if self.packing == "none" and self.is_changed("packing_buffer"):
             raise UserError(
                 f"data.packing_buffer is {self.packing_buffer}, but data.packing is none: it would be ignored",

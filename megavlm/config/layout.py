@@ -1,6 +1,7 @@
 """Checks whether a parallel layout fits the number of processes, the batch size and the shapes of a model."""
 
 import math
+from collections.abc import Mapping
 
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted
@@ -100,22 +101,35 @@ def check_world_size(parallel: ParallelSettings, world_size: int, global_batch_s
             f"start {_multiples(world_size, expert_parallel)} processes, or change the layout",
         )
     data_parallel = world_size // model_parallel
-    if global_batch_size is None:
-        return data_parallel
+    if global_batch_size is not None:
+        _check_batch(global_batch_size, parallel, world_size, data_parallel, "train.global_batch_size")
+    return data_parallel
+
+
+def check_batch_ramp(ramp: Mapping[int, int], parallel: ParallelSettings, world_size: int) -> None:
+    """Raises a UserError if rows of an entry of train.batch_ramp cannot be divided among the processes."""
+    data_parallel = check_world_size(parallel, world_size)
+    for step, rows in ramp.items():
+        _check_batch(rows, parallel, world_size, data_parallel, f"train.batch_ramp[{step}]")
+
+
+def _check_batch(
+    global_batch_size: int, parallel: ParallelSettings, world_size: int, data_parallel: int, key: str
+) -> None:
+    model_parallel = world_size // data_parallel
     if global_batch_size % data_parallel:
         raise UserError(
-            f"train.global_batch_size is {global_batch_size}, which is not divisible by the {data_parallel} "
+            f"{key} is {global_batch_size}, which is not divisible by the {data_parallel} "
             f"data-parallel ranks ({world_size} processes / {model_parallel})",
             f"the nearest valid batch sizes: {_multiples(global_batch_size, data_parallel)}",
         )
     if parallel.virtual_pipeline and (global_batch_size // data_parallel) % parallel.pipeline:
         raise UserError(
-            f"train.global_batch_size is {global_batch_size}, which gives each of the {data_parallel} data-parallel "
+            f"{key} is {global_batch_size}, which gives each of the {data_parallel} data-parallel "
             f"ranks {counted(global_batch_size // data_parallel, 'micro-batch', 'es')}; with parallel.virtual_pipeline "
             f"that number must be divisible by parallel.pipeline = {parallel.pipeline}",
             f"the nearest valid batch sizes: {_multiples(global_batch_size, data_parallel * parallel.pipeline)}",
         )
-    return data_parallel
 
 
 def check_prompts(prompts: int, mini_batches: int, data_parallel: int) -> None:

@@ -1,5 +1,7 @@
 """The settings of the train section that depend on the step: how long a run is, its batches and its learning rate."""
 
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -38,8 +40,8 @@ class ScheduleSettings(Section):
     )
     schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "table"] = Field(
         "cosine",
-        description="how the learning rate falls from lr to min_lr after the warm-up. constant: it stays at lr; wsd: it "
-        "stays at lr and falls at the end; inverse_sqrt: it falls with the square root of the step and has no end; "
+        description="how the learning rate falls from lr to min_lr after the warm-up. constant: it stays at lr; wsd: "
+        "it stays at lr and falls at the end; inverse_sqrt: it falls with the square root of the step and has no end; "
         "table: it follows schedule_table",
     )
     schedule_steps: Int | None = Field(
@@ -115,7 +117,7 @@ class ScheduleSettings(Section):
                 "set train.warmup_steps",
             )
         sizes = [*dict(sorted(self.batch_ramp.items())).values(), self.global_batch_size or 2**31]
-        if 0 in self.batch_ramp or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+        if 0 in self.batch_ramp or any(a >= b for a, b in pairwise(sizes)):
             raise UserError(
                 f"train.batch_ramp is {self.batch_ramp}, and train.global_batch_size is {self.global_batch_size}: the "
                 "numbers of rows must grow from entry to entry, and steps count from 1",
@@ -156,6 +158,6 @@ class ScheduleSettings(Section):
             )
 
 
-def value_at[T](table: dict[int, int], step: int, afterwards: T) -> int | T:
+def value_at[T](table: Mapping[int, int], step: int, afterwards: T) -> int | T:
     """The entry of a table {last step: value} for a step, from 1; ``afterwards`` behind the last entry."""
     return next((value for last, value in sorted(table.items()) if step <= last), afterwards)

@@ -189,11 +189,14 @@ class CheckpointSettings(Section):
         description="number of steps between checkpoints; null: only every_minutes counts. A checkpoint is also "
         "written at the end of the run and when it is stopped",
     )
+    every_epochs: Int | None = Field(
+        None, ge=1, description="number of passes over the training data between checkpoints; null: they do not count"
+    )
     every_minutes: Float | None = Field(
         None,
         gt=0,
-        description="maximum number of minutes between checkpoints; null: 30 without checkpoint.every, otherwise no "
-        "maximum",
+        description="maximum number of minutes between checkpoints; null: 30 without checkpoint.every and "
+        "every_epochs, otherwise no maximum",
     )
     keep: Int = Field(3, ge=1, description="number of newest checkpoints that are kept; older ones are deleted")
     keep_every: Int | None = Field(
@@ -208,7 +211,7 @@ class CheckpointSettings(Section):
     @property
     def minutes(self) -> float | None:
         """Minutes after which a checkpoint is due; None if only steps count."""
-        return self.every_minutes or (30.0 if self.every is None else None)
+        return self.every_minutes or (30.0 if self.every is None and self.every_epochs is None else None)
 
     @model_validator(mode="after")
     def _consistent(self) -> "CheckpointSettings":

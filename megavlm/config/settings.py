@@ -114,7 +114,13 @@ class Settings(Section):
         self._check_environment()
         self.eval.check_names([source.label for source in self.data.eval])
         check_speed(self.train, self.parallel, self.model.kernels, self.adapter.type)
-        check_seq_length(self.data.seq_length, self.parallel)
+        if self.data.length_ramp and self.train.overlap.tensor:
+            raise UserError(
+                f"data.length_ramp is {self.data.length_ramp}, but the buffers of train.overlap.tensor have one length",
+                "set train.overlap.tensor to false, or remove length_ramp",
+            )
+        for key, length in self._lengths:
+            check_seq_length(length, self.parallel, key)
         self._check_pad_multiple()
         return self
 
@@ -125,13 +131,13 @@ class Settings(Section):
             p for p in self.model.freeze if p not in unfreeze_after or (step is not None and step <= unfreeze_after[p])
         ]
 
-    def rows_per_step(self, data_parallel: int) -> int:
-        """The number of rows of a step on each data-parallel rank.
+    def rows_per_step(self, data_parallel: int, step: int | None = None) -> int:
+        """The number of rows of a step on each data-parallel rank; without a step, the largest number.
 
         Without ``train.global_batch_size`` it differs between steps, and this is the number of rows whose frames are
         encoded together: a few times as many as fill the pipeline.
         """
-        size = self.train.global_batch_size
+        size = self.train.global_batch_size if step is None else self.train.rows_of(step)
         return 4 * self.parallel.pipeline if size is None else size // data_parallel
 
     @property
@@ -173,15 +179,21 @@ class Settings(Section):
                 f"2 × parallel.context = {self.parallel.pieces} equal pieces",
                 f"set data.pad_multiple to null or a multiple of {self.parallel.pieces}",
             )
-        if self.data.seq_length % self.pad_multiple:
-            raise UserError(
-                f"data.seq_length is {self.data.seq_length}, which is not divisible by data.pad_multiple = "
-                f"{self.pad_multiple}",
-                f"set data.seq_length to {-(-self.data.seq_length // self.pad_multiple) * self.pad_multiple}",
-            )
+        for key, length in self._lengths:
+            if length % self.pad_multiple:
+                raise UserError(
+                    f"{key} is {length}, which is not divisible by data.pad_multiple = {self.pad_multiple}",
+                    f"set {key} to {-(-length // self.pad_multiple) * self.pad_multiple}",
+                )
+
+    @property
+    def _lengths(self) -> list[tuple[str, int]]:
+        """The lengths that rows have, with the setting of each."""
+        ramp = [(f"data.length_ramp[{step}]", length) for step, length in self.data.length_ramp.items()]
+        return [("data.seq_length", self.data.seq_length), *ramp]
 
 
-def check_seq_length(seq_length: int, parallel: ParallelSettings) -> None:
+def check_seq_length(seq_length: int, parallel: ParallelSettings, key: str = "data.seq_length") -> None:
     """Raises a UserError if rows of `seq_length` tokens cannot be cut as `parallel` says.
 
     Context parallelism cuts a row into 2 × context pieces and gives each rank an early and a late one, so that causal
@@ -192,6 +204,6 @@ def check_seq_length(seq_length: int, parallel: ParallelSettings) -> None:
         formula = "2 × parallel.context × parallel.tensor" if parallel.context > 1 else "parallel.tensor"
         below, above = seq_length // cut * cut, (seq_length // cut + 1) * cut
         raise UserError(
-            f"data.seq_length is {seq_length}, which is not divisible by {formula} = {cut}",
+            f"{key} is {seq_length}, which is not divisible by {formula} = {cut}",
             f"the nearest valid lengths are {below} and {above}" if below else f"the nearest valid length is {above}",
         )

@@ -26,6 +26,7 @@ class Draft:
         shares_media: see ``Sample``.
         annotations: see ``Sample``.
         remarks: what was done to the sample and is worth telling, names of ``remarks.WORDS``.
+        room: number of tokens of the row for which it was drafted, if that changes during a run; otherwise 0.
         followers: samples that come after it in the same row and share its media: other answers to the same prompt.
     """
 
@@ -42,6 +43,7 @@ class Draft:
     shares_media: bool = False
     annotations: Annotations = NO_ANNOTATIONS
     remarks: tuple[str, ...] = ()
+    room: int = 0
     followers: list["Draft"] = field(default_factory=list)
 
     @property

@@ -1,13 +1,13 @@
 """The samples of a file that is read once, in its order: rendered in worker processes, passing over the bad ones."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megavlm.data.answer_groups import separate_answers
 from megavlm.data.renderer import Renderer
-from megavlm.data.row import Sample
+from megavlm.data.row import Row, Sample
 from megavlm.media.files import File, Find
 from megavlm.records.questions import question_of, reference_of
 from megavlm.records.records import Kind, check_record
@@ -86,6 +86,25 @@ class EvalSamples:
 def meaningless_sample(renderer: Renderer) -> Sample:
     """A sample without targets, for a rank that must compute with the others and has read no sample that it could."""
     return renderer.encode({"text": "."}, File, "no file", kind="prompt")
+
+
+def empty_row(renderer: Renderer) -> Row:
+    """A row without samples and targets, for a rank whose data are used up before those of others.
+
+    It has a few tokens that are not padding, because experts compute means over such tokens.
+    """
+    row = renderer.pack([meaningless_sample(renderer)])
+    nothing: list = []
+    return replace(
+        row,
+        num_samples=0,
+        num_tokens=0,
+        sources=nothing,
+        indices=nothing,
+        source_ids=nothing,
+        annotations=nothing,
+        remarks=nothing,
+    )
 
 
 class _Rendered(WorkerRows[list[EvalSample | SkippedSample]]):

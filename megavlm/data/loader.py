@@ -8,13 +8,15 @@ from typing import Any
 
 from megavlm.base.errors import UserError
 from megavlm.config.data_sections import DataSettings
+from megavlm.data.expected_steps import expected_steps
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
+from megavlm.data.row_plan import RowPlan
 from megavlm.data.rows import RowDataset
 from megavlm.data.sample_order import reshard
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import SkippedSample
-from megavlm.sources.blend import Source, open_sources
+from megavlm.sources.blend import Source, open_sources, samples_of_epochs
 from megavlm.workers.fatal_samples import FatalSamples
 from megavlm.workers.worker_processes import rows_from_workers
 
@@ -46,8 +48,9 @@ class RowLoader:
         self._rows: Generator[Row] | None = None
         self._is_closed = False
         self._taken = 0
+        self._plan = dataset.plan
         self._before = 0  # rows of all ranks before the number of workers or the blend changed
-        self._rows_per_step: int | None = rows_per_step
+        self._notes_steps = True
         self._at_step: Place = (0, {})  # when the step began
         self._held: Place | None = None
 
@@ -62,7 +65,7 @@ class RowLoader:
         Raises UserError if a source has no usable samples, so that no further row can be made, or if workers die again
         and again.
         """
-        if self._rows_per_step and self._taken % self._rows_per_step == 0:
+        if self._notes_steps and (self._rows is None or self._plan.place(self.next_number(0))[1] == 0):
             self._note_state()
         if self._rows is None:
             assert not self._is_closed, "the loader is closed"
@@ -77,7 +80,7 @@ class RowLoader:
 
     def begin_step(self) -> None:
         """Says that a step begins now, for a caller whose steps take different numbers of rows."""
-        self._rows_per_step = None
+        self._notes_steps = False
         self._note_state()
 
     def _note_state(self) -> None:
@@ -101,6 +104,20 @@ class RowLoader:
     @property
     def sources(self) -> list[Source]:
         return self._dataset.sources
+
+    @property
+    def ends(self) -> list[int] | None:
+        """For each source, how many samples are read until the last epoch ends; None: there is no end."""
+        return self._dataset.ends
+
+    @property
+    def epoch(self) -> int:
+        """How many samples are read in one pass over the training data."""
+        return sum(samples_of_epochs(self.sources, 1.0))
+
+    def expected_steps(self) -> tuple[int, bool]:
+        """The number of steps until the last epoch ends, and whether it is exact (see ``expected_steps``)."""
+        return expected_steps(self._dataset)
 
     @property
     def fatal(self) -> FatalSamples:
@@ -157,7 +174,13 @@ class RowLoader:
         waiting = [sample for state in before for sample in state["waiting"]]
         wanted = max(state["wanted"] for state in before)
         dataset.loader_states = {
-            w: {"worker": w, "draws": orders[w], "waiting": waiting[w :: dataset.num_workers], "wanted": wanted}
+            w: {
+                "worker": w,
+                "draws": orders[w],
+                "waiting": waiting[w :: dataset.num_workers],
+                "wanted": wanted,
+                "row": self._before + w,
+            }
             for w in dataset.workers
         }
         what = f"the total number of data workers changed from {len(states)} to {dataset.num_workers}"
@@ -211,6 +234,7 @@ def build_loader(
     seed: int,
     rows_per_step: int = 1,
     output: Path | None = None,
+    plan: RowPlan | None = None,
 ) -> RowLoader:
     """The loader of the training rows of one data-parallel rank. Call it on one process of each model-parallel group.
 
@@ -223,6 +247,7 @@ def build_loader(
         seed: the seed of sample order and blending.
         rows_per_step: rows that this rank takes per training step; the workers prepare about as many in advance.
         output: the run's folder, which keeps the list of samples that have killed the process that read them.
+        plan: see ``RowDataset``; None: each step has as many rows.
 
     Raises:
         UserError: there are no sources, or a source is missing or empty.
@@ -239,6 +264,7 @@ def build_loader(
         stride=dp_size,
         num_workers=dp_size * max(settings.workers, 1),
         fatal=FatalSamples(sources, settings.workers, output, dp_rank),
+        plan=plan or RowPlan(rows=rows_per_step * dp_size),
     )
     identity = {
         _BLEND: [[s.file.path.rpartition("/")[2], len(s.file), round(s.share, 6)] for s in sources],

@@ -8,14 +8,16 @@ from megavlm.base.command_line import command
 from megavlm.base.errors import UserError
 from megavlm.data.answer_groups import draft_unit
 from megavlm.data.draft import Draft, DraftError
+from megavlm.data.eval_samples import empty_row
 from megavlm.data.packing import first_fill, next_fill, take_row
 from megavlm.data.processor import limits_of
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
+from megavlm.data.row_plan import RowPlan
 from megavlm.data.sample_order import SampleOrder
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import TOO_LONG, SkippedSample, UnfitSample
-from megavlm.sources.blend import Source
+from megavlm.sources.blend import Source, samples_of_epochs
 from megavlm.workers.current_sample import PIXELS, RECORD, reading
 from megavlm.workers.fatal_samples import FatalSamples
 from megavlm.workers.worker_processes import WorkerRows
@@ -43,6 +45,7 @@ class RowDataset(WorkerRows[Row]):
         stride: difference between the global numbers of this rank's workers: first, first + stride, …
         num_workers: number of workers on all ranks.
         fatal: the samples that have killed a process and are passed over; None: none.
+        plan: what the rows depend on besides. After the last sample of the last epoch come empty rows.
 
     Attributes:
         turn: the number of this rank's worker that gives the first row.
@@ -62,11 +65,14 @@ class RowDataset(WorkerRows[Row]):
         stride: int,
         num_workers: int,
         fatal: FatalSamples | None = None,
+        plan: RowPlan = RowPlan(),  # noqa: B008 (immutable)
     ):
         self.sources, self.renderer, self.kind, self.buffer_size = sources, renderer, kind, buffer_size
         self.max_patches, self.seed, self.num_workers = max_patches, seed, num_workers
         self.workers = range(first_worker, num_workers, stride)
         self.fatal = fatal or FatalSamples(sources, 0)
+        self.plan, self.ends = plan, samples_of_epochs(sources, plan.epochs) if plan.epochs else None
+        self._longest = renderer.seq_length
         self.turn = 0
         self.loader_states: dict[int, dict] = {}
 
@@ -83,11 +89,12 @@ class RowDataset(WorkerRows[Row]):
     def initial_state(self, worker: int) -> dict:
         """The state of a worker that has not made a row yet."""
         wanted = first_fill(self.buffer_size)
-        return {"worker": worker, "draws": self._sample_order(worker).state, "waiting": [], "wanted": wanted}
+        order = self._sample_order(worker).state
+        return {"worker": worker, "draws": order, "waiting": [], "wanted": wanted, "row": worker}
 
     def _sample_order(self, worker: int) -> SampleOrder:
         shares, counts = [s.share for s in self.sources], [len(s.file) for s in self.sources]
-        return SampleOrder(shares, counts, self.seed, worker, self.num_workers)
+        return SampleOrder(shares, counts, self.seed, worker, self.num_workers, self.ends)
 
     def _rows(self, worker: int) -> Iterator[Row]:
         counts = [len(source.file) for source in self.sources]
@@ -95,7 +102,9 @@ class RowDataset(WorkerRows[Row]):
         order = self._sample_order(worker)
         order.state = copy.deepcopy(state["draws"])
         drawn = order.drawn
-        wanted, waiting, skipped_samples = state["wanted"], [], []
+        wanted, row_number = state["wanted"], state.get("row", worker)
+        waiting: list[Draft] = []
+        skipped_samples: list[SkippedSample] = []
         # for each source, the distinct samples that were skipped since its last usable one
         seen: list[set[int]] = [set() for _ in self.sources]
 
@@ -112,14 +121,20 @@ class RowDataset(WorkerRows[Row]):
             if len(seen[source]) >= min(_MOST_SKIPPED, counts[source]) or len(skipped_samples) >= _MOST_SKIPPED:
                 raise _useless(self.sources[source], len(seen[source]), draft)
 
-        for source, index in state["waiting"]:
+        for source, index, *room in state["waiting"]:
+            self.renderer.seq_length = room[0] if room else self.renderer.seq_length
             add(source, index)
         while True:
-            while len(waiting) < wanted:
-                add(*next(order))
+            if self.plan.length_ramp:
+                self.renderer.seq_length = self.plan.length(row_number, self._longest)
+            while len(waiting) < wanted and (sample := next(order, None)) is not None:
+                add(*sample)
             wanted = next_fill(wanted, self.buffer_size)
-            chosen = take_row(waiting, self.renderer.seq_length, self.renderer.pad_multiple, self.max_patches)
-            row = self._completed(chosen, skipped_samples)
+            if waiting:
+                chosen = take_row(waiting, self.renderer.seq_length, self.renderer.pad_multiple, self.max_patches)
+                row = self._completed(chosen, skipped_samples)
+            else:  # all epochs are over
+                row = empty_row(self.renderer)
             if row is None:
                 if len(skipped_samples) >= min(_MOST_SKIPPED, 2 * sum(counts)):
                     raise _useless(
@@ -132,9 +147,11 @@ class RowDataset(WorkerRows[Row]):
             row.loader_state = {
                 "worker": worker,
                 "draws": copy.deepcopy(order.state),
-                "waiting": [(draft.source_id, draft.index) for draft in waiting],
+                "waiting": [(draft.source_id, draft.index, *filter(None, [draft.room])) for draft in waiting],
                 "wanted": wanted,
+                "row": row_number + self.num_workers,
             }
+            row_number += self.num_workers
             yield row
 
     def draft(self, source: int, index: int) -> Draft | SkippedSample:
@@ -157,6 +174,8 @@ class RowDataset(WorkerRows[Row]):
             return SkippedSample.of(source, name, error, index)
         for sample in (draft, *draft.followers):
             sample.source_id = source
+            self.plan.weigh(sample, self.sources[source].loss_weight)
+        draft.room = self.renderer.seq_length if self.plan.length_ramp else 0
         return draft
 
     def reread(self, source: int, index: int) -> SkippedSample | None:
@@ -173,7 +192,7 @@ class RowDataset(WorkerRows[Row]):
         state = states.get(worker) or self.initial_state(worker)
         order = self._sample_order(worker)
         order.state = state["draws"]
-        waiting = Counter(source for source, _ in state["waiting"])
+        waiting = Counter(source for source, *_ in state["waiting"])
         return [(taken - waiting[source], new) for source, (taken, new) in enumerate(order.drawn)]
 
     def _completed(self, chosen: list[Draft], skipped_samples: list[SkippedSample]) -> Row | None:

@@ -4,6 +4,7 @@ There is no random state: the n-th sample of a worker is a function of the setti
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -41,9 +42,19 @@ class SampleOrder:
         seed: the seed of order and phases; None keeps the order of the files.
         worker: the number of this worker among all ``num_workers``.
         num_workers: the number of workers on all ranks.
+        ends: for each source the position at which it ends, over all epochs; None: the order has no end.
     """
 
-    def __init__(self, shares: Sequence[float], counts: Sequence[int], seed: int | None, worker: int, num_workers: int):
+    def __init__(
+        self,
+        shares: Sequence[float],
+        counts: Sequence[int],
+        seed: int | None,
+        worker: int,
+        num_workers: int,
+        ends: Sequence[int] | None = None,
+    ):
+        self._ends = ends
         self._shares, self._counts, self._seed = shares, counts, seed
         self._worker, self._num_workers = worker, num_workers
         self._phases = [_hash(seed or 0, number, worker) / 2**48 for number in range(len(shares))]
@@ -51,12 +62,16 @@ class SampleOrder:
         self.state: OrderState = {"taken": [0] * len(shares), "base": [0] * len(shares), "ahead": [[] for _ in shares]}
 
     def __next__(self) -> tuple[int, int]:
-        """The next sample: (number of the source, number of the sample in it)."""
+        """The next sample: (number of the source, number of the sample in it). Raises StopIteration at the end."""
         while True:
             taken = self.state["taken"]
             turns = [(k + phase) / share for k, phase, share in zip(taken, self._phases, self._shares, strict=True)]
+            if self._ends is not None:
+                turns = [t if self._place(s) < self._ends[s] else math.inf for s, t in enumerate(turns)]
+                if min(turns) == math.inf:
+                    raise StopIteration
             source = turns.index(min(turns))
-            place = self.state["base"][source] + self._worker + self._num_workers * taken[source]
+            place = self._place(source)
             taken[source] += 1
             ahead = self.state["ahead"][source]
             if place not in ahead:
@@ -65,6 +80,10 @@ class SampleOrder:
         epoch, place = divmod(place, self._counts[source])
         key = self._keys[source]
         return source, place if key is None else shuffled(place, self._counts[source], key + epoch)
+
+    def _place(self, source: int) -> int:
+        """The next position of this worker in a source."""
+        return self.state["base"][source] + self._worker + self._num_workers * self.state["taken"][source]
 
     @property
     def drawn(self) -> list[tuple[int, int]]:

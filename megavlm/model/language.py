@@ -160,13 +160,14 @@ class LanguageModel(LanguageModule):
         )
 
     def token_logprobs(
-        self, hidden: Tensor, targets: Targets, chunk_tokens: int, entropy: bool = False, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
+        self, hidden: Tensor, targets: Targets, chunk_tokens: int, entropy: bool = False, temperature: float = 1.0,
+        sums: bool = False,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """The log-probabilities of a row's targets; see ``megavlm.model.token_logprobs``."""
         return token_logprobs(
             hidden.squeeze(1), self.output_weight, targets, self.tp_group,
             sequence_parallel=self.config.sequence_parallel, chunk_tokens=chunk_tokens, entropy=entropy,
-            temperature=temperature,
+            temperature=temperature, sums=sums,
         )  # fmt: skip
 
     def token_kl(

@@ -22,7 +22,8 @@ def token_logprobs(
     chunk_tokens: int,
     entropy: bool = False,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor | None]:
+    sums: bool = False,
+) -> tuple[Tensor, ...]:
     """Computes log p(target) for every target of a row. The result is the same on every rank of ``group``.
 
     Args:
@@ -34,13 +35,19 @@ def token_logprobs(
         chunk_tokens: number of targets whose logits exist at a time.
         entropy: whether to return the entropy of each distribution in nats, too (without gradient).
         temperature: p is the softmax of the logits divided by this positive number.
+        sums: whether to return log Σ exp(logit) and the mean of the logits over the vocabulary (with gradients; only at
+            temperature 1).
 
     Returns:
-        The log-probabilities, float32 [slices, m], and the entropies in the same shape or None.
+        The log-probabilities, float32 [slices, m], and the entropies in the same shape or None; with ``sums``, both of
+        these instead of the entropies.
     """
-    return _TokenLogprobs.apply(
-        hidden, weight, targets.local, targets.tokens, group, sequence_parallel, chunk_tokens, entropy, temperature
+    assert not sums or temperature == 1.0
+    logprobs, entropies, log_z, means = _TokenLogprobs.apply(
+        *(hidden, weight, targets.local, targets.tokens, group, sequence_parallel),
+        *(chunk_tokens, entropy, temperature, sums),
     )
+    return (logprobs, log_z, means) if sums else (logprobs, entropies)
 
 
 def token_kl(
@@ -123,7 +130,8 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk_tokens: int,
         entropy: bool,
         temperature: float,
-    ) -> tuple[Tensor, Tensor | None]:
+        with_sums: bool,
+    ) -> tuple[Tensor | None, ...]:
         ctx.group, ctx.gather, ctx.temperature = group, sequence_parallel and group.size() > 1, temperature
         ctx.weight = weight
         ctx.chunk = max(1, chunk_tokens // tokens.shape[0])
@@ -131,6 +139,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = torch.empty(tokens.shape, dtype=torch.float32, device=hidden.device)
         log_z = torch.empty_like(logprobs)
         entropies = torch.empty_like(logprobs) if entropy else None
+        means = torch.empty_like(logprobs) if with_sums else None
         for start in range(0, tokens.shape[1], ctx.chunk):
             part = slice(start, start + ctx.chunk)
             states = _chunk_states(ctx, hidden, local[part])
@@ -140,10 +149,13 @@ class _TokenLogprobs(torch.autograd.Function):
                 dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
             index, inside = _in_shard(ctx, tokens[:, part], weight.shape[0])
             chosen = torch.where(inside, logits.gather(1, index[:, None]).squeeze(1), 0.0)
+            total = logits.sum(-1) if with_sums else None
             exp = (logits.clone() if entropy else logits).sub_(top[:, None]).exp_()
             parts = [exp.sum(-1), chosen]
             if entropy:
                 parts.append(logits.mul_(exp).sum(-1))
+            if total is not None:
+                parts.append(total)
             del logits, exp  # so that their memory is free while the next chunk is made
             sums = torch.stack(parts)
             if group.size() > 1:
@@ -154,13 +166,18 @@ class _TokenLogprobs(torch.autograd.Function):
             log_z[:, part] = z.view(shape)
             if entropies is not None:
                 entropies[:, part] = (z - sums[2] / sums[0]).view(shape)
+            if means is not None:
+                means[:, part] = (sums[-1] / (group.size() * weight.shape[0])).view(shape)
         ctx.save_for_backward(hidden, weight, local, tokens, log_z)
         if entropies is not None:
             ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
+        return logprobs, entropies, log_z if with_sums else None, means
 
     @staticmethod
-    def backward(ctx: _Context, grad_logprobs: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: _Context, grad_logprobs: Tensor, _: Tensor | None, grad_log_z: Tensor | None, grad_means: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """∂log p/∂logit = [target] - p, ∂log_z/∂logit = p, ∂mean/∂logit = 1 / vocabulary."""
         hidden, weight, local, tokens, log_z = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = _weight_gradient(ctx) if ctx.needs_input_grad[1] else None
@@ -169,12 +186,15 @@ class _TokenLogprobs(torch.autograd.Function):
             states = _chunk_states(ctx, hidden, local[part])
             grad = _scaled(ctx, grad_logprobs[:, part].clone().reshape(-1, 1))
             logits = _scaled(ctx, product(states, weight.t()))
-            grad_logits = logits.sub_(log_z[:, part].reshape(-1, 1)).exp_().mul_(-grad)
+            share = -grad if grad_log_z is None else grad_log_z[:, part].reshape(-1, 1) - grad
+            grad_logits = logits.sub_(log_z[:, part].reshape(-1, 1)).exp_().mul_(share)
+            if grad_means is not None:
+                grad_logits.add_(grad_means[:, part].reshape(-1, 1) / (ctx.group.size() * weight.shape[0]))
             index, inside = _in_shard(ctx, tokens[:, part], weight.shape[0])
             grad_logits.scatter_add_(1, index[:, None], grad * inside[:, None])
             _add_gradients(ctx, grad_logits, states, weight, local[part], grad_hidden, grad_weight)
             del logits, grad_logits
-        return grad_hidden, _given_to_autograd(ctx, grad_weight), *[None] * 7
+        return grad_hidden, _given_to_autograd(ctx, grad_weight), *[None] * 8
 
 
 class _TokenKl(torch.autograd.Function):

@@ -122,7 +122,9 @@ learns, and flat_groups is null with one answer to a prompt:
     seconds_values, seconds_critic  parts of seconds_update: passes without gradients, and updates of the critic
 
 train.kl_to_start adds kl_to_start, the divergence from the start model in nats per target, and nll, the loss without
-it.
+it. train.loss.z_loss and label_smoothing add z_loss (with its coefficient) and nll, the loss without z-loss, smoothing
+and divergence. All of them are means with the weights that train.loss.per and loss_weight give to targets; loss/NAME is
+the nll of a source.
 
 NaN and infinite numbers are written as null, because JSON does not have them.
 """

@@ -84,6 +84,7 @@ class Progress:
         if not self.enabled:
             return
         self._step, self._line = line["step"], dict(line)
+        self.total_steps = max(self.total_steps, self._step)  # the number of steps of epochs is an estimate
         self._seconds.append(line["seconds"])
         if self._step - self._start == 2 and len(self._seconds) == 2:
             self._seconds.popleft()  # the first step includes warm-up: kernels, caches, data workers

@@ -117,6 +117,18 @@ class RunMonitor:
         for text in self._errors.shares():
             self.say(text)
 
+    def is_over(self, step: int) -> bool:
+        """Whether the run ends with this step, the last one that was counted."""
+        train = self._settings.train
+        return self._samples.used_up if train.epochs else step >= required(train.steps, "train.steps")
+
+    def ends_epoch(self, every: int = 1) -> bool:
+        """Whether an epoch has ended with the last step that was counted; one whose number is divisible by ``every``.
+
+        An epoch is one pass over the training data; over a blend, as many samples as ``train.epochs: 1`` would read.
+        """
+        return self._samples.ends_epoch(every)
+
     @property
     def rows_are_from_files(self) -> bool:
         """Whether a loader reads the rows of the run, so that its place in the data can be set back by a step."""

@@ -22,6 +22,7 @@ class Schedule(OptimizerParamScheduler):
     """
 
     def __init__(self, optimizer: Any, train: TrainSettings, updates_per_step: int = 1):
+        self.num_steps: int = 0
         self._updates_per_step = updates_per_step
         self._restarts, self._table = train.restarts, sorted(train.schedule_table.items())
         length = train.length * updates_per_step
@@ -51,20 +52,20 @@ class Schedule(OptimizerParamScheduler):
 
     def get_lr(self, param_group: dict) -> float:
         """The learning rate of the next update, for the highest and lowest rates of this parameter group."""
+        highest: float = param_group.get("max_lr") or self.max_lr
         if self._table:
             at, factors = zip(*self._table, strict=True)
-            factor = float(np.interp(self.num_steps / self._updates_per_step, at, factors))
-            return factor * param_group.get("max_lr", self.max_lr)
+            return highest * float(np.interp(self.num_steps / self._updates_per_step, at, factors))
         if self._restarts and self.lr_warmup_steps < self.num_steps < self.lr_decay_steps:
-            return self._restarted(param_group)
+            return self._restarted(param_group, highest)
         return super().get_lr(param_group)
 
-    def _restarted(self, param_group: dict) -> float:
+    def _restarted(self, param_group: dict, highest: float) -> float:
         """The rate at the same place of a single cosine, of which each of the equal parts is a copy."""
         done, whole = self.num_steps, self.lr_decay_steps - self.lr_warmup_steps
         place = (done - self.lr_warmup_steps) * (self._restarts + 1) % whole  # in updates of a cosine of full length
         try:
             self.num_steps = self.lr_warmup_steps + place
-            return param_group.get("max_lr", self.max_lr) if place == 0 else super().get_lr(param_group)
+            return highest if place == 0 else super().get_lr(param_group)
         finally:
             self.num_steps = done

@@ -120,7 +120,7 @@ def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> St
     after = _completed(settings, before)
     # Unless it is given, the length of the schedule follows from other settings, and is no change of its own.
     given = settings.train.schedule_steps is not None
-    compared = before if given else _with(before, after.train.schedule_steps)
+    compared = before if given else with_schedule_steps(before, after.train.schedule_steps)
     here = at_noted_paths(compared, after, folder)  # what was moved is no change
     obstacles = {
         key: values
@@ -169,7 +169,7 @@ def prepare_output(settings: Settings, options: StartOptions = StartOptions()) -
             else:
                 path.unlink(missing_ok=True)
     if start.action != "resume":
-        _write_config(start)
+        write_config(start)
     return start
 
 
@@ -188,7 +188,7 @@ def record_changes(start: Start, step: int) -> None:
     if lines:
         with (_output(start.settings) / CHANGES_FILE).open("a", encoding="utf-8") as file:
             file.writelines(lines)
-    _write_config(start)
+    write_config(start)
 
 
 def _is_same_run(folder: Path, settings: Settings) -> bool:
@@ -268,15 +268,17 @@ def _completed(settings: Settings, before: Settings | None) -> Settings:
     train = settings.train
     if train.schedule_steps is not None or not (train.has_length or train.epochs):
         return settings
-    return _with(settings, (before and before.train.schedule_steps) or train.steps)
+    return with_schedule_steps(settings, (before and before.train.schedule_steps) or train.steps)
 
 
-def _with(settings: Settings, schedule_steps: int | None) -> Settings:
+def with_schedule_steps(settings: Settings, schedule_steps: int | None) -> Settings:
+    """The settings with another ``train.schedule_steps``."""
     train = settings.train.model_copy(update={"schedule_steps": schedule_steps})
     return settings.model_copy(update={"train": train})
 
 
-def _write_config(start: Start) -> None:
+def write_config(start: Start) -> None:
+    """Writes config.yaml. Only one process of a run may call it."""
     atomic_files.write_text(_output(start.settings) / "config.yaml", resolved_yaml(start.settings))
 
 

@@ -181,7 +181,7 @@ class Feed:
             ),
             targets=targets,
             target_samples=to_device(_samples_at(host, targets.row_index), where),
-            sample_sources=to_device(torch.tensor(host.source_ids), where),
+            sample_sources=to_device(torch.tensor(host.source_ids, dtype=torch.int64), where),
             last_targets=to_device(_last_targets(host, cut, groups.cp.rank(), slices, index), where),
             padding_mask=padding,
             number=number,

@@ -11,7 +11,7 @@ from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import has_score_head, shapes_at_start
 from megavlm.checkpoint.manager import MAIN
-from megavlm.config.layout import check_expert_settings, check_layout, check_window
+from megavlm.config.layout import check_batch_ramp, check_expert_settings, check_layout, check_window
 from megavlm.config.settings import Settings
 from megavlm.config.speed_checks import check_speed_with_model
 from megavlm.model.configs import check_supported, decoder_widths
@@ -116,15 +116,18 @@ def check_shapes(settings: Settings, shapes: Shapes, world_size: int, *, trainin
         seq_length=settings.data.seq_length,
         global_batch_size=settings.train.global_batch_size if training else None,
     )
-    check_speed_with_model(
-        settings.train,
-        settings.parallel,
-        seq_length=settings.data.seq_length,
-        decoder_widths=decoder_widths(shapes, settings.parallel),
-        tower_widths={"hidden size": shapes.vision.hidden, "MLP": shapes.vision.ffn},
-        num_experts=num_experts,
-        all_layers_have_experts=all(text.is_moe_layer(i) for i in range(text.layers)),
-    )
+    if training:
+        check_batch_ramp(settings.train.batch_ramp, settings.parallel, world_size)
+    for seq_length in (settings.data.seq_length, *settings.data.length_ramp.values()):
+        check_speed_with_model(
+            settings.train,
+            settings.parallel,
+            seq_length=seq_length,
+            decoder_widths=decoder_widths(shapes, settings.parallel),
+            tower_widths={"hidden size": shapes.vision.hidden, "MLP": shapes.vision.ffn},
+            num_experts=num_experts,
+            all_layers_have_experts=all(text.is_moe_layer(i) for i in range(text.layers)),
+        )
     _check_sizes(settings, shapes)
     if training and settings.vision.balance == "world" and dp_size == 1:
         raise UserError(

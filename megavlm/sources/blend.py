@@ -32,11 +32,21 @@ class SampleFile(Protocol):
 
 @dataclass
 class Source:
-    """A source of the blend; ``share`` is its share of all samples, from 0 to 1."""
+    """A source of the blend.
+
+    Attributes:
+        share: its share of all samples, from 0 to 1.
+        loss_weight: factor of the weight of its targets.
+        passes: how often it is read while the blend is read once: its ``epochs``; 1 if the blend has weights.
+        is_replay: whether it belongs to ``data.replay``, which is mixed in.
+    """
 
     name: str
     file: SampleFile
     share: float
+    loss_weight: float = 1.0
+    passes: float = 1.0
+    is_replay: bool = False
 
 
 class JoinedFiles:
@@ -101,7 +111,8 @@ def open_sources(settings: DataSettings) -> list[Source]:
     if settings.replay:
         share = settings.replay.share
         sources = [replace(source, share=source.share * (1 - share)) for source in sources]
-        sources += [replace(s, share=s.share * share) for s in _opened(settings.replay.sources, access)[0]]
+        replayed = _opened(settings.replay.sources, access)[0]
+        sources += [replace(s, share=s.share * share, is_replay=True) for s in replayed]
     for name, count in Counter(source.name for source in sources).items():
         if count > 1:
             raise UserError(
@@ -120,9 +131,20 @@ def _opened(blend: list, access: MediaAccess) -> tuple[list[Source], float]:
         else:
             leaves = [Source(item.label, open_file(item.path, access), 1.0)]
             samples = len(leaves[0].file)
+        leaves = [
+            replace(leaf, loss_weight=leaf.loss_weight * item.loss_weight, passes=leaf.passes * (item.epochs or 1.0))
+            for leaf in leaves
+        ]
         parts.append((leaves, item.weight if item.epochs is None else item.epochs * samples))
     total = sum(weight for _, weight in parts)
     return [replace(leaf, share=leaf.share * weight / total) for leaves, weight in parts for leaf in leaves], total
+
+
+def samples_of_epochs(sources: list[Source], epochs: float) -> list[int]:
+    """How many samples of each source are read in so many passes over the training data."""
+    trained = [source for source in sources if not source.is_replay]
+    whole = sum(source.passes * len(source.file) for source in trained) / sum(source.share for source in trained)
+    return [max(round(epochs * whole * source.share), 1) for source in sources]
 
 
 def evenly(count: int, most: int) -> list[int]:

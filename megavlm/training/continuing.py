@@ -39,4 +39,10 @@ def remarks_on(start: Start, optimizers: Optimizers, step: int) -> list[str]:
             f"{train.steps} steps would set it to {other:.3g}: train.schedule_steps={train.steps} --change "
             "train.schedule_steps"
         )
+    if "train.epochs" in start.changed and train.schedule in _ENDING:
+        said.append(
+            f"the schedule of this run has {train.schedule_steps} steps, after which the learning rate stays at "
+            f"train.min_lr = {train.min_lr:g}: train.schedule_steps=N --change train.schedule_steps gives it another "
+            "length"
+        )
     return said

@@ -32,14 +32,13 @@ class LanguageModeling(OneModel):
 
     def bare_objective(self, session: Session) -> CrossEntropy:
         settings = session.settings
-        return CrossEntropy(settings.data.source_names, settings.train.logprob_chunk_tokens)
+        return CrossEntropy(settings.data.source_names, settings.train.logprob_chunk_tokens, settings.train.loss)
 
     def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
         files = FileRows.of(session, self.kind)
         objective, coefficient = self.bare_objective(session), session.settings.train.kl_to_start
         if coefficient:
-            start = StartWeights(session)
-            objective = CrossEntropyWithKL(objective.source_names, objective.chunk_tokens, coefficient, start)
+            objective = CrossEntropyWithKL(objective, coefficient, StartWeights(session))
         return Prepared(objective, files.loader, files.longest_row, files.loader)
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megavlm.base import stop_signals
 from megavlm.config.requirements import required
-from megavlm.config.settings import Settings
+from megavlm.config.settings import CheckpointSettings, Settings
 from megavlm.monitor.hang_watch import HangWatch
 from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.output.folder import StartOptions
@@ -28,7 +28,7 @@ def train(
     hooks: Sequence[Hook] = (),
     options: StartOptions = StartOptions(),  # noqa: B008 (immutable)
 ) -> int:
-    """Trains until ``train.steps``. If the output folder contains the run already, it is resumed.
+    """Trains until ``train.steps`` or ``train.epochs``. If the output folder contains the run already, it is resumed.
 
     Args:
         settings: the settings of the run.
@@ -74,15 +74,17 @@ def _run_steps(
     steps, number = required(settings.train.steps, "train.steps"), run.first_step
     for remark in run.remarks:
         monitor.say(remark)
-    if number >= steps:
-        monitor.say(f"all {steps} steps of this run are done already; with a larger train.steps it goes on")
+    is_over = monitor.is_over(number)
+    if is_over:
+        done, longer = ("epochs", "epochs") if settings.train.epochs else (f"{steps} steps", "steps")
+        monitor.say(f"all {done} of this run are done already; with a larger train.{longer} it goes on")
     if failure := monitor.data_failure():  # an earlier start ended for its data, which are still as they were
         monitor.finish(failed=True)
         raise failure
-    if number < steps and (early := run.best.ending(number)):
+    if not is_over and (early := run.best.ending(number)):
         monitor.say("eval.stop_after has ended this run already; with a larger value, or null, it goes on")
         return number, early
-    if settings.train.memory_check and number < steps:
+    if settings.train.memory_check and not is_over:
         monitor.say(check_memory([run.step, *run.others.values()], run.longest_row, settings))
         heartbeat("the memory check")
     for hook in hooks:
@@ -92,7 +94,8 @@ def _run_steps(
     skipped = SkippedSteps(settings.train.max_skipped_steps, monitor.say)
     saved = run.first_step
     stop.begin()
-    for number in range(run.first_step + 1, steps + 1):
+    while not is_over:
+        number += 1
         thawed = run.optimizers.unfreeze(number)
         for part in thawed:
             monitor.say(f"step {number}: {part} is unfrozen and trained from now on")
@@ -104,13 +107,14 @@ def _run_steps(
             run.checkpoints.finish()
             monitor.finish(failed=True)
             raise
+        is_over = monitor.is_over(number)
         run.checkpoints.poll()
         heartbeat(f"step {number}")
-        (stopping, due), every = stop.decide(), settings.checkpoint.every
+        stopping, due = stop.decide()
+        due = due or _is_due(settings.checkpoint, number, monitor)
         data_failure = monitor.data_failure() or run.report(number, monitor)
         early, is_best = run.best.ending(number), run.best.step == number
-        saving = number == steps or stopping or due or bool(every and number % every == 0) or data_failure is not None
-        saving = saving or is_best or early is not None
+        saving = is_over or stopping or due or is_best or early is not None or data_failure is not None
         failure = skipped.failure(number, result.trouble)
         if result.trouble and saving and not failure:
             failure = run.weights_failure()  # a bad checkpoint would replace an older, good one
@@ -127,9 +131,15 @@ def _run_steps(
             _at_end(run, number, hooks, monitor)
             monitor.finish(failed=True)
             raise ending
-        if number < steps and (stopping or early is not None):
+        if not is_over and (stopping or early is not None):
             return number, early or f"stopped at step {number}"
     return number, f"done at step {number}"
+
+
+def _is_due(when: CheckpointSettings, number: int, monitor: RunMonitor) -> bool:
+    """Whether a checkpoint is due after step ``number`` because of the number of steps or epochs."""
+    steps, epochs = when.every, when.every_epochs
+    return bool((steps and number % steps == 0) or (epochs and monitor.ends_epoch(epochs)))
 
 
 def _at_end(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -> None:
@@ -154,16 +164,17 @@ def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor)
         began = time.perf_counter()
         run.stragglers.start()
         run.step.expert_load.start()
-        result = run.take_step(is_last=number == settings.train.steps)
+        result = run.take_step(number, is_last=number == settings.train.steps and not settings.train.epochs)
         seconds = time.perf_counter() - began
     line = {
         **metrics_line(run.session, number, result, seconds),
         **monitor.count_samples(number, result.counts, result.skipped_samples),
     }
-    due = [hook for hook in hooks if hook.is_due(number, is_last=number == settings.train.steps)]
+    is_last = monitor.is_over(number)
+    due = [hook for hook in hooks if hook.is_due(number, is_last=is_last)]
     for hook in due:
         line |= hook.call(run, number, monitor.say) or {}
-    logged = number % settings.log.every == 0 or number == settings.train.steps or bool(result.trouble or due)
+    logged = number % settings.log.every == 0 or is_last or bool(result.trouble or due)
     if logged:
         line |= run.stragglers.fields() | monitor.record_experts(number, run.step.expert_load.totals())
         line |= {"seconds_checkpoint": run.checkpoints.take_seconds(), **run.phases.fields()}

@@ -9,6 +9,7 @@ from megavlm.base.errors import UserError
 from megavlm.data.loader import RowLoader, build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
+from megavlm.data.row_plan import RowPlan
 from megavlm.data.row_source import RowSource
 from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.records.records import Kind
@@ -129,6 +130,7 @@ class FileRows:
             seed=settings.train.seed,
             rows_per_step=settings.rows_per_step(groups.dp_size),
             output=settings.output,
+            plan=RowPlan.of(settings.train, settings.data),
         )
         return cls(kind, renderer, loader)
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megavlm.config.loss_section import LossSettings
 from megavlm.data.row import IGNORE, Row
 from megavlm.model.language import LanguageModel
 from megavlm.runtime.feed import MicroBatch
@@ -61,14 +62,16 @@ class CrossEntropy:
         source_names: names of the data sources, in the order of their numbers. If there are several, each has a loss of
             its own in the metrics.
         chunk_tokens: number of targets whose logits are computed at a time.
+        options: ``train.loss``: a z-loss may be added, and targets may be smoothed.
     """
 
-    def __init__(self, source_names: Sequence[str], chunk_tokens: int):
-        self.source_names, self.chunk_tokens = list(source_names), chunk_tokens
+    def __init__(self, source_names: Sequence[str], chunk_tokens: int, options: LossSettings = LossSettings()):  # noqa: B008 (immutable)
+        self.source_names, self.chunk_tokens, self.options = list(source_names), chunk_tokens, options
+        self._has_terms = bool(options.z_loss or options.label_smoothing)
 
     @property
     def num_sums(self) -> int:
-        return 1 + len(self.source_names)
+        return 1 + len(self.source_names) + 2 * self._has_terms
 
     def look_ahead(self, look_through: LookThrough) -> Sequence[object]:
         return []
@@ -77,21 +80,41 @@ class CrossEntropy:
         return sum(row.loss_weights.sum().item() for row in rows)
 
     def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """Computes the log-probabilities of the targets, [slices, m] like ``Targets``."""
-        return chunk.token_logprobs(hidden, micro_batch.targets, self.chunk_tokens)[0]
+        """Computes the log-probabilities of the targets, [1, slices, m], in the last two dimensions like ``Targets``.
+
+        With a z-loss or smoothing, also log Σ exp(logit) and the mean logit over the vocabulary, [3, slices, m].
+        """
+        return torch.stack(self._outputs(chunk, hidden, micro_batch))
+
+    def _outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> list[Tensor]:
+        found = chunk.token_logprobs(hidden, micro_batch.targets, self.chunk_tokens, sums=self._has_terms)
+        return list(found if self._has_terms else found[:1])
 
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        each = outputs * micro_batch.targets.weights
+        weights = micro_batch.targets.weights
+        each = outputs[0] * weights
         nll = -each.sum()
         sources = micro_batch.sample_sources[micro_batch.target_samples.flatten()]
         of_sources = each.new_zeros(len(self.source_names)).index_add(0, sources, -each.detach().flatten())
-        return nll, torch.cat([nll.detach()[None], of_sources])
+        if not self._has_terms:
+            return nll, torch.cat([nll.detach()[None], of_sources])
+        _, log_z, means = outputs[:3]
+        smoothing = self.options.label_smoothing
+        z_loss = self.options.z_loss * (log_z.square() * weights).sum()
+        # the mean of -log p over the vocabulary is log Σ exp(logit) less the mean logit
+        loss = (1 - smoothing) * nll + smoothing * ((log_z - means) * weights).sum() + z_loss
+        return loss, torch.cat([torch.stack([loss, nll, z_loss]).detach(), of_sources])
 
     def fields(self, sums: list[float], counts: dict[str, float]) -> dict[str, float | None]:
+        fields: dict[str, float | None] = {}
+        if self._has_terms:
+            _, nll, z_loss, *of_sources = sums
+            weight = max(counts["weight"], 1e-12)
+            fields, sums = {"nll": nll / weight, "z_loss": z_loss / weight}, [nll, *of_sources]
         if len(self.source_names) == 1:
-            return {}
+            return fields
         weights = [counts[f"loss_weight/{name}"] for name in self.source_names]
-        return {
+        return fields | {
             f"loss/{name}": total / weight if weight else None
             for name, total, weight in zip(self.source_names, sums[1:], weights, strict=True)
         }
@@ -104,8 +127,8 @@ class CrossEntropyWithKL(CrossEntropy):
     gradients computes the start model's hidden states first.
     """
 
-    def __init__(self, source_names: Sequence[str], chunk_tokens: int, coefficient: float, start: StartWeights):
-        super().__init__(source_names, chunk_tokens)
+    def __init__(self, plain: CrossEntropy, coefficient: float, start: StartWeights):
+        super().__init__(plain.source_names, plain.chunk_tokens, plain.options)
         self.coefficient, self.start = coefficient, start
 
     @property
@@ -119,21 +142,21 @@ class CrossEntropyWithKL(CrossEntropy):
             return look_through(at_targets)
 
     def outputs(self, chunk: LanguageModel, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """Computes log-probabilities and divergences, [2, slices, m]."""
+        """Computes what ``CrossEntropy`` does, and the divergences behind it, [2 or 4, slices, m]."""
         weight, states = self.start.of(chunk.output_weight), cast(Tensor, micro_batch.found)  # from look_ahead
         kl = chunk.token_kl(hidden, states, weight, micro_batch.targets, self.chunk_tokens)
-        return torch.stack([super().outputs(chunk, hidden, micro_batch), kl])
+        return torch.stack([*self._outputs(chunk, hidden, micro_batch), kl])
 
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        nll, sums = super().loss(outputs[0], micro_batch)
-        kl = (outputs[1] * micro_batch.targets.weights).sum()
-        loss = nll + self.coefficient * kl
-        return loss, torch.cat([torch.stack([loss, nll, kl]).detach(), sums[1:]])
+        plain, sums = super().loss(outputs, micro_batch)
+        kl = (outputs[-1] * micro_batch.targets.weights).sum()
+        loss = plain + self.coefficient * kl
+        return loss, torch.cat([torch.stack([loss, plain, kl]).detach(), sums[1:]])
 
     def fields(self, sums: list[float], counts: dict[str, float]) -> dict[str, float | None]:
-        _, nll, kl, *of_sources = sums
+        _, plain, kl, *others = sums
         weight = max(counts["weight"], 1e-12)
-        return {"nll": nll / weight, "kl_to_start": kl / weight, **super().fields([nll, *of_sources], counts)}
+        return {"nll": plain / weight, "kl_to_start": kl / weight, **super().fields([plain, *others], counts)}
 
 
 def count_sources(rows: list[Row], source_names: Sequence[str]) -> dict[str, float]:

@@ -35,6 +35,7 @@ from megavlm.runtime.read_ahead import ReadAhead
 from megavlm.runtime.session import Session, start
 from megavlm.training.best import Best
 from megavlm.training.continuing import remarks_on
+from megavlm.training.epochs import expect_steps
 from megavlm.training.method import Method, MethodStep
 from megavlm.training.skipped_steps import weights_failure
 from megavlm.training.step import Step, StepResult
@@ -83,10 +84,10 @@ class Run:
     best: Best
     remarks: list[str]
 
-    def take_step(self, *, is_last: bool) -> StepResult:
-        """Runs the next step."""
+    def take_step(self, number: int, *, is_last: bool) -> StepResult:
+        """Runs the next step, which has this number."""
         with self.phases.step():
-            return self.method_step() if self.method_step is not None else self.step(is_last=is_last)
+            return self.method_step() if self.method_step is not None else self.step(number, is_last=is_last)
 
     def report(self, number: int, monitor: RunMonitor) -> UserError | None:
         """Lets the method report on the step, and returns the error with which it ends the run, if any."""
@@ -151,6 +152,11 @@ def build_run(
         heartbeat("loading the weights")
     groups_of_weights = described(settings, session.vlm.shapes, score_head=method.scores)
     prepared = method.prepare(session, heartbeat)
+    begin, expected = expect_steps(begin, prepared.loader, groups)
+    if settings.train.epochs is not None:
+        length = begin.settings.train.schedule_steps
+        train = settings.train.model_copy(update={"schedule_steps": length, "steps": length})
+        settings = session.settings = settings.model_copy(update={"train": train})
     heartbeat("preparing the method")
     optimizers = Optimizers(session.vlm, settings.train, prepared.updates)
     trained = {MAIN: TrainedModel(session.vlm, optimizers, session.adapters)}
@@ -160,7 +166,7 @@ def build_run(
     checkpoints = Checkpoints(output / "checkpoints", trained, source, settings, origin)
     first_step = checkpoints.restore(checkpoint) if checkpoint else 0
     heartbeat("building the optimizer and restoring the run")
-    remarks = [*groups_of_weights, *remarks_on(begin, optimizers, first_step)]
+    remarks = [*groups_of_weights, *expected, *remarks_on(begin, optimizers, first_step)]
     best = _best(settings, output, first_step, groups.world_host)
     checkpoints.link(best.step)
     if checkpoint is not None:
@@ -186,6 +192,7 @@ def build_run(
         settings.data.source_names,
         tower_timer,
         phases,
+        partial(settings.rows_per_step, groups.dp_size),
     )
     return Run(
         session,

@@ -101,7 +101,7 @@ class Step:
         vlm: the model.
         optimizers: the optimizers of the model.
         feed: the source of rows.
-        num_micro_batches: number of rows of a step for each data-parallel rank.
+        num_micro_batches: number of rows of a step for each data-parallel rank; the largest number if it differs.
         objective: the objective that is minimised.
         window: number of micro-batches whose frames are encoded together, before the decoder runs on them; their
             features are then released. None: ``_WINDOW``, or with several pipeline stages all micro-batches of the step
@@ -109,6 +109,7 @@ class Step:
         source_names: names of the data sources, in the order of their numbers.
         tower_timer: a context manager around what the tower computes on this rank without waiting for other ranks.
         phases: measures and names the phases of a step; None: nothing does.
+        rows_of: the number of rows of each step, from 1, if it differs.
     """
 
     awake: Callable[[], AbstractContextManager] = nullcontext
@@ -125,6 +126,7 @@ class Step:
         source_names: Sequence[str] = ("data",),
         tower_timer: Timer = nullcontext,
         phases: Phases | None = None,
+        rows_of: Callable[[int], int] | None = None,
     ):
         self.vlm, self.optimizers, self.feed = vlm, optimizers, feed
         self.num_micro_batches, self.objective = num_micro_batches, objective
@@ -132,6 +134,7 @@ class Step:
         self._window, self._tower_timer = window, tower_timer
         self._phases = phases or Phases()
         self.expert_load = ExpertLoad(vlm)
+        self._rows_of = rows_of or (lambda step: num_micro_batches)
         self._schedule = get_forward_backward_func()
         prepare_schedule(vlm.decoder_config)
 
@@ -148,11 +151,11 @@ class Step:
     def _window_of(self, num_rows: int) -> int:
         return self._window or (_WINDOW if self.vlm.parallel.pipeline == 1 else num_rows)
 
-    def __call__(self, *, is_last: bool = False) -> StepResult:
-        rows = self.rows(self.feed, self.num_micro_batches)
+    def __call__(self, number: int = 1, *, is_last: bool = False) -> StepResult:
+        rows = self.rows(self.feed, self._rows_of(number))
         if not is_last:
             with self._phases("data"):
-                self.feed.read_ahead(self.num_micro_batches)
+                self.feed.read_ahead(self._rows_of(number + 1))
         return self.update(rows)
 
     def rows(self, feed: Feed, num_rows: int) -> StepRows:

@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 
-from megavlm.base.number_format import counted, short
+from megavlm.base.number_format import counted, short, stepwise
 from megavlm.checkpoint.load_weights import start_words
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
@@ -69,10 +69,14 @@ def header(session: Session, loader: RowLoader | None) -> dict[str, str]:
 
 
 def _rows(settings: Settings) -> str:
-    tokens, rollout = f"{settings.data.seq_length} tokens each", settings.rollout
-    if settings.train.global_batch_size is not None:
-        return f"{settings.train.global_batch_size} per step, {tokens}"
-    return f"as many as {rollout.prompts} prompts × {rollout.group_size} answers per step need, {tokens}"
+    data, train, rollout = settings.data, settings.train, settings.rollout
+    tokens = f", {data.seq_length} tokens each"
+    if data.length_ramp:
+        tokens = f"; tokens of each: {stepwise(data.length_ramp, data.seq_length)}"
+    if train.global_batch_size is not None:
+        rows = stepwise(train.batch_ramp, train.global_batch_size) if train.batch_ramp else train.global_batch_size
+        return f"{rows} per step{tokens}"
+    return f"as many as {rollout.prompts} prompts × {rollout.group_size} answers per step need{tokens}"
 
 
 def _data(settings: Settings, loader: RowLoader | None) -> str:

@@ -156,8 +156,10 @@ def test_unknown_key_in_a_list_of_sources(refused):
         ("stage=4", "stage is 4 (override stage=4); allowed: whole number 0 … 3, or null"),
         (
             "train.schedule=cosin",
-            "train.schedule is 'cosin' (override train.schedule=cosin); allowed: cosine | linear | constant | wsd | "
-                "inverse_sqrt | table",
+            (
+                "train.schedule is 'cosin' (override train.schedule=cosin); "
+                "allowed: cosine | linear | constant | wsd | inverse_sqrt | table"
+            ),
         ),
         (
             "model.freeze=[x]",

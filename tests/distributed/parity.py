@@ -179,10 +179,10 @@ def train_layout(folder: Path, checkpoint: Path, root: Path, records: list[dict]
     mine = rows[groups.dp_rank * each : (groups.dp_rank + 1) * each]
     steps = settings.train.steps
     feed = Feed(vlm, iter(mine * steps) if groups.is_leader else None)
-    objective = CrossEntropy(["data"], settings.train.logprob_chunk_tokens)
+    objective = CrossEntropy(["data"], settings.train.logprob_chunk_tokens, settings.train.loss)
     if settings.train.kl_to_start:
         start = StartWeights(Session(settings, vlm.shapes, groups, {MAIN: Model(vlm)}))
-        objective = CrossEntropyWithKL(["data"], objective.chunk_tokens, settings.train.kl_to_start, start)
+        objective = CrossEntropyWithKL(objective, settings.train.kl_to_start, start)
     optimizers = Optimizers(vlm, settings.train)
     step = Step(
         vlm,

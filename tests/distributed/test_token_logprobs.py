@@ -1,4 +1,4 @@
-"""Log-probabilities at a temperature on tensor ranks: those of autograd over log_softmax(logits / T)."""
+"""Log-probabilities at a temperature, and sums over the vocabulary, on tensor ranks: those of autograd."""
 
 import pytest
 import torch
@@ -83,3 +83,67 @@ def test_a_temperature_divides_the_logits(size, sequence_parallel, temperature, 
 def test_a_temperature_of_1_changes_no_bit(world2):
     without, with_it = world2.run(on_ranks, None, True), world2.run(on_ranks, 1.0, True)
     assert all(torch.equal(value, with_it[rank][name]) for rank in range(2) for name, value in without[rank].items())
+
+
+def loss_on_ranks(sequence_parallel: bool, z_loss: float, smoothing: float) -> dict[str, object]:
+    """Runs on every rank: the loss of ``CrossEntropy`` with such terms, its fields, and gradients of the whole row."""
+    from types import SimpleNamespace
+
+    import torch.distributed as dist
+
+    from megavlm.config.loss_section import LossSettings
+    from megavlm.model.targets import Targets
+    from megavlm.model.token_logprobs import token_logprobs
+    from megavlm.training.objective import CrossEntropy
+
+    group, size, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    hidden, weight, labels, factors = inputs()
+    slices, index = (size, rank) if sequence_parallel else (1, 0)
+    hidden = hidden.chunk(slices)[index].clone().requires_grad_()
+    weight = weight.chunk(size)[rank].clone().requires_grad_()
+    targets = Targets.of(labels, factors.abs(), slices, index, torch.device("cpu"))
+    logprobs = lambda hidden, targets, chunk, sums: token_logprobs(
+        hidden, weight, targets, group, sequence_parallel=sequence_parallel, chunk_tokens=chunk, sums=sums
+    )
+    chunk = SimpleNamespace(token_logprobs=logprobs)
+    micro_batch = SimpleNamespace(
+        targets=targets,
+        target_samples=torch.zeros_like(targets.tokens),
+        sample_sources=torch.zeros(1, dtype=torch.int64),
+    )
+    objective = CrossEntropy(["data"], 4, LossSettings(z_loss=z_loss, label_smoothing=smoothing))
+    loss, sums = objective.loss(objective.outputs(chunk, hidden, micro_batch), micro_batch)
+    loss.backward()
+    assert len(sums) == objective.num_sums
+    weights = factors.abs()[labels >= 0].sum().item()
+    return {
+        "loss": loss.detach(),
+        "fields": objective.fields(sums.tolist(), {"weight": weights}),
+        "gradient of the states": torch.cat(_all(hidden.grad, size)[:slices]),
+        "gradient of the weight": torch.cat(_all(weight.grad, size)),
+    }
+
+
+@pytest.mark.parametrize(("z_loss", "smoothing"), [(0.3, 0.0), (0.0, 0.2), (0.3, 0.2)], ids=["z", "smooth", "both"])
+@pytest.mark.parametrize(("size", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["one", "TP2", "SP2"])
+def test_z_loss_and_label_smoothing(size, sequence_parallel, z_loss, smoothing, request):
+    """As torch's own cross_entropy smooths, and the square of logsumexp."""
+    hidden, weight, labels, factors = (x.double() if x.is_floating_point() else x for x in inputs())
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logits, there, factors = hidden @ weight.t(), labels >= 0, factors.abs()
+    entropy = lambda smoothing: (
+        factors * torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    ).sum()
+    squares = (logits.logsumexp(-1).square() * factors)[there].sum()
+    loss = entropy(smoothing) + z_loss * squares
+    loss.backward()
+    whole = factors[there].sum().item()
+    for found in request.getfixturevalue(f"world{size}").run(loss_on_ranks, sequence_parallel, z_loss, smoothing):
+        # float32 sums of ten terms of size 1 to 10, against float64
+        assert found["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+        assert found["fields"] == pytest.approx(
+            {"nll": entropy(0.0).item() / whole, "z_loss": z_loss * squares.item() / whole}, rel=1e-5, abs=1e-6
+        )
+        for name, expected in (("states", hidden.grad), ("weight", weight.grad)):
+            assert torch.allclose(found[f"gradient of the {name}"].double(), expected, rtol=1e-5, atol=5e-5), name

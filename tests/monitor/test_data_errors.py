@@ -26,7 +26,7 @@ def errors(tmp_path, monkeypatch):
     monkeypatch.setattr(DataErrors, "_gathered", lambda self, mine: mine)
     monkeypatch.setattr(data_errors, "broadcast_object", lambda value, group: value)
     monkeypatch.setattr(sample_counts, "all_gather_objects", lambda value, group: [value])
-    loader = SimpleNamespace(sources=[SimpleNamespace(file=range(10**6))], drawn=[(0, 0)])
+    loader = SimpleNamespace(sources=[SimpleNamespace(file=range(10**6))], drawn=[(0, 0)], ends=None, epoch=10**6)
 
     def made(step=0):
         limits = {"data.max_bad_fraction": 1.0, "data.max_dropped_fraction": 1.0}

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from megavlm.align.registry import check_method
 from megavlm.base.errors import UserError
+from megavlm.config.layout import check_batch_ramp
 from megavlm.config.load import load_settings, resolved_yaml
 from megavlm.config.settings import Settings
 from megavlm.optim.schedule import Schedule
@@ -33,7 +35,10 @@ CASES = {
         {"schedule": "wsd", "steps": 100, "warmup_steps": 10, "decay_share": 0.2, "min_lr": 0.2},
         {0: 0.0, 5: 0.5, 10: 1.0, 50: 1.0, 80: 1.0, 90: 0.6, 100: 0.2, 120: 0.2},
     ),
-    "wsd, 1 - √": ({"schedule": "wsd", "steps": 100, "decay_share": 0.4, "decay_shape": "minus_sqrt"}, {60: 1, 70: 0.5}),
+    "wsd, 1 - √": (
+        {"schedule": "wsd", "steps": 100, "decay_share": 0.4, "decay_shape": "minus_sqrt"},
+        {60: 1, 70: 0.5},
+    ),
     "wsd, exponential": (
         {"schedule": "wsd", "steps": 100, "decay_share": 0.4, "decay_shape": "exponential"},
         {80: 2 * 0.5**0.5 - 1, 100: 0.0},
@@ -115,6 +120,13 @@ def test_a_table_of_steps_comes_back_from_config_yaml(tmp_path):
         (["train.batch_ramp={5: 4}"], "train.global_batch_size is not set"),
         (["train.batch_ramp={5: 4, 9: 2}", "train.global_batch_size=8"], "must grow"),
         (["train.batch_ramp={5: 8}", "train.global_batch_size=8"], "must grow"),
+        (["data.length_ramp={5: 64}", "data.seq_length=64"], "must grow"),
+        (["data.length_ramp={0: 8}", "data.seq_length=64"], "steps count from 1"),
+        (["data.length_ramp={5: 30}", "data.seq_length=64", "data.pad_multiple=4"], "data.length_ramp[5] is 30, which"),
+        (["data.length_ramp={5: 30}", "data.seq_length=64", "parallel.context=2"], "data.length_ramp[5] is 30, which"),
+        (["data.train=[{path: a.jsonl, loss_weight: 0}]"], "loss_weight"),
+        (["train.loss.label_smoothing=1"], "train.loss.label_smoothing is 1"),
+        (["train.loss.per=batch"], "token | sample | sqrt"),
     ],
 )
 def test_what_makes_no_sense_is_told(tmp_path, overrides, words):
@@ -122,3 +134,25 @@ def test_what_makes_no_sense_is_told(tmp_path, overrides, words):
     with pytest.raises(UserError) as caught:
         load_settings(tmp_path / "run.yaml", ["train.lr=1", *overrides])
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("verb", "override", "words"),
+    [
+        ("dpo", "train.loss.per=sample", "train.loss is set, but dpo does not use it"),
+        ("kto", "data.length_ramp={1: 8}", "data.length_ramp is set, but kto does not use it"),
+        ("rm", "data.train=[{path: a.jsonl, loss_weight: 2}]", "the loss_weight of data.train[0].path is set, but rm"),
+        ("grpo", "train.epochs=1", "train.epochs is 1, but the steps of grpo are counted in prompts"),
+    ],
+)
+def test_what_a_method_would_ignore_is_told(tmp_path, verb, override, words):
+    (tmp_path / "run.yaml").write_text("model: {hf: hf}\n")
+    with pytest.raises(UserError) as caught:
+        check_method(verb, load_settings(tmp_path / "run.yaml", [override]))
+    assert words in caught.value.message
+
+
+def test_each_number_of_rows_suits_the_ranks():
+    check_batch_ramp({5: 4, 9: 8}, Settings(model={"hf": "hf"}).parallel, 4)
+    with pytest.raises(UserError, match=r"train.batch_ramp\[5\] is 2, which is not divisible by the 4 data-parallel"):
+        check_batch_ramp({5: 2, 9: 8}, Settings(model={"hf": "hf"}).parallel, 4)

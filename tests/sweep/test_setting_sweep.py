@@ -44,6 +44,9 @@ BESIDE = {
                      "vllm.devices", "vllm.start_minutes", "vllm.request_minutes", "vllm.args")
     },
     "rollout.partial": ("rollout.engine=vllm", "rollout.ahead=1"),
+    "train.epochs": ("train.steps=null",), "train.restarts": ("train.schedule=cosine",),
+    "train.decay_share": ("train.schedule=wsd",), "train.decay_shape": ("train.schedule=wsd",),
+    "train.schedule_table": ("train.schedule=table",), "train.batch_ramp": ("train.global_batch_size=2147483647",),
     "train.warmup_steps": ("train.steps=2147483647",), "train.min_lr": ("train.lr=1e6", "train.schedule=cosine"),
     "parallel.expert": ("train.global_batch_size=null",), "parallel.expert_tensor": ("train.global_batch_size=null",),
     **dict.fromkeys(
@@ -72,8 +75,8 @@ UNLIMITED = {
         "as much work as was asked for",
     ),
     **dict.fromkeys(
-        ("eval.every", "eval.rows", "eval.stop_after",
-         "checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every", "log.every",
+        ("eval.every", "eval.rows", "eval.stop_after", "checkpoint.every", "checkpoint.every_epochs",
+         "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every", "log.every",
          "train.galore_update_every", "rollout.log_every", "rollout.vllm.start_minutes",
          "rollout.vllm.request_minutes"),
         "never, or always",
@@ -95,9 +98,8 @@ UNLIMITED = {
     **dict.fromkeys(
         (
             "train.lr", "train.min_lr", "train.galore_scale", "train.adam_eps", "train.weight_decay", "train.clip_grad",
-            "train.moe_aux_loss_coeff", "train.moe_z_loss_coeff", "train.kl_to_start", "adapter.alpha",
-            "adapter.scaling", "align.beta",
-            "adapter.lr_ratio", "align.sft_weight",
+            "train.moe_aux_loss_coeff", "train.moe_z_loss_coeff", "train.kl_to_start", "train.loss.z_loss",
+            "adapter.alpha", "adapter.scaling", "align.beta", "adapter.lr_ratio", "align.sft_weight",
             "align.gamma", "align.lam", "align.desirable_weight", "align.undesirable_weight", "align.centering",
             "generate.temperature", "rollout.temperature", "align.epsilon", "align.epsilon_high", "align.dual_clip",
             "align.tau_pos", "align.tau_neg", "align.critic.lr", "environment.weight",

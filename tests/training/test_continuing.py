@@ -50,6 +50,14 @@ def test_a_schedule_that_is_asked_for_says_what_it_changes(settings):
     assert told[-1] == "the learning rate of step 21 is 0.00075; with the settings before it was 0.00025"
 
 
+def test_more_epochs_keep_the_schedule(settings):
+    first = {"steps": None, "epochs": 2.0, "schedule_steps": 30, "min_lr": 1e-5}
+    told = said(settings, first, {**first, "epochs": 3.0, "schedule_steps": None})
+    assert told[0] == "from step 21 on, train.epochs is 3.0 (it was 2.0)"
+    assert "has 30 steps, after which the learning rate stays at train.min_lr = 1e-05" in told[1]
+    assert len(told) == 2
+
+
 def test_a_run_that_is_as_before_says_nothing(settings):
     assert said(settings, {"steps": 30}, {"steps": 30}) == []
 

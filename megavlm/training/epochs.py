@@ -1,0 +1,40 @@
+"""Runs whose length is given in epochs: the number of steps that their schedule and their progress count on."""
+
+from dataclasses import replace
+from functools import partial
+
+from megavlm.base.number_format import counted
+from megavlm.data.loader import RowLoader
+from megavlm.output.folder import Start, with_schedule_steps, write_config
+from megavlm.platform import Groups
+from megavlm.platform.collectives import on_first_rank
+
+
+def expect_steps(begin: Start, loader: RowLoader | None, groups: Groups) -> tuple[Start, list[str]]:
+    """Works out at the first start of a run how many steps its epochs will have. Call it on all ranks.
+
+    The number becomes ``train.schedule_steps`` and is written to config.yaml, so that the schedule is the same when the
+    run continues. The run itself ends when the data are used up.
+
+    Args:
+        begin: what the start does.
+        loader: the loader of this rank, if it reads rows.
+        groups: the process groups of the run.
+
+    Returns:
+        The start with that number, and what the user should know of it.
+    """
+    train = begin.settings.train
+    if train.epochs is None or train.schedule_steps is not None:
+        return begin, []
+    steps, is_exact = on_first_rank(partial(_expected, loader), groups.world_host)
+    begin = replace(begin, settings=with_schedule_steps(begin.settings, steps))
+    if begin.action != "resume":  # otherwise it is written when the run has been restored
+        on_first_rank(partial(write_config, begin), groups.world_host)
+    how = "" if is_exact else "about "
+    return begin, [f"train.epochs = {train.epochs:g} takes {how}{counted(steps, 'step')}: the schedule has this length"]
+
+
+def _expected(loader: RowLoader | None) -> tuple[int, bool]:
+    assert loader is not None, "the first rank reads rows"
+    return loader.expected_steps()
