@@ -39,7 +39,7 @@ class Work:
     Attributes:
         tokens: number of tokens without padding.
         segment_squares: sum of the squares of the samples' lengths in tokens.
-        target_tokens: number of tokens that are predicted.
+        target_tokens: number of tokens that are predicted; 0 for a reward model, whose head is not counted.
         patches: number of vision patches.
         frame_squares: sum of the squares of the frames' numbers of patches.
     """

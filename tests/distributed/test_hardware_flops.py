@@ -14,7 +14,7 @@ STEPS = {
     "decoder alone": ("dense", {"freeze": ("vision", "projector")}),
     "tower alone": ("dense", {"freeze": ("projector", "language")}),
     "recomputed layers": ("dense", {"recompute": "full"}),
-    "recomputed layers, tower and projector frozen": ("dense", {"recompute": "full", "freeze": ("vision", "projector")}),
+    "recomputed layers, the rest frozen": ("dense", {"recompute": "full", "freeze": ("vision", "projector")}),
     "recomputed MLPs and attention": ("dense", {"recompute": ["mlp", "core_attn"]}),
     "recomputed tower": ("dense", {"vision": {"recompute": True, "chunk_patches": 64}}),
     "recomputed tower, frozen": ("dense", {"vision": {"recompute": True}, "freeze": ("vision",)}),
@@ -42,6 +42,23 @@ def attention_backward_flops(grad, query, key, value, out, log_sum, dropout, cau
     return attention_flops(query, key, value, dropout, causal) * 5 // 2
 
 
+def product_flops(total, left, right, **kwargs) -> int:
+    """Of ``addmm_``, which FlopCounterMode does not know."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+class NoModules:
+    """In the place of FlopCounterMode's tracker of modules, which does not stand a forward pass without gradients."""
+
+    parents = ("Global",)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+
 def counted(settings, world: int | None = None, rank: int = 0) -> tuple[Counter, dict[str, float], dict[str, float]]:
     """FLOPs that a step of two rows carries out on this rank, of the tower and projector and of the decoder; and those
     that ``hardware_flops`` and ``parts_flops`` tell of the step."""
@@ -65,6 +82,7 @@ def counted(settings, world: int | None = None, rank: int = 0) -> tuple[Counter,
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+        aten.addmm_: product_flops,
     }
     settings, found = Settings(**settings), Counter()
 
@@ -104,12 +122,13 @@ def counted(settings, world: int | None = None, rank: int = 0) -> tuple[Counter,
         return found, *told
 
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    counter.mod_tracker = NoModules()
     if world is None:
         session = start(settings, training=True, load=False)
         return of(session, Optimizers(session.vlm, settings.train))
-    with absent_rank(that_can_be_absent(settings), make_method("sft", settings), rank, world) as (session, (model,)):
-        with BalancedExperts(model.vlm):
-            return of(session, model.optimizers)
+    absent = absent_rank(that_can_be_absent(settings), make_method("sft", settings), rank, world)
+    with absent as (session, (model,)), BalancedExperts(model.vlm):
+        return of(session, model.optimizers)
 
 
 def all_steps(settings: dict) -> dict:
