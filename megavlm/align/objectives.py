@@ -242,7 +242,8 @@ class RewardObjective(_AnswerObjective):
 
     def loss(self, outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         row, pairs = micro_batch.host, pairs_of(micro_batch.host)
-        margin = to_device(torch.tensor([row.annotations[first].margin for first in pairs[:, 0].tolist()]), device())
+        margins = [row.annotations[first].margin for first in pairs[:, 0].tolist()]
+        margin = to_device(torch.tensor(margins, dtype=torch.float32), device())
         answers = outputs[to_device(pairs, device())]
         chosen, rejected = answers.unbind(1)
         losses, metrics = reward_loss(chosen, rejected, margin, self.centering)

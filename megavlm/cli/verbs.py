@@ -42,6 +42,11 @@ def positive(text: str) -> int:
     return number
 
 
+def natural(text: str) -> int:
+    """The argparse type of a number that is at least 0."""
+    return 0 if text == "0" else positive(text)
+
+
 @dataclass(frozen=True)
 class Verb:
     """One verb of the command.
@@ -240,6 +245,23 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "help": "only with --text: a field of metrics.jsonl to draw; may be repeated; default: the main ones",
             },
             "port": {"metavar": "N", "type": int, "help": "port of the page; default: a free one from 8471 on"},
+        },
+        local_workers=False,
+    ),
+    "plan": Verb(
+        "megavlm.commands.plan:main",
+        "show what a layout needs on GPUs that need not be there: memory of each pipeline stage, FLOPs of a step",
+        "megavlm plan sft.yaml --gpus 64\nmegavlm plan sft.yaml parallel.tensor=4 --gpus 32 --gpu h200 --pictures 2",
+        sections=(*RUN, "align", "rollout", "reward", "environment"),
+        requires=("train.steps", "train.lr"),
+        reads=(),
+        flags={
+            "gpus": {"metavar": "N", "type": positive, "required": True, "help": "number of GPUs"},
+            "gpu": {"metavar": "NAME", "default": "h100", "help": "h100 (the default), h200, b200, h800 or a100"},
+            "for": FOR,
+            "samples": {"metavar": "N", "type": positive, "default": 1, "help": "samples in a row; default 1"},
+            "pictures": {"metavar": "N", "type": natural, "help": "pictures in a row; default: as many as fit"},
+            "json": {"action": "store_true", "dest": "as_json", "help": "print one line of JSON, in bytes and FLOPs"},
         },
         local_workers=False,
     ),

@@ -39,7 +39,7 @@ class Work:
     Attributes:
         tokens: number of tokens without padding.
         segment_squares: sum of the squares of the samples' lengths in tokens.
-        target_tokens: number of tokens that are predicted.
+        target_tokens: number of tokens that are predicted; 0 for a reward model, whose head is not counted.
         patches: number of vision patches.
         frame_squares: sum of the squares of the frames' numbers of patches.
     """
@@ -83,7 +83,14 @@ def forward_flops(shapes: Shapes, work: Work) -> dict[str, PartFlops]:
 
 
 def step_flops(shapes: Shapes, work: Work, frozen: Collection[str] = (), adapted: Collection[str] = ()) -> float:
-    """The operations of the forward and the backward pass.
+    """The operations of the forward and the backward pass, of all parts (see ``parts_flops``)."""
+    return sum(parts_flops(shapes, work, frozen, adapted).values())
+
+
+def parts_flops(
+    shapes: Shapes, work: Work, frozen: Collection[str] = (), adapted: Collection[str] = ()
+) -> dict[str, float]:
+    """The operations of the forward and the backward pass of the parts "vision", "projector" and "language".
 
     Args:
         shapes: the model's shapes.
@@ -95,19 +102,15 @@ def step_flops(shapes: Shapes, work: Work, frozen: Collection[str] = (), adapted
     products are counted, and the weight gradients of the parts that are trained. (The patch embedding is the exception:
     its input gradient is never needed.)
     """
-    parts = forward_flops(shapes, work)
-    total = 0.0
+    total = {}
     trained_before = False
-    for name in ("vision", "projector", "language"):  # in the order of the forward pass
-        forward = parts[name]
+    for name, forward in forward_flops(shapes, work).items():  # in the order of the forward pass
         trained, reached = name not in (*frozen, *adapted), name not in frozen
-        total += forward.weights + forward.attention
-        if trained:
-            total += forward.weights
+        total[name] = forward.weights * (1 + trained) + forward.attention
         if reached or trained_before:
-            total += forward.weights + 2 * forward.attention
-        if name == "vision" and trained:
-            total -= 2 * work.patches * shapes.vision.patch_dim * shapes.vision.hidden
+            total[name] += forward.weights + 2 * forward.attention
+        if name == "vision" and reached:
+            total[name] -= 2 * work.patches * shapes.vision.patch_dim * shapes.vision.hidden
         trained_before |= reached
     return total
 
@@ -115,14 +118,16 @@ def step_flops(shapes: Shapes, work: Work, frozen: Collection[str] = (), adapted
 def active_decoder_weights(text: TextShape) -> int:
     """The number of weights in the decoder's layers that a token uses: attention, and the MLP or its chosen experts."""
     attention = text.hidden * text.head_dim * (2 * text.heads + 2 * text.kv_heads)
-    total = 0
-    for layer in range(text.layers):
-        total += attention
-        if text.moe is not None and text.is_moe_layer(layer):
-            total += text.moe.top_k * 3 * text.hidden * text.moe.ffn + text.hidden * text.moe.num_experts
-        else:
-            total += 3 * text.hidden * text.ffn
-    return total
+    dense = sum(not text.is_moe_layer(layer) for layer in range(text.layers))
+    return text.layers * attention + dense * 3 * text.hidden * text.ffn + experts_of_a_token(text)
+
+
+def experts_of_a_token(text: TextShape) -> int:
+    """The number of weights of the experts that a token uses, and of their routers, in all layers that have them."""
+    if text.moe is None:
+        return 0
+    of_a_layer = text.moe.top_k * 3 * text.hidden * text.moe.ffn + text.hidden * text.moe.num_experts
+    return of_a_layer * sum(text.is_moe_layer(layer) for layer in range(text.layers))
 
 
 def peak_flops(device_name: str | None) -> float | None:

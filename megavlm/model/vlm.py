@@ -39,6 +39,7 @@ class VLM:
         vision, projector: modules that every rank has whole.
         language: one LanguageModel for each virtual pipeline chunk.
         tower: runs vision and projector on the frames of this rank.
+        scores: whether the model has the head of a reward model.
         resize_vocabulary: whether a checkpoint may have fewer rows of word embedding and output layer.
     """
 
@@ -53,7 +54,7 @@ class VLM:
     ) -> None:
         parallel = settings.parallel
         self.shapes, self.groups, self.parallel = shapes, groups, parallel
-        self.resize_vocabulary = settings.model.resize_vocabulary
+        self.scores, self.resize_vocabulary = score_head, settings.model.resize_vocabulary
         self.kernels = resolve(settings.model.kernels, settings.train.precision)
         kernels = provider(self.kernels, settings.adapter)
         self.decoder_config = decoder_config(

@@ -24,7 +24,14 @@ class BalancedDispatcher(MoEAlltoAllTokenDispatcher):
         top_k = self.config.moe_router_topk
         chosen = (torch.arange(tokens, device="cpu")[:, None] * top_k + torch.arange(top_k, device="cpu")) % experts
         balanced = torch.zeros(tokens, experts, dtype=torch.bool, device="cpu")
-        return super().preprocess(balanced.scatter_(1, chosen, True))
+        per_expert = super().preprocess(balanced.scatter_(1, chosen, True))
+        if per_expert.is_meta:  # Megatron has gathered the counts of all ranks on the device; each sends as this one
+            here, ranks = balanced.sum(dim=0)[self.local_expert_indices], self.tp_size * self.ep_size
+            self.output_splits = here.sum().expand(self.ep_size)
+            self.output_splits_tp = (here.sum() * self.ep_size).expand(self.tp_size)
+            self.num_global_tokens_per_local_expert = here.expand(ranks, -1)
+            per_expert = here * ranks
+        return per_expert
 
 
 class BalancedExperts(TorchDispatchMode):
@@ -36,7 +43,9 @@ class BalancedExperts(TorchDispatchMode):
     def __init__(self, vlm: VLM):
         super().__init__()
         self._top_k = vlm.decoder_config.moe_router_topk
-        dispatchers = (getattr(module, "token_dispatcher", None) for chunk in vlm.language for module in chunk.modules())
+        dispatchers = (
+            getattr(module, "token_dispatcher", None) for chunk in vlm.language for module in chunk.modules()
+        )
         for dispatcher in (one for one in dispatchers if isinstance(one, MoEAlltoAllTokenDispatcher)):
             dispatcher.__class__ = BalancedDispatcher  # MoELayer chooses its dispatcher by name, so it cannot be given
 

@@ -24,7 +24,7 @@ from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.optimizers import Optimizers
 from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
-from megavlm.runtime.feed import Feed, StepRows
+from megavlm.plan.step_memory import RowsAtHand
 from megavlm.runtime.session import MAIN, Session
 from megavlm.training.method import Method
 from megavlm.training.objective import Objective
@@ -135,7 +135,7 @@ def _state(optimizers: Optimizers, parameter: torch.Tensor) -> int:
 def _pass(session: Session, vlm: VLM, optimizers: Optimizers, objective: Objective) -> dict[str, int]:
     """Runs as many rows as fill the pipeline forward and backward. Returns ``Held.reached``."""
     settings, num_rows = session.settings, session.settings.parallel.pipeline
-    feed = _Rows(vlm, [_row(settings, session.shapes)] * num_rows)
+    feed = RowsAtHand(vlm, [_row(settings, session.shapes)] * num_rows)
     step = Step(vlm, optimizers, feed, num_rows, objective, None, settings.data.source_names)
     vlm.decoder_config.batch_p2p_comm = False  # torch cannot batch sends of meta tensors
     reached: set[torch.Tensor] = set()
@@ -147,17 +147,6 @@ def _pass(session: Session, vlm: VLM, optimizers: Optimizers, objective: Objecti
     return {
         part: sum(p.numel() for p in ps if p.requires_grad and p in reached) for part, ps in _parameters(vlm).items()
     }
-
-
-class _Rows(Feed):
-    """A feed with rows of its own, because no leader sends any."""
-
-    def __init__(self, vlm: VLM, rows: list[Row]):
-        super().__init__(vlm, None)
-        self._rows = rows
-
-    def rows(self, num_rows: int) -> StepRows:
-        return StepRows(self._rows, list(self._rows) if self.groups.is_leader else [])
 
 
 def _row(settings: Settings, shapes: Shapes) -> Row:

@@ -72,13 +72,13 @@ class Mix:
             pad_multiple=settings.pad_multiple,
         )
 
-    def work(self, rows: int) -> Work:
-        """The work of this many rows."""
+    def work(self, rows: int, *, scores: bool = False) -> Work:
+        """The work of this many rows. ``scores``: of a reward model, which computes no logits."""
         segments, patches = self.samples * self.answers, self.samples * self.pictures * self.side**2
         return Work(
             tokens=float(rows * segments * self.length),
             segment_squares=float(rows * segments * self.length**2),
-            target_tokens=float(rows * segments * (self.length - 1)),
+            target_tokens=0.0 if scores else float(rows * segments * (self.length - 1)),
             patches=float(rows * patches),
             frame_squares=float(rows * patches * self.side**2),
         )
@@ -88,5 +88,5 @@ class Mix:
         of = "pair of answers" if self.answers == 2 else "sample"
         return (
             f"each row has {self.samples} {of}{'s' * (self.samples > 1)} of {self.length:,} tokens, with "
-            f"{self.pictures} picture{'s' * (self.pictures != 1)} of {size} in each"
+            f"{self.pictures} picture{'s' * (self.pictures != 1)} of {size} each"
         )

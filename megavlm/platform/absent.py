@@ -1,15 +1,12 @@
 """Pretends to be one rank of a larger world: process groups whose other ranks do not exist, tensors without memory."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch._C._distributed_c10d import FakeWork
-from torch.overrides import TorchFunctionMode
 
 from megavlm.platform import cpu
 from megavlm.platform.device import set_absent
@@ -35,34 +32,12 @@ def absent_world(rank: int, world_size: int) -> Iterator[None]:
     cpu.install()
     try:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-        with _BlockwiseAttention():
-            yield
+        yield
     finally:
         shutdown()
         if dist.is_initialized():
             dist.destroy_process_group()
         set_absent(False)
-
-
-class _BlockwiseAttention(TorchFunctionMode):
-    """Attention on the meta device keeps what it keeps on CPUs and GPUs: its output and a log-sum-exp for each query.
-
-    torch would choose the kernel that keeps the products of all queries and keys, because it looks for one on a device.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
-            assert kwargs.keys() <= {"is_causal", "scale", "enable_gqa"}, "a mask or dropout needs another kernel"
-            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            return kernel(*args, 0.0, kwargs.get("is_causal", False), scale=kwargs.get("scale"))[0]
-        return func(*args, **kwargs)
 
 
 @functools.cache

@@ -1,13 +1,22 @@
-"""One block of blockwise attention with its log-sum-exp, forward and backward.
+"""One block of blockwise attention, differentiable; and with its log-sum-exp, forward and backward.
 
-These are the kernels of ``scaled_dot_product_attention``, called directly because that function does not return the
-log-sum-exp. Query [B, heads, n, dim], key and value [B, kv_heads, m, dim], log-sum-exp float32 [B, heads, n].
+``forward`` and ``backward`` are the kernels of ``scaled_dot_product_attention``, called directly because that function
+does not return the log-sum-exp. Query [B, heads, n, dim], key and value [B, kv_heads, m, dim], log-sum-exp float32 [B, heads, n].
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _aten = torch.ops.aten
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> Tensor:
+    """The output [B, heads, n, dim], which autograd knows."""
+    if query.is_meta:  # there torch would choose a kernel that keeps the products of all queries and keys
+        return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)[0]
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ def metrics_line(session: Session, number: int, result: StepResult, seconds: flo
     """Makes the line of metrics.jsonl for step ``number``, which took ``seconds`` (see ``monitor.metrics``)."""
     counts, settings = result.counts, session.settings
     adapted = session.adapters.parts if session.adapters is not None else ()
-    flops = step_flops(session.shapes, Work.from_counts(counts), settings.frozen(number), adapted)
+    work = Work.from_counts(counts | {"target_tokens": 0.0} if session.vlm.scores else counts)
+    flops = step_flops(session.shapes, work, settings.frozen(number), adapted)
     whole = ["tokens", "target_tokens", "images", "videos", "samples", "frames", "frames_encoded"]
     names = settings.data.source_names
     if len(names) > 1:

@@ -184,7 +184,8 @@ def watched_step(folder: Path, layout: dict, rank: int, world_size: int, **train
     from megavlm.align.registry import make_method
     from megavlm.config.settings import Settings
     from megavlm.optim.optimizers import Optimizers
-    from megavlm.plan.dry_run import _row, _Rows
+    from megavlm.plan.dry_run import _row
+    from megavlm.plan.step_memory import RowsAtHand
     from megavlm.platform import absent_world
     from megavlm.runtime.session import start
     from megavlm.training.step import Step
@@ -197,7 +198,7 @@ def watched_step(folder: Path, layout: dict, rank: int, world_size: int, **train
             session = start(settings, training=True, load=False, score_head=False)
         session.vlm.decoder_config.batch_p2p_comm = False  # torch cannot batch sends of meta tensors
         count = max(settings.parallel.pipeline, 2)
-        feed = _Rows(session.vlm, [_row(settings, session.shapes)] * count)
+        feed = RowsAtHand(session.vlm, [_row(settings, session.shapes)] * count)
         optimizers = Optimizers(session.vlm, settings.train)
         objective = method.bare_objective(session)
         step = Step(session.vlm, optimizers, feed, count, objective, None, ["data"])

@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from megavlm.model.kernels.context import context_attention
 from megavlm.model.packed import PackedRow
+from megavlm.platform import attention_blocks
 from megavlm.platform.batch_invariant import attend_one, is_batch_invariant
 
 
@@ -47,7 +47,7 @@ def segment_attention(
         q, k, v = (
             x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value)
         )
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        o = attention_blocks.attention(q, k, v, causal=causal, scale=scale)
         out.append(o.transpose(1, 2).flatten(0, 1))
     return torch.cat(out) if len(out) != 1 else out[0]
 

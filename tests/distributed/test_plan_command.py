@@ -1,0 +1,83 @@
+"""`megavlm plan`: what it shows of a toy and of a recipe, as a table and as JSON, and what it refuses."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from test_dry_run import CONFIGS, alone
+
+
+def commands(lines: list[list[str]], model: str = "8b") -> list[tuple[int, str, str]]:
+    """Runs on every rank: exit status, output and errors of each command line."""
+    import os
+
+    from megavlm.cli.main import main
+
+    found = []
+    with alone():
+        os.environ |= {"MEGAVLM_MODEL": model, "COLUMNS": "120"}
+        for line in lines:
+            with (
+                contextlib.redirect_stdout(io.StringIO()) as shown,
+                contextlib.redirect_stderr(io.StringIO()) as told,
+            ):
+                status = main(["plan", *line])
+            found.append((status, shown.getvalue(), " ".join(told.getvalue().split())))
+    return found
+
+
+@pytest.fixture(scope="module")
+def config(toys, tmp_path_factory) -> Path:
+    sections = {
+        "model": {"hf": str(toys.folder("dense")), "load": "none"},
+        "data": {"seq_length": 256, "train": [{"path": "none"}]},
+        "parallel": {"pipeline": 2},
+        "train": {"lr": 1e-3, "steps": 2, "global_batch_size": 16},
+    }
+    path = tmp_path_factory.mktemp("plan") / "toy.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def test_a_toy(config, world1) -> None:
+    usual = [str(config), "--gpus", "4", "--pictures", "1"]
+    lines = [
+        usual,
+        [*usual, "--json"],
+        [*usual, "--json", "--gpu", "h200", "train.global_batch_size=32"],
+        [str(config), "--gpus", "4", "--gpu", "h1000"],
+        [str(config), "--gpus", "5"],
+        [str(config)],
+    ]
+    ((shown, first, second, unknown, odd, without),) = world1.run(commands, lines)
+    assert (shown[0], first[0], second[0]) == (0, 0, 0), (shown, first, second)
+    assert "stage rank weights" in " ".join(shown[1].split())
+    assert "fits on 4 × H100 SXM 80 GB (2 data-parallel), with 79.1 GiB to spare" in shown[1]
+    assert "16 rows, 4.1K tokens" in " ".join(shown[1].split())
+    assert "each row has 1 sample of 256 tokens, with 1 picture of 30 × 30 patches each" in shown[1]
+    found, larger = json.loads(first[1]), json.loads(second[1])
+    assert [stage["rank"] for stage in found["stages"]] == [0, 2]
+    for stage in found["stages"]:
+        assert stage["total"] == sum(stage["static"].values()) + sum(stage["peak"]["by_phase"].values())
+    # Twice as many rows are twice the work; a window of all rows holds the pixels and features of twice as many.
+    assert larger["model_flops"] == pytest.approx({k: 2 * v for k, v in found["model_flops"].items()})
+    sizes = [plan["stages"][0]["peak"]["by_phase"]["exchange"] for plan in (found, larger)]
+    assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.2)
+    assert larger["capacity"] > found["capacity"]
+    assert (unknown[0], odd[0], without[0]) == (2, 2, 2)
+    assert (
+        "--gpu h1000 is not known → known are h100, h200" in unknown[2].replace("\n", " ") or "known are" in unknown[2]
+    )
+    assert "start 4 or 6 processes" in odd[2]
+    assert "needs --gpus N" in without[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "gpus"), [("8b", 16), ("30b-a3b", 32)])
+def test_a_recipe_fits_its_gpus(model, gpus, world1) -> None:
+    ((found,),) = world1.run(commands, [[str(CONFIGS / "tune/sft.yaml"), "--gpus", str(gpus), "--json"]], model)
+    assert found[0] == 0, found
+    assert json.loads(found[1])["fits"]
