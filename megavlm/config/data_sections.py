@@ -38,8 +38,8 @@ class DataSource(Section):
 
     path: DataPath | None = Field(
         None,
-        description="JSONL file with one sample per line, or folder of shards (see megavlm data prepare); a path or a "
-        "URL",
+        description="data file (JSONL, a JSON array, Parquet, Arrow), a pattern that matches several "
+        "(shards/*.parquet), or a folder of them or of WebDataset shards (see megavlm data prepare); a path or a URL",
     )
     sources: list["DataSource"] = Field([], description="instead of path: a blend of sources, as in data.train")
     name: Str | None = Field(None, min_length=1, description="name of the source in metrics; null: the file's name")
@@ -53,10 +53,27 @@ class DataSource(Section):
         "must have epochs, too",
     )
 
+    map: dict[Str, Str] = Field(
+        {},
+        description="for fields of samples that the file calls differently, their names in it: {images: picture, "
+        "question: query_text}",
+    )
+    media: DataPath | None = Field(
+        None,
+        description="folder from which relative paths of pictures and videos start; null: the folder of the data file",
+    )
+
     @property
     def label(self) -> str:
         """The name in metrics of a source that has a path."""
-        return self.name or str(self.path).rstrip("/").rpartition("/")[2].removesuffix(".jsonl")
+        if self.name is not None:
+            return self.name
+        folder, _, file = str(self.path).rstrip("/").rpartition("/")
+        for suffix in (".jsonl", ".parquet", ".arrow"):
+            file = file.removesuffix(suffix)
+        if "*" in file or "?" in file:  # a pattern: what all its files have in common, or their folder
+            file = re.split(r"[*?\[]", file)[0].rstrip("-_.") or folder.rpartition("/")[2] or "data"
+        return file
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataSource":
@@ -68,6 +85,10 @@ class DataSource(Section):
                 f"a source of data.train has both weight {self.weight:g} and epochs {self.epochs:g}: one would be "
                 "ignored",
                 "remove one of them",
+            )
+        if self.sources and (self.map or self.media is not None):
+            raise UserError(
+                f"a blend has {'map' if self.map else 'media'}, which would be ignored", "give it to the sources in it"
             )
         check_blend(self.sources, epochs_count=self.epochs is not None)
         if self.sources and self.name is not None:

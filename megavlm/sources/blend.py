@@ -2,29 +2,12 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
 
 from megavlm.base.errors import UserError
 from megavlm.config.data_sections import DataSettings
-from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
-from megavlm.media.files import Find, is_folder
-from megavlm.sources.jsonl import JsonlFile
-from megavlm.sources.shards import ShardFolder
-
-
-class SampleFile(Protocol):
-    """Random access to samples in any storage format. It is pickled to worker processes."""
-
-    path: str
-
-    def __len__(self) -> int: ...
-
-    def source(self, index: int) -> str:
-        """The location of sample `index`, for messages; never raises."""
-
-    def read(self, index: int) -> tuple[Any, Find]:
-        """The parsed record of sample `index`, and the function that locates its media. Raises UserError."""
+from megavlm.media.access import MediaAccess
+from megavlm.sources.open_files import SampleFile as SampleFile  # where a source is wanted, its file is, too
+from megavlm.sources.open_files import open_file as open_file
 
 
 @dataclass
@@ -34,18 +17,6 @@ class Source:
     name: str
     file: SampleFile
     share: float
-
-
-def open_file(path: str | Path, access: MediaAccess = ANY_LOCAL_FILE) -> SampleFile:
-    """Open a JSONL file or a folder of shards whose records may name media as `access` allows.
-
-    Raises UserError if `path` is neither.
-    """
-    try:
-        folder = not str(path).endswith(".jsonl") and is_folder(path)
-    except Exception as error:  # each protocol of fsspec raises its own exceptions
-        raise UserError(f"{path} cannot be read: {error}") from None
-    return ShardFolder(path, access) if folder else JsonlFile(path, access)
 
 
 def media_access(settings: DataSettings) -> MediaAccess:
@@ -84,7 +55,9 @@ def _opened(blend: list, access: MediaAccess) -> tuple[list[Source], float]:
         if item.sources:
             leaves, samples = _opened(item.sources, access)
         else:
-            leaves = [Source(item.label, open_file(item.path, access), 1.0)]
+            assert item.path is not None, "a source has a path or sources"
+            file = open_file(item.path, access, item.map, None if item.media is None else str(item.media))
+            leaves = [Source(item.label, file, 1.0)]
             samples = len(leaves[0].file)
         parts.append((leaves, item.weight if item.epochs is None else item.epochs * samples))
     total = sum(weight for _, weight in parts)
