@@ -39,7 +39,6 @@ from megavlm.runtime.feed import MicroBatch
 from megavlm.runtime.forward import forward_only
 from megavlm.runtime.session import Session
 from megavlm.sources.blend import Source
-from megavlm.sources.shards import ShardFolder
 from megavlm.workers.worker_processes import rows_from_workers
 
 FILE_NAME = "reference.safetensors"
@@ -240,7 +239,7 @@ def _column(annotations: Annotations) -> int:
 def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:
     """Identifies what the log-probabilities depend on; for files, see ``digest_of``."""
     folders = [find_checkpoint(path) for path in (settings.model.start, settings.model.adapter) if path is not None]
-    files = [s.file.index_files if isinstance(s.file, ShardFolder) else [s.file.path] for s in sources]
+    files = [source.file.index_files for source in sources]
     return {
         "kind": kind,
         "model": digest_of_folders(*folders),

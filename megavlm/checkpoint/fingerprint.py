@@ -7,6 +7,7 @@ from pathlib import Path
 from megavlm.convert.hf_shapes import is_hf_folder
 from megavlm.media.files import File
 from megavlm.sources.blend import SampleFile
+from megavlm.sources.shards import INDEX, INFO
 
 _ENDS = 1 << 20  # bytes that are read at either end of a file
 
@@ -38,6 +39,6 @@ def digest_of_folders(*folders: Path) -> str:
 
 
 def describe_samples(file: SampleFile) -> str:
-    """Words that differ if a file was changed: of a JSONL file its digest, of a folder of shards its samples."""
-    is_one = file.path.endswith(".jsonl") and not Path(file.path).is_dir()
-    return f"{len(file)} samples" + (f", digest {digest_of([File(file.path)])}" if is_one else "")
+    """Words that differ if files were changed: of data files their digest, of a folder of shards its samples."""
+    files = [File(name) for name in file.index_files if not name.endswith((INFO, INDEX))]
+    return f"{len(file)} samples" + (f", digest {digest_of(files)}" if files else "")

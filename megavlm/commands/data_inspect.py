@@ -151,13 +151,14 @@ def _bar(console: Console) -> Progress:
 def _table(stats: SourceStats) -> Group:
     """The statistics of a source for the terminal."""
     title = Text.assemble((stats.name, "bold"), "  ", (stats.path, "dim"))
+    form = [Text(f"form: {stats.form}")] if stats.form else []
     shares = Text(f"{percent(stats.share)} of the samples of the blend")
     if stats.token_share is not None:
         shares.append(f", about {percent(stats.token_share)} of its tokens")
         if stats.target_share is not None:  # prompts have no targets
             shares.append(f", {percent(stats.target_share)} of its targets")
     looked = Text(f"{stats.looked_at:,} of {stats.count:,} samples inspected")
-    lines: list[Any] = [title, shares, looked]
+    lines: list[Any] = [title, *form, shares, looked]
     if stats.usable:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("per sample", no_wrap=True)

@@ -10,8 +10,9 @@ from pydantic import Field, field_validator, model_validator
 
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
-from megavlm.config.eval_section import EvalSource
-from megavlm.config.section import Bool, Count, DataPath, FilePath, Float, Int, Positive, Section, Steps, Str
+from megavlm.config.section import Bool, Count, FilePath, Float, Int, Section, Steps, Str
+from megavlm.config.source_section import DataSource as DataSource
+from megavlm.config.source_section import EvalSource, check_blend
 
 # Protocols that may be allowed as a whole: where a name inside the network is no risk, or is checked. For all others,
 # the host must be named.
@@ -33,93 +34,6 @@ LIMITS = (
     *("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "video_max_pixels_per_frame"),
     *("video_fps", "video_max_frames"),
 )
-
-
-class DataSource(Section):
-    """A training file, a folder of shards, or a blend of sources, with its share of the blend that contains it."""
-
-    path: DataPath | None = Field(
-        None,
-        description="JSONL file with one sample per line, or folder of shards (see megavlm data prepare); a path or a "
-        "URL",
-    )
-    sources: list["DataSource"] = Field([], description="instead of path: a blend of sources, as in data.train")
-    name: Str | None = Field(None, min_length=1, description="name of the source in metrics; null: the file's name")
-    weight: Float = Field(
-        1.0, gt=0, description="share of the samples that come from this source, relative to the others in the blend"
-    )
-    epochs: Float | None = Field(
-        None,
-        gt=0,
-        description="instead of weight: number of passes over this source, relative to the others in the blend, which "
-        "must have epochs, too",
-    )
-    loss_weight: Positive = Field(
-        1.0, ge=1e-6, description="factor of the weight that its targets have in the loss; only for pretrain and sft"
-    )
-
-    @property
-    def label(self) -> str:
-        """The name in metrics of a source that has a path."""
-        return self.name or str(self.path).rstrip("/").rpartition("/")[2].removesuffix(".jsonl")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "DataSource":
-        if (self.path is None) == (not self.sources):
-            found = "both path and sources" if self.sources else "neither path nor sources"
-            raise UserError(f"a source of data.train has {found}", "give it a path, or sources to blend")
-        if self.epochs is not None and self.is_changed("weight"):
-            raise UserError(
-                f"a source of data.train has both weight {self.weight:g} and epochs {self.epochs:g}: one would be "
-                "ignored",
-                "remove one of them",
-            )
-        check_blend(self.sources, epochs_count=self.epochs is not None)
-        if self.sources and self.name is not None:
-            raise UserError(
-                f"the blend {quoted(self.name)} has a name, which would be ignored", "give names to the sources in it"
-            )
-        if self.epochs is not None and any(source.epochs is None for source in self.sources):
-            raise UserError("a blend has epochs, but the sources in it have a weight", "give epochs to the sources")
-        return self
-
-
-def check_blend(sources: list[DataSource], *, epochs_count: bool = False) -> None:
-    """Raises UserError unless all sources of a blend have a weight or all have epochs, and these have an effect.
-
-    Args:
-        sources: the sources of the blend.
-        epochs_count: whether the blend itself has epochs, so that the epochs of a sole source make a difference.
-    """
-    if len(sources) == 1:
-        sole = sources[0]
-        no_effect = (
-            "epochs"
-            if sole.epochs is not None and not epochs_count
-            else "weight"
-            if sole.is_changed("weight")
-            else None
-        )
-        if no_effect:
-            raise UserError(
-                f"{quoted(sole.label if sole.path else 'a blend')} is the only source of its blend and has {no_effect} "
-                f"{getattr(sole, no_effect):g}, which has no effect: all samples come from it",
-                f"remove {no_effect}; how often a source is passed over follows from train.steps",
-            )
-    by_epochs = [source.epochs is not None for source in sources]
-    if any(by_epochs) and not all(by_epochs):
-        raise UserError(
-            "some sources of a blend have epochs and others have a weight: they cannot be compared",
-            "give all of them epochs, or all of them a weight",
-        )
-
-
-def _leaves(key: str, sources: list[DataSource]) -> dict[str, DataSource]:
-    found: dict[str, DataSource] = {}
-    for index, source in enumerate(sources):
-        inner = _leaves(f"{key}[{index}].sources", source.sources)
-        found |= inner or {f"{key}[{index}].path": source}
-    return found
 
 
 class ReplaySettings(Section):
@@ -308,7 +222,7 @@ class DataSettings(Section):
     @property
     def leaves(self) -> dict[str, DataSource]:
         """All sources that have a path, by the key of that path ("data.train[0].path")."""
-        return _leaves("data.train", self.train) | _leaves(
+        return leaves_of("data.train", self.train) | leaves_of(
             "data.replay.sources", self.replay.sources if self.replay else []
         )
 

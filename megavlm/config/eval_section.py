@@ -1,25 +1,13 @@
-"""The sources of ``data.eval``, and the section eval: evaluation while training."""
+"""The section eval: evaluation while training."""
 
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
-from megavlm.config.section import DataPath, Int, Section, Str
+from megavlm.config.section import Int, Section, Str
 
 # What can be measured of held-out data, and whether more of it is better.
 MEASURES = {"loss": False, "accuracy": True, "margin": True}
-
-
-class EvalSource(Section):
-    """A file or folder of shards with samples that are not trained on."""
-
-    path: DataPath = Field(description="JSONL file or folder of shards; a path or a URL")
-    name: Str | None = Field(None, min_length=1, description="name of the source in metrics; null: the file's name")
-
-    @property
-    def label(self) -> str:
-        """The name in metrics."""
-        return self.name or str(self.path).rstrip("/").rpartition("/")[2].removesuffix(".jsonl")
 
 
 class EvalSettings(Section):

@@ -1,5 +1,6 @@
 """What a verb needs in addition to valid settings: keys that must be set and files that must exist."""
 
+import glob
 import importlib.util
 from collections.abc import Iterable
 from operator import attrgetter
@@ -47,7 +48,9 @@ def check_files(settings: Settings, keys: Iterable[str]) -> None:
     paths: dict[str, Path | str | None] = {}
     for key in keys:
         if key == "data.train":
-            paths |= {name: source.path for name, source in settings.data.leaves.items()}
+            leaves = settings.data.leaves
+            paths |= {name: source.path for name, source in leaves.items()}
+            paths |= {f"{name.removesuffix('path')}media": source.media for name, source in leaves.items()}
         elif key == "data.eval":
             several = len(settings.data.eval) > 1
             paths |= {
@@ -76,7 +79,7 @@ def check_files(settings: Settings, keys: Iterable[str]) -> None:
 
 def _exists(path: Path, key: str) -> bool:
     try:
-        return path.exists()
+        return path.exists() or (glob.has_magic(str(path)) and any(glob.iglob(str(path), recursive=True)))
     except OSError as error:  # a folder above it may not be read, or the name is too long
         raise UserError(f"{key} is {path}, which cannot be read: {error.strerror}", "check this path") from None
 

@@ -215,7 +215,9 @@ class Adapter:
                 }
                 for key, entry in self.whole.items():
                     parts = entry.layout.to_hf(self.others.read(key), list(entry.hf.values()))
-                    tensors |= {PEFT_PREFIX + name: part.contiguous() for name, part in zip(entry.hf, parts, strict=True)}
+                    tensors |= {
+                        PEFT_PREFIX + name: part.contiguous() for name, part in zip(entry.hf, parts, strict=True)
+                    }
                     tensors |= {PEFT_PREFIX + name: parts[0].clone() for name in entry.copies}
                 save_file(tensors, partial / ADAPTER_MODEL, metadata={"format": "pt"})
             finish(partial)

@@ -14,6 +14,7 @@ import fsspec
 
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import shortened
+from megavlm.media.retries import retried
 
 _BUFFER_LOCAL, _BUFFER_REMOTE = 1 << 13, 1 << 16  # read-ahead in bytes; a picture's header fits into the local one
 
@@ -61,7 +62,7 @@ class File:
             return os.stat(self.url).st_size - self.start
         system, path = self._remote()
         try:
-            size = system.size(path)
+            size = retried(self.url, lambda: system.size(path))
         except FileNotFoundError as error:  # fsspec says so of every HTTP failure
             raise _permission(error) or error from None
         if size is None:
@@ -74,7 +75,7 @@ class File:
         last = self.end if end is None else self.start + end
         if is_url(self.url):
             system, path = self._remote()
-            data = system.cat_file(path, start=first or None, end=last)
+            data = retried(self.url, lambda: system.cat_file(path, start=first or None, end=last))
         else:
             with open(self.url, "rb", buffering=0) as file:
                 file.seek(first)

@@ -12,9 +12,7 @@ from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.prepare.index_shards import find_shards, index_shards, is_up_to_date
 from megavlm.prepare.write_shards import ShardWriter, fault_of, load_ahead
 from megavlm.records.skipped_samples import SkippedSample, causes
-from megavlm.sources.blend import evenly
-from megavlm.sources.jsonl import JsonlFile
-from megavlm.sources.shards import ShardFolder
+from megavlm.sources.blend import evenly, open_file
 
 SKIPPED = "skipped.jsonl"
 _LOOKED_AT = 100  # samples of a folder of shards that are looked at
@@ -79,7 +77,7 @@ def check_samples(folder: Path) -> Unusable:
 
     Raises UserError if none of them can be used.
     """
-    file = ShardFolder(folder)
+    file = open_file(folder)
     places = evenly(len(file), _LOOKED_AT)
     found = []
     for index in places:
@@ -135,7 +133,7 @@ def convert(
         )
     if out.exists():
         raise UserError(f"{out} exists already", "choose another --out, or move it away")
-    files = [JsonlFile(path, access) for path in jsonl]
+    files = [open_file(path, access) for path in jsonl]
     unusable, number = [], 0
     try:
         with new_folder(out) as partial:

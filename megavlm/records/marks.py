@@ -15,6 +15,8 @@ from megavlm.records.boxes import Box, check_box, count_marks
 from megavlm.records.values import kind_of
 
 MARKS = {"<image>": "image", "<video>": "video"}
+MEDIA_PARTS = {"image": "image", "video": "video", "image_url": "image", "video_url": "video"}
+"""The types of parts that stand for a picture or video; those with _url are OpenAI's."""
 _MARK = re.compile(rf"\\?({'|'.join(MARKS)})")
 
 
@@ -31,6 +33,11 @@ def num_marks(text: str, kind: str) -> int:
 def without_marks(text: str) -> str:
     """The text as a reader sees it: without marks, and with the words for which a backslash stood before them."""
     return _MARK.sub(lambda found: "" if found[0] in MARKS else found[1], text)
+
+
+def place_of_media(part: dict) -> str | None:
+    """The field in which a part of one of MEDIA_PARTS names its file; None if the file is in the record's list."""
+    return next((name for name in (part["type"], "path", "url") if part.get(name) is not None), None)
 
 
 class Places:
@@ -91,13 +98,16 @@ class Places:
             if self._boxes is not None:
                 self._nearest += [max(len(self.images) - 1, 0)] * count_marks(part["text"])
             return part
-        if kind not in ("image", "video"):
+        if not isinstance(kind, str) or kind not in MEDIA_PARTS:
             raise UserError(
                 f"{self.source}: {where} has a part of an unknown form: {quoted(part)}",
                 'a part is {"type": "text", "text": …}, {"type": "image", "image": path} or '
                 '{"type": "video", "video": path}',
             )
-        placed = next((part[name] for name in (kind, "path") if name in part), None)
+        field, kind = place_of_media(part), MEDIA_PARTS[kind]
+        placed = None if field is None or (field == "url" and self._listed[kind + "s"]) else part[field]
+        if isinstance(placed, dict) and "url" in placed:  # as OpenAI writes it
+            placed = placed["url"]
         if placed is None:
             name = kind + "s"
             number = self._places[name]

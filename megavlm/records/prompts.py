@@ -5,6 +5,7 @@ from typing import Any
 from megavlm.base.errors import UserError
 
 ASKING = ("prompt", "problem")
+_ANSWERING = ("answer", "solution")
 
 
 def as_conversation(raw: dict[str, Any], source: str) -> dict[str, Any]:
@@ -30,3 +31,15 @@ def as_conversation(raw: dict[str, Any], source: str) -> dict[str, Any]:
     if not isinstance(prompt, list):
         raise UserError(f"{source}: {found[0]} must be a string or a list of messages")
     return {**{name: value for name, value in raw.items() if name != found[0]}, "messages": prompt}
+
+
+def with_answer(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """A question that has an ``answer`` or ``solution`` as a conversation to be learned; other records as they are.
+
+    Arguments and errors are those of ``as_conversation``.
+    """
+    answer = next((raw[name] for name in _ANSWERING if isinstance(raw.get(name), str | int | float)), None)
+    if answer is None or "messages" in raw or "text" in raw or "completion" in raw or not any(n in raw for n in ASKING):
+        return raw
+    asked = as_conversation(raw, source)
+    return {**asked, "messages": [*asked["messages"], {"role": "assistant", "content": str(answer)}]}

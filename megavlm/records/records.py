@@ -25,8 +25,8 @@ from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
 from megavlm.records.boxes import Box, fill_marks
 from megavlm.records.forms import form_of, other_form
-from megavlm.records.marks import MARKS, Places
-from megavlm.records.prompts import ASKING, as_conversation
+from megavlm.records.marks import MARKS, MEDIA_PARTS, Places, place_of_media
+from megavlm.records.prompts import ASKING, as_conversation, with_answer
 from megavlm.records.skipped_samples import NO_TARGET, UnfitSample
 from megavlm.records.values import check_values, is_number, kind_of
 
@@ -102,6 +102,8 @@ def check_record(raw: Any, kind: Kind, source: str) -> Record:
     check_values(raw, (*FIELDS, *ASKING) if kind == "prompt" else FIELDS, source)
     if kind == "prompt":
         raw = as_conversation(raw, source)
+    elif kind == "tune":
+        raw = with_answer(raw, source)
     is_missing = "messages" not in raw and "text" not in raw
     if is_missing and form_of(raw) is not None:
         raise other_form(raw, "messages", (), source)
@@ -140,13 +142,15 @@ def rename_media(record: Any, rename: Callable[[str], str]) -> Any:
     def media(named: Any) -> Any:
         if isinstance(named, str):
             return rename(named)
+        if isinstance(named, dict) and isinstance(named.get("url"), str):
+            return named | {"url": rename(named["url"])}
         if isinstance(named, list):
             return [media(item) for item in named]
         return named | {"frames": media(named["frames"])} if isinstance(named, dict) and "frames" in named else named
 
     def part(part: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
-        field = next((name for name in (kind, "path") if name in part), None) if kind in ("image", "video") else None
+        field = place_of_media(part) if isinstance(kind, str) and kind in MEDIA_PARTS else None
         return part if field is None else part | {field: media(part[field])}
 
     def message(message: Any) -> Any:

@@ -68,6 +68,7 @@ class SourceStats:
     Attributes:
         name: the name of the source.
         path: the path of its file or folder.
+        form: the foreign form of its records; None: megavlm's own.
         share: its share of the samples of the blend, 0 to 1, from the settings.
         token_share: its estimated share of the tokens of the blend; None if no sample can be used.
         target_share: its estimated share of the targets of the blend; None if no sample can be used.
@@ -90,6 +91,7 @@ class SourceStats:
 
     name: str
     path: str
+    form: str | None
     share: float
     token_share: float | None
     target_share: float | None
@@ -178,6 +180,7 @@ def _source_stats(look: Look, renderer: Renderer, token_share: float | None, tar
     return SourceStats(
         name=look.source.name,
         path=look.source.file.path,
+        form=look.source.file.form,
         share=look.source.share,
         token_share=token_share,
         target_share=target_share,

@@ -15,7 +15,8 @@ from megavlm.runtime.feed import Window
 from megavlm.runtime.results import Results
 from megavlm.runtime.session import Session
 from megavlm.runtime.weights import Weights
-from megavlm.sources.blend import JoinedFiles, open_eval_sources
+from megavlm.sources.blend import open_eval_sources
+from megavlm.sources.open_files import Joined, SampleFile
 
 # Settings of the data section on which results depend, beside the limits of pictures and videos.
 _DATA = {"eval", "seq_length", "packing", "pad_multiple", "too_long", "append_eos"}
@@ -52,7 +53,6 @@ class Evaluation:
         note = {"weights": weights.note(), "data": of_data, **made_with}
 
         def identity() -> dict[str, Any]:
-            files = self._file().files
             of_data = data.model_dump(mode="json", include=_DATA) | data.limits
             return {
                 "weights": f"{weights}, files {weights.digest()}",
@@ -63,7 +63,7 @@ class Evaluation:
                 "adapter.quantize": settings.adapter.quantize,
                 "train.precision": settings.train.precision,
                 **{f"data.{key}": value for key, value in of_data.items()},
-                "content of data.eval": ", ".join(map(describe_samples, files)),
+                "content of data.eval": describe_samples(self._file()),
                 **{f"{part}.{key}": value for part, values in made_with.items() for key, value in values.items()},
             }
 
@@ -139,8 +139,8 @@ class Evaluation:
         workers, output = session.settings.data.workers, self.path.parent
         return EvalSamples(file, self._renderer, self._kind, mine, workers, output, groups.dp_rank), len(mine)
 
-    def _file(self) -> JoinedFiles:
-        return JoinedFiles([source.file for source in open_eval_sources(self._session.settings.data)])
+    def _file(self) -> SampleFile:
+        return Joined("data.eval", [source.file for source in open_eval_sources(self._session.settings.data)])
 
     def _names(self) -> str:
         return ", ".join(str(source.path) for source in self._session.settings.data.eval)

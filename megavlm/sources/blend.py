@@ -1,33 +1,14 @@
 """The data sources of a run: files and folders of samples, and the share of each in the blend."""
 
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from pathlib import Path
-from typing import Any, Protocol
 
 from megavlm.base.errors import UserError
 from megavlm.config.data_sections import DataSettings
-from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
-from megavlm.media.files import Find, is_folder
-from megavlm.sources.jsonl import JsonlFile
-from megavlm.sources.shards import ShardFolder
-
-
-class SampleFile(Protocol):
-    """Random access to samples in any storage format. It is pickled to worker processes."""
-
-    path: str
-
-    def __len__(self) -> int: ...
-
-    def source(self, index: int) -> str:
-        """The location of sample `index`, for messages; never raises."""
-
-    def read(self, index: int) -> tuple[Any, Find]:
-        """The parsed record of sample `index`, and the function that locates its media. Raises UserError."""
+from megavlm.config.source_section import DataFile
+from megavlm.media.access import MediaAccess
+from megavlm.sources.open_files import SampleFile as SampleFile  # where a source is wanted, its file is, too
+from megavlm.sources.open_files import open_file as open_file
 
 
 @dataclass
@@ -49,53 +30,21 @@ class Source:
     is_replay: bool = False
 
 
-class JoinedFiles:
-    """The samples of several files as those of one, file after file."""
-
-    def __init__(self, files: Sequence[SampleFile]):
-        self.files, self.path = list(files), ", ".join(file.path for file in files)
-        self._ends = list(accumulate(map(len, files)))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def source(self, index: int) -> str:
-        """See ``SampleFile``."""
-        file, place = self._find(index)
-        return file.source(place)
-
-    def read(self, index: int) -> tuple[Any, Find]:
-        """See ``SampleFile``."""
-        file, place = self._find(index)
-        return file.read(place)
-
-    def _find(self, index: int) -> tuple[SampleFile, int]:
-        number = bisect_right(self._ends, index)
-        return self.files[number], index - (self._ends[number - 1] if number else 0)
-
-
-def open_file(path: str | Path, access: MediaAccess = ANY_LOCAL_FILE) -> SampleFile:
-    """Open a JSONL file or a folder of shards whose records may name media as `access` allows.
-
-    Raises UserError if `path` is neither.
-    """
-    try:
-        folder = not str(path).endswith(".jsonl") and is_folder(path)
-    except Exception as error:  # each protocol of fsspec raises its own exceptions
-        raise UserError(f"{path} cannot be read: {error}") from None
-    return ShardFolder(path, access) if folder else JsonlFile(path, access)
-
-
 def media_access(settings: DataSettings) -> MediaAccess:
     """Which media records may name, from data.media_roots and data.media_protocols."""
     roots = settings.media_roots
     return MediaAccess(None if roots is None else tuple(map(str, roots)), tuple(settings.media_protocols))
 
 
+def _file(source: DataFile, access: MediaAccess) -> SampleFile:
+    assert source.path is not None, "a source has a path or sources"
+    return open_file(source.path, access, source.map, None if source.media is None else str(source.media))
+
+
 def open_eval_sources(settings: DataSettings) -> list[Source]:
     """Opens the sources of ``data.eval``. Raises UserError if one is missing or empty."""
     access = media_access(settings)
-    return [Source(source.label, open_file(source.path, access), 1.0) for source in settings.eval]
+    return [Source(source.label, _file(source, access), 1.0) for source in settings.eval]
 
 
 def open_sources(settings: DataSettings) -> list[Source]:
@@ -129,7 +78,7 @@ def _opened(blend: list, access: MediaAccess) -> tuple[list[Source], float]:
         if item.sources:
             leaves, samples = _opened(item.sources, access)
         else:
-            leaves = [Source(item.label, open_file(item.path, access), 1.0)]
+            leaves = [Source(item.label, _file(item, access), 1.0)]
             samples = len(leaves[0].file)
         leaves = [
             replace(leaf, loss_weight=leaf.loss_weight * item.loss_weight, passes=leaf.passes * (item.epochs or 1.0))

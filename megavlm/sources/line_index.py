@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,27 +38,47 @@ def line_spans(file: File) -> np.ndarray:
     size = file.size()
     if size < _KEPT_FROM:
         return _joined(file, size, _pieces(file, size, None))
-    folder = Path(os.environ.get("MEGAVLM_CACHE") or Path.home() / ".cache" / "megavlm") / "lines"
-    changed = os.stat(file.url).st_mtime_ns if file.local_path else None
-    where = os.path.abspath(file.url) if file.local_path else file.url
-    kept = folder / f"{hashlib.sha256(repr((where, size, changed)).encode()).hexdigest()[:32]}.npy"
-    parts = kept.with_suffix(".parts")
-    if not kept.exists():
-        with _turn(kept, parts):
-            if not kept.exists():  # nor has another process made it meanwhile
-                spans = _joined(file, size, _pieces(file, size, parts))
-                try:
-                    with atomic_open(kept, "wb") as out:
-                        np.save(out, spans)
-                except OSError:  # the disk is full or the home folder is read-only: this run works without the cache
-                    return spans
-                shutil.rmtree(parts, ignore_errors=True)
+    return kept_index(file, "lines", lambda parts: _joined(file, size, _pieces(file, size, parts)))
+
+
+def kept_index(file: File, kind: str, make: Callable[[Path], np.ndarray]) -> np.ndarray:
+    """The index of a file from the cache, memory-mapped; if it is not there, what ``make`` returns is kept there.
+
+    Args:
+        file: the file. The index belongs to its path, size and time of modification.
+        kind: the name of the folder of these indexes in the cache.
+        make: gets a folder for unfinished work, which is removed afterwards.
+    """
+    kept = cache_path(file, kind, ".npy")
+    with turn(kept) as parts:
+        if not kept.exists():  # nor has another process made it meanwhile
+            spans = make(parts)
+            try:
+                with atomic_open(kept, "wb") as out:
+                    np.save(out, spans)
+            except OSError:  # the disk is full or the home folder is read-only: this run works without the cache
+                return spans
     return np.load(kept, mmap_mode="r")
 
 
+def cache_path(file: File, kind: str, suffix: str) -> Path:
+    """The path in the cache of what was made from a file with this path, size and time of modification."""
+    folder = Path(os.environ.get("MEGAVLM_CACHE") or Path.home() / ".cache" / "megavlm") / kind
+    changed = os.stat(file.url).st_mtime_ns if file.local_path else None
+    where = os.path.abspath(file.url) if file.local_path else file.url
+    return folder / f"{hashlib.sha256(repr((where, file.size(), changed)).encode()).hexdigest()[:32]}{suffix}"
+
+
 @contextmanager
-def _turn(kept: Path, parts: Path) -> Iterator[None]:
-    """Waits until no other process of this machine makes the index. The work of the other one is a sign of life."""
+def turn(kept: Path) -> Iterator[Path]:
+    """Waits until no other process of this machine makes ``kept``; yields a folder for unfinished work.
+
+    The folder is removed once ``kept`` exists. The work of the other process is a sign of life.
+    """
+    parts = kept.with_suffix(".parts")
+    if kept.exists():
+        yield parts
+        return
     lock = None
     with suppress(OSError):  # without a lock, the same work may be done twice
         parts.mkdir(parents=True, exist_ok=True)
@@ -69,14 +89,16 @@ def _turn(kept: Path, parts: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            if (now := len(list(parts.glob("*.npy")))) != done:
+            if (now := len(list(parts.glob("*")))) != done:
                 heartbeat.beat(f"{now} pieces of a data file were indexed by another process")
             done = now
             time.sleep(_WAIT)
         except OSError:  # the file system has no locks
             break
     try:
-        yield
+        yield parts
+        if kept.exists():
+            shutil.rmtree(parts, ignore_errors=True)
     finally:
         if lock is not None:
             lock.close()

@@ -6,8 +6,11 @@ from typing import Any
 from PIL import Image
 
 from megavlm.media.access import MediaAccess
-from megavlm.media.files import Find
+from megavlm.media.files import File, Find
+from megavlm.sources.inline import MARK
+from megavlm.sources.jsonl import JsonlFile
 from megavlm.sources.shards import VIDEOS, find_in_shard
+from megavlm.sources.table import SUFFIXES, TableFile
 
 
 def preview(named: Any, is_video: bool, find: Find, source: str) -> Image.Image:
@@ -37,4 +40,12 @@ def media_of(sample: str, access: MediaAccess) -> Find:
     file, _, number = sample.rpartition(":")
     if file.endswith(".tar") and number.isdecimal():
         return find_in_shard(file, int(number) - 1, sample, access)
-    return partial(access.find, file, sample)
+    return partial(_find, file, number, sample, access)
+
+
+def _find(file: str, number: str, sample: str, access: MediaAccess, named: str) -> File:
+    """A file beside the data file, or, for the name of a picture inside the sample, this picture."""
+    if not named.startswith(MARK):
+        return access.find(file, sample, named)
+    samples = TableFile(file, access) if file.endswith(SUFFIXES) else JsonlFile(file, access)
+    return samples.read(samples.index_of(int(number)))[1](named)

@@ -40,6 +40,8 @@ class ShardFolder:
         UserError: the folder does not exist, or it has no index.
     """
 
+    form: str | None = None
+
     def __init__(self, path: str | Path, access: MediaAccess = ANY_LOCAL_FILE):
         self.path, self._access = str(path).rstrip("/"), access
         try:

@@ -89,7 +89,8 @@ def _data(settings: Settings, loader: RowLoader | None) -> str:
     for source in loader.sources:
         size = len(source.file)
         passes = f", {rows * source.share / size:.3g} passes" if settings.data.packing == "none" else ""
-        listed.append(f"{source.file.path} ({counted(size, 'sample')}{passes})")
+        form = f", form: {source.file.form}" if source.file.form else ""
+        listed.append(f"{source.file.path} ({counted(size, 'sample')}{passes}{form})")
     return ", ".join(listed)
 
 

@@ -403,12 +403,12 @@ def test_a_shard_without_samples_and_samples_without_text(tmp_path, capfd):
 
 
 def test_shards_of_another_form_are_not_ready_also_when_they_are_indexed_already(tmp_path, capfd):
-    sharegpt = b'{"conversations": [{"from": "human", "value": "?"}]}'
-    foreign(tmp_path / "c/c.tar", ["k.json", "l.json", "m.json"], json=sharegpt)
+    unknown = b'{"dialogue": [{"speaker": "human", "says": "?"}]}'
+    foreign(tmp_path / "c/c.tar", ["k.json", "l.json", "m.json"], json=unknown)
     for _ in range(2):
         message = refused(capfd, tmp_path / "c")
         assert "none of 3 inspected samples can be used" in message
-        assert message.count("as ShareGPT and LLaVA write it") == 1
+        assert message.count("the record has no form that megavlm knows") == 1
         assert "3 × broken" in message
 
 

@@ -16,7 +16,7 @@ from megavlm.sources.jsonl import JsonlFile
 TALK = {"messages": [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Two."}]}
 PAIR = {"prompt": "Two?", "chosen": "Two.", "rejected": "Three."}
 JUDGED = {"prompt": "Two?", "completion": "Two.", "label": True}
-SHAREGPT = {"id": "7", "image": "7.jpg", "conversations": [{"from": "human", "value": "Two?"}]}
+SHAREGPT = {"id": "7", "conversations": [{"from": "human", "value": "Two?"}]}
 LONG = {"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "Two."}]}
 
 
@@ -58,7 +58,8 @@ def test_sft_data_under_a_dpo_config_are_not_ready(run, verb, tmp_path):
         ([PAIR], "sft", "this one has neither; the record is a pair of answers, which dpo and rm read"),
         ([PAIR], "kto", "completion is missing; the record is a pair of answers, which dpo and rm read"),
         ([JUDGED], "rm", "chosen and rejected are missing; the record is a labelled answer, which kto reads"),
-        ([SHAREGPT], "sft", "a conversation as ShareGPT and LLaVA write it (fields: id, image, conversations)"),
+        ([SHAREGPT], "sft", "8 × no target"),
+        ([{"dialogue": "Two?"}], "sft", "the record has no form that megavlm knows (fields: dialogue)"),
         (["{"], "sft", "not valid JSON"),
         ([LONG], "sft", "8 × too long"),
         ([TALK | {"messages": TALK["messages"][:1]}], "sft", "8 × no target"),

@@ -1,0 +1,175 @@
+"""Random access to the rows of Parquet and Arrow files, through Arrow files that are memory-mapped."""
+
+import datetime
+import decimal
+from bisect import bisect_right
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from megavlm.base import heartbeat
+from megavlm.base.atomic_files import atomic_open
+from megavlm.base.errors import UserError
+from megavlm.base.quoting import shortened
+from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
+from megavlm.media.files import File, Find
+from megavlm.sources.inline import with_names
+from megavlm.sources.line_index import cache_path, turn
+
+SUFFIXES = (".parquet", ".arrow", ".feather")
+_ROWS = 64  # rows of a batch: what is read for one row
+_COPIED = 1 << 24  # bytes of a remote Arrow file that are copied at a time
+_TOLD = 1 << 30  # bytes after which others that wait for the file see progress
+_TEXTS = (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
+
+
+class TableFile:
+    """Random access to the rows of a Parquet or Arrow file (of Hugging Face's data sets, too).
+
+    A row is a record: its columns are fields, and columns without a value are left out. Pictures in it are replaced by
+    names (see ``inline``). A Parquet file is first converted to an Arrow file in the cache (``$MEGAVLM_CACHE``, default
+    ``~/.cache/megavlm``), because a row of Parquet cannot be read without the thousands beside it.
+
+    Args:
+        path: a path, or a URL that fsspec supports.
+        access: which media the rows may name.
+
+    Raises:
+        UserError: the file cannot be read, or has no rows; the cache has no room for it.
+    """
+
+    form: str | None = None
+
+    def __init__(self, path: str | Path, access: MediaAccess = ANY_LOCAL_FILE):
+        self.path, self._access = str(path), access
+        try:
+            self._arrow = _arrow_file(File(self.path))
+            self._batches: Any = _batches(self._arrow)
+            sizes = [self._batches[number].num_rows for number in range(len(self._batches))]
+        except UserError:
+            raise
+        except FileNotFoundError:
+            raise UserError(f"data file {self.path} does not exist", "give the path or URL of a data file") from None
+        except Exception as error:  # of Arrow or fsspec
+            raise UserError(f"data file {self.path} cannot be read: {shortened(error)}") from None
+        self._ends = list(accumulate(sizes))
+        if not self._ends or not self._ends[-1]:
+            raise UserError(f"data file {self.path} has no rows")
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_batches": None}  # each process maps the file itself
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def index_files(self) -> list[str]:
+        """The files that change when the samples change."""
+        return [self.path]
+
+    def source(self, index: int) -> str:
+        """ "file:row" of sample `index`, with rows from 1."""
+        return f"{self.path}:{index + 1}"
+
+    def index_of(self, number: int) -> int:
+        """The index of the sample whose ``source`` ends with this number. Raises UserError if there is none."""
+        if not 1 <= number <= len(self):
+            raise UserError(f"{self.path} has no row {number}")
+        return number - 1
+
+    def raw(self, index: int) -> Any:
+        """Row `index` with the bytes in it, as JSON has it otherwise."""
+        if self._batches is None:
+            self._batches = _batches(self._arrow)
+        batch = bisect_right(self._ends, index)
+        first = self._ends[batch - 1] if batch else 0
+        return _plain(self._batches[batch].slice(index - first, 1).to_pylist()[0])
+
+    def read(self, index: int) -> tuple[Any, Find]:
+        """The record of row `index`, and the function that locates its media. Raises UserError if unreadable."""
+        try:
+            find = partial(self._access.find, self.path, self.source(index))
+            return with_names(self, index, self.raw(index), find)
+        except Exception as error:  # of Arrow
+            raise UserError(f"{self.source(index)}: cannot be read: {shortened(error)}") from None
+
+
+class _Batches:
+    """The record batches of an Arrow file, which are read from the mapped file when they are used."""
+
+    def __init__(self, reader: Any):
+        self._reader = reader
+
+    def __len__(self) -> int:
+        return self._reader.num_record_batches
+
+    def __getitem__(self, number: int) -> Any:
+        return self._reader.get_batch(number)
+
+
+def _batches(path: str) -> Any:
+    """The record batches of a local Arrow file or stream; data sets of Hugging Face are streams."""
+    import pyarrow as pa  # imported on first use: most runs read no tables
+
+    options = pa.ipc.IpcReadOptions(use_threads=False)  # threads do not survive the fork of workers
+    mapped = pa.memory_map(path)
+    try:
+        return _Batches(pa.ipc.open_file(mapped, options=options))
+    except pa.ArrowInvalid:
+        mapped.seek(0)
+        return list(pa.ipc.open_stream(mapped, options=options))
+
+
+def _arrow_file(file: File) -> str:
+    """The path of a local Arrow file with the rows of a Parquet or Arrow file."""
+    is_parquet = file.url.endswith(".parquet")
+    if file.local_path and not is_parquet:
+        return file.url
+    kept = cache_path(file, "tables", ".arrow")
+    with turn(kept) as parts:
+        if not kept.exists():
+            try:
+                with atomic_open(kept, "wb") as out:
+                    (_convert if is_parquet else _copy)(file, out, parts)
+            except OSError as error:
+                if error.filename is None and error.errno is None:  # Arrow's own, about the content
+                    raise
+                raise UserError(
+                    f"{file} cannot be written to the cache {kept.parent}: {error}",
+                    "free some space there (as much as the file has uncompressed), or set MEGAVLM_CACHE to another "
+                    "folder",
+                ) from None
+    return str(kept)
+
+
+def _convert(file: File, out: Any, parts: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with file.open() as stream, pq.ParquetFile(stream) as rows, pa.ipc.new_file(out, rows.schema_arrow) as writer:
+        for batch in rows.iter_batches(_ROWS, use_threads=False):
+            writer.write_batch(batch)
+            _tell(out.tell(), file, parts)
+
+
+def _copy(file: File, out: Any, parts: Path) -> None:
+    with file.open() as stream:
+        while data := stream.read(_COPIED):
+            out.write(data)
+            _tell(out.tell(), file, parts)
+
+
+def _tell(written: int, file: File, parts: Path) -> None:
+    heartbeat.beat(f"{written:,} bytes of {file} were written to the cache")
+    if parts.is_dir():
+        (parts / f"{written // _TOLD}").touch()
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: without fields that have no value, and with times and decimals as text. Bytes stay."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, _TEXTS) else value
