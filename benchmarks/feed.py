@@ -61,7 +61,7 @@ def text(repeats: int) -> dict:
     import torch.distributed as dist
 
     from megavlm import platform
-    from megavlm.config.layout import ParallelSettings
+    from megavlm.config.settings import ParallelSettings
     from megavlm.data.row_source import HeldRows
     from megavlm.platform.collectives import broadcast_object
     from megavlm.runtime.read_ahead import ReadAhead, Reader

@@ -23,10 +23,11 @@ from megavlm.base.imports import no_collection
 from megavlm.cli import environment, failures, local_workers
 from megavlm.cli.arguments import wrong
 from megavlm.cli.verbs import VERBS, Verb, positive
-from megavlm.config import layout, requirements
+from megavlm.config import requirements
 from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings
 from megavlm.environments.worker_process import check_environment
+from megavlm.layout import shapes
 from megavlm.output import folder, held_run
 from megavlm.output.folder import StartOptions
 from megavlm.rewards.pool import check_rewards
@@ -145,10 +146,10 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
             raise UserError(f"file {path} does not exist", "check the path after --image or --video")
     if verb.local_workers:
         batch = settings.train.global_batch_size if verb.writes == "" else None
-        data_parallel = layout.check_world_size(settings.parallel, world_size, batch)
+        data_parallel = shapes.check_world_size(settings.parallel, world_size, batch)
         if name in METHODS and METHODS[name].samples:
             prompts = requirements.required(settings.rollout.prompts, "rollout.prompts")
-            layout.check_prompts(prompts, settings.align.mini_batches, data_parallel)
+            shapes.check_prompts(prompts, settings.align.mini_batches, data_parallel)
     if int(os.environ.get("RANK", 0)) > 0:
         return  # rank 0 may already be writing to the output folder
     if name in METHODS and METHODS[name].samples:

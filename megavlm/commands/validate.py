@@ -20,7 +20,6 @@ from megavlm.base.number_format import counted, short, stepwise
 from megavlm.checkpoint.load_weights import shapes_at_start, start_words
 from megavlm.commands.reward_fields import check_prompt_data
 from megavlm.commands.usable_data import drafts_of, intended, refusal, renderer_of
-from megavlm.config.layout import check_prompts
 from megavlm.config.requirements import check_files, check_stage, required
 from megavlm.config.schedule_section import value_at
 from megavlm.config.settings import DataSettings, Settings, TrainSettings
@@ -31,6 +30,7 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
 from megavlm.data.rows import RowDataset
 from megavlm.environments.worker_process import check_environment
+from megavlm.layout.shapes import check_prompts
 from megavlm.model.flops import active_decoder_weights
 from megavlm.model.shapes import Shapes
 from megavlm.optim.group_rules import described

@@ -12,7 +12,7 @@ from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
 from megavlm.config.section import Bool, Count, FilePath, Float, Int, Section, Steps, Str
 from megavlm.config.source_section import DataSource as DataSource
-from megavlm.config.source_section import EvalSource, check_blend
+from megavlm.config.source_section import EvalSource, check_blend, leaves_of
 
 # Protocols that may be allowed as a whole: where a name inside the network is no risk, or is checked. For all others,
 # the host must be named.

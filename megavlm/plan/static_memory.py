@@ -7,10 +7,12 @@ Megatron's padding of buckets, the cutting of buffers over data-parallel ranks a
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from megavlm.adapters.nf4 import Nf4
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.galore import GaLore
 from megavlm.optim.optimizers import Optimizers
@@ -94,7 +96,7 @@ def _tensors_of(module: nn.Module) -> Iterable[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
     for quantized in (one.nf4 for one in module.modules() if getattr(one, "nf4", None) is not None):
-        yield from quantized.tensors()  # type: ignore[operator]  # an Nf4
+        yield from cast(Nf4, quantized).tensors()
 
 
 def _state_of(optimizers: Optimizers) -> Iterable[Tensor]:

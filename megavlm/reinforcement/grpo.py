@@ -7,7 +7,6 @@ import torch.distributed as dist
 from megavlm.align.preference_method import check_reference
 from megavlm.align.sampling_checks import with_group_size
 from megavlm.base.errors import UserError
-from megavlm.config.layout import check_prompts
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.loader import build_loader
@@ -15,6 +14,7 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.environments.messages import Messages
 from megavlm.environments.pool import EnvironmentPool
+from megavlm.layout.shapes import check_prompts
 from megavlm.reinforcement.answer_queue import AnswerQueue
 from megavlm.reinforcement.divergence import Divergence
 from megavlm.reinforcement.engines import make_engine

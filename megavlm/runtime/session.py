@@ -11,9 +11,9 @@ from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import has_score_head, shapes_at_start
 from megavlm.checkpoint.manager import MAIN
-from megavlm.config.layout import check_batch_ramp, check_expert_settings, check_layout, check_window
 from megavlm.config.settings import Settings
-from megavlm.config.speed_checks import check_speed_with_model
+from megavlm.layout.shapes import check_batch_ramp, check_expert_settings, check_layout, check_window
+from megavlm.layout.speed import check_speed_with_model
 from megavlm.model.configs import check_supported, decoder_widths
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM

@@ -51,7 +51,7 @@ class Weights:
             return str(self)
         with suppress(UserError):  # the run's other files matter no further here
             tree = yaml_files.read_file(self.run / "config.yaml").tree
-            metric = (tree.get("eval") or {}).get("best")
+            metric = str((tree.get("eval") or {}).get("best"))
             line = next((line for line in read_metrics(self.run) if line["step"] == self.step), {})
             if (value := line.get(metric)) is not None:
                 return f"{self}, its best by {metric}: {number(value)}"

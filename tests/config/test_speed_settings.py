@@ -4,7 +4,7 @@ import pytest
 
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
-from megavlm.config.speed_checks import check_speed_with_model
+from megavlm.layout.speed import check_speed_with_model
 
 HF = "model: {hf: folder}\n"
 FP8 = ("train.precision=fp8", "model.kernels=te")

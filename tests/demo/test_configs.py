@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megavlm.config.layout import check_layout
 from megavlm.config.load import load_settings
 from megavlm.demo.commands import DEFAULT_OUT, OUT_VARIABLE
 from megavlm.demo.data import HELDOUT_FILE, PHOTOGRAPH_PIXELS, TRAIN_FILES
@@ -14,6 +13,7 @@ from megavlm.demo.model_folder import TEXT
 from megavlm.demo.rl import RL
 from megavlm.demo.run import STAGES
 from megavlm.demo.tune import TUNE
+from megavlm.layout.shapes import check_layout
 
 # Those of the other demos: where each starts, below the demo's folder.
 TUNE_STARTS = {"rm": "stage3", "mediocre": "stage3", "dpo": f"{TUNE}/mediocre", "lora": "stage3"}

@@ -41,7 +41,7 @@ def read(way: str):
 
     from megavlm import platform
     from megavlm.base.errors import UserError
-    from megavlm.config.layout import ParallelSettings
+    from megavlm.config.settings import ParallelSettings
     from megavlm.data.row_source import HeldRows
     from megavlm.runtime import read_ahead
     from megavlm.runtime.read_ahead import ReadAhead

@@ -7,9 +7,9 @@ import pytest
 
 from megavlm.align.registry import check_method
 from megavlm.base.errors import UserError
-from megavlm.config.layout import check_batch_ramp
 from megavlm.config.load import load_settings, resolved_yaml
 from megavlm.config.settings import Settings
+from megavlm.layout.shapes import check_batch_ramp
 from megavlm.optim.schedule import Schedule
 from megavlm.plan.curve import curve
 

@@ -4,9 +4,9 @@ import pytest
 
 from megavlm.align.registry import METHODS, check_method, make_method
 from megavlm.base.errors import UserError
-from megavlm.config.layout import check_prompts
 from megavlm.config.requirements import check_required
 from megavlm.config.settings import Settings
+from megavlm.layout.shapes import check_prompts
 from megavlm.reinforcement.grpo import Policy
 
 REWARD = [{"name": "exact"}]

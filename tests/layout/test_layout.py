@@ -5,8 +5,8 @@ import re
 import pytest
 
 from megavlm.base.errors import UserError
-from megavlm.config.layout import check_expert_settings, check_layout, check_window
 from megavlm.config.settings import ParallelSettings, TrainSettings
+from megavlm.layout.shapes import check_expert_settings, check_layout, check_window
 
 SHAPES = {"num_heads": 32, "num_kv_heads": 8, "vocab_size": 151936, "num_layers": 36, "seq_length": 8192}
 
