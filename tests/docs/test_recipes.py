@@ -143,7 +143,9 @@ def test_commands_run(files: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             name = re.match(r"# in (\S+)\n", block.text)[1]
             (files / "added.yaml").write_text(f"base: {name}\n{block.text}")
             words = ["grpo" if name == "grpo.yaml" else "sft", "added.yaml", f"output=runs/added{number}"]
-            run = forked_command.run([*with_small(words[0], words), *(["--nproc", "4"] * ("pipeline" in block.text))])
+            words += ["train.unfreeze_after={vision: 1}"] * ("unfreeze_after" in block.text)  # of two steps
+            words += ["--nproc", "4"] * ("pipeline" in block.text)
+            run = forked_command.run(with_small(words[0], words))
             if run.returncode:
                 failed.append(f"{block.question}\n{run.stdout[-500:]}\n{run.stderr[-1500:]}")
     assert not failed, "\n\n".join(failed)
@@ -160,7 +162,7 @@ def with_small(name: str, words: list[str]) -> list[str]:
     if "grpo.yaml" in words or "grpo" in words:
         del small["train.global_batch_size"]
         small |= SAMPLED
-    if "--world-size" in words or "added.yaml" in words:
+    elif "--world-size" in words:
         small["train.global_batch_size"] = "8"
     if name in ("score", "infer", "export", "data inspect"):
         small.pop("train.memory_check")

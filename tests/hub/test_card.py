@@ -39,6 +39,7 @@ def facts(tmp_path):
         data={"train": [{"path": "/somewhere/secret/cats.jsonl"}], "seq_length": 4096},
         train={"steps": 10, "lr": 1e-3, "schedule_steps": 10},
         adapter={"type": "lora", "rank": 8},
+        reward=[{"python": "/somewhere/secret/rewards.py:brief"}],
     )
     return RunFacts(run, 3)
 
@@ -70,6 +71,7 @@ def test_the_card_of_a_model(facts, tmp_path):
         "In all: 3,000 tokens, 300 target tokens, 9 pictures, 3 videos.",
         "3 steps of supervised fine-tuning; the run was set up for 10. Parts that did not learn: vision.",
         "| `adapter.rank` | `8` |",
+        "| `reward[0].python` | `rewards.py:brief` |",
         "| `data.seq_length` | `4096` |",
         "| loss | 3.000 | 1.000 |",  # three lines are too few to be averaged
         "![The loss over the steps of training](loss.png)",
