@@ -56,7 +56,8 @@ class ReportAtCheckpoint:
     def _write(self) -> None:
         arguments = [sys.executable, "-m", __name__, str(self._output), str(os.getpid())]
         try:
-            child = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            silent = subprocess.DEVNULL
+            child = subprocess.Popen(arguments, stdin=silent, stdout=silent, stderr=silent)
         except OSError:  # no memory or no process left: the run matters more
             return
         deadline = None

@@ -73,7 +73,7 @@ def expert_map(folder: Path) -> Markup:
     )
     keys = (("lr", "more than even"), ("loss", "less than even"))
     return Markup(
-        '<figure class="chart"><figcaption><b>Load of each expert</b>{legend}</figcaption>'
+        '<figure class="chart" style="grid-column:1/-1"><figcaption><b>Load of each expert</b>{legend}</figcaption>'
         '<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" shape-rendering="crispEdges" role="img" '
         'aria-label="Load of each expert" style="width:100%;height:{pixels}px;border:1px solid var(--rule)">'
         '{drawing}</svg><p class="soft small">{text}</p></figure>'

@@ -213,10 +213,10 @@ def _charts(run: Run) -> list[tuple[str, list[Markup]]]:
         chart("Tokens per second", steps, [Curve.smoothed("tokens/s", speed, "speed")], from_zero=True, label=short),
         chart("MFU", steps, [Curve.smoothed("MFU", mfu, "speed")], from_zero=True, label=percent),
         phases_bar(run),
-        *expert_charts(run.lines, run.folder),
         chart("Peak memory, GiB", steps, [Curve("GiB", run.column("memory_gib"), "soft")], from_zero=True),
     ]
     groups = [*policy_charts(run.lines), ("Training", charts)] if rl else [("", charts)]
+    groups.append(("Experts", expert_charts(run.lines, run.folder)))
     return [(heading, [drawn for drawn in group if drawn]) for heading, group in groups]
 
 

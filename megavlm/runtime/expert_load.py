@@ -67,9 +67,10 @@ class ExpertLoad:
     def totals(self) -> ExpertTotals | None:
         """The sums since ``start`` over the global batch, on rank 0; None elsewhere, or for a dense model.
 
-        Call it on all ranks. It waits for the device.
+        Also None if nothing was learned, as in steps in which a critic learns alone. Call it on all ranks. It waits for
+        the device.
         """
-        if not self._layers:
+        if not self._layers or not self._rows:
             return None
         sums = self._sums.clone()
         dist.reduce(sums, 0)
@@ -77,7 +78,7 @@ class ExpertLoad:
             return None
         sums = sums[self._layers].cpu()
         # A layer's loss of a row is a mean over the row's tokens, of which the ranks that share them have parts.
-        rows = max(self._rows, 1) * self._data_ranks
+        rows = self._rows * self._data_ranks
         balancing, z = (sums[:, -2] / rows).tolist(), (sums[:, -1] / rows).tolist()
         tokens = sums[:, : -len(_LOSSES)].long().tolist()
         return ExpertTotals(

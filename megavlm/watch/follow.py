@@ -76,13 +76,11 @@ class FollowedRun:
         try:
             found = os.stat(self._path)
             identity = found.st_dev, found.st_ino
-            if self._place and (identity != self._identity or found.st_size < self._place):
-                self._forget()
             if found.st_size == self._place and identity == self._identity:
                 return
             with self._path.open("rb") as file:
                 file.seek(self._place - len(self._tail))
-                if file.read(len(self._tail)) != self._tail:  # a new file may have the number of the old one
+                if file.read(len(self._tail)) != self._tail:  # a new file may have the number and length of the old one
                     self._forget()
                     file.seek(0)
                 text = file.read()

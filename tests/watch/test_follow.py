@@ -49,6 +49,9 @@ def test_a_file_that_was_replaced_or_cut_is_read_anew(tmp_path):
     os.replace(tmp_path / "new" / "metrics.jsonl", tmp_path / "metrics.jsonl")  # as ``drop_after`` does it
     assert values(run) == dict.fromkeys(range(1, 20), 2.0)
     assert run.fields == ["loss"]
+    write(tmp_path / "new", [{"step": step, "loss": 5.0} for step in range(1, 20)])  # of the same length
+    os.replace(tmp_path / "new" / "metrics.jsonl", tmp_path / "metrics.jsonl")
+    assert values(run) == dict.fromkeys(range(1, 20), 5.0)
     write(tmp_path, [{"step": 1, "loss": 3.0}])  # shorter, the same file
     assert values(run) == {1: 3.0}
     write(tmp_path, [{"step": step, "loss": 4.0} for step in range(1, 30)])  # longer, the same file, other lines
