@@ -156,6 +156,8 @@ def test_bad_input_is_said_plainly(toys, pairs, config):
         ("dpo", {"model": {"hf": "x", "load": "y"}, "train": {"kl_to_start": 0.1}}, "dpo does not use it"),
         ("kto", {"align": {"loss": "ipo"}}, "is not used by kto"),
         ("kto", {"stage": 1}, "has no stages"),
+        ("sft", {"data": {"eval": "a"}, "eval": {"every": 1, "best": "eval/margin"}}, "sft compares no answers"),
+        ("grpo", {"data": {"eval": "a"}, "eval": {"every": 1}}, "grpo does not evaluate while it trains"),
         (
             "rm",
             {"model": {"hf": "x", "freeze": ["language"]}, "train": {"unfreeze_after": {"language": 1}}},

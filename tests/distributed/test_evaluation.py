@@ -6,7 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from parity import VARYING, settings_of
+from parity import VARYING, mostly_slow, settings_of
 from test_preference import judged_of, pairs_of
 from test_scores import run_score, score_settings
 from toy import write_records
@@ -94,7 +94,7 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, lambda layout: layout not in ("CP2", "DP2")))
 def test_the_held_out_loss_is_that_of_score(layout, settings, scored, tmp_path, request):
     processes, kind, parallel = LAYOUTS[layout]
     made = settings(kind, parallel, lr=1e-30)  # too little to change a weight, so that all layouts have the same score
@@ -116,7 +116,7 @@ COMPARED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", mostly_slow(COMPARED, lambda name: name in ("dpo", "kto")))
 def test_held_out_data_that_is_trained_on_has_the_loss_of_the_next_step(name, settings, toys, tmp_path, request):
     """Each step has all samples, so an evaluation sees what the next step sees, with the same weights."""
     method, (layout, align) = name[:3], COMPARED[name]
@@ -136,7 +136,20 @@ def test_held_out_data_that_is_trained_on_has_the_loss_of_the_next_step(name, se
     assert ("eval/margin" in lines[0]) == (method != "sft")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+def test_a_rank_without_a_row_adds_nothing(settings, toys, world1, world2, tmp_path):
+    """Three pairs on two ranks: the second computes a filling row beside the third."""
+    file = str(write_records(toys.root / "three.jsonl", pairs_of(toys.records)[:3]))
+    data = {"train": file, "eval": file, "packing": "none", "seq_length": 512}
+    found = []
+    for number, world in enumerate((world1, world2)):
+        made = settings(data=data, lr=1e-30) | {"align": {"loss": "simpo"}, "output": str(tmp_path / str(number))}
+        assert set(world.run(train, made, "dpo")) == {""}
+        found.append(lines_of(tmp_path / str(number) / "metrics.jsonl")[0])
+    for field in ("loss", "accuracy", "margin"):
+        assert found[1][f"eval/{field}"] == pytest.approx(found[0][f"eval/{field}"], rel=1e-6)
+
+
+@pytest.mark.parametrize("workers", mostly_slow([0, 1], lambda workers: workers == 1))
 def test_training_has_the_bits_of_a_run_that_does_not_evaluate(workers, settings, world1, tmp_path):
     """Dropout included, whose random numbers an evaluation must not use."""
     lora = {"adapter": {"type": "lora", "rank": 4, "dropout": 0.3}}
@@ -153,7 +166,7 @@ def test_training_has_the_bits_of_a_run_that_does_not_evaluate(workers, settings
 def test_the_best_is_kept_and_the_run_ends_early(settings, toys, held_out, world1, tmp_path, capsys):
     """Interrupted in the middle as well, with the same end; a start after that says so again."""
     evaluation = {"every": 1, "best": "eval/first/loss", "stop_after": 2}
-    made = settings(steps=12, evaluation=evaluation, lr=0.5) | {"checkpoint": {"keep": 1, "every": 1}}
+    made = settings(steps=12, evaluation=evaluation, lr=0.5) | {"checkpoint": {"keep": 1, "every": 100}}
     folders = {}
     for name, starts in {"straight": (12, 12), "resumed": (3, 12)}.items():
         made["output"], told = str(tmp_path / name), []
@@ -231,3 +244,15 @@ def test_rows_are_the_same_on_any_number_of_ranks(workers, toys, held_out):
     for size in (2, 3):
         ranks = rows_of(str(toys.folder("dense")), file, data, size)
         assert [ranks[number % size][number // size] for number in range(3)] == whole
+
+
+def test_score_of_pairs_tells_accuracy_and_margin(toys, world1, tmp_path, capsys):
+    pairs = write_records(toys.root / "scored-pairs.jsonl", pairs_of(toys.records)[:4])
+    scores = score_settings(toys.folder("dense"), toys.checkpoint("dense"), pairs, tmp_path)
+    assert world1.run(run_score, scores) == [0]
+    lines = lines_of(tmp_path / "scores.jsonl")
+    assert [line["side"] for line in lines] == ["chosen", "rejected"] * 4
+    margins = [chosen["sum"] - rejected["sum"] for chosen, rejected in zip(lines[::2], lines[1::2], strict=True)]
+    won = sum(margin > 0 for margin in margins)
+    words = f"the chosen answer has the higher log-probability in {won} of 4 pairs ({won / 4:.1%}), mean margin"
+    assert f"{words} {sum(margins) / 4:.4f}" in " ".join(capsys.readouterr().out.split())

@@ -44,6 +44,13 @@ def test_gap_where_there_is_no_number():
     assert re.sub(r"[-\d. ]", "", path) == "MLMh"  # two strokes, the second one a dot
 
 
+def test_values_of_some_steps_are_joined():
+    html = chart("Loss", [1, 2, 3, 4], [Curve("held out", [None, 2.0, None, 1.0], "speed", sparse=True)])
+    (path,) = paths(html, "line")
+    assert [x for x, _ in points(path)] == [pytest.approx(333.3, abs=0.1), 1000]
+    assert path.count("M") == 1
+
+
 def test_log_axis():
     html = chart("Norm", [1, 2, 3], [Curve("norm", [0.0, 0.1, 10.0], "text")], log=True)
     assert len(points(*paths(html, "line"))) == 2  # 0 has no place on it
