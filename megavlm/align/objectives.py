@@ -112,13 +112,13 @@ class PairObjective(_AnswerObjective):
         answers, pairs = self.answers(outputs, micro_batch), to_device(places, device())
         shares = to_device(places[:, 0].bincount()[places[:, 0]].float(), device())
         lengths = to_device(answer_lengths(row), device())
-        references: list[Tensor | None] = [None, None]
+        ref_chosen = ref_rejected = None
         if self.has_reference:
             found = cast(Tensor | None, micro_batch.found)  # from look_ahead
-            references = [*self.references(row, found)[pairs].unbind(1)]
+            ref_chosen, ref_rejected = self.references(row, found)[pairs].unbind(1)
         (chosen, rejected), (chosen_lengths, rejected_lengths) = answers[pairs].unbind(1), lengths[pairs].unbind(1)
         losses, metrics = preference_loss(
-            self.name, chosen, rejected, *references, chosen_lengths, rejected_lengths, **self.options
+            self.name, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, **self.options
         )
         nll = -chosen / chosen_lengths / shares  # a chosen answer is learned once, also if it has several pairs
         if self.sft_weight:
