@@ -80,7 +80,7 @@ def _export(
     if model.adapter is not None:
         found = Adapter(model.adapter, shapes, AveragedCheckpoint(model.adapter) if ema else None)
     limits = _limits(settings, weights)
-    print(f"weights · {weights}", flush=True)
+    print(f"weights · {weights}{', moving average' if ema else ''}", flush=True)
     listed = ", ".join(f"data.{name}={value}" for name, value in limits.items())
     base = base_model or hub_name(model.hf)
 

@@ -93,12 +93,14 @@ class Muon(torch.optim.Optimizer):
                 else:
                     self._adam(weight, group["lr"], group["weight_decay"])
         ranks, rank = (self._group.size(), self._group.rank()) if self._group is not None else (1, 0)
-        for number, (weight, lr, weight_decay) in enumerate(of_muon):
+        own = {}  # all of them before the first broadcast, for which every rank waits
+        for number, (weight, _, _) in enumerate(of_muon):
             moment = self.state[weight]["momentum"].lerp_(weight.grad, 1 - self.momentum)
-            update = torch.empty_like(weight, dtype=self._dtype)
             if number % ranks == rank:
                 whole = self.matrices[weight].whole(weight.grad.lerp(moment, self.momentum).to(self._dtype))
-                update.copy_(self.matrices[weight].piece([self._update(matrix) for matrix in whole]))
+                own[number] = self.matrices[weight].piece([self._update(matrix) for matrix in whole]).contiguous()
+        for number, (weight, lr, weight_decay) in enumerate(of_muon):
+            update = own.pop(number) if number in own else torch.empty_like(weight, dtype=self._dtype)
             if ranks > 1:
                 dist.broadcast(update, group=self._group, group_src=number % ranks)
             weight.mul_(1 - lr * weight_decay).add_(update, alpha=-lr)

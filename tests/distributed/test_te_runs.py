@@ -58,3 +58,32 @@ def test_te_adapter_learns_as_in_peft(name, toys, references, te_world, tmp_path
     settings = settings_with(toys, kind, folder, parallel, train, reference)
     settings["model"]["kernels"] = "te"
     check_step(te_world(processes), settings, reference, toys, kind, tmp_path)
+
+
+OPTIMIZERS = {
+    "groups and average": {"groups": [{"match": r"o_proj|mlp\.gate\.", "lr_scale": 0.5}], "ema": 0.9},
+    "muon": {"optimizer": "muon"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_te_optimizers(name, toys, te_world, world2, tmp_path):
+    """FusedAdam with groups and the moving average, and Muon, whose experts TE numbers, are those of plain PyTorch."""
+    from megavlm.checkpoint.averages import AveragedCheckpoint
+
+    toy, settings = toy_and_settings(toys, EP2, keep=9, **OPTIMIZERS[name])
+    world = te_world(2)
+    straight = world.run(run, *toy, settings, tmp_path / "a", steps=3, save_at=[2, 3])
+    resumed = world.run(run, *toy, settings, tmp_path / "b", steps=3, save_at=[3], restore=tmp_path / "a/step_00000002")
+    for before, after in zip(straight, resumed, strict=True):
+        assert after[0] == before[0][2:]
+        assert all(torch.equal(x, y) for x, y in zip(before[1], after[1], strict=True))
+    if "ema" in OPTIMIZERS[name]:
+        one, other = (AveragedCheckpoint(tmp_path / f"{run_}/step_00000003") for run_ in "ab")
+        keys = [key for key in one.tensors if key.startswith("optimizer.state.ema.")]
+        assert len(keys) > 30
+        assert all(torch.equal(one.read(key), other.read(key)) for key in keys)
+    settings["model"]["kernels"] = "portable"
+    plain = world2.run(run, *toy, settings, tmp_path / "c", steps=3)
+    for line, expected in zip(straight[0][0], plain[0][0], strict=True):
+        assert line == pytest.approx(expected, rel=1e-3)  # Muon enlarges roundings
