@@ -10,6 +10,7 @@ from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.answer_groups import likely_kind
 from megavlm.data.renderer import Renderer
+from megavlm.data.row_plan import RowPlan
 from megavlm.data.rows import RowDataset
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import SkippedSample, causes, excess
@@ -80,8 +81,10 @@ def renderer_of(settings: Settings, kind: Kind) -> Renderer:
     return Renderer(settings.model.hf, settings.data, settings.pad_multiple)
 
 
-def drafts_of(sources: Sequence[Source], renderer: Renderer, kind: Kind, settings: Settings) -> RowDataset:
-    """The class of the data workers, so that samples are drafted, and skipped, as in training."""
+def drafts_of(
+    sources: Sequence[Source], renderer: Renderer, kind: Kind, settings: Settings, num_workers: int = 1
+) -> RowDataset:
+    """The class of the data workers, so that samples are drafted, and skipped, as in training with so many of them."""
     return RowDataset(
         list(sources),
         renderer,
@@ -91,7 +94,8 @@ def drafts_of(sources: Sequence[Source], renderer: Renderer, kind: Kind, setting
         seed=settings.train.seed if settings.data.shuffle else None,
         first_worker=0,
         stride=1,
-        num_workers=1,
+        num_workers=num_workers,
+        plan=RowPlan.of(settings.train, settings.data),
     )
 
 

@@ -26,6 +26,7 @@ from megavlm.config.settings import DataSettings, Settings, TrainSettings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.convert.peft_names import targeted, tensor_shapes
 from megavlm.data.draft import Draft
+from megavlm.data.expected_steps import expected_steps
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
 from megavlm.data.rows import RowDataset
@@ -113,18 +114,18 @@ def main(
     check_rewards(settings.reward)
     check_environment(settings.environment)
     if settings.data.train:
-        _check_data(settings, verb or dry_run, console)
+        _check_data(settings, verb or dry_run, console, data_parallel)
     console.print("[green]ready[/]")
     return 0
 
 
-def _check_data(settings: Settings, verb: str | None, console: Console) -> None:
+def _check_data(settings: Settings, verb: str | None, console: Console, data_parallel: int) -> None:
     """Shows what the first samples of each source are like. Raises UserError if too many samples cannot be used."""
     sources = open_sources(settings.data)
     meant = intended(settings, sources, verb)
     console.print(f"data for {meant.told}", soft_wrap=True)
     renderer = renderer_of(settings, meant.kind)
-    dataset = drafts_of(sources, renderer, meant.kind, settings)
+    dataset = drafts_of(sources, renderer, meant.kind, settings, data_parallel * max(settings.data.workers, 1))
     refused = []
     if meant.kind == "prompt":
         for remark in check_prompt_data(settings, sources):
@@ -136,8 +137,22 @@ def _check_data(settings: Settings, verb: str | None, console: Console) -> None:
             refused.append(error)
         elif skipped:
             console.print("\n".join(causes(skipped)), style="yellow", markup=False, soft_wrap=True)
+    if settings.train.epochs and meant.kind != "prompt" and not refused:
+        console.print(_epochs(settings.train, dataset), soft_wrap=True)
     if refused:
         raise UserError("\n".join(error.message for error in refused), refused[0].remedy)
+
+
+def _epochs(train: TrainSettings, dataset: RowDataset) -> str:
+    """How many steps a run will have, and its learning rates."""
+    from megavlm.plan.curve import curve  # imported here because Megatron takes seconds to import
+
+    steps, is_exact = expected_steps(dataset)
+    told = f"{train.epochs:g} epochs take {'' if is_exact else 'about '}{counted(steps, 'step')}"
+    if train.lr is None:
+        return told
+    length = train.schedule_steps or steps
+    return f"{told}, learning rate {curve(train.model_copy(update={'steps': steps, 'schedule_steps': length}))}"
 
 
 def _facts(
@@ -188,7 +203,7 @@ def _facts(
             facts.append(("run", f"{counted(train.steps, 'step')} = {short(whole)} tokens, {schedule}"))
         else:
             facts.append(("run", f"{train.epochs:g} × the training data, {schedule}"))
-    if train.lr is not None and (train.steps or train.schedule_steps):
+    if train.lr is not None and train.steps:
         from megavlm.plan.curve import curve  # imported here because Megatron takes seconds to import
 
         facts.append(("learning rate", curve(train)))
