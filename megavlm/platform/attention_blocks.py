@@ -1,7 +1,8 @@
 """One block of blockwise attention, differentiable; and with its log-sum-exp, forward and backward.
 
 ``forward`` and ``backward`` are the kernels of ``scaled_dot_product_attention``, called directly because that function
-does not return the log-sum-exp. Query [B, heads, n, dim], key and value [B, kv_heads, m, dim], log-sum-exp float32 [B, heads, n].
+does not return the log-sum-exp. Query [B, heads, n, dim], key and value [B, kv_heads, m, dim], log-sum-exp float32
+[B, heads, n].
 """
 
 import torch
