@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from megavlm.adapters.nf4 import Nf4
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.galore import GaLore
 from megavlm.optim.optimizers import Optimizers
@@ -93,8 +94,9 @@ def make_state(optimizers: Optimizers) -> None:
 def _tensors_of(module: nn.Module) -> Iterable[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-    for quantized in (one.nf4 for one in module.modules() if getattr(one, "nf4", None) is not None):
-        yield from quantized.tensors()  # type: ignore[operator]  # an Nf4
+    for quantized in (getattr(one, "nf4", None) for one in module.modules()):
+        if isinstance(quantized, Nf4):
+            yield from quantized.tensors()
 
 
 def _state_of(optimizers: Optimizers) -> Iterable[Tensor]:
