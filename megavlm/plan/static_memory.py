@@ -7,7 +7,6 @@ Megatron's padding of buckets, the cutting of buffers over data-parallel ranks a
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +94,9 @@ def make_state(optimizers: Optimizers) -> None:
 def _tensors_of(module: nn.Module) -> Iterable[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-    for quantized in (one.nf4 for one in module.modules() if getattr(one, "nf4", None) is not None):
-        yield from cast(Nf4, quantized).tensors()
+    for quantized in (getattr(one, "nf4", None) for one in module.modules()):
+        if isinstance(quantized, Nf4):
+            yield from quantized.tensors()
 
 
 def _state_of(optimizers: Optimizers) -> Iterable[Tensor]:

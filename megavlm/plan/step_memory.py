@@ -5,6 +5,7 @@ computes nothing and allocates nothing, but its tensors live as long as real one
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,9 +66,10 @@ def peak_of(
     feed, timer = RowsAtHand(vlm, rows), partial(phases, "tower")
     names = ["data"] * (1 + max(number for row in rows for number in row.source_ids))
     step = Step(vlm, optimizers, feed, len(rows), objective, window, names, timer, phases)
-    if where.type == "meta":
+    is_absent = where.type == "meta"
+    if is_absent:
         vlm.decoder_config.batch_p2p_comm = False  # torch cannot batch sends of meta tensors
-    with BalancedExperts(vlm) if where.type == "meta" else memory, memory, phases.step():
+    with BalancedExperts(vlm) if is_absent else nullcontext(), memory, phases.step():
         step.gradients(feed.rows(len(rows)))
     return Peak(memory.peak_phase, memory.at_peak)
 

@@ -74,3 +74,43 @@ def test_each_rank_peaks_where_it_was_planned(case, toys, request, world1):
     for real, plan in zip(measured, expected, strict=True):
         print(case, real, plan, plan.total / real.total)
         assert plan.total == pytest.approx(real.total, rel=0.03), (real, plan)
+
+
+def long_windows(cases: list) -> list:
+    """For each case, the peaks of a window of ten rows: told by shorter windows, and by all ten."""
+    from megavlm.align.registry import make_method
+    from megavlm.config.settings import Settings
+    from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
+    from megavlm.plan.mix import Mix
+    from megavlm.plan.step_memory import peak_of, peak_of_window
+
+    found = []
+    with alone():
+        for sections, rank in cases:
+            settings = Settings(**sections)
+            with absent_rank(that_can_be_absent(settings), make_method("sft", settings), rank, 2) as (session, (one,)):
+                row = Mix.of(settings, session.shapes).row(settings, session.shapes)
+
+                def run(count, one=one, row=row):
+                    rows = [row] * count
+                    return peak_of(one.vlm, one.optimizers, one.objective, rows, count, torch.device("meta"))
+
+                parallel = settings.parallel
+                told = peak_of_window(run, 10, parallel.pipeline, parallel.virtual_pipeline or 1)
+                found.append((told.total, run(10).total, run(2).total))
+    return found
+
+
+def test_a_long_window_is_told_by_shorter_ones(toys, world1):
+    layouts = [{"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {}]
+    cases = []
+    for parallel in layouts:
+        settings = settings_of(toys.folder("dense"), parallel, recompute="full", vision={"recompute": True})
+        settings["model"]["load"], settings["data"]["max_pixels"] = "none", 96 * 96
+        settings["train"]["global_batch_size"] = 20
+        cases += [(settings, rank) for rank in range(parallel.get("pipeline", 1))]
+    (found,) = world1.run(long_windows, cases)
+    for told, whole, short in found:
+        # Which rank encodes a frame depends on all of them, so a row does not add exactly the same each time.
+        assert told == pytest.approx(whole, rel=0.01)
+        assert whole > 2 * short
