@@ -16,11 +16,11 @@ from rich.text import Text
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
+from megavlm.base.new_output import new_folder
 from megavlm.base.number_format import percent
 from megavlm.commands.usable_data import drafts_of, intended, refusal, renderer_of
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
-from megavlm.convert.new_output import new_folder
 from megavlm.data.draft import Draft
 from megavlm.data.renderer import Renderer
 from megavlm.data.rows import RowDataset

@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megavlm.base.errors import UserError
+from megavlm.base.new_output import new_folder
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.convert.check_checkpoint import PARTS, check_trained_parts
 from megavlm.convert.hf_folder import short_list
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.convert.model_facts import differences, of_adapter
 from megavlm.convert.names import Entry
-from megavlm.convert.new_output import new_folder
 from megavlm.convert.peft_config import ADAPTER_CONFIG, read_config, write_config
 from megavlm.convert.peft_names import (
     CHECKPOINT_PREFIX,

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megavlm.base.new_output import progress_bar
 from megavlm.convert.check_checkpoint import PARTS, check_checkpoint
 from megavlm.convert.convert import rows
 from megavlm.convert.hf_folder import HfWeights
@@ -14,7 +15,6 @@ from megavlm.convert.hf_shapes import has_own_output, shapes_of
 from megavlm.convert.hf_source import check_names
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.convert.names import HF_EMBEDDING, HF_OUTPUT, MCORE_EMBEDDING, MCORE_OUTPUT, Entry, table
-from megavlm.convert.new_output import progress_bar
 from megavlm.model.shapes import Shapes
 
 _SLICE = 2**24  # number of elements compared at a time

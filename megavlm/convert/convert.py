@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from megavlm.base.errors import UserError
+from megavlm.base.new_output import new_folder, progress_bar
 from megavlm.convert import vocabulary
 from megavlm.convert.adapter import REWARD_HEAD, Adapter
 from megavlm.convert.check_checkpoint import check_checkpoint
@@ -16,7 +17,6 @@ from megavlm.convert.hf_shapes import has_own_output, is_hf_folder, layout_of, s
 from megavlm.convert.hf_source import HfSource, check_names, open_source
 from megavlm.convert.mcore_checkpoint import TensorToWrite, write_checkpoint
 from megavlm.convert.names import HF_EMBEDDING, HF_OUTPUT, Entry, table
-from megavlm.convert.new_output import new_folder, progress_bar
 from megavlm.convert.threads import in_threads
 from megavlm.convert.weight_source import WeightSource
 from megavlm.model import score_head

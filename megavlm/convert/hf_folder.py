@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import read_json
 from megavlm.base.quoting import shortened
-from megavlm.convert.json_files import read_json
 from megavlm.convert.safetensors_file import DTYPE_NAMES, SafetensorsReader, SafetensorsWriter, TensorInfo
 
 NOT_QUANTISED = "give the folder of the same model in bfloat16, float16 or float32"

@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megavlm.base.errors import UserError
-from megavlm.convert.json_files import read_json
+from megavlm.base.json_files import read_json
 from megavlm.convert.safe_pickle import read_metadata, read_object, short
 from megavlm.convert.tensor_order import Shape
 from megavlm.convert.threads import in_threads

@@ -6,13 +6,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megavlm.base.errors import UserError
+from megavlm.base.new_output import new_folder, progress_bar
 from megavlm.convert.adapter import REWARD_HEAD, Adapter
 from megavlm.convert.convert import rows
 from megavlm.convert.hf_folder import HfWriter, copy_configuration, short_list
 from megavlm.convert.hf_shapes import open_weights, warn_of_own_output
 from megavlm.convert.hf_source import check_names
 from megavlm.convert.names import Entry, table
-from megavlm.convert.new_output import new_folder, progress_bar
 from megavlm.convert.threads import in_threads
 from megavlm.convert.vocabulary import check_tokenizer
 from megavlm.model import score_head

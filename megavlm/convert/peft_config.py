@@ -8,8 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import read_json
 from megavlm.config.adapter_section import AdapterSettings
-from megavlm.convert.json_files import read_json
 from megavlm.convert.peft_names import linears, targets_of
 from megavlm.model.shapes import Shapes
 

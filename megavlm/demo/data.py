@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from megavlm.convert.new_output import new_folder
+from megavlm.base.new_output import new_folder
 from megavlm.demo.photographs import PHOTOGRAPHS, load_photograph
 
 NUM_HELDOUT = 360

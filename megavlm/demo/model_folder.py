@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from megavlm.convert.new_output import new_folder
+from megavlm.base.new_output import new_folder
 from megavlm.demo.chat_template import CHAT_TEMPLATE
 
 # In the order of the released vocabulary, where <|endoftext|> is 151643 and <|vision_start|> 151652.

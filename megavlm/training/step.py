@@ -132,16 +132,11 @@ class Step:
         self.num_micro_batches, self.objective = num_micro_batches, objective
         self.groups, self.source_names = vlm.groups, list(source_names)
         self._window, self._tower_timer = window, tower_timer
-        self._phases = phases or Phases()
+        self.phases = phases or Phases()
         self.expert_load = ExpertLoad(vlm)
         self._rows_of = rows_of or (lambda step: num_micro_batches)
         self._schedule = get_forward_backward_func()
         prepare_schedule(vlm.decoder_config)
-
-    @property
-    def phases(self) -> Phases:
-        """What measures and names the phases of its steps, for methods that do more in a step."""
-        return self._phases
 
     @property
     def window(self) -> int:
@@ -154,7 +149,7 @@ class Step:
     def __call__(self, number: int = 1, *, is_last: bool = False) -> StepResult:
         rows = self.rows(self.feed, self._rows_of(number))
         if not is_last:
-            with self._phases("data"):
+            with self.phases("data"):
                 self.feed.read_ahead(self._rows_of(number + 1))
         return self.update(rows)
 
@@ -165,7 +160,7 @@ class Step:
         """
         rows, problem = None, None
         try:
-            with self._phases("data"):
+            with self.phases("data"):
                 rows = feed.rows(num_rows)
         except UserError as error:
             problem = error
@@ -180,7 +175,7 @@ class Step:
         """Updates the weights once. The pixels of the rows are released."""
         lr, part_lrs = self.optimizers.lr, self.optimizers.part_lrs
         found = self.gradients(rows)
-        with self._phases("optimizer"):
+        with self.phases("optimizer"):
             stats = self.optimizers.step(found.sums, found.counts["weight"])
         *sums, found.counts["frames_encoded"] = stats.sums
         trouble = describe(stats.non_finite, found.row_losses, self.groups) if stats.non_finite else None
@@ -195,7 +190,7 @@ class Step:
         counts = dict(rows.counts or self._count(rows.hosts))
         row_losses: list[tuple[Row, Tensor]] = []
         self.optimizers.zero_grad()
-        with self._phases("reference"):
+        with self.phases("reference"):
             found = self.objective.look_ahead(partial(self.look_through, rows))
         self.vlm.tower.frames_encoded = 0
         # The features' gradients are scaled for an average over data- and context-parallel ranks, but the tower's DDP
@@ -205,23 +200,23 @@ class Step:
         for chunk in self.vlm.language:
             chunk.set_is_first_microbatch()  # of the step; see ``PartDDP``
         rows_done = 0
-        for window in self._phases.during("data", self._windows(rows)):
+        for window in self.phases.during("data", self._windows(rows)):
             for micro_batch in window.micro_batches:
                 micro_batch.found = found[micro_batch.number] if found else None
             if window.frames is not None:
-                with self._phases("exchange"):
+                with self.phases("exchange"):
                     encode_window(self.vlm, window, self._tower_timer)
             rows_done += len(window.micro_batches)
-            with self._phases("decoder"), self._reduction(is_last=rows_done == num_rows):
+            with self.phases("decoder"), self._reduction(is_last=rows_done == num_rows):
                 losses = self._forward_backward(window, counts["weight"], num_rows)
             if losses:  # this is a rank of the last pipeline stage
                 row_losses += zip((m.host for m in window.micro_batches), (sums[0] for sums in losses), strict=True)
             if losses and self.groups.language.tp.rank() == 0:
                 totals[:-1] += torch.stack(losses).sum(dim=0)
-            with self._phases("exchange"):
+            with self.phases("exchange"):
                 self.vlm.tower.backward(tower_scale, self._tower_timer)
             del window  # so that its memory is free while the next window is made
-        with self._phases("reduction"):
+        with self.phases("reduction"):
             totals[-1] = self.vlm.tower.frames_encoded  # exact in float32 up to 16 million frames
             dist.all_reduce(totals)
             self._finalize()
@@ -305,13 +300,13 @@ class Step:
             hidden = forward_chunk(self.vlm, chunk, micro_batch)
         if not chunk.post_process:
             return hidden, None
-        with self._phases("head"):
+        with self.phases("head"):
             outputs = self.objective.outputs(chunk, hidden, micro_batch)
-        self._phases.backward("head", outputs, hidden)
+        self.phases.backward("head", outputs, hidden)
         return outputs, partial(self._loss, micro_batch, scale)
 
     def _loss(self, micro_batch: MicroBatch, scale: float, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        with self._phases("head"):
+        with self.phases("head"):
             loss, sums = self.objective.loss(outputs, micro_batch)
         return loss * scale, sums
 
