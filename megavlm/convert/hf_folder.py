@@ -98,7 +98,8 @@ class HfLayout:
                 size = 0
             groups[-1][name] = info
             size += info.nbytes
-        files, index = {SINGLE_FILE: groups[0]}, None
+        files = {SINGLE_FILE: groups[0]}
+        index: dict | None = None
         if len(groups) > 1:
             files = {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
             weight_map = {name: file for file, group in files.items() for name in group}
