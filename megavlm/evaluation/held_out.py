@@ -44,7 +44,7 @@ def evaluation_hooks(settings: Settings, kind: Kind) -> list[Hook]:
         kind: what the method trains on.
     """
     every = settings.eval.every
-    return [Hook(HeldOut(settings, kind), every=every, at_start=True)] if every is not None else []
+    return [Hook(HeldOut(settings, kind), every=every, at_last=True, at_start=True)] if every is not None else []
 
 
 @dataclass(frozen=True)

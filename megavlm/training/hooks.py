@@ -15,7 +15,8 @@ class Hook:
     Attributes:
         call: the function. Its arguments are the run, the number of the last step and a function that prints a message
             on the terminal. The fields that it returns after a step are added to that step's line of metrics.jsonl.
-        every: it is called after each step whose number is divisible by this, and after the last; None: after no step.
+        every: it is called after each step whose number is divisible by this; None: after no step.
+        at_last: whether it is also called after the last step of the run, and its fields are in the line of that step.
         at_checkpoint: whether it is called after a step whose checkpoint is complete or being written.
         at_start: whether it is also called before the first step of a new run, as after step 0; its fields are dropped.
         at_end: whether it is called once after the last step, when all checkpoints are complete. It is not called if
@@ -24,10 +25,11 @@ class Hook:
 
     call: Callable[[Run, int, Callable[[str], None]], Fields | None]
     every: int | None = None
+    at_last: bool = False
     at_checkpoint: bool = False
     at_start: bool = False
     at_end: bool = False
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
         """Whether the hook is called after this step."""
-        return self.every is not None and (is_last or step % self.every == 0)
+        return (is_last and self.at_last) or (self.every is not None and step % self.every == 0)
