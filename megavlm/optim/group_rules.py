@@ -13,7 +13,7 @@ from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted, short
 from megavlm.config.settings import Settings
 from megavlm.config.train_section import TrainSettings
-from megavlm.convert.names import MCORE_EMBEDDING, table
+from megavlm.convert.names import MCORE_EMBEDDING, MCORE_OUTPUT, table
 from megavlm.convert.peft_names import CHECKPOINT_PREFIX, LORA_B, part_of, targeted, tensor_shapes
 from megavlm.model.score_head import KEY as SCORE_HEAD
 from megavlm.model.shapes import Shapes
@@ -105,8 +105,8 @@ def described(settings: Settings, shapes: Shapes, *, score_head: bool = False) -
     if not train.groups and train.layer_decay == 1:
         return []
     weights = weights_of(shapes, settings)
-    if score_head:
-        size = shapes.text.hidden
+    if score_head:  # a reward model has a head in place of the output layer
+        weights, size = [weight for weight in weights if weight.key != MCORE_OUTPUT], shapes.text.hidden
         weights.append(Weight(SCORE_HEAD, SCORE_HEAD, (SCORE_HEAD,), "language", size, True))
     rules = [rule_of(train, shapes, weight.names, weight.layer_key) for weight in weights]
     for number, group in enumerate(train.groups):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import named_as_in_hf
+from parity import mostly_slow, named_as_in_hf
 from test_checkpoint import DP2, ONE, PP2, TP2, adam, run
 from test_checkpoint import toys as saved_toys  # noqa: F401
 from test_weight_groups import FIRST_STAGE
@@ -12,7 +12,7 @@ DECAY = 0.7
 LAYOUTS = {"one process": (ONE, []), "DP2": (DP2, []), "TP2": (TP2, []), "PP2": (PP2, FIRST_STAGE)}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", mostly_slow(LAYOUTS, {"DP2", "PP2"}.__contains__))
 def test_the_average_is_that_of_the_weights_after_each_step(name, saved_toys, tmp_path, request):  # noqa: F811
     """Three steps, after each of which the weights are read. Resumed after the second, the third has the same bits."""
     from megavlm.checkpoint.averages import AveragedCheckpoint

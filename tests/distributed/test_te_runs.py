@@ -66,7 +66,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["groups and average", pytest.param("muon", marks=slow)])
 def test_te_optimizers(name, toys, te_world, world2, tmp_path):
     """FusedAdam with groups and the moving average, and Muon, whose experts TE numbers, are those of plain PyTorch."""
     from megavlm.checkpoint.averages import AveragedCheckpoint

@@ -121,7 +121,10 @@ def test_as_torch_with_parameter_groups(name, optimizer, toys, expected, request
         assert loss == pytest.approx(expected_loss, rel=1e-5)
 
 
-@pytest.mark.parametrize(("optimizer", "groups"), [("adam", FIRST_STAGE), ("sgd", GROUPS)], ids=["adam", "sgd"])
+@pytest.mark.parametrize(
+    ("optimizer", "groups"),
+    [pytest.param("adam", FIRST_STAGE, id="adam", marks=pytest.mark.slow), pytest.param("sgd", GROUPS, id="sgd")],
+)
 def test_continues_on_the_same_bits_in_groups(optimizer, groups, saved_toys, tmp_path, world2):  # noqa: F811
     """In the same layout, and in another one with the same numbers; of the first stage nothing is trained with Adam."""
     toy, train = (

@@ -55,6 +55,13 @@ def test_the_table(shapes):
     assert described(settings(), shapes) == []
 
 
+def test_a_reward_model_has_a_head_of_its_own(shapes):
+    line, _ = described(settings({"match": "score_head", "lr_scale": 10.0}), shapes, score_head=True)
+    assert line.startswith(f"score_head: 1 tensor, {shapes.text.hidden} numbers: lr × 10")
+    with pytest.raises(UserError, match="found in no weight"):
+        described(settings({"match": "score_head"}), shapes)
+
+
 def test_every_layer_has_its_rate(shapes):
     """The last layer 1, the one below it 0.5, …, the embeddings below the first; heads, norms and mergers above: 1."""
     train = settings(layer_decay=0.5).train
