@@ -23,9 +23,8 @@ def absent_world(rank: int, world_size: int) -> Iterator[None]:
     The CPU adaptations of Megatron stay installed in the process afterwards, even on a machine with a GPU, so the
     process should do nothing else that needs Megatron.
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
-
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
     _add_missing_kernels()
 
