@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megavlm.monitor.phases import Phases
 
@@ -41,15 +40,15 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for known in tree_leaves((args, kwargs)):
+        for known in _tensors_in((*args, *(kwargs or {}).values())):
             self._note(known, is_new=False)
         results = func(*args, **(kwargs or {}))
-        for made in tree_leaves(results):
+        for made in _tensors_in((results,)):
             self._note(made, is_new=True)
         return results
 
-    def _note(self, tensor: object, *, is_new: bool) -> None:
-        if not isinstance(tensor, Tensor) or tensor.device.type != self._where:
+    def _note(self, tensor: Tensor, *, is_new: bool) -> None:
+        if tensor.device.type != self._where:
             return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes() if is_new else 0
@@ -68,6 +67,15 @@ class LiveMemory(TorchDispatchMode):
     def _freed(self, key: int, size: int, phase: str, _: weakref.ref) -> None:
         del self._alive[key]
         self._add(-size, phase)
+
+
+def _tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
+    """All tensors in the arguments or the results of an operation, which may be lists of tensors."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_in(value)
 
 
 class PhasesOf(Phases):

@@ -23,6 +23,7 @@ def absent_world(rank: int, world_size: int) -> Iterator[None]:
     The CPU adaptations of Megatron stay installed in the process afterwards, even on a machine with a GPU, so the
     process should do nothing else that needs Megatron.
     """
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
     _add_missing_kernels()
@@ -30,6 +31,7 @@ def absent_world(rank: int, world_size: int) -> Iterator[None]:
     assert not dist.is_initialized(), "this process already belongs to a process group"
     set_absent(True)
     cpu.install()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     try:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         yield
@@ -37,6 +39,7 @@ def absent_world(rank: int, world_size: int) -> Iterator[None]:
         shutdown()
         if dist.is_initialized():
             dist.destroy_process_group()
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None  # it is the last step's, on the device of that step
         set_absent(False)
 
 
