@@ -267,7 +267,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
     ),
     "data prepare": Verb(
         "megavlm.commands.data_prepare:main",
-        "index a folder of WebDataset shards, or create one from JSONL files and their media",
+        "index a folder of WebDataset shards, or create one from data files and their media",
         "megavlm data prepare shards\nmegavlm data prepare --jsonl train.jsonl more.jsonl --out shards",
         sections=(),
         reads=(),
@@ -277,12 +277,23 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "metavar": "FILE",
                 "nargs": "+",
                 "default": [],
-                "help": "instead of indexing DIR, write these JSONL files (paths or URLs) and their media into shards",
+                "help": "instead of indexing DIR, write these data files (JSONL, JSON, Parquet, Arrow; paths, patterns "
+                "or URLs) and their media into shards",
             },
             "out": {"metavar": "DIR", "type": Path, "help": "new folder for the shards of --jsonl; it must not exist"},
             "shard_size": {
                 "metavar": "SIZE",
                 "help": "maximum size of a shard written from --jsonl; default 500MB",
+            },
+            "workers": {
+                "metavar": "N",
+                "type": positive,
+                "help": "processes that write shards of --jsonl, each a part of the samples; default 1",
+            },
+            "part": {
+                "metavar": "I/N",
+                "help": "write only this part of the samples of --jsonl, from 1/N to N/N, into a folder below DIR, for "
+                "a job array; afterwards, data prepare DIR joins the parts",
             },
             "media_roots": {
                 "metavar": "DIR",
@@ -326,6 +337,20 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "help": "number of samples to inspect in each source; default 200",
             },
             "for": FOR,
+            "duplicates": {
+                "action": "store_true",
+                "help": "also read all samples, and report those that data.train and data.eval contain more than once",
+            },
+            "workers": {
+                "metavar": "N",
+                "type": positive,
+                "help": "processes that read samples for --duplicates; default: one for each core",
+            },
+            "part": {
+                "metavar": "I/N",
+                "help": "with --duplicates: only read this part of the samples, from 1/N to N/N, for a job array; what "
+                "was read is kept in MEGAVLM_CACHE",
+            },
         },
         local_workers=False,
     ),

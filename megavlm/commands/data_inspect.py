@@ -18,6 +18,8 @@ from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.new_output import new_folder
 from megavlm.base.number_format import percent
+from megavlm.base.pools import num_cores, part_of
+from megavlm.commands.data_duplicates import read_all, report
 from megavlm.commands.usable_data import drafts_of, intended, refusal, renderer_of
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
@@ -46,7 +48,15 @@ CARDS = 6  # number of samples of each source on the page
 EXAMPLES = 2  # number of examples of each kind of skipped sample on the terminal
 
 
-def main(settings: Settings, out: Path | None = None, samples: int = 200, verb: str | None = None) -> int:
+def main(
+    settings: Settings,
+    out: Path | None = None,
+    samples: int = 200,
+    verb: str | None = None,
+    duplicates: bool = False,
+    workers: int | None = None,
+    part: str | None = None,
+) -> int:
     """Inspects `samples` evenly spaced samples of each source; prints tables and writes a folder.
 
     Args:
@@ -54,6 +64,9 @@ def main(settings: Settings, out: Path | None = None, samples: int = 200, verb: 
         out: the folder for index.html and summary.json; it must not exist. Default: ``data-inspect``.
         samples: the number of samples to inspect in each source; if a source has fewer, all of them.
         verb: the verb that is to read the data; default: a guess (see ``intended``).
+        duplicates: read all samples, and report those that are there more than once (see ``data_duplicates``).
+        workers: processes that read samples for duplicates; default: one for each core.
+        part: "i/n": read only this part of the samples for duplicates, and write no folder.
 
     Raises:
         UserError: `out` exists, the tokenizer has more ids than the model has rows, there are no sources, or a source
@@ -64,11 +77,18 @@ def main(settings: Settings, out: Path | None = None, samples: int = 200, verb: 
         raise UserError(f"--samples is {samples}", "give a number of at least 1")
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already", "move it away, or give another folder with --out")
+    if not duplicates and (workers or part):
+        raise UserError(f"--{'workers' if workers else 'part'} without --duplicates would be ignored")
     model_shapes(settings.model)  # raises if the tokenizer does not belong to the model
     sources = open_sources(settings.data)
     meant = intended(settings, sources, verb)
-    renderer = renderer_of(settings, meant.kind)
     console = Console(highlight=False, soft_wrap=True)  # the terminal breaks long lines, so that paths can be copied
+    which = part_of(part) if part else (0, 1)
+    files = read_all(settings, sources, workers or num_cores(), which, console) if duplicates else []
+    if part:
+        console.print(f"part {part} was read; once all parts are, the same command without --part reports duplicates")
+        return 0
+    renderer = renderer_of(settings, meant.kind)
 
     console.print(Text(f"data for {meant.told}"))
     dataset = drafts_of(sources, renderer, meant.kind, settings)
@@ -85,6 +105,8 @@ def main(settings: Settings, out: Path | None = None, samples: int = 200, verb: 
         console.print(_rows_text(rows, settings.data.seq_length, UNITS.get(meant.kind, "samples")))
     with new_folder(out, overwrite=False, mark=SUMMARY) as folder:
         write_page(folder / PAGE, settings, meant.kind, looks, stats, rows, cards)
+        if duplicates:
+            report(files, len(sources), folder, console)
         write_text(folder / SUMMARY, _summary(settings, meant.kind, stats, rows))
     console.print(Text(f"page: {out / PAGE}"))
     limits = settings.data.skip_limits

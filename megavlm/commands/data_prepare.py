@@ -1,7 +1,8 @@
 """`megavlm data prepare`: indexes a folder of shards, or converts JSONL files and their media to a folder of shards."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from megavlm.base.byte_sizes import parse_size
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted
+from megavlm.base.pools import in_processes, part_of
 from megavlm.config.data_sections import check_media_protocols
 from megavlm.media.access import MediaAccess
 from megavlm.media.files import is_url
@@ -32,6 +34,8 @@ def main(
     media_protocols: Sequence[str] = (),
     skip_broken: bool = False,
     force: bool = False,
+    workers: int | None = None,
+    part: str | None = None,
 ) -> None:
     """Runs the command. The arguments are described in its help. Raises UserError."""
     console = Console(highlight=False, soft_wrap=True)
@@ -49,7 +53,14 @@ def main(
         check_media_protocols(media_protocols)
         access = MediaAccess(tuple(map(str, media_roots)) or None, tuple(media_protocols))
         size = parse_size(shard_size or DEFAULT_SIZE)
-        done = convert(jsonl, out, size, access=access, skip_broken=skip_broken, progress=_Bar, tell=found.append)
+        write = partial(convert, jsonl, out, size, access=access, skip_broken=skip_broken)
+        if workers is None or part is not None:
+            if workers is not None:
+                raise UserError("--workers and --part together: a part is written by one process", "leave one out")
+            done = write(part=part_of(part) if part else (0, 1), progress=_Bar, tell=found.append)
+        else:
+            done = _write_parts(write, out, workers)
+            found.append(check_samples(done))
     else:
         flags = {
             "--out": out is not None,
@@ -57,6 +68,8 @@ def main(
             "--media-roots": bool(media_roots),
             "--media-protocols": bool(media_protocols),
             "--skip-broken": skip_broken,
+            "--workers": workers is not None,
+            "--part": part is not None,
         }
         if ignored := [flag for flag, given in flags.items() if given]:
             raise UserError(f"{' and '.join(ignored)} without --jsonl would be ignored")
@@ -76,8 +89,24 @@ def main(
         with skipped.open(encoding="utf-8") as lines:
             number = sum(1 for _ in lines)
         console.print(f"[yellow]skipped[/]: {counted(number, 'broken sample')}, listed in {escape(str(skipped))}")
-    _tell(found[0], console)
+    for unusable in found:  # none if a part was there already
+        _tell(unusable, console)
     console.print(rf"[dim]to use it in a configuration:[/] data: {{train: \[{{path: {escape(str(done))}}}]}}")
+
+
+def _write_parts(write: Callable[..., Path], out: Path, workers: int) -> Path:
+    """Writes one part of the samples per process, and joins them."""
+    if out.exists() and not list(out.glob("part-*-of-*")):
+        raise UserError(f"{out} exists already", "choose another --out, or move it away")
+
+    def one(number: int) -> None:
+        write(part=(number, workers))
+
+    with _Bar("writing", workers, "parts") as bar:
+        for _ in in_processes(one, workers, workers, "writing shards"):
+            bar.advance()
+    prepare(out, force=True, progress=_Bar)
+    return out
 
 
 def _tell(unusable: Unusable, console: Console) -> None:

@@ -103,6 +103,7 @@ def convert(
     *,
     access: MediaAccess = ANY_LOCAL_FILE,
     skip_broken: bool = False,
+    part: tuple[int, int] = (0, 1),
     progress: Progress = NoProgress,
     tell: Callable[[Unusable], None] = lambda unusable: None,
 ) -> Path:
@@ -116,11 +117,13 @@ def convert(
         shard_bytes: maximum size of a shard.
         access: which media the samples may name.
         skip_broken: skip samples that cannot be read and list them in ``skipped.jsonl``, instead of raising.
+        part: (i, n): write only the i-th of n parts of the samples, from 0, into the folder `out`/part-I-of-N. If that
+            exists, it is left as it is. ``prepare(out)`` joins the parts.
         progress: shows the progress of writing and of indexing.
         tell: called at the end with the samples that were written although no verb can use them.
 
     Returns:
-        `out`.
+        The folder.
 
     Raises:
         UserError: `out` exists, a sample cannot be read (with `skip_broken`: none can), no verb can use any of the
@@ -131,16 +134,24 @@ def convert(
             f"--out {out} is a URL, but shards are written to a local folder",
             "give a local folder, and copy it afterwards",
         )
+    if part[1] > 1:
+        out = out / f"part-{part[0] + 1:04}-of-{part[1]:04}"
+        if out.exists():
+            return out
+        out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
         raise UserError(f"{out} exists already", "choose another --out, or move it away")
     files = [open_file(path, access) for path in jsonl]
-    unusable, number = [], 0
+    total, unusable, number = sum(map(len, files)), [], 0
+    chosen = range(total * part[0] // part[1], total * (part[0] + 1) // part[1])
+    if not chosen:
+        raise UserError(f"there are {total:,} samples for {part[1]:,} parts", "choose fewer parts")
     try:
         with new_folder(out) as partial:
             with (
-                progress("writing", sum(map(len, files)), "samples") as bar,
-                ShardWriter(partial, shard_bytes) as writer,
-                closing(load_ahead(files)) as loading,
+                progress("writing", len(chosen), "samples") as bar,
+                ShardWriter(partial, shard_bytes, chosen.start) as writer,
+                closing(load_ahead(files, chosen)) as loading,
             ):
                 for source, future in loading:
                     try:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -88,9 +89,12 @@ def fault_of(record: Any, source: str) -> SkippedSample | None:
     return None
 
 
-def load_ahead(files: Iterable[SampleFile]) -> Generator[tuple[str, Future[StoredSample]]]:
-    """For each sample, in file order: its source and the future of its loading. Several samples load in parallel."""
-    places = ((file, index) for file in files for index in range(len(file)))
+def load_ahead(files: Iterable[SampleFile], chosen: range) -> Generator[tuple[str, Future[StoredSample]]]:
+    """For each chosen sample, in file order: its source and the future of its loading. Several load in parallel.
+
+    Samples are numbered over all files.
+    """
+    places = islice(((file, index) for file in files for index in range(len(file))), chosen.start, chosen.stop)
     pending: deque[tuple[str, Future[StoredSample]]] = deque()
     pool = ThreadPoolExecutor(_THREADS)
     try:
@@ -141,10 +145,11 @@ class ShardWriter:
     Args:
         folder: an empty folder.
         shard_bytes: maximum size of a shard; a larger sample gets a shard of its own.
+        first: the number of the first sample; keys are numbers, which must differ between folders that are joined.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int):
-        self._folder, self._shard_bytes = folder, shard_bytes
+    def __init__(self, folder: Path, shard_bytes: int, first: int = 0):
+        self._folder, self._shard_bytes, self._first = folder, shard_bytes, first
         self.names: list[str] = []
         self.num_samples = 0
         self._tar: tarfile.TarFile | None = None
@@ -157,7 +162,7 @@ class ShardWriter:
 
     def add(self, sample: StoredSample) -> None:
         """Append a sample. Raises OSError, also if a file has become shorter since its size was read."""
-        key = f"{self.num_samples:09}"
+        key = f"{self._first + self.num_samples:09}"
         members: list[tuple[str, int, bytes | File]] = [(f"{key}.json", len(sample.record), sample.record)]
         members += [(f"{key}.{part}", size, file if data is None else data) for part, file, size, data in sample.media]
         needed = sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for _, size, _ in members)

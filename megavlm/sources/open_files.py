@@ -34,10 +34,12 @@ class SampleFile(Protocol):
     Attributes:
         path: what was named.
         form: the names of the foreign forms of its records (see ``records.foreign``); None: megavlm's own.
+        read_with: the settings of the source with which its records are read.
     """
 
     path: str
     form: str | None
+    read_with: tuple
 
     def __len__(self) -> int: ...
 
@@ -143,6 +145,7 @@ class Joined:
     """Several files as one, one after the other."""
 
     form: str | None = None
+    read_with: tuple = ()
 
     def __init__(self, path: str, files: Sequence[SampleFile]):
         self.path, self._files = path, files
@@ -179,6 +182,7 @@ class Converted:
 
     def __init__(self, file: SampleFile, fields: dict[str, str], media: str | None):
         self.path, self._file, self._fields, self._media = file.path, file, fields, media
+        self.read_with = (sorted(fields.items()), media)
         found: list[str] = []
         for place in range(min(len(file), _LOOKED_AT)):
             try:

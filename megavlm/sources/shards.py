@@ -41,6 +41,7 @@ class ShardFolder:
     """
 
     form: str | None = None
+    read_with: tuple = ()
 
     def __init__(self, path: str | Path, access: MediaAccess = ANY_LOCAL_FILE):
         self.path, self._access = str(path).rstrip("/"), access

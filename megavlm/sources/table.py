@@ -40,6 +40,7 @@ class TableFile:
     """
 
     form: str | None = None
+    read_with: tuple = ()
 
     def __init__(self, path: str | Path, access: MediaAccess = ANY_LOCAL_FILE):
         self.path, self._access = str(path), access

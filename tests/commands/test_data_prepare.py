@@ -269,6 +269,25 @@ def test_records_that_no_verb_reads_are_counted_and_all_of_them_refused(media, t
     assert f"{file}:12" in printed
 
 
+def test_parts_are_joined_to_the_same_samples(media, tmp_path, capsys):
+    """By jobs of an array, one of which is run twice, and by processes of one machine."""
+    records = [{"messages": talk(f"<image>{number}?"), "images": ["wide.png"]} for number in range(7)]
+    file = write(media.base / "parts.jsonl", records)
+    whole, jobs, processes = (tmp_path / name for name in ("whole", "jobs", "processes"))
+    assert prepare("--jsonl", file, "--out", whole) == 0
+    for part in ("1/3", "3/3", "2/3", "3/3"):
+        assert prepare("--jsonl", file, "--out", jobs, "--part", part) == 0
+    assert prepare(jobs) == 0
+    assert prepare("--jsonl", file, "--out", processes, "--workers", 2) == 0
+    read = lambda folder: [ShardFolder(folder).read(index)[0] for index in range(len(ShardFolder(folder)))]
+    assert len(read(whole)) == 7
+    assert read(jobs) == read(processes) == read(whole)
+    assert sorted(path.name for path in jobs.glob("part-*")) == [f"part-000{n}-of-0003" for n in (1, 2, 3)]
+    assert "leave one out" in refused(capsys, "--jsonl", file, "--out", "x", "--workers", 2, "--part", "1/2")
+    assert "choose fewer parts" in refused(capsys, "--jsonl", file, "--out", tmp_path / "x", "--part", "1/9")
+    assert "--part is" in refused(capsys, "--jsonl", file, "--out", tmp_path / "x", "--part", "9")
+
+
 def test_an_existing_folder_is_left_alone(jsonl, tmp_path, capsys):
     out = tmp_path / "shards"
     out.mkdir()

@@ -1,0 +1,1 @@
+"""Samples and pictures that data sources contain more than once, also with small changes."""
