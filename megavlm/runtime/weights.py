@@ -53,7 +53,7 @@ class Weights:
             tree = yaml_files.read_file(self.run / "config.yaml").tree
             metric = str((tree.get("eval") or {}).get("best"))
             line = next((line for line in read_metrics(self.run) if line["step"] == self.step), {})
-            if (value := line.get(metric)) is not None:
+            if (value := line.get(str(metric))) is not None:
                 return f"{self}, its best by {metric}: {number(value)}"
         return f"{self}, its best"
 
