@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import shortened
-from megavlm.cli.verbs import Verb
+from megavlm.cli.verb import Verb
 from megavlm.config import describe
 
 

@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from megavlm.cli.verbs import Verb
+from megavlm.cli.verb import Verb
 from megavlm.config import describe
 
 _PLAIN_WIDTH = 120  # width in columns if the output is not a terminal

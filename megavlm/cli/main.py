@@ -22,7 +22,8 @@ from megavlm.base.errors import UserError
 from megavlm.base.imports import no_collection
 from megavlm.cli import environment, failures, local_workers
 from megavlm.cli.arguments import wrong
-from megavlm.cli.verbs import VERBS, Verb, positive
+from megavlm.cli.verb import Verb, positive
+from megavlm.cli.verbs import VERBS
 from megavlm.config import requirements
 from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings

@@ -12,7 +12,7 @@ from megavlm.base.number_format import counted
 from megavlm.config.settings import Settings
 from megavlm.duplicates.groups import NEAR, NEAR_PICTURE, SAME, Group, groups_of
 from megavlm.duplicates.scan import scan, signatures
-from megavlm.sources.blend import SampleFile, Source, media_access, open_file
+from megavlm.sources.blend import SampleFile, Source, open_eval_sources
 
 FILE = "duplicates.jsonl"
 _MOST = 100  # samples of a group that are listed
@@ -27,8 +27,7 @@ def read_all(
     Returns the files that were read. Raises UserError (see ``scan``).
     """
     files = [source.file for source in sources]
-    if (held_out := settings.data.eval) is not None:
-        files.append(open_file(held_out, media_access(settings.data)))
+    files += [source.file for source in open_eval_sources(settings.data)]
     with console.status("reading all samples") as status:
         scan(files, workers, part, lambda done, count: status.update(f"reading all samples: {done} of {count} blocks"))
     return files
