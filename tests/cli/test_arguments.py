@@ -66,7 +66,7 @@ def test_what_is_listed_as_required_is_required(place, capsys):
             continue
         assert main(name.split()) == 2
         needs = capsys.readouterr().err.partition("  → ")[0]
-        assert needs.endswith((" needs a configuration file\n", " needs --out DIR\n"))
+        assert needs.endswith((" needs a configuration file\n", " needs --out DIR\n", " needs --gpus N\n"))
 
 
 def test_a_similar_setting_is_suggested_in_a_few_words(place):
