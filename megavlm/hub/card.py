@@ -11,12 +11,13 @@ from megavlm.base.number_format import counted, number, percent
 from megavlm.hub.facts import RunFacts, versions
 from megavlm.report.loss_plot import FILE_NAME as LOSS_PLOT
 from megavlm.report.loss_plot import save_loss_plot
+from megavlm.report.run import Run
 
 FILE_NAME = "README.md"
 # Fields of metrics.jsonl that are told if the run has them: (field, words, is it a share)
 _RESULTS = (
     ("loss", "loss", False),
-    ("nll", "loss without the divergence from the start", False),
+    ("nll", "loss of the targets alone", False),
     ("accuracy", "pairs or answers that are told right", True),
     ("margin", "margin", False),
     ("reward", "reward of an answer", False),
@@ -161,7 +162,19 @@ class Card:
             return []
         table = "\n".join(["| on the training data | first step | at the end |", "|---|---|---|", *rows])
         picture = [f"![The loss over the steps of training]({LOSS_PLOT})"] * has_plot
-        return ["## Result", table, "The last column is a moving average.", *picture]
+        return ["## Result", table, "The last column is a moving average.", *_held_out(facts.run), *picture]
+
+
+def _held_out(run: Run) -> list[str]:
+    """A table of the evaluations while training; [] if there were none."""
+    names = sorted({name for line in run.lines for name in line if name.startswith("eval/")})
+    found = {name: [value for value in run.column(name) if value is not None] for name in names}
+    rows = [
+        f"| {name.removeprefix('eval/')} | {number(known[0])} | {number(known[-1])} |"
+        for name, known in found.items()
+        if known
+    ]
+    return ["\n".join(["| on held-out data | first | last |", "|---|---|---|", *rows])] if rows else []
 
 
 def model_type_of(folder: Path) -> str:

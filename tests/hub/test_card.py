@@ -31,7 +31,8 @@ def run_of(folder: Path, lines: list[dict], **sections) -> Path:
 
 @pytest.fixture
 def facts(tmp_path):
-    lines = [line(1), line(2, **{"samples/dogs": 5, "target_tokens/dogs": 9, "epoch/dogs": 2.0}), line(3), line(4)]
+    lines = [line(1, **{"eval/loss": 2.5}), line(2, **{"samples/dogs": 5, "target_tokens/dogs": 9, "epoch/dogs": 2.0})]
+    lines += [line(3, **{"eval/loss": 1.5}), line(4)]
     run = run_of(
         tmp_path / "runs" / "sft",
         lines,
@@ -74,6 +75,7 @@ def test_the_card_of_a_model(facts, tmp_path):
         "| `reward[0].python` | `rewards.py:brief` |",
         "| `data.seq_length` | `4096` |",
         "| loss | 3.000 | 1.000 |",  # three lines are too few to be averaged
+        "| on held-out data | first | last |\n|---|---|---|\n| loss | 2.500 | 1.500 |",
         "![The loss over the steps of training](loss.png)",
         "these limits of pictures and videos: data.x=1.",
         "transformers 5.",
