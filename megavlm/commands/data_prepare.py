@@ -100,7 +100,7 @@ def _write_parts(write: Callable[..., Path], out: Path, workers: int) -> Path:
         raise UserError(f"{out} exists already", "choose another --out, or move it away")
 
     def one(number: int) -> None:
-        write(part=(number, workers))
+        write(part=(number, workers), index=False)  # the whole is indexed
 
     with _Bar("writing", workers, "parts") as bar:
         for _ in in_processes(one, workers, workers, "writing shards"):

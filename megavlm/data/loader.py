@@ -148,9 +148,11 @@ class RowLoader:
             UserError: the states belong to different data or settings.
         """
         saved = states[0]["identity"]
+        numbers: list[int] | None = None
         for name, value in self._identity.items():
             if name == _BLEND:
-                is_same = [source[:2] for source in saved.get(name, ())] == [source[:2] for source in value]
+                numbers = _numbers([source[:2] for source in saved.get(name, ())], [source[:2] for source in value])
+                is_same = numbers is not None
             else:
                 is_same = saved.get(name) == value
             if not is_same:
@@ -169,7 +171,12 @@ class RowLoader:
             self._before = states[0].get("before", 0)
             return None
         self._before = states[0]["rows"] + states[0].get("before", 0)
-        before = [state["place"] or dataset.initial_state(number) for number, state in enumerate(states)]
+        before = [
+            dataset.initial_state(number)
+            if state["place"] is None
+            else _with_sources(state["place"], numbers or [], len(dataset.sources))
+            for number, state in enumerate(states)
+        ]
         orders = reshard([state["draws"] for state in before], dataset.num_workers)
         waiting = [sample for state in before for sample in state["waiting"]]
         wanted = max(state["wanted"] for state in before)
@@ -186,6 +193,8 @@ class RowLoader:
         what = f"the total number of data workers changed from {len(states)} to {dataset.num_workers}"
         if is_new_blend:  # counting begins again, so that the new shares hold from here on, not for the run as a whole
             what = "the shares of the data sources changed"
+            if len(saved[_BLEND]) != len(self._identity[_BLEND]):
+                what = "data sources were added, which changes the shares"
         return (
             f"{what}: the order of samples differs from here on, but no sample is repeated or left out (the "
             f"{len(waiting)} samples in the packing buffers are kept)"
@@ -274,3 +283,24 @@ def build_loader(
         "train.seed": seed,
     }
     return RowLoader(dataset, settings.workers, rows_per_step, identity)
+
+
+def _numbers(saved: list, now: list) -> list[int] | None:
+    """For each source of a checkpoint its number among the sources now; None if one is missing or the order differs."""
+    numbers: list[int] = []
+    for source in saved:
+        first = numbers[-1] + 1 if numbers else 0
+        if source not in now[first:]:
+            return None
+        numbers.append(now.index(source, first))
+    return numbers if numbers else None
+
+
+def _with_sources(place: dict, numbers: list[int], count: int) -> dict:
+    """The state of a worker among `count` sources, of which it knew those with these numbers; others are new."""
+    places = {number: old for old, number in enumerate(numbers)}
+    draws = {
+        name: [values[places[n]] if n in places else [] if name == "ahead" else 0 for n in range(count)]
+        for name, values in place["draws"].items()
+    }
+    return place | {"draws": draws, "waiting": [(numbers[source], index) for source, index in place["waiting"]]}

@@ -33,6 +33,7 @@ def groups_of(found: Signatures) -> list[Group]:
     """All groups of at least two samples. A sample that is the same as another one stands for it in other groups."""
     everything = np.flatnonzero(found.readable)
     same = [everything[run] for run in _runs(np.stack([found.text[everything], found.media[everything]], axis=1))]
+    same.sort(key=lambda run: run[0])
     copies = np.concatenate([run[1:] for run in same]) if same else np.empty(0, np.int64)
     left = np.setdiff1d(everything, copies)
     groups = [Group(SAME, run.tolist()) for run in same]

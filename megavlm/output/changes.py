@@ -62,13 +62,15 @@ CHANGEABLE = (
     "train.loss",
     "train.weight_decay",
     "train.clip_grad",
-    "data.train",  # only the blend: weights, loss weights and epochs of the same sources
+    # only the blend: weights, loss weights and epochs of the same sources, and further sources at the end
+    "data.train",
     "data.replay",  # the same, and the share
     "align.critic.lr",
     "align.critic.warmup_steps",
     "reward",
     "environment",
 )
+_SOURCE = re.compile(r"data\.train\[(\d+)\]\..*")
 _BLEND = re.compile(r"data\.(train|replay)\b.*\.(weight|loss_weight|epochs|share)")
 _LONGEST = 60  # characters of a value in a message
 
@@ -78,16 +80,21 @@ def is_free(key: str) -> bool:
     return any(_is_below(key, free) for free in FREE_TO_CHANGE)
 
 
-def is_changeable(key: str) -> bool:
-    """Whether a run may continue with another value of this dotted key if the command line allows it."""
+def is_changeable(key: str, sources: int | None = None) -> bool:
+    """Whether a run may continue with another value of this dotted key if the command line allows it.
+
+    Further sources may be added at the end of data.train, which had so many `sources` before.
+    """
     if key.startswith("data."):
+        if sources and (found := _SOURCE.fullmatch(key)) and int(found[1]) >= sources:
+            return True
         return _BLEND.fullmatch(key) is not None
     return any(_is_below(key, changeable) for changeable in CHANGEABLE)
 
 
-def is_allowed(key: str, change: Iterable[str]) -> bool:
-    """Whether ``--change`` with these keys allows another value of this dotted key."""
-    return is_changeable(key) and any(_is_below(key, given) for given in change)
+def is_allowed(key: str, change: Iterable[str], sources: int | None = None) -> bool:
+    """Whether ``--change`` with these keys allows another value of this dotted key (see ``is_changeable``)."""
+    return is_changeable(key, sources) and any(_is_below(key, given) for given in change)
 
 
 def check_change(keys: Iterable[str]) -> None:

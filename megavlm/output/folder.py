@@ -122,10 +122,13 @@ def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> St
     given = settings.train.schedule_steps is not None
     compared = before if given else with_schedule_steps(before, after.train.schedule_steps)
     here = at_noted_paths(compared, after, folder)  # what was moved is no change
+    sources = len(compared.data.train)
+    if len(here.data.train) < sources:  # then the numbers of those that are left may be others'
+        sources = 0
     obstacles = {
         key: values
         for key, values in changed_keys(compared, here).items()
-        if not changes.is_allowed(key, options.change)
+        if not changes.is_allowed(key, options.change, sources)
     }
     if not obstacles:
         _check_schedule(after)
@@ -133,7 +136,7 @@ def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> St
     if settings.overwrite:
         return _without_its_own_start(replaced)
     remedy = _new_run(folder)
-    if all(map(changes.is_changeable, obstacles)):
+    if all(changes.is_changeable(key, sources) for key in obstacles):
         remedy = f"to continue it with the new values: {changes.flags_for(obstacles)}; or {remedy}"
         end, step = after.train.schedule_steps, newest_step(folder) or 0
         if end is not None and step >= end:

@@ -104,6 +104,7 @@ def convert(
     access: MediaAccess = ANY_LOCAL_FILE,
     skip_broken: bool = False,
     part: tuple[int, int] = (0, 1),
+    index: bool = True,
     progress: Progress = NoProgress,
     tell: Callable[[Unusable], None] = lambda unusable: None,
 ) -> Path:
@@ -119,6 +120,7 @@ def convert(
         skip_broken: skip samples that cannot be read and list them in ``skipped.jsonl``, instead of raising.
         part: (i, n): write only the i-th of n parts of the samples, from 0, into the folder `out`/part-I-of-N. If that
             exists, it is left as it is. ``prepare(out)`` joins the parts.
+        index: build the index of the folder; not needed for a part that is to be joined at once.
         progress: shows the progress of writing and of indexing.
         tell: called at the end with the samples that were written although no verb can use them.
 
@@ -174,7 +176,8 @@ def convert(
             if number == writer.num_samples:
                 listed = "\n".join(causes(unusable))
                 raise UserError(f"none of {number:,} samples of {', '.join(jsonl)} can be used:\n{listed}")
-            prepare(partial, progress=progress)
+            if index:
+                prepare(partial, progress=progress)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}", "free some space, or choose another --out") from None
     tell(Unusable(number, writer.num_samples, unusable))

@@ -283,6 +283,7 @@ def test_parts_are_joined_to_the_same_samples(media, tmp_path, capsys):
     assert len(read(whole)) == 7
     assert read(jobs) == read(processes) == read(whole)
     assert sorted(path.name for path in jobs.glob("part-*")) == [f"part-000{n}-of-0003" for n in (1, 2, 3)]
+    capsys.readouterr()
     assert "leave one out" in refused(capsys, "--jsonl", file, "--out", "x", "--workers", 2, "--part", "1/2")
     assert "choose fewer parts" in refused(capsys, "--jsonl", file, "--out", tmp_path / "x", "--part", "1/9")
     assert "--part is" in refused(capsys, "--jsonl", file, "--out", tmp_path / "x", "--part", "9")

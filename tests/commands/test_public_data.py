@@ -1,5 +1,6 @@
 """Data files as public data sets have them: read as the same samples in megavlm's own form, and trained on."""
 
+import base64
 import json
 import pickle
 from collections import Counter
@@ -199,6 +200,8 @@ def test_tables(root, data_sets, tmp_path, monkeypatch):
     assert find("#image.png").read() == (root / CUP).read_bytes()
     assert str(find("#image.png")).endswith("RLAIF-V-Dataset_000.parquet:1 image.png")
     assert preview("#image.png", False, media_of(f"{path}:1", MediaAccess()), "a").size == (96, 64)
+    plain = table.TableFile(root / "onevision/train-00000-of-00001.parquet")
+    assert sorted(plain.raw(1)) == ["conversations", "data_source", "id"]  # it has no image
     (tmp_path / "broken.parquet").write_bytes(path.read_bytes()[:-9])
     for named, message in (("broken.parquet", "cannot be read"), ("none.parquet", "does not exist")):
         with pytest.raises(UserError, match=message):
@@ -224,8 +227,7 @@ def test_tables_are_converted_once(root, data_sets, monkeypatch):
 
 
 def test_pictures_inside_json(root, tmp_path, monkeypatch):
-    import base64
-
+    pictures(root)
     encoded = base64.b64encode((root / CAT).read_bytes()).decode()
     answer = f"data:image/png;base64,{encoded}"  # what is asked for is a text
     lines = [

@@ -109,6 +109,13 @@ def test_the_blend_may_change_and_the_sources_may_not(settings, run):
     with pytest.raises(UserError, match=r"data.train\[1\].path: b.jsonl there, c.jsonl now") as caught:
         check_output(settings(data=blend(1.0, 3.0, "c.jsonl")), allowed)
     assert "--change" not in caught.value.remedy
+    more = {"train": [*blend(1.0, 2.0)["train"], {"path": "c.jsonl"}]}
+    with pytest.raises(UserError, match=r"data.train\[2\].path: null there, c.jsonl now") as caught:
+        check_output(settings(data=more))
+    assert "--change data.train" in caught.value.remedy
+    assert check_output(settings(data=more), allowed) == "resume"
+    with pytest.raises(UserError, match=r"data.train\[1\].path: b.jsonl there, c.jsonl now"):
+        check_output(settings(data={"train": [more["train"][0], more["train"][2], more["train"][1]]}), allowed)
     with pytest.raises(UserError, match=r"--change data.seq_length: a run cannot be continued"):
         check_output(settings(), StartOptions(change=("data.seq_length",)))
 
