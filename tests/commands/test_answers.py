@@ -93,7 +93,7 @@ def test_the_recipe_that_trained_exports_and_scores_what_it_trained(toys, tuned,
     assert main(["export", str(config), "--out", str(tmp_path / "exported")]) == 0
     told = capsys.readouterr().out
     assert f"weights · step 1 of {run}" in told
-    assert told.splitlines()[-1] == f"the model is exported to {tmp_path / 'exported'}"
+    assert told.splitlines()[-1] == f"the model is exported to {tmp_path / 'exported'}, with a model card (README.md)"
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "exported", hf))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())

@@ -29,7 +29,7 @@ def train(settings: dict, method: str = "sft") -> str:
     from megavlm.commands import train as verb
     from megavlm.config.settings import Settings
 
-    with mock.patch.object(verb, "_report", return_value=None):
+    with mock.patch.object(verb._Reports, "at_end", return_value=None):
         try:
             verb.main(Settings(**settings), method)
         except UserError as error:

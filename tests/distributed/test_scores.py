@@ -74,7 +74,7 @@ def score_without(settings: dict, part: str | None) -> list[dict]:
         for layer in model.decoder.layers:
             layer.self_attention.q_layernorm = layer.self_attention.k_layernorm = torch.nn.Identity()
     renderer = Renderer(settings.model.hf, settings.data)
-    samples = iter(read_samples(settings.data.eval, renderer, "tune"))
+    samples = iter(read_samples(settings.data.eval[0].path, renderer, "tune"))
     rows = EvalRows(session, fill_rows(samples, renderer, settings.data), "scoring")
     scores = []
     for window, _ in rows:

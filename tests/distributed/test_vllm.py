@@ -267,7 +267,7 @@ def from_a_trainer(settings: dict, sampling) -> tuple[dict, dict]:
         if parameter.requires_grad:  # copies on other ranks change alike
             parameter.data += 0.03 * torch.arange(parameter.numel()).cos().view_as(parameter)
     renderer, groups = Renderer(settings.model.hf, settings.data), session.groups
-    samples = read_samples(settings.data.eval, renderer, "prompt")[groups.dp_rank :: groups.dp_size]
+    samples = read_samples(settings.data.eval[0].path, renderer, "prompt")[groups.dp_rank :: groups.dp_size]
     prompts = lambda: iter([Prompt(sample, (0,)) for sample in samples]) if groups.is_leader else None
     engine = make_engine(session)
     engine.sync()
