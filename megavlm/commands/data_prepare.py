@@ -17,7 +17,8 @@ from megavlm.config.data_sections import check_media_protocols
 from megavlm.media.access import MediaAccess
 from megavlm.media.files import is_url
 from megavlm.prepare.index_shards import find_shards
-from megavlm.prepare.shard_folder import SKIPPED, Unusable, check_samples, convert, prepare
+from megavlm.prepare.parts import SKIPPED
+from megavlm.prepare.shard_folder import Unusable, check_samples, convert, prepare
 from megavlm.records.skipped_samples import causes
 from megavlm.sources.shards import ShardFolder
 
@@ -85,7 +86,7 @@ def main(
             _tell(found[0], console)
             return
     console.print(f"[green]ready[/]: {escape(str(done))}, {_contents(done)}")
-    if (skipped := done / SKIPPED).exists() and jsonl:
+    if (skipped := done / SKIPPED).exists():
         with skipped.open(encoding="utf-8") as lines:
             number = sum(1 for _ in lines)
         console.print(f"[yellow]skipped[/]: {counted(number, 'broken sample')}, listed in {escape(str(skipped))}")

@@ -6,15 +6,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from megavlm.base.atomic_files import new_folder
+from megavlm.base.atomic_files import new_folder, write_text
 from megavlm.base.errors import UserError
 from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.prepare.index_shards import find_shards, index_shards, is_up_to_date
+from megavlm.prepare.parts import PART, SKIPPED, check_parts, check_siblings, folder_of, join_skipped, made_from
 from megavlm.prepare.write_shards import ShardWriter, fault_of, load_ahead
 from megavlm.records.skipped_samples import SkippedSample, causes
 from megavlm.sources.blend import evenly, open_file
 
-SKIPPED = "skipped.jsonl"
 _LOOKED_AT = 100  # samples of a folder of shards that are looked at
 _KEPT = 1000  # samples whose causes are kept while JSONL files are written
 
@@ -62,13 +62,16 @@ def prepare(folder: Path, *, force: bool = False, progress: Progress = NoProgres
     """Indexes the shards of a folder, unless its index is up to date. Returns whether it built an index.
 
     Raises:
-        UserError: there are no shards, or a shard is damaged.
+        UserError: there are no shards, or a shard is damaged; the parts of ``convert`` in the folder are not all there,
+            or do not belong together.
     """
+    check_parts(folder)
     shards = find_shards(folder)
     if not force and is_up_to_date(folder, shards):
         return False
     with progress("indexing", len(shards), "shards") as bar:
         index_shards(folder, shards, bar.advance)
+    join_skipped(folder)
     return True
 
 
@@ -119,7 +122,7 @@ def convert(
         access: which media the samples may name.
         skip_broken: skip samples that cannot be read and list them in ``skipped.jsonl``, instead of raising.
         part: (i, n): write only the i-th of n parts of the samples, from 0, into the folder `out`/part-I-of-N. If that
-            exists, it is left as it is. ``prepare(out)`` joins the parts.
+            exists and was made from the same, it is left as it is. ``prepare(out)`` joins the parts.
         index: build the index of the folder; not needed for a part that is to be joined at once.
         progress: shows the progress of writing and of indexing.
         tell: called at the end with the samples that were written although no verb can use them.
@@ -128,28 +131,31 @@ def convert(
         The folder.
 
     Raises:
-        UserError: `out` exists, a sample cannot be read (with `skip_broken`: none can), no verb can use any of the
-            samples, or a shard cannot be written.
+        UserError: `out` exists or has parts of something else, a sample cannot be read (with `skip_broken`: none can),
+            no verb can use any of the samples, or a shard cannot be written.
     """
     if ":/" in str(out):
         raise UserError(
             f"--out {out} is a URL, but shards are written to a local folder",
             "give a local folder, and copy it afterwards",
         )
-    if part[1] > 1:
-        out = out / f"part-{part[0] + 1:04}-of-{part[1]:04}"
-        if out.exists():
-            return out
-        out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():
+    if part[1] == 1 and out.exists():
         raise UserError(f"{out} exists already", "choose another --out, or move it away")
     files = [open_file(path, access) for path in jsonl]
+    if part[1] > 1:
+        made = made_from(files, part[1], shard_bytes, skip_broken)
+        check_siblings(out, made)
+        out = folder_of(out, part)
+        if out.exists():
+            return out
     total, unusable, number = sum(map(len, files)), [], 0
     chosen = range(total * part[0] // part[1], total * (part[0] + 1) // part[1])
     if not chosen:
         raise UserError(f"there are {total:,} samples for {part[1]:,} parts", "choose fewer parts")
     try:
         with new_folder(out) as partial:
+            if part[1] > 1:
+                write_text(partial / PART, json.dumps(made))
             with (
                 progress("writing", len(chosen), "samples") as bar,
                 ShardWriter(partial, shard_bytes, chosen.start) as writer,

@@ -5,10 +5,12 @@ these forms stays as it is. Fields that a conversion does not use stay, too, bec
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megavlm.records.choices import choices_of
 from megavlm.records.forms import form_of
 from megavlm.records.marks import escaped, num_marks
 
@@ -24,6 +26,7 @@ _ROLES = {
 _ANSWERS = ("answer", "answers", "multiple_choice_answer", "label")
 _READ = ("judged", "conversation", "document", "question")  # megavlm's own forms, whatever else is in the record
 _CAPTIONS = ("text", "caption", "captions")
+_NUMBERED = re.compile(r"<image \d+>")  # how MMMU marks its pictures
 
 
 @dataclass(frozen=True)
@@ -126,25 +129,31 @@ def _completed(raw: dict) -> dict:
     prompt = _turns(raw["prompt"], "user")
     prompt = [turn | {"loss": False} if turn.get("role") == "assistant" else turn for turn in prompt]
     answer = _turns(raw["completion"], "assistant")
-    return _finished(raw, (), {"messages": [*prompt, *answer]})
+    return _finished(raw, ("prompt", "completion"), {"messages": [*prompt, *answer]})
 
 
 def _question(raw: dict) -> dict:
     """Questions about pictures: ``{"question" or "query", "answer" or "answers", "choices"?, "image"?}``.
 
-    ``answer`` is the first of several. Choices get letters, and the answer is then one of these.
+    ``answer`` is the first of several. Choices get letters, and the answer is then one of these. ValueError if there
+    are pictures or choices that would not be shown.
     """
     field = "question" if "question" in raw else "query"
     answer = next(raw[name] for name in _ANSWERS if raw.get(name) not in (None, []))
     answer = answer[0] if isinstance(answer, list) else answer
     answer = answer["answer"] if isinstance(answer, dict) else answer
-    question, choices = raw[field], raw.get("choices") or raw.get("options")
-    if isinstance(choices, list) and choices:
-        letters = [chr(ord("A") + place) for place in range(len(choices))]
-        listed = (f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
-        question = "\n".join([question, *listed])
-        place = choices.index(answer) if answer in choices else int(answer) if str(answer).isdecimal() else None
-        answer = answer if place is None else letters[place]
+    choices = choices_of(raw)
+    question = "\n".join([raw[field], *(f"{letter}. {choice}" for letter, choice in choices.items())])
+    if choices:
+        letters, texts = list(choices), list(choices.values())
+        if answer in texts:
+            answer = letters[texts.index(answer)]
+        elif answer not in letters and str(answer).isdecimal():
+            answer = letters[int(answer)]
+    elif "A" in raw and "B" in raw and len(str(answer)) == 1:
+        raise ValueError("the choices are in the fields A, B, …: write them as a list, choices")
+    if raw.get("image_1") is not None or _NUMBERED.search(question):
+        raise ValueError("the pictures are in image_1, …: write them as a list, images, and their marks as <image>")
     return _finished(raw, (field, "choices", "options"), {"problem": question, "answer": answer})
 
 
@@ -246,6 +255,29 @@ def _is_question(raw: dict) -> bool:
     return asks and any(raw.get(name) not in (None, []) for name in _ANSWERS) and form_of(raw) is None
 
 
+def _is_query(raw: dict) -> bool:
+    return "query" in raw and "response" in raw and form_of(raw) is None
+
+
+def _is_alpaca(raw: dict) -> bool:
+    """Alpaca itself has ``text``, too, with all that the other fields say."""
+    if not ("instruction" in raw and "output" in raw):
+        return False
+    return form_of(raw) is None or (form_of(raw) == "document" and str(raw["output"]) in str(raw["text"]))
+
+
+def _is_alpaca_pair(raw: dict) -> bool:
+    return all(name in raw for name in ("instruction", "chosen", "rejected")) and not _is_asked(raw)
+
+
+def _is_completed(raw: dict) -> bool:
+    return "prompt" in raw and "completion" in raw and "label" not in raw and "messages" not in raw
+
+
+def _is_asked(raw: dict) -> bool:
+    return "prompt" in raw or "messages" in raw
+
+
 def _is_caption(raw: dict) -> bool:
     if form_of(raw) is None:
         return _has_picture(raw) and any(raw.get(name) for name in _CAPTIONS)
@@ -256,8 +288,7 @@ def _is_caption(raw: dict) -> bool:
 def _is_foreign_pair(raw: dict) -> bool:
     if not ("chosen" in raw and "rejected" in raw):
         return False
-    asked = "prompt" in raw or "messages" in raw
-    return ("question" in raw and not asked) or _is_single(raw) or ("prompt" in raw and "messages" in raw)
+    return ("question" in raw and not _is_asked(raw)) or _is_single(raw) or ("prompt" in raw and "messages" in raw)
 
 
 def _is_single(raw: dict) -> bool:
@@ -269,9 +300,9 @@ FORMS = (
     Form("OpenAI preferences", _has("input", "preferred_output", "non_preferred_output"), _preferred),
     Form("LLaVA or ShareGPT conversations", _has_turns("conversations"), _conversations),
     Form("The Cauldron", _has_turns("texts"), _cauldron),
-    Form("query and response (ms-swift)", _has("query", "response"), _query),
-    Form("Alpaca", _has("instruction", "output"), _alpaca),
-    Form("Alpaca pairs", _has("instruction", "chosen", "rejected"), _alpaca),
+    Form("query and response (ms-swift)", _is_query, _query),
+    Form("Alpaca", _is_alpaca, _alpaca),
+    Form("Alpaca pairs", _is_alpaca_pair, _alpaca),
     Form("pairs as UltraFeedback and RLAIF-V have them", _is_foreign_pair, _pair),
     Form(
         "pairs as RLHF-V has them",
@@ -283,11 +314,7 @@ FORMS = (
         ),
         _text_pair,
     ),
-    Form(
-        "prompt and completion (TRL)",
-        lambda raw: "prompt" in raw and "completion" in raw and "label" not in raw,
-        _completed,
-    ),
+    Form("prompt and completion (TRL)", _is_completed, _completed),
     Form("questions and answers", _is_question, _question),
     Form("captions", _is_caption, _caption),
     Form(

@@ -244,6 +244,10 @@ def test_broken_samples_are_left_out_and_listed(broken, tmp_path, capsys):
     assert skipped[1]["cause"].startswith("not valid JSON")
     assert [ShardFolder(out).read(index)[0] for index in range(2)] == [{"text": "a"}, {"text": "b"}]
     assert (out / "shard-000000.tar").is_file()
+    parts = tmp_path / "parts"
+    assert prepare("--jsonl", broken, "--out", parts, "--skip-broken", "--workers", 2) == 0
+    assert "skipped: 2 broken samples, listed in" in capsys.readouterr().out
+    assert (parts / "skipped.jsonl").read_text() == (out / "skipped.jsonl").read_text()
 
 
 def test_nothing_but_broken_samples(broken, tmp_path, capsys):
@@ -285,6 +289,16 @@ def test_parts_are_joined_to_the_same_samples(media, tmp_path, capsys):
     assert sorted(path.name for path in jobs.glob("part-*")) == [f"part-000{n}-of-0003" for n in (1, 2, 3)]
     capsys.readouterr()
     assert "leave one out" in refused(capsys, "--jsonl", file, "--out", "x", "--workers", 2, "--part", "1/2")
+    assert "shard_bytes" in refused(capsys, "--jsonl", file, "--out", jobs, "--part", "2/3", "--shard-size", "1MB")
+    assert "parts" in refused(capsys, "--jsonl", file, "--out", jobs, "--workers", 2)
+    other = write(media.base / "other.jsonl", [*records, {"text": "one more"}])
+    assert "(inputs)" in refused(capsys, "--jsonl", other, "--out", jobs, "--workers", 3)
+    (jobs / "part-0002-of-0003").rename(jobs / "part-0002-of-0003.partial")
+    assert "run --part 2/3 again" in refused(capsys, jobs)
+    shutil.rmtree(jobs / "part-0002-of-0003.partial")
+    assert "lacks 1 of 3 parts: 2/3" in refused(capsys, jobs)
+    (jobs / "part-0001-of-0003").rename(jobs / "part-0002-of-0002")
+    assert "made from other files or settings (parts)" in refused(capsys, jobs)
     assert "choose fewer parts" in refused(capsys, "--jsonl", file, "--out", tmp_path / "x", "--part", "1/9")
     assert "--part is" in refused(capsys, "--jsonl", file, "--out", tmp_path / "x", "--part", "9")
 

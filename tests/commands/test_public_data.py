@@ -22,6 +22,7 @@ from megavlm.data.answer_groups import draft_unit
 from megavlm.media.access import MediaAccess
 from megavlm.media.files import File
 from megavlm.records.foreign import foreign_form
+from megavlm.records.forms import form_of
 from megavlm.records.records import check_record
 from megavlm.sources import inline, json_array, table
 from megavlm.sources.open_files import open_file
@@ -107,12 +108,61 @@ def test_our_own_forms_are_no_foreign_ones():
         {"prompt": "p", "completion": "c", "label": True},
         {"problem": "p", "answer": "a", "images": ["a.png"]},
         {"text": "x", "file_name": "notes.txt"},
+        {"messages": [{"role": "user", "content": "?"}], "images": ["a.png"], "query": "a", "response": "b"},
+        {"messages": [{"role": "user", "content": "?"}], "instruction": "a", "output": "b"},
+        {"messages": [{"role": "user", "content": "?"}], "prompt": "a", "completion": "b"},
+        {"prompt": "p", "completion": "c", "label": True, "instruction": "a", "output": "b"},
+        {"prompt": "p", "chosen": "a", "rejected": "b", "instruction": "q"},
+        {"text": "a text", "instruction": "a", "output": "b"},
     ):
         assert foreign_form(record) is None, record
         assert (
             "problem" not in record
             or check_record(record | {"images": []}, "prompt", "a:1").messages[-1]["role"] == "user"
         )
+
+
+def test_nothing_is_left_of_the_foreign_form():
+    record = {"prompt": "?", "completion": "!", "source": "x"}
+    assert form_of(converted(record)) == "conversation"
+    assert sorted(converted(record)) == ["messages", "source"]
+    alpaca = {"instruction": "?", "input": "", "output": "yes", "text": "Below is … ? … yes"}
+    assert [turn["content"] for turn in converted(alpaca)["messages"]] == ["?", "yes"]
+
+
+def converted(record):
+    return foreign_form(record).convert(record)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"choices": ["cat", "cup"]},
+        {"options": {"A": "cat", "B": "cup"}},
+        {"options": "['cat', 'cup']"},
+        {"options": '["cat", "cup"]'},
+        {"choices": {"text": ["cat", "cup"], "label": ["A", "B"]}},
+    ],
+)
+def test_choices_are_shown(choices):
+    for answer in ("cup", "B", 1):
+        found = converted({"question": "What?", "answer": answer, **choices})
+        assert found == {"problem": "What?\nA. cat\nB. cup", "answer": "B"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"options": "cat or cup"}, "the choices are the text 'cat or cup'"),
+        ({"options": [{"key": "A"}]}, "neither a list of texts"),
+        ({"A": "cat", "B": "cup"}, "in the fields A, B"),
+        ({"options": ["<image 1>", "<image 2>"]}, "the pictures are in image_1"),
+        ({"options": "[]", "image_1": "#a.png"}, "the pictures are in image_1"),
+    ],
+)
+def test_what_would_not_be_shown_is_refused(more, message):
+    with pytest.raises(ValueError, match=message):
+        converted({"question": "What?", "answer": "A", **more})
 
 
 def test_what_a_form_lacks_is_said_of_its_sample(tmp_path):

@@ -1,0 +1,84 @@
+"""The parts that several processes or jobs write of one folder of shards: they are joined if they belong together."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megavlm.base.atomic_files import atomic_open
+from megavlm.base.errors import UserError
+from megavlm.media.files import File, is_url
+from megavlm.sources.open_files import SampleFile
+
+SKIPPED = "skipped.jsonl"
+PART = "part.json"  # in each part: what it was made from
+_NAME = re.compile(r"part-(\d{4,})-of-(\d{4,})(\.partial)?")
+
+
+def folder_of(out: Path, part: tuple[int, int]) -> Path:
+    """The folder of the i-th of n parts (i, n), from 0."""
+    return out / f"part-{part[0] + 1:04}-of-{part[1]:04}"
+
+
+def made_from(files: Sequence[SampleFile], num_parts: int, shard_bytes: int, skip_broken: bool) -> dict[str, Any]:
+    """What all parts of one folder have in common, as ``part.json`` has it. Raises OSError if a file has gone."""
+    names = [name for file in files for name in file.index_files]
+    inputs = [[name if is_url(name) else os.path.abspath(name), File(name).size()] for name in names]
+    return {"parts": num_parts, "inputs": inputs, "shard_bytes": shard_bytes, "skip_broken": skip_broken}
+
+
+def check_siblings(out: Path, made: dict[str, Any]) -> None:
+    """Raises UserError if `out` has parts that do not belong to those that are made like this."""
+    for folder, (_, count, partial) in _found(out).items():
+        there = (made if partial else _read(folder)) | {"parts": count}  # another job may be writing a partial one
+        if different := [name for name in made if there.get(name) != made[name]]:
+            raise UserError(
+                f"{folder} was made from other files or settings ({', '.join(different)})",
+                f"choose another --out, or move {out} away",
+            )
+
+
+def check_parts(out: Path) -> None:
+    """Raises UserError if a folder has parts and they are not all there, or do not belong together."""
+    found = _found(out)
+    if not any((folder / PART).exists() for folder in found):
+        return
+    for folder, (number, count, partial) in found.items():
+        if partial:
+            raise UserError(
+                f"{folder} is still being written, or its process was killed",
+                f"wait for it, or run --part {number}/{count} again",
+            )
+    first = next(iter(found))
+    check_siblings(out, _read(first))
+    count = found[first][1]
+    if missing := sorted(set(range(1, count + 1)) - {number for number, _, _ in found.values()}):
+        listed = ", ".join(f"{number}/{count}" for number in missing[:8]) + ", …" * (len(missing) > 8)
+        raise UserError(f"{out} lacks {len(missing):,} of {count:,} parts: {listed}", "run these with --part first")
+
+
+def join_skipped(out: Path) -> None:
+    """Writes the lists of skipped samples of all parts, in their order, as one list into the folder."""
+    lists = [folder / SKIPPED for folder in _found(out) if (folder / SKIPPED).exists()]
+    if lists:
+        with atomic_open(out / SKIPPED, "wb") as joined:
+            for path in lists:
+                joined.write(path.read_bytes())
+
+
+def _found(out: Path) -> dict[Path, tuple[int, int, bool]]:
+    """Number, number of all parts, and whether it is incomplete, for each part in a folder, in their order."""
+    names = [match for path in out.glob("part-*") if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    parts = {out / match[0]: (int(match[1]), int(match[2]), match[3] is not None) for match in names}
+    return dict(sorted(parts.items(), key=lambda item: item[1]))
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / PART).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"{folder} has no {PART} that says what it was made from", "move the folder away, and write all parts again"
+        ) from None
