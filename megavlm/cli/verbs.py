@@ -195,7 +195,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
     ),
     "plan": Verb(
         "megavlm.commands.plan:main",
-        "show what a layout needs on GPUs that need not be there: memory of each pipeline stage, FLOPs of a step",
+        "show the memory and the work of a layout on GPUs that need not be there",
         "megavlm plan sft.yaml --gpus 64\nmegavlm plan sft.yaml parallel.tensor=4 --gpus 32 --gpu h200 --pictures 2",
         sections=(*RUN, "align", "rollout", "reward", "environment"),
         requires=("train.steps", "train.lr"),

@@ -185,11 +185,19 @@ def test_a_verb_of_two_words_and_one_without_settings(run):
     job = "def main(*settings, **flags): print([s.train.steps for s in settings], sorted(flags.items()))"
     status, out, err = run(job, "data", "inspect", "run.yaml", "train.steps=7")
     assert (status, err) == (0, "")
-    assert out == f"[7] {[('out', Path('data-inspect')), ('samples', 200), ('verb', None)]}\n"
+    flags = {
+        "duplicates": False,
+        "out": Path("data-inspect"),
+        "part": None,
+        "samples": 200,
+        "verb": None,
+        "workers": None,
+    }
+    assert out == f"[7] {sorted(flags.items())}\n"
     status, out, err = run(job, "data", "prepare", "--jsonl", "a.jsonl", "b.jsonl", "--out", "c", "--skip-broken")
     assert (status, err) == (0, "")
     flags = {"folder": None, "jsonl": ["a.jsonl", "b.jsonl"], "out": Path("c"), "shard_size": None}
-    flags |= {"media_roots": [], "media_protocols": []}
+    flags |= {"media_roots": [], "media_protocols": [], "workers": None, "part": None}
     assert out == f"[] {sorted((flags | {'skip_broken': True, 'force': False}).items())}\n"
     assert "'folder', 'shards'" in run(job, "data", "prepare", "--force", "shards")[1]
 

@@ -15,6 +15,9 @@ def toys(tmp_path_factory) -> Toys:
     return Toys(tmp_path_factory.mktemp("toys"))
 
 
+UNUSED = ("reference", "sampling")  # phases that sft does not have
+
+
 def test_a_profiled_run(toys, tmp_path):
     config = sft_config(toys, tmp_path, steps=2)
     megavlm("sft", config, "log.phases=true", "train.profile.start=2", "train.profile.steps=1")
@@ -22,7 +25,7 @@ def test_a_profiled_run(toys, tmp_path):
     for line in lines:
         split = [line.pop(f"phase/{name}") for name in PHASES]
         assert sum(split) == pytest.approx(line["seconds"], rel=0.1, abs=0.05)
-        assert all(seconds > 0 for name, seconds in zip(PHASES, split, strict=True) if name != "reference")
+        assert all(seconds > 0 for name, seconds in zip(PHASES, split, strict=True) if name not in UNUSED)
     (trace,) = (tmp_path / "run" / "profile").iterdir()
     events = {event["name"] for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
     assert {"step 2", "data", "tower", "exchange", "decoder", "head", "reduction", "optimizer"} <= events

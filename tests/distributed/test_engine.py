@@ -34,7 +34,11 @@ def start(settings: dict):
 
     settings = Settings(**settings)
     renderer = Renderer(settings.model.hf, settings.data)
-    return session.start(settings, training=False), renderer, read_samples(settings.data.eval[0].path, renderer, "prompt")
+    return (
+        session.start(settings, training=False),
+        renderer,
+        read_samples(settings.data.eval[0].path, renderer, "prompt"),
+    )
 
 
 def seeds_of(index: int, count: int) -> tuple[int, ...]:
