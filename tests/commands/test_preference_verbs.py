@@ -141,7 +141,7 @@ def test_bad_input_is_said_plainly(toys, pairs, config):
     assert "Traceback" not in done.stderr
     record = {"prompt": "Two and two?", "completion": "Four."}
     data = f"data.train={write_records(toys.root / 'bad.jsonl', [record])}"
-    assert '"label": …' in megavlm("kto", config, data, status=2).stderr
+    assert '"label": true' in megavlm("kto", config, data, status=2).stderr
 
 
 @pytest.mark.parametrize(
