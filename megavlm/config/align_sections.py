@@ -23,7 +23,7 @@ class CriticSettings(Section):
         0,
         ge=0,
         description="number of steps at the beginning in which it alone learns. The schedule of the policy's learning "
-        "rate begins after them, and so ends as many steps before its lowest rate",
+        "rate begins after them",
     )
     clip: Float | None = Field(
         0.2,

@@ -20,7 +20,11 @@ class GroupSettings(Section):
     weight_decay: Float | None = Field(
         None, ge=0, le=1e6, description="weight decay of the group; null: train.weight_decay"
     )
-    freeze: Bool = Field(False, description="whether the weights of the group are not trained")
+    freeze: Bool = Field(
+        False,
+        description="whether the weights of the group are not trained; routers that are not have no load-balancing "
+        "loss and no z-loss",
+    )
 
     @field_validator("match")
     @classmethod

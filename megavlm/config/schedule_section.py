@@ -128,6 +128,7 @@ class ScheduleSettings(Section):
                 f"train.batch_ramp is {self.batch_ramp}, but train.global_batch_size is not set: it would be ignored",
                 "set train.global_batch_size, or remove batch_ramp",
             )
+        check_ramp("train.batch_ramp", self.batch_ramp, self.steps)
         return self
 
     def _nothing_is_ignored(self) -> None:
@@ -156,6 +157,15 @@ class ScheduleSettings(Section):
                 "them would be ignored",
                 "remove one of them",
             )
+
+
+def check_ramp(key: str, ramp: Mapping[int, int], steps: int | None) -> None:
+    """Raises UserError if a table {last step: value} does not end before the run."""
+    if steps is not None and max(ramp, default=0) >= steps:
+        raise UserError(
+            f"{key} is {ramp}, but train.steps is {steps}: the run would end before the ramp",
+            "let its last entry end earlier, or raise train.steps",
+        )
 
 
 def value_at[T](table: Mapping[int, int], step: int, afterwards: T) -> int | T:

@@ -10,6 +10,7 @@ from megavlm.config.environment_section import ENVIRONMENT, EnvironmentSettings
 from megavlm.config.eval_section import EvalSettings
 from megavlm.config.reward_section import RewardPoolSettings, Rewards, RewardSettings
 from megavlm.config.rollout_section import RolloutSettings
+from megavlm.config.schedule_section import check_ramp
 from megavlm.config.section import Bool, FilePath, Int, Section
 from megavlm.config.sections import (
     CheckpointSettings,
@@ -119,6 +120,7 @@ class Settings(Section):
                 f"data.length_ramp is {self.data.length_ramp}, but the buffers of train.overlap.tensor have one length",
                 "set train.overlap.tensor to false, or remove length_ramp",
             )
+        check_ramp("data.length_ramp", self.data.length_ramp, self.train.steps)
         for key, length in self._lengths:
             check_seq_length(length, self.parallel, key)
         self._check_pad_multiple()

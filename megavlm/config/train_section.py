@@ -29,14 +29,16 @@ class TrainSettings(ScheduleSettings):
     groups: list[GroupSettings] = Field(
         [],
         description="weights that are trained with another learning rate or weight decay, or not at all, for example "
-        "[{match: embed_tokens, lr_scale: 0.1}, {match: 'layers\\.[01]\\.', freeze: true}]",
+        "[{match: embed_tokens, lr_scale: 0.1}, {match: 'layers\\.[01]\\.', freeze: true}]; ppo's "
+        "critic has none",
     )
     layer_decay: Float = Field(
         1.0,
         gt=0,
         le=1,
         description="factor of the learning rate from one layer to the one below it, in the tower and in the decoder: "
-        "the last layer has 1, the first layer_decay^(layers - 1), the embeddings below it layer_decay^layers",
+        "the last layer has 1, the first layer_decay^(layers - 1), the embeddings below it layer_decay^layers. ppo's "
+        "critic has 1 everywhere",
     )
     unfreeze_after: dict[Part, Count] = Field(
         {},
@@ -64,7 +66,7 @@ class TrainSettings(ScheduleSettings):
         lt=1,
         description="decay rate of a moving average of the trained weights, for example 0.999, which "
         "`megavlm export --ema` exports; it needs 4 bytes for each weight, divided over the data-parallel ranks. null: "
-        "there is no average",
+        "there is no average; ppo's critic never has one",
     )
     adam_beta1: Float = Field(0.9, ge=0, lt=1, description="decay rate of Adam's running mean of the gradients")
     adam_beta2: Float = Field(0.95, ge=0, lt=1, description="decay rate of Adam's running mean of squared gradients")

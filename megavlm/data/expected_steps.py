@@ -1,5 +1,6 @@
 """How many steps the epochs of a run will have: the work of its data workers in numbers, without any pixels."""
 
+from megavlm.base.heartbeat import beat
 from megavlm.data.draft import Draft
 from megavlm.data.packing import first_fill, next_fill, take_row
 from megavlm.data.rows import RowDataset
@@ -22,9 +23,10 @@ def expected_steps(dataset: RowDataset) -> tuple[int, bool]:
     assert dataset.ends is not None, "the plan has epochs"
     counts, total, plan = [len(source.file) for source in dataset.sources], sum(dataset.ends), dataset.plan
     drafts = _Drafts(dataset, counts)
+    cut = bool(plan.length_ramp) and dataset.renderer.truncates  # drafts have the full length, and rows cut them
     if total <= _COUNTED:
         last = max(_last_row(dataset, drafts, worker, dataset.num_workers)[0] for worker in range(dataset.num_workers))
-        return plan.place(max(last, 0))[0], max(counts) <= _DRAFTED
+        return plan.place(max(last, 0))[0], max(counts) <= _DRAFTED and not cut
     rows, used = _last_row(dataset, drafts, 0, 1, _COUNTED)
     left, step = (rows + 1) * total / used, 0  # rows of full length
     for step in range(1, max(plan.length_ramp, default=0) + 1):
@@ -83,6 +85,7 @@ class _Drafts:
         chosen = self._chosen[source]
         key = source, chosen[index * len(chosen) // self.counts[source]]
         if key not in self._known:
+            beat("counting the steps of the epochs")
             found = self._dataset.draft(*key)
             self._known[key] = found if isinstance(found, Draft) else None
         return self._known[key]

@@ -1,4 +1,4 @@
-"""The endless stream of training rows: blended, shuffled, packed in worker processes, and resumable exactly."""
+"""The stream of training rows: blended, shuffled, packed in worker processes, and resumable exactly."""
 
 import gc
 from collections.abc import Generator
@@ -28,7 +28,7 @@ Place = tuple[int, dict[int, dict]]
 
 
 class RowLoader:
-    """An endless iterator over rows. Built by ``build_loader``.
+    """An iterator over rows that has no end (after the last epoch they are empty). Built by ``build_loader``.
 
     ``state_dict()`` contains the state of each worker of this rank after the rows taken so far, including the samples
     in its packing buffer (as sample numbers, not as data). If a loader is built from the same settings and receives
@@ -303,4 +303,4 @@ def _with_sources(place: dict, numbers: list[int], count: int) -> dict:
         name: [values[places[n]] if n in places else [] if name == "ahead" else 0 for n in range(count)]
         for name, values in place["draws"].items()
     }
-    return place | {"draws": draws, "waiting": [(numbers[source], index) for source, index in place["waiting"]]}
+    return place | {"draws": draws, "waiting": [(numbers[source], *rest) for source, *rest in place["waiting"]]}

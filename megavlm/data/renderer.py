@@ -64,7 +64,7 @@ class Renderer:
         self.tokenizer = self.processor.tokenizer
         self._vision_ends = (self.processor.vision_start_token_id, self.processor.vision_end_token_id)
         self.seq_length, self.pad_multiple = settings.seq_length, pad_multiple
-        self._truncates = settings.too_long == "truncate"
+        self.truncates = settings.too_long == "truncate"
         self._end_of_text = _end_of_text(self.tokenizer) if settings.append_eos else ""
         self.pad_id = next(id for id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if id is not None)
         self.template = ChatTemplate(self.processor) if self.processor.chat_template else None
@@ -125,7 +125,7 @@ class Renderer:
         spans = media_tokens(token_ids, starts, replaced, self._vision_ends)
         weights = token_weights(turns, replaced, starts, spans, otherwise=float(kind != "prompt"))
 
-        if kind != "prompt" and self._truncates and repeats.sum() > self.seq_length:
+        if kind != "prompt" and self.truncates and repeats.sum() > self.seq_length:
             first, dropped = first_kept(repeats, spans, self.seq_length)
             num_frames = sum(item.grid[0] for item in media[:dropped])
             token_ids, repeats, weights = token_ids[first:], repeats[first:], weights[first:]

@@ -1,4 +1,4 @@
-"""The work of a data worker: it draws samples, renders them, and packs them into an endless stream of rows."""
+"""The work of a data worker: it draws samples, renders them, and packs them into a stream of rows."""
 
 import copy
 from collections import Counter
@@ -16,8 +16,9 @@ from megavlm.data.row import Row
 from megavlm.data.row_plan import RowPlan
 from megavlm.data.sample_order import SampleOrder
 from megavlm.records.records import Kind
-from megavlm.records.skipped_samples import TOO_LONG, SkippedSample, UnfitSample
+from megavlm.records.skipped_samples import TOO_LONG, TOO_LONG_YET, SkippedSample, UnfitSample
 from megavlm.sources.blend import Source, samples_of_epochs
+from megavlm.sources.open_files import SampleFile
 from megavlm.workers.current_sample import PIXELS, RECORD, reading
 from megavlm.workers.fatal_samples import FatalSamples
 from megavlm.workers.worker_processes import WorkerRows
@@ -161,7 +162,7 @@ class RowDataset(WorkerRows[Row]):
         try:
             self.fatal.check(RECORD, source, index)
             with reading(RECORD, source, index):
-                draft = draft_unit(self.renderer, file, index, self.kind)
+                draft = self._drafted(file, index)
             if self.max_patches and draft.num_patches > self.max_patches:
                 raise UnfitSample(
                     TOO_LONG,
@@ -177,6 +178,22 @@ class RowDataset(WorkerRows[Row]):
             self.plan.weigh(sample, self.sources[source].loss_weight)
         draft.room = self.renderer.seq_length if self.plan.length_ramp else 0
         return draft
+
+    def _drafted(self, file: SampleFile, index: int) -> Draft:
+        """The draft of a sample. One that is unfit only for the rows of ``length_ramp`` has a kind of its own."""
+        length = self.renderer.seq_length
+        try:
+            return draft_unit(self.renderer, file, index, self.kind)
+        except UnfitSample as error:
+            if length == self._longest:
+                raise
+            early = error
+        self.renderer.seq_length = self._longest
+        try:
+            draft_unit(self.renderer, file, index, self.kind)
+        finally:
+            self.renderer.seq_length = length
+        raise UnfitSample(TOO_LONG_YET, early.message, "it fits after data.length_ramp; raise the lengths of the ramp")
 
     def reread(self, source: int, index: int) -> SkippedSample | None:
         """Reads a sample with its pixels; None if it can be used, otherwise the reason why it is skipped."""

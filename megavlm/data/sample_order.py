@@ -26,7 +26,7 @@ class OrderState(TypedDict):
 
 
 class SampleOrder:
-    """An endless iterator over the samples of one data worker.
+    """An iterator over the samples of one data worker; without ``ends`` it has no end.
 
     The epochs of a source form one sequence of positions. Worker w of W workers takes the positions base + w,
     base + w + W, …. Rows come from the workers in turn, so the rows that all ranks see at the same time are adjacent in

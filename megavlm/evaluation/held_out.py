@@ -44,7 +44,10 @@ def evaluation_hooks(settings: Settings, kind: Kind) -> list[Hook]:
         kind: what the method trains on.
     """
     every = settings.eval.every
-    return [Hook(HeldOut(settings, kind), every=every, at_last=True, at_start=True)] if every is not None else []
+    if every is None:
+        return []
+    held_out = HeldOut(settings, kind)
+    return [Hook(held_out, every=every, at_last=True, at_start=True, prepare=held_out.prepare)]
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class HeldOut:
     def __init__(self, settings: Settings, kind: Kind):
         self._settings, self._kind = settings, kind
         self._names = [source.label for source in settings.data.eval]
-        self._source: HeldOutSource | None = None  # on leaders, from the first call on
+        self._source: HeldOutSource | None = None  # on leaders, from ``prepare`` on
         self._skipped: list[SkippedSample] | None = []  # None once they have been told
 
     def __call__(self, run: Run, step: int, say: Callable[[str], None]) -> Fields:
@@ -78,7 +81,6 @@ class HeldOut:
         began = time.perf_counter()
         objective = self._objective(run)
         with _training_untouched(run, self._settings.data.workers):
-            self._open(run)
             totals = torch.zeros(len(self._names), objective.num_sums, dtype=torch.float64, device=device())
             weights = [self._evaluate(run, objective, number, totals[number]) for number in range(len(self._names))]
             dist.all_reduce(totals)
@@ -100,11 +102,15 @@ class HeldOut:
             return PlainLoss(self._settings.train.logprob_chunk_tokens)
         return run.step.objective
 
-    def _open(self, run: Run) -> None:
+    def prepare(self, run: Run) -> None:
         """Opens the sources on leaders. Raises UserError on all ranks if one cannot be read."""
+        with _training_untouched(run, self._settings.data.workers):
+            self._open(run)
+
+    def _open(self, run: Run) -> None:
         settings, groups = run.session.settings, run.session.groups
         problem = None
-        if groups.is_leader and self._source is None:
+        if groups.is_leader:
             try:
                 self._source = HeldOutSource(
                     open_eval_sources(settings.data),

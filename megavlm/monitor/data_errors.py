@@ -2,7 +2,7 @@
 
 A line has ``step`` (the step whose rows lack the sample), ``source`` (the source's name in the metrics), ``sample``
 ("file:line" or "shard:number"), ``index`` (its number in the source, from 0), ``kind`` ("broken", "too long", "no
-target") and ``cause``.
+target", "too long yet": see ``records/skipped_samples.py``) and ``cause``.
 """
 
 import json
@@ -21,7 +21,7 @@ from megavlm.monitor.metrics import append_lines, drop_after, read_lines
 from megavlm.monitor.sample_counts import SampleCounts
 from megavlm.platform import Groups
 from megavlm.platform.collectives import all_gather_objects, broadcast_object
-from megavlm.records.skipped_samples import BROKEN, SkippedSample, excess, shares
+from megavlm.records.skipped_samples import BROKEN, TOO_LONG_YET, SkippedSample, excess, shares
 
 FILE_NAME = "data_errors.jsonl"
 _CHECKED_FROM = 100  # samples of a source before its shares are checked; before, one could be too large a share
@@ -163,6 +163,8 @@ class DataErrors:
 
     def _is_still_skipped(self, line: dict[str, Any]) -> bool:
         assert self._loader is not None
+        if line["kind"] == TOO_LONG_YET:  # of the steps before, whose rows were shorter
+            return True
         beat(f"reading {line['sample']} again")
         return self._loader.reread(self._names.index(line["source"]), line["index"]) is not None
 

@@ -14,7 +14,7 @@ from megavlm.base.number_format import counted, short
 from megavlm.config.settings import Settings
 from megavlm.config.train_section import TrainSettings
 from megavlm.convert.names import MCORE_EMBEDDING, MCORE_OUTPUT, table
-from megavlm.convert.peft_names import CHECKPOINT_PREFIX, LORA_B, part_of, targeted, tensor_shapes
+from megavlm.convert.peft_names import CHECKPOINT_PREFIX, LORA_B, part_of, saved_whole, targeted, tensor_shapes
 from megavlm.model.score_head import KEY as SCORE_HEAD
 from megavlm.model.shapes import Shapes
 
@@ -71,7 +71,8 @@ def weights_of(shapes: Shapes, settings: Settings | None = None) -> list[Weight]
             size, decays = math.prod(shape), len(shape) > 1
             adapted.append(Weight(CHECKPOINT_PREFIX + name, linear.entry.key, (name,), part_of(name), size, decays))
     fixed = {*settings.frozen(), *(weight.part for weight in adapted)}
-    return [weight for weight in found if weight.part not in fixed] + adapted
+    whole = saved_whole(adapter, shapes) if adapter.type else {}
+    return [weight for weight in found if weight.part not in fixed or weight.key in whole] + adapted
 
 
 def rule_of(train: TrainSettings, shapes: Shapes, names: Iterable[str], layer_key: str) -> Rule:

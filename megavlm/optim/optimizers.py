@@ -54,6 +54,7 @@ class Optimizers:
         vlm: the model.
         train: the ``train`` section.
         updates_per_step: number of updates of the weights in a step of the run; the schedule counts updates.
+        idle_steps: number of steps of the run without updates.
 
     Attributes:
         ddp: for each trainable part, one DistributedDataParallel per module (several with virtual pipelining).
@@ -66,7 +67,7 @@ class Optimizers:
     bucket_size: int | None = None
     """Number of weights whose gradients are reduced together during the backward pass; None: Megatron's choice."""
 
-    def __init__(self, vlm: VLM, train: TrainSettings, updates_per_step: int = 1):
+    def __init__(self, vlm: VLM, train: TrainSettings, updates_per_step: int = 1, idle_steps: int = 0):
         self.train, self._vlm, self._updates_per_step = train, vlm, updates_per_step
         # GaLore and Muon need whole matrices, but Megatron's DistributedOptimizer splits them; nor does it support SGD.
         sharded = train.optimizer == "adam"
@@ -93,7 +94,7 @@ class Optimizers:
         for part in PARTS:
             self._build(part)
         self.optimizer = self._chained()
-        self.scheduler = Schedule(self.optimizer, train, updates_per_step)
+        self.scheduler = Schedule(self.optimizer, train, updates_per_step, idle_steps)
 
     def _build(self, part: str) -> None:
         """Creates the gradient buffers and optimizers of a part, if it has trainable parameters on some rank.

@@ -19,13 +19,14 @@ class Schedule(OptimizerParamScheduler):
         optimizer: has ``param_groups``.
         train: the ``train`` section.
         updates_per_step: number of updates of the weights in a step of the run.
+        idle_steps: number of steps of the run without updates; the schedule is so much shorter.
     """
 
-    def __init__(self, optimizer: Any, train: TrainSettings, updates_per_step: int = 1):
+    def __init__(self, optimizer: Any, train: TrainSettings, updates_per_step: int = 1, idle_steps: int = 0):
         self.num_steps: int = 0
-        self._updates_per_step = updates_per_step
+        self._updates_per_step, self._idle_steps = updates_per_step, idle_steps
         self._restarts, self._table = train.restarts, sorted(train.schedule_table.items())
-        length = train.length * updates_per_step
+        length = max(train.length - idle_steps, 1) * updates_per_step
         endless = train.schedule in ("inverse_sqrt", "table")
         warmup = train.warmup * updates_per_step
         super().__init__(
@@ -46,7 +47,7 @@ class Schedule(OptimizerParamScheduler):
 
     def with_settings(self, train: TrainSettings) -> "Schedule":
         """The schedule of another ``train`` section at the same position; it sets no learning rates."""
-        other = Schedule(SimpleNamespace(param_groups=[]), train, self._updates_per_step)
+        other = Schedule(SimpleNamespace(param_groups=[]), train, self._updates_per_step, self._idle_steps)
         other.num_steps = self.num_steps
         return other
 

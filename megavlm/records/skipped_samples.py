@@ -12,7 +12,14 @@ BROKEN = "broken"
 """A line, picture, video or shard that cannot be read or is invalid. Samples of all other kinds are valid."""
 TOO_LONG = "too long"
 NO_TARGET = "no target"
-_WORDS = {BROKEN: "broken", TOO_LONG: "too long for a row", NO_TARGET: "without a target"}
+TOO_LONG_YET = "too long yet"
+"""Unfit for the shorter rows of ``data.length_ramp``, but fit for those after it. No limit counts it."""
+_WORDS = {
+    BROKEN: "broken",
+    TOO_LONG: "too long for a row",
+    NO_TARGET: "without a target",
+    TOO_LONG_YET: "too long for the rows of data.length_ramp",
+}
 # The kinds that each limit is for, and what can be done where there are more.
 _CAUSES = 5  # groups of causes that are shown
 _LIMITED = {"data.max_bad_fraction": (BROKEN,), "data.max_dropped_fraction": (TOO_LONG, NO_TARGET)}
@@ -26,7 +33,7 @@ _REMEDIES = {
 
 
 class UnfitSample(UserError):
-    """A valid sample that cannot be put into a row; ``kind`` gives the reason (``TOO_LONG`` or ``NO_TARGET``)."""
+    """A valid sample that cannot be put into a row; ``kind`` gives the reason (not ``BROKEN``)."""
 
     def __init__(self, kind: str, message: str, remedy: str):
         super().__init__(message, remedy)
@@ -43,7 +50,7 @@ class SkippedSample:
     Attributes:
         source_id: the number of its source in the blend.
         sample: "file:line" or "shard:number".
-        kind: ``BROKEN``, ``TOO_LONG`` or ``NO_TARGET``.
+        kind: ``BROKEN``, ``TOO_LONG``, ``NO_TARGET`` or ``TOO_LONG_YET``.
         cause: the reason in words.
         index: the number of the sample in its source, from 0.
         remedy: what the user can do about it, if that is known.

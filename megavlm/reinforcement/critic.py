@@ -1,6 +1,7 @@
 """The critic of ppo: a second model with a head of its own, and what updates its weights."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,12 +66,16 @@ def value_objective(session: Session) -> ValueObjective:
 
 
 def train_of_critic(settings: Settings) -> TrainSettings:
-    """The section ``train`` of the critic. Its lowest learning rate is the same fraction of its highest one."""
+    """The section ``train`` of the critic. Its lowest learning rate is the same fraction of its highest one.
+
+    Averages, groups and rates of layers are those of the policy alone.
+    """
     train, critic = settings.train, settings.align.critic
     lr = required(train.lr, "train.lr") if critic.lr is None else critic.lr
     warmup_steps = train.warmup if critic.warmup_steps is None else critic.warmup_steps
     lowest = train.min_lr * lr / required(train.lr, "train.lr")
-    changed = {"lr": lr, "min_lr": lowest, "warmup_steps": warmup_steps, "warmup_share": None}
+    changed: dict[str, Any] = {"lr": lr, "min_lr": lowest, "warmup_steps": warmup_steps, "warmup_share": None}
+    changed |= {"ema": None, "groups": [], "layer_decay": 1.0}
     return train.model_copy(update=changed)
 
 

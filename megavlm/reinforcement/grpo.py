@@ -112,7 +112,8 @@ class PolicyMethod(OneModel):
 
         updates = settings.align.updates * settings.align.mini_batches
         longest = (lambda: longest_row(renderer)) if renderer is not None else None
-        return Prepared(objective, loader, longest, loader, make_step, updates, self._others(session))
+        others, idle = self._others(session), settings.align.critic.alone_steps  # 0 without a critic
+        return Prepared(objective, loader, longest, loader, make_step, updates, others, idle_steps=idle)
 
     def _others(self, session: Session) -> dict[str, Step]:
         """What updates the weights of further models, by name; see ``Prepared``."""

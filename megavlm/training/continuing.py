@@ -31,7 +31,8 @@ def remarks_on(start: Start, optimizers: Optimizers, step: int) -> list[str]:
     now, old = optimizers.lr, optimizers.lr_with(before.train)
     if any(key.startswith(_SCHEDULE) for key in start.changed):
         said.append(f"the learning rate of step {step + 1} is {now:.3g}; with the settings before it was {old:.3g}")
-    if "train.steps" in start.changed and train.schedule in _ENDING and train.schedule_steps != train.steps:
+    falls = train.schedule in _ENDING
+    if falls and train.steps is not None and "train.steps" in start.changed and train.schedule_steps != train.steps:
         other = optimizers.lr_with(train.model_copy(update={"schedule_steps": train.steps}))
         said.append(
             f"the schedule of this run has {train.schedule_steps} steps: the learning rate of step {step + 1} is "
@@ -39,7 +40,7 @@ def remarks_on(start: Start, optimizers: Optimizers, step: int) -> list[str]:
             f"{train.steps} steps would set it to {other:.3g}: train.schedule_steps={train.steps} --change "
             "train.schedule_steps"
         )
-    if "train.epochs" in start.changed and train.schedule in _ENDING:
+    if falls and train.epochs is not None and "train.epochs" in start.changed:
         said.append(
             f"the schedule of this run has {train.schedule_steps} steps, after which the learning rate stays at "
             f"train.min_lr = {train.min_lr:g}: train.schedule_steps=N --change train.schedule_steps gives it another "

@@ -12,6 +12,8 @@ Fields = Mapping[str, float | int | None]
 class Hook:
     """A function that the training loop calls on all ranks.
 
+    After a step, it raises a UserError or RunFailure on all ranks or on none: the step is saved before the run ends.
+
     Attributes:
         call: the function. Its arguments are the run, the number of the last step and a function that prints a message
             on the terminal. The fields that it returns after a step are added to that step's line of metrics.jsonl.
@@ -21,6 +23,7 @@ class Hook:
         at_start: whether it is also called before the first step of a new run, as after step 0; its fields are dropped.
         at_end: whether it is called once after the last step, when all checkpoints are complete. It is not called if
             the run fails.
+        prepare: is called before the first step of each start, so that what the hook cannot do is found early.
     """
 
     call: Callable[[Run, int, Callable[[str], None]], Fields | None]
@@ -29,6 +32,7 @@ class Hook:
     at_checkpoint: bool = False
     at_start: bool = False
     at_end: bool = False
+    prepare: Callable[[Run], None] | None = None
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
         """Whether the hook is called after this step."""

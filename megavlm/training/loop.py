@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from megavlm.base import stop_signals
+from megavlm.base.errors import RunFailure, UserError
 from megavlm.config.requirements import required
 from megavlm.config.settings import CheckpointSettings, Settings
 from megavlm.monitor.hang_watch import HangWatch
@@ -87,6 +88,9 @@ def _run_steps(
     if settings.train.memory_check and not is_over:
         monitor.say(check_memory([run.step, *run.others.values()], run.longest_row, settings))
         heartbeat("the memory check")
+    for prepare in (hook.prepare for hook in hooks if hook.prepare is not None and not is_over):
+        prepare(run)
+        heartbeat("preparing for the steps")
     for hook in hooks:
         if hook.at_start and number == 0:
             hook.call(run, 0, monitor.say)
@@ -100,7 +104,7 @@ def _run_steps(
         for part in thawed:
             monitor.say(f"step {number}: {part} is unfrozen and trained from now on")
         try:
-            result = _one_step(run, number, hooks, monitor)
+            result, problem = _one_step(run, number, hooks, monitor)
         except NoRows:
             if number - 1 > saved and not thawed and monitor.rows_are_from_files:
                 _save_before(run, number)
@@ -112,7 +116,7 @@ def _run_steps(
         heartbeat(f"step {number}")
         stopping, due = stop.decide()
         due = due or _is_due(settings.checkpoint, number, monitor)
-        data_failure = monitor.data_failure() or run.report(number, monitor)
+        data_failure = monitor.data_failure() or run.report(number, monitor) or problem
         early, is_best = run.best.ending(number), run.best.step == number
         saving = is_over or stopping or due or is_best or early is not None or data_failure is not None
         failure = skipped.failure(number, result.trouble)
@@ -157,8 +161,14 @@ def _save_before(run: Run, number: int) -> None:
         run.checkpoints.save(number - 1)
 
 
-def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -> StepResult:
-    """Runs step ``number`` and the hooks that are due after it, and records its line of metrics."""
+def _one_step(
+    run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor
+) -> tuple[StepResult, UserError | RunFailure | None]:
+    """Runs step ``number`` and the hooks that are due after it, and records its line of metrics.
+
+    Returns:
+        The result, and the error of a hook, after which the run ends with a checkpoint of the step.
+    """
     settings = run.session.settings
     with run.profile.step(number):
         began = time.perf_counter()
@@ -172,8 +182,12 @@ def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor)
     }
     is_last = monitor.is_over(number)
     due = [hook for hook in hooks if hook.is_due(number, is_last=is_last)]
-    for hook in due:
-        line |= hook.call(run, number, monitor.say) or {}
+    problem = None
+    try:
+        for hook in due:
+            line |= hook.call(run, number, monitor.say) or {}
+    except (UserError, RunFailure) as error:
+        problem = error
     logged = number % settings.log.every == 0 or is_last or bool(result.trouble or due)
     if logged:
         line |= run.stragglers.fields() | monitor.record_experts(number, run.step.expert_load.totals())
@@ -182,4 +196,4 @@ def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor)
     run.best.take(line)
     if run.best.step == number:
         monitor.say(f"step {number} has the best {run.best.told()} so far")
-    return result
+    return result, problem

@@ -160,12 +160,12 @@ def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:
 
     In its first step, Adam allocates two float32 numbers for each number that this rank updates. GaLore and Muon
     allocate their state in this function. A part that is unfrozen later needs a gradient buffer, less the gradients
-    that exist during the memory check, and a float32 copy of half-precision weights. Of memory that is divided among
-    data-parallel ranks, only this rank's part is counted (experts, which are divided among fewer ranks, are counted
-    like other weights).
+    that exist during the memory check, a float32 copy of half-precision weights and, with ``train.ema``, their
+    averages. Of memory that is divided among data-parallel ranks, only this rank's part is counted (experts, which are
+    divided among fewer ranks, are counted like other weights).
     """
     optimizers, groups, numbers = step.optimizers, step.groups, 0.0
-    adam = optimizers.train.optimizer == "adam"
+    adam, averages = optimizers.train.optimizer == "adam", optimizers.train.ema is not None
     if adam and not any(o.optimizer.state for o in optimizers.optimizer.chained_optimizers):
         numbers = 2 * sum(p.numel() for group in optimizers.optimizer.param_groups for p in group["params"])
     inner = [o.optimizer for o in optimizers.optimizer.chained_optimizers if isinstance(o.optimizer, GaLore | Muon)]
@@ -175,7 +175,7 @@ def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:
     for weight in _to_unfreeze(step):
         share = (groups.tower if weight in tower else groups.language).dp_cp.size() if adam else 1
         half = weight.element_size() < 4
-        numbers += weight.numel() * (half / 2 + (2 * adam + half) / share)
+        numbers += weight.numel() * (half / 2 + (2 * adam + half + averages) / share)
         if inner:
             numbers += sum(math.prod(shape) for shape in inner[0].state_shapes(weight).values())
     # the memory is written to, because a CPU would not allocate it otherwise

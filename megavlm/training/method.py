@@ -34,6 +34,7 @@ class Prepared:
         others: for each further model of the session that is trained, what updates its weights. The run saves and
             restores these models, too.
         attach: attaches to held-out rows what the method attaches to those of training, on leaders; None: nothing.
+        idle_steps: number of steps at the beginning in which the main model is not updated.
     """
 
     objective: Objective
@@ -44,6 +45,7 @@ class Prepared:
     updates: int = 1
     others: Mapping[str, Step] = field(default_factory=dict)
     attach: Callable[[Iterator[Row]], Iterator[Row]] | None = None
+    idle_steps: int = 0
 
 
 class MethodStep(Protocol):

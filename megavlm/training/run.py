@@ -18,14 +18,15 @@ from megavlm.data.loader import RowLoader
 from megavlm.data.row import Row
 from megavlm.data.row_source import HeldRows, RowSource
 from megavlm.monitor.hang_watch import collective_minutes
-from megavlm.monitor.metrics import read_metrics
+from megavlm.monitor.metrics import read_lines, read_metrics
 from megavlm.monitor.phases import Phases
 from megavlm.monitor.profile import Profile
 from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.monitor.stragglers import Stragglers
 from megavlm.optim.group_rules import described
 from megavlm.optim.optimizers import Optimizers
-from megavlm.output.folder import Start, StartOptions, prepare_output, record_changes
+from megavlm.optim.param_groups import ParamGroups
+from megavlm.output.folder import CHANGES_FILE, Start, StartOptions, prepare_output, record_changes
 from megavlm.output.inputs import note_inputs
 from megavlm.output.lock import RunLock
 from megavlm.platform.collectives import on_first_rank
@@ -41,6 +42,7 @@ from megavlm.training.skipped_steps import weights_failure
 from megavlm.training.step import Step, StepResult
 
 _log = logging.getLogger(__name__)
+_HELD_OUT = ("data.eval", "eval.rows")  # settings on which the values of eval.best depend
 
 
 @dataclass
@@ -151,6 +153,7 @@ def build_run(
         origin = find_checkpoint(settings.model.start) if settings.model.start is not None else None
         heartbeat("loading the weights")
     groups_of_weights = described(settings, session.vlm.shapes, score_head=method.scores)
+    ParamGroups(session.vlm, settings.train).freeze()  # before the method looks at what is trained
     prepared = method.prepare(session, heartbeat)
     begin, expected = expect_steps(begin, prepared.loader, groups)
     if settings.train.epochs is not None:
@@ -158,7 +161,7 @@ def build_run(
         train = settings.train.model_copy(update={"schedule_steps": length, "steps": length})
         settings = session.settings = settings.model_copy(update={"train": train})
     heartbeat("preparing the method")
-    optimizers = Optimizers(session.vlm, settings.train, prepared.updates)
+    optimizers = Optimizers(session.vlm, settings.train, prepared.updates, prepared.idle_steps)
     trained = {MAIN: TrainedModel(session.vlm, optimizers, session.adapters)}
     for name, other in prepared.others.items():
         trained[name] = TrainedModel(other.vlm, other.optimizers, session.models[name].adapters, other.awake)
@@ -167,7 +170,7 @@ def build_run(
     first_step = checkpoints.restore(checkpoint) if checkpoint else 0
     heartbeat("building the optimizer and restoring the run")
     remarks = [*groups_of_weights, *expected, *remarks_on(begin, optimizers, first_step)]
-    best = _best(settings, output, first_step, groups.world_host)
+    best = _best(begin, first_step, groups.world_host)
     checkpoints.link(best.step)
     if checkpoint is not None:
         on_first_rank(partial(record_changes, begin, first_step), groups.world_host)
@@ -215,13 +218,17 @@ def build_run(
     )
 
 
-def _best(settings: Settings, output: Path, first_step: int, world: dist.ProcessGroup) -> Best:
-    """The best value of ``eval.best`` in the steps that earlier starts have done."""
+def _best(begin: Start, first_step: int, world: dist.ProcessGroup) -> Best:
+    """The best value of ``eval.best`` in the steps that earlier starts have done with the held-out data of this one."""
+    settings, output = begin.settings, required(begin.settings.output, "output")
     metric = settings.eval.best
 
     def past() -> list[dict[str, float | None]]:
         lines = read_metrics(output) if metric is not None and first_step else []
-        wanted = [line for line in lines if metric in line and line["step"] <= first_step]
+        changed = [(str(change.get("setting")), change["step"]) for change in read_lines(output / CHANGES_FILE)]
+        changed += [(key, first_step) for key in begin.changed]
+        since = max((step for key, step in changed if key.startswith(_HELD_OUT)), default=-1)
+        wanted = [line for line in lines if metric in line and since < line["step"] <= first_step]
         return [{name: line[name] for name in ("step", str(metric))} for line in wanted]
 
     return Best(settings.eval, on_first_rank(past, world))

@@ -6,6 +6,7 @@ from megavlm.base.number_format import counted, short, stepwise
 from megavlm.checkpoint.load_weights import start_words
 from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader
+from megavlm.data.row_plan import RowPlan
 from megavlm.model.flops import Work, peak_flops, step_flops
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.monitor.metrics import throughput
@@ -81,14 +82,19 @@ def _rows(settings: Settings) -> str:
 
 
 def _data(settings: Settings, loader: RowLoader | None) -> str:
-    """Lists the sources with their numbers of samples and, if each row is a sample, with the passes over them."""
+    """Lists the sources with their numbers of samples and, if each row is a sample, with the passes over them.
+
+    Epochs tell the passes themselves.
+    """
     if loader is None:
         return ", ".join(str(source.path) for source in settings.data.leaves.values())
-    rows = (settings.train.steps or 0) * (settings.train.global_batch_size or 0)
+    train = settings.train
+    rows = RowPlan.of(train, settings.data).first_row((train.steps or 0) + 1) if train.global_batch_size else 0
+    shows_passes = settings.data.packing == "none" and train.epochs is None
     listed = []
     for source in loader.sources:
         size = len(source.file)
-        passes = f", {rows * source.share / size:.3g} passes" if settings.data.packing == "none" else ""
+        passes = f", {rows * source.share / size:.3g} passes" if shows_passes else ""
         form = f", form: {source.file.form}" if source.file.form else ""
         listed.append(f"{source.file.path} ({counted(size, 'sample')}{passes}{form})")
     return ", ".join(listed)

@@ -8,7 +8,7 @@ import pytest
 from megavlm.monitor import data_errors, sample_counts
 from megavlm.monitor.data_errors import DataErrors
 from megavlm.monitor.sample_counts import SampleCounts
-from megavlm.records.skipped_samples import BROKEN, TOO_LONG, SkippedSample
+from megavlm.records.skipped_samples import BROKEN, TOO_LONG, TOO_LONG_YET, SkippedSample, excess, shares
 
 
 class Unlooked(set):
@@ -59,6 +59,14 @@ def test_a_step_looks_at_its_own_faults_alone(errors):
     assert take(recorded, 3, bad[:3]) == {"bad_samples": 300, "dropped_samples": 100}  # of an earlier epoch
     new = [skipped(400, BROKEN)]
     assert take(recorded, 4, new) == {"bad_samples": 301, "dropped_samples": 100}
+
+
+def test_what_only_a_ramp_drops_is_told_and_never_too_much():
+    kinds, limits = {TOO_LONG_YET: 9, TOO_LONG: 1}, {"data.max_bad_fraction": 0.0, "data.max_dropped_fraction": 0.1}
+    assert excess(kinds, 10, limits) is None
+    assert shares(kinds, 10) == (
+        "1 is too long for a row (10.0 %), 9 are too long for the rows of data.length_ramp (90.0 %)"
+    )
 
 
 def test_a_run_that_continues_counts_from_its_file(errors, tmp_path):

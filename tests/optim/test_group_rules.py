@@ -3,6 +3,7 @@
 import pytest
 
 from megavlm.base.errors import UserError
+from megavlm.base.number_format import short
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
 from megavlm.optim.group_rules import described, rule_of, weights_of
@@ -82,3 +83,12 @@ def test_adapters_are_in_groups_by_their_own_names(shapes):
     assert first.endswith("lr × 2, weight decay 0.1")
     assert other.endswith("lr × 1, weight decay 0.1")
     assert f"{shapes.text.layers} tensors" in first
+
+
+def test_weights_that_are_trained_whole_beside_adapters_are_in_groups(shapes):
+    adapter = {"type": "lora", "targets": ["o_proj"], "modules_to_save": ["embed_tokens"]}
+    model = {"freeze": ["vision", "projector"]}
+    lines = described(settings({"match": "embed_tokens", "lr_scale": 0.1}, adapter=adapter, model=model), shapes)
+    size = shapes.text.vocab * shapes.text.hidden
+    assert lines[0] == f"embed_tokens: 1 tensor, {short(size)} numbers: lr × 0.1, weight decay 0.1"
+    assert lines[1].startswith(f"other weights: {2 * shapes.text.layers} tensors")  # no weight that is frozen

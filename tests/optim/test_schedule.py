@@ -79,6 +79,15 @@ def test_a_parameter_group_has_its_own_rates():
         assert schedule.get_lr({"max_lr": 4.0, "min_lr": 0.0}) == pytest.approx(2.0)
 
 
+def test_a_schedule_of_fewer_steps_ends_with_the_run():
+    """20 of 120 steps without updates: after 50 steps with two updates each, cosine has half of its rate."""
+    schedule = Schedule(SimpleNamespace(param_groups=[]), train(steps=120), 2, 20)
+    for other in (schedule, schedule.with_settings(train(steps=120, min_lr=0.5))):
+        for steps, share in {0: 1.0, 50: 0.5, 100: 0.0}.items():
+            other.num_steps = 2 * steps
+            assert other.get_lr({}) == pytest.approx(other.min_lr + share * (1 - other.min_lr))
+
+
 def test_restarts_are_those_of_a_schedule_without_them_up_to_the_first():
     """Twice the steps with one restart: the first half is the cosine of the whole of a run without one."""
     with_restart, without = rates(steps=80, restarts=1), rates(steps=40)
@@ -121,6 +130,8 @@ def test_a_table_of_steps_comes_back_from_config_yaml(tmp_path):
         (["train.batch_ramp={5: 4, 9: 2}", "train.global_batch_size=8"], "must grow"),
         (["train.batch_ramp={5: 8}", "train.global_batch_size=8"], "must grow"),
         (["data.length_ramp={5: 64}", "data.seq_length=64"], "must grow"),
+        (["train.steps=5", "train.batch_ramp={5: 4}", "train.global_batch_size=8"], "end before the ramp"),
+        (["train.steps=5", "data.length_ramp={5: 8}", "data.seq_length=64"], "end before the ramp"),
         (["data.length_ramp={0: 8}", "data.seq_length=64"], "steps count from 1"),
         (["data.length_ramp={5: 30}", "data.seq_length=64", "data.pad_multiple=4"], "data.length_ramp[5] is 30, which"),
         (["data.length_ramp={5: 30}", "data.seq_length=64", "parallel.context=2"], "data.length_ramp[5] is 30, which"),

@@ -1,16 +1,21 @@
 """How a start continues the run in its output folder: what it says of the learning rate, and when it refuses."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
-from megavlm.base.errors import RunFailure
+from megavlm.base.errors import RunFailure, UserError
+from megavlm.config.eval_section import EvalSettings
+from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings
 from megavlm.optim.optimizers import Optimizers
 from megavlm.optim.schedule import Schedule
-from megavlm.output.folder import StartOptions, plan_start, prepare_output
+from megavlm.output.folder import Start, StartOptions, plan_start, prepare_output
 from megavlm.output.lock import RunLock
+from megavlm.training import epochs, run
 from megavlm.training.continuing import remarks_on
+from megavlm.training.epochs import expect_steps
 from megavlm.training.run import _prepare
 
 
@@ -56,6 +61,44 @@ def test_more_epochs_keep_the_schedule(settings):
     assert told[0] == "from step 21 on, train.epochs is 3.0 (it was 2.0)"
     assert "has 30 steps, after which the learning rate stays at train.min_lr = 1e-05" in told[1]
     assert len(told) == 2
+
+
+def test_steps_instead_of_epochs_are_told_without_a_schedule_of_none(settings):
+    told = said(settings, {"epochs": 2.0, "schedule_steps": 30}, {"steps": 40})
+    assert any("A schedule of 40 steps would set it to" in words for words in told)
+    assert not any("None" in words for words in told)
+
+
+@pytest.mark.parametrize("train", [{"warmup_steps": 31}, {"batch_ramp": {30: 2}, "global_batch_size": 4}, {}])
+def test_what_does_not_fit_the_steps_of_epochs_is_told_before_they_begin(settings, train, monkeypatch):
+    monkeypatch.setattr(epochs, "on_first_rank", lambda function, group: function())
+    begin = prepare_output(settings(epochs=2.0, **train))
+    file, loader = settings().output / "config.yaml", SimpleNamespace(expected_steps=lambda: (30, True))
+    before = file.read_text()
+    if "warmup_steps" in train:
+        with pytest.raises(UserError, match=r"train.warmup_steps is 31, but train.epochs = 2 takes 30 steps"):
+            expect_steps(begin, loader, SimpleNamespace(world_host=None))
+        assert file.read_text() == before
+        return
+    begin, said = expect_steps(begin, loader, SimpleNamespace(world_host=None))
+    assert begin.settings.train.schedule_steps == 30
+    assert said[1:] == (["the run may end before this: train.batch_ramp, up to step 30"] if train else [])
+    assert load_settings(file).train.schedule_steps == 30
+
+
+@pytest.mark.parametrize(("when", "best"), [("never", 2), ("earlier", 8), ("now", None)])
+def test_the_best_value_is_that_of_the_held_out_data_of_now(settings, when, best, monkeypatch):
+    """The lowest loss is that of step 2, before data.eval changes after step 4."""
+    monkeypatch.setattr(run, "on_first_rank", lambda function, group: function())
+    now = settings().model_copy(update={"eval": EvalSettings(every=2, best="eval/loss")})
+    now.output.mkdir()
+    lines = [{"step": step, "eval/loss": loss} for step, loss in {2: 1.0, 4: 2.0, 6: 5.0, 8: 4.0}.items()]
+    (now.output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    change = {"step": 4, "time": "", "setting": "data.eval[0].path", "old": "a", "new": "b"}
+    if when == "earlier":
+        (now.output / "changes.jsonl").write_text(json.dumps(change) + "\n")
+    changed = {"eval.rows": (None, 3)} if when == "now" else {}
+    assert run._best(Start("resume", now, now, changed), 8, None).step == best
 
 
 def test_a_run_that_is_as_before_says_nothing(settings):

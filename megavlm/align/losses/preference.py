@@ -151,9 +151,9 @@ def preference_loss(
         chosen, rejected: floating [B], log-probabilities summed over an answer's target tokens, under the policy.
         ref_chosen, ref_rejected: the same under the reference model; no gradient flows to them. None for simpo and
             orpo, which have no reference model.
-        chosen_lengths, rejected_lengths: [B], number of target tokens of each answer, at least 1. Only ipo, simpo and
-            orpo read them; they may be None for the other losses. On an accelerator their values are not checked,
-            because the host would have to wait; a 0 makes the loss of the pair infinite or NaN.
+        chosen_lengths, rejected_lengths: [B], number of target tokens of each answer, at least 1. Only ipo,
+            sigmoid_norm, simpo and orpo read them; they may be None for the other losses. On an accelerator their
+            values are not checked, because the host would have to wait; a 0 makes the loss of the pair infinite or NaN.
         options: the options in the table.
 
     Returns:
