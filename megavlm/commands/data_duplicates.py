@@ -33,8 +33,8 @@ def read_all(
     return files
 
 
-def report(files: Sequence[SampleFile], num_sources: int, out: Path, console: Console) -> None:
-    """Writes ``duplicates.jsonl`` into `out` and says what it contains.
+def report(files: Sequence[SampleFile], num_sources: int, folder: Path, out: Path, console: Console) -> None:
+    """Writes ``duplicates.jsonl`` into `folder` and says what it contains.
 
     A line has ``kind``, ``count``, ``held_out`` (whether samples of data.eval are among samples of data.train) and
     ``samples``, as messages name them, of which there are at most 100.
@@ -42,20 +42,22 @@ def report(files: Sequence[SampleFile], num_sources: int, out: Path, console: Co
     Args:
         files: those of ``read_all``.
         num_sources: how many of them are sources; the others are data.eval.
-        out: the folder.
+        folder: the folder.
+        out: what it will be called once it is complete.
         console: the terminal.
     """
     found = signatures(files)
     groups = groups_of(found)
     names = _Names(files)
     of_training = sum(len(file) for file in files[:num_sources])
-    mixed = [group for group in groups if group.samples[0] < of_training <= group.samples[-1]]
-    with atomic_open(out / FILE) as lines:
-        for group in groups:
+    is_mixed = [group.samples[0] < of_training <= group.samples[-1] for group in groups]
+    mixed = [group for group, held_out in zip(groups, is_mixed, strict=True) if held_out]
+    with atomic_open(folder / FILE) as lines:
+        for group, held_out in zip(groups, is_mixed, strict=True):
             line = {
                 "kind": group.kind,
                 "count": len(group.samples),
-                "held_out": group in mixed,
+                "held_out": held_out,
                 "samples": [names.of(sample) for sample in group.samples[:_MOST]],
             }
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -106,7 +106,7 @@ def main(
     with new_folder(out, overwrite=False, mark=SUMMARY) as folder:
         write_page(folder / PAGE, settings, meant.kind, looks, stats, rows, cards)
         if duplicates:
-            report(files, len(sources), folder, console)
+            report(files, len(sources), folder, out, console)
         write_text(folder / SUMMARY, _summary(settings, meant.kind, stats, rows))
     console.print(Text(f"page: {out / PAGE}"))
     limits = settings.data.skip_limits

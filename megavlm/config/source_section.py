@@ -34,7 +34,7 @@ class DataFile(Section):
         if self.name is not None:
             return self.name
         folder, _, file = str(self.path).rstrip("/").rpartition("/")
-        for suffix in (".jsonl", ".parquet", ".arrow"):
+        for suffix in (".jsonl", ".json", ".parquet", ".arrow", ".feather"):
             file = file.removesuffix(suffix)
         if "*" in file or "?" in file:  # a pattern: what all its files have in common, or their folder
             file = re.split(r"[*?\[]", file)[0].rstrip("-_.") or folder.rpartition("/")[2] or "data"

@@ -51,7 +51,11 @@ def _runs(keys: np.ndarray) -> list[np.ndarray]:
     is_new = np.ones(len(order), bool)
     is_new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
     starts = np.flatnonzero(is_new)
-    return [np.sort(run) for run in np.split(order, starts[1:]) if len(run) > 1]
+    lengths = np.diff(np.append(starts, len(order)))
+    several = lengths > 1  # few of many samples
+    return [
+        np.sort(order[start : start + length]) for start, length in zip(starts[several], lengths[several], strict=True)
+    ]
 
 
 def _near_samples(found: Signatures, left: np.ndarray) -> Iterator[tuple[int, int]]:

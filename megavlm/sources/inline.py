@@ -42,6 +42,8 @@ _WORDS = frozenset(
         "solution",
     ]
 )
+_MEDIA = re.compile("image|img|picture|photo|screenshot|video|frame|media", re.IGNORECASE)  # in names of fields
+_OF_TOOLS = frozenset(["tools", "tool_calls", "arguments"])
 
 
 class Raw(Protocol):
@@ -68,16 +70,41 @@ class InlineFile(File):
         return None
 
     def size(self) -> int:
-        return len(self.read())
+        value = self._value()
+        if isinstance(value, bytes):
+            return len(value)
+        text = _base64(value)
+        return len(text) * 3 // 4 - text[-2:].count("=")
 
     def read(self, start: int = 0, end: int | None = None) -> bytes:
-        value = self.samples.raw(self.index)
+        value = self._value()
+        return (value if isinstance(value, bytes) else base64.b64decode(_base64(value), validate=True))[start:end]
+
+    def _value(self) -> Any:
+        value = _last.record_of(self.samples, self.index)
         for key in self.place:
             value = value[key]
-        return _decoded(value)[start:end]
+        return value
 
     def open(self) -> BinaryIO:
         return io.BytesIO(self.read())
+
+
+class _LastRecord:
+    """The record that was read last, because all pictures of a sample are read one after the other."""
+
+    def __init__(self) -> None:
+        self._held: tuple[Any, int, Any] = (None, 0, None)  # replaced at once, so that threads may share it
+
+    def record_of(self, samples: "Raw", index: int) -> Any:
+        of, number, record = self._held
+        if of is not samples or number != index:
+            record = samples.raw(index)
+            self._held = (samples, index, record)
+        return record
+
+
+_last = _LastRecord()
 
 
 def may_be_inside(line: bytes) -> bool:
@@ -112,8 +139,7 @@ class _Found:
 
 def _walk(value: Any, place: tuple, places: dict[str, tuple]) -> Any:
     if isinstance(value, dict):
-        if value.keys() <= {"bytes", "path"} and isinstance(value.get("bytes", value.get("path")), bytes | str):
-            # an image of Hugging Face's data sets
+        if _is_picture(value, place):
             return _walk(value["bytes"], (*place, "bytes"), places) if value.get("bytes") else value["path"]
         return {key: _walk(item, (*place, key), places) for key, item in value.items()}
     if isinstance(value, list):
@@ -133,6 +159,17 @@ def _walk(value: Any, place: tuple, places: dict[str, tuple]) -> Any:
     return name
 
 
+def _is_picture(value: dict, place: tuple) -> bool:
+    """Whether this is an image as Hugging Face's data sets have it, and not, say, what a tool was called with."""
+    if not value.keys() <= {"bytes", "path"}:
+        return False
+    if isinstance(value.get("bytes"), bytes):
+        return True
+    below = [key for key in place if isinstance(key, str)]
+    is_named = any(_MEDIA.search(key) for key in below) and not _OF_TOOLS & set(below)
+    return is_named and isinstance(value.get("bytes", value.get("path")), str)
+
+
 def _kind_of(text: str) -> str | None:
     """The kind of picture or video of a data URI or of base64; None if a text is neither."""
     if text.startswith(_DATA_URI):
@@ -145,10 +182,8 @@ def _is_mp4(value: bytes) -> bool:
     return value[4:8] == b"ftyp"
 
 
-def _decoded(value: Any) -> bytes:
-    """The bytes of a picture. Raises ValueError if they are not base64, or too many."""
-    if isinstance(value, bytes):
-        return value
+def _base64(value: str) -> str:
+    """The base64 of a picture. Raises ValueError if it is none, or too long."""
     if len(value) > _MOST:
         raise ValueError(f"it has {len(value):,} characters of base64; at most {_MOST:,} are read")
     text = value
@@ -156,4 +191,4 @@ def _decoded(value: Any) -> bytes:
         head, _, text = value.partition(",")
         if not head.endswith(";base64"):
             raise ValueError("a data URI must be in base64: data:image/png;base64,…")
-    return base64.b64decode("".join(text.split()), validate=True)
+    return "".join(text.split())

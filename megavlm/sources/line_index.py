@@ -32,8 +32,8 @@ def line_spans(file: File) -> np.ndarray:
     """int64 [samples, 3]: for each line that is not blank, its first byte, the byte after it, its number from 1.
 
     The index of a large file is cached for all runs in ``$MEGAVLM_CACHE`` (default ``~/.cache/megavlm``) and
-    memory-mapped. It belongs to the file's path, size and time of modification. Raises OSError if the file cannot be
-    read.
+    memory-mapped. It belongs to the file's path, size and time of modification (for a URL: to its address and size).
+    Raises OSError if the file cannot be read.
     """
     size = file.size()
     if size < _KEPT_FROM:
@@ -45,7 +45,7 @@ def kept_index(file: File, kind: str, make: Callable[[Path], np.ndarray]) -> np.
     """The index of a file from the cache, memory-mapped; if it is not there, what ``make`` returns is kept there.
 
     Args:
-        file: the file. The index belongs to its path, size and time of modification.
+        file: the file to which the index belongs (see ``cache_path``).
         kind: the name of the folder of these indexes in the cache.
         make: gets a folder for unfinished work, which is removed afterwards.
     """
@@ -62,7 +62,10 @@ def kept_index(file: File, kind: str, make: Callable[[Path], np.ndarray]) -> np.
 
 
 def cache_path(file: File, kind: str, suffix: str) -> Path:
-    """The path in the cache of what was made from a file with this path, size and time of modification."""
+    """The path in the cache of what was made from a file with this path, size and time of modification.
+
+    Protocols do not all tell the time of modification of a URL: there, the address and the size must do.
+    """
     folder = Path(os.environ.get("MEGAVLM_CACHE") or Path.home() / ".cache" / "megavlm") / kind
     changed = os.stat(file.url).st_mtime_ns if file.local_path else None
     where = os.path.abspath(file.url) if file.local_path else file.url

@@ -22,7 +22,7 @@ from megavlm.sources.jsonl import JsonlFile
 from megavlm.sources.shards import INFO, ShardFolder
 from megavlm.sources.table import SUFFIXES, TableFile
 
-_LOOKED_AT = 8  # records by which the form of a file is recognised
+_LOOKED_AT = 8  # records by which the form of a file is told; each record is converted by its own
 _DATA = (*SUFFIXES, ".jsonl", ".json")
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _OF_TRAINING, _OF_TESTS = ("train",), ("test", "val", "dev", "eval")
@@ -73,9 +73,7 @@ def open_file(
     Raises:
         UserError: there is no such file, or it cannot be read.
     """
-    file = _opened(str(path), access)
-    renamed = Converted(file, dict(fields or {}), media)
-    return renamed if fields or media or renamed.form else file
+    return Converted(_opened(str(path), access), dict(fields or {}), media)
 
 
 def _opened(path: str, access: MediaAccess) -> SampleFile:
@@ -182,7 +180,7 @@ class Converted:
 
     def __init__(self, file: SampleFile, fields: dict[str, str], media: str | None):
         self.path, self._file, self._fields, self._media = file.path, file, fields, media
-        self.read_with = (sorted(fields.items()), media)
+        self.read_with = (sorted(fields.items()), media) if fields or media else ()
         found: list[str] = []
         for place in range(min(len(file), _LOOKED_AT)):
             try:

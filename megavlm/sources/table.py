@@ -3,10 +3,11 @@
 import datetime
 import decimal
 from bisect import bisect_right
+from collections.abc import Iterator
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megavlm.base import heartbeat
 from megavlm.base.atomic_files import atomic_open
@@ -28,8 +29,8 @@ class TableFile:
     """Random access to the rows of a Parquet or Arrow file (of Hugging Face's data sets, too).
 
     A row is a record: its columns are fields, and columns without a value are left out. Pictures in it are replaced by
-    names (see ``inline``). A Parquet file is first converted to an Arrow file in the cache (``$MEGAVLM_CACHE``, default
-    ``~/.cache/megavlm``), because a row of Parquet cannot be read without the thousands beside it.
+    names (see ``inline``). A Parquet or compressed Arrow file is first converted to an Arrow file in the cache
+    (``$MEGAVLM_CACHE``, default ``~/.cache/megavlm``), because a row of it cannot be read without those beside it.
 
     Args:
         path: a path, or a URL that fsspec supports.
@@ -108,9 +109,12 @@ class _Batches:
     def __getitem__(self, number: int) -> Any:
         return self._reader.get_batch(number)
 
+    def __iter__(self) -> Iterator[Any]:
+        return (self[number] for number in range(len(self)))
 
-def _batches(path: str) -> Any:
-    """The record batches of a local Arrow file or stream; data sets of Hugging Face are streams."""
+
+def _opened(path: str) -> Any:
+    """The record batches of a local Arrow file or stream, one after the other; Hugging Face's data sets are streams."""
     import pyarrow as pa  # imported on first use: most runs read no tables
 
     options = pa.ipc.IpcReadOptions(use_threads=False)  # threads do not survive the fork of workers
@@ -119,46 +123,76 @@ def _batches(path: str) -> Any:
         return _Batches(pa.ipc.open_file(mapped, options=options))
     except pa.ArrowInvalid:
         mapped.seek(0)
-        return list(pa.ipc.open_stream(mapped, options=options))
+        return pa.ipc.open_stream(mapped, options=options)
+
+
+def _batches(path: str) -> Any:
+    """The record batches of a local Arrow file or stream, by their numbers."""
+    found = _opened(path)
+    return found if isinstance(found, _Batches) else list(found)
+
+
+def _is_compressed(path: str) -> bool:
+    """Whether a local Arrow file or stream is compressed: then its first rows are not in the mapped file itself."""
+    import pyarrow as pa
+
+    before = pa.total_allocated_bytes()
+    first = next((batch for batch in _opened(path) if batch.num_rows), None)
+    return first is not None and pa.total_allocated_bytes() - before > first.nbytes // 2
 
 
 def _arrow_file(file: File) -> str:
-    """The path of a local Arrow file with the rows of a Parquet or Arrow file."""
+    """The path of a local Arrow file, not compressed, with the rows of a Parquet or Arrow file."""
     is_parquet = file.url.endswith(".parquet")
-    if file.local_path and not is_parquet:
+    if file.local_path and not is_parquet and not _is_compressed(file.url):
         return file.url
     kept = cache_path(file, "tables", ".arrow")
     with turn(kept) as parts:
         if not kept.exists():
-            try:
-                with atomic_open(kept, "wb") as out:
-                    (_convert if is_parquet else _copy)(file, out, parts)
-            except OSError as error:
-                if error.filename is None and error.errno is None:  # Arrow's own, about the content
-                    raise
-                raise UserError(
-                    f"{file} cannot be written to the cache {kept.parent}: {error}",
-                    "free some space there (as much as the file has uncompressed), or set MEGAVLM_CACHE to another "
-                    "folder",
-                ) from None
-    return str(kept)
+            with file.open() as stream:  # what goes wrong here is no matter of the cache
+                stream.read(1)
+                stream.seek(0)
+                try:
+                    with atomic_open(kept, "wb") as out:
+                        (_convert if is_parquet else _rewrite if file.local_path else _copy)(file, stream, out, parts)
+                except OSError as error:
+                    if error.filename is None and error.errno is None:  # Arrow's own, about the content
+                        raise
+                    raise UserError(
+                        f"{file} cannot be written to the cache {kept.parent}: {error}",
+                        "free some space there (as much as the file has uncompressed), or set MEGAVLM_CACHE to "
+                        "another folder",
+                    ) from None
+    return str(kept) if is_parquet or file.local_path else _arrow_file(File(str(kept)))
 
 
-def _convert(file: File, out: Any, parts: Path) -> None:
+def _convert(file: File, stream: BinaryIO, out: Any, parts: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with file.open() as stream, pq.ParquetFile(stream) as rows, pa.ipc.new_file(out, rows.schema_arrow) as writer:
+    with pq.ParquetFile(stream) as rows, pa.ipc.new_file(out, rows.schema_arrow) as writer:
         for batch in rows.iter_batches(_ROWS, use_threads=False):
             writer.write_batch(batch)
             _tell(out.tell(), file, parts)
 
 
-def _copy(file: File, out: Any, parts: Path) -> None:
-    with file.open() as stream:
-        while data := stream.read(_COPIED):
-            out.write(data)
+def _rewrite(file: File, stream: BinaryIO, out: Any, parts: Path) -> None:
+    """Writes the rows of a local compressed Arrow file, so that one row can be read without those beside it."""
+    import pyarrow as pa
+
+    batches = iter(_opened(file.url))
+    first = next(batches)
+    with pa.ipc.new_file(out, first.schema) as writer:
+        for batch in chain([first], batches):
+            for start in range(0, batch.num_rows, _ROWS):
+                writer.write_batch(batch.slice(start, _ROWS))
             _tell(out.tell(), file, parts)
+
+
+def _copy(file: File, stream: BinaryIO, out: Any, parts: Path) -> None:
+    while data := stream.read(_COPIED):
+        out.write(data)
+        _tell(out.tell(), file, parts)
 
 
 def _tell(written: int, file: File, parts: Path) -> None:

@@ -22,7 +22,7 @@ ADDRESS = "127.0.0.1"
 FIRST_PORT, PORTS = 8471, 20  # tried in order unless --port is given
 _HOSTS = {"127.0.0.1", "localhost", "::1"}  # also behind a tunnel of ssh, whatever its port
 _MOST_POINTS = 600  # of a curve
-_MOST_FIELDS = 100  # in one request
+_MOST_FIELDS = 4000  # in one request
 
 
 class PageServer(ThreadingHTTPServer):

@@ -73,6 +73,7 @@ def test_duplicates(settings, tmp_path, capsys, monkeypatch):
     assert "same sample: 2 groups, 2 more than one of each" in printed
     assert "4 pictures and videos are named, of 3 different files" in printed
     assert "1 group with samples of data.eval and of data.train" in printed
+    assert f"all of them: {tmp_path / 'out' / 'duplicates.jsonl'}" in printed
     write_records(tmp_path / "b.jsonl", [talk("Sing!", "La."), talk("Two?", "Two.")])  # is read again
     assert data_inspect.main(settings, tmp_path / "again", duplicates=True, workers=1) == 0
     again = (tmp_path / "again" / "duplicates.jsonl").read_text()

@@ -25,6 +25,7 @@ from megavlm.records.foreign import foreign_form
 from megavlm.records.forms import form_of
 from megavlm.records.records import check_record
 from megavlm.sources import inline, json_array, table
+from megavlm.sources.jsonl import JsonlFile
 from megavlm.sources.open_files import open_file
 from megavlm.sources.previews import media_of, preview
 
@@ -208,6 +209,7 @@ def test_patterns_and_folders(data_sets, root, tmp_path):
         assert file.source(3).endswith("train-2.parquet:1")
         assert len(file.index_files) == 3
     labels = {f"{folder}/train-*.parquet": "train", f"{folder}/*.parquet": "data", "a/b.parquet": "b", "c.jsonl": "c"}
+    labels |= {"d.json": "d", "e.feather": "e"}
     assert {path: DataSource(path=path).label for path in labels} == labels
     with pytest.raises(UserError, match="no file matches"):
         open_file(f"{folder}/*.jsonl")
@@ -261,6 +263,17 @@ def test_tables(root, data_sets, tmp_path, monkeypatch):
         open_file(tmp_path / "empty.parquet")
     remote = open_file(f"file://{root}/vqa/dataset.arrow")  # is copied to the cache
     assert remote.read(0)[0]["answer"] == "yes"
+    rows = pa.table({"text": [f"{row} " * 100 for row in range(200)]})
+    for name, make in (("file.feather", pa.ipc.new_file), ("stream.arrow", pa.ipc.new_stream)):
+        for compression in ("zstd", None):
+            options = pa.ipc.IpcWriteOptions(compression=compression)
+            with make(str(tmp_path / name), rows.schema, options=options) as writer:
+                writer.write_table(rows)
+            of_rows = table.TableFile(tmp_path / name)
+            assert [of_rows.raw(row)["text"].split()[0] for row in (0, 63, 64, 199)] == ["0", "63", "64", "199"]
+            assert len(of_rows._ends) == (4 if compression else 1)  # 64 rows at a time: read without the others
+    with pytest.raises(UserError, match="does not exist"):
+        open_file(f"file://{tmp_path}/none.arrow")
     monkeypatch.setenv("MEGAVLM_CACHE", "/dev/null/cache")
     with pytest.raises(UserError, match="cannot be written to the cache"):
         open_file(f"file://{root}/cauldron/train-00000-of-00002.parquet")
@@ -274,6 +287,22 @@ def test_tables_are_converted_once(root, data_sets, monkeypatch):
         open_file(root / "trl/train.parquet")
     assert calls["c"] == 1
     assert not list((root / "cache").rglob("*.parts"))
+
+
+def test_only_pictures_are_taken_for_pictures():
+    calls = [{"function": {"arguments": {"path": "a.py"}}}, {"function": {"arguments": {"image": {"path": "b.png"}}}}]
+    record = {"messages": [{"role": "assistant", "tool_calls": calls}], "meta": {"path": "c"}}
+    media = {"images": [{"path": "a.png", "bytes": b"\x89PNG"}, {"path": "b.png"}], "picture": {"path": "c.png"}}
+    found, _ = inline.with_names(None, 0, record | media, None)
+    assert found == record | {"images": ["#images.0.png", "b.png"], "picture": "c.png"}
+
+
+def test_each_record_has_its_own_form(tmp_path):
+    own = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    foreign = {"question": "?", "answer": "!", "image": "a.png"}
+    file = open_file(write_records(tmp_path / "a.jsonl", [*[own] * 9, foreign]))
+    assert (file.form, file.read(0)[0]) == (None, own)
+    assert file.read(9)[0] == {"problem": "<image>?", "answer": "!", "images": ["a.png"]}
 
 
 def test_pictures_inside_json(root, tmp_path, monkeypatch):
@@ -293,6 +322,13 @@ def test_pictures_inside_json(root, tmp_path, monkeypatch):
     assert find("#image.png").read() == (root / CAT).read_bytes()
     assert isinstance(find("other.png"), File)
     assert preview("#image.png", False, media_of(f"{data}:1", MediaAccess()), "a").size == (64, 48)
+    with monkeypatch.context() as patch:  # the line is parsed once for all its pictures
+        parsed = Counter()
+        patch.setattr(inline, "_last", inline._LastRecord())
+        patch.setattr(JsonlFile, "raw", lambda *a, real=JsonlFile.raw: parsed.update("p") or real(*a))
+        picture = file.read(0)[1]("#image.png")
+        assert picture.size() == len(picture.read()) == len(picture.open().read())
+        assert parsed["p"] == 1
     for index in (1, 2):
         record, find = file.read(index)
         with pytest.raises(UserError, match=r"a\.jsonl:. image\....?.?.? cannot be read: .*base64"):
