@@ -128,7 +128,7 @@ def _export(
             "set model.adapter to the run that trained the adapter",
         )
     else:
-        found.write(out, base_model or model.hf, overwrite=settings.overwrite, finish=write_card)
+        found.write(out, base or model.hf, overwrite=settings.overwrite, finish=write_card)
         if limits:
             print(f"an adapter has no processor files; use it with the limits of training: {listed}")
     print(f"{'the adapter' if adapter else 'the model'} is exported to {out}, with a model card (README.md)")
