@@ -1,8 +1,9 @@
 """Hooks: work in addition to the training steps, such as evaluation, a profiler, or the report at the end."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from megavlm.base.errors import RunFailure, UserError
 from megavlm.training.run import Run
 
 Fields = Mapping[str, float | int | None]
@@ -37,3 +38,16 @@ class Hook:
     def is_due(self, step: int, *, is_last: bool) -> bool:
         """Whether the hook is called after this step."""
         return (is_last and self.at_last) or (self.every is not None and step % self.every == 0)
+
+
+def call_all(
+    hooks: Iterable[Hook], run: Run, step: int, say: Callable[[str], None]
+) -> tuple[dict[str, float | int | None], UserError | RunFailure | None]:
+    """Calls hooks after a step. Returns their fields, and the error with which one of them, the last called, ended."""
+    fields: dict[str, float | int | None] = {}
+    try:
+        for hook in hooks:
+            fields |= hook.call(run, step, say) or {}
+    except (UserError, RunFailure) as error:
+        return fields, error
+    return fields, None

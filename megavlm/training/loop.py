@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from megavlm.base import stop_signals
-from megavlm.base.errors import RunFailure, UserError
 from megavlm.config.requirements import required
 from megavlm.config.settings import CheckpointSettings, Settings
 from megavlm.monitor.hang_watch import HangWatch
 from megavlm.monitor.run_monitor import RunMonitor
 from megavlm.output.folder import StartOptions
 from megavlm.output.lock import RunLock
-from megavlm.training.hooks import Hook
+from megavlm.training.hooks import Hook, call_all
 from megavlm.training.memory_check import check_memory
 from megavlm.training.method import Method
 from megavlm.training.run import Run, build_run
@@ -161,9 +160,7 @@ def _save_before(run: Run, number: int) -> None:
         run.checkpoints.save(number - 1)
 
 
-def _one_step(
-    run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor
-) -> tuple[StepResult, UserError | RunFailure | None]:
+def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -> tuple[StepResult, Exception | None]:
     """Runs step ``number`` and the hooks that are due after it, and records its line of metrics.
 
     Returns:
@@ -182,12 +179,8 @@ def _one_step(
     }
     is_last = monitor.is_over(number)
     due = [hook for hook in hooks if hook.is_due(number, is_last=is_last)]
-    problem = None
-    try:
-        for hook in due:
-            line |= hook.call(run, number, monitor.say) or {}
-    except (UserError, RunFailure) as error:
-        problem = error
+    fields, problem = call_all(due, run, number, monitor.say)
+    line |= fields
     logged = number % settings.log.every == 0 or is_last or bool(result.trouble or due)
     if logged:
         line |= run.stragglers.fields() | monitor.record_experts(number, run.step.expert_load.totals())

@@ -72,8 +72,9 @@ def test_each_rank_peaks_where_it_was_planned(case, toys, request, world1):
     measured = request.getfixturevalue(f"world{size}").run(peak, settings, rows, pictures)
     (expected,) = world1.run(planned, settings, rows, pictures, size)
     for real, plan in zip(measured, expected, strict=True):
-        print(case, real, plan, plan.total / real.total)
-        assert plan.total == pytest.approx(real.total, rel=0.03), (real, plan)
+        # Indices that a CPU takes as the host made them are copied to another device: up to 0.25 % in these small rows.
+        # Experts are planned as equally busy, and are not (up to 2.5 %).
+        assert plan.total == pytest.approx(real.total, rel=0.03 if kind == "moe" else 0.005), (real, plan)
 
 
 def long_windows(cases: list) -> list:
