@@ -50,7 +50,8 @@ def update_averages(optimizers: Iterable[MegatronOptimizer], decay: float) -> No
 
 def has_average(optimizer: MegatronOptimizer) -> bool:
     """Whether an optimizer keeps the average of its weights."""
-    return any(EMA in optimizer.optimizer.state[weight] for weight in _weights(optimizer))
+    state = optimizer.optimizer.state  # which makes an entry for each weight that it is asked for by brackets
+    return any(EMA in state.get(weight, {}) for weight in _weights(optimizer))
 
 
 def _weights(optimizer: MegatronOptimizer) -> list[Tensor]:
