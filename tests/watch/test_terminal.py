@@ -102,7 +102,8 @@ def test_once_is_once(folder):
 @pytest.mark.parametrize("flags", [["--text"], []])
 def test_ctrl_c_is_its_good_end_and_torch_is_not_imported(folder, flags):
     code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test in the background ignores it
+        # a test in the background ignores it otherwise
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from megavlm.cli.main import main\n"
         "import rich.console; rich.console.Console.is_terminal = True\n"
         "status = main(sys.argv[1:]); sys.exit(9 if 'torch' in sys.modules else status)"
