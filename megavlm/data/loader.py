@@ -1,7 +1,7 @@
 """The stream of training rows: blended, shuffled, packed in worker processes, and resumable exactly."""
 
 import gc
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,9 @@ class RowLoader:
             UserError: the states belong to different data or settings.
         """
         saved = states[0]["identity"]
+        for state in states:  # of a checkpoint that was written before sources could be added
+            if state["place"] is not None:
+                state["place"]["draws"].setdefault("keys", list(range(len(saved[_BLEND]))))
         numbers: list[int] | None = None
         for name, value in self._identity.items():
             if name == _BLEND:
@@ -177,7 +180,9 @@ class RowLoader:
             else _with_sources(state["place"], numbers or [], len(dataset.sources))
             for number, state in enumerate(states)
         ]
-        orders = reshard([state["draws"] for state in before], dataset.num_workers)
+        drawn = [(state["draws"], old["place"] is None) for state, old in zip(before, states, strict=True)]
+        keys = next((draws["keys"] for draws, is_new in drawn if not is_new), before[0]["draws"]["keys"])
+        orders = reshard([draws | {"keys": keys} for draws, _ in drawn], dataset.num_workers)
         waiting = [sample for state in before for sample in state["waiting"]]
         wanted = max(state["wanted"] for state in before)
         dataset.loader_states = {
@@ -299,8 +304,10 @@ def _numbers(saved: list, now: list) -> list[int] | None:
 def _with_sources(place: dict, numbers: list[int], count: int) -> dict:
     """The state of a worker among `count` sources, of which it knew those with these numbers; others are new."""
     places = {number: old for old, number in enumerate(numbers)}
+    keys = iter(range(max(place["draws"]["keys"]) + 1, 2 * count))
+    new: dict[str, Callable] = {"taken": int, "base": int, "ahead": list, "keys": keys.__next__}
     draws = {
-        name: [values[places[n]] if n in places else [] if name == "ahead" else 0 for n in range(count)]
+        name: [values[places[n]] if n in places else new[name]() for n in range(count)]
         for name, values in place["draws"].items()
     }
     return place | {"draws": draws, "waiting": [(numbers[source], *rest) for source, *rest in place["waiting"]]}

@@ -18,11 +18,14 @@ class OrderState(TypedDict):
         taken: number of positions that the worker has taken.
         base: the position from which the workers started to count.
         ahead: positions that were taken before a change of the number of workers, to be skipped.
+        keys: the number by which the order of a source is drawn: its place among the sources when it was added. It
+            stays when sources are added before it, so that an epoch goes on in the same order.
     """
 
     taken: list[int]
     base: list[int]
     ahead: list[list[int]]
+    keys: list[int]
 
 
 class SampleOrder:
@@ -58,8 +61,12 @@ class SampleOrder:
         self._shares, self._counts, self._seed = shares, counts, seed
         self._worker, self._num_workers = worker, num_workers
         self._phases = [_hash(seed or 0, number, worker) / 2**48 for number in range(len(shares))]
-        self._keys = [None if seed is None else _hash(seed, number) for number in range(len(shares))]
-        self.state: OrderState = {"taken": [0] * len(shares), "base": [0] * len(shares), "ahead": [[] for _ in shares]}
+        self.state: OrderState = {
+            "taken": [0] * len(shares),
+            "base": [0] * len(shares),
+            "ahead": [[] for _ in shares],
+            "keys": list(range(len(shares))),
+        }
 
     def __next__(self) -> tuple[int, int]:
         """The next sample: (number of the source, number of the sample in it). Raises StopIteration at the end."""
@@ -78,8 +85,13 @@ class SampleOrder:
                 break
             ahead.remove(place)
         epoch, place = divmod(place, self._counts[source])
-        key = self._keys[source]
-        return source, place if key is None else shuffled(place, self._counts[source], key + epoch)
+        if self._seed is None:
+            return source, place
+        return source, shuffled(place, self._counts[source], self.key(source) + epoch)
+
+    def key(self, source: int) -> int:
+        """The number from which the order of a source's first epoch is drawn; later epochs have the next ones."""
+        return _hash(self._seed or 0, self.state["keys"][source])
 
     def _place(self, source: int) -> int:
         """The next position of this worker in a source."""
@@ -123,6 +135,7 @@ def reshard(states: Sequence[OrderState], num_workers: int) -> list[OrderState]:
         {
             "taken": [0] * len(bases),
             "base": list(bases),
+            "keys": list(states[0]["keys"]),
             "ahead": [
                 [place for place in ahead if (place - base) % num_workers == worker]  # only this worker's positions
                 for base, ahead in zip(bases, aheads, strict=True)

@@ -80,7 +80,7 @@ def test_dealt_anew_takes_no_place_twice_and_leaves_none_out(numbers):
         for source, count in enumerate(COUNTS):
             last = reshard(states, 1)[0]
             first_free, ahead = last["base"][source], last["ahead"][source]
-            key = SampleOrder((0.7, 0.3), COUNTS, 3, 0, 1)._keys[source]
+            key = SampleOrder((0.7, 0.3), COUNTS, 3, 0, 1).key(source)
             taken = [*range(first_free), *ahead]
             assert len(set(taken)) == len(taken)
             expected = Counter(shuffled(place % count, count, key + place // count) for place in taken)
