@@ -1,0 +1,25 @@
+"""A layout that a search has looked at."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout, and what is predicted of it.
+
+    Attributes:
+        changes: the settings in which it differs from the configuration, by dotted name.
+        memory: bytes on the fullest rank; None if it was ruled out before they were counted.
+        seconds: of a step; None if that was not computed.
+        tokens_per_second: of one GPU, padding left out.
+        mfu: share of the GPU's dense bf16 peak that the model's own operations use.
+        ruled_out: why it cannot be taken, such as "needs 3.1 GiB more"; None if it can.
+    """
+
+    changes: dict[str, Any]
+    memory: int | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    ruled_out: str | None = None
