@@ -1,4 +1,4 @@
-"""How long a step takes on GPUs that need not be there: what is predicted, as the command, the page and a run show it."""
+"""How long a step takes on GPUs that need not be there: what is predicted of it."""
 
 from dataclasses import dataclass, field
 
