@@ -14,11 +14,11 @@ from operator import itemgetter
 
 from markupsafe import Markup, escape
 
-from megavlm.base.number_format import number, short
+from megavlm.base.number_format import number
+from megavlm.report.axis import HEIGHT, WIDTH, Axis, labels, rule
 from megavlm.report.loss_plot import smooth
 
 MAX_POINTS = 400  # maximum number of points of a curve; a longer curve is thinned
-WIDTH, HEIGHT = 1000, 1000  # size of the drawing in its own units, before it is stretched
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def chart(
     low, high = min(values), max(values)
     if from_zero and not log:
         low, high = min(0, low), high if low or high else 1
-    y = _Axis(low, high, log)
+    y = Axis(low, high, log=log)
     left, right = (bands[0].start, bands[-1].end) if bands else (steps[0], steps[-1])
-    x = _Axis(left, right if right > left else left + 1, rounded=False)
+    x = Axis(left, right if right > left else left + 1, across=True, close=True, whole=True)
 
     lines, shown = [], []
     for curve in curves:
@@ -104,8 +104,8 @@ def chart(
         lines.append(_path(points, x, y, color, "line"))
         texts = [(step, label(value)) for step, value in points if value is not None]
         shown.append({"name": curve.name, "points": texts})
-    grid = [_rule(0, y.at(tick), WIDTH, y.at(tick)) for tick in y.ticks]
-    edges = [_rule(x.at(band.start), 0, x.at(band.start), HEIGHT) for band in bands[1:]]
+    grid = [rule(0, y.at(tick), WIDTH, y.at(tick)) for tick in y.ticks]
+    edges = [rule(x.at(band.start), 0, x.at(band.start), HEIGHT) for band in bands[1:]]
     data = json.dumps({"left": left, "right": x.high, "curves": shown}, ensure_ascii=False)
     return Markup(
         '<figure class="chart {kind}"><figcaption><b>{title}</b>{note}{legend}</figcaption>'
@@ -121,7 +121,7 @@ def chart(
         width=WIDTH,
         height=HEIGHT,
         drawing=Markup("").join([*grid, *edges, *lines]),
-        labels=Markup("").join([*_y_labels(y), *_x_labels(x), *_band_labels(bands, x)]),
+        labels=Markup("").join([*labels(y), *labels(x), *_band_labels(bands, x)]),
     )
 
 
@@ -144,7 +144,10 @@ def histogram(title: str, values: Sequence[int], unit: str, *, color: str = "los
     counts = [0] * (high // size - first + 1)
     for value in values:
         counts[value // size - first] += 1
-    x, y = _Axis(first * size, (first + len(counts)) * size, rounded=False), _Axis(0, max(counts))
+    x, y = (
+        Axis(first * size, (first + len(counts)) * size, across=True, close=True, whole=True),
+        Axis(0, max(counts), whole=True),
+    )
     bars = []
     for place, count in enumerate(counts):
         if count:
@@ -159,8 +162,7 @@ def histogram(title: str, values: Sequence[int], unit: str, *, color: str = "los
                     f"{bounds} {unit}: {count:,}",
                 )
             )
-    y.ticks = [tick for tick in y.ticks if abs(tick - round(tick)) < 1e-9]  # counts are whole numbers
-    grid = [_rule(0, y.at(tick), WIDTH, y.at(tick)) for tick in y.ticks]
+    grid = [rule(0, y.at(tick), WIDTH, y.at(tick)) for tick in y.ticks]
     return Markup(
         '<figure class="chart {kind}"><figcaption><b>{title}</b></figcaption><div class="plot">'
         '<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" aria-label="{title}" '
@@ -172,50 +174,8 @@ def histogram(title: str, values: Sequence[int], unit: str, *, color: str = "los
         height=HEIGHT,
         color=color,
         drawing=Markup("").join([*grid, *bars]),
-        labels=Markup("").join([*_y_labels(y), *_x_labels(x)]),
+        labels=Markup("").join([*labels(y), *labels(x)]),
     )
-
-
-class _Axis:
-    """Maps values to positions in the drawing: downwards for the y axis (`rounded`), to the right for the x axis."""
-
-    def __init__(self, low: float, high: float, log: bool = False, rounded: bool = True):
-        self.log, self.rounded = log, rounded
-        if rounded and low == high:  # a constant curve is drawn in the middle
-            low, high = (low / 2, high * 2) if log else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
-        self.low, self.high = low, high
-        self.ticks = self._log_ticks() if log else self._linear_ticks()
-        if rounded and not log:
-            spare = (self.high - self.low) * 0.04
-            self.low, self.high = self.low - (spare if self.low else 0), self.high + spare
-        elif rounded:
-            self.low, self.high = self.low / 1.15, self.high * 1.15
-
-    def at(self, value: float) -> float:
-        """The position of a value in the drawing."""
-        low, high = self.low, self.high
-        if self.log:
-            low, high, value = math.log(low), math.log(high), math.log(value)
-        share = (value - low) / (high - low)
-        return HEIGHT * (1 - share) if self.rounded else WIDTH * share
-
-    def _linear_ticks(self) -> list[float]:
-        rough = (self.high - self.low) / 7  # 4 to 7 ticks
-        unit = 10 ** math.floor(math.log10(rough))
-        step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * 0.999)
-        if not self.rounded:
-            step = max(step, 1)  # training steps are whole numbers
-        first = math.ceil(self.low / step - 1e-9)
-        return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
-
-    def _log_ticks(self) -> list[float]:
-        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        for factors in ((1,), (1, 3), (1, 2, 5)):
-            ticks = [factor * 10.0**decade for decade in decades for factor in factors]
-            ticks = [tick for tick in ticks if self.low <= tick <= self.high]
-            if len(ticks) >= 3:
-                break
-        return ticks[:: math.ceil(len(ticks) / 6)] if ticks else [math.sqrt(self.low * self.high)]
 
 
 def _usable(value: float | None, log: bool) -> bool:
@@ -256,7 +216,7 @@ def _extremes(steps: Sequence[float], values: Sequence[float | None]) -> list[tu
     return points
 
 
-def _path(points: list[tuple[float, float | None]], x: _Axis, y: _Axis, color: str, kind: str) -> Markup:
+def _path(points: list[tuple[float, float | None]], x: Axis, y: Axis, color: str, kind: str) -> Markup:
     pieces, pen_up = [], True
     for index, (step, value) in enumerate(points):
         if value is None or not _usable(value, y.log):
@@ -269,10 +229,6 @@ def _path(points: list[tuple[float, float | None]], x: _Axis, y: _Axis, color: s
     return Markup('<path class="{}" style="stroke:{}" d="{}"/>').format(kind, color, "".join(pieces))
 
 
-def _rule(x1: float, y1: float, x2: float, y2: float) -> Markup:
-    return Markup('<path class="grid" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(x1, y1, x2, y2)
-
-
 def _legend(curves: Sequence[Curve]) -> Markup:
     if len(curves) == 1:
         return Markup("")
@@ -282,32 +238,7 @@ def _legend(curves: Sequence[Curve]) -> Markup:
     )
 
 
-def _y_labels(y: _Axis) -> list[Markup]:
-    return [
-        Markup('<span class="y" style="top:{:.2f}%">{}</span>').format(100 * y.at(tick) / HEIGHT, _tick(tick))
-        for tick in y.ticks
-    ]
-
-
-def _x_labels(x: _Axis) -> list[Markup]:
-    return [
-        Markup('<span class="x" style="left:{:.2f}%">{}</span>').format(100 * x.at(tick) / WIDTH, _tick(tick))
-        for tick in x.ticks
-    ]
-
-
-def _tick(value: float) -> str:
-    """The shortest text of a value: 0.05, 2, 10k, 1e-4."""
-    if abs(value) >= 10000:
-        return short(value).replace(".00", "").replace(".0", "")
-    text = f"{value:.6g}"
-    if len(text) <= 6 and "e" not in text:
-        return text
-    mantissa, _, exponent = f"{value:.2e}".partition("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
-def _band_labels(bands: Sequence[Band], x: _Axis) -> list[Markup]:
+def _band_labels(bands: Sequence[Band], x: Axis) -> list[Markup]:
     return [
         Markup('<span class="band" style="left:{:.2f}%;width:{:.2f}%">{}</span>').format(
             100 * x.at(band.start) / WIDTH, 100 * (x.at(band.end) - x.at(band.start)) / WIDTH, escape(band.name)
