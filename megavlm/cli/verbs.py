@@ -207,6 +207,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
             "samples": {"metavar": "N", "type": positive, "default": 1, "help": "samples in a row; default 1"},
             "pictures": {"metavar": "N", "type": natural, "help": "pictures in a row; default: as many as fit"},
             "json": {"action": "store_true", "dest": "as_json", "help": "print one line of JSON, in bytes and FLOPs"},
+            "page": {"metavar": "OUT.html", "type": Path, "help": "also write an HTML page; the file must not exist"},
         },
         local_workers=False,
     ),

@@ -1,26 +1,20 @@
 """`megavlm plan`: shows what a layout needs on GPUs that need not be there. It starts no processes."""
 
 import json
-from dataclasses import asdict
-from typing import Any
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from megavlm.base.number_format import counted, short
+from megavlm.commands.plan_words import verb_of, verdict
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
+from megavlm.plan.as_json import CAVEATS, plan_json
 from megavlm.plan.gpus import gpu_of
-from megavlm.plan.plan import SPARE, Plan, StagePlan, make_plan
-
-_GIB = 2**30
-# The columns of what a step needs, and the phases in which it is made (``monitor.phases.PHASES``).
-_COLUMNS = {
-    "decoder": ("decoder", "reference", "reduction", "optimizer", "other"),
-    "tower": ("tower",),
-    "features": ("exchange", "data"),
-    "logits": ("head",),
-}
+from megavlm.plan.plan import Plan, make_plan
+from megavlm.report.plan_memory import ACTIVATIONS, GIB, activation_parts
+from megavlm.report.plan_page import check_new_file, write_plan_page
 
 
 def main(
@@ -31,6 +25,7 @@ def main(
     samples: int = 1,
     pictures: int | None = None,
     as_json: bool = False,
+    page: Path | None = None,
 ) -> int:
     """Prints the plan of a configuration.
 
@@ -41,89 +36,44 @@ def main(
         verb: the verb for which the configuration is intended; default: a guess from the settings.
         samples, pictures: what each row is assumed to contain (``megavlm.plan.mix.Mix.of``).
         as_json: print one line of JSON instead of tables.
+        page: an HTML file to write, too; it must not exist.
 
     Raises:
-        UserError: the GPU is unknown, or the settings do not fit the model, the verb or the number of GPUs.
+        UserError: the GPU is unknown, ``page`` exists, or the settings do not fit the model, the verb or
+            the number of GPUs.
     """
     facts = gpu_of(gpu)
-    verb = verb or _verb_of(settings)
+    if page is not None:
+        check_new_file(page)
+    verb = verb or verb_of(settings)
     plan = make_plan(settings, model_shapes(settings.model), verb, gpus, facts, samples=samples, pictures=pictures)
+    if page is not None:
+        write_plan_page(page, plan_json(plan), settings, verb)
     if as_json:
-        print(json.dumps(_as_json(plan)))
+        print(json.dumps(plan_json(plan)))
         return 0
     console = Console(highlight=False)
     console.print(_memory(plan))
-    console.print(_verdict(plan, settings), soft_wrap=True)
+    console.print(verdict(plan, settings), soft_wrap=True)
     console.print(_work(plan))
-    console.print(f"[dim]assumed: {plan.mix}. {_CAVEATS}[/]", soft_wrap=True)
+    console.print(f"[dim]assumed: {plan.mix}. {CAVEATS}[/]", soft_wrap=True)
+    if page is not None:
+        console.print(f"page: {page}", soft_wrap=True, markup=False)
     return 0
-
-
-_CAVEATS = (
-    "Activations are those of the portable kernels; those of Transformer Engine keep less. Experts are assumed to get "
-    "equal numbers of tokens. Not counted: CUDA, NCCL, workspaces of kernels, FP8 copies, models that only judge, and "
-    "the cache of sampling."
-)
-
-
-def _verb_of(settings: Settings) -> str:
-    """A verb that can use these settings."""
-    if settings.stage is not None:
-        return "pretrain"
-    if settings.rollout.prompts is not None:
-        return "ppo" if settings.is_changed("align.critic") else "grpo"
-    return "sft"
 
 
 def _memory(plan: Plan) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in ("stage", "rank"):
         table.add_column(name)
-    for name in ("weights", "grads", "optim", *_COLUMNS, "GiB", f"of {plan.gpu.memory_gib:.0f}"):
+    for name in ("weights", "grads", "optim", *ACTIVATIONS, "GiB", f"of {plan.gpu.memory_gib:.0f}"):
         table.add_column(name, justify="right", no_wrap=True)
     for stage in plan.stages:
         static = (stage.static.weights, stage.static.gradients, stage.static.optimizer)
-        sizes = [*static, *_columns(stage).values(), stage.total]
+        sizes = [*static, *activation_parts(stage.peak.by_phase).values(), stage.total]
         share = f"{stage.total / plan.capacity:.0%}"
-        table.add_row(str(stage.stage), str(stage.rank), *(f"{size / _GIB:.2f}" for size in sizes), share)
+        table.add_row(str(stage.stage), str(stage.rank), *(f"{size / GIB:.2f}" for size in sizes), share)
     return table
-
-
-def _columns(stage: StagePlan) -> dict[str, int]:
-    return {name: sum(stage.peak.by_phase.get(p, 0) for p in phases) for name, phases in _COLUMNS.items()}
-
-
-def _verdict(plan: Plan, settings: Settings) -> str:
-    where = f"{plan.world_size} × {plan.gpu.name} ({plan.data_parallel} data-parallel)"
-    if plan.fits:
-        return f"[green]fits[/] on {where}, with {plan.spare / _GIB:.1f} GiB to spare"
-    wanted = (SPARE * plan.capacity - plan.spare) / _GIB
-    advice = "; ".join(_advice(plan, settings))
-    what = f"{-plan.spare / _GIB:.1f} GiB are missing" if plan.spare < 0 else f"only {plan.spare / _GIB:.1f} GiB spare"
-    return (
-        f"[red]does not fit[/] on {where}: {what}, and {SPARE:.0%} should be left for what is not counted, so "
-        f"{wanted:.1f} GiB must go. Try: {advice}"
-    )
-
-
-def _advice(plan: Plan, settings: Settings) -> list[str]:
-    """What makes the fullest stage smaller, that with the largest part first."""
-    train, vision = settings.train, settings.vision
-    stage = max(plan.stages, key=lambda stage: stage.total)
-    parts = _columns(stage) | {"static": stage.static.total}
-    found = []
-    for name in sorted(parts, key=lambda name: -parts[name]):
-        if name == "decoder" and train.recompute != "full":
-            found.append("train.recompute=full")
-        if name == "tower" and not vision.recompute:
-            found.append("vision.recompute=true")
-        if name == "features" and vision.window != settings.parallel.pipeline:
-            found.append(f"vision.window={settings.parallel.pipeline}")
-        if name == "logits" and train.logprob_chunk_tokens > 64:
-            found.append(f"train.logprob_chunk_tokens below {train.logprob_chunk_tokens}")
-        if name == "static":
-            found.append("more GPUs, or a larger parallel.tensor or parallel.pipeline")
-    return [*found, f"data.seq_length below {settings.data.seq_length}"]
 
 
 def _work(plan: Plan) -> Table:
@@ -136,14 +86,3 @@ def _work(plan: Plan) -> Table:
         numbers = [*parts.values(), total, total / plan.world_size]
         table.add_row(name, *(f"{number / 1e15:,.2f}" for number in numbers))
     return table
-
-
-def _as_json(plan: Plan) -> dict[str, Any]:
-    """The plan in bytes and FLOPs."""
-    return asdict(plan) | {
-        "mix": str(plan.mix),
-        "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
-        "capacity": plan.capacity,
-        "fits": plan.fits,
-        "spare": plan.spare,
-    }

@@ -144,10 +144,8 @@ def histogram(title: str, values: Sequence[int], unit: str, *, color: str = "los
     counts = [0] * (high // size - first + 1)
     for value in values:
         counts[value // size - first] += 1
-    x, y = (
-        Axis(first * size, (first + len(counts)) * size, across=True, close=True, whole=True),
-        Axis(0, max(counts), whole=True),
-    )
+    x = Axis(first * size, (first + len(counts)) * size, across=True, close=True, whole=True)
+    y = Axis(0, max(counts), whole=True)
     bars = []
     for place, count in enumerate(counts):
         if count:

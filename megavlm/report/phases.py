@@ -5,8 +5,9 @@ from statistics import mean
 
 from markupsafe import Markup
 
-from megavlm.base.number_format import number, percent
+from megavlm.base.number_format import number
 from megavlm.report.run import Run
+from megavlm.report.shares import shares_bar
 
 _COLORS: Mapping[str, str] = {
     "data": "lr", "sampling": "sampling", "reference": "faint", "tower": "vision", "exchange": "projector",
@@ -28,20 +29,4 @@ def phases_bar(run: Run) -> Markup:
     seconds = {name: mean(line.get(f"phase/{name}") or 0.0 for line in lines) for name in PHASES}
     every = (lines[-1]["step"] - lines[0]["step"]) / (len(lines) - 1) if len(lines) > 1 else 1
     seconds["checkpoint"] = mean(line.get("seconds_checkpoint") or 0.0 for line in lines) / every
-    seconds = {name: value for name, value in seconds.items() if value > 0}
-    total = sum(seconds.values()) or 1.0
-    start, bars, keys = 0.0, [], []
-    for name, value in seconds.items():
-        width, text = 1000 * value / total, f"{name} {number(value)} s, {percent(value / total, 0)}"
-        bars.append(
-            Markup(
-                '<rect x="{:.2f}" y="0" width="{:.2f}" height="40" style="fill:var(--{})"><title>{}</title></rect>'
-            ).format(start, width, _COLORS[name], text)
-        )
-        keys.append(Markup('<span class="key" style="--color:var(--{})">{}</span> ').format(_COLORS[name], text))
-        start += width
-    return Markup(
-        '<figure class="chart"><figcaption><b>Seconds of a step</b><span class="soft">mean</span></figcaption>'
-        '<svg viewBox="0 0 1000 40" preserveAspectRatio="none" role="img" aria-label="Seconds of a step" '
-        'style="width:100%;height:40px">{}</svg><p>{}</p></figure>'
-    ).format(Markup("").join(bars), Markup("").join(keys))
+    return shares_bar("Seconds of a step", seconds, _COLORS, lambda value: f"{number(value)} s", "mean")

@@ -45,16 +45,21 @@ def config(toys, tmp_path_factory) -> Path:
 
 def test_a_toy(config, world1) -> None:
     usual = [str(config), "--gpus", "4", "--pictures", "1"]
+    page = config.with_name("plan.html")
     lines = [
-        usual,
+        [*usual, "--page", str(page)],
+        [*usual, "--page", str(page)],
         [*usual, "--json"],
         [*usual, "--json", "--gpu", "h200", "train.global_batch_size=32"],
         [str(config), "--gpus", "4", "--gpu", "h1000"],
         [str(config), "--gpus", "5"],
         [str(config)],
     ]
-    ((shown, first, second, unknown, odd, without),) = world1.run(commands, lines)
+    ((shown, again, first, second, unknown, odd, without),) = world1.run(commands, lines)
     assert (shown[0], first[0], second[0]) == (0, 0, 0), (shown, first, second)
+    assert f"page: {page}" in shown[1]
+    assert f"{page} exists already" in again[2]
+    assert "stage 0, rank 0" in page.read_text()
     assert "stage rank weights" in " ".join(shown[1].split())
     assert re.search(r"fits on 4 × H100 SXM 80 GB \(2 data-parallel\), with 79\.\d GiB to spare", shown[1])
     assert "16 rows" in shown[1]
@@ -68,7 +73,7 @@ def test_a_toy(config, world1) -> None:
     sizes = [plan["stages"][0]["peak"]["by_phase"]["exchange"] for plan in (found, larger)]
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.2)
     assert larger["capacity"] > found["capacity"]
-    assert (unknown[0], odd[0], without[0]) == (2, 2, 2)
+    assert (again[0], unknown[0], odd[0], without[0]) == (2, 2, 2, 2)
     assert (
         "--gpu h1000 is not known → known are h100, h200" in unknown[2].replace("\n", " ") or "known are" in unknown[2]
     )

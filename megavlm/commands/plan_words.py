@@ -1,0 +1,48 @@
+"""What a plan says in words: whether the layout fits, and what would make it smaller."""
+
+from megavlm.config.settings import Settings
+from megavlm.plan.plan import SPARE, Plan
+from megavlm.report.plan_memory import GIB, activation_parts
+
+
+def verdict(plan: Plan, settings: Settings) -> str:
+    """One line: whether the plan fits its GPUs, with what to try if it does not; marked up for rich."""
+    where = f"{plan.world_size} × {plan.gpu.name} ({plan.data_parallel} data-parallel)"
+    if plan.fits:
+        return f"[green]fits[/] on {where}, with {plan.spare / GIB:.1f} GiB to spare"
+    wanted = (SPARE * plan.capacity - plan.spare) / GIB
+    advice = "; ".join(_advice(plan, settings))
+    what = f"{-plan.spare / GIB:.1f} GiB are missing" if plan.spare < 0 else f"only {plan.spare / GIB:.1f} GiB spare"
+    return (
+        f"[red]does not fit[/] on {where}: {what}, and {SPARE:.0%} should be left for what is not counted, so "
+        f"{wanted:.1f} GiB must go. Try: {advice}"
+    )
+
+
+def _advice(plan: Plan, settings: Settings) -> list[str]:
+    """What makes the fullest stage smaller, that with the largest part first."""
+    train, vision = settings.train, settings.vision
+    stage = max(plan.stages, key=lambda stage: stage.total)
+    parts = activation_parts(stage.peak.by_phase) | {"static": stage.static.total}
+    found = []
+    for name in sorted(parts, key=lambda name: -parts[name]):
+        if name == "decoder" and train.recompute != "full":
+            found.append("train.recompute=full")
+        if name == "tower" and not vision.recompute:
+            found.append("vision.recompute=true")
+        if name == "features" and vision.window != settings.parallel.pipeline:
+            found.append(f"vision.window={settings.parallel.pipeline}")
+        if name == "logits" and train.logprob_chunk_tokens > 64:
+            found.append(f"train.logprob_chunk_tokens below {train.logprob_chunk_tokens}")
+        if name == "static":
+            found.append("more GPUs, or a larger parallel.tensor or parallel.pipeline")
+    return [*found, f"data.seq_length below {settings.data.seq_length}"]
+
+
+def verb_of(settings: Settings) -> str:
+    """A verb that can use these settings."""
+    if settings.stage is not None:
+        return "pretrain"
+    if settings.rollout.prompts is not None:
+        return "ppo" if settings.is_changed("align.critic") else "grpo"
+    return "sft"
