@@ -3,6 +3,7 @@
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -19,13 +20,19 @@ class Gpu:
     memory_bandwidth: float
     nvlink: float
     source: str
+    operators: dict[str, Any]
+    fp8_tflops: float | None = None
+    nvlink_domain: int = 8
+    fabric: float = 50.0
 
 
 @functools.cache
 def gpus() -> dict[str, Gpu]:
     """All known GPUs, by the name for ``--gpu``."""
     text = Path(__file__).with_name("gpus.yaml").read_text(encoding="utf-8")
-    return {name: Gpu(**facts) for name, facts in yaml.safe_load(text).items()}
+    known = yaml.safe_load(text)
+    assumed = known.pop("operators")
+    return {name: Gpu(**facts, operators=assumed) for name, facts in known.items()}
 
 
 def gpu_of(name: str) -> Gpu:
