@@ -5,7 +5,7 @@ import json
 import torch.distributed as dist
 
 from megavlm.align.registry import METHODS
-from megavlm.commands.plan import verb_of
+from megavlm.commands.plan_words import verb_of
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.plan.bench import at_full_size, check, leave, measure
