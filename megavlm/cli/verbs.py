@@ -143,6 +143,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
         "megavlm.commands.validate:main",
         "check a configuration and the first samples of its data, and show what it would do",
         "megavlm validate stage2.yaml --world-size 64\n"
+        "megavlm validate stage2.yaml --world-size 64 --gpu h100\n"
         "megavlm validate dpo-lora.yaml --world-size 64 --no-files --dry-run dpo",
         reads=(),
         flags={
@@ -160,6 +161,10 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "choices": tuple(METHODS),
                 "help": "also build the model and optimizer of some ranks of VERB without allocating memory, and print "
                 "their sizes; no GPU is used",
+            },
+            "gpu": {
+                "metavar": "NAME",
+                "help": "also say whether the layout fits the memory of this GPU (see megavlm plan), such as h100",
             },
             "for": FOR,
         },

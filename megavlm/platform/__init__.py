@@ -4,6 +4,7 @@ from megavlm.platform.absent import absent_world
 from megavlm.platform.device import (
     backend,
     device,
+    device_gib,
     device_name,
     host_buffer,
     mark,
@@ -24,6 +25,7 @@ __all__ = [
     "absent_world",
     "backend",
     "device",
+    "device_gib",
     "device_name",
     "host_buffer",
     "init",
