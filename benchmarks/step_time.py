@@ -106,15 +106,17 @@ def measured_points(examples: Mapping, size: int) -> list[tuple]:
     import torch.distributed as dist
 
     from megavlm.config.settings import Settings
-    from megavlm.plan.measure import measure, measure_collectives
+    from megavlm.plan.measure_operators import measure_collectives, measure_operators
     from megavlm.platform import init
 
     here = torch.device("cpu")
     if size == 1:
-        return measure(examples, here)
+        return measure_operators(examples, here)
     init(Settings(model={"hf": "none"}).parallel)
     of_ranks: list = [None] * size
-    dist.all_gather_object(of_ranks, measure(examples, here) + measure_collectives(dist.group.WORLD, here, 2**24))
+    dist.all_gather_object(
+        of_ranks, measure_operators(examples, here) + measure_collectives(dist.group.WORLD, here, 2**24)
+    )
     seconds = defaultdict(list)
     for call, one in itertools.chain.from_iterable(of_ranks):
         seconds[call].append(one)

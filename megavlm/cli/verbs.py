@@ -223,6 +223,35 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
         },
         local_workers=False,
     ),
+    "bench": Verb(
+        "megavlm.commands.bench:main",
+        "measure steps of a configuration on this machine, as one line of JSON",
+        "megavlm bench sft.yaml --nproc 8\n"
+        "megavlm bench sft.yaml --synthetic --pictures 2 train.global_batch_size=8 --steps 5",
+        sections=(*RUN, "align", "rollout", "reward", "environment"),
+        requires=("train.steps|train.epochs", "train.lr"),
+        reads=(*READS, "data.train"),
+        flags={
+            "steps": {"metavar": "N", "type": positive, "default": 10, "help": "number of measured steps; default 10"},
+            "warmup": {"metavar": "N", "type": natural, "default": 3, "help": "steps before them; default 3"},
+            "for": FOR,
+            "synthetic": {
+                "action": "store_true",
+                "help": "take random weights and synthetic rows, so that model.load and data.train need not exist",
+            },
+            "samples": {
+                "metavar": "N",
+                "type": positive,
+                "default": 1,
+                "help": "samples in a synthetic row; default 1",
+            },
+            "pictures": {
+                "metavar": "N",
+                "type": natural,
+                "help": "pictures in a synthetic row; default: as many as fit",
+            },
+        },
+    ),
     "data prepare": Verb(
         "megavlm.commands.data_prepare:main",
         "index a folder of WebDataset shards, or create one from data files and their media",

@@ -49,7 +49,7 @@ def main(
         UserError: the GPU is unknown, or the settings do not fit the model, the verb or the number of GPUs.
     """
     facts = gpu_of(gpu)
-    verb = verb or _verb_of(settings)
+    verb = verb or verb_of(settings)
     plan = make_plan(settings, model_shapes(settings.model), verb, gpus, facts, samples=samples, pictures=pictures)
     if as_json:
         print(json.dumps(_as_json(plan, price)))
@@ -70,7 +70,7 @@ _CAVEATS = (
 )
 
 
-def _verb_of(settings: Settings) -> str:
+def verb_of(settings: Settings) -> str:
     """A verb that can use these settings."""
     if settings.stage is not None:
         return "pretrain"

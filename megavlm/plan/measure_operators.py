@@ -22,7 +22,7 @@ Measurement = tuple[Call, float]
 """An operator, and the seconds of one call."""
 
 
-def measure(examples: Mapping[Call, Example], where: torch.device) -> list[Measurement]:
+def measure_operators(examples: Mapping[Call, Example], where: torch.device) -> list[Measurement]:
     """Measures operators on a device. Those that cannot be carried out apart from a step are left out.
 
     Args:
