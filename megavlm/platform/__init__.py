@@ -2,6 +2,7 @@
 
 from megavlm.platform.absent import absent_world
 from megavlm.platform.device import (
+    allocated,
     backend,
     device,
     device_gib,
@@ -23,6 +24,7 @@ from megavlm.platform.groups import Groups, init, shutdown
 __all__ = [
     "Groups",
     "absent_world",
+    "allocated",
     "backend",
     "device",
     "device_gib",
