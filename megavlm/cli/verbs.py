@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.align.registry import METHODS, MethodEntry
-from megavlm.cli.verb import READS, RUN, Verb, natural, positive
+from megavlm.cli.verb import READS, RUN, Verb, amount, natural, positive
 
 RUN_REQUIRES = ("output", "data.train", "train.steps|train.epochs", "train.lr")
 START_FLAGS: dict[str, dict[str, Any]] = {
@@ -143,6 +143,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
         "megavlm.commands.validate:main",
         "check a configuration and the first samples of its data, and show what it would do",
         "megavlm validate stage2.yaml --world-size 64\n"
+        "megavlm validate stage2.yaml --world-size 64 --gpu h100\n"
         "megavlm validate dpo-lora.yaml --world-size 64 --no-files --dry-run dpo",
         reads=(),
         flags={
@@ -160,6 +161,10 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "choices": tuple(METHODS),
                 "help": "also build the model and optimizer of some ranks of VERB without allocating memory, and print "
                 "their sizes; no GPU is used",
+            },
+            "gpu": {
+                "metavar": "NAME",
+                "help": "also say whether the layout fits the memory of this GPU (see megavlm plan), such as h100",
             },
             "for": FOR,
         },
@@ -195,18 +200,31 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
     ),
     "plan": Verb(
         "megavlm.commands.plan:main",
-        "show the memory and the work of a layout on GPUs that need not be there",
+        "show the memory and the time of a layout on GPUs that need not be there",
         "megavlm plan sft.yaml --gpus 64\nmegavlm plan sft.yaml parallel.tensor=4 --gpus 32 --gpu h200 --pictures 2",
         sections=(*RUN, "align", "rollout", "reward", "environment"),
         requires=("train.steps", "train.lr"),
         reads=(),
         flags={
             "gpus": {"metavar": "N", "type": positive, "required": True, "help": "number of GPUs"},
-            "gpu": {"metavar": "NAME", "default": "h100", "help": "h100 (the default), h200, b200, h800 or a100"},
+            "gpu": {
+                "metavar": "NAME",
+                "default": "h100",
+                "help": "h100 (the default), h200, b200, h800, a100, or a YAML file of measurements",
+            },
             "for": FOR,
             "samples": {"metavar": "N", "type": positive, "default": 1, "help": "samples in a row; default 1"},
             "pictures": {"metavar": "N", "type": natural, "help": "pictures in a row; default: as many as fit"},
-            "json": {"action": "store_true", "dest": "as_json", "help": "print one line of JSON, in bytes and FLOPs"},
+            "price": {
+                "metavar": "X",
+                "type": amount,
+                "help": "of one GPU for an hour; the cost of the run is then shown",
+            },
+            "json": {
+                "action": "store_true",
+                "dest": "as_json",
+                "help": "print one line of JSON, in bytes, FLOPs and seconds",
+            },
             "page": {"metavar": "OUT.html", "type": Path, "help": "also write an HTML page; the file must not exist"},
         },
         local_workers=False,

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megavlm.base.number_format import counted, short
+from megavlm.commands.plan_times import times
 from megavlm.commands.plan_words import verb_of, verdict
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
@@ -24,6 +25,7 @@ def main(
     verb: str | None = None,
     samples: int = 1,
     pictures: int | None = None,
+    price: float | None = None,
     as_json: bool = False,
     page: Path | None = None,
 ) -> int:
@@ -35,6 +37,7 @@ def main(
         gpu: which GPU.
         verb: the verb for which the configuration is intended; default: a guess from the settings.
         samples, pictures: what each row is assumed to contain (``megavlm.plan.mix.Mix.of``).
+        price: of a GPU for an hour, in any currency.
         as_json: print one line of JSON instead of tables.
         page: an HTML file to write, too; it must not exist.
 
@@ -48,14 +51,15 @@ def main(
     verb = verb or verb_of(settings)
     plan = make_plan(settings, model_shapes(settings.model), verb, gpus, facts, samples=samples, pictures=pictures)
     if page is not None:
-        write_plan_page(page, plan_json(plan), settings, verb)
+        write_plan_page(page, plan_json(plan, price), settings, verb)
     if as_json:
-        print(json.dumps(plan_json(plan)))
+        print(json.dumps(plan_json(plan, price)))
         return 0
     console = Console(highlight=False)
     console.print(_memory(plan))
     console.print(verdict(plan, settings), soft_wrap=True)
     console.print(_work(plan))
+    console.print(times(plan, price), soft_wrap=True)
     console.print(f"[dim]assumed: {plan.mix}. {CAVEATS}[/]", soft_wrap=True)
     if page is not None:
         console.print(f"page: {page}", soft_wrap=True, markup=False)

@@ -9,6 +9,7 @@ from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.evaluation.held_out import evaluation_hooks
 from megavlm.output.folder import StartOptions
+from megavlm.plan.of_run import PlanOfRun, is_wanted
 from megavlm.report.at_checkpoint import ReportAtCheckpoint
 from megavlm.report.loss_plot import write_loss_plot
 from megavlm.report.run_report import write_report
@@ -23,12 +24,32 @@ def main(settings: Settings, method: str, restart: bool = False, change: Sequenc
     ``restart`` and ``change``: see ``StartOptions``.
     """
     options, reports = StartOptions(restart, tuple(change)), _Reports()
+    plan = _Plan(method, settings.log.plan)
     hooks = [
+        Hook(plan.at_end, at_end=True, prepare=plan.begin),
         *evaluation_hooks(settings, METHODS[method].kind),
         Hook(reports.at_checkpoint, at_checkpoint=True),
         Hook(reports.at_end, at_end=True),
     ]
     return train(settings, make_method(method, settings), hooks, options)
+
+
+class _Plan:
+    """Plans a run in the background, on the first rank (see ``log.plan``)."""
+
+    _PATIENCE = 60.0  # seconds for which the end of a run waits, if it was asked for a plan
+
+    def __init__(self, verb: str, wanted: bool | None) -> None:
+        self._verb, self._wanted = verb, wanted
+        self._plan: PlanOfRun | None = None
+
+    def begin(self, run: Run) -> None:
+        if run.session.is_first and is_wanted(self._wanted):
+            self._plan = PlanOfRun(_output(run), self._verb)
+
+    def at_end(self, run: Run, step: int, say: Callable[[str], None]) -> None:
+        if self._plan is not None and (told := self._plan.close(self._PATIENCE if self._wanted else 0.0)):
+            say(f"the run was not planned: {told}")
 
 
 class _Reports:

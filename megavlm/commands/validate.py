@@ -56,6 +56,7 @@ def main(
     no_files: bool = False,
     dry_run: str | None = None,
     verb: str | None = None,
+    gpu: str | None = None,
 ) -> int:
     """Checks a configuration and prints a table of what it would do.
 
@@ -67,10 +68,11 @@ def main(
         dry_run: the verb for which the model and the optimizer of some ranks are built.
         verb: the verb for which the configuration is intended; default: that of ``dry_run``, or a guess (see
             ``intended``).
+        gpu: the GPU, a name that `megavlm plan` knows, for which a line says whether the layout fits.
 
     Raises:
-        UserError: the configuration is invalid, files are missing (one message lists all of them), or too many samples
-            cannot be used.
+        UserError: the configuration is invalid, the GPU is unknown, files are missing (one message lists all of them),
+            or too many samples cannot be used.
     """
     if not no_files:
         check_files(
@@ -108,6 +110,8 @@ def main(
         for held in dry.dry_run(settings, dry_run, world_size):
             for thing in _summary(held, settings if METHODS[dry_run].samples else None):
                 console.print(thing, soft_wrap=isinstance(thing, str))
+    if gpu is not None:
+        console.print(_fit(settings, shapes, verb or dry_run, world_size, gpu), soft_wrap=True)
     if no_files:
         console.print("[dim]settings, shapes and layout are valid; files were not checked[/]")
         return 0
@@ -117,6 +121,17 @@ def main(
         _check_data(settings, verb or dry_run, console, data_parallel)
     console.print("[green]ready[/]")
     return 0
+
+
+def _fit(settings: Settings, shapes: Shapes, verb: str | None, world_size: int, gpu: str) -> str:
+    """Whether the layout fits the memory of its GPUs, and where to see more."""
+    from megavlm.commands.plan_words import verb_of, verdict  # imported here because Megatron takes seconds to import
+    from megavlm.plan.gpus import gpu_of
+    from megavlm.plan.plan import make_plan
+
+    plan = make_plan(settings, shapes, verb or verb_of(settings), world_size, gpu_of(gpu))
+    more = f"megavlm plan CONFIG.yaml --gpus {world_size} --gpu {gpu}"
+    return f"by the plan, it {verdict(plan, settings)} [dim]· more: {more}[/]"
 
 
 def _check_data(settings: Settings, verb: str | None, console: Console, data_parallel: int) -> None:

@@ -246,6 +246,12 @@ class LogSettings(Section):
         description="whether metrics.jsonl tells how the seconds of a step divide into waiting for data, tower, "
         "exchange of features, decoder, head, reduction of gradients and optimizer",
     )
+    plan: Bool | None = Field(
+        None,
+        description="whether the run is planned while it goes on (as by `megavlm plan`), so that the report shows "
+        "predicted beside measured memory and time: a process with the lowest priority writes OUTPUT/plan.json. true: "
+        "the end of a short run waits for it, for a minute at most; null: true on a GPU, but nothing waits",
+    )
     wandb: WandbSettings = Field(WandbSettings(), description="Weights & Biases")
     tensorboard: Bool = Field(
         False,

@@ -32,6 +32,7 @@ RUN_FILES = (
     "loss.png",
     "report.html",
     "expert_load.json",
+    "plan.json",
     "tensorboard",
     "wandb",
     "stacks",

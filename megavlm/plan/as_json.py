@@ -13,8 +13,8 @@ CAVEATS = (
 """What is assumed and what is not counted."""
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """The plan in bytes, FLOPs and seconds."""
+def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
+    """The plan in bytes, FLOPs and seconds; with the price of a GPU for an hour also the cost of the run."""
     return asdict(plan) | {
         "mix": str(plan.mix),
         "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
@@ -23,4 +23,21 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "spare": plan.spare,
         "spare_share": SPARE,
         "caveats": CAVEATS,
+        **figures(plan, price),
+    }
+
+
+def figures(plan: Plan, price: float | None = None) -> dict[str, Any]:
+    """Figures of a plan's time: of a GPU "tokens_per_second" (without padding), "model_tflops" and "mfu" (of the dense
+    bf16 peak, at every precision); of the run "hours", "gpu_hours" and with a price of a GPU for an hour "cost"."""
+    seconds = plan.time.seconds
+    each = sum(plan.model_flops.values()) / plan.world_size / seconds / 1e12
+    hours = plan.steps * seconds / 3600
+    return {
+        "tokens_per_second": plan.tokens / plan.world_size / seconds,
+        "model_tflops": each,
+        "mfu": each / plan.gpu.bf16_tflops,
+        "hours": hours,
+        "gpu_hours": hours * plan.world_size,
+        "cost": None if price is None else hours * plan.world_size * price,
     }

@@ -1,7 +1,8 @@
 """Seconds of an operator on a GPU: by shares of its peaks that are assumed, or by measurements on a machine."""
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,53 +78,58 @@ def on_wire(call: Call) -> float:
     return float(call.moved)
 
 
-@dataclass(frozen=True)
-class Point:
-    """A measurement: the sizes, bytes and operations of a call, and its seconds."""
-
-    sizes: tuple[int, ...]
-    flops: float
-    moved: float
-    seconds: float
-
-
 class Measured:
     """Costs by measurements: the time of the nearest measured size, scaled by operations or bytes.
 
     Args:
-        points: measurements by kind, name and dtype of the operator; for a collective, also the number of ranks.
+        points: operators and their measured seconds.
         overhead: seconds that the process needs for each call in a step beyond its work.
-        further: tells what was not measured.
+        further: tells the costs of operators of which no size was measured.
     """
 
-    def __init__(self, points: dict[tuple, list[Point]], overhead: float, further: Costs):
-        self._points, self._overhead, self._further = points, overhead, further
+    def __init__(self, points: Iterable[tuple[Call, float]], overhead: float, further: Costs):
+        self._points: dict[tuple, list[tuple[Call, float]]] = defaultdict(list)
+        for call, seconds in points:
+            self._points[_alike(call)].append((call, seconds))
+        self._overhead, self._further = overhead, further
         self._known: dict[Call, float] = {}
 
     def seconds(self, call: Call, *, fp8: bool = False) -> float:
         if call not in self._known:
-            points = self._points.get(key_of(call))
-            self._known[call] = self._of(call, points) if points else self._further.seconds(call)
+            points = self._points.get(_alike(call))
+            self._known[call] = self._overhead + (_of(call, points) if points else self._further.seconds(call))
         return self._known[call]
 
-    def _of(self, call: Call, points: Sequence[Point]) -> float:
-        if call.kind in ("product", "attention"):
-            near = min(points, key=lambda point: _distance(point.sizes, call.sizes))
-            return near.seconds * call.flops / near.flops + self._overhead
-        near = min(points, key=lambda point: abs(math.log((1 + point.moved) / (1 + call.moved))))
-        larger = call.moved > near.moved  # below the smallest size, a call takes as long as that
-        ratio = call.moved / near.moved if larger or (len(points) > 1 and near is not _smallest(points)) else 1.0
-        return near.seconds * ratio + self._overhead
+
+def costs_of(gpu: Gpu) -> Costs:
+    """The costs of a GPU's operators: measured ones if it has any, otherwise assumed ones."""
+    points = gpu.operators.get("points")
+    if points is None:
+        return Assumed(gpu)
+    calls = [
+        (Call(kind, name, tuple(sizes), dtype, flops, moved), s) for kind, name, sizes, dtype, flops, moved, s in points
+    ]
+    return Measured(calls, gpu.operators["overhead"], Assumed(gpu))
 
 
-def _smallest(points: Sequence[Point]) -> Point:
-    return min(points, key=lambda point: point.moved)
+def _of(call: Call, points: Sequence[tuple[Call, float]]) -> float:
+    if call.kind in ("product", "attention"):
+        near, seconds = min(points, key=lambda point: _distance(point[0].sizes, call.sizes))
+        return seconds * call.flops / max(near.flops, 1)
+    near, seconds = min(points, key=lambda point: abs(math.log((1 + point[0].moved) / (1 + call.moved))))
+    smallest = min(point[0].moved for point in points)
+    if call.moved < near.moved == smallest:
+        return seconds  # below the smallest size, a call takes as long as that
+    return seconds * call.moved / max(near.moved, 1)
 
 
 def _distance(sizes: tuple[int, ...], others: tuple[int, ...]) -> float:
     return sum(math.log((1 + a) / (1 + b)) ** 2 for a, b in zip(sizes, others, strict=True))
 
 
-def key_of(call: Call) -> tuple:
-    """What measurements of a call can be used for."""
-    return (call.kind, call.name, call.dtype, *([len(call.sizes)] if call.kind == "collective" else []))
+def _alike(call: Call) -> tuple:
+    """What calls have in common that can be told from each other's measurements."""
+    if call.kind == "collective":
+        return (call.name, len(call.sizes))
+    causal = call.sizes[-1] if call.kind == "attention" else None
+    return (call.kind, call.name, call.dtype, causal)

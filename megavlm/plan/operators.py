@@ -5,7 +5,7 @@ On the meta device nothing is computed, so the record of a large model takes sec
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,11 +83,22 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """An operator with descriptions of its arguments, (shape, strides, dtype) in the place of tensors."""
+    """An operator with its arguments, in which a ``TensorOf`` is in the place of each tensor. It can be pickled.
 
-    func: Any
-    args: Any
-    kwargs: Any
+    Attributes:
+        name: namespace, name and overload, such as ("aten", "add", "Tensor").
+        args, kwargs: the arguments.
+    """
+
+    name: tuple[str, str, str]
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+    @property
+    def func(self) -> Callable[..., Any]:
+        """The operator."""
+        namespace, name, overload = self.name
+        return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
 class TensorOf(NamedTuple):
@@ -140,7 +151,11 @@ class Operators(TorchDispatchMode):
             backward = self._is_late or torch._C._current_autograd_node() is not None
             self.found[Place(self.phase, backward), call] += 1
             if self._keep and not is_collective and call not in self.examples:
-                self.examples[call] = Example(func, _described(args), _described(kwargs))
+                self.examples[call] = Example(
+                    (func.namespace, func.overloadpacket.__name__, func._overloadname),
+                    _described(list(args)),
+                    _described(kwargs),
+                )
         return result
 
     def _call(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> Call | None:

@@ -58,6 +58,11 @@ def device_name() -> str | None:
     return torch.cuda.get_device_name() if on_gpu() else None
 
 
+def device_gib() -> float | None:
+    """The memory of the GPU in GiB; None on a CPU."""
+    return torch.cuda.get_device_properties(device()).total_memory / 2**30 if on_gpu() else None
+
+
 def synchronize() -> None:
     """Waits until the device has finished its work. On a CPU it returns at once."""
     if on_gpu():

@@ -25,7 +25,7 @@ BEST = 10  # number of layouts in the table
 _NAMED = 3  # number of layouts that are named in the picture
 _WIDEST = 1.6  # memory up to which layouts have a place of their own in the picture, as a share of the GPU's
 _PART_COLORS = {**SPAN_COLORS, "decoder": "language", "bubble": "faint", "traffic": "sampling", "data": "bad"}
-_KINDS = {"product": "language", "attention": "projector", "elementwise": "soft"}
+_KINDS = {"product": "language", "attention": "projector"}
 
 
 def check_new_file(file: Path) -> None:
@@ -111,7 +111,7 @@ def roofline(operators: Sequence[Mapping[str, Any]], gpu: Mapping[str, Any]) -> 
             f"{each['count']:,} × {each['name']} of {short(each['flops'])}FLOP: {number(speed, 3)} TFLOP/s, "
             f"{number(density, 3)} FLOPs per byte, {percent(share)} of the seconds"
         )
-        points.append(Point(density, speed, text, _KINDS.get(each["name"], "lr"), 6 + 30 * share**0.5))
+        points.append(Point(density, speed, text, _KINDS.get(_kind(each), "soft"), 6 + 30 * share**0.5))
     peak, bandwidth = gpu["bf16_tflops"], gpu["memory_bandwidth"]
     corner = peak * 1e3 / bandwidth  # FLOPs per byte from which on products, not memory, are the limit
     x = Axis(min(corner / 10, *(p.x for p in points)), max(corner * 10, *(p.x for p in points)), log=True, across=True)
@@ -119,11 +119,16 @@ def roofline(operators: Sequence[Mapping[str, Any]], gpu: Mapping[str, Any]) -> 
     roof = [(x.low, x.low * bandwidth / 1e3), (corner, peak), (x.high, peak)]
     if roof[0][1] < y.low:  # the roof enters the picture at its lower edge
         roof[0] = (y.low * 1e3 / bandwidth, y.low)
-    kinds = {kind: _KINDS.get(kind, "lr") for kind in dict.fromkeys(each["name"] for each in placed)}
+    kinds = {kind: _KINDS.get(kind, "soft") for kind in dict.fromkeys(map(_kind, placed))}
     name = f"{peak:g} TFLOP/s, {bandwidth:g} GB/s"
     return scatter(
         "Roofline", points, x, y, units=("FLOPs per byte", "TFLOP/s"), kinds=kinds, lines=[Line(name, roof, "bad")]
     )
+
+
+def _kind(operator: Mapping[str, Any]) -> str:
+    """The first word of its name, such as "product"."""
+    return re.match(r"\w*", operator["name"])[0]
 
 
 def search_chart(candidates: Sequence[Mapping[str, Any]], capacity: int, spare: float) -> Markup:
