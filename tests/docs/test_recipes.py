@@ -172,9 +172,8 @@ def with_small(name: str, words: list[str]) -> list[str]:
     if name in ("score", "infer", "export", "data inspect"):
         small.pop("train.memory_check")
     given = {word.partition("=")[0]: word.partition("=")[2] for word in words if "=" in word}
-    small["train.steps"] = STEPS[given.get("train.steps", "1000")]
-    if "train.epochs" in given:
-        del small["train.steps"]
+    if "train.epochs" not in given:
+        small["train.steps"] = STEPS[given.get("train.steps", "1000")]
     if "align.overlong_cache" in given:
         small["align.overlong_cache"] = "4"
     words = [word for word in words if word.partition("=")[0] not in small]
