@@ -313,7 +313,7 @@ def _first_samples(
         assert isinstance(draft, Draft), "it has just been read"
         remarks.update(draft.remarks)
         samples += [renderer.complete(one) for one in (draft, *draft.followers)]
-    share, total = f"{source.share:.1%} of the blend", f"{len(source.file):,} samples"
+    share, total = f"{source.share:.1%} of the blend", counted(len(source.file), "sample")
     summary = f"[bold]{escape(source.name)}[/] ({share}, {total}), {count} inspected:"
     looked_at = count
     if skipped_samples:
@@ -332,10 +332,12 @@ def _first_samples(
     targets = sum(int((sample.labels != IGNORE).sum()) for sample in samples)
     named = {"pair": "answers", "judged": "answers", "prompt": "prompts"}.get(dataset.kind, "usable")
     share_of_targets = f" {targets / sum(tokens):.0%} targets," if dataset.kind != "prompt" else ""
+    lengths = " to ".join(dict.fromkeys(f"{length}" for length in (min(tokens), max(tokens))))
     line = (
-        f"{summary} {len(samples)} {named} have {min(tokens)} to {max(tokens)} tokens, "
+        f"{summary} {len(samples)} {named} of {lengths} tokens, "
         f"{visual / sum(tokens):.0%} visual,{share_of_targets} "
-        f"{sum(s.num_images for s in samples)} pictures, {sum(s.num_videos for s in samples)} videos"
+        f"{counted(sum(s.num_images for s in samples), 'picture')}, "
+        f"{counted(sum(s.num_videos for s in samples), 'video')}"
         + "".join(f"; {sentence}" for sentence in told(remarks))
     )
     return line, skipped_samples, refused

@@ -133,7 +133,7 @@ def mcore_to_hf(
         copy_configuration(hf, partial, dtype, grown)
         writer = HfWriter(partial, layout)
         total = sum(info.nbytes for info in tensors.values())
-        with progress_bar(f"{mcore.name} → {out.name}", total, show=progress) as advance:
+        with progress_bar(f"writing {out.name}", total, show=progress) as advance:
 
             def convert(piece: tuple[Entry, int, int]) -> None:
                 entry, first, last = piece

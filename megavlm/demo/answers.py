@@ -1,12 +1,14 @@
-"""Answers to the held-out questions: reads and counts them, and generates answers with transformers for comparison."""
+"""Answers to the held-out questions: reads and counts them, and has others answer the questions for comparison."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 from megavlm.demo.data import read_records
+from megavlm.demo.vllm_answers import vllm_python, vllm_tokens
 
 BATCH_SIZE = 60
 
@@ -45,19 +47,34 @@ def transformers_answers(folder: Path, questions: Path, max_new_tokens: int) -> 
     """
     processor = AutoProcessor.from_pretrained(folder)
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    prompts, pictures = [], []
-    for record in read_records(questions):
-        turns = [{"role": turn["role"], "content": _parts(turn["content"])} for turn in record["messages"][:-1]]
-        prompts.append(processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        pictures.append([Image.open(questions.parent / path) for path in record["images"]])
-    answers = []
+    prompts, answers = _prompts(processor, questions), []
     for start in range(0, len(prompts), BATCH_SIZE):
-        some = slice(start, start + BATCH_SIZE)
-        batch = processor(text=prompts[some], images=pictures[some], padding=True, return_tensors="pt")
+        some = prompts[start : start + BATCH_SIZE]
+        pictures = [[Image.open(path) for path in prompt["images"]] for prompt in some]
+        batch = processor(text=[prompt["text"] for prompt in some], images=pictures, padding=True, return_tensors="pt")
         tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         tokens = tokens[:, batch["input_ids"].shape[1] :]
         answers += processor.batch_decode(tokens, skip_special_tokens=True)
     return answers
+
+
+def vllm_answers(folder: Path, questions: Path, max_new_tokens: int) -> list[str] | None:
+    """As `transformers_answers`, with the vLLM that `make vllm` installs; None if it is not installed."""
+    if (python := vllm_python()) is None:
+        return None
+    processor = AutoProcessor.from_pretrained(folder)
+    tokens = vllm_tokens(python, folder, _prompts(processor, questions), max_new_tokens)
+    return [processor.decode(answer, skip_special_tokens=True) for answer in tokens]
+
+
+def _prompts(processor: Any, questions: Path) -> list[dict[str, Any]]:
+    """The `text` of each question as the model reads it, and the paths of its `images`."""
+    prompts = []
+    for record in read_records(questions):
+        turns = [{"role": turn["role"], "content": _parts(turn["content"])} for turn in record["messages"][:-1]]
+        text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        prompts.append({"text": text, "images": [str(questions.parent / path) for path in record["images"]]})
+    return prompts
 
 
 def _parts(content: str) -> list[dict[str, str]]:

@@ -1,9 +1,9 @@
 """`python -m megavlm.demo`: from pictures and random weights to a Hugging Face folder that reads digits.
 
 It writes the data and a tiny random model, then prints and runs the commands that a user would type, in two processes
-with TP 2 and sequence parallelism. Exit status: 0 if at least 95 % of the held-out digits are recognised and
-transformers gives the same answers from the exported folder; 1 if not, or if a command fails; 2 if the output folder
-exists.
+with TP 2 and sequence parallelism. Exit status: 0 if at least 95 % of the held-out digits are recognised, and
+transformers and, where it is installed, vLLM give the same answers from the exported folder; 1 if not, or if a command
+fails; 2 if the output folder exists.
 """
 
 import argparse
@@ -122,27 +122,32 @@ class Demo:
         return all(path.exists() for path in (checkpoint, last.model.hf, self.questions))
 
     def check(self) -> bool:
-        """Counts right answers before and after training, and compares with transformers on the exported folder."""
-        from megavlm.demo.answers import count_right, expected_answers, read_answers, transformers_answers
+        """Counts right answers before and after training, and has others answer from the exported folder."""
+        from megavlm.demo import answers
 
-        expected = expected_answers(self.questions)
+        expected = answers.expected_answers(self.questions)
         total = len(expected)
-        answers = {when: read_answers(self.out / when / "answers.jsonl", total) for when in ("before", "after")}
-        right = {when: count_right(given, expected) for when, given in answers.items()}
+        given = {when: answers.read_answers(self.out / when / "answers.jsonl", total) for when in ("before", "after")}
+        right = {when: answers.count_right(found, expected) for when, found in given.items()}
         console.print(f"\n{total} handwritten digits that were not used for training (chance: 10 %)")
         for when, count in right.items():
-            console.print(f"  {when:6} {count:4} right, {count / total:6.1%}   for example {_examples(answers[when])}")
+            console.print(f"  {when:6} {count:4} right, {count / total:6.1%}   for example {_examples(given[when])}")
 
-        console.print(
-            f"\ncomparison with Qwen3VLForConditionalGeneration.from_pretrained({str(self.out / 'exported')!r})"
-        )
-        theirs = transformers_answers(self.out / "exported", self.questions, self.sft.generate.max_new_tokens)
-        same = sum(ours == other for ours, other in zip(answers["after"], theirs, strict=True))
-        console.print(f"  {same} of {total} answers agree")
-        for i, (ours, other) in enumerate(zip(answers["after"], theirs, strict=True)):
-            if ours != other:
-                console.print(f"  question {i}: megavlm {ours!r}, transformers {other!r}")
-        return right["after"] >= REQUIRED_ACCURACY * total and same == total
+        console.print(f"\nanswers of others that load {self.out / 'exported'}, in fp32")
+        agree = True
+        for name, answer in (("transformers", answers.transformers_answers), ("vLLM", answers.vllm_answers)):
+            theirs = answer(self.out / "exported", self.questions, self.sft.generate.max_new_tokens)
+            if theirs is None:
+                console.print(f"  {name} is not installed (make vllm), so its answers are not compared")
+                continue
+            pairs = list(zip(given["after"], theirs, strict=True))
+            same = sum(ours == other for ours, other in pairs)
+            console.print(f"  {same} of {total} answers of {name} agree with those of megavlm")
+            for number, (ours, other) in enumerate(pairs):
+                if ours != other:
+                    console.print(f"  question {number}: megavlm {ours!r}, {name} {other!r}")
+            agree = agree and same == total
+        return right["after"] >= REQUIRED_ACCURACY * total and agree
 
     def show_paths(self) -> None:
         """Prints the paths of the results."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from megavlm.base.number_format import number
 from megavlm.report.axis import HEIGHT, WIDTH, Axis, labels, rule
@@ -238,8 +238,8 @@ def _legend(curves: Sequence[Curve]) -> Markup:
 
 def _band_labels(bands: Sequence[Band], x: Axis) -> list[Markup]:
     return [
-        Markup('<span class="band" style="left:{:.2f}%;width:{:.2f}%">{}</span>').format(
-            100 * x.at(band.start) / WIDTH, 100 * (x.at(band.end) - x.at(band.start)) / WIDTH, escape(band.name)
+        Markup('<span class="band" title="{name}" style="left:{:.2f}%;width:{:.2f}%"><i>{name}</i></span>').format(
+            100 * x.at(band.start) / WIDTH, 100 * (x.at(band.end) - x.at(band.start)) / WIDTH, name=band.name
         )
         for band in bands
     ]

@@ -10,7 +10,7 @@ import yaml
 from megavlm.base.errors import UserError
 from megavlm.media.access import MediaAccess
 from megavlm.monitor.metrics import PARTS, read_metrics
-from megavlm.report.loss_plot import smooth
+from megavlm.report.loss_plot import HELD_OUT, smooth
 from megavlm.report.preferences import Preferences
 
 
@@ -87,6 +87,12 @@ class Run:
     def first_and_last_loss(self) -> tuple[float | None, float | None]:
         """The first loss, and the moving average of the loss at the end."""
         return self.first_and_last("loss")
+
+    @property
+    def lowest_held_out_loss(self) -> tuple[float, int] | None:
+        """The lowest loss on data.eval, and its step; None if it was not evaluated."""
+        known = [(line[HELD_OUT], line["step"]) for line in self.lines if line.get(HELD_OUT) is not None]
+        return min(known, default=None)
 
     @property
     def preferences(self) -> Preferences | None:

@@ -6,9 +6,6 @@ It is that of the chosen step, also if the run goes on and deletes the checkpoin
 import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +20,7 @@ from megavlm.commands import export
 from megavlm.config.load import resolved_yaml
 from megavlm.config.settings import Settings
 from megavlm.convert import hf_to_mcore
+from megavlm.demo.vllm_answers import vllm_python, vllm_tokens
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +184,8 @@ def test_sizes_that_cannot_be_used(flags, message, run, tmp_path):
 @pytest.mark.slow
 def test_vllm_and_transformers_answer_alike(run, tmp_path):
     """Real vLLM reads the exported files: weights in shards, processor with the limits of training, end tokens."""
-    python = Path(sys.prefix) / "vllm" / "bin" / "python"
-    if not python.exists():
+    python = vllm_python()
+    if python is None:
         pytest.skip("there is no environment with vLLM (make vllm)")
     hf, folder = run
     out = tmp_path / "out"
@@ -204,12 +202,7 @@ def test_vllm_and_transformers_answer_alike(run, tmp_path):
         messages = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prompts.append({"text": text, "images": names})
-    script = Path(__file__).with_name("vllm_answers.py")
-    done = subprocess.run(
-        [python, "-P", script, out, json.dumps(prompts), "8"], capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    theirs = json.loads(done.stdout.splitlines()[-1])
+    theirs = vllm_tokens(python, out, prompts, 8)
     model, ours = reference_model(out), []
     for prompt in prompts:
         pictures = [Image.open(file).convert("RGB") for file in prompt["images"]]

@@ -48,8 +48,8 @@ def test_commands_are_those_that_are_printed_and_a_failing_one_ends_the_demo(tmp
         assert command[-len(line) + 1 :] == line[1:]  # all but "megavlm" or "python"
 
 
-def test_check_compares_with_transformers(tmp_path, demo_data, demo_model, monkeypatch, capsys):
-    """An untrained model: its answers agree, but are not right."""
+def test_check_compares_with_transformers_and_vllm(tmp_path, demo_data, demo_model, monkeypatch, capsys):
+    """An untrained model: its answers agree, but are not right. tests/commands/test_export.py asks vLLM itself."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "data").symlink_to(demo_data)
@@ -63,15 +63,24 @@ def test_check_compares_with_transformers(tmp_path, demo_data, demo_model, monke
 
     write_answers(out / "before" / "answers.jsonl", theirs)
     write_answers(out / "after" / "answers.jsonl", expected)
+    monkeypatch.setattr(answers, "vllm_answers", lambda *_: None)
     assert not demo.check()  # all right, but transformers says something else
     monkeypatch.setattr(answers, "transformers_answers", lambda *_: expected)
+    capsys.readouterr()
     assert demo.check()
+    printed = capsys.readouterr().out
+    assert "360 right, 100.0%" in printed
+    assert "vLLM is not installed" in printed
+    monkeypatch.setattr(answers, "vllm_answers", lambda *_: [*expected[:-1], "x"])
+    assert not demo.check()  # vLLM says something else
+    printed = capsys.readouterr().out
+    assert "359 of 360 answers of vLLM agree" in printed
+    assert f"question 359: megavlm '{expected[-1]}', vLLM 'x'" in printed
+    monkeypatch.setattr(answers, "vllm_answers", lambda *_: None)
     monkeypatch.setattr(answers, "transformers_answers", lambda *_: theirs)
     write_answers(out / "after" / "answers.jsonl", theirs)
     assert not demo.check()  # the same answers, but wrong
-    printed = capsys.readouterr().out
-    assert "360 right, 100.0%" in printed
-    assert "360 of 360 answers agree" in printed
+    assert "360 of 360 answers of transformers agree" in capsys.readouterr().out
 
 
 def test_transformers_answers_are_those_of_one_question_at_a_time(tmp_path, demo_data, demo_model):

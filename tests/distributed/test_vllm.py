@@ -336,8 +336,8 @@ def test_no_answer_is_without_weights_when_they_arrive(served, prompts, sampling
     assert sorted(found) == list(range(50))
 
 
-def grpo(served, toys, folder: Path, steps: int, **rollout) -> tuple[list[dict], list[str], float]:
-    """A run: its metrics, its prompts in the order in which they were learned, and how many seconds its end took."""
+def grpo_config(served, toys, folder: Path, steps: int, **rollout) -> Path:
+    """The file with the settings of a run on the toy records whose answers a server samples."""
     data = write_records(toys.root / "for_grpo.jsonl", toy_records(toys.root))
     config = {
         "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense"))},
@@ -353,7 +353,12 @@ def grpo(served, toys, folder: Path, steps: int, **rollout) -> tuple[list[dict],
         "output": str(folder),
     }  # fmt: skip
     (folder.parent / "run.yaml").write_text(json.dumps(config))
-    result = forked_command.run(["grpo", str(folder.parent / "run.yaml")])
+    return folder.parent / "run.yaml"
+
+
+def grpo(served, toys, folder: Path, steps: int, **rollout) -> tuple[list[dict], list[str], float]:
+    """A run: its metrics, its prompts in the order in which they were learned, and how many seconds its end took."""
+    result = forked_command.run(["grpo", str(grpo_config(served, toys, folder, steps, **rollout))])
     ended = time.time()
     assert result.returncode == 0, result.stdout + result.stderr
     lines = read_metrics(folder)

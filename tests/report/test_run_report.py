@@ -233,6 +233,15 @@ def test_what_is_missing_or_broken_is_left_out_or_named(tmp_path):
     assert "5 of 5 questions" in page
 
 
+def test_the_lowest_held_out_loss_is_told(tmp_path):
+    write_run(tmp_path / "run", steps=1)
+    assert "held-out" not in write_report(tmp_path / "run").read_text()
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        for step, loss in ((2, 1.5), (3, None), (4, 0.25), (5, 0.5)):
+            file.write(json.dumps({**dict.fromkeys(REQUIRED, 1.0), "step": step, "eval/loss": loss}) + "\n")
+    assert "<b>0.2500</b><span>lowest held-out loss, at step 4</span>" in write_report(tmp_path / "run").read_text()
+
+
 def test_run_without_settings(tmp_path):
     """Beside a folder with a file that is named as answers are."""
     (tmp_path / "else").mkdir()
