@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from megavlm.base.number_format import number, short
 from megavlm.report.loss_plot import smooth
 
 MAX_POINTS = 400  # maximum number of points of a curve; a longer curve is thinned
+_PHONE, _CHARACTER, _LINE = 270, 6.5, 15  # pixels: width of a chart on a phone, of a letter, height of a line of names
 WIDTH, HEIGHT = 1000, 1000  # size of the drawing in its own units, before it is stretched
 
 
@@ -106,10 +107,12 @@ def chart(
         shown.append({"name": curve.name, "points": texts})
     grid = [_rule(0, y.at(tick), WIDTH, y.at(tick)) for tick in y.ticks]
     edges = [_rule(x.at(band.start), 0, x.at(band.start), HEIGHT) for band in bands[1:]]
+    names, lines_of_names = _band_labels(bands, x)
+    room = Markup(' style="margin-top:{}px"').format(12 + _LINE * lines_of_names) if names else Markup("")
     data = json.dumps({"left": left, "right": x.high, "curves": shown}, ensure_ascii=False)
     return Markup(
         '<figure class="chart {kind}"><figcaption><b>{title}</b>{note}{legend}</figcaption>'
-        '<div class="plot" data-chart="{data}">'
+        '<div class="plot" data-chart="{data}"{room}>'
         '<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" aria-label="{title}">'
         "{drawing}</svg>{labels}</div></figure>"
     ).format(
@@ -118,10 +121,11 @@ def chart(
         note=Markup('<span class="soft">{}</span>').format(note) if note else "",
         legend=_legend(curves),
         data=data,
+        room=room,
         width=WIDTH,
         height=HEIGHT,
         drawing=Markup("").join([*grid, *edges, *lines]),
-        labels=Markup("").join([*_y_labels(y), *_x_labels(x), *_band_labels(bands, x)]),
+        labels=Markup("").join([*_y_labels(y), *_x_labels(x), *names]),
     )
 
 
@@ -307,10 +311,23 @@ def _tick(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _band_labels(bands: Sequence[Band], x: _Axis) -> list[Markup]:
-    return [
-        Markup('<span class="band" style="left:{:.2f}%;width:{:.2f}%">{}</span>').format(
-            100 * x.at(band.start) / WIDTH, 100 * (x.at(band.end) - x.at(band.start)) / WIDTH, escape(band.name)
+def _band_labels(bands: Sequence[Band], x: _Axis) -> tuple[list[Markup], int]:
+    """The names of bands above the chart, and the number of lines that they take.
+
+    A name begins where its band does and may be longer than the band; at the right edge, it ends there. Names that
+    would overlap on a phone stand on different lines.
+    """
+    labels, ends = [], list[float]()  # of each line: where its last name ends, in pixels
+    for band in bands:
+        start, width = _PHONE * x.at(band.start) / WIDTH, min(_CHARACTER * len(band.name), _PHONE)
+        is_inside = start + width <= _PHONE
+        left = start if is_inside else _PHONE - width
+        line = next((line for line, end in enumerate(ends) if end <= left), len(ends))
+        ends[line : line + 1] = [left + width + 2 * _CHARACTER]
+        side = f"left:{100 * start / _PHONE:.2f}%" if is_inside else "right:0"
+        labels.append(
+            Markup('<span class="band" style="{};margin-bottom:{}px">{}</span>').format(
+                side, 7 + _LINE * line, band.name
+            )
         )
-        for band in bands
-    ]
+    return labels, len(ends)
