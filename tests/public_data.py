@@ -122,6 +122,13 @@ def write(root: Path) -> list[DataSet]:
         "The Cauldron",
     )  # fmt: skip
     add(
+        "MMMU", "mmmu/dev-00000-of-00001.parquet", "prompt",
+        [{"id": "dev_Art_1", "question": "Which one is <image 1>?", "options": "['a cup', '<image 2>']", "answer": "A",
+          "image_1": cell(CUP), "image_2": cell(CAT), "image_3": None, "question_type": "multiple-choice"}],
+        [{"problem": "Which one is <image>?\nA. a cup\nB. <image>", "answer": "A", "images": [CUP, CAT]}],
+        "questions and answers, with pictures in the fields image_1, image_2, …",
+    )  # fmt: skip
+    add(
         "UltraChat 200k", "ultrachat/train_sft.parquet", "tune",
         [{"prompt": "Name a colour.", "prompt_id": "f0", "messages": talk("Name a colour.", "Blue.")["messages"]}],
         [talk("Name a colour.", "Blue.")],

@@ -7,6 +7,11 @@ from megavlm.config.settings import Settings
 GROUP_SIZES = {"grpo": 16, "ppo": 1}
 """By method, the number of answers to each prompt if ``rollout.group_size`` is null."""
 
+LOSSES = {"grpo": ("grpo", "dr_grpo", "dapo", "gspo", "sapo", "cispo"), "ppo": ("ppo",)}
+"""By method, the names that ``align.loss`` may have; the first one is meant by null."""
+ADVANTAGES = {"grpo": ("grpo", "dr_grpo", "rloo"), "ppo": ("gae",)}
+"""By method, the names that ``align.advantage`` may have."""
+
 
 def why_ppo(settings: Settings) -> str | None:
     """The setting by which a configuration can only be for ppo, if there is one."""
@@ -37,11 +42,22 @@ def check_numbers(verb: str, settings: Settings) -> None:
         raise UserError(f"{key} is set, but {verb} does not use it, so it would be ignored", f"remove {key}")
 
 
+def check_names(settings: Settings, verb: str) -> None:
+    """Raises UserError if ``align.loss`` or ``align.advantage`` is none of a method that samples its answers."""
+    for what, names in (("loss", LOSSES[verb]), ("advantage", ADVANTAGES[verb])):
+        name = getattr(settings.align, what)
+        if name is not None and name not in names:
+            raise UserError(
+                f"align.{what} is {name}, which is no {what} of {verb}", f"choose one of {', '.join(names)}"
+            )
+
+
 def check_sampling(settings: Settings, verb: str) -> None:
     """Raises UserError if a setting does not fit a method that samples its answers, ``verb``.
 
-    What depends on the table of losses is checked when the method is made.
+    What depends on the options of losses is checked when the method is made.
     """
+    check_names(settings, verb)
     data, train = settings.data, settings.train
     if data.seq_length <= settings.answer_tokens:
         raise UserError(

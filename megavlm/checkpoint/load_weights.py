@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat, while_bytes_flow
+from megavlm.checkpoint.averages import AveragedCheckpoint
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.config.sections import ModelSettings
 from megavlm.convert import SHARDED_METADATA, vocabulary
@@ -70,10 +71,11 @@ def shapes_at_start(model: ModelSettings) -> Shapes:
     return shapes
 
 
-def load_weights(path: Path, vlm: VLM) -> None:
+def load_weights(path: Path, vlm: VLM, *, ema: bool = False) -> None:
     """Loads weights into ``vlm``: of a checkpoint, saved in any layout or converted, or of a Hugging Face folder.
 
-    Optimizer state in the checkpoint is ignored. Adapters are unchanged, and so is a reward head if there is none in
+    With ``ema``, they are the moving averages of the weights, in a checkpoint that has them (``train.ema``). Optimizer
+    state in the checkpoint is ignored. Adapters are unchanged, and so is a reward head if there is none in
     ``path``. Call it on all ranks.
 
     Raises:
@@ -89,7 +91,8 @@ def load_weights(path: Path, vlm: VLM) -> None:
         return score_head.KEY in source.tensors
 
     without = () if on_first_rank(check, vlm.groups.world_host) else (score_head.KEY,)
-    load_some(path, vlm, lambda key: not key.startswith(CHECKPOINT_PREFIX) and key not in without)
+    wanted = lambda key: not key.startswith(CHECKPOINT_PREFIX) and key not in without
+    load_some(path, vlm, wanted, AveragedCheckpoint(path) if ema else None)
 
 
 def check_base(path: Path) -> None:
@@ -114,7 +117,7 @@ def load_some(path: Path, vlm: VLM, wanted: Callable[[str], bool], source: Weigh
     shards = {name: entry for name, entry in shards.items() if wanted(entry.key)}
     grown = _grown_tables(source, vlm, shards) if vlm.resize_vocabulary else {}
     stored = {name: shards[name] for name in shards if name not in grown}
-    if isinstance(source, HfSource | SavedModules):
+    if isinstance(source, HfSource | SavedModules | AveragedCheckpoint):
         _copy_shares(source, vlm, stored)
         vlm.load_sharded(grown)
     else:
@@ -122,7 +125,7 @@ def load_some(path: Path, vlm: VLM, wanted: Callable[[str], bool], source: Weigh
     dist.barrier()
 
 
-def _copy_shares(source: HfSource | SavedModules, vlm: VLM, shards: dict) -> None:
+def _copy_shares(source: HfSource | SavedModules | AveragedCheckpoint, vlm: VLM, shards: dict) -> None:
     """Copies this rank's share of each weight from the folder's files straight into the parameters."""
     apply_factories(shards)  # gate and up of this rank are two boxes of a tensor; both are views of the parameter
     modules = [module for part in PARTS for module in vlm.modules_of(part)]

@@ -19,6 +19,7 @@ START_FLAGS: dict[str, dict[str, Any]] = {
 }
 RUN_READS = (*READS, "data.train", "data.eval")
 
+EMA: dict[str, Any] = {"action": "store_true", "help": "use the moving average of the weights (train.ema)"}
 
 FOR: dict[str, Any] = {
     "metavar": "VERB",
@@ -57,7 +58,15 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
         reads=(*READS, "data.eval"),
         writes="scores.jsonl",
         uses_run=True,
-        flags={"reward": {"action": "store_true", "help": "write scores of a reward model (megavlm rm) instead"}},
+        flags={
+            "reward": {"action": "store_true", "help": "write scores of a reward model (megavlm rm) instead"},
+            "ema": EMA,
+            "worst": {
+                "metavar": "N",
+                "type": positive,
+                "help": "also write scores.html with the N samples of the highest loss per token, and show ten of them",
+            },
+        },
     ),
     "infer": Verb(
         "megavlm.commands.infer:main",
@@ -86,6 +95,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "default": [],
                 "help": "video for --prompt; may be repeated",
             },
+            "ema": EMA,
         },
     ),
     "chat": Verb(
@@ -109,6 +119,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "default": [],
                 "help": "video for the first question; may be repeated",
             },
+            "ema": EMA,
         },
         uses_run=True,
         reads_terminal=True,
@@ -134,7 +145,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "help": "name of the base model on the hub, for the model card and for peft; default: known only if "
                 "model.hf is in the hub's cache",
             },
-            "ema": {"action": "store_true", "help": "write the moving average of the weights (train.ema)"},
+            "ema": EMA,
         },
         local_workers=False,
         uses_run=True,
@@ -167,6 +178,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "help": "also say whether the layout fits the memory of this GPU (see megavlm plan), such as h100",
             },
             "for": FOR,
+            "change": START_FLAGS["change"],
         },
         local_workers=False,
     ),
@@ -337,7 +349,7 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
             "workers": {
                 "metavar": "N",
                 "type": positive,
-                "help": "processes that read samples for --duplicates; default: one for each core",
+                "help": "processes that read samples; default: one for each core",
             },
             "part": {
                 "metavar": "I/N",

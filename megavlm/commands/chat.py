@@ -28,13 +28,14 @@ Anything else is a question. What was said before is part of it, until /reset.""
 EXAMPLES = {"/image": "cat.png", "/video": "clip.mp4"}
 
 
-def main(settings: Settings, image: Sequence[Path] = (), video: Sequence[Path] = ()) -> int:
+def main(settings: Settings, image: Sequence[Path] = (), video: Sequence[Path] = (), ema: bool = False) -> int:
     """Reads questions from standard input and prints the answers.
 
     Args:
         settings: the settings; ``generate`` says how answers are chosen and how long they become at most.
         image: pictures of the first question.
         video: videos of the first question.
+        ema: use the moving average of the weights (``train.ema``).
 
     Raises:
         UserError: the settings do not fit; a mistake in the conversation is told, and the conversation goes on.
@@ -44,8 +45,8 @@ def main(settings: Settings, image: Sequence[Path] = (), video: Sequence[Path] =
             f"generate.samples is {settings.generate.samples}, but a conversation goes on from one answer",
             "set generate.samples to 1, or use megavlm infer",
         )
-    settings, weights = choose(settings)
-    session = start(without_fp8(settings), training=False)
+    settings, weights = choose(settings, ema=ema)
+    session = start(without_fp8(settings), training=False, ema=ema)
     tell(weights, session, sys.stderr)
     renderer = Renderer(settings.model.hf, settings.data)
     answerer, talk = Answerer(session, renderer), Conversation(renderer)

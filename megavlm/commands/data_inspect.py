@@ -5,7 +5,8 @@ Samples are rendered as in training, but without pixels. Pixels are read only fo
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.new_output import new_folder
 from megavlm.base.number_format import percent
-from megavlm.base.pools import num_cores, part_of
+from megavlm.base.pools import in_processes, num_cores, part_of
 from megavlm.commands.data_duplicates import read_all, report
 from megavlm.commands.usable_data import drafts_of, intended, refusal, renderer_of
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.data.draft import Draft
-from megavlm.data.renderer import Renderer
+from megavlm.data.processor import Still
 from megavlm.data.rows import RowDataset
 from megavlm.records.records import Kind
 from megavlm.records.remarks import told
@@ -45,6 +46,7 @@ from megavlm.sources.blend import evenly, open_sources
 DEFAULT_OUT = Path("data-inspect")
 PAGE, SUMMARY = "index.html", "summary.json"
 CARDS = 6  # number of samples of each source on the page
+_BLOCK = 16  # samples that a process drafts at a time
 EXAMPLES = 2  # number of examples of each kind of skipped sample on the terminal
 
 
@@ -65,7 +67,7 @@ def main(
         samples: the number of samples to inspect in each source; if a source has fewer, all of them.
         verb: the verb that is to read the data; default: a guess (see ``intended``).
         duplicates: read all samples, and report those that are there more than once (see ``data_duplicates``).
-        workers: processes that read samples for duplicates; default: one for each core.
+        workers: processes that read samples; default: one for each core.
         part: "i/n": read only this part of the samples for duplicates, and write no folder.
 
     Raises:
@@ -77,14 +79,15 @@ def main(
         raise UserError(f"--samples is {samples}", "give a number of at least 1")
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already", "move it away, or give another folder with --out")
-    if not duplicates and (workers or part):
-        raise UserError(f"--{'workers' if workers else 'part'} without --duplicates would be ignored")
+    if part and not duplicates:
+        raise UserError("--part without --duplicates would be ignored")
     model_shapes(settings.model)  # raises if the tokenizer does not belong to the model
     sources = open_sources(settings.data)
     meant = intended(settings, sources, verb)
     console = Console(highlight=False, soft_wrap=True)  # the terminal breaks long lines, so that paths can be copied
     which = part_of(part) if part else (0, 1)
-    files = read_all(settings, sources, workers or num_cores(), which, console) if duplicates else []
+    workers = workers or num_cores()
+    files = read_all(settings, sources, workers, which, console) if duplicates else []
     if part:
         console.print(f"part {part} was read; once all parts are, the same command without --part reports duplicates")
         return 0
@@ -92,8 +95,8 @@ def main(
 
     console.print(Text(f"data for {meant.told}"))
     dataset = drafts_of(sources, renderer, meant.kind, settings)
-    looks = _look(dataset, samples, console)
-    cards = _cards(looks, renderer, console)
+    looks = _look(dataset, samples, workers, console)
+    cards = _cards(looks, dataset, console)
     stats = blend_stats(looks, renderer)
     packs = meant.kind != "prompt"  # what is packed are the answers, which do not exist yet
     rows = pack_rows(looks, settings.data, settings.pad_multiple, settings.train.seed) if packs else None
@@ -116,21 +119,32 @@ def main(
     return 0
 
 
-def _look(dataset: RowDataset, samples: int, console: Console) -> list[Look]:
-    sources = dataset.sources
-    looks = [Look(source, []) for source in sources]
-    places = [evenly(len(source.file), samples) for source in sources]
+def _look(dataset: RowDataset, samples: int, workers: int, console: Console) -> list[Look]:
+    """Drafts evenly spaced samples of each source in so many processes."""
+    looks = [Look(source, []) for source in dataset.sources]
+    places = [(number, index) for number, look in enumerate(looks) for index in evenly(len(look.source.file), samples)]
+    blocks = list(batched(places, _BLOCK))
+    draft = lambda block: [_without_files(dataset.draft(*place)) for place in blocks[block]]
     with _bar(console) as bar:
-        task = bar.add_task("samples", total=sum(map(len, places)))
-        for number, look in enumerate(looks):
-            bar.update(task, description=look.source.name)
-            for index in places[number]:
-                look.samples.append(dataset.draft(number, index))
-                bar.advance(task)
+        task = bar.add_task("samples", total=len(places))
+        for block, found in zip(blocks, in_processes(draft, len(blocks), workers, "reading samples"), strict=True):
+            for (number, _), sample in zip(block, found, strict=True):
+                looks[number].samples.append(sample)
+            bar.update(task, advance=len(block), description=looks[block[-1][0]].source.name)
     return looks
 
 
-def _cards(looks: list[Look], renderer: Renderer, console: Console) -> list[list[Card]]:
+def _without_files(sample: Draft | SkippedSample) -> Draft | SkippedSample:
+    """The sample without what reads its pixels, which may refer to all of its data file."""
+    for draft in sample.answers if isinstance(sample, Draft) else ():
+        draft.media = [
+            replace(item, picture=None) if isinstance(item, Still) else replace(item, video=None)  # type: ignore[arg-type]  # cards draft the sample again
+            for item in draft.media
+        ]
+    return sample
+
+
+def _cards(looks: list[Look], dataset: RowDataset, console: Console) -> list[list[Card]]:
     """Some samples of each source, with pixels. If the pixels of a sample cannot be read, another one is shown."""
     cards = []
     with _bar(console) as bar:
@@ -139,7 +153,7 @@ def _cards(looks: list[Look], renderer: Renderer, console: Console) -> list[list
             shown: dict[int, Card] = {}
             while more := _unseen(look, shown):
                 for place in more:
-                    if (card := _card(look, place, renderer)) is not None:
+                    if (card := _card(look, place, dataset)) is not None:
                         shown[place] = card
                         bar.advance(task)
             cards.append([shown[place] for place in sorted(shown)])
@@ -152,17 +166,21 @@ def _unseen(look: Look, shown: dict[int, Card]) -> list[int]:
     return [others[place] for place in evenly(len(others), CARDS - len(shown))]
 
 
-def _card(look: Look, place: int, renderer: Renderer) -> Card | None:
-    draft = look.samples[place]
-    assert isinstance(draft, Draft), "a skipped sample has no card"
+def _card(look: Look, place: int, dataset: RowDataset) -> Card | None:
+    seen = look.samples[place]
+    assert isinstance(seen, Draft), "a skipped sample has no card"
+    draft = dataset.draft(seen.source_id, seen.index)
+    if isinstance(draft, SkippedSample):  # its file has changed meanwhile
+        look.samples[place] = draft
+        return None
     try:
-        shots = shots_of(draft, renderer)
+        shots = shots_of(draft, dataset.renderer)
     except MemoryError:
         raise
     except Exception as error:  # as in a data worker: whatever a file contains, an error in it costs one sample
         look.samples[place] = SkippedSample.of(draft.source_id, draft.source, error)
         return None
-    return make_card(draft, shots, renderer)
+    return make_card(draft, shots, dataset.renderer)
 
 
 def _bar(console: Console) -> Progress:
@@ -179,6 +197,8 @@ def _table(stats: SourceStats) -> Group:
         shares.append(f", about {percent(stats.token_share)} of its tokens")
         if stats.target_share is not None:  # prompts have no targets
             shares.append(f", {percent(stats.target_share)} of its targets")
+    if stats.limit_text:
+        shares.append(f"; it {stats.limit_text}")
     looked = Text(f"{stats.looked_at:,} of {stats.count:,} samples inspected")
     lines: list[Any] = [title, *form, shares, looked]
     if stats.usable:

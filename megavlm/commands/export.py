@@ -56,8 +56,8 @@ def main(
     if adapter and shard_size is not None:
         raise UserError("--shard-size with --adapter would be ignored: peft reads one file", "leave out one of them")
     with ExitStack() as stack:
-        kept, weights = _chosen(settings, stack)
-        return _export(kept, weights, out, adapter, shard_bytes, base_model, ema)
+        kept, weights = _chosen(settings, stack, ema)
+        return _export(kept, weights, out, adapter, shard_bytes, base_model)
 
 
 def _export(
@@ -67,7 +67,6 @@ def _export(
     adapter: bool,
     shard_bytes: int | None,
     base_model: str | None,
-    ema: bool,
 ) -> int:
     model, found = settings.model, None
     shapes = shapes_at_start(model)
@@ -78,9 +77,9 @@ def _export(
             "set model.adapter to the run that trained the adapter, or adapter.type to null",
         )
     if model.adapter is not None:
-        found = Adapter(model.adapter, shapes, AveragedCheckpoint(model.adapter) if ema else None)
+        found = Adapter(model.adapter, shapes, AveragedCheckpoint(model.adapter) if weights.ema else None)
     limits = _limits(settings, weights)
-    print(f"weights · {weights}{', moving average' if ema else ''}", flush=True)
+    print(f"weights · {weights}", flush=True)
     listed = ", ".join(f"data.{name}={value}" for name, value in limits.items())
     base = base_model or hub_name(model.hf)
 
@@ -118,7 +117,7 @@ def _export(
             shard_bytes=shard_bytes,
             overwrite=settings.overwrite,
             finish=finish,
-            source=AveragedCheckpoint(load) if ema and found is None else None,
+            source=AveragedCheckpoint(load) if weights.ema and found is None else None,
         )
         if limits:
             print(f"the processor files carry the limits of training: {listed}")
@@ -135,14 +134,14 @@ def _export(
     return 0
 
 
-def _chosen(settings: Settings, stack: ExitStack) -> tuple[Settings, Weights]:
+def _chosen(settings: Settings, stack: ExitStack, ema: bool) -> tuple[Settings, Weights]:
     """``choose``, with folders in ``model`` that stay until ``stack`` ends, although a run may delete its checkpoints.
 
     If a run has deleted its newest checkpoint just before, there is a newer one, which is taken.
     """
     before = None
     while True:
-        chosen, weights = choose(settings)
+        chosen, weights = choose(settings, ema=ema)
         folders = {"load": chosen.model.load, "adapter": chosen.model.adapter}
         try:
             kept = {key: stack.enter_context(held(path)) for key, path in folders.items() if path is not None}

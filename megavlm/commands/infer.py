@@ -14,15 +14,21 @@ from megavlm.runtime.session import start
 from megavlm.runtime.weights import choose, tell
 
 
-def main(settings: Settings, prompt: str | None = None, image: Sequence[Path] = (), video: Sequence[Path] = ()) -> int:
+def main(
+    settings: Settings,
+    prompt: str | None = None,
+    image: Sequence[Path] = (),
+    video: Sequence[Path] = (),
+    ema: bool = False,
+) -> int:
     """Writes ``answers.jsonl`` for ``data.eval`` in file order, or prints the answer to ``prompt``.
 
     A line has ``index``, ``sample``, ``question``, ``media``, ``reference`` (see ``EvalSamples``) and ``answer``, or
     ``answers`` if ``generate.samples`` asks for several. What was loaded and the settings of sampling are in
-    ``answers.json``.
+    ``answers.json``. With ``ema``, the moving average of the weights answers (``train.ema``).
     """
-    settings, weights = choose(settings)
-    session = start(without_fp8(settings), training=False)
+    settings, weights = choose(settings, ema=ema)
+    session = start(without_fp8(settings), training=False, ema=ema)
     renderer = Renderer(settings.model.hf, settings.data)
     if prompt is not None:
         tell(weights, session, sys.stderr)

@@ -8,6 +8,7 @@ from megavlm.config.settings import Settings
 from megavlm.convert.adapter import Adapter
 from megavlm.data.renderer import Renderer
 from megavlm.model.language import LanguageModel
+from megavlm.report.worst import told, worst_of, write_worst
 from megavlm.runtime.evaluation import Evaluation
 from megavlm.runtime.feed import MicroBatch, Window
 from megavlm.runtime.forward import forward_only, to_leader
@@ -15,8 +16,10 @@ from megavlm.runtime.scoring import fill_rows, row_logprobs, row_rewards, sample
 from megavlm.runtime.session import start
 from megavlm.runtime.weights import choose, tell
 
+_SHOWN = 10  # of the samples with the highest loss on the terminal
 
-def main(settings: Settings, reward: bool = False) -> int:
+
+def main(settings: Settings, reward: bool = False, ema: bool = False, worst: int | None = None) -> int:
     """Writes ``scores.jsonl`` for ``data.eval`` in file order.
 
     A line has ``index``, ``sample``, ``question``, ``media``, ``reference``, for an answer of a pair also ``side``
@@ -25,11 +28,15 @@ def main(settings: Settings, reward: bool = False) -> int:
     Args:
         settings: the settings of the run.
         reward: write the score of a reward model at the last target token of each sample.
+        ema: use the moving average of the weights (``train.ema``).
+        worst: how many samples to write to ``scores.html``: those with the highest loss per token, highest first.
 
     Raises:
-        UserError: with ``reward``, the checkpoint has no reward head.
+        UserError: with ``reward``, the checkpoint has no reward head, or ``worst`` is given, too.
     """
-    settings, weights = choose(settings)
+    if reward and worst:
+        raise UserError("--worst with --reward would be ignored: scores are no losses", "leave out one of them")
+    settings, weights = choose(settings, ema=ema)
     model, data = settings.model, settings.data
     if reward and model.adapter is not None:
         scored = Adapter(model.adapter, shapes_at_start(model)).reward_head is not None
@@ -37,7 +44,7 @@ def main(settings: Settings, reward: bool = False) -> int:
         scored = not reward or has_score_head(weights.load)
     if not scored:
         raise UserError(f"{weights} has no reward head", "use a checkpoint of megavlm rm, or leave out --reward")
-    session = start(settings, training=False, score_head=reward)
+    session = start(settings, training=False, score_head=reward, ema=ema)
     tell(weights, session)
     renderer = Renderer(model.hf, data, settings.pad_multiple)
     evaluation = Evaluation(session, weights, renderer, "scores.jsonl", "tune", {"score": {"reward": reward}})
@@ -70,6 +77,10 @@ def main(settings: Settings, reward: bool = False) -> int:
             summary = f"mean log-probability {mean:.4f}"
         pairs = _pairs(scores, "score" if reward else "sum")
         print(" · ".join(filter(None, (f"{len(scores)} samples", summary, pairs, skipped, str(evaluation.path)))))
+        if worst:
+            found, page = worst_of(scores, worst), evaluation.path.with_suffix(".html")
+            write_worst(page, found, len(scores), evaluation.file(), renderer, str(weights))
+            print("highest loss per token:", *map(told, found[:_SHOWN]), f"with their tokens: {page}", sep="\n")
     return 0
 
 

@@ -5,7 +5,7 @@ It builds a model only with ``--dry-run``, and then without allocating its memor
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from megavlm.align.sampling_checks import with_group_size
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted, short, stepwise
 from megavlm.checkpoint.load_weights import shapes_at_start, start_words
+from megavlm.commands.found_run import found_in
 from megavlm.commands.reward_fields import check_prompt_data
 from megavlm.commands.usable_data import drafts_of, intended, refusal, renderer_of
 from megavlm.config.requirements import check_files, check_stage, required
@@ -35,9 +36,9 @@ from megavlm.layout.shapes import check_prompts
 from megavlm.model.flops import active_decoder_weights
 from megavlm.model.shapes import Shapes
 from megavlm.optim.group_rules import described
-from megavlm.output.folder import check_output, newest_step
 from megavlm.records.remarks import told
 from megavlm.records.skipped_samples import SkippedSample, causes
+from megavlm.report.inspect_stats import limit_text
 from megavlm.rewards.pool import check_rewards
 from megavlm.runtime.adapter_start import with_stored_adapter
 from megavlm.runtime.session import check_shapes
@@ -57,6 +58,7 @@ def main(
     dry_run: str | None = None,
     verb: str | None = None,
     gpu: str | None = None,
+    change: Sequence[str] = (),
 ) -> int:
     """Checks a configuration and prints a table of what it would do.
 
@@ -69,6 +71,7 @@ def main(
         verb: the verb for which the configuration is intended; default: that of ``dry_run``, or a guess (see
             ``intended``).
         gpu: the GPU, a name that `megavlm plan` knows, for which a line says whether the layout fits.
+        change: as for the verbs that train: settings with whose new values the run in ``output`` may go on.
 
     Raises:
         UserError: the configuration is invalid, the GPU is unknown, files are missing (one message lists all of them),
@@ -96,11 +99,15 @@ def main(
         check_stage(settings)
     if verb is not None:
         make_method(verb, settings)  # raises for settings that the verb would ignore
+    start = found_in(settings, change)
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
-    shown = with_group_size(settings, verb or dry_run), shapes, world_size, data_parallel
-    for name, value in _facts(*shown, score_head=(verb or dry_run) == "rm"):
+    shown = with_group_size(start.settings, verb or dry_run), shapes, world_size, data_parallel
+    rows = _facts(*shown, score_head=(verb or dry_run) == "rm")
+    if start.words:
+        rows.append(("output", f"{settings.output} · {start.words}"))
+    for name, value in rows:
         facts.add_row(name, value)
     console = Console(highlight=False)
     console.print(facts)
@@ -222,8 +229,6 @@ def _facts(
         from megavlm.plan.curve import curve  # imported here because Megatron takes seconds to import
 
         facts.append(("learning rate", curve(train)))
-    if settings.output is not None:
-        facts.append(("output", f"{settings.output} · {_found_in(settings)}"))
     return facts
 
 
@@ -235,23 +240,6 @@ def _tokens_of_run(train: TrainSettings, data: DataSettings) -> int:
         (last - first) * (train.rows_of(last) or 0) * value_at(data.length_ramp, last, data.seq_length)
         for first, last in parts
     )
-
-
-def _found_in(settings: Settings) -> str:
-    """What a training run would do with the output folder."""
-    try:
-        action = check_output(settings)
-    except UserError as error:
-        return f"a run would be refused: {error.message}"
-    except OSError as error:
-        return f"a run would be refused: {error.strerror}"
-    step = newest_step(required(settings.output, "output"))
-    return {
-        "new": "new",
-        "resume": f"continues after step {step}",
-        "again": "begins again, because there is no checkpoint yet",
-        "replace": "replaces what is there, because overwrite is true",
-    }[action]
 
 
 def _adapter(settings: Settings, shapes: Shapes) -> str:
@@ -303,7 +291,7 @@ def _first_samples(
     """
     source = dataset.sources[number]
     count = min(FIRST_SAMPLES, len(source.file))
-    samples, skipped_samples = [], []
+    samples, skipped_samples, drafted = [], [], []
     remarks: Counter[str] = Counter()
     for index in range(count):
         if (skipped := dataset.reread(number, index)) is not None:
@@ -312,9 +300,11 @@ def _first_samples(
         draft = dataset.draft(number, index)
         assert isinstance(draft, Draft), "it has just been read"
         remarks.update(draft.remarks)
+        drafted.append(draft.num_tokens)
         samples += [renderer.complete(one) for one in (draft, *draft.followers)]
-    share, total = f"{source.share:.1%} of the blend", counted(len(source.file), "sample")
-    summary = f"[bold]{escape(source.name)}[/] ({share}, {total}), {count} inspected:"
+    share, total = f"{source.share:.1%} of the blend", f"{len(source.file):,} samples"
+    ended = limit_text(source.max_tokens, sum(drafted) / count * len(source.file))
+    summary = f"[bold]{escape(source.name)}[/] ({', '.join(filter(None, [share, total, ended]))}), {count} inspected:"
     looked_at = count
     if skipped_samples:
         summary += f" {len(skipped_samples)} cannot be used;"

@@ -219,6 +219,16 @@ class DataSettings(Section):
         check_blend(train)
         return train
 
+    @field_validator("train")
+    @classmethod
+    def _one_without_end(cls, train: list[DataSource]) -> list[DataSource]:
+        if train and all(source.max_tokens is not None for source in leaves_of("", train).values()):
+            raise UserError(
+                "all sources have max_tokens: nothing would be left to train on when they have given their tokens",
+                "remove max_tokens from one of them; train.steps or train.epochs ends the run",
+            )
+        return train
+
     @property
     def leaves(self) -> dict[str, DataSource]:
         """All sources that have a path, by the key of that path ("data.train[0].path")."""

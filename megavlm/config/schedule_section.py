@@ -30,6 +30,11 @@ class ScheduleSettings(Section):
         description="smaller numbers of rows at the beginning, each with the last step that has it: {100: 8, 200: 16} "
         "means 8 rows up to step 100 and 16 up to step 200; then global_batch_size",
     )
+    batch_ramp_lr: Literal["constant", "sqrt", "linear"] = Field(
+        "constant",
+        description="only with batch_ramp: how the learning rate depends on the number of rows. constant: not at all; "
+        "sqrt: it is multiplied by √(rows / global_batch_size); linear: by rows / global_batch_size",
+    )
     lr: Float | None = Field(None, gt=0, description="maximum learning rate")
     min_lr: Float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
     warmup_steps: Int = Field(
@@ -127,6 +132,11 @@ class ScheduleSettings(Section):
             raise UserError(
                 f"train.batch_ramp is {self.batch_ramp}, but train.global_batch_size is not set: it would be ignored",
                 "set train.global_batch_size, or remove batch_ramp",
+            )
+        if self.batch_ramp_lr != "constant" and not self.batch_ramp:
+            raise UserError(
+                f"train.batch_ramp_lr is {self.batch_ramp_lr}, but train.batch_ramp is empty: it would be ignored",
+                "set train.batch_ramp, or remove batch_ramp_lr",
             )
         check_ramp("train.batch_ramp", self.batch_ramp, self.steps)
         return self

@@ -3,6 +3,7 @@
 from pydantic import Field, model_validator
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import quoted
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.align_sections import AlignSettings
 from megavlm.config.data_sections import DataSettings, DataSource
@@ -91,6 +92,12 @@ class Settings(Section):
                 f"train.precision is fp8, but model.kernels is {self.model.kernels}: only te (Transformer Engine) "
                 "supports fp8",
                 "set model.kernels to te, or train.precision to bf16",
+            )
+        limited = [quoted(source.label) for source in self.data.leaves.values() if source.max_tokens is not None]
+        if limited and self.train.epochs:
+            raise UserError(
+                f"{limited[0]} has max_tokens, but train.epochs says already how often each source is read",
+                "remove max_tokens, or set train.steps instead of train.epochs",
             )
         free = ", ".join(part for part in self.train.unfreeze_after if part not in self.model.freeze)
         if free:

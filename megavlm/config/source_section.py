@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
-from megavlm.config.section import DataPath, Float, Positive, Section, Str
+from megavlm.config.section import Count, DataPath, Float, Positive, Section, Str
 
 
 class DataFile(Section):
@@ -63,6 +63,11 @@ class DataSource(DataFile):
     loss_weight: Positive = Field(
         1.0, ge=1e-6, description="factor of the weight that its targets have in the loss; only for pretrain and sft"
     )
+    max_tokens: Count | None = Field(
+        None,
+        description="number of tokens of its samples after which the source ends and the others of the blend go on, to "
+        "within one sample of each data worker; of methods that sample answers, the prompts count; null: no limit",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataSource":
@@ -79,6 +84,8 @@ class DataSource(DataFile):
             raise UserError(
                 f"a blend has {'map' if self.map else 'media'}, which would be ignored", "give it to the sources in it"
             )
+        if self.sources and self.max_tokens is not None:
+            raise UserError("a blend has max_tokens, which would be ignored", "give it to the sources in it")
         check_blend(self.sources, epochs_count=self.epochs is not None)
         if self.sources and self.name is not None:
             raise UserError(

@@ -52,6 +52,11 @@ class Draft:
         return (self, *self.followers)
 
     @property
+    def num_tokens(self) -> int:
+        """Number of tokens of the sample with all its answers."""
+        return sum(answer.length for answer in self.answers)
+
+    @property
     def num_patches(self) -> int:
         """Number of patches P whose pixels must be read for the sample."""
         return 0 if self.shares_media else int(self.frame_grids.prod(axis=1).sum())

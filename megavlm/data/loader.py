@@ -148,9 +148,10 @@ class RowLoader:
             UserError: the states belong to different data or settings.
         """
         saved = states[0]["identity"]
-        for state in states:  # of a checkpoint that was written before sources could be added
+        for state in states:  # of a checkpoint that was written before sources could be added, or be limited
             if state["place"] is not None:
                 state["place"]["draws"].setdefault("keys", list(range(len(saved[_BLEND]))))
+                state["place"]["draws"].setdefault("tokens", [0] * len(saved[_BLEND]))
         numbers: list[int] | None = None
         for name, value in self._identity.items():
             if name == _BLEND:
@@ -197,7 +198,7 @@ class RowLoader:
         }
         what = f"the total number of data workers changed from {len(states)} to {dataset.num_workers}"
         if is_new_blend:  # counting begins again, so that the new shares hold from here on, not for the run as a whole
-            what = "the shares of the data sources changed"
+            what = "the shares of the data sources changed, or their limits"
             if len(saved[_BLEND]) != len(self._identity[_BLEND]):
                 what = "data sources were added, which changes the shares"
         return (
@@ -224,6 +225,14 @@ class RowLoader:
         _, states = self._counted
         of_workers = [self._dataset.drawn(worker, states) for worker in self._dataset.workers]
         return [(sum(used for used, _ in pair), sum(new for _, new in pair)) for pair in zip(*of_workers, strict=True)]
+
+    @property
+    def given(self) -> list[str]:
+        """The names of the sources of which this rank's workers have given their share of ``max_tokens``."""
+        if all(source.max_tokens is None for source in self.sources):
+            return []
+        of_workers = [self._dataset.has_given(worker, self._counted[1]) for worker in self._dataset.workers]
+        return [source.name for source, *each in zip(self.sources, *of_workers, strict=True) if all(each)]
 
     def reread(self, source: int, index: int) -> SkippedSample | None:
         """Reads a sample of a source again in this process; None if it can be used, otherwise why it is skipped."""
@@ -281,7 +290,10 @@ def build_loader(
         plan=plan or RowPlan(rows=rows_per_step * dp_size),
     )
     identity = {
-        _BLEND: [[s.file.path.rpartition("/")[2], len(s.file), round(s.share, 6)] for s in sources],
+        _BLEND: [
+            [s.file.path.rpartition("/")[2], len(s.file), round(s.share, 6), *filter(None, [s.max_tokens])]
+            for s in sources
+        ],
         "data.seq_length": renderer.seq_length,
         "data.packing": [settings.packing, dataset.buffer_size],
         "data.shuffle": settings.shuffle,
@@ -305,7 +317,7 @@ def _with_sources(place: dict, numbers: list[int], count: int) -> dict:
     """The state of a worker among `count` sources, of which it knew those with these numbers; others are new."""
     places = {number: old for old, number in enumerate(numbers)}
     keys = iter(range(max(place["draws"]["keys"]) + 1, 2 * count))
-    new: dict[str, Callable] = {"taken": int, "base": int, "ahead": list, "keys": keys.__next__}
+    new: dict[str, Callable] = {"taken": int, "base": int, "ahead": list, "tokens": int, "keys": keys.__next__}
     draws = {
         name: [values[places[n]] if n in places else new[name]() for n in range(count)]
         for name, values in place["draws"].items()

@@ -95,7 +95,8 @@ class RowDataset(WorkerRows[Row]):
 
     def _sample_order(self, worker: int) -> SampleOrder:
         shares, counts = [s.share for s in self.sources], [len(s.file) for s in self.sources]
-        return SampleOrder(shares, counts, self.seed, worker, self.num_workers, self.ends)
+        limits = [s.max_tokens for s in self.sources]
+        return SampleOrder(shares, counts, self.seed, worker, self.num_workers, self.ends, limits)
 
     def _rows(self, worker: int) -> Iterator[Row]:
         counts = [len(source.file) for source in self.sources]
@@ -109,18 +110,20 @@ class RowDataset(WorkerRows[Row]):
         # for each source, the distinct samples that were skipped since its last usable one
         seen: list[set[int]] = [set() for _ in self.sources]
 
-        def add(source: int, index: int) -> None:
+        def add(source: int, index: int) -> int:
+            """Adds a sample to those that wait, or to the skipped ones; returns the number of its tokens."""
             draft = self.draft(source, index)
             if isinstance(draft, Draft):
                 waiting.append(draft)
                 seen[source].clear()
-                return
+                return draft.num_tokens
             skipped_samples.append(draft)
             seen[source].add(index)
             # Give up if all samples of the source were skipped, or many of them, or if the same few are skipped again
             # and again without a row in between, because a worker may never draw the other samples of a source.
             if len(seen[source]) >= min(_MOST_SKIPPED, counts[source]) or len(skipped_samples) >= _MOST_SKIPPED:
                 raise _useless(self.sources[source], len(seen[source]), draft)
+            return 0
 
         for source, index, *room in state["waiting"]:
             self.renderer.seq_length = room[0] if room else self.renderer.seq_length
@@ -129,12 +132,12 @@ class RowDataset(WorkerRows[Row]):
             if self.plan.length_ramp:
                 self.renderer.seq_length = self.plan.length(row_number, self._longest)
             while len(waiting) < wanted and (sample := next(order, None)) is not None:
-                add(*sample)
+                order.count(sample[0], add(*sample))
             wanted = next_fill(wanted, self.buffer_size)
             if waiting:
                 chosen = take_row(waiting, self.renderer.seq_length, self.renderer.pad_multiple, self.max_patches)
                 row = self._completed(chosen, skipped_samples)
-            else:  # all epochs are over
+            else:  # all sources have ended
                 row = empty_row(self.renderer)
             if row is None:
                 if len(skipped_samples) >= min(_MOST_SKIPPED, 2 * sum(counts)):
@@ -211,6 +214,12 @@ class RowDataset(WorkerRows[Row]):
         order.state = state["draws"]
         waiting = Counter(source for source, *_ in state["waiting"])
         return [(taken - waiting[source], new) for source, (taken, new) in enumerate(order.drawn)]
+
+    def has_given(self, worker: int, states: dict[int, dict]) -> list[bool]:
+        """``SampleOrder.has_given`` of a worker as of these states, for each source."""
+        order = self._sample_order(worker)
+        order.state = (states.get(worker) or self.initial_state(worker))["draws"]
+        return [order.has_given(source) for source in range(len(self.sources))]
 
     def _completed(self, chosen: list[Draft], skipped_samples: list[SkippedSample]) -> Row | None:
         """The row of the drafts whose pixels can all be read; None if there are none."""

@@ -20,16 +20,18 @@ class OrderState(TypedDict):
         ahead: positions that were taken before a change of the number of workers, to be skipped.
         keys: the number by which the order of a source is drawn: its place among the sources when it was added. It
             stays when sources are added before it, so that an epoch goes on in the same order.
+        tokens: number of tokens of the samples that were taken (see ``SampleOrder.count``).
     """
 
     taken: list[int]
     base: list[int]
     ahead: list[list[int]]
     keys: list[int]
+    tokens: list[int]
 
 
 class SampleOrder:
-    """An iterator over the samples of one data worker; without ``ends`` it has no end.
+    """An iterator over the samples of one data worker; it has an end if all sources have one.
 
     The epochs of a source form one sequence of positions. Worker w of W workers takes the positions base + w,
     base + w + W, …. Rows come from the workers in turn, so the rows that all ranks see at the same time are adjacent in
@@ -45,7 +47,9 @@ class SampleOrder:
         seed: the seed of order and phases; None keeps the order of the files.
         worker: the number of this worker among all ``num_workers``.
         num_workers: the number of workers on all ranks.
-        ends: for each source the position at which it ends, over all epochs; None: the order has no end.
+        ends: for each source the position at which it ends, over all epochs; None: there are no such ends.
+        max_tokens: for each source the number of tokens after which it ends, or None. Each worker gives its share of
+            them, to within one sample, so that its samples do not depend on those of other workers. None: no limits.
     """
 
     def __init__(
@@ -56,16 +60,20 @@ class SampleOrder:
         worker: int,
         num_workers: int,
         ends: Sequence[int] | None = None,
+        max_tokens: Sequence[int | None] | None = None,
     ):
         self._ends = ends
         self._shares, self._counts, self._seed = shares, counts, seed
         self._worker, self._num_workers = worker, num_workers
+        limits = max_tokens or [None] * len(shares)
+        self._limits = [math.inf if n is None else _part(n, worker, num_workers) for n in limits]
         self._phases = [_hash(seed or 0, number, worker) / 2**48 for number in range(len(shares))]
         self.state: OrderState = {
             "taken": [0] * len(shares),
             "base": [0] * len(shares),
             "ahead": [[] for _ in shares],
             "keys": list(range(len(shares))),
+            "tokens": [0] * len(shares),
         }
 
     def __next__(self) -> tuple[int, int]:
@@ -73,10 +81,9 @@ class SampleOrder:
         while True:
             taken = self.state["taken"]
             turns = [(k + phase) / share for k, phase, share in zip(taken, self._phases, self._shares, strict=True)]
-            if self._ends is not None:
-                turns = [t if self._place(s) < self._ends[s] else math.inf for s, t in enumerate(turns)]
-                if min(turns) == math.inf:
-                    raise StopIteration
+            turns = [math.inf if self._has_ended(source) else turn for source, turn in enumerate(turns)]
+            if min(turns) == math.inf:
+                raise StopIteration
             source = turns.index(min(turns))
             place = self._place(source)
             taken[source] += 1
@@ -88,6 +95,17 @@ class SampleOrder:
         if self._seed is None:
             return source, place
         return source, shuffled(place, self._counts[source], self.key(source) + epoch)
+
+    def count(self, source: int, tokens: int) -> None:
+        """Counts the tokens of a sample that was taken from a source."""
+        self.state["tokens"][source] += tokens
+
+    def has_given(self, source: int) -> bool:
+        """Whether this worker has given its share of the ``max_tokens`` of a source."""
+        return self.state["tokens"][source] >= self._limits[source]
+
+    def _has_ended(self, source: int) -> bool:
+        return self.has_given(source) or (self._ends is not None and self._place(source) >= self._ends[source])
 
     def key(self, source: int) -> int:
         """The number from which the order of a source's first epoch is drawn; later epochs have the next ones."""
@@ -121,6 +139,7 @@ def reshard(states: Sequence[OrderState], num_workers: int) -> list[OrderState]:
     skipped by the new workers, so that no sample is repeated or left out.
     """
     bases, aheads, old_workers = [], [], len(states)
+    given = [sum(tokens) for tokens in zip(*(state["tokens"] for state in states), strict=True)]
     for source in range(len(states[0]["base"])):
         base, taken = states[0]["base"][source], {place for state in states for place in state["ahead"][source]}
         ends = [base + worker + old_workers * state["taken"][source] for worker, state in enumerate(states)]
@@ -136,6 +155,7 @@ def reshard(states: Sequence[OrderState], num_workers: int) -> list[OrderState]:
             "taken": [0] * len(bases),
             "base": list(bases),
             "keys": list(states[0]["keys"]),
+            "tokens": [_part(total, worker, num_workers) for total in given],
             "ahead": [
                 [place for place in ahead if (place - base) % num_workers == worker]  # only this worker's positions
                 for base, ahead in zip(bases, aheads, strict=True)
@@ -143,6 +163,11 @@ def reshard(states: Sequence[OrderState], num_workers: int) -> list[OrderState]:
         }
         for worker in range(num_workers)
     ]
+
+
+def _part(total: int, worker: int, num_workers: int) -> int:
+    """A worker's part of a number that is divided among all."""
+    return total // num_workers + (worker < total % num_workers)
 
 
 def _hash(*numbers: int) -> int:

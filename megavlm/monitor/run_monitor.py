@@ -50,6 +50,7 @@ class RunMonitor:
         self._settings, self._first_step, self._groups, self._is_first = settings, first_step, groups, is_first
         self._output = required(settings.output, "output")
         self._remarked: set[str] = set()
+        self._ended = set(loader.given) if loader else set()
         steps = required(settings.train.steps, "train.steps")
         self._progress = Progress(steps, first_step, title, header, enabled=is_first)
         self._metrics = MetricsWriter(self._output, first_step, enabled=is_first)
@@ -103,6 +104,10 @@ class RunMonitor:
         for name in remarks.keys() - self._remarked:
             self.say(f"{told({name: remarks[name]})[0]} (in step {step}; metrics.jsonl counts them as {name})")
         self._remarked |= remarks.keys()
+        if self._is_first and self._loader is not None:  # all ranks come to the end of a source at about the same step
+            for name in sorted(set(self._loader.given) - self._ended):
+                self._ended.add(name)
+                self.say(f"{name} has given its max_tokens (step {step}); the blend goes on without it")
         fields = self._errors.take(step, counts, skipped_samples) | remarks
         if step == self._first_step + 1:
             for text in self._errors.shares():

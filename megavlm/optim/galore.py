@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from megavlm.optim.own_optimizer import OwnOptimizer
 
-class GaLore(torch.optim.Optimizer):
+
+class GaLore(OwnOptimizer):
     """AdamW with decoupled weight decay as in ``torch.optim.AdamW``, and projected moments for matrices.
 
     A tensor that is not a matrix, has a side of at most ``rank``, or is in ``whole``, is updated by plain AdamW.
@@ -36,9 +38,6 @@ class GaLore(torch.optim.Optimizer):
         group: ranks with the same weights and gradients. One of them computes the projector of a matrix and broadcasts
             it, so that differences between the eigenvectors of two devices cannot make the replicas diverge. None:
             only this process.
-
-    Attributes:
-        steps: the number of updates so far, the same for all tensors.
     """
 
     def __init__(
@@ -55,28 +54,20 @@ class GaLore(torch.optim.Optimizer):
         whole: Iterable[Tensor] = (),
         group: dist.ProcessGroup | None = None,
     ):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.betas, self.eps = betas, eps
-        self.rank, self.update_every, self.scale = rank, update_every, scale
-        self.steps = 0
-        self._whole, self._group = set(whole), group
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, group=group)
+        self.rank, self.update_every, self.scale, self._whole = rank, update_every, scale, set(whole)
 
     def is_projected(self, weight: Tensor) -> bool:
         """Whether this tensor's moments are projected."""
         return weight.ndim == 2 and min(weight.shape) > self.rank and weight not in self._whole
 
     def state_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
-        """Shapes of this tensor's state; all state tensors have the dtype of the tensor."""
+        """See ``OwnOptimizer``."""
         if not self.is_projected(weight):
             return dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(weight.shape))
         m, n = weight.shape
         moments = (self.rank, n) if m <= n else (m, self.rank)
         return {"exp_avg": moments, "exp_avg_sq": moments, "projector": (min(m, n), self.rank)}
-
-    def fill(self) -> None:
-        """Creates the initial state of all tensors that have none yet."""
-        for weight in (w for group in self.param_groups for w in group["params"] if not self.state[w]):
-            self.state[weight] = {name: weight.new_zeros(shape) for name, shape in self.state_shapes(weight).items()}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
@@ -86,34 +77,31 @@ class GaLore(torch.optim.Optimizer):
         if self.steps % self.update_every == 0:
             self._renew()
         self.steps += 1
-        for group in self.param_groups:
-            for weight in (w for w in group["params"] if w.grad is not None):
-                self._update(weight, group["lr"], group["weight_decay"])
+        for weight, lr, weight_decay in self.learning():
+            self._update(weight, lr, weight_decay)
 
     def _renew(self) -> None:
         """Computes new projectors of all matrices: each rank of ``group`` computes its share and broadcasts it."""
-        weights = [w for group in self.param_groups for w in group["params"] if w.grad is not None]
-        weights = [w for w in weights if self.is_projected(w)]
-        ranks, rank = (self._group.size(), self._group.rank()) if self._group is not None else (1, 0)
+        weights = [weight for weight, _, _ in self.learning() if self.is_projected(weight)]
+        rank, ranks = self.share
         for weight in weights[rank::ranks]:
+            assert weight.grad is not None
             gradient = weight.grad if weight.shape[0] <= weight.shape[1] else weight.grad.T
             self.state[weight]["projector"].copy_(leading_vectors(gradient, self.rank))
         for number, weight in enumerate(weights if ranks > 1 else ()):
-            dist.broadcast(self.state[weight]["projector"], group=self._group, group_src=number % ranks)
+            dist.broadcast(self.state[weight]["projector"], group=self.group, group_src=number % ranks)
 
     def _update(self, weight: Tensor, lr: float, weight_decay: float) -> None:
+        assert weight.grad is not None
         state, gradient, scale = self.state[weight], weight.grad, 1.0
         projector, wide = state.get("projector"), weight.ndim == 2 and weight.shape[0] <= weight.shape[1]
         if projector is not None:
             gradient, scale = projector.T @ gradient if wide else gradient @ projector, self.scale
-        (beta1, beta2), mean, square = self.betas, state["exp_avg"], state["exp_avg_sq"]
-        mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (square / (1 - beta2**self.steps)).sqrt_().add_(self.eps)
+        mean, root = self.moments(state, gradient)
         update = mean / root
         if projector is not None:
             update = projector @ update if wide else update @ projector.T
-        weight.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * scale / (1 - beta1**self.steps))
+        weight.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * scale / (1 - self.betas[0] ** self.steps))
 
 
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:

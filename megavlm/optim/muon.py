@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from megavlm.optim.own_optimizer import OwnOptimizer
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic polynomial that pulls singular values towards 1
 _ITERATIONS = 5
 
@@ -32,7 +34,7 @@ class Matrices(Protocol):
         """The inverse: this rank's piece."""
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(OwnOptimizer):
     """Muon for the weights in ``matrices``, AdamW as in ``torch.optim.AdamW`` for the others.
 
     Args:
@@ -46,9 +48,6 @@ class Muon(torch.optim.Optimizer):
         group: ranks with the same weights and gradients. Each orthogonalises a share of the matrices and broadcasts
             the results. None: only this process.
         dtype: in which matrices are orthogonalised.
-
-    Attributes:
-        steps: the number of updates so far, the same for all tensors.
     """
 
     def __init__(
@@ -64,20 +63,13 @@ class Muon(torch.optim.Optimizer):
         group: dist.ProcessGroup | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.matrices, self.momentum, self.betas, self.eps = matrices, momentum, betas, eps
-        self.steps = 0
-        self._group, self._dtype = group, dtype
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, group=group)
+        self.matrices, self.momentum, self._dtype = matrices, momentum, dtype
 
     def state_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
-        """Shapes of this tensor's state; all state tensors have the dtype of the tensor."""
+        """See ``OwnOptimizer``."""
         names = ("momentum",) if weight in self.matrices else ("exp_avg", "exp_avg_sq")
         return dict.fromkeys(names, tuple(weight.shape))
-
-    def fill(self) -> None:
-        """Creates the initial state of all tensors that have none yet."""
-        for weight in (w for group in self.param_groups for w in group["params"] if not self.state[w]):
-            self.state[weight] = {name: weight.new_zeros(shape) for name, shape in self.state_shapes(weight).items()}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
@@ -86,15 +78,15 @@ class Muon(torch.optim.Optimizer):
         self.fill()
         self.steps += 1
         of_muon = []
-        for group in self.param_groups:
-            for weight in (w for w in group["params"] if w.grad is not None):
-                if weight in self.matrices:
-                    of_muon.append((weight, group["lr"], group["weight_decay"]))
-                else:
-                    self._adam(weight, group["lr"], group["weight_decay"])
-        ranks, rank = (self._group.size(), self._group.rank()) if self._group is not None else (1, 0)
+        for weight, lr, weight_decay in self.learning():
+            if weight in self.matrices:
+                of_muon.append((weight, lr, weight_decay))
+            else:
+                self._adam(weight, lr, weight_decay)
+        rank, ranks = self.share
         own = {}  # all of them before the first broadcast, for which every rank waits
         for number, (weight, _, _) in enumerate(of_muon):
+            assert weight.grad is not None
             moment = self.state[weight]["momentum"].lerp_(weight.grad, 1 - self.momentum)
             if number % ranks == rank:
                 whole = self.matrices[weight].whole(weight.grad.lerp(moment, self.momentum).to(self._dtype))
@@ -102,18 +94,16 @@ class Muon(torch.optim.Optimizer):
         for number, (weight, lr, weight_decay) in enumerate(of_muon):
             update = own.pop(number) if number in own else torch.empty_like(weight, dtype=self._dtype)
             if ranks > 1:
-                dist.broadcast(update, group=self._group, group_src=number % ranks)
+                dist.broadcast(update, group=self.group, group_src=number % ranks)
             weight.mul_(1 - lr * weight_decay).add_(update, alpha=-lr)
 
     def _update(self, matrix: Tensor) -> Tensor:
         return orthogonal(matrix) * (0.2 * max(matrix.shape) ** 0.5)
 
     def _adam(self, weight: Tensor, lr: float, weight_decay: float) -> None:
-        (beta1, beta2), mean, square = self.betas, self.state[weight]["exp_avg"], self.state[weight]["exp_avg_sq"]
-        mean.lerp_(weight.grad, 1 - beta1)
-        square.mul_(beta2).addcmul_(weight.grad, weight.grad, value=1 - beta2)
-        root = (square / (1 - beta2**self.steps)).sqrt_().add_(self.eps)
-        weight.mul_(1 - lr * weight_decay).addcdiv_(mean, root, value=-lr / (1 - beta1**self.steps))
+        assert weight.grad is not None
+        mean, root = self.moments(self.state[weight], weight.grad)
+        weight.mul_(1 - lr * weight_decay).addcdiv_(mean, root, value=-lr / (1 - self.betas[0] ** self.steps))
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

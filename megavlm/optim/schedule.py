@@ -1,4 +1,4 @@
-"""The learning rate of each step: Megatron's schedules, restarts, and a table."""
+"""The learning rate of each step: Megatron's schedules, restarts, a table, and a factor for smaller batches."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +9,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megavlm.config.requirements import required
 from megavlm.config.train_section import TrainSettings
 
+_ROWS = "train.global_batch_size"
 _STYLES = {"wsd": "WSD", "inverse_sqrt": "inverse-square-root"}  # as Megatron writes them
 
 
@@ -24,7 +25,8 @@ class Schedule(OptimizerParamScheduler):
 
     def __init__(self, optimizer: Any, train: TrainSettings, updates_per_step: int = 1, idle_steps: int = 0):
         self.num_steps: int = 0
-        self._updates_per_step, self._idle_steps = updates_per_step, idle_steps
+        self._train, self._updates_per_step, self._idle_steps = train, updates_per_step, idle_steps
+        self._power = {"constant": 0.0, "sqrt": 0.5, "linear": 1.0}[train.batch_ramp_lr]
         self._restarts, self._table = train.restarts, sorted(train.schedule_table.items())
         length = max(train.length - idle_steps, 1) * updates_per_step
         endless = train.schedule in ("inverse_sqrt", "table")
@@ -53,6 +55,17 @@ class Schedule(OptimizerParamScheduler):
 
     def get_lr(self, param_group: dict) -> float:
         """The learning rate of the next update, for the highest and lowest rates of this parameter group."""
+        return self._of_batch() * self._of_schedule(param_group)
+
+    def _of_batch(self) -> float:
+        """The factor of the learning rate in the next step, of which the batch may be smaller (``batch_ramp_lr``)."""
+        if self._power == 0:
+            return 1.0
+        step = self.num_steps // self._updates_per_step + self._idle_steps + 1
+        rows, most = self._train.rows_of(step), self._train.global_batch_size
+        return (required(rows, _ROWS) / required(most, _ROWS)) ** self._power
+
+    def _of_schedule(self, param_group: dict) -> float:
         highest: float = param_group.get("max_lr") or self.max_lr
         if self._table:
             at, factors = zip(*self._table, strict=True)

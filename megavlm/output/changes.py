@@ -59,10 +59,11 @@ CHANGEABLE = (
     "train.decay_share",
     "train.decay_shape",
     "train.schedule_table",
+    "train.batch_ramp_lr",
     "train.loss",
     "train.weight_decay",
     "train.clip_grad",
-    # only the blend: weights, loss weights and epochs of the same sources, and further sources at the end
+    # only the blend: weights, loss weights, epochs and limits of the same sources, and further sources at the end
     "data.train",
     "data.replay",  # the same, and the share
     "align.critic.lr",
@@ -71,7 +72,7 @@ CHANGEABLE = (
     "environment",
 )
 _SOURCE = re.compile(r"data\.train\[(\d+)\]\..*")
-_BLEND = re.compile(r"data\.(train|replay)\b.*\.(weight|loss_weight|epochs|share)")
+_BLEND = re.compile(r"data\.(train|replay)\b.*\.(weight|loss_weight|epochs|max_tokens|share)")
 _LONGEST = 60  # characters of a value in a message
 
 

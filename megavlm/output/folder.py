@@ -152,8 +152,13 @@ def plan_start(settings: Settings, options: StartOptions = StartOptions()) -> St
 def check_output(settings: Settings, options: StartOptions = StartOptions()) -> str:
     """Returns the action of ``plan_start``. Raises a UserError also if a process is writing into the folder."""
     action = plan_start(settings, options).action
-    lock.check_unlocked(_output(settings))
+    check_unlocked(settings)
     return action
+
+
+def check_unlocked(settings: Settings) -> None:
+    """Raises a UserError if a process is writing into the output folder."""
+    lock.check_unlocked(_output(settings))
 
 
 def prepare_output(settings: Settings, options: StartOptions = StartOptions()) -> Start:

@@ -5,14 +5,14 @@ these forms stays as it is. Fields that a conversion does not use stay, too, bec
 """
 
 import json
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megavlm.records.choices import choices_of
 from megavlm.records.forms import form_of
 from megavlm.records.marks import escaped, num_marks
+from megavlm.records.numbered import has_numbered_mark, in_order, is_numbered, numbered_pictures
 
 # The fields in which public data sets name pictures and videos. The first one that is not empty counts.
 _PICTURES = ("images", "image", "imgname", "img", "image_path", "image_file", "file_name")
@@ -26,7 +26,6 @@ _ROLES = {
 _ANSWERS = ("answer", "answers", "multiple_choice_answer", "label")
 _READ = ("judged", "conversation", "document", "question")  # megavlm's own forms, whatever else is in the record
 _CAPTIONS = ("text", "caption", "captions")
-_NUMBERED = re.compile(r"<image \d+>")  # how MMMU marks its pictures
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,10 @@ class Form:
 
 def foreign_form(raw: Any) -> Form | None:
     """The form of a parsed line; None if it is one of megavlm's own, or unknown."""
-    return next((form for form in FORMS if form.matches(raw)), None) if isinstance(raw, dict) else None
+    form = next((form for form in FORMS if form.matches(raw)), None) if isinstance(raw, dict) else None
+    if form is None or not numbered_pictures(raw):
+        return form
+    return replace(form, name=f"{form.name}, with pictures in the fields image_1, image_2, …")
 
 
 def _conversations(raw: dict) -> dict:
@@ -152,8 +154,8 @@ def _question(raw: dict) -> dict:
             answer = letters[int(answer)]
     elif "A" in raw and "B" in raw and len(str(answer)) == 1:
         raise ValueError("the choices are in the fields A, B, …: write them as a list, choices")
-    if raw.get("image_1") is not None or _NUMBERED.search(question):
-        raise ValueError("the pictures are in image_1, …: write them as a list, images, and their marks as <image>")
+    if has_numbered_mark(question) and not numbered_pictures(raw):
+        raise ValueError("its marks name pictures by numbers, but there are no fields image_1, image_2, …")
     return _finished(raw, (field, "choices", "options"), {"problem": question, "answer": answer})
 
 
@@ -201,13 +203,17 @@ def _listed(raw: dict, names: tuple[str, ...]) -> list:
 def _finished(raw: dict, used: tuple[str, ...], found: dict[str, Any]) -> dict:
     """The converted record: what was found, the media as lists with a mark for each, and all fields not used."""
     listed = {"images": _listed(raw, _PICTURES), "videos": _listed(raw, _VIDEOS)}
-    gone = {*used, *found, *_PICTURES, *_VIDEOS}
+    numbered = {} if listed["images"] else numbered_pictures(raw)
+    gone = {*used, *found, *_PICTURES, *_VIDEOS, *filter(is_numbered, raw)}
     rest = {name: value for name, value in raw.items() if name not in gone}
-    media = {name: files for name, files in listed.items() if files}
     for field in ("messages", "prompt", "problem", "text"):
         if field in found:
-            found = found | {field: _marked(found[field], listed)}
+            said = found[field]
+            if numbered:
+                said, listed["images"] = in_order(said, numbered)
+            found = found | {field: _marked(said, listed)}
             break
+    media = {name: files for name, files in listed.items() if files}
     return {**rest, **found, **media}
 
 
@@ -247,7 +253,7 @@ def _has_turns(name: str) -> Callable[[dict], bool]:
 
 
 def _has_picture(raw: dict) -> bool:
-    return any(raw.get(name) not in (None, "", []) for name in (*_PICTURES, *_VIDEOS))
+    return any(raw.get(name) not in (None, "", []) for name in (*_PICTURES, *_VIDEOS)) or bool(numbered_pictures(raw))
 
 
 def _is_question(raw: dict) -> bool:
@@ -293,7 +299,9 @@ def _is_foreign_pair(raw: dict) -> bool:
 
 def _is_single(raw: dict) -> bool:
     """Whether pictures or videos are named by a field that megavlm does not have."""
-    return "images" not in raw and "videos" not in raw and any(raw.get(name) for name in ("image", "video"))
+    if "images" in raw or "videos" in raw:
+        return False
+    return any(raw.get(name) for name in ("image", "video")) or bool(numbered_pictures(raw))
 
 
 FORMS = (

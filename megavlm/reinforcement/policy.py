@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from megavlm.align.losses import ADVANTAGES, POLICY_LOSSES, check_policy
+from megavlm.align.losses import POLICY_LOSSES, check_policy
 from megavlm.align.losses.advantages import options_of as advantage_options
+from megavlm.align.sampling_checks import LOSSES, check_names
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
 from megavlm.config.settings import Settings
@@ -11,7 +12,6 @@ from megavlm.reinforcement.policy_objective import PolicyOptions
 
 GAE = "gae"
 """The advantage of ppo: that of a token, from the values of a critic."""
-LOSSES = tuple(name for name in POLICY_LOSSES if name != "ppo")
 REPLACEMENTS = 4
 """How often flat groups are replaced with the loss dapo, unless ``rollout.replace_flat`` is set."""
 PPO_BETA = 0.05
@@ -54,23 +54,17 @@ class Policy:
     def of(cls, settings: Settings, verb: str = "grpo") -> "Policy":
         """Raises UserError if ``verb`` (grpo or ppo) would ignore a setting, or if it is not allowed for the loss."""
         align, rollout, is_ppo = settings.align, settings.rollout, verb == "ppo"
-        losses = ("ppo",) if is_ppo else LOSSES
-        loss = align.loss or losses[0]
-        if loss not in losses:
-            raise UserError(f"align.loss is {loss}, which is no loss of {verb}", f"choose one of {', '.join(losses)}")
+        check_names(settings, verb)
+        loss = align.loss or LOSSES[verb][0]
         of_losses = {name for entry in POLICY_LOSSES.values() for name in entry.options}
         options = {name: value for name in sorted(of_losses) if (value := getattr(align, name)) is not None}
-        known = (GAE,) if is_ppo else tuple(ADVANTAGES)
         advantage = align.advantage or (GAE if is_ppo else "dr_grpo" if loss == "dr_grpo" else "grpo")
-        if advantage not in known:
-            raise UserError(f"align.advantage is {advantage}, which is no advantage of {verb}",
-                            f"choose one of {', '.join(known)}")  # fmt: skip
         of_advantage = {} if align.ddof is None else {"ddof": float(align.ddof)}
         for name in of_advantage.keys() - (set() if is_ppo else advantage_options(advantage).keys()):
             raise UserError(f"align.{name} is set, but align.advantage is {advantage}: it would be ignored",
                             f"remove align.{name}")  # fmt: skip
         for name in options.keys() - POLICY_LOSSES[loss].options.keys():
-            having = ", ".join(other for other in losses if name in POLICY_LOSSES[other].options)
+            having = ", ".join(other for other in LOSSES[verb] if name in POLICY_LOSSES[other].options)
             raise UserError(
                 f"align.{name} is set, but align.loss is {loss}, which does not have it: it would be ignored",
                 f"remove align.{name}" + (f", or choose a loss that has it: {having}" if having else ""),

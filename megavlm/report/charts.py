@@ -19,6 +19,7 @@ from megavlm.report.axis import HEIGHT, WIDTH, Axis, labels, rule
 from megavlm.report.loss_plot import smooth
 
 MAX_POINTS = 400  # maximum number of points of a curve; a longer curve is thinned
+_PHONE, _CHARACTER, _LINE = 270, 6.5, 15  # pixels: width of a chart on a phone, of a letter, height of a line of names
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,12 @@ def chart(
         shown.append({"name": curve.name, "points": texts})
     grid = [rule(0, y.at(tick), WIDTH, y.at(tick)) for tick in y.ticks]
     edges = [rule(x.at(band.start), 0, x.at(band.start), HEIGHT) for band in bands[1:]]
+    names, lines_of_names = _band_labels(bands, x)
+    room = Markup(' style="margin-top:{}px"').format(12 + _LINE * lines_of_names) if names else Markup("")
     data = json.dumps({"left": left, "right": x.high, "curves": shown}, ensure_ascii=False)
     return Markup(
         '<figure class="chart {kind}"><figcaption><b>{title}</b>{note}{legend}</figcaption>'
-        '<div class="plot" data-chart="{data}">'
+        '<div class="plot" data-chart="{data}"{room}>'
         '<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" aria-label="{title}">'
         "{drawing}</svg>{labels}</div></figure>"
     ).format(
@@ -118,10 +121,11 @@ def chart(
         note=Markup('<span class="soft">{}</span>').format(note) if note else "",
         legend=_legend(curves),
         data=data,
+        room=room,
         width=WIDTH,
         height=HEIGHT,
         drawing=Markup("").join([*grid, *edges, *lines]),
-        labels=Markup("").join([*labels(y), *labels(x), *_band_labels(bands, x)]),
+        labels=Markup("").join([*labels(y), *labels(x), *names]),
     )
 
 
@@ -236,10 +240,23 @@ def _legend(curves: Sequence[Curve]) -> Markup:
     )
 
 
-def _band_labels(bands: Sequence[Band], x: Axis) -> list[Markup]:
-    return [
-        Markup('<span class="band" title="{name}" style="left:{:.2f}%;width:{:.2f}%"><i>{name}</i></span>').format(
-            100 * x.at(band.start) / WIDTH, 100 * (x.at(band.end) - x.at(band.start)) / WIDTH, name=band.name
+def _band_labels(bands: Sequence[Band], x: Axis) -> tuple[list[Markup], int]:
+    """The names of bands above the chart, and the number of lines that they take.
+
+    A name begins where its band does and may be longer than the band; at the right edge, it ends there. Names that
+    would overlap on a phone stand on different lines.
+    """
+    names, ends = [], list[float]()  # of each line: where its last name ends, in pixels
+    for band in bands:
+        start, width = _PHONE * x.at(band.start) / WIDTH, min(_CHARACTER * len(band.name), _PHONE)
+        is_inside = start + width <= _PHONE
+        left = start if is_inside else _PHONE - width
+        line = next((line for line, end in enumerate(ends) if end <= left), len(ends))
+        ends[line : line + 1] = [left + width + 2 * _CHARACTER]
+        side = f"left:{100 * start / _PHONE:.2f}%" if is_inside else "right:0"
+        names.append(
+            Markup('<span class="band" style="{};margin-bottom:{}px">{}</span>').format(
+                side, 7 + _LINE * line, band.name
+            )
         )
-        for band in bands
-    ]
+    return names, len(ends)

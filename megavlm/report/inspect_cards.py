@@ -1,7 +1,7 @@
 """A sample for the page of `megavlm data inspect`: its pictures, and its text with the loss weight of each token."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +12,13 @@ from megavlm.data.draft import Draft
 from megavlm.data.processor import Clip, Still
 from megavlm.data.renderer import Renderer
 from megavlm.report.answers import thumbnail
-from megavlm.report.inspect_stats import num_targets, num_tokens
+from megavlm.report.inspect_stats import num_targets
 
 MAX_PIECES = 2400  # number of pieces of text of one sample on the page, such that a phone can display it
 MAX_FRAMES = 4  # number of frames of one video on the page
 MAX_MEDIA = 12  # number of pictures and videos of one sample on the page
-LEVELS = {1: "¼ or less", 2: "½", 3: "1", 4: "2", 5: "4 or more"}  # shade of a target's colour → its loss weight
+_LEAST_LOSS = 1e-6  # a target whose loss is 0 is a target
+LEVELS = {1: "¼ or less", 2: "½", 3: "1", 4: "2", 5: "4 or more"}  # shade of a target's colour → its weight or loss
 
 
 @dataclass
@@ -69,16 +70,16 @@ class Card:
     further: list[tuple[str, list[Piece]]] = field(default_factory=list)
 
 
-def make_card(draft: Draft, shots: list[Shot], renderer: Renderer) -> Card:
-    """The card of a sample whose pictures are `shots`."""
-    details = f"{num_tokens(draft):,} tokens, {num_targets(draft):,} of them targets"
+def make_card(draft: Draft, shots: list[Shot], renderer: Renderer, losses: Sequence[float] = ()) -> Card:
+    """The card of a sample whose pictures are `shots`; with the loss of each target, targets are shaded by that."""
+    details = f"{draft.num_tokens:,} tokens, {num_targets(draft):,} of them targets"
     left_out = len(draft.media) - MAX_MEDIA
     note = f"{left_out} more pictures and videos are not shown" if left_out > 0 else ""
     further = []
     for answer in draft.followers:
         start = int(np.flatnonzero(answer.weights[1:])[0]) + 1  # the prompt is that of the first answer
         further.append((_title(answer), _shortened(list(pieces(answer, renderer, start)))))
-    shown = _shortened(list(pieces(draft, renderer)))
+    shown = _shortened(list(pieces(draft, renderer, losses=losses)))
     return Card(draft.source, details, shots, shown, note, _title(draft), further)
 
 
@@ -116,17 +117,22 @@ def shots_of(draft: Draft, renderer: Renderer) -> list[Shot]:
     return shots
 
 
-def pieces(draft: Draft, renderer: Renderer, start: int = 0) -> Iterator[Piece]:
+def pieces(draft: Draft, renderer: Renderer, start: int = 0, losses: Sequence[float] = ()) -> Iterator[Piece]:
     """The tokens of a sample in order, grouped such that each group consists of complete characters.
 
     Args:
         draft: the sample.
         renderer: the renderer of the model's folder.
         start: index of the first token to show; if it is not 0, no picture or video comes after it.
+        losses: the loss of each target, by which they are shaded; without it, their weights are.
     """
     tokenizer = renderer.tokenizer
     weights = draft.weights.copy()
     weights[:1] = 0  # the first token is never a target
+    shades = weights.copy()
+    if len(losses):
+        shades[weights > 0] = np.maximum(losses, _LEAST_LOSS)
+    what = "loss" if len(losses) else "weight"
     ids, starts = draft.token_ids.tolist(), (np.cumsum(draft.repeats) - draft.repeats).tolist()
     placeholders = {renderer.processor.image_token_id, renderer.processor.video_token_id}
     added, frames, decode = tokenizer.added_tokens_decoder, _frame_texts(draft, renderer), _decoder(tokenizer)
@@ -134,8 +140,9 @@ def pieces(draft: Draft, renderer: Renderer, start: int = 0) -> Iterator[Piece]:
     group: list[int] = []  # indices of tokens that do not form a complete character yet
 
     def piece(places: list[int], text: str, kind: str) -> Piece:
-        titles = [f"#{starts[p]} · id {ids[p]} · {_weight_text(weights[p])}" for p in places]
-        return Piece(text, kind, max(level_of(weights[p]) for p in places), "\n".join(titles))
+        told = [f"{what} {shades[p]:.4g}" if shades[p] > 0 else "not a target" for p in places]
+        titles = [f"#{starts[p]} · id {ids[p]} · {words}" for p, words in zip(places, told, strict=True)]
+        return Piece(text, kind, max(level_of(shades[p]) for p in places), "\n".join(titles))
 
     for place, token in enumerate(ids[start:], start):
         is_text = token not in placeholders and token not in added
@@ -159,12 +166,8 @@ def pieces(draft: Draft, renderer: Renderer, start: int = 0) -> Iterator[Piece]:
 
 
 def level_of(weight: float) -> int:
-    """The shade of a token with this loss weight; 0 if it is not a target."""
+    """The shade of a token with this loss weight, or loss; 0 if it is not a target."""
     return min(max(round(3 + math.log2(weight)), 1), 5) if weight > 0 else 0
-
-
-def _weight_text(weight: float) -> str:
-    return f"weight {weight:g}" if weight > 0 else "not a target"
 
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:

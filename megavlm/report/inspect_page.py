@@ -10,7 +10,7 @@ from megavlm.config.settings import Settings
 from megavlm.records.records import Kind
 from megavlm.report.charts import histogram
 from megavlm.report.inspect_cards import LEVELS, Card, Piece
-from megavlm.report.inspect_stats import PERCENTILES, Look, RowStats, SourceStats, decimal, num_tokens
+from megavlm.report.inspect_stats import PERCENTILES, Look, RowStats, SourceStats, decimal
 from megavlm.report.page import render_page
 
 TEMPLATE = "inspect.html.jinja"
@@ -39,7 +39,7 @@ def write_page(
         rows: the statistics of packed rows, None if no sample can be used, or for prompts.
         cards: the samples to show of each source, in the same order.
     """
-    lengths = [[num_tokens(draft) for draft in look.drafts] for look in looks]
+    lengths = [[draft.num_tokens for draft in look.drafts] for look in looks]
     charts = [histogram("Tokens per sample", of_source, "tokens") for of_source in lengths]
     page = render_page(
         TEMPLATE,

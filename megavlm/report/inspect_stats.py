@@ -72,6 +72,7 @@ class SourceStats:
         share: its share of the samples of the blend, 0 to 1, from the settings.
         token_share: its estimated share of the tokens of the blend; None if no sample can be used.
         target_share: its estimated share of the targets of the blend; None if no sample can be used.
+        max_tokens: number of tokens after which it ends; None: no limit.
         count: number of samples in the source.
         looked_at: number of inspected samples.
         usable: number of inspected samples that can be used. The following statistics are of these samples; they are
@@ -95,6 +96,7 @@ class SourceStats:
     share: float
     token_share: float | None
     target_share: float | None
+    max_tokens: int | None
     count: int
     looked_at: int
     usable: int
@@ -109,6 +111,12 @@ class SourceStats:
     video_frames: float | None
     dropped: dict[str, list[tuple[str, str]]]
     remarks: dict[str, int]
+
+    @property
+    def limit_text(self) -> str:
+        """``limit_text`` of the source."""
+        mean = self.tokens.mean * self.usable / self.looked_at if self.tokens else 0
+        return limit_text(self.max_tokens, mean * self.count)
 
     @property
     def size_text(self) -> str:
@@ -138,11 +146,6 @@ class RowStats:
     rows: int
 
 
-def num_tokens(draft: Draft) -> int:
-    """Number of tokens of the sample with all its answers."""
-    return sum(answer.length for answer in draft.answers)
-
-
 def num_targets(draft: Draft) -> int:
     """Number of target tokens of the sample with all its answers; the first token of an answer is never a target."""
     return sum(int(np.count_nonzero(answer.weights[1:])) for answer in draft.answers)
@@ -159,7 +162,7 @@ def blend_stats(looks: Sequence[Look], renderer: Renderer) -> list[SourceStats]:
     The share of tokens of a source is its share of samples times their mean length, where skipped samples count with
     length 0: a source of which half is broken gives half as many tokens.
     """
-    tokens = [look.source.share * sum(map(num_tokens, look.drafts)) / len(look.samples) for look in looks]
+    tokens = [look.source.share * sum(draft.num_tokens for draft in look.drafts) / len(look.samples) for look in looks]
     targets = [look.source.share * sum(map(num_targets, look.drafts)) / len(look.samples) for look in looks]
     return [
         _source_stats(look, renderer, _share(tokens[place], sum(tokens)), _share(targets[place], sum(targets)))
@@ -169,7 +172,7 @@ def blend_stats(looks: Sequence[Look], renderer: Renderer) -> list[SourceStats]:
 
 def _source_stats(look: Look, renderer: Renderer, token_share: float | None, target_share: float | None) -> SourceStats:
     drafts = look.drafts
-    lengths, targets = [num_tokens(d) for d in drafts], [num_targets(d) for d in drafts]
+    lengths, targets = [d.num_tokens for d in drafts], [num_targets(d) for d in drafts]
     visual = [num_visual(d, renderer) for d in drafts]
     stills = [[item for item in d.media if isinstance(item, Still)] for d in drafts]
     clips = [[item for item in d.media if isinstance(item, Clip)] for d in drafts]
@@ -184,6 +187,7 @@ def _source_stats(look: Look, renderer: Renderer, token_share: float | None, tar
         share=look.source.share,
         token_share=token_share,
         target_share=target_share,
+        max_tokens=look.source.max_tokens,
         count=len(look.source.file),
         looked_at=len(look.samples),
         usable=len(drafts),
@@ -229,11 +233,19 @@ def pack_rows(looks: Sequence[Look], settings: DataSettings, pad_multiple: int, 
                 waiting.append(sample)
         fill = next_fill(fill, buffer)
         row = take_row(waiting, settings.seq_length, pad_multiple, settings.max_patches_per_row)
-        tokens.append(sum(map(num_tokens, row)))
+        tokens.append(sum(draft.num_tokens for draft in row))
         samples.append(len(row))
         patches.append(sum(draft.num_patches for draft in row))
     share = float(np.mean(tokens)) / settings.seq_length
     return RowStats(share, float(np.mean(samples)), Spread.of(patches), _PACKED_ROWS)
+
+
+def limit_text(max_tokens: int | None, tokens: float) -> str:
+    """When a source ends that has about so many tokens in all its samples; "" if it has no ``max_tokens``."""
+    if max_tokens is None:
+        return ""
+    passes = f", about {max_tokens / tokens:.2g} passes over it" if tokens else ""
+    return f"ends after {max_tokens:,} tokens (max_tokens){passes}"
 
 
 def decimal(value: float) -> str:

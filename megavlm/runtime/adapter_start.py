@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megavlm.adapters.attach import Adapters
 from megavlm.base.errors import UserError
+from megavlm.checkpoint.averages import AveragedCheckpoint
 from megavlm.checkpoint.fingerprint import digest_of_folders
 from megavlm.checkpoint.folders import find_checkpoint
 from megavlm.checkpoint.load_weights import load_some, load_weights
@@ -102,30 +103,32 @@ def check_adapter(settings: Settings, shapes: Shapes) -> None:
         )
 
 
-def load_start(settings: Settings, vlm: VLM, adapters: Adapters | None) -> None:
+def load_start(settings: Settings, vlm: VLM, adapters: Adapters | None, *, ema: bool = False) -> None:
     """Loads ``model.load``, unless the run starts from random weights, and sets the first values of the adapters.
 
+    With ``ema``, what was trained last, adapters or weights, is read from its moving averages.
     Adapters start from ``model.adapter`` or, without it, from values that do not change the model's output.
     """
     model = settings.model
     if model.start is not None:
-        load_weights(find_checkpoint(model.start), vlm)
+        load_weights(find_checkpoint(model.start), vlm, ema=ema and model.adapter is None)
     if adapters is None:
         return
     folder = find_checkpoint(model.adapter) if model.adapter is not None else None
     if folder is not None and dist.get_rank() == 0:
         warn_of_other_base(folder, find_checkpoint(required(model.start, "model.load")))
-    begin_adapters(vlm, adapters, folder, settings.train.seed)
+    begin_adapters(vlm, adapters, folder, settings.train.seed, ema=ema)
 
 
-def begin_adapters(vlm: VLM, adapters: Adapters, folder: Path | None, seed: int) -> None:
+def begin_adapters(vlm: VLM, adapters: Adapters, folder: Path | None, seed: int, *, ema: bool = False) -> None:
     """Sets the first values of adapters, and of what was trained beside them, to those in ``folder``.
 
-    Without a folder, adapters get values that do not change the model's output.
+    With ``ema``, they are the moving averages there. Without a folder, adapters get values that do not change the
+    model's output.
     """
     source = None
     if folder is not None:
-        source = Adapter(folder, vlm.shapes)
+        source = Adapter(folder, vlm.shapes, AveragedCheckpoint(folder) if ema else None)
         if others := source.other_weights - {score_head.KEY}:  # of parts without adapters that were trained as well
             load_some(folder, vlm, lambda key: key in others, source.others)
         for chunk in vlm.language if source.reward_head is not None else ():

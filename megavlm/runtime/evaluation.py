@@ -63,7 +63,7 @@ class Evaluation:
                 "adapter.quantize": settings.adapter.quantize,
                 "train.precision": settings.train.precision,
                 **{f"data.{key}": value for key, value in of_data.items()},
-                "content of data.eval": describe_samples(self._file()),
+                "content of data.eval": describe_samples(self.file()),
                 **{f"{part}.{key}": value for part, values in made_with.items() for key, value in values.items()},
             }
 
@@ -134,12 +134,13 @@ class Evaluation:
         session, groups = self._session, self._session.groups
         if not groups.is_leader:
             return None, 0
-        file = self._file()
+        file = self.file()
         mine = [i for i in range(groups.dp_rank, len(file), groups.dp_size) if i not in self._results.done]
         workers, output = session.settings.data.workers, self.path.parent
         return EvalSamples(file, self._renderer, self._kind, mine, workers, output, groups.dp_rank), len(mine)
 
-    def _file(self) -> SampleFile:
+    def file(self) -> SampleFile:
+        """All samples of ``data.eval``."""
         return Joined("data.eval", [source.file for source in open_eval_sources(self._session.settings.data)])
 
     def _names(self) -> str:

@@ -156,7 +156,9 @@ def _check_sizes(settings: Settings, shapes: Shapes) -> None:
         )
 
 
-def start(settings: Settings, *, training: bool, load: bool = True, score_head: bool = False) -> Session:
+def start(
+    settings: Settings, *, training: bool, load: bool = True, score_head: bool = False, ema: bool = False
+) -> Session:
     """Builds the model on this rank and loads ``model.load`` into it, unless that is random weights.
 
     Args:
@@ -165,6 +167,7 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
         load: whether to load ``model.load`` and the first values of the adapters; False for a run that may continue
             from a checkpoint of its own.
         score_head: whether to add the head of a reward model.
+        ema: whether to load the moving averages of the weights.
 
     Raises:
         UserError: the settings do not fit the model, the number of processes or each other; ``model.load`` or
@@ -203,5 +206,5 @@ def start(settings: Settings, *, training: bool, load: bool = True, score_head: 
     adapters = Adapters(vlm, settings.adapter) if settings.adapter.type is not None else None
     vlm.train(training)
     if load:
-        load_start(settings, vlm, adapters)
+        load_start(settings, vlm, adapters, ema=ema)
     return Session(settings, shapes, groups, {MAIN: Model(vlm, adapters)})

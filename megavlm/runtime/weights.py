@@ -27,12 +27,14 @@ class Weights:
         adapter: the adapter on them, if any; likewise.
         run: the output folder of the run that trained them; None for weights that are no checkpoint of a run.
         step: the step after which they were saved.
+        ema: whether the moving averages of what was trained are read (``train.ema``).
     """
 
     load: Path
     adapter: Path | None
     run: Path | None
     step: int | None
+    ema: bool = False
 
     @property
     def trained(self) -> Path:
@@ -43,6 +45,7 @@ class Weights:
         name = f"{self.trained} (no checkpoint of a run)"
         if self.run is not None:
             name = f"step {self.step} of {self.run} ({self.trained})"
+        name += ", moving average" if self.ema else ""
         return f"{name}, an adapter on {self.load}" if self.adapter else name
 
     def told(self) -> str:
@@ -60,15 +63,18 @@ class Weights:
     def note(self) -> dict[str, Any]:
         """What is recorded beside results."""
         named = {"run": self.run, "load": self.load, "adapter": self.adapter}
-        return {name: path and str(path) for name, path in named.items()} | {"step": self.step}
+        ema = {"ema": True} if self.ema else {}
+        return {name: path and str(path) for name, path in named.items()} | {"step": self.step, **ema}
 
     def digest(self) -> str:
         """Hexadecimal digits that differ if the files of the weights differ."""
         return digest_of_folders(*(Path(path) for path in (self.load, self.adapter) if path is not None))
 
 
-def choose(settings: Settings) -> tuple[Settings, Weights]:
+def choose(settings: Settings, *, ema: bool = False) -> tuple[Settings, Weights]:
     """Chooses the checkpoints that a verb reads: those of the run in ``output``, or those that the settings name.
+
+    With ``ema``, the moving averages in them are meant.
 
     Returns:
         The settings in which ``model.load`` and ``model.adapter`` are single checkpoints, and a description of them.
@@ -84,7 +90,7 @@ def choose(settings: Settings) -> tuple[Settings, Weights]:
     if kind == "step" and digits.isdecimal() and Path(last).parent.name == "checkpoints":
         run, step = Path(last).parent.parent, int(digits)
     model = settings.model.model_copy(update={"load": load, "adapter": adapter})
-    return settings.model_copy(update={"model": model}), Weights(load, adapter, run, step)
+    return settings.model_copy(update={"model": model}), Weights(load, adapter, run, step, ema)
 
 
 def tell(weights: Weights, session: Session, stream: TextIO | None = None) -> None:

@@ -19,6 +19,7 @@ class Source:
         share: its share of all samples, from 0 to 1.
         loss_weight: factor of the weight of its targets.
         passes: how often it is read while the blend is read once: its ``epochs``; 1 if the blend has weights.
+        max_tokens: number of tokens after which it ends; None: no limit.
         is_replay: whether it belongs to ``data.replay``, which is mixed in.
     """
 
@@ -27,6 +28,7 @@ class Source:
     share: float
     loss_weight: float = 1.0
     passes: float = 1.0
+    max_tokens: int | None = None
     is_replay: bool = False
 
 
@@ -78,7 +80,7 @@ def _opened(blend: list, access: MediaAccess) -> tuple[list[Source], float]:
         if item.sources:
             leaves, samples = _opened(item.sources, access)
         else:
-            leaves = [Source(item.label, _file(item, access), 1.0)]
+            leaves = [Source(item.label, _file(item, access), 1.0, max_tokens=item.max_tokens)]
             samples = len(leaves[0].file)
         leaves = [
             replace(leaf, loss_weight=leaf.loss_weight * item.loss_weight, passes=leaf.passes * (item.epochs or 1.0))

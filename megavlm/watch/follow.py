@@ -20,6 +20,7 @@ import yaml
 
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import number
+from megavlm.monitor.expert_metrics import FILE_NAME as EXPERTS
 from megavlm.monitor.metrics import FILE_NAME
 from megavlm.monitor.rl_warnings import RlWarnings
 from megavlm.report.run_data import changes_of
@@ -167,6 +168,14 @@ class FollowedRun:
         if not recent or self.total is None:
             return None
         return max(self.total - self.steps[-1], 0) * median(recent)
+
+    @property
+    def experts_changed(self) -> float:
+        """When the file with the loads of the experts was written (``expert_load.json``); 0.0 if there is none."""
+        try:
+            return (self.folder / EXPERTS).stat().st_mtime
+        except OSError:
+            return 0.0
 
     @property
     def notes(self) -> list[str]:

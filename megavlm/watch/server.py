@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 from megavlm.base.errors import UserError
+from megavlm.report.experts import expert_map
 from megavlm.report.page import render_page
 from megavlm.watch.follow import MAIN, FollowedRun, sorted_fields
 
@@ -58,7 +59,7 @@ class PageServer(ThreadingHTTPServer):
         with self.reading:
             for run in self.runs:
                 run.read()
-            state = json.dumps([[run.version for run in self.runs], list(fields)])
+            state = json.dumps([[(*run.version, run.experts_changed) for run in self.runs], list(fields)])
             answer: dict = {"state": state, "runs": [run.facts() for run in self.runs]}
             if state == known:
                 return answer
@@ -66,6 +67,8 @@ class PageServer(ThreadingHTTPServer):
             for run, facts in zip(self.runs, answer["runs"], strict=True):
                 points = {name: run.points(name, _MOST_POINTS) for name in fields}
                 facts["curves"] = {name: vars(found) for name, found in points.items() if found.steps}
+                with suppress(KeyError, TypeError, ValueError, ArithmeticError):  # of a file that is no such map
+                    facts["experts"] = str(expert_map(run.folder))
         return answer
 
 

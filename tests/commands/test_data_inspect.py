@@ -14,6 +14,8 @@ from PIL import Image
 from toy import picture, write_records
 
 from megavlm.base.errors import UserError
+from megavlm.base.pools import in_processes
+from megavlm.commands import data_inspect
 from megavlm.commands.data_inspect import main
 from megavlm.config.settings import DataSettings, Settings
 from megavlm.data.loader import build_loader
@@ -108,7 +110,7 @@ def test_numbers(tmp_path, inspect, capsys):
         tmp_path / "pictures.jsonl",
         [{"text": "1<image>2", "images": [large]}, {"text": "1<image><image>", "images": [small, small]}],
     )
-    blend = [{"path": texts}, {"path": pictures, "weight": 3}]
+    blend = [{"path": texts, "max_tokens": 500}, {"path": pictures, "weight": 3}]
     summary, _ = inspect({"train": blend})
     first, second = summary["sources"]
 
@@ -133,6 +135,7 @@ def test_numbers(tmp_path, inspect, capsys):
 
     printed = " ".join(capsys.readouterr().out.split())
     assert "5 of 5 samples inspected" in printed
+    assert "it ends after 500 tokens (max_tokens), about 2.5 passes over it" in printed
     assert "tokens 40 10 20 30 40 98 100" in printed
     assert "picture size: 64 × 32 px" in printed
 
@@ -283,6 +286,28 @@ def test_samples_are_spread_over_the_source(tmp_path, inspect):
     source = inspect({"train": [{"path": texts}]}, samples=4)[0]["sources"][0]
     assert (source["count"], source["looked_at"]) == (100, 4)
     assert source["tokens"]["mean"] == (22 + 47 + 72 + 97) / 4
+
+
+def test_several_processes_write_what_one_does(tmp_path, model_folder, monkeypatch):
+    """40 samples are three blocks; of one source the last sample is broken, and its pictures are inside the file."""
+    texts = write_records(tmp_path / "texts.jsonl", [digits(count) for count in range(10, 48)])
+    coffee = (tmp_path / picture(tmp_path, "coffee", (64, 32))).read_bytes()
+    inside = f"data:image/png;base64,{base64.b64encode(coffee).decode()}"
+    pictures = write_records(
+        tmp_path / "pictures.jsonl", [{"text": "1<image>", "images": [name]} for name in (inside, "gone.png")]
+    )
+    data = {"train": [{"path": texts}, {"path": pictures}], "seq_length": 512, "max_bad_fraction": 0.5}
+    made, found, processes = Settings(model={"hf": model_folder}, data=data), [], []
+    monkeypatch.setattr(
+        data_inspect, "in_processes", lambda *given: processes.append(given[1:3]) or in_processes(*given)
+    )
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        assert main(made, out, workers=workers) == 0
+        found.append([(out / "summary.json").read_text(), (out / "index.html").read_text().partition("<footer>")[0]])
+    assert processes == [(3, 1), (3, 2)]
+    assert found[0] == found[1]
+    assert found[0][1].count("<img") == 1
 
 
 def test_nested_blend_replay_and_videos_of_frames(tmp_path, inspect):

@@ -152,13 +152,34 @@ def test_choices_are_shown(choices):
 
 
 @pytest.mark.parametrize(
+    ("record", "field", "said", "images"),
+    [
+        ({"question": "Does <image 2> follow <image 1>?", "answer": "A"}, "problem",
+         "<image>Does <image> follow <image>?", ["c", "b", "a"]),
+        ({"question": "Which?", "answer": "A"}, "problem", "<image><image><image>Which?", ["a", "b", "c"]),
+        ({"prompt": "<image><image><image>Which?"}, "prompt", "<image><image><image>Which?", ["a", "b", "c"]),
+        ({"instruction": "<image 3> <image 3> <image_1> <image 2>", "output": "<image 1>"}, "messages",
+         [{"role": "user", "content": "<image> <image> <image> <image>"},
+          {"role": "assistant", "content": "<image 1>"}], ["c", "c", "a", "b"]),
+        ({"text": "A cat."}, "text", "<image><image><image>A cat.", ["a", "b", "c"]),
+    ],
+)  # fmt: skip
+def test_numbered_pictures_stand_where_their_marks_are(record, field, said, images):
+    record |= {"image_2": "b", "image_1": "a", "image_3": "c", "image_4": None, "image_id": 7}
+    found = converted(record)
+    assert (found[field], found["images"]) == (said, images)
+    assert [name for name in found if name.startswith("image_")] == ["image_id"]
+    assert foreign_form(record).name.endswith("with pictures in the fields image_1, image_2, …")
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         ({"options": "cat or cup"}, "the choices are the text 'cat or cup'"),
         ({"options": [{"key": "A"}]}, "neither a list of texts"),
         ({"A": "cat", "B": "cup"}, "in the fields A, B"),
-        ({"options": ["<image 1>", "<image 2>"]}, "the pictures are in image_1"),
-        ({"options": "[]", "image_1": "#a.png"}, "the pictures are in image_1"),
+        ({"options": ["<image 1>", "<image 2>"]}, "there are no fields image_1"),
+        ({"options": ["<image 1>", "<image 3>"], "image_1": "a.png"}, "but image_3 has none"),
     ],
 )
 def test_what_would_not_be_shown_is_refused(more, message):

@@ -7,6 +7,7 @@ import pytest
 from megavlm.base.errors import UserError
 from megavlm.cli.main import main
 from megavlm.commands import validate
+from megavlm.commands.found_run import found_in
 from megavlm.commands.usable_data import intended
 from megavlm.config.settings import Settings
 from megavlm.output.folder import prepare_output
@@ -140,10 +141,16 @@ def test_a_verb_that_is_named_refuses_what_it_would_ignore(run, model_folder):
 
 def test_validate_says_what_a_run_would_do_with_its_output(tmp_path, model_folder):
     settings = lambda **train: Settings(model={"hf": model_folder}, output=tmp_path / "run", train=train)
-    assert validate._found_in(settings()) == "new"
-    prepare_output(settings())
-    assert validate._found_in(settings()) == "begins again, because there is no checkpoint yet"
+    assert found_in(settings()).words == "new"
+    prepare_output(settings(steps=50))
+    assert found_in(settings(steps=50)).words == "begins again, because there is no checkpoint yet"
     (tmp_path / "run" / "checkpoints" / "step_00000020").mkdir(parents=True)
-    assert validate._found_in(settings()) == "continues after step 20"
-    refused = validate._found_in(settings(lr=0.5))
+    assert found_in(settings(steps=50)).words == "continues after step 20"
+    changed = found_in(settings(lr=0.5, steps=100), ["train.lr"])
+    assert changed.words == "continues after step 20, with changed settings:\n  train.lr: null there, 0.5 now"
+    assert changed.settings.train.schedule_steps == 50  # that of the run, of which the curve is drawn
+    with pytest.raises(UserError, match="no output is set"):
+        found_in(Settings(model={"hf": model_folder}), ["train.lr"])
+    refused = found_in(settings(lr=0.5, steps=50)).words
+    assert "to continue it with the new values: --change train.lr" in refused
     assert refused.startswith(f"a run would be refused: output {tmp_path / 'run'} holds a run at step 20 with other")

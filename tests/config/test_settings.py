@@ -140,6 +140,21 @@ def test_epochs_of_an_only_source_count_where_its_blend_has_epochs():
     assert len(Settings(model={"hf": "x"}, data={"train": blend}).data.leaves) == 2
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train=[{path: a, max_tokens: 5}, {path: b, max_tokens: 5}]"], "all sources have max_tokens"),
+        (
+            ["data.train=[{path: a, max_tokens: 5}, {path: b}]", "train.epochs=1"],
+            "'a' has max_tokens, but train.ep",
+        ),
+        (["data.train=[{max_tokens: 5, sources: [{path: a}, {path: b}]}, {path: c}]"], "a blend has max_tokens"),
+    ],
+)
+def test_a_source_that_ends_needs_one_that_goes_on(refused, overrides, message):
+    assert message in refused(HF, *overrides).message
+
+
 def numbers(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
     """An override for every setting that takes a number with decimals; VALUE stands for the number."""
     for name, field in model.model_fields.items():

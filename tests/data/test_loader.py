@@ -239,6 +239,43 @@ def test_a_further_source_is_blended_in_and_repeats_nothing(load, data, workers)
         )
 
 
+def test_a_source_ends_with_its_tokens_and_the_others_go_on(load, data):
+    """On two ranks: max_tokens to within a sample of each worker, the same bits when it continues before and after."""
+    limit, longest = 600, 512
+    blend = [{"path": data / "talks.jsonl", "max_tokens": limit}, {"path": data / "documents.jsonl"}]
+
+    def start(states=None, blend=blend):
+        ranks = [load(blend, packing_buffer=4, dp_rank=rank, dp_size=2) for rank in range(2)]
+        return ranks, [loader.load_state_dict(states) for loader in ranks if states]
+
+    whole, _ = start()
+    rows = [list(islice(loader, 12)) for loader in whole]
+    given = [
+        length
+        for row in (row for of_rank in rows for row in of_rank)
+        for source, length in zip(row.source_ids, row.sample_lengths, strict=True)
+        if source == 0
+    ]
+    assert limit <= sum(given) <= limit + 2 * max(given), given
+    assert max(given) < longest
+    assert [loader.given for loader in whole] == [["talks"], ["talks"]]
+    assert all(set(row.source_ids) == {1} for of_rank in rows for row in of_rank[-4:])
+    for cut in (1, 8):
+        ranks, _ = start()
+        assert not ranks[0].given
+        first = [list(islice(loader, cut)) for loader in ranks]
+        assert [loader.given for loader in ranks] == [["talks"] * (cut == 8)] * 2
+        later, told = start(states_of(ranks))
+        assert told == [None, None]
+        for before, loader, expected in zip(first, later, rows, strict=True):
+            assert contents([*before, *islice(loader, 12 - cut)]) == contents(expected)
+    raised = [blend[0] | {"max_tokens": 2 * limit}, blend[1]]
+    more, told = start(states_of(whole), raised)
+    assert "or their limits" in told[0]
+    assert not more[0].given
+    assert 0 in next(more[0]).source_ids
+
+
 def test_state_fits_only_the_same_run(load):
     state = load().state_dict()
     for settings, named in (

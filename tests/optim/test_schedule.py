@@ -47,6 +47,28 @@ CASES = {
         {"schedule": "inverse_sqrt", "steps": 50, "warmup_steps": 4, "min_lr": 0.1},
         {2: 0.5, 4: 1.0, 16: 0.5, 36: 1 / 3, 100: 0.2, 10_000: 0.1},  # it has no end
     ),
+    "√ of the rows of a ramp": (
+        {
+            "schedule": "linear",
+            "steps": 8,
+            "min_lr": 0.2,
+            "batch_ramp": {2: 4, 4: 16},
+            "global_batch_size": 64,
+            "batch_ramp_lr": "sqrt",
+        },
+        {0: 0.25, 1: 0.25 * 0.9, 2: 0.5 * 0.8, 3: 0.5 * 0.7, 4: 0.6, 7: 0.3, 8: 0.2},
+    ),
+    "in proportion to the rows of a ramp": (
+        {
+            "schedule": "constant",
+            "steps": 8,
+            "warmup_steps": 2,
+            "batch_ramp": {3: 16},
+            "global_batch_size": 64,
+            "batch_ramp_lr": "linear",
+        },
+        {0: 0.0, 1: 0.125, 2: 0.25, 3: 1.0},
+    ),
     "a share of warm-up": ({"steps": 200, "warmup_share": 0.05, "schedule": "constant"}, {5: 0.5, 10: 1.0, 11: 1.0}),
     "a share of the schedule, not of the run": (
         {"steps": 200, "schedule_steps": 100, "warmup_share": 0.1, "schedule": "linear"},
@@ -127,6 +149,7 @@ def test_a_table_of_steps_comes_back_from_config_yaml(tmp_path):
         (["train.schedule=inverse_sqrt"], "there is no warm-up"),
         (["train.schedule=inverse_sqrt", "train.warmup_steps=2", "train.schedule_steps=9"], "it would be ignored"),
         (["train.batch_ramp={5: 4}"], "train.global_batch_size is not set"),
+        (["train.batch_ramp_lr=sqrt"], "train.batch_ramp is empty: it would be ignored"),
         (["train.batch_ramp={5: 4, 9: 2}", "train.global_batch_size=8"], "must grow"),
         (["train.batch_ramp={5: 8}", "train.global_batch_size=8"], "must grow"),
         (["data.length_ramp={5: 64}", "data.seq_length=64"], "must grow"),

@@ -2,7 +2,9 @@
 
 import pytest
 
+from megavlm.align import losses
 from megavlm.align.registry import METHODS, check_method, make_method
+from megavlm.align.sampling_checks import ADVANTAGES, LOSSES
 from megavlm.base.errors import UserError
 from megavlm.config.requirements import check_required
 from megavlm.config.settings import Settings
@@ -24,6 +26,15 @@ def settings(**sections) -> Settings:
     for name, value in sections.items():
         merged[name] = {**merged.get(name, {}), **value}
     return Settings(**merged)
+
+
+def test_the_names_are_those_of_the_tables():
+    """They are listed apart, because the tables import torch, and a wrong name is refused before that."""
+    assert {*LOSSES["grpo"], *LOSSES["ppo"]} == set(losses.POLICY_LOSSES)
+    assert set(ADVANTAGES["grpo"]) == set(losses.ADVANTAGES)
+    for name in ("loss", "advantage"):
+        with pytest.raises(UserError, match=f"align.{name} is none, which is no {name} of grpo"):
+            check_method("grpo", settings(align={name: "none"}))
 
 
 BAD = {

@@ -84,9 +84,14 @@ def test_bands():
     html = chart(
         "Loss", [0, 5, 10], [Curve("loss", [3.0, 2.0, 1.0], "loss")], bands=[Band("a", 0, 4), Band("b", 4, 10)]
     )
-    assert re.findall(r'class="band" title="(.)" style="([^"]*)"><i>\1</i>', html) == [
-        ("a", "left:0.00%;width:40.00%"), ("b", "left:40.00%;width:60.00%")
-    ]  # fmt: skip
+    assert labels(html, "band") == ["a", "b"]
+    assert "left:40.00%;margin-bottom:7px" in html
+    long = [Band("short", 0, 9), Band("a name that is longer than its band", 9, 9.5), Band("last", 9.5, 10)]
+    html = chart("Loss", [0, 5, 10], [Curve("loss", [3.0, 2.0, 1.0], "loss")], bands=long)
+    places = re.findall(r'<span class="band" style="([^"]*)">', html)
+    # the second one ends at the right edge, above the first, on which it would lie; the third beside the first
+    assert places == ["left:0.00%;margin-bottom:7px", "right:0;margin-bottom:22px", "right:0;margin-bottom:7px"]
+    assert 'style="margin-top:42px"' in html
 
 
 def test_values_under_the_pointer():

@@ -47,6 +47,7 @@ BESIDE = {
     "train.epochs": ("train.steps=null",), "train.restarts": ("train.schedule=cosine",),
     "train.decay_share": ("train.schedule=wsd",), "train.decay_shape": ("train.schedule=wsd",),
     "train.schedule_table": ("train.schedule=table",), "train.batch_ramp": ("train.global_batch_size=2147483647",),
+    "train.batch_ramp_lr": ("train.global_batch_size=2", "train.batch_ramp={1: 1}", "train.steps=3"),
     "train.warmup_steps": ("train.steps=2147483647",), "train.min_lr": ("train.lr=1e6", "train.schedule=cosine"),
     "parallel.expert": ("train.global_batch_size=null",), "parallel.expert_tensor": ("train.global_batch_size=null",),
     **dict.fromkeys(

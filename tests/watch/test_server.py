@@ -53,6 +53,21 @@ def data(server, query) -> dict:
     return json.loads(text)
 
 
+def test_the_map_of_the_experts_is_sent_when_it_has_changed(server, folder):
+    from urllib.parse import quote
+
+    before = data(server, "field=loss")
+    assert [run["experts"] for run in before["runs"]] == ["", ""]
+    tokens = {"step": 3, "layers": [1, 2], "tokens": [[4, 0], [2, 2]]}
+    (folder / "two" / "expert_load.json").write_text(json.dumps(tokens))
+    after = data(server, f"field=loss&state={quote(before['state'])}")
+    assert after["runs"][0]["experts"] == ""
+    assert "Largest: expert 0 of layer 1, 2" in after["runs"][1]["experts"]
+    assert "fields" not in data(server, f"field=loss&state={quote(after['state'])}")
+    (folder / "two" / "expert_load.json").write_text('{"tokens": [[1]]}')  # no layers
+    assert "experts" not in data(server, "field=loss")["runs"][1]
+
+
 def test_curves_of_all_runs_and_only_what_is_new(server, folder):
     answer = data(server, "field=loss&field=none")
     one, two = answer["runs"]
