@@ -66,7 +66,7 @@ def at_least(what: str, measured: float, bound: float) -> bool:
 
 def result(what: str, measured: float, sign: str, bound: float, kept: bool) -> bool:
     """Prints a share, its bound and whether it is kept, which is returned."""
-    console.print(f"  {what:50} {measured:6.1%}   {sign} {bound:5.1%}   {'kept' if kept else 'MISSED'}")
+    console.print(f"  {what:52} {measured:6.1%}   {sign} {bound:5.1%}   {'kept' if kept else 'MISSED'}")
     return kept
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -63,9 +64,10 @@ def _near_samples(found: Signatures, left: np.ndarray) -> Iterator[tuple[int, in
     counts = np.bincount(found.owner, minlength=len(found.text))
     looks = np.zeros(len(found.text), np.uint64)
     looks[found.owner[::-1]] = found.look[::-1]  # of the first picture of each sample
-    for band in range(0, NUM_HASHES, _BAND):
+    # Where many samples have the same words, those with the same or similar pictures must stand side by side.
+    for band, pictures in product(range(0, NUM_HASHES, _BAND), (found.media[left], looks[left])):
         keys = hashes[:, band : band + _BAND]
-        order = np.lexsort(keys.T)
+        order = np.lexsort([pictures, *keys.T])
         is_pair = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
         first, second = order[:-1][is_pair], order[1:][is_pair]
         alike = (hashes[first] == hashes[second]).sum(axis=1) >= _ALIKE

@@ -12,8 +12,10 @@ from megavlm.base.errors import UserError
 from megavlm.commands import data_inspect
 from megavlm.config.settings import Settings
 from megavlm.duplicates import scan as scanning
+from megavlm.duplicates.groups import NEAR, Group, groups_of
 from megavlm.duplicates.signatures import NUM_HASHES, look_of, min_hashes, words_of
 from megavlm.media.files import File
+from megavlm.sources.open_files import open_file
 
 SONG = "the cat sat on the mat and looked at the moon while all the dogs of the town were barking at a passing train"
 
@@ -79,6 +81,27 @@ def test_duplicates(settings, tmp_path, capsys, monkeypatch):
     again = (tmp_path / "again" / "duplicates.jsonl").read_text()
     assert "nearly the same sample" not in again
     assert "same sample" in again
+
+
+@pytest.mark.usefixtures("settings")  # its pictures and its cache
+def test_like_texts_belong_together_if_their_pictures_are_alike_too(tmp_path):
+    """Also where many samples have the same words, and where it is the words that differ a little."""
+    songs = [talk("<image>Sing!", SONG, picture) for picture in ("cat.png", "cup.png", "small.jpg")]
+    songs.append(talk("<image>Sing!", SONG.replace("moon", "sun"), "cup.png"))
+    file = open_file(write_records(tmp_path / "songs.jsonl", songs))
+    scanning.scan([file], workers=1)
+    assert groups_of(scanning.signatures([file])) == [Group(NEAR, [0, 2]), Group(NEAR, [1, 3])]
+
+
+@pytest.mark.usefixtures("settings")
+def test_a_file_that_is_read_in_another_way_is_scanned_again(tmp_path):
+    data = write_records(tmp_path / "mapped.jsonl", [{"ask": "Two?", "say": "Two.", "other": "Three."}])
+    found = []
+    for answer in ("say", "other", "say"):
+        file = open_file(data, fields={"question": "ask", "answer": answer})
+        scanning.scan([file], workers=1)
+        found += scanning.signatures([file]).text.tolist()
+    assert found[0] == found[2] != found[1]
 
 
 def test_words_that_would_be_ignored(settings, tmp_path):
