@@ -268,6 +268,11 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "type": natural,
                 "help": "pictures in a synthetic row; default: as many as fit",
             },
+            "operators": {
+                "metavar": "FILE",
+                "type": Path,
+                "help": "a new YAML file for the times of single operators, which `megavlm plan --gpu FILE` reads",
+            },
         },
     ),
     "data prepare": Verb(
