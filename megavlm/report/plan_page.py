@@ -138,7 +138,7 @@ def _longest(operators: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _kind(operator: Mapping[str, Any]) -> str:
     """The first word of its name, such as "product"."""
-    return re.match(r"\w*", operator["name"])[0]
+    return re.split(r"\W", operator["name"], maxsplit=1)[0]
 
 
 def search_chart(candidates: Sequence[Mapping[str, Any]], capacity: int, spare: float) -> Markup:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megavlm.base.number_format import number, percent, short
 from megavlm.report.plan_memory import GIB
+from megavlm.report.policy import is_rl
 from megavlm.report.run import Run
 
 FILE_NAME = "plan.json"
@@ -64,6 +65,8 @@ def predictions(run: Run) -> Predictions | None:
         _row("tokens per second and GPU", plan["tokens_per_second"], _each(run, plan), short),
         _row("MFU", plan["mfu"], run.typical("mfu"), percent),
     ]
+    if is_rl(run.lines):  # a plan knows the time of an update, and nothing of sampling
+        rows = rows[:1]
     device = plan["device"] or "a CPU"
     return Predictions(run.name, "", plan["gpu"]["name"], device, plan["mix"], plan["caveats"], tuple(rows))
 

@@ -44,6 +44,12 @@ def test_on_a_cpu_no_memory_is_compared(tmp_path):
     assert seconds.measured == "2.500"
 
 
+def test_of_reinforcement_learning_no_time_is_compared(tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    (memory,) = predictions(Run(tmp_path, {}, [line | {"reward": 0.5} for line in LINES])).rows
+    assert memory.measured == "42.00"
+
+
 def test_without_a_plan(tmp_path):
     run = Run(tmp_path, {}, LINES)
     assert predictions(run) is None
