@@ -18,6 +18,7 @@
 #   MEGAVLM_IMAGE    container image for pyxis/enroot, see docker/Dockerfile (default: none; MEGAVLM_VENV is used)
 #   MEGAVLM_MOUNTS   further pyxis mounts, separated by commas            (default: none; the checkout is mounted)
 #   MEGAVLM_VENV     environment in which megavlm is installed            (default: .venv of the checkout)
+#   MEGAVLM_GPU      a GPU, such as h100: a dry run also says whether the layout fits it (see `megavlm plan`)
 #   MEGAVLM_RETRIES  how often in a row a job that failed is requeued     (default: 3; 0: never)
 #   MEGAVLM_SERVER_NODES     how many nodes of the job, its last ones, sample with vLLM (grpo, ppo; default: 0)
 #   MEGAVLM_SERVERS_PER_NODE how many servers share the GPUs of such a node              (default: 1)
@@ -118,6 +119,9 @@ launch() {
   fi
   echo "$name: MEGAVLM_MODEL=${MEGAVLM_MODEL:-8b}, $nodes nodes × $gpus GPUs$with, logs in $logs"
   if [[ ${DRY_RUN:-0} != 0 ]]; then
+    if [[ -n ${MEGAVLM_GPU:-} ]]; then
+      say_whether_it_fits "$1" "${@:3}" "${trainer_words[@]}" >&2
+    fi
     print_ranks
     if ((servers)); then
       print_words "${server_srun[@]}" "${@:3}" "${server_words[@]}"
@@ -127,6 +131,19 @@ launch() {
     start_servers "${@:3}"
     run_and_requeue
   fi
+}
+
+# Says in a line whether the layout fits MEGAVLM_GPU. It refuses nothing, and takes the time of a plan.
+say_whether_it_fits() {
+  local word
+  local -a settings=()
+  for word in "${@:2}"; do
+    if [[ $word != -* && $word == *=* ]]; then
+      settings+=("$word")
+    fi
+  done
+  "$python" -m megavlm validate "$config" "${settings[@]}" --world-size "$((nodes * gpus))" --no-files --for "$1" \
+    --gpu "$MEGAVLM_GPU" | grep '^by the plan' || echo "whether the layout fits $MEGAVLM_GPU could not be found out"
 }
 
 # Prints words in shell syntax, on a line.

@@ -124,6 +124,7 @@ MAY_IMPORT = {
         "runtime",
         "optim",
         "adapters",
+        "convert",
         "monitor",
         "data",
         "model",

@@ -43,7 +43,6 @@ class PlanOfRun:
 
     def __init__(self, output: Path, verb: str) -> None:
         self._file = output / FILE_NAME
-        self._file.unlink(missing_ok=True)  # that of an earlier start, which may have had other settings
         facts = [verb, dist.get_world_size(), device_name() or "", device_gib() or 0.0]
         arguments = [sys.executable, "-m", __name__, str(output), str(os.getpid()), *map(str, facts)]
         environment = {key: value for key, value in os.environ.items() if key not in _RANK}
@@ -51,9 +50,10 @@ class PlanOfRun:
         silent = subprocess.DEVNULL
         self._process: subprocess.Popen | None = None
         try:
+            self._file.unlink(missing_ok=True)  # that of an earlier start, which may have had other settings
             self._process = subprocess.Popen(arguments, env=environment, stdin=silent, stdout=silent, stderr=silent)
         except OSError as error:  # no memory or no process left: the run matters more
-            self._refused = f"no process could be started: {error.strerror}"
+            self._refused = f"no process could be started for it: {error.strerror}"
 
     def close(self, patience: float) -> str | None:
         """Waits for the plan, for ``patience`` seconds at most; returns a line that says why there is none, if so."""

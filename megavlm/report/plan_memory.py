@@ -13,11 +13,12 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "tower": ("tower",),
     "features": ("exchange", "data"),
     "logits": ("head",),
+    "sampling": ("sampling",),
 }
 """The parts of what a step makes, and the phases in which it is made (``monitor.phases.PHASES``)."""
 COLORS: Mapping[str, str] = {
     "weights": "loss", "gradients": "faint", "optimizer": "lr", "decoder": "language", "tower": "vision",
-    "features": "projector", "logits": "sampling",
+    "features": "projector", "logits": "sampling", "others": "soft", "sampling": "mark",
 }  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def memory_bars(stages: Sequence[Mapping[str, Any]], capacity: int, spare: float
     for stage in stages:
         pieces = [
             Markup('<i style="width:{:.3f}%;background:var(--{})" title="{}"></i>').format(
-                100 * size / whole, COLORS[name], f"{name} {size / GIB:.2f} GiB, {percent(size / capacity)} of the GPU"
+                100 * size / whole, _color(name), f"{name} {size / GIB:.2f} GiB, {percent(size / capacity)} of the GPU"
             )
             for name, size in memory_parts(stage).items()
             if size > 0
@@ -60,10 +61,15 @@ def memory_bars(stages: Sequence[Mapping[str, Any]], capacity: int, spare: float
                 '<span class="size{}">{:.1f}</span>'
             ).format(stage["stage"], Markup("").join(pieces), Markup("").join(limits), over, stage["total"] / GIB)
         )
-    used = [name for name in COLORS if any(memory_parts(stage)[name] for stage in stages)]
-    keys = [Markup('<span class="key" style="--color:var(--{})">{}</span>').format(COLORS[name], name) for name in used]
+    parts = [memory_parts(stage) for stage in stages]
+    used = [name for name in parts[0] if any(of_stage[name] for of_stage in parts)]
+    keys = [Markup('<span class="key" style="--color:var(--{})">{}</span>').format(_color(name), name) for name in used]
     return Markup(
         '<figure class="chart"><figcaption><b>Memory at the fullest moment, GiB</b>'
         '<span class="soft">solid line: the {:.1f} GiB of the GPU; dashed: {} is left</span>{}</figcaption>'
         '<div class="stages">{}</div></figure>'
     ).format(capacity / GIB, percent(spare, 0), Markup("").join(keys), Markup("").join(rows))
+
+
+def _color(name: str) -> str:
+    return COLORS.get(name, "soft")

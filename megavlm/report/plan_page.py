@@ -22,6 +22,7 @@ from megavlm.report.timeline import timeline
 
 TEMPLATE = "plan.html.jinja"
 BEST = 10  # number of layouts in the table
+LONGEST = 12  # number of operators in the table
 _NAMED = 3  # number of layouts that are named in the picture
 _WIDEST = 1.6  # memory up to which layouts have a place of their own in the picture, as a share of the GPU's
 _PART_COLORS = {**SPAN_COLORS, "decoder": "language", "bubble": "faint", "traffic": "sampling", "data": "bad"}
@@ -57,6 +58,7 @@ def write_plan_page(file: Path, plan: Mapping[str, Any], settings: Settings, ver
         timeline=timeline(time["spans"], time["seconds"]) if time else "",
         seconds=_seconds(time["parts"]) if time else "",
         roofline=roofline(time["operators"], plan["gpu"]) if time else "",
+        operators=_longest(time["operators"]) if time else [],
         traffic=sorted(time["traffic"].items(), key=lambda item: -item[1]["seconds"]) if time else [],
         search=search_chart(search, plan["capacity"], plan["spare_share"]),
         best=[each for each in search if each["ruled_out"] is None][:BEST],
@@ -115,7 +117,7 @@ def roofline(operators: Sequence[Mapping[str, Any]], gpu: Mapping[str, Any]) -> 
     peak, bandwidth = gpu["bf16_tflops"], gpu["memory_bandwidth"]
     corner = peak * 1e3 / bandwidth  # FLOPs per byte from which on products, not memory, are the limit
     x = Axis(min(corner / 10, *(p.x for p in points)), max(corner * 10, *(p.x for p in points)), log=True, across=True)
-    y = Axis(min(peak / 100, *(p.y for p in points)), peak, log=True)
+    y = Axis(min(peak / 20, *(p.y for p in points)), peak, log=True)
     roof = [(x.low, x.low * bandwidth / 1e3), (corner, peak), (x.high, peak)]
     if roof[0][1] < y.low:  # the roof enters the picture at its lower edge
         roof[0] = (y.low * 1e3 / bandwidth, y.low)
@@ -124,6 +126,14 @@ def roofline(operators: Sequence[Mapping[str, Any]], gpu: Mapping[str, Any]) -> 
     return scatter(
         "Roofline", points, x, y, units=("FLOPs per byte", "TFLOP/s"), kinds=kinds, lines=[Line(name, roof, "bad")]
     )
+
+
+def _longest(operators: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The operators that take longest, with their seconds in a step and their share of all operators' seconds."""
+    whole = sum(each["count"] * each["seconds"] for each in operators)
+    found = [{**each, "whole": each["count"] * each["seconds"]} for each in operators]
+    found = sorted(found, key=lambda each: -each["whole"])[:LONGEST]
+    return [each | {"share": each["whole"] / whole} for each in found]
 
 
 def _kind(operator: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from megavlm.report.loss_plot import HELD_OUT, smooth
 from megavlm.report.page import render_page
 from megavlm.report.phases import phases_bar
 from megavlm.report.policy import is_rl, policy_charts
+from megavlm.report.prediction import predictions
 from megavlm.report.preferences import method_charts
 from megavlm.report.rollouts import marked_tokens, shown_rollouts
 from megavlm.report.run import Run, access_of, existing
@@ -172,6 +173,7 @@ def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup]) ->
         answers=answers,
         warnings=history(trained[-1].lines) if trained else [],
         rollouts=shown_rollouts(chain[-1]),
+        predictions=[found for run in trained if (found := predictions(run)) is not None],
     )
 
 

@@ -64,7 +64,9 @@ def timeline(spans: Sequence[Mapping[str, Any]], seconds: float) -> Markup:
     used = {span["name"] for span in spans}
     names = [*(name for name in COLORS if name in used), *sorted(used - COLORS.keys())]
     keys = [Markup('<span class="key" style="--color:var(--{})">{}</span>').format(_color(n), n) for n in names]
-    note = "numbers are micro-batches" if not is_coarse else "too many micro-batches to draw each: groups of them"
+    told = Markup("").join(rows)
+    note = "numbers are micro-batches" if "number" in told else ""
+    note = "too many micro-batches to draw each: groups of them" if is_coarse else note
     axis = Axis(0, seconds, across=True, close=True)
     marks = [
         Markup('<span class="mark" style="left:{:.2f}%">{} s</span>').format(100 * tick / seconds, f"{tick:.4g}")
@@ -73,7 +75,7 @@ def timeline(spans: Sequence[Mapping[str, Any]], seconds: float) -> Markup:
     return Markup(
         '<figure class="chart"><figcaption><b>Timeline of a step</b><span class="soft">{}</span>{}</figcaption>'
         '<div class="scroll"><div class="timeline">{}<span></span><div class="marks">{}</div></div></div></figure>'
-    ).format(note, Markup("").join(keys), Markup("").join(rows), Markup("").join(marks))
+    ).format(note, Markup("").join(keys), told, Markup("").join(marks))
 
 
 def _color(name: str) -> str:

@@ -42,6 +42,15 @@ def dry_run(job: str, *overrides: str, cwd: Path = ROOT, **variables: str) -> tu
     return shlex.split(srun), ranks
 
 
+@pytest.mark.slow
+def test_a_dry_run_says_whether_the_layout_fits() -> None:
+    variables = environment(DRY_RUN="1", MEGAVLM_MODEL="2b", NODES="1", MEGAVLM_GPU="h100", MEGAVLM_VENV=sys.prefix)
+    script = [ROOT / "launch/sft.sh", "train.lr=1e-5", "--restart"]
+    done = subprocess.run(script, cwd=ROOT, env=variables, capture_output=True, text=True, check=True)
+    assert re.search(r"^by the plan, it .* on 8 × H100 SXM 80 GB", done.stderr, re.MULTILINE)
+    assert len(done.stdout.splitlines()) == 2 + 8  # as without
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_dry_run_shows_each_rank(job: str) -> None:
     srun, ranks = dry_run(job, "train.lr=1e-5", "output=a folder")

@@ -157,9 +157,11 @@ def test_the_page_needs_nothing_else(tmp_path):
         "spare_share": 0.05, "caveats": "Not counted: CUDA.", "model_flops": {"language": 8e15},
         "hardware_flops": {"language": 1e16},
     }  # fmt: skip
+    figures = {"tokens_per_second": 1024.0, "mfu": 0.25, "model_tflops": 250.0, "gpu_hours": 20.0, "hours": 1.25}
+    figures |= {"steps": 2250, "cost": 40.0}
     for name, more in (
         ("bare", {}),
-        ("full", {"time": asdict(time), "candidates": [asdict(Candidate({}, 40 * GIB, 2.0, 5e2, 0.4))]}),
+        ("full", {**figures, "time": asdict(time), "candidates": [asdict(Candidate({}, 40 * GIB, 2.0, 5e2, 0.4))]}),
     ):
         file = tmp_path / f"{name}.html"
         write_plan_page(file, plan | more, load_settings(config), "sft")
@@ -171,7 +173,7 @@ def test_the_page_needs_nothing_else(tmp_path):
         assert "rows of &lt;one&gt; sample" in page
         assert ("Timeline" in page, "Roofline" in page, "Layouts" in page) == (bool(more),) * 3
     tiles = re.findall(r'class="tile"><b>([^<]*)<', page)
-    assert tiles == ["72.00 GiB", "2.00 s", "1.02k", "25.0 %", "8.00 PFLOP"]
+    assert tiles == ["72.00 GiB", "2.00 s", "1.02k", "25.0 %", "20.0", "8.00 PFLOP"]
     with pytest.raises(UserError, match="exists already"):
         check_new_file(file)
     with pytest.raises(UserError, match="does not exist"):
