@@ -119,11 +119,13 @@ MAY_IMPORT = {
         "base",
     ],
     "plan": [
+        "rollout",
         "align",
         "training",
         "runtime",
         "optim",
         "adapters",
+        "convert",
         "monitor",
         "data",
         "model",

@@ -13,6 +13,8 @@ from megavlm.data.row import Row
 from megavlm.model.flops import parts_flops
 from megavlm.model.shapes import Shapes
 from megavlm.plan.absent_rank import TrainedModel, absent_rank, that_can_be_absent
+from megavlm.plan.balanced_experts import IMBALANCE
+from megavlm.plan.further_memory import further_memory, sampling_memory
 from megavlm.plan.gpus import Gpu
 from megavlm.plan.hardware_flops import hardware_flops
 from megavlm.plan.mix import Mix
@@ -31,8 +33,8 @@ class StagePlan:
 
     Attributes:
         stage, rank: the pipeline stage from 0, and the rank.
-        static: what it holds all the time, of all models that are trained.
-        peak: of the step's tensors, of the model that needs most.
+        static: what it holds all the time.
+        peak: of the step's tensors, of the model that needs most; or of the sampling, if that needs more.
     """
 
     stage: int
@@ -93,6 +95,7 @@ def make_plan(
     *,
     samples: int = 1,
     pictures: int | None = None,
+    imbalance: float = IMBALANCE,
 ) -> Plan:
     """Plans a layout.
 
@@ -103,6 +106,7 @@ def make_plan(
         world_size: number of GPUs.
         gpu: the GPU.
         samples, pictures: see ``Mix.of``.
+        imbalance: tokens of the busiest expert-parallel rank over their mean.
 
     Raises:
         UserError: the settings do not fit the model, the verb or the number of GPUs.
@@ -121,7 +125,10 @@ def make_plan(
             for model in trained:
                 make_state(model.optimizers)
                 static += count(model.vlm, model.optimizers)
-            peaks = [_peak(session, model, row, each) for model in trained]
+            static += StaticMemory(further=further_memory(session, settings, method, rank))
+            peaks = [_peak(session, model, row, each, imbalance) for model in trained]
+            if METHODS[verb].samples:
+                peaks.append(Peak("sampling", {"sampling": sampling_memory(session, settings, verb)}))
         stages.append(StagePlan(stage, rank, static, max(peaks, key=lambda peak: peak.total)))
     rows = each * data_parallel
     work = mix.work(rows, scores=method.scores)
@@ -140,7 +147,7 @@ def make_plan(
     )
 
 
-def _peak(session: Session, model: TrainedModel, row: Row, rows: int) -> Peak:
+def _peak(session: Session, model: TrainedModel, row: Row, rows: int, imbalance: float) -> Peak:
     """The peak of a step of ``rows`` rows on each data-parallel rank."""
     settings, parallel = session.settings, session.settings.parallel
     wanted = settings.vision.window or (rows if settings.train.global_batch_size is None else None)
@@ -149,6 +156,6 @@ def _peak(session: Session, model: TrainedModel, row: Row, rows: int) -> Peak:
 
     def run(count: int) -> Peak:
         where = next(model.vlm.vision.parameters()).device
-        return peak_of(model.vlm, model.optimizers, model.objective, [row] * count, count, where)
+        return peak_of(model.vlm, model.optimizers, model.objective, [row] * count, count, where, imbalance)
 
     return peak_of_window(run, window, parallel.pipeline, parallel.virtual_pipeline or 1)
