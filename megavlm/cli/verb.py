@@ -1,11 +1,22 @@
 """What a verb of the command is: its arguments, the settings and files that it reads, and what it writes."""
 
 import argparse
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from megavlm.align.registry import METHODS
+
 RUN = ("model", "adapter", "data", "parallel", "vision", "train", "eval", "checkpoint", "log", "generate")
 READS = ("model.hf", "model.load", "model.adapter")
+
+
+FOR: dict[str, Any] = {
+    "metavar": "VERB",
+    "dest": "verb",
+    "choices": tuple(METHODS),
+    "help": "the verb that is to read the data; default: a guess from the settings and the data, which is said",
+}
 
 
 def positive(text: str) -> int:
@@ -22,6 +33,25 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """The argparse type of a number that is at least 0."""
     return 0 if text == "0" else positive(text)
+
+
+def at_least_one(text: str) -> float:
+    """Parses a number of at least 1, such as how uneven something is."""
+    value = amount(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return value
+
+
+def amount(text: str) -> float:
+    """Parses a number of at least 0, such as a price."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ import json
 
 import torch.distributed as dist
 
-from megavlm.align.registry import METHODS
 from megavlm.commands.plan import verb_of
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.plan.bench import at_full_size, check, leave, measure
 from megavlm.plan.bench_report import planned_memory, report
-from megavlm.plan.mix import Mix
+from megavlm.plan.mix import contents_of
 
 
 def main(
@@ -38,9 +37,7 @@ def main(
     check(settings, verb, synthetic=synthetic_rows)
     full, mix = at_full_size(settings, synthetic=synthetic), None
     if synthetic_rows:
-        answers = 2 if METHODS[verb].kind in ("pair", "judged") else 1
-        shapes = model_shapes(full.model)
-        mix = Mix.of(full, shapes, samples=samples, pictures=pictures, answers=answers)
+        mix = contents_of(full, model_shapes(full.model), verb, samples=samples, pictures=pictures)
     found = measure(full, verb, mix, steps, warmup)
     session, world_size = found.session, dist.get_world_size()
     line = report(settings, verb, found)

@@ -2,15 +2,19 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from megavlm.base.number_format import counted, short
+from megavlm.commands.plan_times import figures, times
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
+from megavlm.plan.balanced_experts import IMBALANCE
 from megavlm.plan.gpus import gpu_of
+from megavlm.plan.mix import contents_of
 from megavlm.plan.plan import SPARE, Plan, StagePlan, make_plan
 
 _GIB = 2**30
@@ -20,6 +24,7 @@ _COLUMNS = {
     "tower": ("tower",),
     "features": ("exchange", "data"),
     "logits": ("head",),
+    "sampling": ("sampling",),
 }
 
 
@@ -30,6 +35,9 @@ def main(
     verb: str | None = None,
     samples: int = 1,
     pictures: int | None = None,
+    data: Path | None = None,
+    imbalance: float = IMBALANCE,
+    price: float | None = None,
     as_json: bool = False,
 ) -> int:
     """Prints the plan of a configuration.
@@ -40,6 +48,9 @@ def main(
         gpu: which GPU.
         verb: the verb for which the configuration is intended; default: a guess from the settings.
         samples, pictures: what each row is assumed to contain (``megavlm.plan.mix.Mix.of``).
+        data: summary.json of `megavlm data inspect`, whose rows are assumed instead.
+        imbalance: tokens of the busiest expert-parallel rank over their mean.
+        price: of a GPU for an hour, in any currency.
         as_json: print one line of JSON instead of tables.
 
     Raises:
@@ -47,22 +58,24 @@ def main(
     """
     facts = gpu_of(gpu)
     verb = verb or verb_of(settings)
-    plan = make_plan(settings, model_shapes(settings.model), verb, gpus, facts, samples=samples, pictures=pictures)
+    shapes = model_shapes(settings.model)
+    mix = contents_of(settings, shapes, verb, samples=samples, pictures=pictures, data=data)
+    plan = make_plan(settings, shapes, verb, gpus, facts, mix=mix, imbalance=imbalance)
     if as_json:
-        print(json.dumps(_as_json(plan)))
+        print(json.dumps(_as_json(plan, price)))
         return 0
     console = Console(highlight=False)
     console.print(_memory(plan))
     console.print(_verdict(plan, settings), soft_wrap=True)
     console.print(_work(plan))
+    console.print(times(plan, price), soft_wrap=True)
     console.print(f"[dim]assumed: {plan.mix}. {_CAVEATS}[/]", soft_wrap=True)
     return 0
 
 
 _CAVEATS = (
-    "Activations are those of the portable kernels; those of Transformer Engine keep less. Experts are assumed to get "
-    "equal numbers of tokens. Not counted: CUDA, NCCL, workspaces of kernels, FP8 copies, models that only judge, and "
-    "the cache of sampling."
+    "Activations are those of the portable kernels; those of Transformer Engine keep less. Not counted: CUDA, NCCL and "
+    "workspaces of kernels."
 )
 
 
@@ -79,10 +92,10 @@ def _memory(plan: Plan) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in ("stage", "rank"):
         table.add_column(name)
-    for name in ("weights", "grads", "optim", *_COLUMNS, "GiB", f"of {plan.gpu.memory_gib:.0f}"):
+    for name in ("weights", "grads", "optim", "others", *_COLUMNS, "GiB", f"of {plan.gpu.memory_gib:.0f}"):
         table.add_column(name, justify="right", no_wrap=True)
     for stage in plan.stages:
-        static = (stage.static.weights, stage.static.gradients, stage.static.optimizer)
+        static = (stage.static.weights, stage.static.gradients, stage.static.optimizer, stage.static.further)
         sizes = [*static, *_columns(stage).values(), stage.total]
         share = f"{stage.total / plan.capacity:.0%}"
         table.add_row(str(stage.stage), str(stage.rank), *(f"{size / _GIB:.2f}" for size in sizes), share)
@@ -121,6 +134,8 @@ def _advice(plan: Plan, settings: Settings) -> list[str]:
             found.append(f"vision.window={settings.parallel.pipeline}")
         if name == "logits" and train.logprob_chunk_tokens > 64:
             found.append(f"train.logprob_chunk_tokens below {train.logprob_chunk_tokens}")
+        if name == "sampling":
+            found.append("a smaller rollout.cache_gib")
         if name == "static":
             found.append("more GPUs, or a larger parallel.tensor or parallel.pipeline")
     return [*found, f"data.seq_length below {settings.data.seq_length}"]
@@ -138,12 +153,13 @@ def _work(plan: Plan) -> Table:
     return table
 
 
-def _as_json(plan: Plan) -> dict[str, Any]:
-    """The plan in bytes and FLOPs."""
+def _as_json(plan: Plan, price: float | None) -> dict[str, Any]:
+    """The plan in bytes, FLOPs and seconds."""
     return asdict(plan) | {
         "mix": str(plan.mix),
         "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
         "capacity": plan.capacity,
         "fits": plan.fits,
         "spare": plan.spare,
+        **figures(plan, price),
     }
