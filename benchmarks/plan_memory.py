@@ -2,11 +2,11 @@
 
     python -m benchmarks.plan_memory [--only NAME …] [--out FILE]
 
-Measured is what torch's allocator for CPUs hands out and gets back while a real step runs forward and backward, as its
-profiler records it: the largest sum of bytes. Planned is the peak of the same rank without memory. Both are without
-weights, gradients and optimizer state, which tests/distributed/test_static_memory.py compares to the byte. Models are
-random and small, tokens are random, and experts get the tokens that their routers send them: the plan is told the share
-of the rank.
+A real step runs forward and backward. Counted is the largest number of bytes of its tensors. Allocated is that of what
+torch's allocator for CPUs has handed out, as its profiler records it: it includes what kernels and gloo need for
+themselves. Planned is the peak of the same rank without memory. All are without weights, gradients and optimizer state,
+which tests/distributed/test_static_memory.py compares to the byte. Models are random and small, tokens are random, and
+experts get the tokens that their routers send them: the plan is told the share of the rank.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def rows_of(settings: Any, case: Case, shapes: Any) -> list[Any]:
     return [replace(row, input_ids=torch.randint(shapes.text.vocab, (size,), generator=draw)) for _ in range(case.rows)]
 
 
-def all_measured(cases: Mapping[str, tuple[str, Case]]) -> dict[str, tuple[int, float]]:
+def all_measured(cases: Mapping[str, tuple[str, Case]]) -> dict[str, tuple[int, int, float]]:
     """On a rank: ``measured`` of the model's folder and the settings of each case, one after the other."""
     from megavlm import platform
 
@@ -116,13 +116,18 @@ def all_measured(cases: Mapping[str, tuple[str, Case]]) -> dict[str, tuple[int, 
     return found
 
 
-def measured(folder: str, case: Case) -> tuple[int, float]:
-    """On a rank: the largest number of bytes of a step, and its experts' tokens over the mean of the ranks."""
+def measured(folder: str, case: Case) -> tuple[int, int, float]:
+    """On a rank: the largest numbers of bytes of a step, counted and allocated.
+
+    The third number is how many tokens its experts got, over the mean of the ranks.
+    """
     import torch
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     from megavlm.optim.optimizers import Optimizers
+    from megavlm.plan.live_memory import LiveMemory
     from megavlm.plan.step_memory import RowsAtHand
+    from megavlm.platform import device
     from megavlm.runtime.session import start
     from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
@@ -149,7 +154,8 @@ def measured(folder: str, case: Case) -> tuple[int, float]:
         settings.vision.window,
     )
     step_rows = step.feed.rows(len(rows))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+    only_cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=only_cpu, profile_memory=True) as profiled, LiveMemory(device()) as counter:
         step.gradients(step_rows)
     MoEAlltoAllTokenDispatcher.preprocess = preprocess
     live = peak = 0
@@ -157,7 +163,7 @@ def measured(folder: str, case: Case) -> tuple[int, float]:
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
-    return peak, sum(a for a, _ in got) / sum(b for _, b in got) if got else 1.0
+    return counter.peak, peak, sum(a for a, _ in got) / sum(b for _, b in got) if got else 1.0
 
 
 def planned(folder: str, case: Case, rank: int, imbalance: float) -> int:
@@ -194,15 +200,15 @@ def main() -> None:
             ranks[size] = run_ranks(size, all_measured, {k: v for k, v in cases.items() if v[1].processes == size})
         for name, (folder, case) in cases.items():
             for rank, of_rank in enumerate(ranks[case.processes]):
-                bytes_, imbalance = of_rank[name]
+                counted, allocated, imbalance = of_rank[name]
                 plan = planned(folder, case, rank, imbalance)
-                found.append(
-                    {"setting": name, "rank": rank, "measured": bytes_, "planned": plan, "off": plan / bytes_ - 1}
-                    | ({"imbalance": imbalance} if "num_experts" in case.text else {})
-                )
-                mib = [size / 2**20 for size in (bytes_, plan)]
-                print(f"| {name} | {rank} | {mib[0]:.2f} | {mib[1]:.2f} | {plan / bytes_ - 1:+.2%} |", flush=True)
-    print(f"largest difference {max(abs(row['off']) for row in found):.2%}")
+                line = {"setting": name, "rank": rank, "counted": counted, "allocated": allocated, "planned": plan}
+                line |= {"off_counted": plan / counted - 1, "off_allocated": plan / allocated - 1}
+                found.append(line | ({"imbalance": imbalance} if "num_experts" in case.text else {}))
+                sizes = " | ".join(f"{size / 2**20:.2f}" for size in (plan, counted, allocated))
+                print(f"| {name} | {rank} | {sizes} | {plan / counted - 1:+.2%} | {plan / allocated - 1:+.2%} |")
+    for name in ("off_counted", "off_allocated"):
+        print(f"largest {name}: {max(abs(line[name]) for line in found):.2%}")
     options.out.write_text(json.dumps({"ranks": found, "versions": versions()}, indent=1) + "\n", encoding="utf-8")
 
 

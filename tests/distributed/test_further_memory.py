@@ -56,8 +56,10 @@ def test_copies_and_models_that_judge(layout, toys, request, world1):
     settings["model"]["load"] = str(toys.checkpoint(kind))
     world = request.getfixturevalue(f"world{size}")
     rl = settings | {
-        "reward": [{"model": str(toys.checkpoint(kind))}], "align": {"beta": 0.1}, "rollout": {"prompts": 4},
-    }  # fmt: skip
+        "reward": [{"model": str(toys.checkpoint(kind))}],
+        "align": {"beta": 0.1},
+        "rollout": {"prompts": 4, "max_new_tokens": 64},
+    }
     rl["train"] = {key: value for key, value in rl["train"].items() if key != "global_batch_size"}
     away = rl | {"align": {"beta": 0.1, "offload": ["reward", "reference"]}}
     tuned = settings | {"train": settings["train"] | {"kl_to_start": 0.1}}
