@@ -73,6 +73,11 @@ PLAN_VERBS = {
                 "type": natural,
                 "help": "pictures in a synthetic row; default: as many as fit",
             },
+            "operators": {
+                "metavar": "FILE",
+                "type": Path,
+                "help": "a new YAML file for the times of single operators, which `megavlm plan --gpu FILE` reads",
+            },
         },
     ),
 }

@@ -17,6 +17,7 @@ from megavlm.platform.device import (
     seed_everything,
     synchronize,
     to_device,
+    total_memory,
 )
 from megavlm.platform.groups import Groups, init, shutdown
 
@@ -40,4 +41,5 @@ __all__ = [
     "shutdown",
     "synchronize",
     "to_device",
+    "total_memory",
 ]

@@ -71,6 +71,13 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def total_memory() -> int:
+    """Bytes of this GPU's memory, or of the machine's."""
+    if on_gpu():
+        return torch.cuda.get_device_properties(device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def allocated() -> tuple[int, int] | tuple[None, None]:
     """Peak bytes on this GPU: those of tensors, and those that torch's allocator holds for them; None on a CPU."""
     if not on_gpu():

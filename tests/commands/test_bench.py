@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from parity import Toys
 from test_train_verbs import megavlm, sft_config
 
@@ -53,6 +54,22 @@ def test_synthetic_rows_in_a_pipeline(toys, tmp_path):
     assert found["step"]["images"] == found["step"]["samples"] == 8  # behind the ramp
     assert found["rows"].startswith("each row has 1 sample of 128 tokens, with 1 picture of 6 × 6 patches")
     assert found["memory"]["planned"] == pytest.approx(found["memory"]["one_step"], rel=0.005)
+
+
+def test_operators_for_the_planner(toys, tmp_path):
+    config = sft_config(toys, tmp_path, steps=2, global_batch_size=4)
+    file, words = tmp_path / "cpu.yaml", ["data.max_pixels=9216", "train.precision=fp32"]
+    found = line_of(config, "--synthetic", "--steps", 1, "--warmup", 0, "--operators", file, *words)
+    facts = yaml.safe_load(file.read_text())
+    kinds = {point[0] for point in facts["operators"]["points"]}
+    assert kinds == {"product", "attention", "elementwise"}
+    assert facts["name"] == "CPU"
+    assert 0 < facts["bf16_tflops"] < 100
+    plan = json.loads(megavlm("plan", config, "--gpus", 1, "--gpu", file, "--json", *words).stdout)
+    assert plan["gpu"]["name"] == "CPU"
+    # Of the toy's step, most is the time of Python between operators, which single operators do not have.
+    assert 0 < plan["time"]["seconds"] < found["seconds"]["mean"]
+    assert "exists already" in megavlm("bench", config, "--operators", file, status=2).stderr
 
 
 def test_what_cannot_be_measured(toys, tmp_path):
