@@ -11,26 +11,33 @@ import argparse
 import gc
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ranks import run_ranks, versions
+from megavlm.demo.model_folder import TEXT, make_model_folder
 from megavlm.monitor.phases import Phases
 from megavlm.plan.costs import Assumed, Measured
 from megavlm.plan.gpus import gpu_of
+from megavlm.plan.measure_operators import measure_collectives, measure_operators
 from megavlm.plan.predict import step_time
+from megavlm.platform import shutdown
 
+ROPE = {**TEXT["rope_parameters"], "mrope_section": [12, 10, 10]}  # of 32 frequencies
 SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,
-         "num_key_value_heads": 4, "head_dim": 64}  # fmt: skip
+         "num_key_value_heads": 4, "head_dim": 64, "rope_parameters": ROPE}  # fmt: skip
 WIDE = {**SMALL, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
 DEEP = {**SMALL, "num_hidden_layers": 8}
 VISION = {"depth": 4, "hidden_size": 384, "intermediate_size": 1536, "num_heads": 6}
@@ -67,12 +74,37 @@ def all_cases(names: list[str], folders: dict[str, str]) -> dict:
     size = CASES[names[0]][0]
     recorded = {name: record(folders[name], CASES[name]) for name in ["tiny", *names]}
     found = {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, os.environ["RANK"] == "0")
+    world = World(store, int(os.environ["RANK"]), size)
+    overhead = call_overhead(world, folders["tiny"], recorded["tiny"])
     for name in names:
-        overhead = call_overhead(folders["tiny"], recorded["tiny"])  # again for each, as the machine's speed changes
-        points = measured_points(recorded[name][2], size)
-        real = run(folders[name], CASES[name])
+        points = measured_points(world, recorded[name][2])
+        with world.entered():
+            real = run(folders[name], CASES[name])
         found[name] = predicted(CASES[name], recorded[name], points, overhead) | real
+        if not world.rank:
+            print(f"{name}: {found[name]['predicted']:.3f} s predicted, {real['steps']} measured", flush=True)
+    dist.init_process_group("gloo", store=dist.PrefixStore("end", store), rank=world.rank, world_size=size)
     return found
+
+
+class World:
+    """The processes of a benchmark, which come together in a new process group for each piece of work."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int):
+        self.store, self.rank, self.size, self._times = store, rank, size, 0
+
+    @contextmanager
+    def entered(self, *, alone: bool = False) -> Iterator[None]:
+        """Within the block this process is in a world with the others, or alone while the others do the same."""
+        self._times += 1
+        store = dist.HashStore() if alone else dist.PrefixStore(str(self._times), self.store)
+        rank, size = (0, 1) if alone else (self.rank, self.size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        yield
+        shutdown()
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def record(folder: str, case: tuple) -> tuple:
@@ -101,45 +133,22 @@ def window_of(case: tuple) -> int:
     return case[5] if "pipeline" in case[2] else min(case[5], 4)
 
 
-def measured_points(examples: Mapping, size: int) -> list[tuple]:
+def measured_points(world: World, examples: Mapping) -> list[tuple]:
     """The seconds of operators and collectives, as means over the ranks."""
-    import torch.distributed as dist
-
-    from megavlm.config.settings import Settings
-    from megavlm.plan.measure_operators import measure_collectives, measure_operators
-    from megavlm.platform import init
-
-    here = torch.device("cpu")
-    if size == 1:
-        return measure_operators(examples, here)
-    init(Settings(model={"hf": "none"}).parallel)
-    of_ranks: list = [None] * size
-    dist.all_gather_object(
-        of_ranks, measure_operators(examples, here) + measure_collectives(dist.group.WORLD, here, 2**24)
-    )
-    seconds = defaultdict(list)
+    here, seconds = torch.device("cpu"), defaultdict(list)
+    with world.entered():
+        mine = measure_operators(examples, here)
+        if world.size > 1:
+            mine += measure_collectives(dist.group.WORLD, here, 2**24)
+        of_ranks: list = [None] * world.size
+        dist.all_gather_object(of_ranks, mine)
     for call, one in itertools.chain.from_iterable(of_ranks):
         seconds[call].append(one)
-    leave()
     return [(call, statistics.mean(of)) for call, of in seconds.items()]
 
 
-def leave() -> None:
-    """Leaves the world, so that this process can be an absent rank or a rank of another layout."""
-    import torch.distributed as dist
-
-    from megavlm.platform import shutdown
-
-    shutdown()
-    gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def run(folder: str, case: tuple) -> dict:
-    """Seconds of each step on this rank, in the real world."""
-    import torch.distributed as dist
-
+    """Seconds of each step on this rank, in the world that it is in."""
     from megavlm.optim.optimizers import Optimizers
     from megavlm.plan.mix import Mix
     from megavlm.plan.step_memory import RowsAtHand
@@ -168,17 +177,18 @@ def run(folder: str, case: tuple) -> dict:
         if not number:
             phases.fields()
     split = phases.fields()
-    leave()
     return {"measured": statistics.median(seconds[1:]), "steps": seconds, "phases": split}
 
 
-def call_overhead(folder: str, recorded: tuple) -> float:
+def call_overhead(world: World, folder: str, recorded: tuple) -> float:
     """Seconds of a call in a step beyond the operator itself, from the steps of a tiny model."""
     (_, (stage,), examples), case = recorded, CASES["tiny"]
-    costs = Measured(measured_points(examples, 1), 0.0, Assumed(gpu_of("a100")))
+    costs = Measured(measured_points(world, examples), 0.0, Assumed(gpu_of("a100")))
     counts = stage.of_step(case[5], case[5] / window_of(case))
     work = sum(count * costs.seconds(call) for call, count in counts.items() if call.kind != "collective")
-    return max(run(folder, case)["measured"] - work, 0.0) / sum(counts.values())
+    with world.entered(alone=True):
+        seconds = run(folder, case)["measured"]
+    return max(seconds - work, 0.0) / sum(counts.values())
 
 
 def predicted(case: tuple, recorded: tuple, points: list[tuple], overhead: float) -> dict:
@@ -204,13 +214,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--processes", type=int, choices=(1, 2), help="only the cases with so many processes")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), help="only these cases")
     chosen = parser.parse_args()
     cases = {}
     with tempfile.TemporaryDirectory() as root:
         for size in (1, 2):
             if chosen.processes not in (None, size):
                 continue
-            names = [name for name, case in CASES.items() if case[0] == size and name != "tiny"]
+            names = [
+                name for name, case in CASES.items() if case[0] == size and name != "tiny" and name in chosen.cases
+            ]
+            if not names:
+                continue
             folders = {name: model(Path(root), CASES[name]) for name in ["tiny", *names]}
             for name, found in run_ranks(size, all_cases, names, folders)[0].items():
                 cases[name] = found | {"ratio": found["predicted"] / found["measured"]}
@@ -224,13 +239,15 @@ def main() -> None:
 
 
 def model(root: Path, case: tuple) -> str:
-    """The folder of a random model without weights."""
-    from megavlm.demo.model_folder import make_model_folder
-
+    """The folder of a random model without weights, of which config.json is enough."""
     folder = root / str(len(list(root.iterdir())))
-    make_model_folder(folder, text=case[1], vision=VISION)
-    for weights in folder.glob("*.safetensors"):
-        weights.unlink()
+    if not (root / "first").exists():
+        make_model_folder(root / "first", text=TINY, vision=VISION)
+    folder.mkdir()
+    config = json.loads((root / "first/config.json").read_text())
+    config["text_config"] |= case[1]
+    config["vision_config"] |= VISION | {"out_hidden_size": case[1]["hidden_size"]}
+    (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
 

@@ -119,6 +119,7 @@ MAY_IMPORT = {
         "base",
     ],
     "plan": [
+        "rollout",
         "align",
         "training",
         "runtime",

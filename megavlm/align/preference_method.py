@@ -40,11 +40,14 @@ class PreferenceMethod(OneModel):
     def bare_objective(self, session: Session) -> Objective:
         return self._make(session.settings, session.groups.language, None)
 
+    def keeps_start(self, settings: Settings) -> bool:
+        return self._has_reference and settings.align.reference_at == "step"
+
     def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
         files, start = FileRows.of(session, self.kind), None
         rows: RowSource | None = files.loader
         attach = None
-        if self._has_reference and session.settings.align.reference_at == "step":
+        if self.keeps_start(session.settings):
             start = StartWeights(session)
         elif self._has_reference:
             data = None

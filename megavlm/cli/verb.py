@@ -5,8 +5,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from megavlm.align.registry import METHODS
+
 RUN = ("model", "adapter", "data", "parallel", "vision", "train", "eval", "checkpoint", "log", "generate")
 READS = ("model.hf", "model.load", "model.adapter")
+
+
+FOR: dict[str, Any] = {
+    "metavar": "VERB",
+    "dest": "verb",
+    "choices": tuple(METHODS),
+    "help": "the verb that is to read the data; default: a guess from the settings and the data, which is said",
+}
 
 
 def positive(text: str) -> int:
@@ -23,6 +33,14 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """The argparse type of a number that is at least 0."""
     return 0 if text == "0" else positive(text)
+
+
+def at_least_one(text: str) -> float:
+    """Parses a number of at least 1, such as how uneven something is."""
+    value = amount(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return value
 
 
 def amount(text: str) -> float:

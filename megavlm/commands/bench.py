@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megavlm.align.registry import METHODS
 from megavlm.base.errors import UserError
 from megavlm.commands.plan_words import verb_of
 from megavlm.config.settings import Settings
@@ -14,7 +13,7 @@ from megavlm.plan.bench import at_full_size, check, leave, measure
 from megavlm.plan.bench_report import planned_memory, report
 from megavlm.plan.gpus import write_gpu
 from megavlm.plan.measured_gpu import measured_gpu
-from megavlm.plan.mix import Mix
+from megavlm.plan.mix import contents_of
 
 
 def main(
@@ -46,8 +45,7 @@ def main(
     verb, synthetic_rows = verb or verb_of(settings), synthetic or not settings.data.train
     check(settings, verb, synthetic=synthetic_rows)
     full = at_full_size(settings, synthetic=synthetic)
-    answers = 2 if METHODS[verb].kind in ("pair", "judged") else 1
-    mix = Mix.of(full, model_shapes(full.model), samples=samples, pictures=pictures, answers=answers)
+    mix = contents_of(full, model_shapes(full.model), verb, samples=samples, pictures=pictures)
     found = measure(full, verb, mix if synthetic_rows else None, steps, warmup)
     session, world_size, rows = found.session, dist.get_world_size(), found.rows
     line = report(settings, verb, found)

@@ -12,7 +12,9 @@ from megavlm.commands.plan_words import verb_of, verdict
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.plan.as_json import CAVEATS, plan_json
+from megavlm.plan.balanced_experts import IMBALANCE
 from megavlm.plan.gpus import gpu_of
+from megavlm.plan.mix import contents_of
 from megavlm.plan.plan import Plan, make_plan
 from megavlm.report.plan_memory import ACTIVATIONS, GIB, activation_parts
 from megavlm.report.plan_page import check_new_file, write_plan_page
@@ -25,6 +27,8 @@ def main(
     verb: str | None = None,
     samples: int = 1,
     pictures: int | None = None,
+    data: Path | None = None,
+    imbalance: float = IMBALANCE,
     price: float | None = None,
     as_json: bool = False,
     page: Path | None = None,
@@ -37,6 +41,8 @@ def main(
         gpu: which GPU.
         verb: the verb for which the configuration is intended; default: a guess from the settings.
         samples, pictures: what each row is assumed to contain (``megavlm.plan.mix.Mix.of``).
+        data: summary.json of `megavlm data inspect`, whose rows are assumed instead.
+        imbalance: tokens of the busiest expert-parallel rank over their mean.
         price: of a GPU for an hour, in any currency.
         as_json: print one line of JSON instead of tables.
         page: an HTML file to write, too; it must not exist.
@@ -49,7 +55,9 @@ def main(
     if page is not None:
         check_new_file(page)
     verb = verb or verb_of(settings)
-    plan = make_plan(settings, model_shapes(settings.model), verb, gpus, facts, samples=samples, pictures=pictures)
+    shapes = model_shapes(settings.model)
+    mix = contents_of(settings, shapes, verb, samples=samples, pictures=pictures, data=data)
+    plan = make_plan(settings, shapes, verb, gpus, facts, mix=mix, imbalance=imbalance)
     if page is not None:
         write_plan_page(page, plan_json(plan, price), settings, verb)
     if as_json:
@@ -70,10 +78,10 @@ def _memory(plan: Plan) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in ("stage", "rank"):
         table.add_column(name)
-    for name in ("weights", "grads", "optim", *ACTIVATIONS, "GiB", f"of {plan.gpu.memory_gib:.0f}"):
+    for name in ("weights", "grads", "optim", "others", *ACTIVATIONS, "GiB", f"of {plan.gpu.memory_gib:.0f}"):
         table.add_column(name, justify="right", no_wrap=True)
     for stage in plan.stages:
-        static = (stage.static.weights, stage.static.gradients, stage.static.optimizer)
+        static = (stage.static.weights, stage.static.gradients, stage.static.optimizer, stage.static.others)
         sizes = [*static, *activation_parts(stage.peak.by_phase).values(), stage.total]
         share = f"{stage.total / plan.capacity:.0%}"
         table.add_row(str(stage.stage), str(stage.rank), *(f"{size / GIB:.2f}" for size in sizes), share)

@@ -34,6 +34,8 @@ def _advice(plan: Plan, settings: Settings) -> list[str]:
             found.append(f"vision.window={settings.parallel.pipeline}")
         if name == "logits" and train.logprob_chunk_tokens > 64:
             found.append(f"train.logprob_chunk_tokens below {train.logprob_chunk_tokens}")
+        if name == "sampling":
+            found.append("a smaller rollout.cache_gib")
         if name == "static":
             found.append("more GPUs, or a larger parallel.tensor or parallel.pipeline")
     return [*found, f"data.seq_length below {settings.data.seq_length}"]

@@ -6,9 +6,8 @@ from typing import Any
 from megavlm.plan.plan import SPARE, Plan
 
 CAVEATS = (
-    "Activations are those of the portable kernels; those of Transformer Engine keep less. Experts are assumed to get "
-    "equal numbers of tokens. Not counted: CUDA, NCCL, workspaces of kernels, FP8 copies, models that only judge, and "
-    "the cache of sampling."
+    "Activations are those of the portable kernels; those of Transformer Engine keep less. Not counted: CUDA, NCCL and "
+    "workspaces of kernels."
 )
 """What is assumed and what is not counted."""
 

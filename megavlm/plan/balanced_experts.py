@@ -1,8 +1,8 @@
 """Experts on the meta device, where no router knows which expert a token chooses: each gets the same number of tokens.
 
 Megatron's dispatcher reads the numbers of tokens back to the host. Here it reads those of a routing in which the
-choices go round the experts, which is what the balancing loss works towards. Real numbers differ, so the busiest rank
-needs more memory than is counted here.
+choices go round the experts, which is what the balancing loss works towards. Real numbers differ: this rank is planned
+as the busiest of its expert-parallel ranks, to which the others send ``imbalance`` times as many tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavlm.model.vlm import VLM
 
+IMBALANCE = 1.3
+"""Tokens of the busiest expert-parallel rank over their mean, unless something else is told: an assumption.
+
+Without experts, or with all of them on each rank, it changes nothing.
+"""
+
 
 class BalancedDispatcher(MoEAlltoAllTokenDispatcher):
     """Megatron's dispatcher with counts of a balanced routing, in host memory."""
+
+    imbalance = 1.0
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         tokens, experts = routing_map.shape
@@ -27,6 +35,8 @@ class BalancedDispatcher(MoEAlltoAllTokenDispatcher):
         per_expert = super().preprocess(balanced.scatter_(1, chosen, True))
         if per_expert.is_meta:  # Megatron has gathered the counts of all ranks on the device; each sends as this one
             here, ranks = balanced.sum(dim=0)[self.local_expert_indices], self.tp_size * self.ep_size
+            if self.ep_size > 1:  # no more than all tokens can come
+                here = (here * min(self.imbalance, self.ep_size)).ceil().to(here.dtype)
             self.output_splits = here.sum().expand(self.ep_size)
             self.output_splits_tp = (here.sum() * self.ep_size).expand(self.tp_size)
             self.num_global_tokens_per_local_expert = here.expand(ranks, -1)
@@ -40,13 +50,14 @@ class BalancedExperts(TorchDispatchMode):
     A model without experts is not changed.
     """
 
-    def __init__(self, vlm: VLM):
+    def __init__(self, vlm: VLM, imbalance: float = 1.0):
         super().__init__()
         self._top_k = vlm.decoder_config.moe_router_topk
         dispatchers = (
             getattr(module, "token_dispatcher", None) for chunk in vlm.language for module in chunk.modules()
         )
         for dispatcher in (one for one in dispatchers if isinstance(one, MoEAlltoAllTokenDispatcher)):
+            dispatcher.imbalance = imbalance
             dispatcher.__class__ = BalancedDispatcher  # MoELayer chooses its dispatcher by name, so it cannot be given
 
     def __torch_dispatch__(

@@ -23,7 +23,7 @@ from megavlm.monitor.stragglers import Stragglers
 from megavlm.optim.optimizers import Optimizers
 from megavlm.optim.param_groups import ParamGroups
 from megavlm.plan.live_memory import LiveMemory
-from megavlm.plan.mix import Mix
+from megavlm.plan.mix import Contents
 from megavlm.plan.static_memory import StaticCount
 from megavlm.platform import allocated, device, on_gpu, reset_memory, shutdown, synchronize
 from megavlm.platform.collectives import all_gather_objects
@@ -98,7 +98,7 @@ def check(settings: Settings, verb: str, *, synthetic: bool) -> None:
         )
 
 
-def measure(settings: Settings, verb: str, mix: Mix | None, steps: int, warmup: int) -> Measured:
+def measure(settings: Settings, verb: str, mix: Contents | None, steps: int, warmup: int) -> Measured:
     """Builds the run of a configuration and measures its steps. Call it on all ranks.
 
     Args:

@@ -16,7 +16,7 @@ from megavlm.platform import attention_blocks, synchronize
 
 _SECONDS = 0.02  # of each operator, at least
 _CALLS = 3  # at least
-_BYTES = 256 * 2**20  # arguments are taken in turn from copies of this size together, so that no cache has them
+_BYTES = 64 * 2**20  # arguments are taken in turn from copies of this size together, so that no cache has them
 
 Measurement = tuple[Call, float]
 """An operator, and the seconds of one call."""
@@ -99,12 +99,12 @@ def _arguments(example: Example, where: torch.device) -> tuple[list, dict[str, A
 
 
 def _tensor(of: TensorOf, bound: int, where: torch.device) -> Tensor:
-    """A tensor with these strides: numbers between 0 and 1, or indices below ``bound``."""
+    """A tensor with these strides: halves, or indices below ``bound``."""
     size = 1 + sum((length - 1) * stride for length, stride in zip(of.shape, of.stride, strict=True))
     if 0 in of.shape:
         return torch.empty(of.shape, dtype=of.dtype, device=where)
     if of.dtype.is_floating_point:
-        base = torch.rand(size, device=where).to(of.dtype)
+        base = torch.full((size,), 0.5, dtype=of.dtype, device=where)
     else:
         base = (torch.arange(size, device=where) % (2 if of.dtype == torch.bool else bound)).to(of.dtype)
     return base.as_strided(of.shape, of.stride)

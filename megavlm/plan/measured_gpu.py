@@ -16,7 +16,7 @@ from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
 from megavlm.plan.costs import on_wire
 from megavlm.plan.gpus import Gpu
 from megavlm.plan.measure_operators import Measurement, measure_collectives, measure_operators
-from megavlm.plan.mix import Mix
+from megavlm.plan.mix import Contents
 from megavlm.plan.operators import Call, Example
 from megavlm.plan.stage_operators import stage_operators
 from megavlm.platform import device, device_name, init, shutdown, total_memory
@@ -24,7 +24,7 @@ from megavlm.platform import device, device_name, init, shutdown, total_memory
 _LARGEST = 64 * 2**20  # bytes of a collective
 
 
-def measured_gpu(settings: Settings, verb: str, mix: Mix, world_size: int) -> Gpu:
+def measured_gpu(settings: Settings, verb: str, mix: Contents, world_size: int) -> Gpu:
     """Measures on all ranks at the same time. This process is in no process group, before and afterwards.
 
     Its peaks are the best that was measured. Without a second rank, links are taken to be as fast as a network.
@@ -54,7 +54,7 @@ def measured_gpu(settings: Settings, verb: str, mix: Mix, world_size: int) -> Gp
     return _gpu({call: statistics.mean(of) for call, of in seconds.items()}, world_size)
 
 
-def _recorded(settings: Settings, verb: str, mix: Mix, world_size: int) -> dict[Call, Example]:
+def _recorded(settings: Settings, verb: str, mix: Contents, world_size: int) -> dict[Call, Example]:
     """An example of each operator that a rank of some stage carries out."""
     examples: dict[Call, Example] = {}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):

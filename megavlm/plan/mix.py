@@ -1,11 +1,17 @@
-"""What a step is assumed to contain: rows full of samples of equal length, with pictures of equal size."""
+"""What a step is assumed to contain: rows full of samples of equal length, or rows such as those of some data."""
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from megavlm.align.registry import METHODS
+from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row, pack
 from megavlm.data.synthetic_row import synthetic_samples
@@ -14,6 +20,55 @@ from megavlm.model.shapes import Shapes
 
 PIXELS = 1024 * 1024
 """Pixels of a picture unless ``data.max_pixels`` says otherwise."""
+
+
+class Contents(Protocol):
+    """The contents of rows."""
+
+    def row(self, settings: Settings, shapes: Shapes) -> Row:
+        """Makes the row that needs most memory. Pixels are black; all tokens but the last of a sample are targets."""
+
+    def mean_row(self, settings: Settings, shapes: Shapes) -> Row:
+        """Makes a row with as much work as the mean row."""
+
+    def work(self, rows: int, *, scores: bool = False) -> Work:
+        """The work of this many rows. ``scores``: of a reward model, which computes no logits."""
+
+
+def contents_of(
+    settings: Settings,
+    shapes: Shapes,
+    verb: str,
+    *,
+    samples: int = 1,
+    pictures: int | None = None,
+    data: Path | None = None,
+) -> "Mix | DataMix":
+    """The contents of the rows of a run: those of ``data`` if it is given, otherwise full rows.
+
+    Args:
+        settings, shapes: the settings and the model.
+        verb: a key of ``METHODS``.
+        samples, pictures: see ``Mix.of``.
+        data: summary.json of `megavlm data inspect`.
+
+    Raises:
+        UserError: ``data`` cannot be used, or is given together with ``samples`` or ``pictures``.
+    """
+    if data is not None:
+        if samples != 1 or pictures is not None:
+            raise UserError("--data says what the rows contain, as --samples and --pictures do", "leave out the others")
+        return DataMix.of(data, settings, shapes)
+    answers = 2 if METHODS[verb].kind in ("pair", "judged") or METHODS[verb].samples else 1
+    return Mix.of(settings, shapes, samples=samples, pictures=pictures, answers=answers)
+
+
+class _Sample(NamedTuple):
+    """A sample: the number of tokens of each of its answers, how many there are (1 or 2), and its frames in patches."""
+
+    length: int
+    answers: int
+    frames: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -48,32 +103,14 @@ class Mix:
         return cls(samples, wanted, side * vision.spatial_merge_size, length, answers)
 
     def row(self, settings: Settings, shapes: Shapes) -> Row:
-        """Makes such a row. All tokens but the last of each sample are targets; pixels are black."""
-        vision = shapes.vision
-        merge, num_patches = vision.spatial_merge_size, self.pictures * self.side**2
-        rows = [
-            sample
-            for _ in range(self.samples)
-            for sample in synthetic_samples(
-                torch.zeros(self.length, dtype=torch.int64),
-                torch.zeros(num_patches, vision.patch_dim // vision.temporal_patch_size, dtype=torch.uint8),
-                np.array([(self.side, self.side)] * self.pictures, dtype=np.int32).reshape(-1, 2),
-                np.arange(num_patches // merge**2),
-                merge=merge,
-                answers=self.answers,
-            )
-        ]
-        return pack(
-            rows,
-            settings.data.seq_length,
-            pad_id=0,
-            grid_side=vision.grid_side,
-            merge=merge,
-            pad_multiple=settings.pad_multiple,
-        )
+        """See ``Contents``."""
+        sample = _Sample(self.length, self.answers, [(self.side, self.side)] * self.pictures)
+        return _pack([sample] * self.samples, settings, shapes)
+
+    mean_row = row
 
     def work(self, rows: int, *, scores: bool = False) -> Work:
-        """The work of this many rows. ``scores``: of a reward model, which computes no logits."""
+        """See ``Contents``."""
         segments, patches = self.samples * self.answers, self.samples * self.pictures * self.side**2
         return Work(
             tokens=float(rows * segments * self.length),
@@ -90,3 +127,99 @@ class Mix:
             f"each row has {self.samples} {of}{'s' * (self.samples > 1)} of {self.length:,} tokens, with "
             f"{self.pictures} picture{'s' * (self.pictures != 1)} of {size} each"
         )
+
+
+@dataclass(frozen=True)
+class DataMix:
+    """Rows as `megavlm data inspect` has packed them from a part of the data.
+
+    Attributes:
+        work_of_row: means over the rows (``report.inspect_stats.RowStats.work``).
+        heaviest: the samples of the row with most patches.
+        file: where this is from.
+    """
+
+    work_of_row: dict[str, float]
+    heaviest: list[_Sample]
+    file: str
+
+    @classmethod
+    def of(cls, path: Path, settings: Settings, shapes: Shapes) -> "DataMix":
+        """Reads summary.json. Raises UserError if it is something else, or of rows of another length."""
+        again = "let megavlm data inspect write it again, with this configuration"
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            length, rows = found["seq_length"], found["rows"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--data {path} is not a summary.json of megavlm data inspect: {error}", again) from None
+        if length != settings.data.seq_length:
+            raise UserError(
+                f"--data {path} is of rows of {length} tokens, but data.seq_length is {settings.data.seq_length}", again
+            )
+        if rows is None or "heaviest" not in rows:
+            why = "has no usable sample, or prompts, whose answers do not exist yet" if rows is None else "is too old"
+            raise UserError(f"--data {path} {why}: it has no rows to plan with", again if rows else "leave out --data")
+        merge, samples = shapes.vision.spatial_merge_size, []
+        for sample in rows["heaviest"]:
+            tokens, frames = sample["tokens"], [(int(h), int(w)) for h, w in sample["frames"]]
+            if any(h % merge or w % merge for h, w in frames):
+                raise UserError(f"--data {path} is of another model, which merges other numbers of patches", again)
+            first = _Sample(sum(tokens) // len(tokens), 1, frames)
+            samples += [first._replace(answers=min(len(tokens), 2))]
+            samples += [first._replace(frames=())] * (len(tokens) - 2)
+        return cls(rows["work"], samples, str(path))
+
+    def row(self, settings: Settings, shapes: Shapes) -> Row:
+        """See ``Contents``."""
+        return _pack(self.heaviest, settings, shapes)
+
+    def mean_row(self, settings: Settings, shapes: Shapes) -> Row:
+        """See ``Contents``. Samples and pictures have equal sizes, with about the same sums of squares."""
+        work, merge, multiple = self.work_of_row, shapes.vision.spatial_merge_size, settings.pad_multiple
+        count = max(1, round(work["tokens"] ** 2 / work["segment_squares"]))
+        length = max(multiple, int(work["tokens"] / count) // multiple * multiple)
+        of_frame = work["frame_squares"] / work["patches"] if work["patches"] else merge**2
+        side = max(1, round(math.sqrt(of_frame) / merge)) * merge
+        side = min(side, math.isqrt(max(length - 1, 1)) * merge)
+        most = (length - 1) // ((side // merge) ** 2)
+        frames = round(work["patches"] / side**2)
+        shares = [min(most, frames // count + (place < frames % count)) for place in range(count)]
+        return _pack([_Sample(length, 1, [(side, side)] * share) for share in shares], settings, shapes)
+
+    def work(self, rows: int, *, scores: bool = False) -> Work:
+        """See ``Contents``."""
+        of_row = self.work_of_row | ({"target_tokens": 0.0} if scores else {})
+        return Work(**{name: rows * value for name, value in of_row.items()})
+
+    def __str__(self) -> str:
+        tokens, patches = self.work_of_row["tokens"], self.work_of_row["patches"]
+        most = sum(h * w for sample in self.heaviest for h, w in sample.frames)
+        return (
+            f"rows as in {self.file}: {tokens:,.0f} tokens and {patches:,.0f} patches in the mean row, which decides "
+            f"the work, and {most:,} patches in the heaviest, which decides the memory"
+        )
+
+
+def _pack(samples: Sequence[_Sample], settings: Settings, shapes: Shapes) -> Row:
+    """A row of such samples; their visual tokens come first."""
+    vision = shapes.vision
+    merge, made = vision.spatial_merge_size, []
+    for length, answers, frames in samples:
+        grids = np.array(frames, dtype=np.int32).reshape(-1, 2)
+        patches = int(grids.prod(axis=1).sum())
+        made += synthetic_samples(
+            torch.zeros(length, dtype=torch.int64),
+            torch.zeros(patches, vision.patch_dim // vision.temporal_patch_size, dtype=torch.uint8),
+            grids,
+            np.arange(patches // merge**2),
+            merge=merge,
+            answers=answers,
+        )
+    return pack(
+        made,
+        settings.data.seq_length,
+        pad_id=0,
+        grid_side=vision.grid_side,
+        merge=merge,
+        pad_multiple=settings.pad_multiple,
+    )

@@ -15,10 +15,12 @@ from megavlm.data.row import Row
 from megavlm.model.flops import parts_flops
 from megavlm.model.shapes import Shapes
 from megavlm.plan.absent_rank import TrainedModel, absent_rank, that_can_be_absent
+from megavlm.plan.balanced_experts import IMBALANCE
 from megavlm.plan.costs import costs_of
+from megavlm.plan.further_memory import further_memory, sampling_memory
 from megavlm.plan.gpus import Gpu
 from megavlm.plan.hardware_flops import hardware_flops
-from megavlm.plan.mix import Mix
+from megavlm.plan.mix import DataMix, Mix
 from megavlm.plan.predict import step_time
 from megavlm.plan.stage_operators import stage_operators
 from megavlm.plan.static_memory import StaticCount, StaticMemory, make_state
@@ -37,8 +39,8 @@ class StagePlan:
 
     Attributes:
         stage, rank: the pipeline stage from 0, and the rank.
-        static: what it holds all the time, of all models that are trained.
-        peak: of the step's tensors, of the model that needs most.
+        static: what it holds all the time.
+        peak: of the step's tensors, of the model that needs most; or of the sampling, if that needs more.
     """
 
     stage: int
@@ -69,7 +71,7 @@ class Plan:
     gpu: Gpu
     world_size: int
     data_parallel: int
-    mix: Mix
+    mix: Mix | DataMix
     rows: int
     tokens: int
     stages: list[StagePlan]
@@ -101,8 +103,8 @@ def make_plan(
     world_size: int,
     gpu: Gpu,
     *,
-    samples: int = 1,
-    pictures: int | None = None,
+    mix: Mix | DataMix,
+    imbalance: float = IMBALANCE,
 ) -> Plan:
     """Plans a layout.
 
@@ -112,17 +114,17 @@ def make_plan(
         verb: a key of ``METHODS``.
         world_size: number of GPUs.
         gpu: the GPU.
-        samples, pictures: see ``Mix.of``.
+        mix: what the rows contain.
+        imbalance: tokens of the busiest expert-parallel rank over their mean; it counts for the memory alone.
 
     Raises:
         UserError: the settings do not fit the model, the verb or the number of GPUs.
     """
     data_parallel = check_shapes(settings, shapes, world_size)
     method = make_method(verb, settings)
-    answers = 2 if METHODS[verb].kind in ("pair", "judged") or METHODS[verb].samples else 1
-    mix = Mix.of(settings, shapes, samples=samples, pictures=pictures, answers=answers)
     each = settings.rows_per_step(data_parallel)
-    row, stages, operators = mix.row(settings, shapes), [], []
+    row, mean_row = mix.row(settings, shapes), mix.mean_row(settings, shapes)
+    stages, operators = [], []
     absent = that_can_be_absent(settings)
     for stage in range(settings.parallel.pipeline):
         rank = world_size // settings.parallel.pipeline * stage
@@ -131,10 +133,13 @@ def make_plan(
             for model in trained:
                 make_state(model.optimizers)
                 static += count(model.vlm, model.optimizers)
-            peaks = [_peak(session, model, row, each) for model in trained]
+            static += StaticMemory(others=further_memory(session, settings, method, rank))
+            peaks = [_peak(session, model, row, each, imbalance) for model in trained]
+            if METHODS[verb].samples:
+                peaks.append(Peak("sampling", {"sampling": sampling_memory(session, settings, verb)}))
             main, window = trained[0], _window(session, trained[0], each)
             operators.append(
-                stage_operators(main.vlm, main.optimizers, main.objective, row, window, torch.device("meta"))
+                stage_operators(main.vlm, main.optimizers, main.objective, mean_row, window, torch.device("meta"))
             )
         stages.append(StagePlan(stage, rank, static, max(peaks, key=lambda peak: peak.total)))
     rows = each * data_parallel
@@ -156,13 +161,13 @@ def make_plan(
     )
 
 
-def _peak(session: Session, model: TrainedModel, row: Row, rows: int) -> Peak:
+def _peak(session: Session, model: TrainedModel, row: Row, rows: int, imbalance: float) -> Peak:
     """The peak of a step of ``rows`` rows on each data-parallel rank."""
     parallel, window = session.settings.parallel, _window(session, model, rows)
 
     def run(count: int) -> Peak:
         where = next(model.vlm.vision.parameters()).device
-        return peak_of(model.vlm, model.optimizers, model.objective, [row] * count, count, where)
+        return peak_of(model.vlm, model.optimizers, model.objective, [row] * count, count, where, imbalance)
 
     return peak_of_window(run, window, parallel.pipeline, parallel.virtual_pipeline or 1)
 

@@ -28,16 +28,18 @@ class StaticMemory:
         optimizer: float32 copies of the weights and what the optimizers remember (Adam's two moments, GaLore's
             projected ones and their projectors), of this rank's share. Counts of steps, one number for each tensor in
             torch's Adam and none in Transformer Engine's, are left out.
+        others: what is counted elsewhere (``further_memory``).
     """
 
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
+    others: int = 0
 
     @property
     def total(self) -> int:
         """Their sum."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.others
 
     def __add__(self, other: "StaticMemory") -> "StaticMemory":
         return StaticMemory(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -51,7 +51,13 @@ class RowsAtHand(Feed):
 
 
 def peak_of(
-    vlm: VLM, optimizers: Optimizers, objective: Objective, rows: list[Row], window: int | None, where: torch.device
+    vlm: VLM,
+    optimizers: Optimizers,
+    objective: Objective,
+    rows: list[Row],
+    window: int | None,
+    where: torch.device,
+    imbalance: float = 1.0,
 ) -> Peak:
     """Runs the rows forward and backward, and returns the peak. Gradients stay in the buffers.
 
@@ -60,6 +66,7 @@ def peak_of(
         rows: the rows of this data-parallel rank.
         window: see ``Step``.
         where: the device that is counted: that of the model.
+        imbalance: tokens of this rank's experts over the mean of the expert-parallel ranks; on the meta device alone.
     """
     memory = LiveMemory(where)
     phases = PhasesOf(memory)
@@ -69,7 +76,7 @@ def peak_of(
     is_absent = where.type == "meta"
     if is_absent:
         vlm.decoder_config.batch_p2p_comm = False  # torch cannot batch sends of meta tensors
-    with BalancedExperts(vlm) if is_absent else nullcontext(), memory, phases.step():
+    with BalancedExperts(vlm, imbalance) if is_absent else nullcontext(), memory, phases.step():
         step.gradients(feed.rows(len(rows)))
     return Peak(memory.peak_phase, memory.at_peak)
 

@@ -21,7 +21,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == torch.float32:
         total.addmm_(left, right)
     elif left.is_meta:
-        return  # on the meta device there is nothing to add, and no kernel that would
+        # there is no kernel that adds: a product of the same size, which needs no memory of its own either
+        torch.mm(left, right, out=total.view(left.dtype)[:, : right.shape[1]])
     elif left.is_cuda:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:

@@ -49,6 +49,9 @@ class PolicyMethod(OneModel):
         chunk_tokens = session.settings.train.logprob_chunk_tokens
         return PolicyObjective(self._policy.options, chunk_tokens, session.groups.language)
 
+    def keeps_start(self, settings: Settings) -> bool:
+        return self._policy.has_reference
+
     def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
         settings = session.settings = with_group_size(session.settings, self.verb)
         groups = session.groups
@@ -88,7 +91,7 @@ class PolicyMethod(OneModel):
         models = RewardModels(session, settings.reward, renderer)
         policy, objective = self._policy, self.bare_objective(session)
         start = None
-        if policy.has_reference:
+        if self.keeps_start(settings):
             start = StartWeights(session, offload="reference" in settings.align.offload)
         divergence = None
         if start is not None and policy.kl_in_reward and not policy.has_critic:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -138,12 +139,18 @@ class RowStats:
         samples: mean number of samples in a row; a pair is one sample.
         patches: number of patches in a row.
         rows: number of packed rows.
+        work: means over the rows of what their operations follow from: tokens, target_tokens, segment_squares (of the
+            tokens of each answer), patches, frame_squares (of the patches of each frame).
+        heaviest: the samples of the row with most patches, or else most tokens: the number of ``tokens`` of each of its
+            answers, and the ``frames`` of its media in patches, [height, width] each.
     """
 
     fill: float
     samples: float
     patches: Spread
     rows: int
+    work: dict[str, float]
+    heaviest: list[dict[str, Any]]
 
 
 def num_targets(draft: Draft) -> int:
@@ -225,19 +232,40 @@ def pack_rows(looks: Sequence[Look], settings: DataSettings, pad_multiple: int, 
     buffer = settings.packing_buffer if settings.packing == "best_fit" else 1
     fill = first_fill(buffer)
     waiting: list[Draft] = []
-    tokens, samples, patches = [], [], []
+    rows: list[list[Draft]] = []
     for _ in range(_PACKED_ROWS):
         while len(waiting) < fill:
             source, index = next(draws)
             if isinstance(sample := usable[source].samples[index], Draft):
                 waiting.append(sample)
         fill = next_fill(fill, buffer)
-        row = take_row(waiting, settings.seq_length, pad_multiple, settings.max_patches_per_row)
-        tokens.append(sum(draft.num_tokens for draft in row))
-        samples.append(len(row))
-        patches.append(sum(draft.num_patches for draft in row))
-    share = float(np.mean(tokens)) / settings.seq_length
-    return RowStats(share, float(np.mean(samples)), Spread.of(patches), _PACKED_ROWS)
+        rows.append(take_row(waiting, settings.seq_length, pad_multiple, settings.max_patches_per_row))
+    work = [_work(row) for row in rows]
+    mean = {name: float(np.mean([of_row[name] for of_row in work])) for name in work[0]}
+    heaviest = max(range(len(rows)), key=lambda place: (work[place]["patches"], work[place]["tokens"]))
+    return RowStats(
+        fill=mean["tokens"] / settings.seq_length,
+        samples=float(np.mean([len(row) for row in rows])),
+        patches=Spread.of([of_row["patches"] for of_row in work]),
+        rows=_PACKED_ROWS,
+        work=mean,
+        heaviest=[
+            {"tokens": [answer.length for answer in draft.answers], "frames": draft.frame_grids.tolist()}
+            for draft in rows[heaviest]
+        ],
+    )
+
+
+def _work(row: Sequence[Draft]) -> dict[str, int]:
+    """What the operations of a row follow from; see ``RowStats.work``."""
+    frames = [int(frame) for draft in row for frame in draft.frame_grids.prod(axis=1)]
+    return {
+        "tokens": sum(draft.num_tokens for draft in row),
+        "target_tokens": sum(map(num_targets, row)),
+        "segment_squares": sum(answer.length**2 for draft in row for answer in draft.answers),
+        "patches": sum(frames),
+        "frame_squares": sum(frame**2 for frame in frames),
+    }
 
 
 def limit_text(max_tokens: int | None, tokens: float) -> str:

@@ -37,7 +37,7 @@ class LanguageModeling(OneModel):
     def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
         files = FileRows.of(session, self.kind)
         objective, coefficient = self.bare_objective(session), session.settings.train.kl_to_start
-        if coefficient:
+        if self.keeps_start(session.settings):
             objective = CrossEntropyWithKL(objective, coefficient, StartWeights(session))
         return Prepared(objective, files.loader, files.longest_row, files.loader)
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Protocol
 
 from megavlm.base.errors import UserError
+from megavlm.config.settings import Settings
 from megavlm.data.loader import RowLoader, build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
@@ -85,6 +86,9 @@ class Method(Protocol):
         Returns what updates them, by name.
         """
 
+    def keeps_start(self, settings: Settings) -> bool:
+        """Whether the weights at the start of training are kept, to compare the model with them in each step."""
+
     def prepare(self, session: Session, heartbeat: Callable[[str], None]) -> Prepared:
         """Prepares the method. It is called on all ranks before the optimizers are built and a checkpoint is restored.
 
@@ -98,6 +102,9 @@ class Method(Protocol):
 
 class OneModel:
     """A base class of methods that train the main model alone."""
+
+    def keeps_start(self, settings: Settings) -> bool:
+        return bool(settings.train.kl_to_start)
 
     def bare_others(self, session: Session) -> Mapping[str, Step]:
         return {}

@@ -31,10 +31,7 @@ class StartWeights:
         self._vlm = vlm
         self._copies: dict[Tensor, Tensor] = {
             parameter: _in_host_memory(parameter) if offload else parameter.detach().clone()
-            for part in PARTS
-            for module in vlm.modules_of(part)
-            for parameter in module.parameters()
-            if parameter.requires_grad or part in settings.train.unfreeze_after
+            for parameter in copied_weights(session)
         }
 
     def of(self, parameter: Tensor) -> Tensor:
@@ -54,6 +51,18 @@ class StartWeights:
             for parameter, data in now.items():
                 parameter.data = data
             self._vlm.train()
+
+
+def copied_weights(session: Session) -> list[Tensor]:
+    """The weights of the main model that are trained now or later, of which ``StartWeights`` has a copy."""
+    later = session.settings.train.unfreeze_after
+    return [
+        parameter
+        for part in PARTS
+        for module in session.vlm.modules_of(part)
+        for parameter in module.parameters()
+        if parameter.requires_grad or part in later
+    ]
 
 
 def _in_host_memory(parameter: Tensor) -> Tensor:

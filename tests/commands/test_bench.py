@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from parity import Toys
 from test_train_verbs import megavlm, sft_config
+from toy import write_records
 
 from megavlm.monitor.phases import PHASES
 
@@ -53,6 +55,39 @@ def test_synthetic_rows_in_a_pipeline(toys, tmp_path):
     assert found["step"]["images"] == found["step"]["samples"] == 8  # behind the ramp
     assert found["rows"].startswith("each row has 1 sample of 128 tokens, with 1 picture of 6 × 6 patches")
     assert found["memory"]["planned"] == pytest.approx(found["memory"]["one_step"], rel=0.005)
+
+
+def test_operators_for_the_planner(toys, tmp_path):
+    config = sft_config(toys, tmp_path, steps=2, global_batch_size=4)
+    file, words = tmp_path / "cpu.yaml", ["data.max_pixels=9216", "train.precision=fp32"]
+    found = line_of(config, "--synthetic", "--steps", 1, "--warmup", 0, "--operators", file, *words)
+    facts = yaml.safe_load(file.read_text())
+    kinds = {point[0] for point in facts["operators"]["points"]}
+    assert kinds == {"product", "attention", "elementwise"}
+    assert facts["name"] == "CPU"
+    assert 0 < facts["bf16_tflops"] < 100
+    plan = json.loads(megavlm("plan", config, "--gpus", 1, "--gpu", file, "--json", *words).stdout)
+    assert plan["gpu"]["name"] == "CPU"
+    # Of the toy's step, most is the time of Python between operators, which single operators do not have.
+    assert 0 < plan["time"]["seconds"] < found["seconds"]["mean"]
+    assert "exists already" in megavlm("bench", config, "--operators", file, status=2).stderr
+
+
+def test_pairs_and_sampled_answers(toys, tmp_path):
+    """No reference file is made for dpo, and grpo samples with the built-in engine."""
+    config, steps = sft_config(toys, tmp_path, steps=1, global_batch_size=1), ("--steps", 1, "--warmup", 0)
+    pair = {"messages": [{"role": "user", "content": "How many?"}], "chosen": "Two.", "rejected": "None at all."}
+    data = f"data.train={write_records(tmp_path / 'pairs.jsonl', [pair] * 4)}"
+    found = line_of(config, data, *steps, "--for", "dpo")
+    assert (found["verb"], found["step"]["samples"]) == ("dpo", 1)
+    assert found["memory"]["planned"] == pytest.approx(found["memory"]["one_step"], rel=0.005)
+    data = f"data.train={write_records(tmp_path / 'prompts.jsonl', [{'prompt': 'How many?', 'answer': 'Two.'}] * 4)}"
+    few = ["rollout.prompts=2", "rollout.group_size=2", "rollout.max_new_tokens=4", "reward=[{name: exact}]"]
+    found = line_of(config, data, *steps, *few, "train.global_batch_size=null", "align.beta=0.1")
+    assert found["verb"] == "grpo"
+    assert found["phases"]["sampling"] > 0
+    assert found["memory"]["one_step"] is None
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_measured(toys, tmp_path):

@@ -90,8 +90,8 @@ def planned(settings, window: int, world: int):
     for rank in range(world):
         absent = absent_rank(that_can_be_absent(settings), make_method("sft", settings), rank, world)
         with absent as (session, (one,)):
-            row, *_ = step_of(session, one.optimizers, settings, window, ROWS)
-            operators = stage_operators(one.vlm, one.optimizers, one.objective, row, window, torch.device("meta"))
+            row, _, step = step_of(session, one.optimizers, settings, window, ROWS)
+            operators = stage_operators(one.vlm, one.optimizers, step.objective, row, window, torch.device("meta"))
             counts = operators.of_step(ROWS, ROWS / window)
             volume = Counter()
             for call, count in counts.items():
