@@ -134,9 +134,11 @@ def _fit(settings: Settings, shapes: Shapes, verb: str | None, world_size: int, 
     """Whether the layout fits the memory of its GPUs, and where to see more."""
     from megavlm.commands.plan_words import verb_of, verdict  # imported here because Megatron takes seconds to import
     from megavlm.plan.gpus import gpu_of
+    from megavlm.plan.mix import contents_of
     from megavlm.plan.plan import make_plan
 
-    plan = make_plan(settings, shapes, verb or verb_of(settings), world_size, gpu_of(gpu))
+    verb = verb or verb_of(settings)
+    plan = make_plan(settings, shapes, verb, world_size, gpu_of(gpu), mix=contents_of(settings, shapes, verb))
     more = f"megavlm plan CONFIG.yaml --gpus {world_size} --gpu {gpu}"
     return f"by the plan, it {verdict(plan, settings)} [dim]· more: {more}[/]"
 

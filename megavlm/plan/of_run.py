@@ -93,11 +93,13 @@ def plan_of_run(output: Path, verb: str, world_size: int, device: tuple[str, flo
     """
     from megavlm.convert.hf_shapes import model_shapes  # these import Megatron, for many seconds
     from megavlm.plan.as_json import plan_json
-    from megavlm.plan.plan import make_plan
+    from megavlm.plan.mix import contents_of
+from megavlm.plan.plan import make_plan
 
     settings = load_settings(output / "config.yaml")
     gpu = gpu_of(USUAL_GPU) if device is None else gpu_called(*device)
-    plan = make_plan(settings, model_shapes(settings.model), verb, world_size, gpu)
+    shapes = model_shapes(settings.model)
+    plan = make_plan(settings, shapes, verb, world_size, gpu, mix=contents_of(settings, shapes, verb))
     return plan_json(plan) | {"device": device[0] if device is not None else None}
 
 
