@@ -1,6 +1,8 @@
 """Data files as public data sets have them: read as the same samples in megavlm's own form, and trained on."""
 
 import base64
+import datetime
+import decimal
 import json
 import pickle
 from collections import Counter
@@ -212,6 +214,12 @@ def test_fields_and_the_folder_of_media_have_names_of_ones_own(root, tmp_path):
     record, find = file.read(0)
     assert check_record(record, "tune", "a").messages[1]["content"] == "A cat."
     assert find(record["images"][0]).url == f"{root}/{CAT}"
+    inside = "data:image/png;base64," + base64.b64encode((root / CAT).read_bytes()).decode()
+    file = open_file(
+        write_records(tmp_path / "a.jsonl", [{"image": inside, "question": "?", "answer": "!"}]), media="b"
+    )
+    record, find = file.read(0)
+    assert find(*record["images"]).read() == (root / CAT).read_bytes()
     with pytest.raises(ValidationError, match=r"a blend has map, which would be ignored"):
         DataSource(sources=[{"path": "a"}, {"path": "b"}], map={"images": "x"})
 
@@ -223,6 +231,7 @@ def test_patterns_and_folders(data_sets, root, tmp_path):
         rows = [{"question": f"{number}.{row}?", "answer": "!"} for row in range(number + 1)]
         pq.write_table(pa.Table.from_pylist(rows), folder / f"train-{number}.parquet")
     (folder.parent / "dataset_info.json").write_text("{}")
+    (folder / "columns.json").write_text("[]")  # describes the others
     asked = [f"{number}.{row}?" for number in range(3) for row in range(number + 1)]
     for path in (folder, folder.parent, f"{folder}/*.parquet", f"file://{folder}/train-?.parquet"):
         file = pickle.loads(pickle.dumps(open_file(path)))
@@ -250,9 +259,15 @@ def test_json_arrays_are_indexed_in_pieces(tmp_path, monkeypatch):
             monkeypatch.setattr(json_array, "_BLOCK", block)
             file = open_file(tmp_path / "a.json")
             assert [file.read(index)[0] for index in range(len(file))] == records
-    monkeypatch.setattr(json_array, "_KEPT_FROM", 1)
-    kept = [open_file(tmp_path / "a.json") for _ in range(2)]
-    assert kept[1].read(39)[0] == records[39]
+    (tmp_path / "bom.json").write_text(json.dumps(records), encoding="utf-8-sig")
+    assert open_file(tmp_path / "bom.json").read(39)[0] == records[39]
+    indexed = Counter()
+    monkeypatch.setattr(json_array, "_spans", lambda *a, real=json_array._spans: indexed.update("i") or real(*a))
+    for kept_from, count in ((1 << 24, 2), (1, 3)):  # a large file is indexed once
+        monkeypatch.setattr(json_array, "_KEPT_FROM", kept_from)
+        files = [open_file(tmp_path / "a.json") for _ in range(2)]
+        assert files[1].read(39)[0] == records[39]
+        assert indexed["i"] == count
     for text, message in (
         ('[{"a": 1}, 7]', r"byte 11, after 1 objects, begins none"),
         ('[{"a": 1}, {"a": ]', r"object 2 of the array, at byte 11, is not valid JSON"),
@@ -284,6 +299,9 @@ def test_tables(root, data_sets, tmp_path, monkeypatch):
         open_file(tmp_path / "empty.parquet")
     remote = open_file(f"file://{root}/vqa/dataset.arrow")  # is copied to the cache
     assert remote.read(0)[0]["answer"] == "yes"
+    told = {"text": "a", "day": datetime.date(2026, 1, 2), "cost": decimal.Decimal("1.50")}
+    pq.write_table(pa.Table.from_pylist([told]), tmp_path / "told.parquet")
+    assert open_file(tmp_path / "told.parquet").read(0)[0] == {"text": "a", "day": "2026-01-02", "cost": "1.50"}
     rows = pa.table({"text": [f"{row} " * 100 for row in range(200)]})
     for name, make in (("file.feather", pa.ipc.new_file), ("stream.arrow", pa.ipc.new_stream)):
         for compression in ("zstd", None):

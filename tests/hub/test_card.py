@@ -53,6 +53,13 @@ def test_sums_are_those_of_the_lines_up_to_the_step(facts):
     assert (dogs.name, dogs.samples, dogs.target_tokens, dogs.passes) == ("dogs", 5, 9, 2.0)
 
 
+def test_the_source_with_the_most_samples_comes_first(tmp_path):
+    facts = RunFacts(run_of(tmp_path / "run", [line(1, **{"samples/ants": 5, "epoch/ants": 0.5})]), 1)
+    assert [source.name for source in facts.sources] == ["cats", "ants"]
+    facts = RunFacts(run_of(tmp_path / "other", [line(1, **{"samples/elks": 7, "epoch/elks": 0.5})]), 1)
+    assert [source.name for source in facts.sources] == ["elks", "cats"]
+
+
 def test_the_card_of_a_model(facts, tmp_path):
     card = Card("mine", "qwen3_vl", facts, base="Qwen/Qwen3-VL-8B-Instruct", license="apache-2.0", limits="data.x=1")
     card.write(tmp_path)

@@ -55,7 +55,9 @@ def test_a_host_that_stays_down_is_not_waited_for_at_each_sample(waits):
     assert retried("http://host/a", read) == "read"
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("a"), PermissionError("a"), ValueError("a"), KeyError("a")])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, "a"), PermissionError("a"), ValueError("a"), KeyError("a")]
+)
 def test_other_errors_are_not(error, waits):
     with pytest.raises(type(error)):
         retried("http://host/a", failing(1, error)[0])

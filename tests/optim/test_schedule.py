@@ -104,6 +104,8 @@ def test_a_parameter_group_has_its_own_rates():
 def test_a_schedule_of_fewer_steps_ends_with_the_run():
     """20 of 120 steps without updates: after 50 steps with two updates each, cosine has half of its rate."""
     schedule = Schedule(SimpleNamespace(param_groups=[]), train(steps=120), 2, 20)
+    schedule.num_steps = 7
+    assert schedule.with_settings(train(steps=120)).num_steps == 7
     for other in (schedule, schedule.with_settings(train(steps=120, min_lr=0.5))):
         for steps, share in {0: 1.0, 50: 0.5, 100: 0.0}.items():
             other.num_steps = 2 * steps
