@@ -172,7 +172,7 @@ def with_small(name: str, words: list[str]) -> list[str]:
     if name in ("score", "infer", "export", "data inspect"):
         small.pop("train.memory_check")
     given = {word.partition("=")[0]: word.partition("=")[2] for word in words if "=" in word}
-    small["train.steps"] = STEPS[given.get("train.steps", "1000")]
+    small["train.steps"] = STEPS.get(given.get("train.steps", "1000"), "null")
     if "train.epochs" in given:
         del small["train.steps"]
     if "align.overlong_cache" in given:
