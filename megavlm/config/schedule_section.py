@@ -32,7 +32,7 @@ class ScheduleSettings(Section):
     )
     batch_ramp_lr: Literal["constant", "sqrt", "linear"] = Field(
         "constant",
-        description="only with batch_ramp: how the learning rate depends on the number of rows. constant: not at all; "
+        description="only with batch_ramp: how lr depends on the number of rows. constant: not at all; "
         "sqrt: it is multiplied by √(rows / global_batch_size); linear: by rows / global_batch_size",
     )
     lr: Float | None = Field(None, gt=0, description="maximum learning rate")

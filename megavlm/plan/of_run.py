@@ -94,7 +94,7 @@ def plan_of_run(output: Path, verb: str, world_size: int, device: tuple[str, flo
     from megavlm.convert.hf_shapes import model_shapes  # these import Megatron, for many seconds
     from megavlm.plan.as_json import plan_json
     from megavlm.plan.mix import contents_of
-from megavlm.plan.plan import make_plan
+    from megavlm.plan.plan import make_plan
 
     settings = load_settings(output / "config.yaml")
     gpu = gpu_of(USUAL_GPU) if device is None else gpu_called(*device)

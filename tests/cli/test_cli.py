@@ -164,7 +164,8 @@ def test_nothing_is_started_for_a_bad_setting(run):
 
 def test_a_job_gets_its_settings_and_flags(run):
     job = (
-        "def main(settings, prompt, image, video): print(settings.train.steps, prompt, [str(p) for p in image], video)"
+        "def main(settings, prompt, image, video, ema):\n"
+        "    print(settings.train.steps, prompt, [str(p) for p in image], video, ema)"
     )
     status, out, err = run(
         job,
@@ -178,7 +179,7 @@ def test_a_job_gets_its_settings_and_flags(run):
         "--image",
         "eval.jsonl",
     )
-    assert (status, out, err) == (0, "7 what? ['train.jsonl', 'eval.jsonl'] []\n", "")
+    assert (status, out, err) == (0, "7 what? ['train.jsonl', 'eval.jsonl'] [] False\n", "")
 
 
 def test_a_verb_of_two_words_and_one_without_settings(run):

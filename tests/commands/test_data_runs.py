@@ -49,6 +49,18 @@ def test_shards_give_the_same_rows_and_the_same_loss_as_jsonl(toys, tmp_path):
     assert sum(line["samples"] for line in lines["jsonl"]) > 24
 
 
+def test_the_end_of_a_source_is_told(toys, tmp_path):
+    data = write_records(toys.root / "numbered.jsonl", numbered(toys, 24))
+    config = sft_config(toys, tmp_path, steps=4, global_batch_size=4)
+    sources = f"data.train=[{{path: {data}, name: short, max_tokens: 60}}, {{path: {data}, name: long}}]"
+    printed = megavlm("sft", config, sources, "data.workers=0").stdout
+    lines = metrics_of(tmp_path / "run")
+    given = [line["samples/short"] for line in lines]
+    assert given[0] > 0
+    assert given[-1] == 0
+    assert printed.count("short has given its max_tokens (step 1); the blend goes on without it") == 1
+
+
 def break_samples(toys, records, tmp_path):
     """Breaks every tenth record in its own way; returns the file and {line: (kind, part of the cause)}."""
     whole = (toys.root / records[0]["images"][0]).read_bytes()
