@@ -173,7 +173,7 @@ class Operators(TorchDispatchMode):
         if name.startswith(_ATTENTION):
             kind, sizes, flops = "attention", *_attention(func, args, kwargs, backward=name.endswith("backward"))
         elif packet in flop_registry or packet is _aten.addmm_:
-            left, right = [t for t in read if t.dim() >= 2][-2:]
+            left, right = [t for t in tensors_in(args) if t.dim() >= 2][-2:]  # behind what they are added to
             kind, sizes = "product", (left.shape[0] if left.dim() == 3 else 1, *left.shape[-2:], right.shape[-1])
             flops = 2 * math.prod(sizes)
         written = sum(map(nbytes, made)) if made else nbytes(first)  # those that return nothing write in place
