@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from megavlm.align.sampling_checks import check_numbers, check_sampling
 from megavlm.base.errors import UserError
+from megavlm.config.answering import check_answering
+from megavlm.config.eval_section import SCORE
 from megavlm.config.settings import Settings
 
 if TYPE_CHECKING:
@@ -137,14 +139,24 @@ def check_method(name: str, settings: Settings) -> None:
 def _check_evaluation(settings: Settings, name: str) -> None:
     """Raises UserError for settings of the section eval that the method cannot follow."""
     method, chosen = METHODS[name], settings.eval
-    if method.samples and chosen.every is not None:
+    if not chosen.is_on:
+        return
+    if method.samples and chosen.rows is not None:
         raise UserError(
-            f"eval.every is {chosen.every}, but {name} does not evaluate while it trains; its rewards are measured in "
-            "each step",
-            "remove eval.every; megavlm infer answers the questions of data.eval with any checkpoint",
+            f"eval.rows is {chosen.rows}, but {name} computes no held-out loss: it would be ignored",
+            "remove eval.rows; eval.answers.samples limits the number of held-out questions",
         )
-    if chosen.best is not None and not chosen.best.endswith("/loss") and method.kind not in ("pair", "judged"):
-        raise UserError(
-            f"eval.best is {chosen.best}, but {name} compares no answers, so there is no such metric",
-            "set eval.best to eval/loss",
-        )
+    check_answering(settings, name, samples=method.samples)
+    answers = method.samples or chosen.answers.samples is not None
+    measures = {
+        "loss": not method.samples,
+        "accuracy": method.kind in ("pair", "judged"),
+        "margin": method.kind in ("pair", "judged"),
+        SCORE: answers,
+    }
+    if chosen.measure is not None and not measures[chosen.measure]:
+        known = " or ".join(f"eval/{measure}" for measure, is_known in measures.items() if is_known)
+        why = f"{name} does not measure it"
+        if chosen.measure == SCORE:
+            why = "eval.answers.samples is null, so that no answers are judged"
+        raise UserError(f"eval.best is {chosen.best}, but {why}", f"set eval.best to {known}")

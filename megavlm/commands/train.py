@@ -7,7 +7,7 @@ from megavlm.align.registry import METHODS, make_method
 from megavlm.base.heartbeat import while_bytes_flow
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
-from megavlm.evaluation.held_out import evaluation_hooks
+from megavlm.evaluation.hooks import evaluation_hooks
 from megavlm.output.folder import StartOptions
 from megavlm.report.at_checkpoint import ReportAtCheckpoint
 from megavlm.report.loss_plot import write_loss_plot
@@ -22,13 +22,13 @@ def main(settings: Settings, method: str, restart: bool = False, change: Sequenc
 
     ``restart`` and ``change``: see ``StartOptions``.
     """
-    options, reports = StartOptions(restart, tuple(change)), _Reports()
+    options, reports, made = StartOptions(restart, tuple(change)), _Reports(), make_method(method, settings)
     hooks = [
-        *evaluation_hooks(settings, METHODS[method].kind),
+        *evaluation_hooks(settings, METHODS[method].kind, made),
         Hook(reports.at_checkpoint, at_checkpoint=True),
         Hook(reports.at_end, at_end=True),
     ]
-    return train(settings, make_method(method, settings), hooks, options)
+    return train(settings, made, hooks, options)
 
 
 class _Reports:

@@ -112,6 +112,7 @@ def main(
         console.print("[dim]settings, shapes and layout are valid; files were not checked[/]")
         return 0
     check_rewards(settings.reward)
+    check_rewards(settings.eval.answers.scorer)
     check_environment(settings.environment)
     if settings.data.train:
         _check_data(settings, verb or dry_run, console, data_parallel)
@@ -206,7 +207,7 @@ def _facts(
     if train.lr is not None and train.steps:
         from megavlm.plan.curve import curve  # imported here because Megatron takes seconds to import
 
-        facts.append(("learning rate", curve(train)))
+        facts.append(("learning rate", curve(train, idle_steps=settings.align.critic.alone_steps)))
     if settings.output is not None:
         facts.append(("output", f"{settings.output} · {_found_in(settings)}"))
     return facts

@@ -32,6 +32,8 @@ RUN_FILES = (
     "loss.png",
     "report.html",
     "expert_load.json",
+    "rollouts.jsonl",
+    "held_out_answers.jsonl",
     "tensorboard",
     "wandb",
     "stacks",
