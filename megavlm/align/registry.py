@@ -7,10 +7,9 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megavlm.align.evaluation_checks import check_evaluation
 from megavlm.align.sampling_checks import check_numbers, check_sampling
 from megavlm.base.errors import UserError
-from megavlm.config.answering import check_answering
-from megavlm.config.eval_section import SCORE
 from megavlm.config.settings import Settings
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def check_method(name: str, settings: Settings) -> None:
         raise UserError(
             f"stage is {settings.stage}, but {name} has no stages: the setting would be ignored", "set stage to null"
         )
-    _check_evaluation(settings, name)
+    check_evaluation(settings, name, METHODS[name].kind, samples=METHODS[name].samples)
     if METHODS[name].aligns:
         check_numbers(name, settings)
     if METHODS[name].samples:
@@ -134,29 +133,3 @@ def check_method(name: str, settings: Settings) -> None:
     for section in ("rollout", "reward", "reward_pool", "environment"):
         if settings.is_changed(section):
             raise UserError(f"the section {section} is not used by {name}, so it would be ignored", f"remove {section}")
-
-
-def _check_evaluation(settings: Settings, name: str) -> None:
-    """Raises UserError for settings of the section eval that the method cannot follow."""
-    method, chosen = METHODS[name], settings.eval
-    if not chosen.is_on:
-        return
-    if method.samples and chosen.rows is not None:
-        raise UserError(
-            f"eval.rows is {chosen.rows}, but {name} computes no held-out loss: it would be ignored",
-            "remove eval.rows; eval.answers.samples limits the number of held-out questions",
-        )
-    check_answering(settings, name, samples=method.samples)
-    answers = method.samples or chosen.answers.samples is not None
-    measures = {
-        "loss": not method.samples,
-        "accuracy": method.kind in ("pair", "judged"),
-        "margin": method.kind in ("pair", "judged"),
-        SCORE: answers,
-    }
-    if chosen.measure is not None and not measures[chosen.measure]:
-        known = " or ".join(f"eval/{measure}" for measure, is_known in measures.items() if is_known)
-        why = f"{name} does not measure it"
-        if chosen.measure == SCORE:
-            why = "eval.answers.samples is null, so that no answers are judged"
-        raise UserError(f"eval.best is {chosen.best}, but {why}", f"set eval.best to {known}")

@@ -37,10 +37,11 @@ class Judge:
     def __init__(self, session: Session, tokenizer: Any):
         settings = session.settings
         self._session, self._tokenizer, self._how = session, tokenizer, Answering.of(settings)
+        self._section = settings.rollout if self._how.section == "rollout" else settings.generate
         self.sampling = Sampling(
             self._how.max_new_tokens,
             stop=stop_tokens(settings.model.hf, tokenizer),
-            stop_strings=self._how.stop,
+            stop_strings=tuple(self._section.stop),
             banned=vision_tokens(session.shapes),
         )
         self.weights = {reward.key: reward.weight for reward in self.rewards}
@@ -105,11 +106,11 @@ class Judge:
         return BuiltinEngine(
             session.vlm,
             places=how.places,
-            cache_gib=how.cache_gib,
-            cache_setting=how.cache_setting,
+            cache_gib=self._section.cache_gib,
+            cache_setting=f"{how.section}.cache_gib",
             prompt_tokens=session.settings.data.seq_length,
             chunk_tokens=session.settings.train.logprob_chunk_tokens,
-            batch_invariant=how.batch_invariant,
+            batch_invariant=self._section.batch_invariant,
             decode=self._tokenizer.decode,
             special=self._tokenizer.all_special_ids,
         )

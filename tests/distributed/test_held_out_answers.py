@@ -173,3 +173,56 @@ def test_bad_scorers_and_questions_are_told(settings, toys, world2, tmp_path, ca
     ends = world2.run(train, made)
     assert len(set(ends)) == 1
     assert "jugde" in ends[0]
+
+
+@pytest.mark.parametrize("method", mostly_slow(["grpo", "ppo"], lambda method: method == "ppo"))
+def test_reinforcement_learning_measures_its_own_rewards(method, settings, inferred, world1, tmp_path):
+    """Of two rewards, one is only reported. Training has the bits of a run that does not evaluate."""
+    made = settings(steps=2, evaluation={"every": 2, "rows": None, "answers": {}}, optimizer="adam", lr=1e-3)
+    del made["train"]["global_batch_size"]
+    rewards = [{"python": SCORER}, {"name": "exact", "weight": 0.0}]
+    made |= {"reward": rewards, "rollout": {"prompts": 2, "group_size": 2, "max_new_tokens": TOKENS}}
+    found = {}
+    for name in ("with", "without"):
+        made["output"] = str(tmp_path / name)
+        made["eval"] = made["eval"] if name == "with" else {}
+        assert world1.run(train, made, method) == [""]
+        lines = found[name] = lines_of(tmp_path / name / "metrics.jsonl")
+    start, *lines = found["with"]
+    assert [without([line], "eval/") for line in lines] == [without([line]) for line in found["without"]]
+    assert ["eval/answers/score" in line for line in lines] == [False, True]
+    texts = inferred("dense")
+    for source in PARTS:  # all questions of a source, of which the first are known here
+        assert start[f"eval/{source}/answers/score"] == start[f"eval/{source}/answers/score/letters"]
+    held = json.loads((tmp_path / "with/held_out_answers.jsonl").read_text().splitlines()[0])["groups"]
+    rewards = [group["answers"][0]["reward"] for group in held[:ASKED]]
+    assert rewards == pytest.approx(letters(texts["first"]))
+
+
+def test_an_evaluation_after_each_epoch(settings, world1, tmp_path):
+    """Eight samples, one in a row and four rows in a step: an epoch takes two steps."""
+    made = settings(steps=5, evaluation={"every": None, "every_epochs": 1, "answers": {}})
+    made["data"] |= {"packing": "none", "seq_length": 512}
+    assert world1.run(train, made) == [""]
+    steps = [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl") if "eval/loss" in line]
+    assert steps == [0, 2, 4, 5]
+
+
+def test_the_best_link_is_mended_when_a_run_is_continued(settings, world1, tmp_path, capsys):
+    """Other held-out data: the link stays and this is said. A checkpoint that cannot be read: the link goes."""
+    root = tmp_path / "run/checkpoints"
+    evaluation = {"best": "eval/loss", "answers": {}}
+    made = settings(steps=1, evaluation=evaluation) | {"checkpoint": {"keep": 5}}
+    assert world1.run(train, made) == [""]
+    assert (root / "best").readlink() == Path("step_00000001")
+    made = settings(steps=2, evaluation=evaluation | {"rows": None}) | {"checkpoint": {"keep": 5}}
+    capsys.readouterr()
+    assert world1.run(train, made) == [""]
+    assert "checkpoints/best leads to step 1 until the next evaluation" in capsys.readouterr().out
+    assert (root / "best").readlink() == Path("step_00000002")
+    next(root.glob("step_00000002/*.distcp")).write_bytes(b"")
+    made["train"]["steps"] = 2
+    assert world1.run(train, made) == [""]
+    told = capsys.readouterr().out
+    assert "checkpoints/best is gone until the next evaluation: step_00000002 is done again" in told
+    assert (root / "best").readlink() == Path("step_00000002")  # of the step that was done again
