@@ -69,7 +69,10 @@ MAY_IMPORT = {
     ],
     "evaluation": [
         "training",
+        "rollout",
+        "rewards",
         "runtime",
+        "monitor",
         "checkpoint",
         "data",
         "workers",
@@ -100,6 +103,7 @@ MAY_IMPORT = {
     "rewards": ["records", "config", "base"],
     "reinforcement": [
         "align",
+        "evaluation",
         "rollout",
         "vllm",
         "rewards",

@@ -55,7 +55,7 @@ class PreferenceMethod(OneModel):
                 data = AnswerData(files.loader.sources, files.renderer, files.loader.fatal)
             reference = reference_of(session, data, self.kind, heartbeat)
             rows = MappedRows(rows, reference.attach) if rows is not None else None
-            if session.settings.eval.every is not None:
+            if session.settings.eval.is_on:
                 held_out = _held_out(session.settings, files)
                 attach = reference_of(session, held_out, self.kind, heartbeat, held_out=True).attach
                 if files.loader is not None and session.settings.data.workers == 0:

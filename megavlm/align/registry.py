@@ -7,6 +7,7 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megavlm.align.evaluation_checks import check_evaluation
 from megavlm.align.sampling_checks import check_numbers, check_sampling
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
@@ -123,7 +124,7 @@ def check_method(name: str, settings: Settings) -> None:
         raise UserError(
             f"stage is {settings.stage}, but {name} has no stages: the setting would be ignored", "set stage to null"
         )
-    _check_evaluation(settings, name)
+    check_evaluation(settings, name, METHODS[name].kind, samples=METHODS[name].samples)
     if METHODS[name].aligns:
         check_numbers(name, settings)
     if METHODS[name].samples:
@@ -132,19 +133,3 @@ def check_method(name: str, settings: Settings) -> None:
     for section in ("rollout", "reward", "reward_pool", "environment"):
         if settings.is_changed(section):
             raise UserError(f"the section {section} is not used by {name}, so it would be ignored", f"remove {section}")
-
-
-def _check_evaluation(settings: Settings, name: str) -> None:
-    """Raises UserError for settings of the section eval that the method cannot follow."""
-    method, chosen = METHODS[name], settings.eval
-    if method.samples and chosen.every is not None:
-        raise UserError(
-            f"eval.every is {chosen.every}, but {name} does not evaluate while it trains; its rewards are measured in "
-            "each step",
-            "remove eval.every; megavlm infer answers the questions of data.eval with any checkpoint",
-        )
-    if chosen.best is not None and not chosen.best.endswith("/loss") and method.kind not in ("pair", "judged"):
-        raise UserError(
-            f"eval.best is {chosen.best}, but {name} compares no answers, so there is no such metric",
-            "set eval.best to eval/loss",
-        )

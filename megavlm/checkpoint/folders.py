@@ -102,6 +102,36 @@ def link_best(root: Path, step: int) -> None:
         _sync(root)
 
 
+def mend_best(root: Path, best: int | None, last: int) -> tuple[int | None, list[str]]:
+    """Lets ``best`` lead to a checkpoint that can be read when a run continues, or to none.
+
+    Args:
+        root: the folder of the checkpoints.
+        best: the step that is to be linked; None: the link stays.
+        last: the step from which the run continues; later ones are done again.
+
+    Returns:
+        The step to which it leads now, if any, and a warning if the link had to be taken away.
+    """
+    if not root.is_dir():
+        return None, []
+    if best is not None:
+        link_best(root, best)
+    linked = best_of(root)
+    match = _NAME.fullmatch(linked.name) if linked is not None else None
+    try:
+        if linked is not None and match is not None and int(match[1]) <= last:
+            McoreCheckpoint(linked).check_files()
+            return int(match[1]), []
+        cause = f"{linked.name} is done again" if linked is not None else "its checkpoint does not exist"
+    except UserError as error:
+        cause = error.message
+    if not (root / BEST).is_symlink() and best is None:
+        return None, []
+    (root / BEST).unlink(missing_ok=True)
+    return None, [f"checkpoints/best is gone until the next evaluation: {cause}"]
+
+
 def clean(root: Path) -> None:
     """Deletes folders that earlier starts of the run left incomplete, and what killed readers have held."""
     for path in [

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megavlm.adapters.attach import Adapters, learned
 from megavlm.base.errors import UserError
 from megavlm.checkpoint.fingerprint import digest_of_folders
-from megavlm.checkpoint.folders import clean, link_best, partial_folder, publish
+from megavlm.checkpoint.folders import clean, mend_best, partial_folder, publish
 from megavlm.checkpoint.load_weights import load_checked
 from megavlm.checkpoint.optimizer_state import load_state, saved_state, wanted_state
 from megavlm.checkpoint.writer import CheckpointWriter
@@ -115,10 +115,17 @@ class Checkpoints:
         self._seconds = 0.0
         self._best: int | None = None
 
-    def link(self, best: int | None) -> None:
-        """Links the checkpoint of the step with the best value of ``eval.best``. None: what is linked stays."""
-        if best is not None:
-            on_first_rank(partial(link_best, self.root, best), self.vlm.groups.world_host)
+    def link(self, best: int | None, last: int) -> tuple[int | None, list[str]]:
+        """Links the checkpoint of the step with the best value of ``eval.best``. Call it on all ranks.
+
+        Args:
+            best: the step; None: what is linked stays.
+            last: the step from which the run continues; what is linked of a later one is not any more.
+
+        Returns:
+            The step whose checkpoint is linked now, if any, and what the user should know of it.
+        """
+        return on_first_rank(partial(mend_best, self.root, best, last), self.vlm.groups.world_host)
 
     def save(self, step: int, *, best: int | None = None) -> None:
         """Writes the state after ``step``. With ``async_save``, it returns as soon as the state may change.

@@ -156,6 +156,8 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
     if name in METHODS and METHODS[name].samples:
         check_rewards(settings.reward)
         check_environment(settings.environment)
+    if name in METHODS:
+        check_rewards(settings.eval.answers.scorer)
     if "out" in options:
         folder.check_new(options["out"], settings)
     if verb.writes == "":

@@ -7,7 +7,7 @@ from megavlm.align.registry import METHODS, make_method
 from megavlm.base.heartbeat import while_bytes_flow
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
-from megavlm.evaluation.held_out import evaluation_hooks
+from megavlm.evaluation.hooks import evaluation_hooks
 from megavlm.output.folder import StartOptions
 from megavlm.plan.of_run import PlanOfRun, is_wanted
 from megavlm.report.at_checkpoint import ReportAtCheckpoint
@@ -23,15 +23,15 @@ def main(settings: Settings, method: str, restart: bool = False, change: Sequenc
 
     ``restart`` and ``change``: see ``StartOptions``.
     """
-    options, reports = StartOptions(restart, tuple(change)), _Reports()
+    options, reports, made = StartOptions(restart, tuple(change)), _Reports(), make_method(method, settings)
     plan = _Plan(method, settings.log.plan)
     hooks = [
         Hook(plan.at_end, at_end=True, prepare=plan.begin),
-        *evaluation_hooks(settings, METHODS[method].kind),
+        *evaluation_hooks(settings, METHODS[method].kind, made),
         Hook(reports.at_checkpoint, at_checkpoint=True),
         Hook(reports.at_end, at_end=True),
     ]
-    return train(settings, make_method(method, settings), hooks, options)
+    return train(settings, made, hooks, options)
 
 
 class _Plan:

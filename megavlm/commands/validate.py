@@ -123,6 +123,7 @@ def main(
         console.print("[dim]settings, shapes and layout are valid; files were not checked[/]")
         return 0
     check_rewards(settings.reward)
+    check_rewards(settings.eval.answers.scorer)
     check_environment(settings.environment)
     if settings.data.train:
         _check_data(settings, verb or dry_run, console, data_parallel)
@@ -230,7 +231,7 @@ def _facts(
     if train.lr is not None and train.steps:
         from megavlm.plan.curve import curve  # imported here because Megatron takes seconds to import
 
-        facts.append(("learning rate", curve(train)))
+        facts.append(("learning rate", curve(train, idle_steps=settings.align.critic.alone_steps)))
     return facts
 
 

@@ -50,6 +50,11 @@ class Asked:
     media: list[Any]
     reference: str | None
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What rewards get: the columns and, as ``answer``, the reference answer unless there is such a column."""
+        return {"answer": self.reference, **self.columns} if self.reference is not None else self.columns
+
 
 @dataclass(frozen=True, kw_only=True)
 class Annotations:

@@ -1,11 +1,7 @@
-"""Evaluation while training: what the method's objective, or the cross-entropy, gives on the sources of data.eval.
-
-It changes nothing of the training: weights, gradients, random states, and the place in the training data stay.
-"""
+"""What the method's objective, or the cross-entropy, gives on the sources of data.eval, while the model is trained."""
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,8 +11,7 @@ from torch import Tensor
 
 from megavlm.base.errors import RunFailure, UserError
 from megavlm.base.heartbeat import beat
-from megavlm.base.number_format import counted, number, percent
-from megavlm.checkpoint.manager import random_state, set_random_state
+from megavlm.base.number_format import counted
 from megavlm.config.eval_section import MEASURES
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
@@ -24,6 +19,7 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.evaluation.held_out_rows import HeldOutSource, filler
 from megavlm.evaluation.plain_loss import PlainLoss
+from megavlm.evaluation.untouched import raise_first, told, training_untouched
 from megavlm.model.language import LanguageModel
 from megavlm.platform import device
 from megavlm.platform.collectives import all_gather_objects
@@ -31,23 +27,9 @@ from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import SkippedSample
 from megavlm.runtime.feed import Feed, MicroBatch, StepRows
 from megavlm.sources.blend import open_eval_sources
-from megavlm.training.hooks import Fields, Hook
+from megavlm.training.hooks import Fields
 from megavlm.training.objective import Objective
 from megavlm.training.run import Run
-
-
-def evaluation_hooks(settings: Settings, kind: Kind) -> list[Hook]:
-    """The hook that evaluates, if ``eval.every`` is set.
-
-    Args:
-        settings: the settings of the run.
-        kind: what the method trains on.
-    """
-    every = settings.eval.every
-    if every is None:
-        return []
-    held_out = HeldOut(settings, kind)
-    return [Hook(held_out, every=every, at_last=True, at_start=True, prepare=held_out.prepare)]
 
 
 @dataclass(frozen=True)
@@ -80,7 +62,7 @@ class HeldOut:
         """Evaluates, says the result, and returns fields for metrics.jsonl."""
         began = time.perf_counter()
         objective = self._objective(run)
-        with _training_untouched(run, self._settings.data.workers):
+        with training_untouched(run):
             totals = torch.zeros(len(self._names), objective.num_sums, dtype=torch.float64, device=device())
             weights = [self._evaluate(run, objective, number, totals[number]) for number in range(len(self._names))]
             dist.all_reduce(totals)
@@ -88,8 +70,7 @@ class HeldOut:
         if len(self._names) > 1:
             for name, sums, weight in zip(self._names, totals, weights, strict=True):
                 fields |= _fields(f"eval/{name}", objective, sums, weight)
-        listed = " · ".join(f"{name} {_shown(name, value)}" for name, value in fields.items())
-        say(f"step {step}: held out · {listed} · {time.perf_counter() - began:.1f} s")
+        say(told(step, fields, time.perf_counter() - began))
         if self._skipped:
             first = self._skipped[0]
             them = f"{counted(len(self._skipped), 'sample')} cannot be used"
@@ -104,7 +85,7 @@ class HeldOut:
 
     def prepare(self, run: Run) -> None:
         """Opens the sources on leaders. Raises UserError on all ranks if one cannot be read."""
-        with _training_untouched(run, self._settings.data.workers):
+        with training_untouched(run):
             self._open(run)
 
     def _open(self, run: Run) -> None:
@@ -192,30 +173,11 @@ def _take(rows: Iterator[Row], count: int, objective: Objective, run: Run) -> tu
 def _parts_of_all(part: _Part | None, run: Run) -> list[_Part]:
     """The parts of all leaders; None elsewhere. Raises the problem of the first that has one on all ranks."""
     parts = [part for part in all_gather_objects(part, run.session.groups.world_host) if part is not None]
-    if (problem := next((part.problem for part in parts if part.problem is not None), None)) is not None:
-        raise problem
+    raise_first(part.problem for part in parts)
     return parts
-
-
-@contextmanager
-def _training_untouched(run: Run, workers: int) -> Iterator[None]:
-    """Within the block, the model is in evaluation mode; afterwards, all is as if nothing had been computed."""
-    vlm, state = run.session.vlm, random_state()
-    vlm.train(False)
-    try:
-        yield
-    finally:
-        vlm.train(True)
-        set_random_state(state)
-        if workers == 0 and run.loader is not None:
-            run.loader.fatal.notes.use(0)  # this process reads samples of training again
 
 
 def _fields(prefix: str, objective: Objective, sums: Tensor, weight: float) -> dict[str, float | None]:
     values = sums.tolist()
     fields = {"loss": values[0] / weight if weight else None, **objective.fields(values, {"weight": weight})}
     return {f"{prefix}/{name}": fields[name] for name in MEASURES if name in fields}
-
-
-def _shown(name: str, value: float | None) -> str:
-    return percent(value) if name.endswith("/accuracy") else number(value)

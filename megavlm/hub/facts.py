@@ -87,7 +87,7 @@ class RunFacts:
     @property
     def is_exact(self) -> bool:
         """Whether the metrics have a line for each step, so that sums over them are no estimates."""
-        return len(self.run.lines) == self.step
+        return len(self.run.steps) == self.step
 
     @cached_property
     def sources(self) -> list[Source]:

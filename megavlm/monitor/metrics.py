@@ -1,6 +1,6 @@
 """metrics.jsonl: one JSON line for each reported training step and for each skipped step.
 
-All lines have these fields (`REQUIRED`); a trainer may add its own, such as `moe_aux_loss`:
+All lines but that of step 0 have these fields (`REQUIRED`); a trainer may add its own, such as `moe_aux_loss`:
 
     step                number of the optimizer step, from 1
     loss                loss of the step, averaged over the targets of the global batch
@@ -41,11 +41,16 @@ The training loop adds these fields:
     literal_marks       texts of the step in which <image> or <video> were read as words; absent if there are none
     seconds_checkpoint  time that rank 0 has waited for checkpoints since the previous line; not part of seconds
 
-Steps that eval.every names, and the last, have these fields, over all samples of data.eval (with several sources also
-as eval/NAME/loss and so on):
+Steps after which the run has evaluated (eval.every, eval.every_epochs, the last) have these fields, over all samples of
+data.eval (with several sources also as eval/NAME/loss and so on). A line of step 0, which only runs that evaluate have,
+has no others: it tells of the weights before the first step.
 
     eval/loss           mean negative log-probability of the targets; for dpo, rm and kto the loss of the method
     eval/accuracy, eval/margin  dpo, rm and kto: as accuracy and margin
+    eval/answers/score  with eval.answers: mean score of the answers that have one
+    eval/answers/score/NAME  with several scorers: mean of one of them, before its weight
+    eval/answers/length      mean length of the answers in tokens
+    eval/answers/truncated_share  share of the answers that were cut off at their longest length, 0 to 1
 
 With log.phases, these fields tell how the seconds of a step divide. They are means over the steps since the previous
 line and over the ranks, and add up to seconds. On a GPU they are times of the device, read without waiting for it, so
@@ -211,7 +216,7 @@ class MetricsWriter:
         """
         if self._file is None:
             return
-        missing = [name for name in REQUIRED if name not in line]
+        missing = [name for name in REQUIRED if name not in line and line.get("step")]
         assert not missing, f"metrics of a step lack {', '.join(missing)}"
         text = json.dumps({name: plain(value) for name, value in line.items()}, allow_nan=False)
         try:
@@ -271,12 +276,12 @@ def _disk_failure(path: Path, error: OSError) -> UserError:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """If the file exists, atomically removes all incomplete lines and the lines of steps after `step`.
+    """If the file exists, atomically removes all incomplete lines and the lines of steps after `step`; 0: all lines.
 
     Raises UserError if it cannot be read.
     """
     text = _text(path)
-    kept = "".join(raw + "\n" for raw, line in _parse(text) if line["step"] <= step)
+    kept = "".join(raw + "\n" for raw, line in _parse(text) if line["step"] <= (step or -1))
     if kept != text:
         write_text(path, kept)
 

@@ -1,5 +1,7 @@
 """rollouts.jsonl: answers that were sampled in reinforcement learning, for a reader; a line for each logged step.
 
+held_out_answers.jsonl has those to held-out questions in the same form, a line for each evaluation.
+
     step                number of the optimizer step, from 1
     groups              up to MAX_GROUPS prompts of the step, each with:
       sample            "file:line" or "shard:number" of the record
@@ -39,7 +41,7 @@ from PIL import Image
 from megavlm.base.atomic_files import write_text
 from megavlm.monitor.metrics import append_lines, drop_after, plain, read_lines
 
-FILE_NAME = "rollouts.jsonl"
+FILE_NAME, HELD_OUT_FILE = "rollouts.jsonl", "held_out_answers.jsonl"
 # A line thus has at most some 150,000 characters, and the file some 30 million; several times as much with turns.
 MAX_STEPS = 200
 MAX_GROUPS = 4
@@ -100,23 +102,32 @@ class LoggedStep:
 
 
 class RolloutLog:
-    """Appends to rollouts.jsonl of an output folder.
+    """Appends to rollouts.jsonl of an output folder, or to a file of the same form.
 
     Args:
         output_dir: the run's folder; it must exist.
         resume_step: the step from which the run continues. Lines of later steps are removed, because these steps will
             be repeated. 0 starts with an empty file.
         enabled: False on all ranks except rank 0; then all calls do nothing.
+        name: the name of the file.
+        most: the number of groups of a step that are kept.
     """
 
-    def __init__(self, output_dir: str | Path, resume_step: int = 0, enabled: bool = True):
-        self.path, self._enabled, self._num_steps = Path(output_dir) / FILE_NAME, enabled, 0
+    def __init__(
+        self,
+        output_dir: str | Path,
+        resume_step: int = 0,
+        enabled: bool = True,
+        name: str = FILE_NAME,
+        most: int = MAX_GROUPS,
+    ):
+        self.path, self._enabled, self._most, self._num_steps = Path(output_dir) / name, enabled, most, 0
         if enabled:
             drop_after(self.path, resume_step)
             self._num_steps = len(read_lines(self.path))
 
     def write(self, step: int, groups: Sequence[LoggedGroup]) -> list[LoggedGroup]:
-        """Appends the first MAX_GROUPS groups of a step; returns them as they are written.
+        """Appends the first groups of a step; returns them as they are written.
 
         Their order should not depend on the answers. If groups come as they are finished, the first ones have the
         shortest answers.
@@ -125,7 +136,7 @@ class RolloutLog:
         """
         if not self._enabled:
             return []
-        kept = [_shortened(group) for group in groups[:MAX_GROUPS]]
+        kept = [_shortened(group) for group in groups[: self._most]]
         if self._num_steps >= MAX_STEPS:
             lines = _thinned(read_lines(self.path), MAX_STEPS // 2)
             write_text(self.path, "".join(_json(line) for line in lines))
@@ -135,13 +146,18 @@ class RolloutLog:
         return kept
 
 
-def read_rollouts(folder: str | Path) -> list[LoggedStep]:
-    """The steps in rollouts.jsonl of a folder, oldest first; none if the file is missing.
+def held_out_log(output_dir: Path, resume_step: int, most: int, *, enabled: bool) -> RolloutLog:
+    """The log of answers to held-out questions; arguments as of ``RolloutLog``."""
+    return RolloutLog(output_dir, resume_step, enabled, HELD_OUT_FILE, most)
+
+
+def read_rollouts(folder: str | Path, name: str = FILE_NAME) -> list[LoggedStep]:
+    """The steps in a file ``name`` of a folder, oldest first; none if the file is missing.
 
     Lines of another form are ignored. Raises UserError if the file cannot be read.
     """
     steps = []
-    for line in read_lines(Path(folder) / FILE_NAME):
+    for line in read_lines(Path(folder) / name):
         try:
             groups = [
                 LoggedGroup(**group | {"answers": [_read_answer(answer) for answer in group["answers"]]})

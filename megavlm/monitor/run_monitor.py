@@ -156,6 +156,14 @@ class RunMonitor:
         for warning in self._warnings.take(line) if logged else ():
             self.say(f"warning: {warning}")
 
+    def record_start(self, fields: Mapping[str, float | int | None]) -> None:
+        """Writes what was measured before the first step, if anything, as the line of step 0 to all logs."""
+        if fields:
+            line = {"step": 0, **fields}
+            self._metrics.write(line)
+            self._wandb.log(line)
+            self._tensorboard.log(line)
+
     def record_rollouts(self, step: int, groups: Sequence[LoggedGroup]) -> None:
         """Writes sampled answers of a step to rollouts.jsonl and wandb. Only what rank 0 hands over counts."""
         self._wandb.log_rollouts(step, self._rollouts.write(step, groups))

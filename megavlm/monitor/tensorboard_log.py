@@ -34,7 +34,8 @@ class TensorboardLog:
     def _start(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self.folder), purge_step=first_step + 1, flush_secs=_FLUSH_SECONDS)
+        repeated = first_step + 1 if first_step else 0  # step 0 is what was measured before the first one
+        self._writer = SummaryWriter(str(self.folder), purge_step=repeated, flush_secs=_FLUSH_SECONDS)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Logs one line of metrics.jsonl under the names that its fields have there."""

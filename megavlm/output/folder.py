@@ -33,6 +33,8 @@ RUN_FILES = (
     "report.html",
     "expert_load.json",
     "plan.json",
+    "rollouts.jsonl",
+    "held_out_answers.jsonl",
     "tensorboard",
     "wandb",
     "stacks",

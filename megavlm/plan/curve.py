@@ -10,19 +10,20 @@ from megavlm.optim.schedule import Schedule
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def curve(train: TrainSettings, width: int = 40) -> str:
+def curve(train: TrainSettings, width: int = 40, idle_steps: int = 0) -> str:
     """One line of text about the learning rates of a run: a small picture, and the rates at three steps.
 
     Args:
         train: the ``train`` section, with ``lr`` and a number of steps.
         width: number of characters of the picture.
+        idle_steps: number of steps at the beginning without updates.
     """
-    schedule = Schedule(SimpleNamespace(param_groups=[]), train)
+    schedule = Schedule(SimpleNamespace(param_groups=[]), train, idle_steps=idle_steps)
     steps = train.steps or train.length
 
     def rate(step: int) -> float:
-        schedule.num_steps = step - 1  # the updates before the step
-        return schedule.get_lr({})
+        schedule.num_steps = step - 1 - idle_steps  # the updates before the step
+        return schedule.get_lr({}) if schedule.num_steps >= 0 else 0.0
 
     at = sorted({round(step) for step in np.linspace(1, steps, min(width, steps))})
     rates = [rate(step) for step in at]

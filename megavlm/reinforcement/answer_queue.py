@@ -17,7 +17,6 @@ from megavlm.data.loader import Place, RowLoader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
 from megavlm.records.skipped_samples import SkippedSample
-from megavlm.reinforcement.judged import asked_of
 from megavlm.rewards.pool import RewardPool
 from megavlm.rewards.score import columns_of
 from megavlm.rollout.engine import Answered, Engine, Prompt, Sampling
@@ -217,10 +216,9 @@ class AnswerQueue:
         """``asked`` may grow while the engine reads ``prompts``."""
         for answered in self.engine.generate(prompts, self.sampling):
             one = next(one for one in asked if one.prompt is answered.prompt)
-            record, texts = asked_of(answered), self.texts(answered)
-            columns = {"answer": record.reference, **record.columns} if record.reference is not None else record.columns
+            record, texts = answered.asked, self.texts(answered)
             assert self.rewards is not None, "answers arrive on leaders, which have rewards"
-            self.rewards.submit(one.number, texts, columns_of(columns, record.question, len(texts)))
+            self.rewards.submit(one.number, texts, columns_of(record.fields, record.question, len(texts)))
             with self._changed:
                 one.answered = answered
                 self._changed.notify_all()

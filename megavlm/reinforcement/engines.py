@@ -1,4 +1,4 @@
-"""Makes the engine that the settings name."""
+"""Makes the engine that the settings name, with conversations if there is an environment."""
 
 from collections.abc import Callable, Generator, Sequence
 
@@ -7,11 +7,16 @@ from torch import Tensor
 from megavlm.base.errors import UserError
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
+from megavlm.data.renderer import Renderer
+from megavlm.environments.messages import Messages
+from megavlm.environments.pool import EnvironmentPool
 from megavlm.platform import device
 from megavlm.rollout.builtin import BuiltinEngine
+from megavlm.rollout.conversations import Conversations
 from megavlm.rollout.engine import Engine
 from megavlm.runtime.session import Session
 from megavlm.runtime.weight_stream import WeightStream
+from megavlm.training.step import raise_everywhere
 from megavlm.vllm.engine import VllmEngine
 
 
@@ -50,6 +55,30 @@ def make_engine(
         decode=decode,
         special=special,
         records_routing=records_routing,
+    )
+
+
+def in_turns(session: Session, engine: Engine, renderer: Renderer | None) -> Engine:
+    """The engine or, with an environment, one that lets answers have several turns. Call it on all ranks."""
+    settings = session.settings.environment
+    if settings.python is None:
+        return engine
+    pool, messages, problem = None, None, None
+    if renderer is not None:
+        try:
+            messages = Messages(renderer, settings.role)
+            pool = EnvironmentPool(settings)
+        except UserError as error:
+            problem = error
+    raise_everywhere(problem, problem is not None, session.groups)
+    return Conversations(
+        engine,
+        pool,
+        messages,
+        max_turns=settings.max_turns,
+        max_tokens=session.settings.answer_tokens,
+        max_patches=session.settings.data.max_patches_per_row,
+        group=session.groups.world_host,
     )
 
 

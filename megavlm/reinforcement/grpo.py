@@ -1,6 +1,8 @@
 """`megavlm grpo`: reinforcement learning from groups of answers that are compared with each other."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
@@ -12,12 +14,11 @@ from megavlm.config.settings import Settings
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
-from megavlm.environments.messages import Messages
-from megavlm.environments.pool import EnvironmentPool
 from megavlm.layout.shapes import check_prompts
 from megavlm.reinforcement.answer_queue import AnswerQueue
 from megavlm.reinforcement.divergence import Divergence
-from megavlm.reinforcement.engines import make_engine
+from megavlm.reinforcement.engines import in_turns, make_engine
+from megavlm.reinforcement.held_out import OwnRewards
 from megavlm.reinforcement.policy import Policy
 from megavlm.reinforcement.policy_objective import PolicyObjective
 from megavlm.reinforcement.policy_step import PolicyStep
@@ -25,13 +26,13 @@ from megavlm.reinforcement.reward_models import RewardModels
 from megavlm.reinforcement.rollouts import Rollouts
 from megavlm.rewards.pool import RewardPool
 from megavlm.rollout.answerer import stop_tokens, vision_tokens
-from megavlm.rollout.conversations import Conversations
-from megavlm.rollout.engine import Engine, Sampling
+from megavlm.rollout.engine import Sampling
 from megavlm.runtime.session import Session
 from megavlm.training.memory_check import longest_row
 from megavlm.training.method import OneModel, Prepared
+from megavlm.training.run import Run
 from megavlm.training.start_weights import StartWeights
-from megavlm.training.step import Step, raise_everywhere
+from megavlm.training.step import Step
 
 
 class PolicyMethod(OneModel):
@@ -89,6 +90,7 @@ class PolicyMethod(OneModel):
             rewards = RewardPool(settings.reward, settings.reward_pool.workers)
         heartbeat("opening the prompts and the rewards")
         models = RewardModels(session, settings.reward, renderer)
+        self._judge = partial(OwnRewards, session, renderer, models)
         policy, objective = self._policy, self.bare_objective(session)
         start = None
         if self.keeps_start(settings):
@@ -117,6 +119,10 @@ class PolicyMethod(OneModel):
         longest = (lambda: longest_row(renderer)) if renderer is not None else None
         others, idle = self._others(session), settings.align.critic.alone_steps  # 0 without a critic
         return Prepared(objective, loader, longest, loader, make_step, updates, others, idle_steps=idle)
+
+    def held_out_judge(self, run: Run, tokenizer: Any) -> OwnRewards:
+        """What answers and judges held-out questions in an evaluation; see ``evaluation.hooks``."""
+        return self._judge(tokenizer)
 
     def _others(self, session: Session) -> dict[str, Step]:
         """What updates the weights of further models, by name; see ``Prepared``."""
@@ -153,30 +159,6 @@ def _sampling(session: Session, stops: tuple[int, ...]) -> Sampling:
         stop=stops,
         stop_strings=tuple(rollout.stop),
         banned=vision_tokens(session.shapes),
-    )
-
-
-def in_turns(session: Session, engine: Engine, renderer: Renderer | None) -> Engine:
-    """The engine or, with an environment, one that lets answers have several turns. Call it on all ranks."""
-    settings = session.settings.environment
-    if settings.python is None:
-        return engine
-    pool, messages, problem = None, None, None
-    if renderer is not None:
-        try:
-            messages = Messages(renderer, settings.role)
-            pool = EnvironmentPool(settings)
-        except UserError as error:
-            problem = error
-    raise_everywhere(problem, problem is not None, session.groups)
-    return Conversations(
-        engine,
-        pool,
-        messages,
-        max_turns=settings.max_turns,
-        max_tokens=session.settings.answer_tokens,
-        max_patches=session.settings.data.max_patches_per_row,
-        group=session.groups.world_host,
     )
 
 

@@ -1,10 +1,10 @@
 """Prompts with their sampled answers and what these are worth."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from megavlm.config.environment_section import ENVIRONMENT
-from megavlm.data.row import Asked
 from megavlm.monitor.reward_failures import JudgedAnswer
 from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup, LoggedTurn
 from megavlm.records.skipped_samples import SkippedSample
@@ -61,11 +61,11 @@ class Batch:
     skipped_samples: list[SkippedSample] = field(default_factory=list)
 
 
-def asked_of(answered: Answered) -> Asked:
-    """The record of a prompt."""
-    asked = answered.prompt.sample.annotations.asked
-    assert asked is not None, "prompts are drafted with their records"
-    return asked
+def with_models(found: Score, of_models: dict[str, float], weights: dict[str, float]) -> Score:
+    """A score with those of reward models. One that is NaN or infinite has failed."""
+    parts = {name: value if math.isfinite(value) else None for name, value in of_models.items()}
+    failures = [f"{name}: it returned {of_models[name]}" for name, value in parts.items() if value is None]
+    return score({**found.parts, **parts}, [*found.failures, *failures], weights)
 
 
 def with_environment(found: Score, answer: Answer, weights: dict[str, float]) -> Score:
@@ -87,7 +87,7 @@ def failures_of(groups: Sequence[Judged]) -> list[JudgedAnswer]:
 
 def logged(group: Judged) -> LoggedGroup:
     """What a reader sees of a group."""
-    asked, answers = asked_of(group.answered), []
+    asked, answers = group.answered.asked, []
     for answer, text, one, reward, advantage in zip(
         group.answered.answers, group.full_texts, group.scores, group.rewards, group.advantages, strict=True
     ):

@@ -17,10 +17,10 @@ from megavlm.reinforcement.answer_queue import AnswerQueue, Asked
 from megavlm.reinforcement.answer_rows import AnswerGroup
 from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, environment_fields, fields_of, keys_of
 from megavlm.reinforcement.divergence import Divergence
-from megavlm.reinforcement.judged import Batch, Judged, with_environment
+from megavlm.reinforcement.judged import Batch, Judged, with_environment, with_models
 from megavlm.reinforcement.policy import GAE
 from megavlm.reinforcement.reward_models import RewardModels
-from megavlm.rewards.score import Score, overlong_penalty, score
+from megavlm.rewards.score import Score, overlong_penalty
 from megavlm.rollout.conversations import Conversations
 from megavlm.rollout.engine import Answered
 from megavlm.runtime.session import Session
@@ -141,7 +141,7 @@ class Rollouts:
         for one_asked, group in zip(asked, answered, strict=True):
             scores = self._scores.pop(one_asked.number)
             for number, one in enumerate(scores):
-                scores[number] = _with_models(
+                scores[number] = with_models(
                     one, {name: values[first + number] for name, values in of_models.items()}, self._weights
                 )
                 if self._speaks:
@@ -189,13 +189,6 @@ class Rollouts:
 def in_mini_batches(groups: Sequence[Judged], count: int) -> list[list[Judged]]:
     """Divides groups into ``count`` parts that differ by at most one group; each keeps their order."""
     return [list(groups[n * len(groups) // count : (n + 1) * len(groups) // count]) for n in range(count)]
-
-
-def _with_models(found: Score, of_models: dict[str, float], weights: dict[str, float]) -> Score:
-    """A score with those of reward models. One that is NaN or infinite has failed."""
-    parts = {name: value if math.isfinite(value) else None for name, value in of_models.items()}
-    failures = [f"{name}: it returned {of_models[name]}" for name, value in parts.items() if value is None]
-    return score({**found.parts, **parts}, [*found.failures, *failures], weights)
 
 
 def _with_kl(found: Score, part: float, weight: float) -> Score:

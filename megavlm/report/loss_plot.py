@@ -92,7 +92,8 @@ def _draw(lines: list[dict[str, Any]], title: str) -> "Figure":
         values = smooth([line.get(name) for line in lines])
         return [float("nan") if value is None else value for value in values]
 
-    marker = "o" if len(lines) == 1 else None  # a single point is not visible as a line
+    is_single = sum(line.get("loss") is not None for line in lines) == 1
+    marker = "o" if is_single else None  # a single point is not visible as a line
     smoothed = average("loss")
     loss_axes.plot(steps, column("loss"), color=COLORS["loss"], alpha=0.3, linewidth=1, marker=marker)
     loss_axes.plot(steps, smoothed, color=COLORS["loss"], linewidth=2, label="loss (smoothed)")

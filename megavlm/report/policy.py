@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from megavlm.base.number_format import short
 from megavlm.report.charts import Curve, chart
-from megavlm.report.preferences import in_percent
+from megavlm.report.preferences import held_out_score, in_percent
 
 _COLORS = ("loss", "lr", "vision", "projector", "language", "soft")  # for rewards; further ones have no curve
 
@@ -55,7 +55,7 @@ def policy_charts(lines: Sequence[dict[str, Any]]) -> list[tuple[str, list[Marku
         (
             "Rewards",
             [
-                chart("Reward", steps, [curve("reward", "reward", "speed")], note="mean over all answers"),
+                chart("Reward", steps, [curve("reward", "reward", "speed"), held_out_score(lines)], note="mean"),
                 chart("Each reward", steps, parts, note="before its weight"),
                 chart("Spread of rewards", steps, [curve("std", "reward_std", "speed")], from_zero=True, note="std"),
                 share("Groups without spread, %", "flat_groups", "lr", "they teach nothing"),

@@ -1,6 +1,5 @@
 """What a run measures of whole answers in each step, in plain words: accuracy, margin and the rewards behind them."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +59,11 @@ def in_percent(lines: Sequence[dict[str, Any]], field: str = "accuracy") -> list
     return [None if line.get(field) is None else 100 * line[field] for line in lines]
 
 
+def held_out_score(lines: Sequence[dict[str, Any]]) -> Curve:
+    """The mean score of the answers to held-out questions."""
+    return Curve("held out", [line.get("eval/answers/score") for line in lines], "loss", sparse=True)
+
+
 def method_charts(lines: Sequence[dict[str, Any]]) -> list[Markup]:
     """The charts of what a run measures beside the loss that every run has; those without values are empty."""
     steps = [line["step"] for line in lines]
@@ -84,16 +88,30 @@ def method_charts(lines: Sequence[dict[str, Any]]) -> list[Markup]:
         charts.append(chart(found.measured, steps, behind))
     sources = sorted({name for line in lines[-1:] for name in line if name.startswith("loss/")})
     of_sources = [curve(name.removeprefix("loss/"), name, _COLORS[i]) for i, name in enumerate(sources[: len(_COLORS)])]
-    evaluated = sorted({name for line in lines for name in line if _OF_SOURCE.fullmatch(name)})[: len(_COLORS)]
-    of_evaluated = [held_out(name[5:-5], name, _COLORS[i]) for i, name in enumerate(evaluated)]
+    fields = sorted({name for line in lines for name in line if name.startswith("eval/")})
+
+    def of_each(measure: str) -> list[Curve]:
+        """The curves of each held-out source, beside that of all."""
+        named = [(name[5 : -len(measure) - 1], name) for name in fields if name.endswith(f"/{measure}")]
+        found = [(source, name) for source, name in named if source]
+        return [held_out(source, name, color) for (source, name), color in zip(found, _COLORS, strict=False)]
+
+    scores = [held_out("all", "eval/answers/score", "text"), *of_each("answers/score")]
     divergence = [curve("KL", "kl_to_start", "vision")]
     return [
         *charts,
         chart("Loss of each source", steps, of_sources),
-        chart("Held-out loss of each source", steps, of_evaluated),
+        chart("Held-out loss of each source", steps, of_each("loss")),
+        chart("Score of held-out answers", steps, scores, note="mean"),
+        chart(
+            "Length of held-out answers",
+            steps,
+            [held_out("tokens", "eval/answers/length", "text")],
+            from_zero=True,
+            note="mean tokens",
+        ),
         chart("Divergence from the start (KL)", steps, divergence, from_zero=True, note="nats per target"),
     ]
 
 
-_OF_SOURCE = re.compile("eval/.+/loss")
 _COLORS = ("loss", "lr", "speed", "projector", "language", "vision")  # for sources; further ones have no curve

@@ -1,4 +1,4 @@
-"""Answers that were sampled in reinforcement learning, for the report: a group side by side, with its pictures."""
+"""Answers that were sampled while training, for the report: a group side by side, with its pictures."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from megavlm.base.errors import UserError
-from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup, read_rollouts
+from megavlm.monitor.rollout_log import FILE_NAME, LoggedAnswer, LoggedGroup, read_rollouts
 from megavlm.report.answers import thumbnail
 from megavlm.report.run import Run, existing
 from megavlm.sources.previews import looks_like_video, media_of, preview
@@ -45,6 +45,8 @@ class ShownGroup:
         """The rewards of the group in words."""
         if not (rewards := self.rewards):
             return "no answer has a reward"
+        if len(self.answers) == 1:
+            return ""  # the reward stands beside the answer
         if all(answer.advantage is None for answer in self.answers):  # of ppo, which does not compare answers
             return f"mean reward {fmean(rewards):.3g}"
         if len(set(rewards)) == 1:
@@ -66,9 +68,12 @@ class ShownStep:
         return fmean(rewards) if rewards else None
 
 
-def shown_rollouts(run: Run) -> list[ShownStep]:
-    """The steps of rollouts.jsonl that are shown, newest first: the newest MAX_NEWEST ones and the first one."""
-    steps = read_rollouts(run.folder)
+def shown_rollouts(run: Run, name: str = FILE_NAME) -> list[ShownStep]:
+    """The steps in a file that are shown, newest first: the newest MAX_NEWEST ones and the first one.
+
+    ``name`` is that of rollouts.jsonl or of a file of the same form.
+    """
+    steps = read_rollouts(run.folder, name)
     chosen = [*steps[:1], *steps[1:][-MAX_NEWEST:]]
     return [ShownStep(step.step, [_shown(group, run) for group in step.groups]) for step in reversed(chosen)]
 

@@ -21,7 +21,7 @@ class Run:
     Attributes:
         folder: the output folder.
         config: its config.yaml; {} if there is none.
-        lines: its metrics, oldest first; [] if nothing was trained.
+        lines: its metrics, oldest first, perhaps with a line of step 0; [] if nothing was trained.
     """
 
     folder: Path
@@ -38,7 +38,8 @@ class Run:
                 config = yaml.safe_load(file.read_text(encoding="utf-8"))
             except yaml.YAMLError as error:
                 raise UserError(f"{file} is not valid YAML: {error}") from None
-        return cls(folder, config if isinstance(config, dict) else {}, read_metrics(folder))
+        lines = read_metrics(folder)
+        return cls(folder, config if isinstance(config, dict) else {}, lines if any(map(of_a_step, lines)) else [])
 
     def setting(self, key: str) -> Any:
         """The value of a dotted key; None if it is not set."""
@@ -68,14 +69,20 @@ class Run:
         """One field of all lines; None for lines without it."""
         return [line.get(name) for line in self.lines]
 
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of steps, without what was measured before the first one."""
+        return [line for line in self.lines if of_a_step(line)]
+
     def total(self, name: str) -> float:
         """Sum of a field over all steps. If only each k-th step has a line, this line counts for k steps."""
-        known = [value for value in self.column(name) if value is not None]
-        return sum(known) * self.lines[-1]["step"] / len(self.lines) if self.lines else 0.0
+        known, steps = [value for value in self.column(name) if value is not None], self.steps
+        return sum(known) * steps[-1]["step"] / len(steps) if steps else 0.0
 
     def typical(self, name: str) -> float | None:
-        """Median of a field. If there are several lines, the first is ignored, because it includes the start-up."""
-        known = [value for value in self.column(name)[min(1, len(self.lines) - 1) :] if value is not None]
+        """Median of a field. If there are several steps, the first is ignored, because it includes the start-up."""
+        values = [line.get(name) for line in self.steps]
+        known = [value for value in values[min(1, len(values) - 1) :] if value is not None]
         return median(known) if known else None
 
     def first_and_last(self, name: str) -> tuple[float | None, float | None]:
@@ -98,6 +105,11 @@ class Run:
     def preferences(self) -> Preferences | None:
         """What accuracy and margin of this run are; None if it does not compare answers."""
         return Preferences.of(self.lines)
+
+
+def of_a_step(line: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl tells of a step, and not of the weights before the first one."""
+    return line["step"] > 0
 
 
 def access_of(data: dict[str, Any]) -> MediaAccess:

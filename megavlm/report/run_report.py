@@ -19,6 +19,7 @@ from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import percent, short
 from megavlm.monitor.rl_warnings import history
+from megavlm.monitor.rollout_log import HELD_OUT_FILE
 from megavlm.report.answers import AnswerGroup, AnswerSource, group_answers, read_note, read_source
 from megavlm.report.charts import Band, Curve, chart
 from megavlm.report.experts import expert_charts
@@ -27,7 +28,7 @@ from megavlm.report.page import render_page
 from megavlm.report.phases import phases_bar
 from megavlm.report.policy import is_rl, policy_charts
 from megavlm.report.prediction import predictions
-from megavlm.report.preferences import method_charts
+from megavlm.report.preferences import held_out_score, method_charts
 from megavlm.report.rollouts import marked_tokens, shown_rollouts
 from megavlm.report.run import Run, access_of, existing
 from megavlm.report.run_data import changes_of, passes_of
@@ -174,6 +175,7 @@ def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup]) ->
         warnings=history(trained[-1].lines) if trained else [],
         rollouts=shown_rollouts(chain[-1]),
         predictions=[found for run in trained if (found := predictions(run)) is not None],
+        held_out=shown_rollouts(chain[-1], HELD_OUT_FILE),
     )
 
 
@@ -181,10 +183,9 @@ def _overview(runs: list[Run]) -> str:
     """The loss of all runs in one chart, one run after another; the reward alone where the last run has one."""
     if is_rl(runs[-1].lines if runs else ()):
         run = runs[-1]
-        reward = Curve.smoothed("reward", run.column("reward"), "speed")
-        return chart(
-            "Reward", [line["step"] for line in run.lines], [reward], kind="tall", note="mean over all answers"
-        )
+        curves = [Curve.smoothed("reward", run.column("reward"), "speed"), held_out_score(run.lines)]
+        steps_of_run = [line["step"] for line in run.lines]
+        return chart("Reward", steps_of_run, curves, kind="tall", note="mean over all answers")
     if len(runs) < 2:
         return ""
     steps, losses, average, bands, start = [], [], [], [], 0

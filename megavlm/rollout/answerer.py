@@ -1,6 +1,6 @@
 """Answers the prompts of a command with the built-in engine and the settings of the section ``generate``."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from megavlm.data.row import Sample
 from megavlm.model.shapes import Shapes
 from megavlm.platform.collectives import while_others_wait
 from megavlm.rollout.builtin import BuiltinEngine
-from megavlm.rollout.engine import Answer, Prompt, Sampling
+from megavlm.rollout.engine import Prompt, Sampling
 from megavlm.rollout.sampling import mixed_seed
 from megavlm.runtime.session import Session
 
@@ -54,7 +54,7 @@ class Answerer:
         Args:
             samples: the prompts on the leader of each model-parallel group; None elsewhere.
         """
-        settings = self._session.settings
+        settings, tokenizer = self._session.settings, self._renderer.processor.tokenizer
         prompts = None
         if samples is not None:
             prompts = (
@@ -62,7 +62,7 @@ class Answerer:
                 for s in samples
             )
         for answered in self._engine.generate(prompts, self._sampling):
-            texts = [self._text(answer) for answer in answered.answers]
+            texts = [text_of(tokenizer, answer.tokens, self._sampling.stop_strings) for answer in answered.answers]
             found = {"answer": texts[0]} if settings.generate.samples == 1 else {"answers": texts}
             yield {"index": answered.prompt.sample.index, **found}
 
@@ -86,11 +86,12 @@ class Answerer:
         found = list(self.answers(samples))
         return [text for line in found for text in line.get("answers", [line.get("answer")])]
 
-    def _text(self, answer: Answer) -> str:
-        """The text of an answer up to the first stop string in it."""
-        text = self._renderer.processor.tokenizer.decode(answer.tokens, skip_special_tokens=True)
-        ends = [text.find(stop) for stop in self._sampling.stop_strings if stop in text]
-        return text[: min(ends, default=len(text))]
+
+def text_of(tokenizer: Any, tokens: list[int], stop_strings: Sequence[str]) -> str:
+    """The text of an answer up to the first stop string in it."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    ends = [text.find(stop) for stop in stop_strings if stop in text]
+    return text[: min(ends, default=len(text))]
 
 
 def stop_tokens(hf: Path, tokenizer: Any) -> tuple[int, ...]:

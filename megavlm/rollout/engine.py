@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from megavlm.data.row import Sample
+from megavlm.data.row import Asked, Sample
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,13 @@ class Answered:
     prompt: Prompt
     answers: list[Answer]
     routing: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def asked(self) -> Asked:
+        """The record of the prompt, if it was drafted with it."""
+        asked = self.prompt.sample.annotations.asked
+        assert asked is not None, "prompts are drafted with their records"
+        return asked
 
 
 class Engine(Protocol):

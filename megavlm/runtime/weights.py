@@ -15,6 +15,7 @@ from megavlm.config.settings import Settings
 from megavlm.monitor.metrics import read_metrics
 from megavlm.output.held_run import of_run
 from megavlm.platform.collectives import all_gather_objects
+from megavlm.runtime.held_out_values import comparable_after
 from megavlm.runtime.session import Session
 
 
@@ -56,8 +57,10 @@ class Weights:
             tree = yaml_files.read_file(self.run / "config.yaml").tree
             metric = str((tree.get("eval") or {}).get("best"))
             line = next((line for line in read_metrics(self.run) if line["step"] == self.step), {})
-            if (value := line.get(str(metric))) is not None:
-                return f"{self}, its best by {metric}: {number(value)}"
+            if (value := line.get(metric)) is not None:
+                is_old = (self.step or 0) <= comparable_after(self.run, metric)
+                on = " on the held-out data before they were changed" if is_old else ""
+                return f"{self}, its best by {metric}{on}: {number(value)}"
         return f"{self}, its best"
 
     def note(self) -> dict[str, Any]:

@@ -32,8 +32,11 @@ class Best:
             self.take(line)
 
     def take(self, line: Mapping[str, Any]) -> None:
-        """Takes the line of the next step. One without the metric, which was not evaluated, changes nothing."""
-        if self.metric is None or self.metric not in line:
+        """Takes the line of the next step. One without the metric, which was not evaluated, changes nothing.
+
+        Neither does that of step 0: the weights at the start have no checkpoint that could be the best.
+        """
+        if self.metric is None or self.metric not in line or not line["step"]:
             return
         value = line[self.metric]
         known = value is not None and math.isfinite(value)
@@ -42,6 +45,10 @@ class Best:
             self.step, self.value, self.since = line["step"], value, 0
         else:
             self.since += 1
+
+    def forget(self) -> None:
+        """The checkpoint of the best step is lost: the next evaluation counts as the best."""
+        self.step, self.value = None, math.nan
 
     def told(self) -> str:
         """The best value and its step in words."""

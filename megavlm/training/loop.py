@@ -90,10 +90,12 @@ def _run_steps(
     for prepare in (hook.prepare for hook in hooks if hook.prepare is not None and not is_over):
         prepare(run)
         heartbeat("preparing for the steps")
-    for hook in hooks:
-        if hook.at_start and number == 0:
-            hook.call(run, 0, monitor.say)
-            heartbeat("the work before the first step")
+    if number == 0 and (at_start := [hook for hook in hooks if hook.at_start]):
+        fields, unmeasured = call_all(at_start, run, 0, monitor.say)
+        if unmeasured is not None:
+            raise unmeasured
+        monitor.record_start(fields)
+        heartbeat("the work before the first step")
     skipped = SkippedSteps(settings.train.max_skipped_steps, monitor.say)
     saved = run.first_step
     stop.begin()
@@ -178,7 +180,7 @@ def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor)
         **monitor.count_samples(number, result.counts, result.skipped_samples),
     }
     is_last = monitor.is_over(number)
-    due = [hook for hook in hooks if hook.is_due(number, is_last=is_last)]
+    due = [hook for hook in hooks if hook.is_due(number, monitor.ends_epoch, is_last=is_last)]
     fields, problem = call_all(due, run, number, monitor.say)
     line |= fields
     logged = number % settings.log.every == 0 or is_last or bool(result.trouble or due)

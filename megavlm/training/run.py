@@ -18,7 +18,7 @@ from megavlm.data.loader import RowLoader
 from megavlm.data.row import Row
 from megavlm.data.row_source import HeldRows, RowSource
 from megavlm.monitor.hang_watch import collective_minutes
-from megavlm.monitor.metrics import read_lines, read_metrics
+from megavlm.monitor.metrics import read_metrics
 from megavlm.monitor.phases import Phases
 from megavlm.monitor.profile import Profile
 from megavlm.monitor.run_monitor import RunMonitor
@@ -26,12 +26,13 @@ from megavlm.monitor.stragglers import Stragglers
 from megavlm.optim.group_rules import described
 from megavlm.optim.optimizers import Optimizers
 from megavlm.optim.param_groups import ParamGroups
-from megavlm.output.folder import CHANGES_FILE, Start, StartOptions, prepare_output, record_changes
+from megavlm.output.folder import Start, StartOptions, prepare_output, record_changes
 from megavlm.output.inputs import note_inputs
 from megavlm.output.lock import RunLock
 from megavlm.platform.collectives import on_first_rank
 from megavlm.runtime.adapter_start import load_start
 from megavlm.runtime.feed import Feed
+from megavlm.runtime.held_out_values import comparable_after
 from megavlm.runtime.read_ahead import ReadAhead
 from megavlm.runtime.session import Session, start
 from megavlm.training.best import Best
@@ -42,7 +43,6 @@ from megavlm.training.skipped_steps import weights_failure
 from megavlm.training.step import Step, StepResult
 
 _log = logging.getLogger(__name__)
-_HELD_OUT = ("data.eval", "eval.rows")  # settings on which the values of eval.best depend
 
 
 @dataclass
@@ -169,9 +169,8 @@ def build_run(
     checkpoints = Checkpoints(output / "checkpoints", trained, source, settings, origin)
     first_step = checkpoints.restore(checkpoint) if checkpoint else 0
     heartbeat("building the optimizer and restoring the run")
-    remarks = [*groups_of_weights, *expected, *remarks_on(begin, optimizers, first_step)]
-    best = _best(begin, first_step, groups.world_host)
-    checkpoints.link(best.step)
+    best, of_best = _best(begin, first_step, checkpoints, groups.world_host)
+    remarks = [*groups_of_weights, *expected, *remarks_on(begin, optimizers, first_step), *of_best]
     if checkpoint is not None:
         on_first_rank(partial(record_changes, begin, first_step), groups.world_host)
     stragglers = Stragglers(groups.world_host)
@@ -240,20 +239,31 @@ def make_step(
     return step, prepared.make_step(step, rows) if prepared.make_step is not None else None
 
 
-def _best(begin: Start, first_step: int, world: dist.ProcessGroup) -> Best:
-    """The best value of ``eval.best`` in the steps that earlier starts have done with the held-out data of this one."""
+def _best(begin: Start, first_step: int, checkpoints: Checkpoints, world: dist.ProcessGroup) -> tuple[Best, list[str]]:
+    """The best value of ``eval.best`` in the steps that earlier starts have done with the held-out data of this one.
+
+    Returns it with what the user should know of the checkpoint that is linked as the best.
+    """
     settings, output = begin.settings, required(begin.settings.output, "output")
     metric = settings.eval.best
 
     def past() -> list[dict[str, float | None]]:
-        lines = read_metrics(output) if metric is not None and first_step else []
-        changed = [(str(change.get("setting")), change["step"]) for change in read_lines(output / CHANGES_FILE)]
-        changed += [(key, first_step) for key in begin.changed]
-        since = max((step for key, step in changed if key.startswith(_HELD_OUT)), default=-1)
-        wanted = [line for line in lines if metric in line and since < line["step"] <= first_step]
-        return [{name: line[name] for name in ("step", str(metric))} for line in wanted]
+        if metric is None or not first_step:
+            return []
+        since = comparable_after(output, metric, [(key, first_step) for key in begin.changed])
+        wanted = [line for line in read_metrics(output) if metric in line and since < line["step"] <= first_step]
+        return [{name: line[name] for name in ("step", metric)} for line in wanted]
 
-    return Best(settings.eval, on_first_rank(past, world))
+    best = Best(settings.eval, on_first_rank(past, world))
+    linked, remarks = checkpoints.link(best.step, first_step)
+    if best.step is not None and linked != best.step:
+        best.forget()
+    if metric is not None and best.step is None and linked is not None:
+        remarks.append(
+            f"checkpoints/best leads to step {linked} until the next evaluation: it was the best by another metric, or "
+            "on other held-out data"
+        )
+    return best, remarks
 
 
 def _prepare(settings: Settings, lock: RunLock, options: StartOptions) -> tuple[Start, Path | None]:

@@ -7,7 +7,15 @@ import time
 import pytest
 import torch
 
-from megavlm.checkpoint.folders import best_of, find_checkpoint, latest, link_best, partial_folder, publish
+from megavlm.checkpoint.folders import (
+    best_of,
+    find_checkpoint,
+    latest,
+    link_best,
+    mend_best,
+    partial_folder,
+    publish,
+)
 from megavlm.checkpoint.held import held
 from megavlm.convert.mcore_checkpoint import McoreCheckpoint, TensorToWrite, write_checkpoint
 
@@ -162,3 +170,22 @@ def test_a_best_that_was_not_saved_is_not_linked(root):
     assert best_of(root) is None
     assert not (root / "best").is_symlink()
     assert find_checkpoint(root / "best") == root / "best"  # and whoever reads it says that it does not exist
+
+
+def test_the_best_link_is_mended(root):
+    """It never leads to a checkpoint that cannot be read, or to a step that is done again."""
+    assert mend_best(root, None, 300) == (None, [])
+    assert mend_best(root, 200, 300) == (200, [])
+    assert mend_best(root, None, 300) == (200, [])  # it stays
+    linked, (told,) = mend_best(root, None, 100)
+    assert (linked, (root / "best").is_symlink()) == (None, False)
+    assert "step_00000200 is done again" in told
+    (root / "step_00000300" / "__0_0_0.distcp").write_bytes(b"")
+    linked, (told,) = mend_best(root, 300, 300)
+    assert (linked, (root / "best").is_symlink()) == (None, False)
+    assert "gone until the next evaluation" in told
+    assert "step_00000300 is incomplete" in told
+    assert mend_best(root, 250, 300) == (
+        None,
+        ["checkpoints/best is gone until the next evaluation: its checkpoint does not exist"],
+    )

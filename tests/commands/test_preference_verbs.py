@@ -156,8 +156,28 @@ def test_bad_input_is_said_plainly(toys, pairs, config):
         ("dpo", {"model": {"hf": "x", "load": "y"}, "train": {"kl_to_start": 0.1}}, "dpo does not use it"),
         ("kto", {"align": {"loss": "ipo"}}, "is not used by kto"),
         ("kto", {"stage": 1}, "has no stages"),
-        ("sft", {"data": {"eval": "a"}, "eval": {"every": 1, "best": "eval/margin"}}, "sft compares no answers"),
-        ("grpo", {"data": {"eval": "a"}, "eval": {"every": 1}}, "grpo does not evaluate while it trains"),
+        ("sft", {"data": {"eval": "a"}, "eval": {"every": 1, "best": "eval/margin"}}, "sft does not measure it"),
+        ("grpo", {"data": {"eval": "a"}, "eval": {"every": 1, "rows": 2}}, "grpo computes no held-out loss"),
+        ("ppo", {"data": {"eval": "a"}, "eval": {"every": 1, "best": "eval/loss"}}, "ppo does not measure it"),
+        (
+            "sft",
+            {"data": {"eval": "a"}, "eval": {"every": 1, "best": "eval/answers/score"}},
+            "eval.answers.samples is null, so that no answers are judged",
+        ),
+        ("dpo", {"data": {"eval": "a"}, "eval": {"every": 1, "answers": {"samples": 2}}}, "how are the answers judged"),
+        (
+            "rm",
+            {"data": {"eval": "a"}, "eval": {"every": 1, "answers": {"samples": 2, "scorer": "exact"}}},
+            "a reward model gives scores and no answers",
+        ),
+        (
+            "sft",
+            {
+                "data": {"eval": "a"},
+                "eval": {"every": 1, "answers": {"samples": 2, "scorer": "exact", "max_new_tokens": 99999}},
+            },
+            "eval.answers.max_new_tokens is 99999, but a row has data.seq_length",
+        ),
         (
             "rm",
             {"model": {"hf": "x", "freeze": ["language"]}, "train": {"unfreeze_after": {"language": 1}}},

@@ -19,6 +19,12 @@ LAYOUTS = {
     "CP2": (2, "dense", {"context": 2}),
     "DP2": (2, "dense", {}),
     "MoE EP2": (2, "moe", {"expert": 2}),
+    "DP2 TP2": (4, "dense", {"tensor": 2}),
+    "TP2 CP2": (4, "dense", {"tensor": 2, "context": 2}),
+    "CP2 PP2": (4, "dense", {"context": 2, "pipeline": 2}),
+    "TP2 PP2 VPP2": (4, "dense", {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}),
+    "MoE TP2 PP2 EP2": (4, "moe", {"tensor": 2, "pipeline": 2, "expert": 2}),
+    "MoE CP2 EP2": (4, "moe", {"context": 2, "expert": 2}),
 }
 PARTS = {"first": slice(0, 5), "last": slice(5, 8)}  # the toy's records in two held-out files
 
@@ -99,10 +105,11 @@ def test_the_held_out_loss_is_that_of_score(layout, settings, scored, tmp_path, 
     processes, kind, parallel = LAYOUTS[layout]
     made = settings(kind, parallel, lr=1e-30)  # too little to change a weight, so that all layouts have the same score
     assert request.getfixturevalue(f"world{processes}").run(train, made) == [""] * processes
-    (line,) = lines_of(tmp_path / "run/metrics.jsonl")
+    lines = lines_of(tmp_path / "run/metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1]
     expected = scored(kind)
-    print(f"\n| {layout} | {max(abs(line[name] / value - 1) for name, value in expected.items()):.1e} |")
-    for name, value in expected.items():
+    print(f"\n| {layout} | {max(abs(lines[1][name] / value - 1) for name, value in expected.items()):.1e} |")
+    for line, (name, value) in itertools.product(lines, expected.items()):
         assert line[name] == pytest.approx(value, rel=1e-6)  # some 80 log-probabilities near -10, each to a few 1e-7
 
 
@@ -128,7 +135,7 @@ def test_held_out_data_that_is_trained_on_has_the_loss_of_the_next_step(name, se
     made = settings(kind, parallel, 3, {"every": 1}, data, global_batch_size=8, lr=0.2) | {"align": align}
     assert request.getfixturevalue(f"world{processes}").run(train, made, method) == [""] * processes
     lines = lines_of(tmp_path / "run/metrics.jsonl")
-    assert len({line["loss"] for line in lines}) == 3
+    assert len({line["loss"] for line in lines[1:]}) == 3
     for line, after in itertools.pairwise(lines):
         for field in ("loss", "accuracy", "margin"):
             if field in after:
@@ -144,7 +151,7 @@ def test_a_rank_without_a_row_adds_nothing(settings, toys, world1, world2, tmp_p
     for number, world in enumerate((world1, world2)):
         made = settings(data=data, lr=1e-30) | {"align": {"loss": "simpo"}, "output": str(tmp_path / str(number))}
         assert set(world.run(train, made, "dpo")) == {""}
-        found.append(lines_of(tmp_path / str(number) / "metrics.jsonl")[0])
+        found.append(lines_of(tmp_path / str(number) / "metrics.jsonl")[1])
     for field in ("loss", "accuracy", "margin"):
         assert found[1][f"eval/{field}"] == pytest.approx(found[0][f"eval/{field}"], rel=1e-6)
 
@@ -154,13 +161,15 @@ def test_training_has_the_bits_of_a_run_that_does_not_evaluate(workers, settings
     """Dropout included, whose random numbers an evaluation must not use."""
     lora = {"adapter": {"type": "lora", "rank": 4, "dropout": 0.3}}
     found = {}
-    for name, evaluation in {"with": {"every": 2, "rows": 1}, "without": {}}.items():
+    answers = {"samples": 2, "scorer": "exact", "max_new_tokens": 4}
+    for name, evaluation in {"with": {"every": 2, "rows": 1, "answers": answers}, "without": {}}.items():
         made = settings(steps=4, evaluation=evaluation, data={"workers": workers}, optimizer="adam", lr=0.01) | lora
         made["output"] = str(tmp_path / name)
         assert world1.run(train, made) == [""]
         found[name] = lines_of(tmp_path / name / "metrics.jsonl")
-    assert ["eval/loss" in line for line in found["with"]] == [False, True, False, True]
-    assert without(found["with"], "eval/") == without(found["without"])
+    assert ["eval/loss" in line for line in found["with"]] == [True, False, True, False, True]  # from step 0 on
+    assert ["eval/answers/score" in line for line in found["with"]] == [True, False, True, False, True]
+    assert without(found["with"][1:], "eval/") == without(found["without"])
 
 
 def test_the_best_is_kept_and_the_run_ends_early(settings, toys, held_out, world1, tmp_path, capsys):
@@ -175,8 +184,10 @@ def test_the_best_is_kept_and_the_run_ends_early(settings, toys, held_out, world
             assert world1.run(train, made) == [""]
             told.append(capsys.readouterr().out)
         lines = lines_of(tmp_path / name / "metrics.jsonl")
+        start, *lines = lines
         losses = [line["eval/first/loss"] for line in lines]
         best = losses.index(min(losses)) + 1
+        assert start["eval/first/loss"] not in losses
         assert len(losses) == best + 2  # the learning rate is so large that the loss goes up and down
         end = f"stopped early at step {len(losses)}: eval/first/loss has not improved in 2 evaluations"
         assert [end in words for words in told] == [name == "straight", True]
@@ -212,12 +223,12 @@ def test_held_out_data_that_cannot_be_used_ends_the_run_before_its_first_step(se
     some = write_records(tmp_path / "some.jsonl", [{"text": "one two three"}, {"messages": 1}, {"text": "four"}])
     assert world2.run(train, settings(data={"eval": str(some)})) == ["", ""]
     assert f"data.eval: 1 sample cannot be used; the first is {some}:2" in capsys.readouterr().out
-    (line,) = lines_of(tmp_path / "run/metrics.jsonl")
+    line = lines_of(tmp_path / "run/metrics.jsonl")[1]
     assert line["eval/loss"] > 0
     # no step is lost if data.eval cannot be used any more
     ends = world2.run(train, settings(steps=3, data={"eval": str(bad)}))
     assert all("none of its samples can be used" in end for end in ends)
-    assert [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
     assert (tmp_path / "run/checkpoints/step_00000002").is_dir()
 
 

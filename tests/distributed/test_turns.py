@@ -28,7 +28,8 @@ def learn(settings: dict, record: dict, root: Path):
     from megavlm.data.row import Annotations, Asked
     from megavlm.media.files import in_folder
     from megavlm.optim.optimizers import Optimizers
-    from megavlm.reinforcement.grpo import Policy, _sampling, in_turns
+    from megavlm.reinforcement.engines import in_turns
+    from megavlm.reinforcement.grpo import Policy, _sampling
     from megavlm.reinforcement.judged import Batch, Judged
     from megavlm.reinforcement.policy_objective import PolicyObjective
     from megavlm.reinforcement.policy_step import PolicyStep

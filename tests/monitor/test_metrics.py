@@ -41,6 +41,18 @@ def test_missing_field_is_a_bug(tmp_path):
         writer.write(incomplete)
 
 
+def test_what_was_measured_before_the_first_step_has_a_line_of_its_own(tmp_path):
+    """It stays when the run continues, and is gone when the run begins again."""
+    with MetricsWriter(tmp_path) as writer:
+        writer.write({"step": 0, "eval/loss": 2.0})
+        writer.write(line(1))
+        writer.write(line(2))
+    MetricsWriter(tmp_path, resume_step=1).close()
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [0, 1]
+    MetricsWriter(tmp_path).close()
+    assert not read_metrics(tmp_path)
+
+
 def test_resume_drops_later_steps_and_a_torn_line(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         for step in range(1, 8):

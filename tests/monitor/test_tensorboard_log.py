@@ -27,6 +27,8 @@ def test_a_run_that_continues_has_no_point_twice(tmp_path, monkeypatch):
     said: list[str] = []
     for first, last in ((0, 5), (3, 6), (6, 7)):
         log = TensorboardLog(settings(tmp_path), first, True, said.append)
+        if not first:
+            log.log({"step": 0, "eval/loss": 9.0})
         for step in range(first + 1, last + 1):
             log.log({"step": step, "loss": first + step / 8, "mfu": None, "lr/vision": 0.5})
         log.close()
@@ -34,6 +36,7 @@ def test_a_run_that_continues_has_no_point_twice(tmp_path, monkeypatch):
     found = points(tmp_path / "tensorboard")
     assert found["loss"] == [(1, 0.125), (2, 0.25), (3, 0.375), (4, 3.5), (5, 3.625), (6, 3.75), (7, 6.875)]
     assert [step for step, _ in found["lr/vision"]] == list(range(1, 8))
+    assert found["eval/loss"] == [(0, 9.0)]
     assert "mfu" not in found
     assert not said
 

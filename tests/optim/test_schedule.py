@@ -125,6 +125,10 @@ def test_the_curve_shows_rise_top_and_end():
     assert picture == "▁▅█▇▆▅▄▃▂▁"
     assert told == "0 in step 1, 0.975 in step 23, 0.0125 in step 100"
     assert curve(train(steps=1)) == "█ 1 in step 1"
+    # with ten steps in which a critic learns alone: 0 up to step 10, then a schedule of 90 steps with the same warm-up
+    picture, told = curve(train(steps=100, warmup_steps=20, schedule="linear"), 10, idle_steps=10).split(" ", 1)
+    assert picture == "▁▁▅█▇▆▅▃▂▁"
+    assert told == "0 in step 1, 0.957 in step 34, 0.0143 in step 100"
 
 
 def test_a_table_of_steps_comes_back_from_config_yaml(tmp_path):

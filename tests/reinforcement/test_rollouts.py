@@ -4,20 +4,20 @@ import math
 
 import pytest
 
-from megavlm.reinforcement.judged import with_environment
-from megavlm.reinforcement.rollouts import _with_models, in_mini_batches
+from megavlm.reinforcement.judged import with_environment, with_models
+from megavlm.reinforcement.rollouts import in_mini_batches
 from megavlm.rewards.score import Score
 from megavlm.rollout.engine import Answer
 
 
 def test_the_score_of_a_reward_model_is_added_with_its_weight():
-    found = _with_models(Score(0.5, {"exact": 1.0}, []), {"taste": 2.0}, {"exact": 0.5, "taste": 0.25})
+    found = with_models(Score(0.5, {"exact": 1.0}, []), {"taste": 2.0}, {"exact": 0.5, "taste": 0.25})
     assert (found.total, found.parts, found.failures) == (1.0, {"exact": 1.0, "taste": 2.0}, [])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_reward_model_that_gives_no_number_has_failed(value):
-    found = _with_models(Score(1.0, {"exact": 1.0}, []), {"taste": value}, {"exact": 1.0, "taste": 1.0})
+    found = with_models(Score(1.0, {"exact": 1.0}, []), {"taste": value}, {"exact": 1.0, "taste": 1.0})
     assert found.total is None
     assert found.parts == {"exact": 1.0, "taste": None}
     assert found.failures == [f"taste: it returned {value}"]

@@ -11,7 +11,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from megavlm.monitor.metrics import REQUIRED, MetricsWriter
-from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup, RolloutLog
+from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup, RolloutLog, held_out_log
+from megavlm.report.run import Run
 from megavlm.report.run_report import write_report
 
 RL = {
@@ -172,3 +173,33 @@ def test_without_mismatch_its_curve_is_drawn_from_zero(tmp_path):
     assert curves["Sampler against trainer"] == {"mean": ["0.000"] * 2, "largest": ["0.000"] * 2}
     assert "KL to the reference" not in curves
     assert "Sampled answers" not in text
+
+
+def test_held_out_answers_and_their_curve_begin_before_the_first_step(tmp_path):
+    """The line of step 0 has nothing but what was measured; sums and medians are those of the steps."""
+    folder = tmp_path / "sft"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"hf": "hf", "freeze": []}}))
+    Image.new("RGB", (64, 32), (80, 80, 200)).save(tmp_path / "7.png")
+    (tmp_path / "heldout.jsonl").write_text("{}\n")
+    log = held_out_log(folder, 0, 8, enabled=True)
+    with MetricsWriter(folder) as writer:
+        for step in range(3):
+            answers = [logged(f"said in step {step}", step / 2, None)]
+            log.write(step, [LoggedGroup("heldout.jsonl:1", f"Q{n}", ["7.png"], "7", answers) for n in range(6)])
+            measured = {"eval/answers/score": step / 2, "eval/own/answers/score": step / 4, "eval/loss": 1.0 - step / 4}
+            trained = {**dict.fromkeys(REQUIRED, 1.0), "mfu": None, "tokens": 10 * step} if step else {}
+            writer.write(trained | measured | {"step": step})
+    page = write_report(folder).read_text()
+    assert "Answers to held-out questions" in page
+    assert re.findall(r"<summary>Step (\d+) ", page) == ["2", "1", "0"]
+    assert page.count("said in step 0") == 6
+    assert "advantage" not in page
+    assert len(re.findall(r'src="data:image/png;base64,', page)) == 18
+    assert curves_of(page)["Score of held-out answers"] == {
+        "all": ["0.000", "0.5000", "1.000"],
+        "own": ["0.000", "0.2500", "0.5000"],
+    }
+    assert curves_of(page)["Loss"]["held out"] == ["1.000", "0.7500", "0.5000"]
+    run = Run.read(folder)
+    assert (run.total("tokens"), run.typical("tokens")) == (30.0, 20)

@@ -58,7 +58,11 @@ BESIDE = {
     "environment.python": ("environment.max_tokens=2000",),
     "environment.max_tokens": ("environment.python=doors.py:Doors",),
     "data.min_pixels": ("data.max_pixels=2147483647",),
-    "eval.every": ("data.eval=eval.jsonl",),
+    **dict.fromkeys(("eval.every", "eval.every_epochs"), ("data.eval=eval.jsonl",)),
+    **dict.fromkeys(
+        ("eval.answers.samples", "eval.answers.scorer", "eval.answers.max_new_tokens"),
+        ("data.eval=eval.jsonl", "eval.every=1"),
+    ),
     **dict.fromkeys(("eval.rows", "eval.best"), ("data.eval=eval.jsonl", "eval.every=1")),
     "eval.stop_after": ("data.eval=eval.jsonl", "eval.every=1", "eval.best=eval/loss"),
 }  # fmt: skip
@@ -69,6 +73,7 @@ UNLIMITED = {
     **dict.fromkeys(
         (
             "train.steps", "train.global_batch_size", "train.warmup_steps", "generate.max_new_tokens",
+            "eval.answers.max_new_tokens",
             "generate.samples", "rollout.prompts", "rollout.group_size", "rollout.max_new_tokens",
             "rollout.replace_flat", "align.updates", "align.mini_batches", "align.critic.alone_steps",
             "align.critic.warmup_steps", "environment.max_turns", "environment.max_tokens", "rollout.ahead",
@@ -76,7 +81,8 @@ UNLIMITED = {
         "as much work as was asked for",
     ),
     **dict.fromkeys(
-        ("eval.every", "eval.rows", "eval.stop_after", "checkpoint.every", "checkpoint.every_epochs",
+        ("eval.every", "eval.every_epochs", "eval.rows", "eval.answers.samples", "eval.stop_after",
+         "checkpoint.every", "checkpoint.every_epochs",
          "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every", "log.every",
          "train.galore_update_every", "rollout.log_every", "rollout.vllm.start_minutes",
          "rollout.vllm.request_minutes"),

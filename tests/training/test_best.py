@@ -29,6 +29,17 @@ def test_the_best_step(values, metric, step, since):
     assert (best.step, best.since) == (step, since)
 
 
+def test_the_weights_at_the_start_are_never_the_best():
+    """They have no checkpoint. A score is the better, the larger it is."""
+    scores = {0: 0.9, 2: 0.1, 4: 0.5, 6: 0.4}
+    lines = [{"step": step, "eval/a/answers/score": value} for step, value in scores.items()]
+    best = Best(EvalSettings(every=2, best="eval/a/answers/score"), lines)
+    assert (best.step, best.value, best.since) == (4, 0.5, 1)
+    best.forget()
+    best.take({"step": 8, "eval/a/answers/score": 0.2})
+    assert (best.step, best.value, best.since) == (8, 0.2, 0)
+
+
 def test_the_end():
     assert followed([3.0, 2.0, 2.5], best="eval/loss").ending(6) is None
     assert followed([3.0, 2.0, 2.5], best="eval/loss", stop_after=2).ending(6) is None
