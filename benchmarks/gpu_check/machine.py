@@ -1,6 +1,5 @@
 """What results depend on: the devices, and the versions of what computes on them."""
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -10,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megavlm.base.machine import commit, printed, versions
 
 PACKAGES = (
     "torch", "megatron-core", "transformer-engine", "transformer-engine-torch", "transformers", "triton", "flash-attn",
@@ -63,26 +64,13 @@ def environment() -> dict[str, str]:
 
 def described(*, cpu: bool) -> dict[str, Any]:
     """Devices with their driver, versions of packages, and the commit."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    found = versions(PACKAGES)
     fields = "name,driver_version,memory.total,power.limit,clocks.max.sm"
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     return {
-        "devices": ["CPU"] if cpu else _printed(query).splitlines(),
+        "devices": ["CPU"] if cpu else printed(query).splitlines(),
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
-        "packages": versions,
-        "commit": _printed(["git", "describe", "--always", "--dirty"]) or None,
+        "packages": {name: found.get(name) for name in PACKAGES},
+        "commit": commit(),
     }
-
-
-def _printed(words: list[str]) -> str:
-    """What a command prints; "" if there is no such command or it fails."""
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

@@ -141,7 +141,7 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
         requirements.check_packages(settings)
     if name == "infer" and not one_prompt and (options["image"] or options["video"]):
         raise UserError("--image and --video can only be used with --prompt", "add --prompt TEXT, or leave them out")
-    requirements.check_files(settings, verb.reads)
+    requirements.check_files(settings, ("model.hf",) if options.get("synthetic") else verb.reads)
     for path in (*options.get("image", ()), *options.get("video", ())):
         if not path.is_file():
             raise UserError(f"file {path} does not exist", "check the path after --image or --video")

@@ -1,6 +1,7 @@
 """What a verb of the command is: its arguments, the settings and files that it reads, and what it writes."""
 
 import argparse
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,17 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """The argparse type of a number that is at least 0."""
     return 0 if text == "0" else positive(text)
+
+
+def amount(text: str) -> float:
+    """Parses a number of at least 0, such as a price."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.align.registry import METHODS, MethodEntry
-from megavlm.cli.verb import READS, RUN, Verb, natural, positive
+from megavlm.cli.verb import READS, RUN, Verb, amount, natural, positive
 
 RUN_REQUIRES = ("output", "data.train", "train.steps|train.epochs", "train.lr")
 START_FLAGS: dict[str, dict[str, Any]] = {
@@ -195,20 +195,62 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
     ),
     "plan": Verb(
         "megavlm.commands.plan:main",
-        "show the memory and the work of a layout on GPUs that need not be there",
+        "show the memory and the time of a layout on GPUs that need not be there",
         "megavlm plan sft.yaml --gpus 64\nmegavlm plan sft.yaml parallel.tensor=4 --gpus 32 --gpu h200 --pictures 2",
         sections=(*RUN, "align", "rollout", "reward", "environment"),
         requires=("train.steps", "train.lr"),
         reads=(),
         flags={
             "gpus": {"metavar": "N", "type": positive, "required": True, "help": "number of GPUs"},
-            "gpu": {"metavar": "NAME", "default": "h100", "help": "h100 (the default), h200, b200, h800 or a100"},
+            "gpu": {
+                "metavar": "NAME",
+                "default": "h100",
+                "help": "h100 (the default), h200, b200, h800, a100, or a YAML file of measurements",
+            },
             "for": FOR,
             "samples": {"metavar": "N", "type": positive, "default": 1, "help": "samples in a row; default 1"},
             "pictures": {"metavar": "N", "type": natural, "help": "pictures in a row; default: as many as fit"},
-            "json": {"action": "store_true", "dest": "as_json", "help": "print one line of JSON, in bytes and FLOPs"},
+            "price": {
+                "metavar": "X",
+                "type": amount,
+                "help": "of one GPU for an hour; the cost of the run is then shown",
+            },
+            "json": {
+                "action": "store_true",
+                "dest": "as_json",
+                "help": "print one line of JSON, in bytes, FLOPs and seconds",
+            },
         },
         local_workers=False,
+    ),
+    "bench": Verb(
+        "megavlm.commands.bench:main",
+        "measure steps of a configuration on this machine, as one line of JSON",
+        "megavlm bench sft.yaml --nproc 8\n"
+        "megavlm bench sft.yaml --synthetic --pictures 2 train.global_batch_size=8 --steps 5",
+        sections=(*RUN, "align", "rollout", "reward", "environment"),
+        requires=("train.steps|train.epochs", "train.lr"),
+        reads=(*READS, "data.train"),
+        flags={
+            "steps": {"metavar": "N", "type": positive, "default": 10, "help": "number of measured steps; default 10"},
+            "warmup": {"metavar": "N", "type": natural, "default": 3, "help": "steps before them; default 3"},
+            "for": FOR,
+            "synthetic": {
+                "action": "store_true",
+                "help": "take random weights and synthetic rows, so that model.load and data.train need not exist",
+            },
+            "samples": {
+                "metavar": "N",
+                "type": positive,
+                "default": 1,
+                "help": "samples in a synthetic row; default 1",
+            },
+            "pictures": {
+                "metavar": "N",
+                "type": natural,
+                "help": "pictures in a synthetic row; default: as many as fit",
+            },
+        },
     ),
     "data prepare": Verb(
         "megavlm.commands.data_prepare:main",

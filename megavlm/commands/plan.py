@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megavlm.base.number_format import counted, short
+from megavlm.commands.plan_times import figures, times
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.plan.gpus import gpu_of
@@ -30,6 +31,7 @@ def main(
     verb: str | None = None,
     samples: int = 1,
     pictures: int | None = None,
+    price: float | None = None,
     as_json: bool = False,
 ) -> int:
     """Prints the plan of a configuration.
@@ -40,21 +42,23 @@ def main(
         gpu: which GPU.
         verb: the verb for which the configuration is intended; default: a guess from the settings.
         samples, pictures: what each row is assumed to contain (``megavlm.plan.mix.Mix.of``).
+        price: of a GPU for an hour, in any currency.
         as_json: print one line of JSON instead of tables.
 
     Raises:
         UserError: the GPU is unknown, or the settings do not fit the model, the verb or the number of GPUs.
     """
     facts = gpu_of(gpu)
-    verb = verb or _verb_of(settings)
+    verb = verb or verb_of(settings)
     plan = make_plan(settings, model_shapes(settings.model), verb, gpus, facts, samples=samples, pictures=pictures)
     if as_json:
-        print(json.dumps(_as_json(plan)))
+        print(json.dumps(_as_json(plan, price)))
         return 0
     console = Console(highlight=False)
     console.print(_memory(plan))
     console.print(_verdict(plan, settings), soft_wrap=True)
     console.print(_work(plan))
+    console.print(times(plan, price), soft_wrap=True)
     console.print(f"[dim]assumed: {plan.mix}. {_CAVEATS}[/]", soft_wrap=True)
     return 0
 
@@ -66,7 +70,7 @@ _CAVEATS = (
 )
 
 
-def _verb_of(settings: Settings) -> str:
+def verb_of(settings: Settings) -> str:
     """A verb that can use these settings."""
     if settings.stage is not None:
         return "pretrain"
@@ -138,12 +142,13 @@ def _work(plan: Plan) -> Table:
     return table
 
 
-def _as_json(plan: Plan) -> dict[str, Any]:
-    """The plan in bytes and FLOPs."""
+def _as_json(plan: Plan, price: float | None) -> dict[str, Any]:
+    """The plan in bytes, FLOPs and seconds."""
     return asdict(plan) | {
         "mix": str(plan.mix),
         "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
         "capacity": plan.capacity,
         "fits": plan.fits,
         "spare": plan.spare,
+        **figures(plan, price),
     }

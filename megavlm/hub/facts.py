@@ -3,11 +3,11 @@
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from megavlm import __version__
+from megavlm.base import machine
 from megavlm.base.errors import UserError
 from megavlm.config import describe
 from megavlm.config.load import load_settings
@@ -159,10 +159,4 @@ def license_of(folder: Path) -> str | None:
 
 def versions() -> dict[str, str]:
     """The versions of megavlm and of the packages that matter for the weights."""
-    found = {"megavlm": __version__}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"megavlm": __version__} | machine.versions(_PACKAGES)

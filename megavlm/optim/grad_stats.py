@@ -41,10 +41,16 @@ def read_grad_stats(totals: Tensor, weight: float, squares: Tensor) -> GradStats
     total = totals[0]
     loss = total / max(weight, 1e-12) if math.isfinite(weight) else torch.full_like(total, math.nan)
     values = torch.cat([loss[None], squares])
-    bad = (~values.isfinite()).float()
-    dist.all_reduce(bad)
+    bad = count_non_finite(values)
     read = torch.cat([values, bad, totals]).tolist()
     (mean, *of_parts), flags, sums = read[: len(values)], read[len(values) : 2 * len(values)], read[2 * len(values) :]
     norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, of_parts, strict=True)}
     names = [name for name, flag in zip(("loss", *PARTS), flags, strict=True) if flag]
     return GradStats(mean, {"grad_norm": math.sqrt(sum(of_parts)), **norms}, names, sums)
+
+
+def count_non_finite(values: Tensor) -> Tensor:
+    """The number of ranks on which each value is NaN or infinite, as float32."""
+    bad = (~values.isfinite()).float()
+    dist.all_reduce(bad)
+    return bad

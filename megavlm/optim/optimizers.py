@@ -228,21 +228,26 @@ class Optimizers:
             totals: [sums] on the device, the objective's sums over the global batch.
             weight: the divisor of the loss; 0 if there is nothing to learn from.
         """
-        self.optimizer.prepare_grads()
-        stats = read_grad_stats(totals, weight, self._squares())
-        if stats.non_finite or not weight:
-            return stats
+        stats = read_grad_stats(totals, weight, self.grad_squares())
+        if not stats.non_finite and weight:
+            self.apply(stats.norms["grad_norm"])
+        return stats
+
+    def apply(self, grad_norm: float) -> None:
+        """Clips the gradients, whose norm is known, updates the weights, and advances the schedule."""
         if self.train.clip_grad > 0:
-            norm = stats.norms["grad_norm"]
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.train.clip_grad, norm)
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.train.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
         if self.train.ema is not None:
             update_averages(self.optimizer.chained_optimizers, self.train.ema)
         self.scheduler.step(increment=1)
-        return stats
 
-    def _squares(self) -> Tensor:
-        """float32 [parts] on the device: the squared gradient norm of each part over all ranks."""
+    def grad_squares(self) -> Tensor:
+        """float32 [parts] on the device: the squared gradient norm of each part over all ranks.
+
+        Gradients are copied from the buffers to where the optimizers read them.
+        """
+        self.optimizer.prepare_grads()
         squares = torch.zeros(len(PARTS), dtype=torch.float32, device=device())
         for part, optimizers in self.parts.items():
             sums: dict[dist.ProcessGroup, Tensor] = {}

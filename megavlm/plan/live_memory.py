@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,18 +86,24 @@ def _tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
             yield from _tensors_in(value)
 
 
-class PhasesOf(Phases):
-    """Tells a ``LiveMemory`` which phase of a step it is in."""
+class Counting(Protocol):
+    """What counts by phases: a ``LiveMemory``, or ``Operators``."""
 
-    def __init__(self, memory: LiveMemory):
+    phase: str
+
+
+class PhasesOf(Phases):
+    """Tells what counts in which phase of a step it is."""
+
+    def __init__(self, counting: Counting):
         super().__init__()
-        self._memory, self.is_named = memory, True
+        self._counting, self.is_named = counting, True
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        before, self._memory.phase = self._memory.phase, name
+        before, self._counting.phase = self._counting.phase, name
         try:
             with super()._phase(name):
                 yield
         finally:
-            self._memory.phase = before
+            self._counting.phase = before

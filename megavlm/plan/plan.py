@@ -1,10 +1,12 @@
-"""What a layout needs: the memory of each pipeline stage beside that of a GPU, and the operations of a step.
+"""What a layout needs: the memory of each pipeline stage beside that of a GPU, and the operations and time of a step.
 
 One rank of each pipeline stage is built without memory and runs a step (``absent_rank``, ``static_memory``,
-``step_memory``). Nothing is measured on a GPU here, and no constant is fitted.
+``step_memory``, ``stage_operators``). Nothing is measured on a GPU here, and no constant is fitted.
 """
 
 from dataclasses import dataclass
+
+import torch
 
 from megavlm.align.registry import METHODS, make_method
 from megavlm.config.requirements import required
@@ -13,11 +15,15 @@ from megavlm.data.row import Row
 from megavlm.model.flops import parts_flops
 from megavlm.model.shapes import Shapes
 from megavlm.plan.absent_rank import TrainedModel, absent_rank, that_can_be_absent
+from megavlm.plan.costs import costs_of
 from megavlm.plan.gpus import Gpu
 from megavlm.plan.hardware_flops import hardware_flops
 from megavlm.plan.mix import Mix
+from megavlm.plan.predict import step_time
+from megavlm.plan.stage_operators import stage_operators
 from megavlm.plan.static_memory import StaticCount, StaticMemory, make_state
 from megavlm.plan.step_memory import Peak, RowsAtHand, peak_of, peak_of_window
+from megavlm.plan.step_time import StepTime
 from megavlm.runtime.session import Session, check_shapes
 from megavlm.training.step import Step
 
@@ -56,6 +62,8 @@ class Plan:
         mix, rows, tokens: what a step is assumed to contain: of each row, the number of rows, and of tokens.
         stages: the pipeline stages.
         model_flops, hardware_flops: operations of a step by part, without and with what is computed again.
+        time: the time of a step, of the update of the main model alone.
+        steps: number of steps of the run.
     """
 
     gpu: Gpu
@@ -67,6 +75,8 @@ class Plan:
     stages: list[StagePlan]
     model_flops: dict[str, float]
     hardware_flops: dict[str, float]
+    time: StepTime
+    steps: int
 
     @property
     def capacity(self) -> int:
@@ -112,7 +122,7 @@ def make_plan(
     answers = 2 if METHODS[verb].kind in ("pair", "judged") or METHODS[verb].samples else 1
     mix = Mix.of(settings, shapes, samples=samples, pictures=pictures, answers=answers)
     each = settings.rows_per_step(data_parallel)
-    row, stages = mix.row(settings, shapes), []
+    row, stages, operators = mix.row(settings, shapes), [], []
     absent = that_can_be_absent(settings)
     for stage in range(settings.parallel.pipeline):
         rank = world_size // settings.parallel.pipeline * stage
@@ -122,6 +132,10 @@ def make_plan(
                 make_state(model.optimizers)
                 static += count(model.vlm, model.optimizers)
             peaks = [_peak(session, model, row, each) for model in trained]
+            main, window = trained[0], _window(session, trained[0], each)
+            operators.append(
+                stage_operators(main.vlm, main.optimizers, main.objective, row, window, torch.device("meta"))
+            )
         stages.append(StagePlan(stage, rank, static, max(peaks, key=lambda peak: peak.total)))
     rows = each * data_parallel
     work = mix.work(rows, scores=method.scores)
@@ -137,18 +151,24 @@ def make_plan(
         stages,
         parts_flops(shapes, work, frozen, adapted),
         hardware_flops(shapes, work, settings, frozen, adapted),
+        step_time(operators, settings, each, window, costs_of(gpu)),
+        steps,
     )
 
 
 def _peak(session: Session, model: TrainedModel, row: Row, rows: int) -> Peak:
     """The peak of a step of ``rows`` rows on each data-parallel rank."""
-    settings, parallel = session.settings, session.settings.parallel
-    wanted = settings.vision.window or (rows if settings.train.global_batch_size is None else None)
-    feed = RowsAtHand(model.vlm, [])
-    window = min(rows, Step(model.vlm, model.optimizers, feed, rows, model.objective, wanted).window)
+    parallel, window = session.settings.parallel, _window(session, model, rows)
 
     def run(count: int) -> Peak:
         where = next(model.vlm.vision.parameters()).device
         return peak_of(model.vlm, model.optimizers, model.objective, [row] * count, count, where)
 
     return peak_of_window(run, window, parallel.pipeline, parallel.virtual_pipeline or 1)
+
+
+def _window(session: Session, model: TrainedModel, rows: int) -> int:
+    """The number of micro-batches whose frames are encoded together."""
+    settings, feed = session.settings, RowsAtHand(model.vlm, [])
+    wanted = settings.vision.window or (rows if settings.train.global_batch_size is None else None)
+    return min(rows, Step(model.vlm, model.optimizers, feed, rows, model.objective, wanted).window)

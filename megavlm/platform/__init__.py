@@ -2,6 +2,7 @@
 
 from megavlm.platform.absent import absent_world
 from megavlm.platform.device import (
+    allocated,
     backend,
     device,
     device_name,
@@ -22,6 +23,7 @@ from megavlm.platform.groups import Groups, init, shutdown
 __all__ = [
     "Groups",
     "absent_world",
+    "allocated",
     "backend",
     "device",
     "device_name",

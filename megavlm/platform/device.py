@@ -71,8 +71,18 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def allocated() -> tuple[int, int] | tuple[None, None]:
+    """Peak bytes on this GPU: those of tensors, and those that torch's allocator holds for them; None on a CPU."""
+    if not on_gpu():
+        return None, None
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
 def reset_memory() -> None:
-    """Restarts the peak of ``memory_gib``. On a CPU this has no effect: the kernel keeps one peak per process."""
+    """Restarts the peaks of ``memory_gib`` and ``allocated``.
+
+    On a CPU this has no effect: the kernel keeps one peak per process.
+    """
     if on_gpu():
         torch.cuda.reset_peak_memory_stats()
 

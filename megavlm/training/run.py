@@ -37,7 +37,7 @@ from megavlm.runtime.session import Session, start
 from megavlm.training.best import Best
 from megavlm.training.continuing import remarks_on
 from megavlm.training.epochs import expect_steps
-from megavlm.training.method import Method, MethodStep
+from megavlm.training.method import Method, MethodStep, Prepared
 from megavlm.training.skipped_steps import weights_failure
 from megavlm.training.step import Step, StepResult
 
@@ -175,6 +175,46 @@ def build_run(
     if checkpoint is not None:
         on_first_rank(partial(record_changes, begin, first_step), groups.world_host)
     stragglers = Stragglers(groups.world_host)
+    step, method_step = make_step(session, prepared, optimizers, source, stragglers, phases)
+    return Run(
+        session,
+        method.title,
+        step,
+        method_step,
+        prepared.others,
+        optimizers,
+        checkpoints,
+        prepared.rows,
+        prepared.longest_row,
+        prepared.loader,
+        stragglers,
+        phases,
+        profile,
+        first_step,
+        prepared.attach,
+        best,
+        remarks,
+    )
+
+
+def make_step(
+    session: Session,
+    prepared: Prepared,
+    optimizers: Optimizers,
+    source: HeldRows | None,
+    stragglers: Stragglers,
+    phases: Phases,
+) -> tuple[Step, MethodStep | None]:
+    """Makes what updates the weights of the main model, and the steps of the method if it does more than one update.
+
+    Args:
+        session: the session, with the settings of the run.
+        prepared: the method.
+        optimizers: the optimizers of the main model.
+        source: the rows of ``prepared``, in the state from which they go on; None where it has none.
+        stragglers, phases: what measures the steps.
+    """
+    settings, groups = session.settings, session.groups
     rows = stragglers.rows(iter(source)) if source is not None else None
     patience = collective_minutes(settings.train.hang_minutes)
     is_alone = groups.model_parallel.size() == 1  # then there is no other rank to which rows could be sent
@@ -197,25 +237,7 @@ def build_run(
         phases,
         partial(settings.rows_per_step, groups.dp_size),
     )
-    return Run(
-        session,
-        method.title,
-        step,
-        prepared.make_step(step, rows) if prepared.make_step is not None else None,
-        prepared.others,
-        optimizers,
-        checkpoints,
-        prepared.rows,
-        prepared.longest_row,
-        prepared.loader,
-        stragglers,
-        phases,
-        profile,
-        first_step,
-        prepared.attach,
-        best,
-        remarks,
-    )
+    return step, prepared.make_step(step, rows) if prepared.make_step is not None else None
 
 
 def _best(begin: Start, first_step: int, world: dist.ProcessGroup) -> Best:

@@ -1,0 +1,65 @@
+"""The part of ``megavlm plan`` that tells how long a step and a run take."""
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from megavlm.base.number_format import short
+from megavlm.plan.plan import Plan
+
+_TOP = 6  # operators that are shown
+
+
+def times(plan: Plan, price: float | None = None) -> Group:
+    """Tables about the time of a step, what it is spent on, and the run.
+
+    Args:
+        plan: the plan.
+        price: of a GPU for an hour, in any currency.
+    """
+    facts, time = figures(plan, price), plan.time
+    step = _table(f"a step takes {time.seconds:.3g} s", "seconds", "share")
+    for name, seconds in sorted(time.parts.items(), key=lambda part: -part[1]):
+        if seconds:
+            step.add_row(name, f"{seconds:.3g}", f"{seconds / time.seconds:.0%}")
+    sent = _table("sent by a rank", "GB", "calls", "seconds")
+    for name, traffic in time.traffic.items():
+        sent.add_row(name, f"{traffic.volume / 1e9:.3g}", f"{traffic.count:,}", f"{traffic.seconds:.3g}")
+    longest = _table("longest operators", "calls", "seconds")
+    for one in time.operators[:_TOP]:
+        longest.add_row(one.name, f"{one.count:,}", f"{one.count * one.seconds:.3g}")
+    cost = f", {facts['cost']:,.0f} at {price:g} for a GPU and hour" if price is not None else ""
+    speed = (
+        f"{facts['tokens_per_second']:,.0f} tokens/s and {facts['model_tflops']:.0f} TFLOP/s of the model per GPU, "
+        f"MFU {facts['mfu']:.1%} of {plan.gpu.bf16_tflops:g} dense bf16 TFLOP/s"
+    )
+    run = (
+        f"{short(plan.steps)} steps: {facts['hours']:,.1f} hours, {facts['gpu_hours']:,.0f} GPU hours{cost}, without "
+        "reading data, checkpoints and evaluation"
+    )
+    return Group(step, sent, longest, speed, run)
+
+
+def figures(plan: Plan, price: float | None = None) -> dict[str, Any]:
+    """Figures of a plan's time: of a GPU "tokens_per_second" (without padding), "model_tflops" and "mfu" (of the dense
+    bf16 peak, at every precision); of the run "hours", "gpu_hours" and with a price of a GPU for an hour "cost"."""
+    seconds = plan.time.seconds
+    each = sum(plan.model_flops.values()) / plan.world_size / seconds / 1e12
+    hours = plan.steps * seconds / 3600
+    return {
+        "tokens_per_second": plan.tokens / plan.world_size / seconds,
+        "model_tflops": each,
+        "mfu": each / plan.gpu.bf16_tflops,
+        "hours": hours,
+        "gpu_hours": hours * plan.world_size,
+        "cost": None if price is None else hours * plan.world_size * price,
+    }
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table

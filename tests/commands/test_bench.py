@@ -1,0 +1,66 @@
+"""`megavlm bench` as a user runs it: one line of JSON about real steps, and their memory beside what is planned."""
+
+import json
+from pathlib import Path
+
+import pytest
+from parity import Toys
+from test_train_verbs import megavlm, sft_config
+
+from megavlm.monitor.phases import PHASES
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Toys:
+    return Toys(tmp_path_factory.mktemp("toys"))
+
+
+def line_of(*arguments: object) -> dict:
+    """What the command prints, which is one line."""
+    (line,) = megavlm("bench", *arguments).stdout.splitlines()
+    return json.loads(line)
+
+
+def test_steps_on_data(toys, tmp_path):
+    config = sft_config(toys, tmp_path, steps=1, global_batch_size=4)
+    found = line_of(config, "--steps", 2, "--warmup", 1, "data.max_pixels=9216")
+    assert not (tmp_path / "run").exists()
+    assert (found["steps"], found["step"]["samples"]) == (2, 4)
+    assert found["step"]["row_tokens"] == 4 * 128
+    assert 0 < found["step"]["tokens"] < 4 * 128
+    seconds = found["seconds"]
+    assert seconds["worst"] >= seconds["mean"] > 0
+    assert set(found["phases"]) == set(PHASES)
+    assert sum(found["phases"].values()) == pytest.approx(seconds["mean"], rel=0.1, abs=0.05)
+    assert found["tokens_per_second_per_device"] == pytest.approx(found["step"]["tokens"] / seconds["mean"])
+    assert (found["machine"]["device"], found["mfu"], found["memory"]["allocated"]) == ("CPU", None, None)
+    # As in tests/distributed/test_step_memory.py: the same rows run without memory, and indices are copied there.
+    assert found["memory"]["planned"] == pytest.approx(found["memory"]["one_step"], rel=0.005)
+
+
+def test_synthetic_rows_in_a_pipeline(toys, tmp_path):
+    config = sft_config(toys, tmp_path, steps=1)
+    words = ["--synthetic", "--pictures", 1, "--steps", 1, "--warmup", 0, "--nproc", 2, "parallel.pipeline=2"]
+    absent = [
+        "model.load=nowhere",
+        "data.train=nowhere.jsonl",
+        "data.max_pixels=9216",
+        "train.batch_ramp={1: 4}",
+        "train.steps=2",
+    ]
+    found = line_of(config, *words, *absent)
+    assert found["layout"]["pipeline"] == found["machine"]["processes"] == 2
+    assert found["step"]["images"] == found["step"]["samples"] == 8  # behind the ramp
+    assert found["rows"].startswith("each row has 1 sample of 128 tokens, with 1 picture of 6 × 6 patches")
+    assert found["memory"]["planned"] == pytest.approx(found["memory"]["one_step"], rel=0.005)
+
+
+def test_what_cannot_be_measured(toys, tmp_path):
+    config = sft_config(toys, tmp_path, steps=1)
+    for words, told in {
+        ("model.load=nowhere",): "model.load is nowhere, which does not exist",
+        ("--steps", "0"): "argument --steps: '0' is not a whole number of at least 1",
+        ("--for", "grpo", "--synthetic", "data.train=[]"): "grpo samples its rows, for which it needs prompts",
+    }.items():
+        assert told in " ".join(megavlm("bench", config, *words, status=2).stderr.split())
+    assert not Path(tmp_path / "run").exists()
