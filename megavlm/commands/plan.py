@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted, short
+from megavlm.commands import plan_search
 from megavlm.commands.plan_times import figures, times
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
@@ -32,9 +35,11 @@ def main(
     samples: int = 1,
     pictures: int | None = None,
     price: float | None = None,
+    search: bool = False,
+    write: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Prints the plan of a configuration.
+    """Prints the plan of a configuration, or the best layouts for it.
 
     Args:
         settings: the settings of the configuration.
@@ -43,13 +48,23 @@ def main(
         verb: the verb for which the configuration is intended; default: a guess from the settings.
         samples, pictures: what each row is assumed to contain (``megavlm.plan.mix.Mix.of``).
         price: of a GPU for an hour, in any currency.
+        search: look for the fastest layout.
+        write: a file for the best layout that was found.
         as_json: print one line of JSON instead of tables.
 
     Raises:
-        UserError: the GPU is unknown, or the settings do not fit the model, the verb or the number of GPUs.
+        UserError: the GPU is unknown, the settings do not fit the model, the verb or the number of GPUs, or no layout
+            does.
     """
     facts = gpu_of(gpu)
     verb = verb or verb_of(settings)
+    if write is not None and not search:
+        raise UserError("--write names a file for the result of a search", "give --search, too")
+    if search:
+        shapes = model_shapes(settings.model)
+        return plan_search.show(
+            settings, shapes, verb, gpus, facts, samples=samples, pictures=pictures, write=write, as_json=as_json
+        )
     plan = make_plan(settings, model_shapes(settings.model), verb, gpus, facts, samples=samples, pictures=pictures)
     if as_json:
         print(json.dumps(_as_json(plan, price)))

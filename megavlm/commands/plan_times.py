@@ -29,31 +29,34 @@ def times(plan: Plan, price: float | None = None) -> Group:
     longest = _table("longest operators", "calls", "seconds")
     for one in time.operators[:_TOP]:
         longest.add_row(one.name, f"{one.count:,}", f"{one.count * one.seconds:.3g}")
-    cost = f", {facts['cost']:,.0f} at {price:g} for a GPU and hour" if price is not None else ""
+    cost = f", {facts['cost']:,.0f} at {price:g} for a GPU and hour" if facts["cost"] is not None else ""
     speed = (
         f"{facts['tokens_per_second']:,.0f} tokens/s and {facts['model_tflops']:.0f} TFLOP/s of the model per GPU, "
         f"MFU {facts['mfu']:.1%} of {plan.gpu.bf16_tflops:g} dense bf16 TFLOP/s"
     )
-    run = (
-        f"{short(plan.steps)} steps: {facts['hours']:,.1f} hours, {facts['gpu_hours']:,.0f} GPU hours{cost}, without "
-        "reading data, checkpoints and evaluation"
-    )
+    run = "how long the run takes is not known: its length is given in epochs"
+    if plan.steps is not None:
+        run = (
+            f"{short(plan.steps)} steps: {facts['hours']:,.1f} hours, {facts['gpu_hours']:,.0f} GPU hours{cost}, "
+            "without reading data, checkpoints and evaluation"
+        )
     return Group(step, sent, longest, speed, run)
 
 
 def figures(plan: Plan, price: float | None = None) -> dict[str, Any]:
     """Figures of a plan's time: of a GPU "tokens_per_second" (without padding), "model_tflops" and "mfu" (of the dense
-    bf16 peak, at every precision); of the run "hours", "gpu_hours" and with a price of a GPU for an hour "cost"."""
+    bf16 peak, at every precision); of the run "hours", "gpu_hours" and with a price of a GPU for an hour "cost",
+    None if its length is given in epochs."""
     seconds = plan.time.seconds
     each = sum(plan.model_flops.values()) / plan.world_size / seconds / 1e12
-    hours = plan.steps * seconds / 3600
+    hours = None if plan.steps is None else plan.steps * seconds / 3600
     return {
         "tokens_per_second": plan.tokens / plan.world_size / seconds,
         "model_tflops": each,
         "mfu": each / plan.gpu.bf16_tflops,
         "hours": hours,
-        "gpu_hours": hours * plan.world_size,
-        "cost": None if price is None else hours * plan.world_size * price,
+        "gpu_hours": None if hours is None else hours * plan.world_size,
+        "cost": None if price is None or hours is None else hours * plan.world_size * price,
     }
 
 

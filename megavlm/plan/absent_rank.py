@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 
 from megavlm.adapters.attach import Adapters
 from megavlm.adapters.nf4 import quantize
-from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
@@ -24,6 +23,9 @@ from megavlm.platform import absent_world
 from megavlm.runtime.session import MAIN, Session, start
 from megavlm.training.method import Method
 from megavlm.training.objective import Objective
+
+ALL_STEPS = 2**62
+"""More steps than any run has: the end of a run whose length is given in epochs."""
 
 
 @dataclass(frozen=True)
@@ -99,5 +101,5 @@ def absent_rank(
             trained.append(TrainedModel(name, step.vlm, adapters, step.optimizers, step.objective))
         if at_end:
             for one in trained:
-                one.optimizers.unfreeze(required(settings.train.steps, "train.steps") + 1)
+                one.optimizers.unfreeze((settings.train.steps or ALL_STEPS) + 1)
         yield session, trained

@@ -41,7 +41,7 @@ class LiveMemory(TorchDispatchMode):
         self.peak, self.at_peak, self.peak_phase = self.live, dict(self.by_phase), self.phase
 
     def add(self, sizes: Mapping[str, int], times: int = 1) -> None:
-        """Counts the ``sizes`` by phase as alive, so many times, without a tensor; taken back if ``times`` is less than 0."""
+        """Counts so many times these ``sizes`` by phase as alive, without tensors; less than 0 takes them back."""
         for phase, size in sizes.items():
             self._add(times * size, phase)
 

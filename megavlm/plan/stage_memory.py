@@ -7,22 +7,28 @@ at a time follows from the schedule.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from megatron.core.pipeline_parallel.schedules import get_schedule_table
+import torch.distributed as dist
 from torch import Tensor
 
 from megavlm.config.sections import ParallelSettings
 from megavlm.data.row import Row
 from megavlm.model.language import LanguageModel
 from megavlm.model.shapes import Shapes
+from megavlm.model.vlm import VLM
 from megavlm.plan.absent_rank import TrainedModel
 from megavlm.plan.balanced_experts import BalancedExperts
 from megavlm.plan.live_memory import LiveMemory, PhasesOf
+from megavlm.plan.operators import Operators, group_names
+from megavlm.plan.schedule import turns
+from megavlm.plan.stage_operators import StageOperators, parts_of
 from megavlm.plan.stand_in import stand_in
 from megavlm.plan.step_memory import Peak, RowsAtHand
+from megavlm.platform import device
 from megavlm.runtime.feed import MicroBatch
 from megavlm.runtime.forward import encode_window, forward_chunk, prepare_schedule
 
@@ -61,41 +67,24 @@ class StageMemory:
 
     def peak(self, stage: int, stages: int, window: int) -> Peak:
         """The fullest moment of a step with this many micro-batches in a window."""
-        decoder = Peak("decoder", {})
-        alive, done, most = Counter(), Counter(), -1
-        sizes = [[sum(part.values()) for part in (c.forward.by_phase, c.kept, c.backward.by_phase, c.left)]
-                 for c in self.chunks]  # fmt: skip
-        for chunk, is_forward in schedule(stage, stages, len(self.chunks), window):
-            alive[chunk] -= not is_forward
-            done_bytes = sum(sizes[c][3] * count for c, count in done.items())
-            total = sum(sizes[c][1] * count for c, count in alive.items()) + done_bytes + sizes[chunk][0 if is_forward else 2]
-            if total > most:
-                most, moment = total, (chunk, is_forward, Counter(alive), Counter(done))
-            (alive if is_forward else done)[chunk] += 1
-        chunk, is_forward, alive, done = moment
-        of = self.chunks[chunk].forward if is_forward else self.chunks[chunk].backward
-        parts = [(self.before, 1), (of.by_phase, 1)]
-        parts += [(self.chunks[c].kept, count) for c, count in alive.items()]
-        parts += [(self.chunks[c].left, count) for c, count in done.items()]
-        decoder = Peak(of.phase, _sum(parts))
-        return max(self.encode, decoder, self.tower, key=lambda peak: peak.total)
+        alive: Counter[int] = Counter()  # by chunk, the micro-batches between their passes
+        done: Counter[int] = Counter()
+        found = [self.encode, self.tower]
+        for turn in turns(stage, stages, window, len(self.chunks)):
+            chunk, mine = self.chunks[turn.chunk], self.chunks[turn.chunk].forward
+            if turn.backward:
+                alive[turn.chunk] -= 1
+                mine = chunk.backward
+            others = [(self.chunks[number].kept, count) for number, count in alive.items()]
+            others += [(self.chunks[number].left, count) for number, count in done.items()]
+            found.append(Peak(mine.phase, _sum([(self.before, 1), (mine.by_phase, 1), *others])))
+            (done if turn.backward else alive)[turn.chunk] += 1
+        return max(found, key=lambda peak: peak.total)
 
 
-def schedule(stage: int, stages: int, chunks: int, micro_batches: int) -> Iterator[tuple[int, bool]]:
-    """Megatron's 1F1B schedule on a pipeline stage, interleaved if it has several chunks: (chunk, whether forward)."""
-    order = [chunk for _, chunk in get_schedule_table(micro_batches, chunks, stages)]
-    ahead = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
-    ahead = min(ahead, len(order))
-    for number in range(len(order) + ahead):
-        if number < len(order):
-            yield order[number], True
-        if number >= ahead:
-            yield chunks - 1 - order[number - ahead], False
-
-
-def stage_memory(
+def trace_stage(
     model: TrainedModel, row: Row, window: int, shapes: Shapes, parallel: ParallelSettings, stage: int
-) -> StageMemory:
+) -> tuple[StageMemory, StageOperators]:
     """Runs a window on a rank of an absent world.
 
     Args:
@@ -104,30 +93,64 @@ def stage_memory(
         window: number of rows that are encoded together.
         shapes, parallel: the shapes of the whole model, and its layout.
         stage: the pipeline stage of the rank.
+
+    Returns:
+        What is alive, and the operators of a micro-batch and of a window.
     """
     vlm = model.vlm
-    memory = LiveMemory(torch.device("meta"))
-    stand_in(memory, vlm, shapes, parallel, stage)
-    phases = PhasesOf(memory)
+    memory, operators = LiveMemory(torch.device("meta")), Operators(torch.device("meta"), group_names(vlm.groups))
+    stand_in(memory, operators, vlm, shapes, parallel, stage)
+    phases = PhasesOf(_Both(memory, operators))
     prepare_schedule(vlm.decoder_config)
     feed = RowsAtHand(vlm, [row] * window)
-    with BalancedExperts(vlm), memory, phases.step():
+    with BalancedExperts(vlm), operators, memory, phases.step():
         (batch,) = phases.during("data", feed.windows(feed.rows(window), window))
         with phases("exchange"):
             encode_window(vlm, batch, partial(phases, "tower"))
-        encode, before = _peak(memory), dict(memory.by_phase)
-        with phases("decoder"):
-            chunks = [_run(model, chunk, batch.micro_batches[0], memory, phases) for chunk in vlm.language]
-        for other in batch.micro_batches[1:]:
-            mine = batch.micro_batches[0].features
-            if mine is not None and mine.grad is not None and other.features is not None:
-                with phases("decoder"):
+        encode, of_window = _peak(memory), operators.found.copy()
+        with phases("decoder"), _without_reduction(model):
+            first = batch.micro_batches[0]
+            for chunk in vlm.language:  # what it leaves behind beside gradients, the next micro-batch replaces
+                _run(model, chunk, first, memory, phases)
+            if first.features is not None:
+                first.features.grad = None
+            before = dict(memory.by_phase)
+            operators.found = Counter(of_window)
+            chunks = [_run(model, chunk, first, memory, phases) for chunk in vlm.language]
+            if first.features is not None and first.features.grad is not None:
+                for other in batch.micro_batches[1:]:
+                    assert other.features is not None
                     other.features.grad = torch.empty_like(other.features)
         memory.watch()
         with phases("exchange"):
             vlm.tower.backward(1.0, partial(phases, "tower"))
         tower = _peak(memory)
-    return StageMemory(encode, before, chunks, tower)
+    found = StageOperators(parts_of(operators.found, 1), len(vlm.language))
+    return StageMemory(encode, before, chunks, tower), found
+
+
+@contextmanager
+def _without_reduction(model: TrainedModel) -> Iterator[None]:
+    with ExitStack() as stack:
+        for ddp in model.optimizers.ddp.get("language", []):
+            stack.enter_context(ddp.no_sync())
+        yield
+
+
+class _Both:
+    """Tells the phase to what counts memory and to what counts operators."""
+
+    def __init__(self, memory: LiveMemory, operators: Operators):
+        self._counting = memory, operators
+
+    @property
+    def phase(self) -> str:
+        return self._counting[0].phase
+
+    @phase.setter
+    def phase(self, name: str) -> None:
+        for counting in self._counting:
+            counting.phase = name
 
 
 def _run(
@@ -136,27 +159,66 @@ def _run(
     """Runs a micro-batch through a chunk, forward and backward."""
     start = Counter(memory.by_phase)
     memory.watch()
-    received, outputs = None, None
-    if not chunk.pre_process:
-        tokens = len(micro_batch.input_ids) // (chunk.config.tensor_model_parallel_size if chunk.config.sequence_parallel else 1)
-        received = torch.empty(tokens, 1, chunk.config.hidden_size, dtype=chunk.config.pipeline_dtype, requires_grad=True)
-        chunk.set_input_tensor(received)
-    hidden = forward_chunk(model.vlm, chunk, micro_batch)
-    sums: Tensor | None = None
+    neighbours = _Neighbours(model.vlm, chunk)
+    neighbours.receive(micro_batch)
+    output = forward_chunk(model.vlm, chunk, micro_batch)
     if chunk.post_process:
+        hidden = output
         with phases("head"):
             outputs = model.objective.outputs(chunk, hidden, micro_batch)
         phases.backward("head", outputs, hidden)
+        del hidden
         with phases("head"):
-            hidden, sums = model.objective.loss(outputs, micro_batch)
+            output, _sums = model.objective.loss(outputs, micro_batch)
+        del outputs
+    else:
+        neighbours.send(output)
     forward, kept = _peak(memory, start), _less(memory.by_phase, start)
     memory.watch()
-    if hidden.requires_grad:
-        torch.autograd.backward(hidden, None if chunk.post_process else torch.empty_like(hidden))
+    if output.requires_grad:
+        torch.autograd.backward(output, None if chunk.post_process else neighbours.gradient(output))
     backward = _peak(memory, start)
-    del hidden, outputs, received
-    chunk.decoder.input_tensor = None
+    neighbours.done()
+    del output
     return ChunkMemory(forward, kept, backward, _less(memory.by_phase, start))
+
+
+class _Neighbours:
+    """What a chunk receives from the chunks before and behind it, and sends to them, as Megatron's schedules do."""
+
+    def __init__(self, vlm: VLM, chunk: LanguageModel):
+        self._chunk, self._group = chunk, vlm.groups.language.pp
+        self._received: Tensor | None = None
+        self._sends = self._group.size() > 1
+
+    def receive(self, micro_batch: MicroBatch) -> None:
+        """Gives the chunk the hidden states of the one before it."""
+        if not self._chunk.pre_process:
+            config = self._chunk.config
+            slices = config.tensor_model_parallel_size if config.sequence_parallel else 1
+            shape = len(micro_batch.input_ids) // slices, 1, config.hidden_size
+            self._received = torch.empty(shape, dtype=config.pipeline_dtype, device=device(), requires_grad=True)
+            self._chunk.set_input_tensor(self._received)
+
+    def send(self, output: Tensor) -> None:
+        """Sends the hidden states to the next chunk."""
+        self._to_neighbour(output.detach(), 1)
+
+    def gradient(self, output: Tensor) -> Tensor:
+        """The gradient of the hidden states, from the next chunk."""
+        return torch.empty_like(output)
+
+    def done(self) -> None:
+        """Sends the gradient of what was received to the chunk before."""
+        if self._received is not None:
+            self._to_neighbour(self._received.grad, -1)
+            self._chunk.decoder.input_tensor = None  # as a schedule lets go of it
+            self._received = None
+
+    def _to_neighbour(self, tensor: Tensor, step: int) -> None:
+        if self._sends:
+            ranks = dist.get_process_group_ranks(self._group)
+            dist.send(tensor, ranks[(self._group.rank() + step) % len(ranks)], group=self._group)
 
 
 def _peak(memory: LiveMemory, start: Mapping[str, int] | None = None) -> Peak:

@@ -6,7 +6,7 @@ backward pass of the layer before them.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,24 +18,31 @@ from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
 from megavlm.plan.live_memory import LiveMemory
+from megavlm.plan.operators import Call, Operators, Place
 
 _PLAIN = 3  # layers that are kept beside those with deepstack features: one, the one that is repeated, and the last
 
 
-def fewer_layers(settings: Settings, shapes: Shapes) -> tuple[Settings, Shapes]:
+def fewer_layers(settings: Settings, shapes: Shapes, more: int = 0) -> tuple[Settings, Shapes]:
     """The settings and shapes with few layers in the tower and in each chunk of the decoder, if that can stand for all.
 
     It cannot if a chunk is short, or if some layers of the decoder have experts and others do not.
+
+    Args:
+        settings, shapes: those of the run.
+        more: how many more layers each chunk of the decoder gets; if it gets all, the tower.
     """
     levels = len(shapes.vision.deepstack_layers)
     few = levels + _PLAIN
-    if shapes.vision.layers > few:
-        vision = replace(shapes.vision, layers=few, deepstack_layers=tuple(range(levels)))
-        shapes = replace(shapes, vision=vision)
     parallel, text = settings.parallel, shapes.text
     shortest = min(layers_of(parallel, text.layers, stage) for stage in range(parallel.pipeline))
-    if shortest > few and len({text.is_moe_layer(layer) for layer in range(text.layers)}) == 1:
-        shapes = replace(shapes, text=replace(text, layers=few * parallel.pipeline * (parallel.virtual_pipeline or 1)))
+    is_long = shortest > few and len({text.is_moe_layer(layer) for layer in range(text.layers)}) == 1
+    if shapes.vision.layers > few:
+        layers = few if is_long else few + more
+        shapes = replace(shapes, vision=replace(shapes.vision, layers=layers, deepstack_layers=tuple(range(levels))))
+    if is_long:
+        chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+        shapes = replace(shapes, text=replace(text, layers=(few + more) * chunks))
         even = parallel.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
         settings = settings.model_copy(update={"parallel": even})
     return settings, shapes
@@ -51,53 +58,70 @@ def layers_of(parallel: ParallelSettings, layers: int, stage: int) -> int:
 
 
 class StandIns:
-    """Counts the layers that a model lacks, while a step runs.
+    """Counts the layers that a model lacks, while it runs.
 
     Args:
-        memory: what counts.
+        memory, operators: what counts.
         layers: the layers of the tower or of a chunk of the decoder.
         missing: how many layers are left out.
     """
 
-    def __init__(self, memory: LiveMemory, layers: Sequence[nn.Module], missing: int):
-        self._memory, self._missing = memory, missing
+    def __init__(self, memory: LiveMemory, operators: Operators, layers: Sequence[nn.Module], missing: int):
+        self._memory, self._operators, self._missing = memory, operators, missing
         self._waiting: list[Counter[str]] = []  # what the missing layers keep, for each forward pass under way
+        self._begun: Counter[tuple[Place, Call]] | None = None  # the operators before a pass of the repeated layer
         if missing > 0:
-            layers[-2].register_forward_pre_hook(self._before_repeated)
-            layers[-2].register_forward_hook(self._after_repeated)
-            layers[-1].register_forward_pre_hook(self._before_last)
+            before, repeated, last = layers[-3:]
+            repeated.register_forward_pre_hook(lambda *_: self._again() if _is_backward() else self._begin())
+            last.register_forward_pre_hook(lambda *_: None if _is_backward() else self._end())
+            before.register_forward_pre_hook(lambda *_: self._count() if _is_backward() else None)
+            _when_backward_begins(repeated, self._again)
+            _when_backward_begins(before, self._count)
 
-    def _before_repeated(self, *_: Any) -> None:
-        if _is_backward():  # the layer is recomputed, so those behind it are done
-            self._release()
-        else:
-            self._start = Counter(self._memory.by_phase)
+    def _begin(self) -> None:
+        self._start, self._begun = Counter(self._memory.by_phase), self._operators.found.copy()
 
-    def _after_repeated(self, module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
-        if not _is_backward() and output[0].requires_grad:
-            output[0].register_hook(lambda gradient: self._release())
-
-    def _before_last(self, *_: Any) -> None:
-        if _is_backward():
-            return
+    def _end(self) -> None:
         kept = Counter(self._memory.by_phase)
         kept.subtract(self._start)
-        kept = Counter({phase: size for phase, size in kept.items() if size})
-        if kept:
+        self._count()
+        if any(kept.values()):
             self._waiting.append(kept)
             self._memory.add(kept, self._missing)
 
-    def _release(self) -> None:
+    def _again(self) -> None:
+        """The backward pass of the repeated layer begins, so those of the layers that it stands for are done."""
         if self._waiting:
             self._memory.add(self._waiting.pop(), -self._missing)
+            self._begun = self._operators.found.copy()
+
+    def _count(self) -> None:
+        """Counts the operators since a pass of the repeated layer began once more for each layer that it stands for."""
+        if self._begun is not None:
+            since = self._operators.found - self._begun
+            for key, count in since.items():
+                self._operators.found[key] += count * self._missing
+            self._begun = None
 
 
-def stand_in(memory: LiveMemory, vlm: VLM, shapes: Shapes, parallel: ParallelSettings, stage: int) -> None:
+def stand_in(
+    memory: LiveMemory, operators: Operators, vlm: VLM, shapes: Shapes, parallel: ParallelSettings, stage: int
+) -> None:
     """Counts what ``vlm``, built with ``fewer_layers``, lacks of a model with these ``shapes`` on a pipeline stage."""
-    StandIns(memory, vlm.vision.layers, shapes.vision.layers - len(vlm.vision.layers))
+    StandIns(memory, operators, vlm.vision.layers, shapes.vision.layers - len(vlm.vision.layers))
     for chunk in vlm.language:
         layers = chunk.decoder.layers
-        StandIns(memory, layers, layers_of(parallel, shapes.text.layers, stage) - len(layers))
+        StandIns(memory, operators, layers, layers_of(parallel, shapes.text.layers, stage) - len(layers))
+
+
+def _when_backward_begins(layer: nn.Module, call: Callable[[], None]) -> None:
+    """Calls ``call`` when the gradient of the layer's output is known."""
+
+    def after(module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+        if not _is_backward() and output[0].requires_grad:
+            output[0].register_hook(lambda gradient: call())
+
+    layer.register_forward_hook(after)
 
 
 def _is_backward() -> bool:
