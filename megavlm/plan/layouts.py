@@ -48,9 +48,29 @@ def layouts(settings: Settings, shapes: Shapes, gpus: int, gpu: Gpu) -> Iterator
         except UserError as error:
             yield changes, _reason(error)
             continue
+        if (missing := _least_bytes(own, shapes) - gpu.memory_gib * 2**30) > 0:
+            yield changes, f"needs {missing / 2**30:.1f} GiB more for weights and gradients of layers alone"
+            continue
         rows, stages = own.rows_per_step(data_parallel), sizes["pipeline"]
         waiting = (stages - 1) / (stages - 1 + rows * (sizes["virtual_pipeline"] or 1))
         yield changes, f"bubble above {MOST_BUBBLE:.0%} of a step" if waiting > MOST_BUBBLE else None
+
+
+def _least_bytes(settings: Settings, shapes: Shapes) -> float:
+    """Fewer bytes than weights and gradients of the decoder's layers take on a GPU, to rule layouts out in no time."""
+    text, parallel = shapes.text, settings.parallel
+    if settings.adapter.type is not None or "language" in settings.frozen():
+        return 0.0
+    attention = text.hidden * text.head_dim * 2 * (text.heads + text.kv_heads) / parallel.tensor
+    total = 0.0
+    for layer in range(text.layers):
+        if text.moe is not None and text.is_moe_layer(layer):
+            mlp = text.moe.num_experts * text.moe.ffn / (parallel.expert * parallel.expert_tensor)
+        else:
+            mlp = text.ffn / parallel.tensor
+        total += attention + 3 * text.hidden * mlp
+    each = 8 if settings.train.precision == "fp32" else 6  # a weight, and its gradient in float32
+    return each * total / parallel.pipeline
 
 
 def _sizes(shapes: Shapes, gpus: int) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Looks for the fastest layout of a number of GPUs: memory and time are predicted of all that are valid.
 
-Each layout is first planned from few layers, with the least that must be computed again so that it fits. The fastest
-are then planned exactly.
+Each layout is first planned from few layers, with as much computed again as can be. The fastest that fit are planned
+with less of it, and the fastest of these exactly.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +20,7 @@ from megavlm.plan.plan import SPARE, Plan, make_plan
 BEST = 10
 """Number of layouts that are planned exactly."""
 _GIB = 2**30
+_WHAT = "planning layouts"
 Progress = Callable[[int, int], None]
 
 
@@ -49,25 +50,40 @@ def search(
     found = list(layouts(settings, shapes, gpus, gpu))
     ruled_out = [Candidate(changes, ruled_out=why) for changes, why in found if why is not None]
     valid = [changes for changes, why in found if why is None]
-    savings = _savings(settings)
-    work = Rounds(valid, progress, len(valid) + BEST)
+    smallest, *others = _savings(settings)
+    work = Rounds(valid, progress, len(valid) + 3 * BEST)
 
     def tried(number: int) -> Candidate:
-        return _fitting(work.now[number], savings, lambda changes: plan_of(changes, exact=False))
+        return _fitting(work.now[number], [smallest], lambda changes: plan_of(changes, exact=False))
 
     planned = list(work.run(tried))
     fitting = sorted((c for c in planned if c.ruled_out is None), key=_seconds)
+    promising = fitting[: 2 * BEST]
+
+    def with_less(number: int) -> Candidate:
+        one = promising[number]
+        least = _fitting(one.changes, others, lambda changes: plan_of(changes, exact=False))
+        return least if _seconds(least) < _seconds(one) else one
+
+    faster = _counted(in_processes(with_less, len(promising), num_cores(), _WHAT), len(valid), 3 * BEST, progress)
+    fitting = sorted([*faster, *fitting[2 * BEST :]], key=_seconds)
     best = fitting[:BEST]
 
     def exactly(number: int) -> Candidate:
         return _candidate(best[number].changes, plan_of(best[number].changes, exact=True))
 
-    final = []
-    for candidate in in_processes(exactly, len(best), num_cores(), "planning layouts"):
-        final.append(candidate)
-        progress(len(valid) + len(final), len(valid) + BEST)
+    final = _counted(in_processes(exactly, len(best), num_cores(), _WHAT), len(valid) + 2 * BEST, BEST, progress)
     fitting = sorted((c for c in [*final, *fitting[BEST:]] if c.ruled_out is None), key=_seconds)
     return fitting + [c for c in [*final, *planned, *ruled_out] if c.ruled_out is not None]
+
+
+def _counted(found: Iterable[Candidate], before: int, more: int, progress: Progress) -> list[Candidate]:
+    """A list of what is found, while the progress is told."""
+    done: list[Candidate] = []
+    for candidate in found:
+        done.append(candidate)
+        progress(before + len(done), before + more)
+    return done
 
 
 class Rounds:
@@ -98,7 +114,7 @@ class Rounds:
             skipped = [changes for changes in self._rounds[context] if _beside_context(changes) in fits]
             done += len(skipped)
             yield from (Candidate(changes, ruled_out="fits with less context parallelism") for changes in skipped)
-            for candidate in in_processes(tried, len(self.now), num_cores(), "planning layouts"):
+            for candidate in in_processes(tried, len(self.now), num_cores(), _WHAT):
                 done += 1
                 self._progress(done, self._of)
                 if candidate.ruled_out is None:
@@ -115,11 +131,10 @@ def _savings(settings: Settings) -> list[dict[str, Any]]:
     """Settings that save memory, those that save most first and those that cost no time last."""
     trains_tower = len({"vision", "projector"} - set(settings.frozen(settings.train.steps or 1))) > 0
     tower = [True, False] if trains_tower else [settings.vision.recompute]
-    return [
-        {"train.recompute": recompute, "vision.recompute": again}
-        for again in tower
-        for recompute in ("full", ["core_attn"], "none")
-    ]
+    found = [(recompute, again) for again in tower for recompute in ("full", ["core_attn"], "none")]
+    own = settings.train.recompute, settings.vision.recompute
+    found += [own] if own not in found else []
+    return [{"train.recompute": recompute, "vision.recompute": again} for recompute, again in found]
 
 
 def _fitting(
@@ -135,8 +150,6 @@ def _fitting(
             candidate = Candidate(changes, ruled_out=error.message)
         if best is None or (candidate.ruled_out is None and _seconds(candidate) < _seconds(best)):
             best = candidate
-        if candidate.ruled_out is not None and saving["train.recompute"] == "full":
-            break  # nothing saves more
     assert best is not None
     return best
 
