@@ -136,14 +136,18 @@ def _missing(vlm: VLM, layout: Layout, number: int) -> tuple[int, int]:
 def _told_by_two(
     layout: Layout, settings: Settings, number: int, few: StaticMemory, missing: tuple[int, int]
 ) -> StaticMemory:
-    """What all layers hold, from what ``few`` and one more in each chunk hold; the tower's are few beside them."""
+    """What all layers hold, from what ``few`` and one more in each chunk hold, and the weights of a tower's layer."""
     one_more, shapes = fewer_layers(settings, layout.shapes, more=1)
     with absent_rank(one_more, layout.method, layout.rank(number), layout.world_size, at_end=True, shapes=shapes) as (
         _,
         trained,
     ):
         more = _static(trained)
+        of_layer = list(trained[0].vlm.vision.layers[-1].parameters()) if missing[1] else []
+        weights = missing[0] * sum(weight.nbytes for weight in of_layer)
+        gradients = missing[0] * sum(4 * weight.numel() for weight in of_layer if weight.requires_grad)
     times = missing[1] if missing[1] else missing[0]
-    return StaticMemory(
+    tower = StaticMemory(weights, gradients, 3 * gradients // layout.world_size)  # a float32 copy and two moments
+    return tower + StaticMemory(
         *(getattr(few, f.name) + (getattr(more, f.name) - getattr(few, f.name)) * times for f in fields(few))
     )

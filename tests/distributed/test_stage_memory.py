@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import settings_of
+from parity import mostly_slow, settings_of
 from test_dry_run import alone
 
 LAYERS, TOWER_LAYERS = 28, 10
@@ -14,7 +14,7 @@ CASES = {
     "text is long": (1, "dense-untied", {}, {"seq_length": 512}, {}, 1),
     "recomputed layers": (1, "dense", {}, {"recompute": "full"}, {}, 2),
     "recomputed MLPs and tower": (1, "dense", {}, {"recompute": ["mlp"], "vision": {"recompute": True}}, {}, 2),
-    "small chunks": (1, "dense", {}, {"recompute": "full", "vision": {"chunk_patches": 64}}, {}, 2),
+    "small chunks": (1, "dense", {}, {"recompute": "full", "vision": {"chunk_patches": 144}}, {}, 1),
     "frozen tower": (1, "dense", {}, {"freeze": ("vision",)}, {}, 2),
     "LoRA": (1, "dense", {}, {"freeze": ("vision", "projector")}, {"type": "lora", "rank": 4}, 2),
     "experts": (1, "moe", {}, {}, {}, 2),
@@ -28,6 +28,7 @@ CASES = {
         2, "moe", {"pipeline": 2, "virtual_pipeline": 2}, {"recompute": "full", "vision": {"recompute": True}}, {}, 4,
     ),
 }  # fmt: skip
+QUICK = {"recomputed layers", "PP2 × VPP2", "experts"}
 
 
 def both(cases: dict) -> dict:
@@ -65,17 +66,13 @@ def both(cases: dict) -> dict:
     return found
 
 
-def test_few_layers_tell_the_peak_of_many(toys, world1):
-    cases = {}
-    for name, (world, kind, parallel, options, adapter, window) in CASES.items():
-        settings = settings_of(toys.folder(kind), parallel, **options, moe=kind == "moe")
-        settings["model"]["load"], settings["data"]["max_pixels"], settings["adapter"] = "none", 96 * 96, adapter
-        settings["train"]["global_batch_size"] = window * world
-        cases[name] = settings, world, window
-    (found,) = world1.run(both, cases)
-    wrong = {
-        case: (told.total / whole.total, told, whole)
-        for case, (told, whole) in found.items()
-        if told.total != pytest.approx(whole.total, rel=0.005)
-    }
-    assert not wrong, "\n".join(map(str, wrong.items()))
+@pytest.mark.parametrize("case", mostly_slow(CASES, QUICK.__contains__))
+def test_few_layers_tell_the_peak_of_many(case, toys, world1):
+    world, kind, parallel, options, adapter, window = CASES[case]
+    settings = settings_of(toys.folder(kind), parallel, **options, moe=kind == "moe")
+    settings["model"]["load"], settings["data"]["max_pixels"], settings["adapter"] = "none", 96 * 96, adapter
+    settings["train"]["global_batch_size"] = window * world
+    (found,) = world1.run(both, {case: (settings, world, window)})
+    for told, whole in found.values():
+        # Messages between stages are received ahead of their use in a pipeline: up to 0.3 % of these small rows.
+        assert told.total == pytest.approx(whole.total, rel=0.005), (told, whole)
