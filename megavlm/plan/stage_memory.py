@@ -99,7 +99,7 @@ def trace_stage(
     """
     vlm = model.vlm
     memory, operators = LiveMemory(torch.device("meta")), Operators(torch.device("meta"), group_names(vlm.groups))
-    stand_in(memory, operators, vlm, shapes, parallel, stage)
+    stand_ins = stand_in(memory, operators, vlm, shapes, parallel, stage)
     phases = PhasesOf(_Both(memory, operators))
     prepare_schedule(vlm.decoder_config)
     feed = RowsAtHand(vlm, [row] * window)
@@ -114,6 +114,8 @@ def trace_stage(
                 _run(model, chunk, first, memory, phases)
             if first.features is not None:
                 first.features.grad = None
+            for one in stand_ins:
+                one.add_remembered()
             before = dict(memory.by_phase)
             operators.found = Counter(of_window)
             chunks = [_run(model, chunk, first, memory, phases) for chunk in vlm.language]

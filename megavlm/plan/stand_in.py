@@ -68,6 +68,7 @@ class StandIns:
 
     def __init__(self, memory: LiveMemory, operators: Operators, layers: Sequence[nn.Module], missing: int):
         self._memory, self._operators, self._missing = memory, operators, missing
+        self._repeated = layers[-min(2, len(layers))]
         self._waiting: list[Counter[str]] = []  # what the missing layers keep, for each forward pass under way
         self._begun: Counter[tuple[Place, Call]] | None = None  # the operators before a pass of the repeated layer
         if missing > 0:
@@ -77,6 +78,14 @@ class StandIns:
             before.register_forward_pre_hook(lambda *_: self._count() if _is_backward() else None)
             _when_backward_begins(repeated, self._again)
             _when_backward_begins(before, self._count)
+
+    def add_remembered(self) -> None:
+        """Counts what the dispatcher of each missing layer remembers of the last micro-batch, from now on."""
+        dispatchers = [getattr(module, "token_dispatcher", None) for module in self._repeated.modules()]
+        found = [value for one in dispatchers if one is not None for value in vars(one).values()]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in found if isinstance(t, torch.Tensor)}
+        size = sum(storage.nbytes() for storage in storages.values())
+        self._memory.add({"decoder": size}, max(self._missing, 0))
 
     def _begin(self) -> None:
         self._start, self._begun = Counter(self._memory.by_phase), self._operators.found.copy()
@@ -106,12 +115,14 @@ class StandIns:
 
 def stand_in(
     memory: LiveMemory, operators: Operators, vlm: VLM, shapes: Shapes, parallel: ParallelSettings, stage: int
-) -> None:
+) -> list[StandIns]:
     """Counts what ``vlm``, built with ``fewer_layers``, lacks of a model with these ``shapes`` on a pipeline stage."""
-    StandIns(memory, operators, vlm.vision.layers, shapes.vision.layers - len(vlm.vision.layers))
+    found = [StandIns(memory, operators, vlm.vision.layers, shapes.vision.layers - len(vlm.vision.layers))]
     for chunk in vlm.language:
         layers = chunk.decoder.layers
-        StandIns(memory, operators, layers, layers_of(parallel, shapes.text.layers, stage) - len(layers))
+        missing = layers_of(parallel, shapes.text.layers, stage) - len(layers)
+        found.append(StandIns(memory, operators, layers, missing))
+    return found
 
 
 def _when_backward_begins(layer: nn.Module, call: Callable[[], None]) -> None:
