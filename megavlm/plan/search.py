@@ -131,7 +131,9 @@ def _savings(settings: Settings) -> list[dict[str, Any]]:
     """Settings that save memory, those that save most first and those that cost no time last."""
     trains_tower = len({"vision", "projector"} - set(settings.frozen(settings.train.steps or 1))) > 0
     tower = [True, False] if trains_tower else [settings.vision.recompute]
-    found = [(recompute, again) for again in tower for recompute in ("full", ["core_attn"], "none")]
+    found: list[tuple[Any, bool]] = [
+        (recompute, again) for again in tower for recompute in ("full", ["core_attn"], "none")
+    ]
     own = settings.train.recompute, settings.vision.recompute
     found += [own] if own not in found else []
     return [{"train.recompute": recompute, "vision.recompute": again} for recompute, again in found]

@@ -213,7 +213,8 @@ class _Neighbours:
     def done(self) -> None:
         """Sends the gradient of what was received to the chunk before."""
         if self._received is not None:
-            self._to_neighbour(self._received.grad, -1)
+            if self._received.grad is not None:
+                self._to_neighbour(self._received.grad, -1)
             self._chunk.decoder.input_tensor = None  # as a schedule lets go of it
             self._received = None
 
