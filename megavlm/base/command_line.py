@@ -14,3 +14,8 @@ def remember(config: object, overrides: Sequence[str]) -> None:
 def command(verb: str, *more: str) -> str:
     """`megavlm VERB` with the configuration of the running command, as it can be typed into a shell."""
     return shlex.join(["megavlm", *verb.split(), *_given, *more])
+
+
+def given() -> tuple[str, list[str]]:
+    """The path of the configuration of the running command, and its overrides."""
+    return _given[0], _given[1:]

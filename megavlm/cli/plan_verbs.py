@@ -10,7 +10,7 @@ PLAN_VERBS = {
         "show the memory and the time of a layout on GPUs that need not be there",
         "megavlm plan sft.yaml --gpus 64\nmegavlm plan sft.yaml parallel.tensor=4 --gpus 32 --gpu h200 --pictures 2",
         sections=(*RUN, "align", "rollout", "reward", "environment"),
-        requires=("train.steps", "train.lr"),
+        requires=("train.steps|train.epochs", "train.lr"),
         reads=(),
         flags={
             "gpus": {"metavar": "N", "type": positive, "required": True, "help": "number of GPUs"},
@@ -37,6 +37,15 @@ PLAN_VERBS = {
                 "metavar": "X",
                 "type": amount,
                 "help": "of one GPU for an hour; the cost of the run is then shown",
+            },
+            "search": {
+                "action": "store_true",
+                "help": "look for the fastest layout: parallel, train.recompute, vision.recompute",
+            },
+            "write": {
+                "metavar": "FILE.yaml",
+                "type": Path,
+                "help": "with --search: write the fastest layout as a configuration that inherits from CONFIG.yaml",
             },
             "json": {
                 "action": "store_true",

@@ -6,7 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted, short
+from megavlm.commands import plan_search
 from megavlm.commands.plan_times import times
 from megavlm.commands.plan_words import verb_of, verdict
 from megavlm.config.settings import Settings
@@ -30,10 +32,12 @@ def main(
     data: Path | None = None,
     imbalance: float = IMBALANCE,
     price: float | None = None,
+    search: bool = False,
+    write: Path | None = None,
     as_json: bool = False,
     page: Path | None = None,
 ) -> int:
-    """Prints the plan of a configuration.
+    """Prints the plan of a configuration, or the best layouts for it.
 
     Args:
         settings: the settings of the configuration.
@@ -44,20 +48,32 @@ def main(
         data: summary.json of `megavlm data inspect`, whose rows are assumed instead.
         imbalance: tokens of the busiest expert-parallel rank over their mean.
         price: of a GPU for an hour, in any currency.
+        search: look for the fastest layout.
+        write: a file for the best layout that was found.
         as_json: print one line of JSON instead of tables.
         page: an HTML file to write, too; it must not exist.
 
     Raises:
-        UserError: the GPU is unknown, ``page`` exists, or the settings do not fit the model, the verb or
-            the number of GPUs.
+        UserError: the GPU is unknown, ``page`` or ``write`` exists, or the settings do not fit the model, the verb or
+            the number of GPUs, or no layout does.
     """
     facts = gpu_of(gpu)
     if page is not None:
         check_new_file(page)
     verb = verb or verb_of(settings)
+    if write is not None and not search:
+        raise UserError("--write names a file for the result of a search", "give --search, too")
     shapes = model_shapes(settings.model)
-    mix = contents_of(settings, shapes, verb, samples=samples, pictures=pictures, data=data)
-    plan = make_plan(settings, shapes, verb, gpus, facts, mix=mix, imbalance=imbalance)
+
+    def plan_of(own: Settings, *, exact: bool = True) -> Plan:
+        mix = contents_of(own, shapes, verb, samples=samples, pictures=pictures, data=data)
+        return make_plan(own, shapes, verb, gpus, facts, mix=mix, imbalance=imbalance, exact=exact)
+
+    if search:
+        return plan_search.show(
+            settings, shapes, gpus, facts, plan_of, write=write, as_json=as_json, page=page, verb=verb
+        )
+    plan = plan_of(settings)
     if page is not None:
         write_plan_page(page, plan_json(plan, price), settings, verb)
     if as_json:

@@ -28,15 +28,17 @@ def times(plan: Plan, price: float | None = None) -> Group:
     longest = _table("longest operators", "calls", "seconds")
     for one in time.operators[:_TOP]:
         longest.add_row(one.name, f"{one.count:,}", f"{one.count * one.seconds:.3g}")
-    cost = f", {facts['cost']:,.0f} at {price:g} for a GPU and hour" if price is not None else ""
+    cost = f", {facts['cost']:,.0f} at {price:g} for a GPU and hour" if facts["cost"] is not None else ""
     speed = (
         f"{facts['tokens_per_second']:,.0f} tokens/s and {facts['model_tflops']:.0f} TFLOP/s of the model per GPU, "
         f"MFU {facts['mfu']:.1%} of {plan.gpu.bf16_tflops:g} dense bf16 TFLOP/s"
     )
-    run = (
-        f"{short(plan.steps)} steps: {facts['hours']:,.1f} hours, {facts['gpu_hours']:,.0f} GPU hours{cost}, without "
-        "reading data, checkpoints and evaluation"
-    )
+    run = "how long the run takes is not known: its length is given in epochs"
+    if plan.steps is not None:
+        run = (
+            f"{short(plan.steps)} steps: {facts['hours']:,.1f} hours, {facts['gpu_hours']:,.0f} GPU hours{cost}, "
+            "without reading data, checkpoints and evaluation"
+        )
     return Group(step, sent, longest, speed, run)
 
 

@@ -5,22 +5,27 @@ exist (``megavlm.platform.absent_world``).
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megavlm.adapters.attach import Adapters
 from megavlm.adapters.nf4 import quantize
-from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
+from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
 from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import absent_world
 from megavlm.runtime.session import MAIN, Session, start
 from megavlm.training.method import Method
 from megavlm.training.objective import Objective
+
+ALL_STEPS = 2**62
+"""More steps than any run has: the end of a run whose length is given in epochs."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,26 @@ def that_can_be_absent(settings: Settings) -> Settings:
     return settings.model_copy(update={"model": model, "train": train, "vision": vision})
 
 
+class _NoFirstValues(TorchFunctionMode):
+    """Within the block, weights get no random values: on the meta device that is half of the time to build a model."""
+
+    def __torch_function__(
+        self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.nn.init.normal_, torch.Tensor.normal_) and args and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def absent_rank(
-    settings: Settings, method: Method, rank: int, world_size: int, *, at_end: bool = False
+    settings: Settings,
+    method: Method,
+    rank: int,
+    world_size: int,
+    *,
+    at_end: bool = False,
+    shapes: Shapes | None = None,
 ) -> Iterator[tuple[Session, list[TrainedModel]]]:
     """Within the block this process is a rank of a world of any size, with the models that the method trains.
 
@@ -61,13 +83,14 @@ def absent_rank(
         rank, world_size: the rank, and the number of ranks.
         at_end: build what exists at the end of the run: parts that are unfrozen later are trained, and linear layers
             are in 4 bits if ``adapter.quantize`` says so and bitsandbytes is installed.
+        shapes: the model's shapes; None: those of ``model.hf``.
 
     Raises:
         UserError: the settings do not fit the model, the method or the number of processes.
     """
-    with absent_world(rank, world_size):
+    with absent_world(rank, world_size), _NoFirstValues():
         with torch.device("meta"):
-            session = start(settings, training=True, load=False, score_head=method.scores)
+            session = start(settings, training=True, load=False, score_head=method.scores, shapes=shapes)
         if at_end and settings.adapter.quantize and importlib.util.find_spec("bitsandbytes"):
             for linear in session.adapters.linears if session.adapters is not None else ():
                 quantize(linear, double=settings.adapter.quantize == "nf4_double")
@@ -78,5 +101,5 @@ def absent_rank(
             trained.append(TrainedModel(name, step.vlm, adapters, step.optimizers, step.objective))
         if at_end:
             for one in trained:
-                one.optimizers.unfreeze(required(settings.train.steps, "train.steps") + 1)
+                one.optimizers.unfreeze((settings.train.steps or ALL_STEPS) + 1)
         yield session, trained

@@ -28,15 +28,16 @@ def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
 
 def figures(plan: Plan, price: float | None = None) -> dict[str, Any]:
     """Figures of a plan's time: of a GPU "tokens_per_second" (without padding), "model_tflops" and "mfu" (of the dense
-    bf16 peak, at every precision); of the run "hours", "gpu_hours" and with a price of a GPU for an hour "cost"."""
+    bf16 peak, at every precision); of the run "hours", "gpu_hours" and with a price of a GPU for an hour "cost",
+    None if its length is given in epochs."""
     seconds = plan.time.seconds
     each = sum(plan.model_flops.values()) / plan.world_size / seconds / 1e12
-    hours = plan.steps * seconds / 3600
+    hours = None if plan.steps is None else plan.steps * seconds / 3600
     return {
         "tokens_per_second": plan.tokens / plan.world_size / seconds,
         "model_tflops": each,
         "mfu": each / plan.gpu.bf16_tflops,
         "hours": hours,
-        "gpu_hours": hours * plan.world_size,
-        "cost": None if price is None else hours * plan.world_size * price,
+        "gpu_hours": None if hours is None else hours * plan.world_size,
+        "cost": None if price is None or hours is None else hours * plan.world_size * price,
     }

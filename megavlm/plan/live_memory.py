@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -21,8 +21,8 @@ class LiveMemory(TorchDispatchMode):
     memory that kernels use for themselves, and arrays of numpy. The operations of a backward pass are seen, too.
 
     Attributes:
-        live, peak: bytes of the storages that are alive now, and the largest value so far.
-        at_peak: the bytes of each phase at that moment.
+        live, peak: bytes of the storages that are alive now, and the largest value since ``watch``.
+        by_phase, at_peak: the bytes of each phase now, and at that moment.
         peak_phase: the phase in which it was.
     """
 
@@ -32,10 +32,18 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self._where = where.type
         self._alive: dict[int, weakref.ref] = {}  # by the address of the storage
-        self._by_phase: Counter[str] = Counter()
-        self.live = self.peak = 0
-        self.at_peak: dict[str, int] = {}
-        self.peak_phase = self.phase
+        self.by_phase: Counter[str] = Counter()
+        self.live = 0
+        self.watch()
+
+    def watch(self) -> None:
+        """Looks for the peak from now on."""
+        self.peak, self.at_peak, self.peak_phase = self.live, dict(self.by_phase), self.phase
+
+    def add(self, sizes: Mapping[str, int], times: int = 1) -> None:
+        """Counts so many times these ``sizes`` by phase as alive, without tensors; less than 0 takes them back."""
+        for phase, size in sizes.items():
+            self._add(times * size, phase)
 
     def __torch_dispatch__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -60,9 +68,9 @@ class LiveMemory(TorchDispatchMode):
 
     def _add(self, size: int, phase: str) -> None:
         self.live += size
-        self._by_phase[phase] += size
+        self.by_phase[phase] += size
         if self.live > self.peak:
-            self.peak, self.peak_phase, self.at_peak = self.live, self.phase, dict(self._by_phase)
+            self.watch()
 
     def _freed(self, key: int, size: int, phase: str, _: weakref.ref) -> None:
         del self._alive[key]

@@ -1,33 +1,27 @@
 """What a layout needs: the memory of each pipeline stage beside that of a GPU, and the operations and time of a step.
 
-One rank of each pipeline stage is built without memory and runs a step (``absent_rank``, ``static_memory``,
-``step_memory``, ``stage_operators``). Nothing is measured on a GPU here, and no constant is fitted.
+One rank of each pipeline stage is built without memory and runs a micro-batch (``stage``, ``stage_memory``,
+``static_memory``). Nothing is measured on a GPU here, and no constant is fitted.
 """
 
 from dataclasses import dataclass
 
-import torch
-
-from megavlm.align.registry import METHODS, make_method
-from megavlm.config.requirements import required
+from megavlm.align.registry import make_method
 from megavlm.config.settings import Settings
-from megavlm.data.row import Row
 from megavlm.model.flops import parts_flops
 from megavlm.model.shapes import Shapes
-from megavlm.plan.absent_rank import TrainedModel, absent_rank, that_can_be_absent
+from megavlm.plan.absent_rank import ALL_STEPS
 from megavlm.plan.balanced_experts import IMBALANCE
 from megavlm.plan.costs import costs_of
-from megavlm.plan.further_memory import further_memory, sampling_memory
 from megavlm.plan.gpus import Gpu
 from megavlm.plan.hardware_flops import hardware_flops
 from megavlm.plan.mix import DataMix, Mix
 from megavlm.plan.predict import step_time
-from megavlm.plan.stage_operators import stage_operators
-from megavlm.plan.static_memory import StaticCount, StaticMemory, make_state
-from megavlm.plan.step_memory import Peak, RowsAtHand, peak_of, peak_of_window
+from megavlm.plan.stage import Layout, stages_of
+from megavlm.plan.static_memory import StaticMemory
+from megavlm.plan.step_memory import Peak
 from megavlm.plan.step_time import StepTime
-from megavlm.runtime.session import Session, check_shapes
-from megavlm.training.step import Step
+from megavlm.runtime.session import check_shapes
 
 SPARE = 0.05
 """Share of a GPU's memory that is left for what is not counted: CUDA, NCCL, workspaces, and gaps between tensors."""
@@ -65,7 +59,7 @@ class Plan:
         stages: the pipeline stages.
         model_flops, hardware_flops: operations of a step by part, without and with what is computed again.
         time: the time of a step, of the update of the main model alone.
-        steps: number of steps of the run.
+        steps: number of steps of the run; None if its length is given in epochs.
     """
 
     gpu: Gpu
@@ -78,7 +72,7 @@ class Plan:
     model_flops: dict[str, float]
     hardware_flops: dict[str, float]
     time: StepTime
-    steps: int
+    steps: int | None
 
     @property
     def capacity(self) -> int:
@@ -105,6 +99,7 @@ def make_plan(
     *,
     mix: Mix | DataMix,
     imbalance: float = IMBALANCE,
+    exact: bool = True,
 ) -> Plan:
     """Plans a layout.
 
@@ -116,6 +111,7 @@ def make_plan(
         gpu: the GPU.
         mix: what the rows contain.
         imbalance: tokens of the busiest expert-parallel rank over their mean; it counts for the memory alone.
+        exact: see ``stage_of``.
 
     Raises:
         UserError: the settings do not fit the model, the verb or the number of GPUs.
@@ -123,29 +119,15 @@ def make_plan(
     data_parallel = check_shapes(settings, shapes, world_size)
     method = make_method(verb, settings)
     each = settings.rows_per_step(data_parallel)
-    row, mean_row = mix.row(settings, shapes), mix.mean_row(settings, shapes)
-    stages, operators = [], []
-    absent = that_can_be_absent(settings)
-    for stage in range(settings.parallel.pipeline):
-        rank = world_size // settings.parallel.pipeline * stage
-        with absent_rank(absent, method, rank, world_size, at_end=True) as (session, trained):
-            count, static = StaticCount(), StaticMemory()
-            for model in trained:
-                make_state(model.optimizers)
-                static += count(model.vlm, model.optimizers)
-            static += StaticMemory(others=further_memory(session, settings, method, rank))
-            peaks = [_peak(session, model, row, each, imbalance) for model in trained]
-            if METHODS[verb].samples:
-                peaks.append(Peak("sampling", {"sampling": sampling_memory(session, settings, verb)}))
-            main, window = trained[0], _window(session, trained[0], each)
-            operators.append(
-                stage_operators(main.vlm, main.optimizers, main.objective, mean_row, window, torch.device("meta"))
-            )
-        stages.append(StagePlan(stage, rank, static, max(peaks, key=lambda peak: peak.total)))
+    layout = Layout(settings, shapes, verb, world_size, mix, each, imbalance)
+    found = stages_of(layout, exact=exact)
+    stages = [
+        StagePlan(number, layout.rank(number), stage.static, stage.peak(number, len(found)))
+        for number, stage in enumerate(found)
+    ]
     rows = each * data_parallel
     work = mix.work(rows, scores=method.scores)
-    steps = required(settings.train.steps, "train.steps")
-    frozen, adapted = settings.frozen(steps), trained[0].adapters.parts if trained[0].adapters is not None else ()
+    frozen, adapted = settings.frozen(settings.train.steps or ALL_STEPS), found[0].adapted
     return Plan(
         gpu,
         world_size,
@@ -156,24 +138,6 @@ def make_plan(
         stages,
         parts_flops(shapes, work, frozen, adapted),
         hardware_flops(shapes, work, settings, frozen, adapted),
-        step_time(operators, settings, each, window, costs_of(gpu)),
-        steps,
+        step_time([stage.operators for stage in found], settings, each, found[0].window, costs_of(gpu)),
+        settings.train.steps,
     )
-
-
-def _peak(session: Session, model: TrainedModel, row: Row, rows: int, imbalance: float) -> Peak:
-    """The peak of a step of ``rows`` rows on each data-parallel rank."""
-    parallel, window = session.settings.parallel, _window(session, model, rows)
-
-    def run(count: int) -> Peak:
-        where = next(model.vlm.vision.parameters()).device
-        return peak_of(model.vlm, model.optimizers, model.objective, [row] * count, count, where, imbalance)
-
-    return peak_of_window(run, window, parallel.pipeline, parallel.virtual_pipeline or 1)
-
-
-def _window(session: Session, model: TrainedModel, rows: int) -> int:
-    """The number of micro-batches whose frames are encoded together."""
-    settings, feed = session.settings, RowsAtHand(model.vlm, [])
-    wanted = settings.vision.window or (rows if settings.train.global_batch_size is None else None)
-    return min(rows, Step(model.vlm, model.optimizers, feed, rows, model.objective, wanted).window)

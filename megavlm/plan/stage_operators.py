@@ -22,7 +22,7 @@ from megavlm.plan.operators import Call, Example, Operators, Place, group_names
 from megavlm.plan.step_memory import RowsAtHand
 from megavlm.runtime.forward import encode_window
 from megavlm.training.objective import Objective
-from megavlm.training.step import Step
+from megavlm.training.step import Step, reduce_gradients
 
 Counts = Mapping[Call, float]
 """How often each operator is called; of parts of a step that are alike, a mean."""
@@ -103,18 +103,39 @@ def stage_operators(
     with BalancedExperts(vlm) if is_absent else nullcontext(), record, phases.step():
         step.gradients(feed.rows(few))
         with phases("optimizer"):
-            squares = optimizers.grad_squares()
-            count_non_finite(torch.cat([squares.new_zeros(1), squares]))  # of the loss, too
-            optimizers.apply(1.0)
-    parts = _parts(record.found, few)
+            _update(optimizers)
+    parts = parts_of(record.found, few)
     if window > few:
         of_window = Operators(where, group_names(vlm.groups), keep_examples=examples is not None)
         _encode(vlm, row, window, of_window)
-        parts |= {name: counts for name, counts in _parts(of_window.found, 1).items() if name in PER_WINDOW}
+        parts |= {name: counts for name, counts in parts_of(of_window.found, 1).items() if name in PER_WINDOW}
         record.examples |= of_window.examples
     if examples is not None:
         examples |= record.examples
     return StageOperators(parts, parallel.virtual_pipeline or 1)
+
+
+def update_operators(vlm: VLM, optimizers: Optimizers, where: torch.device) -> dict[str, Counts]:
+    """The operators of the parts "reduction", "overlapped" and "optimizer" of a step, carried out on their own."""
+    record = Operators(where, group_names(vlm.groups))
+    phases = PhasesOf(record)
+    with record, phases.step():
+        with phases("decoder"):
+            for ddp in optimizers.ddp.get("language", []):
+                if ddp.ddp_config.overlap_grad_reduce:
+                    ddp.start_grad_sync()
+        with phases("reduction"):
+            reduce_gradients(optimizers)
+        with phases("optimizer"):
+            _update(optimizers)
+    parts = parts_of(record.found, 1)
+    return {name: parts[name] for name in PER_STEP}
+
+
+def _update(optimizers: Optimizers) -> None:
+    squares = optimizers.grad_squares()
+    count_non_finite(torch.cat([squares.new_zeros(1), squares]))  # of the loss, too
+    optimizers.apply(1.0)
 
 
 def _encode(vlm: VLM, row: Row, window: int, record: Operators) -> None:
@@ -133,7 +154,7 @@ def _encode(vlm: VLM, row: Row, window: int, record: Operators) -> None:
             vlm.tower.backward(1.0, timer)
 
 
-def _parts(found: Mapping[tuple[Place, Call], int], micro_batches: int) -> dict[str, dict[Call, float]]:
+def parts_of(found: Mapping[tuple[Place, Call], int], micro_batches: int) -> dict[str, dict[Call, float]]:
     parts: dict[str, dict[Call, float]] = {
         name: defaultdict(float) for name in (*PER_MICRO_BATCH, *PER_WINDOW, *PER_STEP)
     }

@@ -23,6 +23,7 @@ def absent_world(rank: int, world_size: int) -> Iterator[None]:
     The CPU adaptations of Megatron stay installed in the process afterwards, even on a machine with a GPU, so the
     process should do nothing else that needs Megatron.
     """
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
@@ -32,6 +33,7 @@ def absent_world(rank: int, world_size: int) -> Iterator[None]:
     set_absent(True)
     cpu.install()
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    destroy_moe_metrics_tracker()  # it has a place for each layer of the model that was there before
     try:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         yield
@@ -40,6 +42,7 @@ def absent_world(rank: int, world_size: int) -> Iterator[None]:
         if dist.is_initialized():
             dist.destroy_process_group()
         MoEAuxLossAutoScaler.main_loss_backward_scale = None  # it is the last step's, on the device of that step
+        destroy_moe_metrics_tracker()
         set_absent(False)
 
 

@@ -157,7 +157,13 @@ def _check_sizes(settings: Settings, shapes: Shapes) -> None:
 
 
 def start(
-    settings: Settings, *, training: bool, load: bool = True, score_head: bool = False, ema: bool = False
+    settings: Settings,
+    *,
+    training: bool,
+    load: bool = True,
+    score_head: bool = False,
+    ema: bool = False,
+    shapes: Shapes | None = None,
 ) -> Session:
     """Builds the model on this rank and loads ``model.load`` into it, unless that is random weights.
 
@@ -168,12 +174,13 @@ def start(
             from a checkpoint of its own.
         score_head: whether to add the head of a reward model.
         ema: whether to load the moving averages of the weights.
+        shapes: the model's shapes; None: those of ``model.hf``, or of the run that ``model.load`` names.
 
     Raises:
         UserError: the settings do not fit the model, the number of processes or each other; ``model.load`` or
             ``model.adapter`` belongs to another model.
     """
-    shapes = shapes_at_start(settings.model)
+    shapes = shapes or shapes_at_start(settings.model)
     settings = with_stored_adapter(settings, shapes)
     if not training and settings.adapter.type is not None and settings.model.adapter is None:
         raise UserError(

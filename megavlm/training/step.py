@@ -52,6 +52,16 @@ class NoRows(UserError):
         self.status = cause.status
 
 
+def reduce_gradients(optimizers: Optimizers) -> None:
+    """Reduces all gradients over the ranks that have parts of them."""
+    for part, ddps in optimizers.ddp.items():
+        if part == "language":
+            finalize_model_grads(ddps)
+        else:
+            for ddp in ddps:
+                ddp.finish_grad_sync()
+
+
 @dataclass
 class StepResult:
     """The results of a step, over all ranks unless stated otherwise.
@@ -219,7 +229,7 @@ class Step:
         with self.phases("reduction"):
             totals[-1] = self.vlm.tower.frames_encoded  # exact in float32 up to 16 million frames
             dist.all_reduce(totals)
-            self._finalize()
+            reduce_gradients(self.optimizers)
         self.expert_load.take_losses(num_rows)
         skipped_samples = [skipped for row in rows.hosts for skipped in row.skipped_samples]
         return Gradients(totals, counts, skipped_samples, row_losses)
@@ -309,15 +319,6 @@ class Step:
         with self.phases("head"):
             loss, sums = self.objective.loss(outputs, micro_batch)
         return loss * scale, sums
-
-    def _finalize(self) -> None:
-        """Reduces all gradients over the ranks that have parts of them."""
-        for part, ddps in self.optimizers.ddp.items():
-            if part == "language":
-                finalize_model_grads(ddps)
-            else:
-                for ddp in ddps:
-                    ddp.finish_grad_sync()
 
     def _count(self, rows: list[Row], *, failed: bool = False) -> dict[str, float]:
         """Computes sums over the global batch, without waiting for the device; and how many ranks have ``failed``."""

@@ -1,0 +1,248 @@
+"""The memory of a step on a rank, put together from what one micro-batch does in each chunk of the decoder.
+
+A window of micro-batches is encoded, one of them runs forward and backward through each chunk, and the tower's backward
+pass follows, all with the real model and few of its like layers (``stand_in``). How many micro-batches are under way
+at a time follows from the schedule.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megavlm.config.sections import ParallelSettings
+from megavlm.data.row import Row
+from megavlm.model.language import LanguageModel
+from megavlm.model.shapes import Shapes
+from megavlm.model.vlm import VLM
+from megavlm.plan.absent_rank import TrainedModel
+from megavlm.plan.balanced_experts import BalancedExperts
+from megavlm.plan.live_memory import LiveMemory, PhasesOf
+from megavlm.plan.operators import Operators, group_names
+from megavlm.plan.schedule import turns
+from megavlm.plan.stage_operators import StageOperators, parts_of
+from megavlm.plan.stand_in import stand_in
+from megavlm.plan.step_memory import Peak, RowsAtHand
+from megavlm.platform import device
+from megavlm.runtime.feed import MicroBatch
+from megavlm.runtime.forward import encode_window, forward_chunk, prepare_schedule
+
+
+@dataclass(frozen=True)
+class ChunkMemory:
+    """What a micro-batch does in a chunk of the decoder, in bytes by phase, beside what was alive before.
+
+    Attributes:
+        forward, backward: the fullest moment of each pass.
+        kept: between the passes.
+        left: after both: gradients of features.
+    """
+
+    forward: Peak
+    kept: dict[str, int]
+    backward: Peak
+    left: dict[str, int]
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """A window on one rank.
+
+    Attributes:
+        encode: the fullest moment until the tower has encoded the window.
+        before: bytes by phase when the decoder begins: rows, features, and what the tower keeps.
+        chunks: what each chunk of the decoder does.
+        tower: the fullest moment of the tower's backward pass.
+    """
+
+    encode: Peak
+    before: dict[str, int]
+    chunks: list[ChunkMemory]
+    tower: Peak
+
+    def peak(self, stage: int, stages: int, window: int) -> Peak:
+        """The fullest moment of a step with this many micro-batches in a window."""
+        alive: Counter[int] = Counter()  # by chunk, the micro-batches between their passes
+        done: Counter[int] = Counter()
+        found = [self.encode, self.tower]
+        for turn in turns(stage, stages, window, len(self.chunks)):
+            chunk, mine = self.chunks[turn.chunk], self.chunks[turn.chunk].forward
+            if turn.backward:
+                alive[turn.chunk] -= 1
+                mine = chunk.backward
+            others = [(self.chunks[number].kept, count) for number, count in alive.items()]
+            others += [(self.chunks[number].left, count) for number, count in done.items()]
+            found.append(Peak(mine.phase, _sum([(self.before, 1), (mine.by_phase, 1), *others])))
+            (done if turn.backward else alive)[turn.chunk] += 1
+        return max(found, key=lambda peak: peak.total)
+
+
+def trace_stage(
+    model: TrainedModel,
+    row: Row,
+    window: int,
+    shapes: Shapes,
+    parallel: ParallelSettings,
+    stage: int,
+    imbalance: float = 1.0,
+) -> tuple[StageMemory, StageOperators]:
+    """Runs a window on a rank of an absent world.
+
+    Args:
+        model: the model, built with the result of ``fewer_layers``.
+        row: each row.
+        window: number of rows that are encoded together.
+        shapes, parallel: the shapes of the whole model, and its layout.
+        stage: the pipeline stage of the rank.
+        imbalance: see ``BalancedExperts``.
+
+    Returns:
+        What is alive, and the operators of a micro-batch and of a window.
+    """
+    vlm = model.vlm
+    memory, operators = LiveMemory(torch.device("meta")), Operators(torch.device("meta"), group_names(vlm.groups))
+    of_chunks = stand_in(memory, operators, vlm, shapes, parallel, stage)
+    phases = PhasesOf(_Both(memory, operators))
+    prepare_schedule(vlm.decoder_config)
+    feed = RowsAtHand(vlm, [row] * window)
+    with BalancedExperts(vlm, imbalance), operators, memory, phases.step():
+        (batch,) = phases.during("data", feed.windows(feed.rows(window), window))
+        with phases("exchange"):
+            encode_window(vlm, batch, partial(phases, "tower"))
+        encode, of_window = _peak(memory), operators.found.copy()
+        with phases("decoder"), _without_reduction(model):
+            first = batch.micro_batches[0]
+            for chunk, stand_ins in zip(vlm.language, of_chunks, strict=True):
+                # what it leaves behind beside gradients, the next micro-batch replaces
+                start = Counter(memory.by_phase)
+                _run(model, chunk, first, memory, phases)
+                if first.features is not None:
+                    first.features.grad = None
+                stand_ins.add_remembered(_less(memory.by_phase, start))
+            before = dict(memory.by_phase)
+            operators.found = Counter(of_window)
+            chunks = [_run(model, chunk, first, memory, phases) for chunk in vlm.language]
+            if first.features is not None and first.features.grad is not None:
+                for other in batch.micro_batches[1:]:
+                    assert other.features is not None
+                    other.features.grad = torch.empty_like(other.features)
+        memory.watch()
+        with phases("exchange"):
+            vlm.tower.backward(1.0, partial(phases, "tower"))
+        tower = _peak(memory)
+    found = StageOperators(parts_of(operators.found, 1), len(vlm.language))
+    return StageMemory(encode, before, chunks, tower), found
+
+
+@contextmanager
+def _without_reduction(model: TrainedModel) -> Iterator[None]:
+    with ExitStack() as stack:
+        for ddp in model.optimizers.ddp.get("language", []):
+            stack.enter_context(ddp.no_sync())
+        yield
+
+
+class _Both:
+    """Tells the phase to what counts memory and to what counts operators."""
+
+    def __init__(self, memory: LiveMemory, operators: Operators):
+        self._counting = memory, operators
+
+    @property
+    def phase(self) -> str:
+        return self._counting[0].phase
+
+    @phase.setter
+    def phase(self, name: str) -> None:
+        for counting in self._counting:
+            counting.phase = name
+
+
+def _run(
+    model: TrainedModel, chunk: LanguageModel, micro_batch: MicroBatch, memory: LiveMemory, phases: PhasesOf
+) -> ChunkMemory:
+    """Runs a micro-batch through a chunk, forward and backward."""
+    start = Counter(memory.by_phase)
+    memory.watch()
+    neighbours = _Neighbours(model.vlm, chunk)
+    neighbours.receive(micro_batch)
+    output = forward_chunk(model.vlm, chunk, micro_batch)
+    if chunk.post_process:
+        hidden = output
+        with phases("head"):
+            outputs = model.objective.outputs(chunk, hidden, micro_batch)
+        phases.backward("head", outputs, hidden)
+        del hidden
+        with phases("head"):
+            output, _sums = model.objective.loss(outputs, micro_batch)
+        del outputs
+    else:
+        neighbours.send(output)
+    forward, kept = _peak(memory, start), _less(memory.by_phase, start)
+    memory.watch()
+    if output.requires_grad:
+        torch.autograd.backward(output, None if chunk.post_process else neighbours.gradient(output))
+    backward = _peak(memory, start)
+    neighbours.done()
+    del output
+    return ChunkMemory(forward, kept, backward, _less(memory.by_phase, start))
+
+
+class _Neighbours:
+    """What a chunk receives from the chunks before and behind it, and sends to them, as Megatron's schedules do."""
+
+    def __init__(self, vlm: VLM, chunk: LanguageModel):
+        self._chunk, self._group = chunk, vlm.groups.language.pp
+        self._received: Tensor | None = None
+        self._sends = self._group.size() > 1
+
+    def receive(self, micro_batch: MicroBatch) -> None:
+        """Gives the chunk the hidden states of the one before it."""
+        if not self._chunk.pre_process:
+            config = self._chunk.config
+            slices = config.tensor_model_parallel_size if config.sequence_parallel else 1
+            shape = len(micro_batch.input_ids) // slices, 1, config.hidden_size
+            self._received = torch.empty(shape, dtype=config.pipeline_dtype, device=device(), requires_grad=True)
+            self._chunk.set_input_tensor(self._received)
+
+    def send(self, output: Tensor) -> None:
+        """Sends the hidden states to the next chunk."""
+        self._to_neighbour(output.detach(), 1)
+
+    def gradient(self, output: Tensor) -> Tensor:
+        """The gradient of the hidden states, from the next chunk."""
+        return torch.empty_like(output)
+
+    def done(self) -> None:
+        """Sends the gradient of what was received to the chunk before."""
+        if self._received is not None:
+            if self._received.grad is not None:
+                self._to_neighbour(self._received.grad, -1)
+            self._chunk.decoder.input_tensor = None  # as a schedule lets go of it
+            self._received = None
+
+    def _to_neighbour(self, tensor: Tensor, step: int) -> None:
+        if self._sends:
+            ranks = dist.get_process_group_ranks(self._group)
+            dist.send(tensor, ranks[(self._group.rank() + step) % len(ranks)], group=self._group)
+
+
+def _peak(memory: LiveMemory, start: Mapping[str, int] | None = None) -> Peak:
+    return Peak(memory.peak_phase, _less(memory.at_peak, start or {}))
+
+
+def _less(sizes: Mapping[str, int], start: Mapping[str, int]) -> dict[str, int]:
+    return {phase: sizes.get(phase, 0) - start.get(phase, 0) for phase in {*sizes, *start}}
+
+
+def _sum(parts: list[tuple[Mapping[str, int], int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for sizes, times in parts:
+        for phase, size in sizes.items():
+            total[phase] += size * times
+    return {phase: size for phase, size in total.items() if size}

@@ -1,0 +1,146 @@
+"""A model with few layers in the place of one with many: its last but one layer stands for all that are left out.
+
+Layers of a kind keep the same number of bytes for the backward pass, each on top of those before it. What is alive is
+therefore exact if the layers left out are counted as alive from the forward pass of the layer behind them until the
+backward pass of the layer before them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from megavlm.config.sections import ParallelSettings
+from megavlm.config.settings import Settings
+from megavlm.model.shapes import Shapes
+from megavlm.model.vlm import VLM
+from megavlm.plan.live_memory import LiveMemory
+from megavlm.plan.operators import Call, Operators, Place
+
+_PLAIN = 3  # layers that are kept beside those with deepstack features: one, the one that is repeated, and the last
+
+
+def fewer_layers(settings: Settings, shapes: Shapes, more: int = 0) -> tuple[Settings, Shapes]:
+    """The settings and shapes with few layers in the tower and in each chunk of the decoder, if that can stand for all.
+
+    It cannot if a chunk is short, or if some layers of the decoder have experts and others do not.
+
+    Args:
+        settings, shapes: those of the run.
+        more: how many more layers each chunk of the decoder gets; if it gets all, the tower.
+    """
+    levels = len(shapes.vision.deepstack_layers)
+    few = levels + _PLAIN
+    parallel, text = settings.parallel, shapes.text
+    shortest = min(layers_of(parallel, text.layers, stage) for stage in range(parallel.pipeline))
+    is_long = shortest > few and len({text.is_moe_layer(layer) for layer in range(text.layers)}) == 1
+    if shapes.vision.layers > few:
+        layers = few if is_long else few + more
+        shapes = replace(shapes, vision=replace(shapes.vision, layers=layers, deepstack_layers=tuple(range(levels))))
+    if is_long:
+        chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+        shapes = replace(shapes, text=replace(text, layers=(few + more) * chunks))
+        even = parallel.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
+        settings = settings.model_copy(update={"parallel": even})
+    return settings, shapes
+
+
+def layers_of(parallel: ParallelSettings, layers: int, stage: int) -> int:
+    """The number of layers in each chunk of a pipeline stage."""
+    given = {0: parallel.first_stage_layers, parallel.pipeline - 1: parallel.last_stage_layers}
+    uneven = [count for count in given.values() if count is not None]
+    others = parallel.pipeline - len(uneven)
+    count = given.get(stage) or (layers - sum(uneven)) // max(others, 1)
+    return count // (parallel.virtual_pipeline or 1)
+
+
+class StandIns:
+    """Counts the layers that a model lacks, while it runs.
+
+    Args:
+        memory, operators: what counts.
+        layers: the layers of the tower or of a chunk of the decoder.
+        missing: how many layers are left out.
+    """
+
+    def __init__(self, memory: LiveMemory, operators: Operators, layers: Sequence[nn.Module], missing: int):
+        self._memory, self._operators, self._missing, self._present = memory, operators, missing, len(layers)
+        self._repeated = layers[-min(2, len(layers))]
+        self._waiting: list[Counter[str]] = []  # what the missing layers keep, for each forward pass under way
+        self._begun: Counter[tuple[Place, Call]] | None = None  # the operators before a pass of the repeated layer
+        if missing > 0:
+            before, repeated, last = layers[-3:]
+            repeated.register_forward_pre_hook(lambda *_: self._again() if _is_backward() else self._begin())
+            last.register_forward_pre_hook(lambda *_: None if _is_backward() else self._end())
+            before.register_forward_pre_hook(lambda *_: self._count() if _is_backward() else None)
+            _when_backward_begins(repeated, self._again)
+            _when_backward_begins(before, self._count)
+
+    def add_remembered(self, left: Mapping[str, int]) -> None:
+        """Counts what the dispatcher of each missing layer remembers of the last micro-batch, from now on.
+
+        Args:
+            left: what a micro-batch has left behind in the layers that are there, bytes by phase.
+        """
+        if any(getattr(module, "token_dispatcher", None) is not None for module in self._repeated.modules()):
+            size = left.get("decoder", 0) // self._present
+            self._memory.add({"decoder": size}, max(self._missing, 0))
+
+    def _begin(self) -> None:
+        self._start, self._begun = Counter(self._memory.by_phase), self._operators.found.copy()
+
+    def _end(self) -> None:
+        kept = Counter(self._memory.by_phase)
+        kept.subtract(self._start)
+        self._count()
+        if any(kept.values()):
+            self._waiting.append(kept)
+            self._memory.add(kept, self._missing)
+
+    def _again(self) -> None:
+        """The backward pass of the repeated layer begins, so those of the layers that it stands for are done."""
+        if self._waiting:
+            self._memory.add(self._waiting.pop(), -self._missing)
+            self._begun = self._operators.found.copy()
+
+    def _count(self) -> None:
+        """Counts the operators since a pass of the repeated layer began once more for each layer that it stands for."""
+        if self._begun is not None:
+            since = self._operators.found - self._begun
+            for key, count in since.items():
+                self._operators.found[key] += count * self._missing
+            self._begun = None
+
+
+def stand_in(
+    memory: LiveMemory, operators: Operators, vlm: VLM, shapes: Shapes, parallel: ParallelSettings, stage: int
+) -> list[StandIns]:
+    """Counts what ``vlm``, built with ``fewer_layers``, lacks of a model with these ``shapes`` on a pipeline stage.
+
+    Returns:
+        What counts the layers of each chunk of the decoder.
+    """
+    StandIns(memory, operators, vlm.vision.layers, shapes.vision.layers - len(vlm.vision.layers))
+    found = []
+    for chunk in vlm.language:
+        layers = chunk.decoder.layers
+        missing = layers_of(parallel, shapes.text.layers, stage) - len(layers)
+        found.append(StandIns(memory, operators, layers, missing))
+    return found
+
+
+def _when_backward_begins(layer: nn.Module, call: Callable[[], None]) -> None:
+    """Calls ``call`` when the gradient of the layer's output is known."""
+
+    def after(module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+        if not _is_backward() and output[0].requires_grad:
+            output[0].register_hook(lambda gradient: call())
+
+    layer.register_forward_hook(after)
+
+
+def _is_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

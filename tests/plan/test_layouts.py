@@ -1,0 +1,58 @@
+"""Which layouts of a number of GPUs are valid for a released model, and why others are ruled out."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megavlm.base.errors import UserError
+from megavlm.config.load import load_settings
+from megavlm.convert.hf_shapes import model_shapes
+from megavlm.plan.gpus import gpu_of
+from megavlm.plan.layouts import layouts, with_changes
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch):
+    def load(model: str):
+        monkeypatch.chdir(CONFIGS.parent)
+        monkeypatch.setenv("MEGAVLM_MODEL", model)
+        settings = load_settings(CONFIGS / "tune/sft.yaml")
+        return settings, model_shapes(settings.model)
+
+    return load
+
+
+def test_every_valid_layout_is_there_once_and_the_others_have_a_reason(recipe) -> None:
+    found = list(layouts(*recipe("8b"), 16, gpu_of("h100")))
+    keys = Counter(tuple(changes.values()) for changes, _ in found)
+    assert set(keys.values()) == {1}
+    valid = [changes for changes, why in found if why is None]
+    assert {c["parallel.tensor"] for c in valid} == {1, 2, 4, 8}  # 8 heads of keys and values; NVLink connects 8 GPUs
+    assert {c["parallel.pipeline"] for c in valid} == {1, 2, 4}  # of 36 layers, on 16 GPUs
+    assert {c["parallel.expert"] for c in valid} == {1}
+    own = {"tensor": 2, "pipeline": 1, "virtual_pipeline": None, "context": 1, "expert": 1, "expert_tensor": 1}
+    assert any(all(c[f"parallel.{name}"] == value for name, value in own.items()) for c in valid)
+    reasons = Counter(why for _, why in found if why is not None)
+    assert reasons["tensor parallelism beyond the 8 GPUs that NVLink connects"]
+    assert reasons["layers not divisible"]
+
+
+def test_experts_are_spread_in_every_way(recipe) -> None:
+    found = list(layouts(*recipe("30b-a3b"), 32, gpu_of("h100")))
+    valid = [changes for changes, why in found if why is None]
+    assert {c["parallel.expert"] for c in valid} == {1, 2, 4, 8, 16, 32}
+    assert {c["parallel.expert_tensor"] for c in valid} == {1, 2, 4}
+    assert {c["parallel.tensor"] for c in valid} == {1, 2, 4}  # 4 heads of keys and values
+
+
+def test_changes_are_checked_as_in_a_file(recipe) -> None:
+    settings, _ = recipe("8b")
+    changed = with_changes(settings, {"parallel.tensor": 4, "train.recompute": "full"})
+    assert (changed.parallel.tensor, changed.train.recompute) == (4, "full")
+    assert changed.train.global_batch_size == settings.train.global_batch_size
+    assert not changed.is_changed("train.loss")
+    with pytest.raises(UserError, match=r"parallel\.pipeline is 1"):
+        with_changes(settings, {"parallel.virtual_pipeline": 2})
