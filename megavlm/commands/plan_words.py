@@ -46,5 +46,5 @@ def verb_of(settings: Settings) -> str:
     if settings.stage is not None:
         return "pretrain"
     if settings.rollout.prompts is not None:
-        return "ppo" if settings.is_changed("align.critic") else "grpo"
+        return "ppo" if settings.align.is_changed("critic") else "grpo"
     return "sft"

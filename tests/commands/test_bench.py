@@ -79,10 +79,11 @@ def test_pairs_and_sampled_answers(toys, tmp_path):
     pair = {"messages": [{"role": "user", "content": "How many?"}], "chosen": "Two.", "rejected": "None at all."}
     data = f"data.train={write_records(tmp_path / 'pairs.jsonl', [pair] * 4)}"
     found = line_of(config, data, *steps, "--for", "dpo")
-    assert (found["verb"], found["step"]["samples"]) == ("dpo", 1)
+    assert (found["verb"], found["step"]["samples"]) == ("dpo", 2)  # both answers
     assert found["memory"]["planned"] == pytest.approx(found["memory"]["one_step"], rel=0.005)
     data = f"data.train={write_records(tmp_path / 'prompts.jsonl', [{'prompt': 'How many?', 'answer': 'Two.'}] * 4)}"
     few = ["rollout.prompts=2", "rollout.group_size=2", "rollout.max_new_tokens=4", "reward=[{name: exact}]"]
+    few.append("data.packing=best_fit")
     found = line_of(config, data, *steps, *few, "train.global_batch_size=null", "align.beta=0.1")
     assert found["verb"] == "grpo"
     assert found["phases"]["sampling"] > 0
