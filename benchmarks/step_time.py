@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ranks import run_ranks, versions
+from megavlm.bench.measure_operators import measure_collectives, measure_operators
 from megavlm.demo.model_folder import TEXT, make_model_folder
 from megavlm.monitor.phases import Phases
 from megavlm.plan.costs import Assumed, Measured
 from megavlm.plan.gpus import gpu_of
-from megavlm.plan.measure_operators import measure_collectives, measure_operators
 from megavlm.plan.predict import step_time
 from megavlm.platform import shutdown
 

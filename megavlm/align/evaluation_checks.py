@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from megavlm.align.answering import Answering
 from megavlm.base.errors import UserError
-from megavlm.config.answering import Answering
 from megavlm.config.eval_section import SCORE
 from megavlm.config.settings import Settings
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megavlm.base.errors import UserError
+from megavlm.bench.bench import at_full_size, check, leave, measure
+from megavlm.bench.bench_report import planned_memory, report
+from megavlm.bench.measured_gpu import measured_gpu
 from megavlm.commands.plan_words import verb_of
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
-from megavlm.plan.bench import at_full_size, check, leave, measure
-from megavlm.plan.bench_report import planned_memory, report
 from megavlm.plan.gpus import write_gpu
-from megavlm.plan.measured_gpu import measured_gpu
 from megavlm.plan.mix import contents_of
 
 

@@ -19,11 +19,11 @@ from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
 from megavlm.plan.as_json import plan_json
-from megavlm.plan.candidate import Candidate
 from megavlm.plan.gpus import Gpu
-from megavlm.plan.layouts import with_changes
-from megavlm.plan.search import BEST, PlanOf, different, search
 from megavlm.report.plan_page import write_plan_page
+from megavlm.search.candidate import Candidate
+from megavlm.search.layouts import with_changes
+from megavlm.search.search import BEST, PlanOf, different, search
 
 _GIB = 2**30
 _FORMS = "{:.3g}", "{:,.0f}", "{:.1%}", "{:.1f}"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import fsum
 from typing import Any
 
+from megavlm.align.answering import Answering
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted
-from megavlm.config.answering import Answering
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.answers import first_sample

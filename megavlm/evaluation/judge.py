@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Self
 
+from megavlm.align.answering import Answering
 from megavlm.base.errors import RunFailure, UserError
 from megavlm.base.heartbeat import beat
-from megavlm.config.answering import Answering
 from megavlm.config.reward_section import RewardSettings
 from megavlm.evaluation.untouched import raise_first
 from megavlm.platform.collectives import all_gather_objects

@@ -15,7 +15,7 @@ from operator import itemgetter
 from markupsafe import Markup
 
 from megavlm.base.number_format import number
-from megavlm.report.axis import HEIGHT, WIDTH, Axis, labels, rule
+from megavlm.charts.axis import HEIGHT, WIDTH, Axis, labels, rule
 from megavlm.report.loss_plot import smooth
 
 MAX_POINTS = 400  # maximum number of points of a curve; a longer curve is thinned

@@ -6,8 +6,8 @@ from statistics import mean
 from markupsafe import Markup
 
 from megavlm.base.number_format import number
+from megavlm.charts.shares import shares_bar
 from megavlm.report.run import Run
-from megavlm.report.shares import shares_bar
 
 _COLORS: Mapping[str, str] = {
     "data": "lr", "sampling": "sampling", "reference": "faint", "tower": "vision", "exchange": "projector",

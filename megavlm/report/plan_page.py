@@ -11,14 +11,14 @@ from markupsafe import Markup
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import number, percent, short
+from megavlm.charts.axis import Axis
+from megavlm.charts.points import Line, Point, scatter
+from megavlm.charts.shares import shares_bar
+from megavlm.charts.timeline import COLORS as SPAN_COLORS
+from megavlm.charts.timeline import timeline
 from megavlm.config.settings import Settings
-from megavlm.report.axis import Axis
 from megavlm.report.page import render_page
 from megavlm.report.plan_memory import GIB, memory_bars, memory_parts
-from megavlm.report.points import Line, Point, scatter
-from megavlm.report.shares import shares_bar
-from megavlm.report.timeline import COLORS as SPAN_COLORS
-from megavlm.report.timeline import timeline
 
 TEMPLATE = "plan.html.jinja"
 BEST = 10  # number of layouts in the table

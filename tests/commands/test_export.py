@@ -159,7 +159,7 @@ def test_a_checkpoint_that_is_deleted_just_before(run, tmp_path, monkeypatch):
     (tmp_path / "run" / "config.yaml").write_text(resolved_yaml(Settings(model={"hf": hf})))
     real, calls = export.choose, []
 
-    def choose(settings):
+    def choose(settings, **_):
         chosen = real(settings)
         if not calls:
             (root / "step_00000001").rename(root / "step_00000002")

@@ -48,7 +48,7 @@ def test_prompts_must_leave_room_for_an_answer(command, verb, tmp_path):
     if verb == "validate":
         assert "6 prompts × 4 answers = 24 answers of at most 200 tokens, at most 24 per data-parallel rank" in out
         assert "500 steps = 3,000 prompts" in out
-        assert "8 prompts have" in out
+        assert "8 prompts of" in out
         assert "targets" not in out
     else:
         assert "skipped: 1 of the 10 inspected samples 1 too long" in out

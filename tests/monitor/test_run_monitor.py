@@ -13,6 +13,7 @@ def test_remarks_are_told_once_and_counted_in_each_step_that_has_any():
     monitor = object.__new__(RunMonitor)  # without its files
     monitor._errors = SimpleNamespace(take=lambda step, counts, skipped: {"bad_samples": 0})
     monitor._remarked, monitor.say, monitor._first_step = set(), said.append, 9
+    monitor._is_first, monitor._loader = True, None
     none = dict.fromkeys(WORDS, 0.0)
     steps = [none, none | {REPEATED_PROMPT: 3.0}, none | {REPEATED_PROMPT: 2.0, LITERAL_MARK: 1.0}]
     lines = [monitor.count_samples(step, counts, []) for step, counts in enumerate(steps, start=1)]

@@ -7,12 +7,12 @@ from itertools import pairwise
 import pytest
 
 from megavlm.base.errors import UserError
+from megavlm.charts.timeline import MAX_RECTANGLES, timeline
 from megavlm.config.load import load_settings
-from megavlm.plan.candidate import Candidate
 from megavlm.plan.step_time import Operator, Span, StepTime, Traffic
 from megavlm.report.plan_memory import GIB, memory_bars
 from megavlm.report.plan_page import check_new_file, layout_text, roofline, ruled_out, search_chart, write_plan_page
-from megavlm.report.timeline import MAX_RECTANGLES, timeline
+from megavlm.search.candidate import Candidate
 
 GPU = {"name": "H100", "memory_gib": 80.0, "bf16_tflops": 1000.0, "memory_bandwidth": 2000.0}
 

@@ -98,7 +98,8 @@ def test_the_best_value_is_that_of_the_held_out_data_of_now(settings, when, best
     if when == "earlier":
         (now.output / "changes.jsonl").write_text(json.dumps(change) + "\n")
     changed = {"eval.rows": (None, 3)} if when == "now" else {}
-    assert run._best(Start("resume", now, now, changed), 8, None).step == best
+    checkpoints = SimpleNamespace(link=lambda step, last: (step, []))
+    assert run._best(Start("resume", now, now, changed), 8, checkpoints, None)[0].step == best
 
 
 def test_a_run_that_is_as_before_says_nothing(settings):

@@ -9,7 +9,7 @@ from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.plan.gpus import gpu_of
-from megavlm.plan.layouts import layouts, with_changes
+from megavlm.search.layouts import layouts, with_changes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from megavlm.base.number_format import number
-from megavlm.report.axis import WIDTH, Axis
+from megavlm.charts.axis import WIDTH, Axis
 
 COLORS: Mapping[str, str] = {
     "tower": "vision", "exchange": "lr", "forward": "language", "backward": "projector", "head": "loss",

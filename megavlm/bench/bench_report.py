@@ -11,13 +11,13 @@ import torch.distributed as dist
 from megavlm import __version__
 from megavlm.align.registry import make_method
 from megavlm.base import machine
+from megavlm.bench.bench import Measured
 from megavlm.config.load import resolved_yaml
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.model.flops import Work, peak_flops, step_flops
 from megavlm.monitor.metrics import throughput
 from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
-from megavlm.plan.bench import Measured
 from megavlm.plan.static_memory import StaticCount, StaticMemory, make_state
 from megavlm.plan.step_memory import peak_of
 from megavlm.platform import device_name

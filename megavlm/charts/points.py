@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from megavlm.report.axis import HEIGHT, WIDTH, Axis, labels, rule
+from megavlm.charts.axis import HEIGHT, WIDTH, Axis, labels, rule
 
 
 @dataclass(frozen=True)

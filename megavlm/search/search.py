@@ -12,10 +12,10 @@ from megavlm.base.errors import UserError
 from megavlm.base.pools import in_processes, num_cores
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
-from megavlm.plan.candidate import Candidate
 from megavlm.plan.gpus import Gpu
-from megavlm.plan.layouts import layouts, with_changes
 from megavlm.plan.plan import SPARE, Plan
+from megavlm.search.candidate import Candidate
+from megavlm.search.layouts import layouts, with_changes
 
 BEST = 10
 """Number of layouts that are planned exactly."""

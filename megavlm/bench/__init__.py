@@ -1,0 +1,1 @@
+"""Measures steps of a configuration, and single operators, on this machine."""

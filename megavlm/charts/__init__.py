@@ -1,0 +1,1 @@
+"""Pieces of pages: axes, points, shares and timelines as SVG and HTML."""

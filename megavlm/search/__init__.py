@@ -1,0 +1,1 @@
+"""Looks for the fastest parallel layout of a number of GPUs."""
