@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 import yaml
 from test_plan_command import commands, config  # noqa: F401  # a fixture
 
 
+@pytest.mark.slow
 def test_a_search(config, tmp_path, world1) -> None:  # noqa: F811
     best, searched = tmp_path / "best.yaml", [str(config), "--gpus", "4", "--pictures", "1", "--search"]
     lines = [
