@@ -24,7 +24,7 @@ def test_a_search(config, tmp_path, world1) -> None:  # noqa: F811
     fitting = [candidate for candidate in found if candidate["ruled_out"] is None]
     assert [c["seconds"] for c in fitting] == sorted(c["seconds"] for c in fitting)
     assert found[: len(fitting)] == fitting
-    assert "layers not divisible" in {candidate["ruled_out"] for candidate in found}
+    assert "key/value heads not divisible" in {candidate["ruled_out"] for candidate in found}
     # what was written is the first layout, and is planned as it was searched
     written = yaml.safe_load(best.read_text())
     assert (best.parent / written["base"]).resolve() == config.resolve()

@@ -53,6 +53,6 @@ def test_changes_are_checked_as_in_a_file(recipe) -> None:
     changed = with_changes(settings, {"parallel.tensor": 4, "train.recompute": "full"})
     assert (changed.parallel.tensor, changed.train.recompute) == (4, "full")
     assert changed.train.global_batch_size == settings.train.global_batch_size
-    assert not changed.is_changed("train.loss")
+    assert not changed.train.is_changed("loss")
     with pytest.raises(UserError, match=r"parallel\.pipeline is 1"):
         with_changes(settings, {"parallel.virtual_pipeline": 2})
