@@ -53,7 +53,7 @@ def _seconds(call: Call, example: Example, where: torch.device) -> float | None:
         ready = [_arguments(example, where) for _ in range(copies)]
         run()
     except (RuntimeError, IndexError, TypeError, NotImplementedError):
-        return None
+        return None  # it needs values, such as indices, that its shapes do not tell; it costs what is assumed
     return timed(run)
 
 

@@ -201,7 +201,8 @@ class Operators(TorchDispatchMode):
             ranks = (dist.get_rank(), ranks[int(args[2])])
         if len(ranks) == 1:
             return None
-        name = self._groups.get(group.group_name, "other")
+        # Megatron sends one of the two directions between two stages in the group of all ranks
+        name = "pipeline" if kind == "send" else self._groups.get(group.group_name, "other")
         return Call("collective", kind, ranks, dtype, 0, sum(map(nbytes, tensors)), name)
 
 

@@ -6,7 +6,6 @@ against those of metrics.jsonl.
 
 from collections import Counter
 
-import pytest
 import torch
 from parity import settings_of
 from test_dry_run import alone
@@ -45,9 +44,10 @@ class Handed(torch.utils._python_dispatch.TorchDispatchMode):
                 )
                 tensors = [inputs] if isinstance(inputs, torch.Tensor) else inputs
                 if group.size() > 1:
-                    self.bytes[self.names.get(group.group_name, "other")] += sum(
-                        t.numel() * t.itemsize for t in tensors
-                    )
+                    # stages may send in the group of all ranks
+                    is_send = func.__name__.startswith("send")
+                    name = "pipeline" if is_send else self.names.get(group.group_name, "other")
+                    self.bytes[name] += sum(t.numel() * t.itemsize for t in tensors)
         return func(*args, **(kwargs or {}))
 
 
@@ -110,7 +110,6 @@ def plans(cases: dict) -> dict:
         return {name: planned(*case) for name, case in cases.items()}
 
 
-@pytest.mark.xfail(reason="the second stage of a pipeline sends twice what is planned", strict=False)
 def test_ranks_send_what_is_planned(toys, request, world1):
     cases = {}
     for name, (size, kind, parallel, window) in LAYOUTS.items():
