@@ -5,6 +5,7 @@ import gc
 import pytest
 from parity import Toys
 from pool import Pool
+from toy import write_records
 
 
 def forget_megatron() -> None:
@@ -65,3 +66,10 @@ def _world(size: int):
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory) -> Toys:
     return Toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="module")
+def held_out(toys, request) -> list[dict]:
+    """Sources of data.eval: a file for each of the module's PARTS, a name and which of the toy's records it has."""
+    parts = request.module.PARTS.items()
+    return [{"path": str(write_records(toys.root / f"{name}.jsonl", toys.records[part]))} for name, part in parts]

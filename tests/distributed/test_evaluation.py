@@ -43,14 +43,6 @@ def train(settings: dict, method: str = "sft") -> str:
     return ""
 
 
-@pytest.fixture(scope="module")
-def held_out(toys) -> list[dict]:
-    """Two sources of data.eval."""
-    return [
-        {"path": str(write_records(toys.root / f"{name}.jsonl", toys.records[part]))} for name, part in PARTS.items()
-    ]
-
-
 @pytest.fixture
 def settings(toys, tmp_path, held_out):
     """settings(kind, parallel, steps, eval, …): those of a run on the toy's records, and its data.eval."""

@@ -25,14 +25,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def held_out(toys) -> list[dict]:
-    """Two sources of data.eval."""
-    return [
-        {"path": str(write_records(toys.root / f"{name}.jsonl", toys.records[part]))} for name, part in PARTS.items()
-    ]
-
-
 @pytest.fixture
 def settings(toys, tmp_path, held_out):
     """settings(kind, parallel, steps, evaluation, …): those of a run on the toy's records that asks its questions."""

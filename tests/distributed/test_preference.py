@@ -50,7 +50,8 @@ LOSSES = {
     "kto": {},
     "rm": {},
 }
-LR = {"kto": 2.0, "robust": 1.0}  # small gradients: the update should stand above the rounding of the weights
+# small gradients: the update should stand above the rounding of the weights
+LR = {"kto": 2.0, "robust": 1.0, "orpo": 1.0}
 CENTERING = 0.05
 SFT = {"sigmoid_norm": 0.3}  # weight of the chosen answers' likelihood
 KTO = (0.2, 1.0, 1.3)  # beta, weights of good and bad answers
