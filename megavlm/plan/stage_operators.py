@@ -53,14 +53,6 @@ class StageOperators:
     parts: Mapping[str, Counts]
     chunks: int = 1
 
-    def plus(self, other: "StageOperators", times: float = 1.0) -> "StageOperators":
-        """The sum of this and of ``times`` another one, which may be negative."""
-        parts = {name: defaultdict(float, counts) for name, counts in self.parts.items()}
-        for name, counts in other.parts.items():
-            for call, count in counts.items():
-                parts[name][call] += count * times
-        return StageOperators(parts, self.chunks)
-
     def of_step(self, micro_batches: int, windows: float) -> Counts:
         """All operators of a step."""
         total: dict[Call, float] = defaultdict(float)

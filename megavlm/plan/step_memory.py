@@ -4,7 +4,6 @@ The step is that of training, with its feed, tower, pipeline schedule, head and 
 computes nothing and allocates nothing, but its tensors live as long as real ones would.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -79,31 +78,3 @@ def peak_of(
     with BalancedExperts(vlm, imbalance) if is_absent else nullcontext(), memory, phases.step():
         step.gradients(feed.rows(len(rows)))
     return Peak(memory.peak_phase, memory.at_peak)
-
-
-def peak_of_window(run: Callable[[int], Peak], window: int, pipeline: int, chunks: int) -> Peak:
-    """The peak of a window of many rows, from two runs of as many as fill the pipeline and a few more.
-
-    Once the pipeline is full, each further row of a window adds the same: its pixels and its features.
-
-    Args:
-        run: runs a number of rows.
-        window: number of rows of the window.
-        pipeline, chunks: number of pipeline stages, and of chunks of each.
-    """
-    # Megatron's interleaved schedule runs so many chunks forward before the first backward pass
-    started = 2 * (pipeline - 1) + (chunks - 1) * pipeline + 1 if chunks > 1 else pipeline
-    few = -(-started // (chunks * pipeline)) * pipeline
-    if window <= few + pipeline:
-        return run(window)
-    less, more = run(few), run(few + pipeline)
-    further = (window - few) / pipeline
-    phases = less.by_phase | more.by_phase
-    return Peak(
-        more.phase,
-        {
-            phase: round(a + (more.by_phase.get(phase, 0) - a) * further)
-            for phase in phases
-            for a in (less.by_phase.get(phase, 0),)
-        },
-    )
