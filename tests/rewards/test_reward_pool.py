@@ -131,8 +131,8 @@ def test_many_groups_leave_nothing_and_a_killed_worker_is_replaced():
 
     with RewardPool([python("process_id")], workers=2) as pool:
         first = judge(pool)
-        workers = processes() - before
-        assert first <= workers
+        workers = {worker.pid for worker in pool._workers}  # other processes of this one may come and go
+        assert first <= workers <= processes() - before
         for pid in workers:
             for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # of a job that is stopped
                 os.kill(pid, stop)
