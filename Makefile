@@ -19,6 +19,9 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/peers/.installed
 VLLM := $(VENV)/vllm/.installed
 PYTHON ?=
+# Some environments forbid Python to keep bytecode. Packages are installed without any, so every interpreter that a test
+# or vLLM starts would then compile torch, Megatron and transformers anew: half of the time that it takes to start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-tune demo-rl gpu-check vllm try-vllm test test-all lint docs clean
 .DELETE_ON_ERROR:

@@ -51,3 +51,12 @@ def test_without_python_312_make_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "megavlm needs Python 3.12" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_python_may_keep_its_bytecode() -> None:
+    """Where it may not, each of the many interpreters of the tests compiles torch and Megatron for itself."""
+    show = "show: ; @echo \"bytecode: [$$PYTHONDONTWRITEBYTECODE]\""
+    variables = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["make", "--no-print-directory", f"--eval={show}", "show"]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == "bytecode: []\n"
