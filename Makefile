@@ -23,7 +23,7 @@ PYTHON ?=
 # or vLLM starts would then compile torch, Megatron and transformers anew: half of the time that it takes to start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-tune demo-rl gpu-check vllm try-vllm test test-all lint docs clean
+.PHONY: demo demo-tune demo-rl gpu-check vllm try-vllm checked test test-all lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -44,10 +44,14 @@ vllm: $(VLLM)
 try-vllm: $(INSTALLED)
 	@$(MAKE) --no-print-directory $(VLLM) || echo "vLLM could not be installed; its tests are skipped" >&2
 
-test: lint $(PEERS) try-vllm
+# Side by side: style and types keep one core busy, and the two installations wait for the disk and the network.
+checked: $(INSTALLED)
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target lint $(PEERS) try-vllm
+
+test: checked
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: lint $(PEERS) try-vllm
+test-all: checked
 	$(PYTEST)
 
 lint: $(INSTALLED)
