@@ -1,6 +1,6 @@
 """One server process with torch, Megatron, transformers and megavlm imported; the tests fork their processes off it.
 
-Those imports take some 15 seconds of a core in every new interpreter, a fork some hundredths of one.
+Those imports take some 7 seconds of a core in every new interpreter, a fork some hundredths of one.
 """
 
 import contextlib
