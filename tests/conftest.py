@@ -17,10 +17,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Tests of several ranks stay on one of two workers: each such test keeps both cores busy by itself, and two of them
 # side by side wait for each other's turns in every collective. The other worker takes all other files meanwhile; those
-# APART too, which use the pools of ranks little or not at all.
+# APART too, which mostly have one process at a time, or processes that are no ranks of the shared pools.
 RANKS = "tests/distributed/"
-APART = ("test_dry_run.py", "test_kill.py", "test_life.py", "test_full_disk.py", "test_pool.py", "test_vllm.py")
-FIRST = (RANKS, "tests/commands/")  # what takes minutes, so that neither worker ends with it alone
+APART = (
+    *("test_dry_run", "test_full_disk", "test_kill", "test_life", "test_pool", "test_vllm"),
+    *("test_hardware_flops", "test_pipeline_order", "test_plan", "test_stage_memory", "test_static_memory"),
+    *("test_step_memory", "test_traffic", "test_windows"),
+    *("test_further_memory", "test_gpu_check", "test_te_"),  # those with Transformer Engine share its server, too
+)
+# What takes minutes, so that neither worker ends with it alone.
+FIRST = (RANKS, "tests/commands/", "tests/launch/test_slurm.py", "tests/cli/", "tests/workers/", "tests/monitor/")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -47,7 +53,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return RANKS if file.startswith(RANKS) and not file.endswith(APART) else file
+            apart = file.removeprefix(RANKS).startswith(APART)
+            return RANKS if file.startswith(RANKS) and not apart else file
 
     return Scheduling(config, log)
 
