@@ -55,7 +55,7 @@ def test_without_python_312_make_says_so(tmp_path: Path) -> None:
 
 def test_python_may_keep_its_bytecode() -> None:
     """Where it may not, each of the many interpreters of the tests compiles torch and Megatron for itself."""
-    show = "show: ; @echo \"bytecode: [$$PYTHONDONTWRITEBYTECODE]\""
+    show = 'show: ; @echo "bytecode: [$$PYTHONDONTWRITEBYTECODE]"'
     variables = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     command = ["make", "--no-print-directory", f"--eval={show}", "show"]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True)
