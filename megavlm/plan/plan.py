@@ -17,7 +17,7 @@ from megavlm.plan.gpus import Gpu
 from megavlm.plan.hardware_flops import hardware_flops
 from megavlm.plan.mix import DataMix, Mix
 from megavlm.plan.predict import step_time
-from megavlm.plan.stage import Layout, stages_of
+from megavlm.plan.stage import Layout, rough_stages_of, stages_of
 from megavlm.plan.static_memory import StaticMemory
 from megavlm.plan.step_memory import Peak
 from megavlm.plan.step_time import StepTime
@@ -111,7 +111,7 @@ def make_plan(
         gpu: the GPU.
         mix: what the rows contain.
         imbalance: tokens of the busiest expert-parallel rank over their mean; it counts for the memory alone.
-        exact: see ``stage_of``.
+        exact: whether all stages are built, to the byte; otherwise two of them, with few layers.
 
     Raises:
         UserError: the settings do not fit the model, the verb or the number of GPUs.
@@ -120,7 +120,8 @@ def make_plan(
     method = make_method(verb, settings)
     each = settings.rows_per_step(data_parallel)
     layout = Layout(settings, shapes, verb, world_size, mix, each, imbalance)
-    found = stages_of(layout, exact=exact)
+    limit = round((1 - SPARE) * gpu.memory_gib * 2**30)
+    found = stages_of(layout) if exact else rough_stages_of(layout, limit)
     stages = [
         StagePlan(number, layout.rank(number), stage.static, stage.peak(number, len(found)))
         for number, stage in enumerate(found)
