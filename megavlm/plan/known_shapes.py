@@ -39,7 +39,7 @@ def run(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     result = func(*args, **kwargs)
     if key not in _known and len(_known) < _MOST:
         if kind == "new":
-            _known[key] = _descriptions(result)
+            _known[key] = _descriptions(result, args)
         else:
             _known[key] = [] if result is args[0] and result.is_meta and _described(args) == key[1] else None
     return result
@@ -67,9 +67,12 @@ def _described(value: Any) -> Any:
     return type(value), value
 
 
-def _descriptions(result: Any) -> list[_Description] | None:
+def _descriptions(result: Any, args: tuple) -> list[_Description] | None:
     """What is needed to make tensors like these; None if that is not enough."""
     tensors = [result] if isinstance(result, Tensor) else list(result)
+    given = {one.untyped_storage()._cdata for one in args if isinstance(one, Tensor)}
+    if any(one.untyped_storage()._cdata in given for one in tensors):  # as _unsafe_view does without saying so
+        return None
     plain = all(isinstance(one, Tensor) and one.is_meta and not one.storage_offset() for one in tensors)
     if not plain or any(one.untyped_storage().nbytes() != _extent(one) for one in tensors):
         return None

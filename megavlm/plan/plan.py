@@ -12,6 +12,7 @@ from megavlm.model.flops import parts_flops
 from megavlm.model.shapes import Shapes
 from megavlm.plan.absent_rank import ALL_STEPS
 from megavlm.plan.balanced_experts import IMBALANCE
+from megavlm.plan.checkpoints import Checkpoint, checkpoint_of
 from megavlm.plan.costs import costs_of
 from megavlm.plan.gpus import Gpu
 from megavlm.plan.hardware_flops import hardware_flops
@@ -59,6 +60,7 @@ class Plan:
         stages: the pipeline stages.
         model_flops, hardware_flops: operations of a step by part, without and with what is computed again.
         time: the time of a step, of the update of the main model alone.
+        checkpoint: a checkpoint of the main model.
         steps: number of steps of the run; None if its length is given in epochs.
     """
 
@@ -72,6 +74,7 @@ class Plan:
     model_flops: dict[str, float]
     hardware_flops: dict[str, float]
     time: StepTime
+    checkpoint: Checkpoint
     steps: int | None
 
     @property
@@ -140,5 +143,6 @@ def make_plan(
         parts_flops(shapes, work, frozen, adapted),
         hardware_flops(shapes, work, settings, frozen, adapted),
         step_time([stage.operators for stage in found], settings, each, found[0].window, costs_of(gpu)),
+        checkpoint_of(settings, shapes, [stage.static for stage in found], world_size, gpu),
         settings.train.steps,
     )

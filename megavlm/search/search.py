@@ -31,9 +31,9 @@ Progress = Callable[[int, int], None]
 
 
 class PlanOf(Protocol):
-    """Plans these settings; see ``make_plan`` for ``exact``."""
+    """Plans these settings for the GPUs at hand, or another number of them; see ``make_plan`` for ``exact``."""
 
-    def __call__(self, own: Settings, *, exact: bool) -> Plan: ...
+    def __call__(self, own: Settings, *, exact: bool, gpus: int | None = None) -> Plan: ...
 
 
 def search(
@@ -180,7 +180,7 @@ def _seconds_of_place(planned: Sequence[Candidate], place: int) -> float:
 
 def _savings(settings: Settings) -> list[dict[str, Any]]:
     """Settings that save memory: first those that save most, and then the others, the fastest first."""
-    trains_tower = len({"vision", "projector"} - set(settings.frozen(settings.train.steps or 1))) > 0
+    trains_tower = settings.adapter.type is not None or "vision" not in settings.frozen(settings.train.steps or 1)
     tower = [False, True] if trains_tower else [settings.vision.recompute]
     decoder = ["none", ["core_attn"], settings.train.recompute, "full"]
     forms = [{"train.recompute": one, "vision.recompute": again} for one in decoder for again in tower]
@@ -221,6 +221,29 @@ def _candidate(changes: dict[str, Any], plan: Plan) -> Candidate:
 
 def _seconds(candidate: Candidate) -> float:
     return candidate.seconds if candidate.seconds is not None and candidate.ruled_out is None else float("inf")
+
+
+def enough_gpus(
+    settings: Settings, shapes: Shapes, gpus: int, gpu: Gpu, plan_of: PlanOf
+) -> tuple[int, dict[str, Any]] | None:
+    """A number of GPUs with which a layout fits, and its changes: the first of 2, 4, 8 or 16 times ``gpus``.
+
+    For each, the layouts that divide the model over most GPUs are tried. None if none of them fits.
+    """
+    split = ("tensor", "expert", "pipeline", "context")
+    smallest = _savings(settings)[0]
+    for many in (gpus * times for times in (2, 4, 8, 16)):
+        valid = [changes for changes, why in layouts(settings, shapes, many, gpu) if why is None]
+        valid = [changes for changes in valid if changes[_CHUNKS] is None]
+        for names in (split, ("context", *split)):
+            most = max(valid, key=lambda changes: [changes[f"parallel.{name}"] for name in names], default=None)
+            if most is None:
+                continue
+            with suppress(UserError):
+                changes = most | smallest
+                if plan_of(with_changes(settings, changes), exact=False, gpus=many).fits:
+                    return many, changes
+    return None
 
 
 def different(candidate: Candidate, settings: Settings) -> Candidate:
