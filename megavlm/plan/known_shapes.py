@@ -71,11 +71,12 @@ def _descriptions(result: Any, args: tuple) -> list[_Description] | None:
     """What is needed to make tensors like these; None if that is not enough."""
     tensors = [result] if isinstance(result, Tensor) else list(result)
     given = {one.untyped_storage()._cdata for one in args if isinstance(one, Tensor)}
-    if any(one.untyped_storage()._cdata in given for one in tensors):  # as _unsafe_view does without saying so
-        return None
-    plain = all(isinstance(one, Tensor) and one.is_meta and not one.storage_offset() for one in tensors)
-    if not plain or any(one.untyped_storage().nbytes() != _extent(one) for one in tensors):
-        return None
+    for one in tensors:
+        if not isinstance(one, Tensor) or not one.is_meta or one.storage_offset():
+            return None
+        storage = one.untyped_storage()
+        if storage.nbytes() != _extent(one) or storage._cdata in given:  # _unsafe_view shares without saying so
+            return None
     return [(one.shape, one.stride(), one.dtype) for one in tensors]
 
 
