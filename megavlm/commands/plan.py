@@ -65,15 +65,17 @@ def main(
         raise UserError("--write names a file for the result of a search", "give --search, too")
     shapes = model_shapes(settings.model)
 
-    def plan_of(own: Settings, *, exact: bool = True) -> Plan:
+    number = gpus
+
+    def plan_of(own: Settings, *, exact: bool, gpus: int | None = None) -> Plan:
         mix = contents_of(own, shapes, verb, samples=samples, pictures=pictures, data=data)
-        return make_plan(own, shapes, verb, gpus, facts, mix=mix, imbalance=imbalance, exact=exact)
+        return make_plan(own, shapes, verb, gpus or number, facts, mix=mix, imbalance=imbalance, exact=exact)
 
     if search:
         return plan_search.show(
             settings, shapes, gpus, facts, plan_of, write=write, as_json=as_json, page=page, verb=verb
         )
-    plan = plan_of(settings)
+    plan = plan_of(settings, exact=True)
     if page is not None:
         write_plan_page(page, plan_json(plan, price), settings, verb)
     if as_json:

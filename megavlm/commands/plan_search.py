@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from megavlm.plan.gpus import Gpu
 from megavlm.report.plan_page import write_plan_page
 from megavlm.search.candidate import Candidate
 from megavlm.search.layouts import with_changes
-from megavlm.search.search import BEST, PlanOf, different, search
+from megavlm.search.search import BEST, PlanOf, different, enough_gpus, search
 
 _GIB = 2**30
 _FORMS = "{:.3g}", "{:,.0f}", "{:.1%}", "{:.1f}"
@@ -55,7 +55,8 @@ def show(
         found = search(settings, shapes, gpus, gpu, plan_of, progress=progress)
     best = [different(candidate, settings) for candidate in found if candidate.ruled_out is None]
     if not best:
-        raise UserError(f"no layout of {gpus} × {gpu.name} fits", _nearest(found, gpus))
+        enough = enough_gpus(settings, shapes, gpus, gpu, plan_of)
+        raise UserError(f"no layout of {gpus} × {gpu.name} fits", _remedy(found, enough))
     if as_json:
         print(json.dumps([asdict(candidate) for candidate in found]))
     else:
@@ -120,18 +121,22 @@ def _kind(reason: str) -> str:
     return f"needs up to {size} GiB more"
 
 
-def _nearest(found: Sequence[Candidate], gpus: int) -> str:
-    """What would fit."""
+def _remedy(found: Sequence[Candidate], enough: tuple[int, dict[str, Any]] | None) -> str:
+    """What would fit, and what comes nearest."""
+    words = "shorten the rows, or choose a GPU with more memory"
+    if enough is not None:
+        words = f"{enough[0]} GPUs are enough, with {_overrides(enough[1])}"
     counted = [candidate for candidate in found if candidate.memory is not None]
-    if not counted:
-        return f"try another number of GPUs, for example {_power_of_two(gpus)}"
-    least = min(counted, key=lambda candidate: candidate.memory or 0)
-    changes = " ".join(_override(*change) for change in least.changes.items() if change[1] is not None)
-    return f"start more GPUs, for example {2 * gpus}, or shorter rows; the smallest layout {least.ruled_out}: {changes}"
+    if counted:
+        least = min(counted, key=lambda candidate: candidate.memory or 0)
+        words += f"; the smallest layout that was planned {least.ruled_out}: {_overrides(least.changes)}"
+    return words
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << (number.bit_length() - 1)
+def _overrides(changes: Mapping[str, Any]) -> str:
+    """The changes as arguments for the command line, but sizes of 1 and what is not set."""
+    plain = {name: value for name, value in changes.items() if value not in (1, None) or value is True}
+    return " ".join(_override(*change) for change in plain.items())
 
 
 def _override(name: str, value: Any) -> str:

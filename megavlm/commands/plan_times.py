@@ -39,7 +39,14 @@ def times(plan: Plan, price: float | None = None) -> Group:
             f"{short(plan.steps)} steps: {facts['hours']:,.1f} hours, {facts['gpu_hours']:,.0f} GPU hours{cost}, "
             "without reading data, checkpoints and evaluation"
         )
-    return Group(step, sent, longest, speed, run)
+    return Group(step, sent, longest, speed, run, _checkpoint(plan))
+
+
+def _checkpoint(plan: Plan) -> str:
+    one, storage = plan.checkpoint, plan.gpu.operators["storage"]
+    meanwhile = "while the run goes on" if one.background else "while the run waits"
+    size = f"{one.size / 1e9:,.3g} GB"
+    return f"a checkpoint: {size}, {one.seconds:,.0f} s {meanwhile}, if a host writes {storage:g} GB in a second"
 
 
 def _table(title: str, *columns: str) -> Table:

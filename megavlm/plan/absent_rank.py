@@ -60,8 +60,10 @@ class _NoFirstValues(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (torch.nn.init.normal_, torch.Tensor.normal_) and args and args[0].is_meta:
-            return args[0]
+        if func in (torch.nn.init.normal_, torch.Tensor.normal_):
+            weight = args[0] if args else (kwargs or {})["tensor"]
+            if weight.is_meta:
+                return weight
         return func(*args, **(kwargs or {}))
 
 
@@ -88,18 +90,26 @@ def absent_rank(
     Raises:
         UserError: the settings do not fit the model, the method or the number of processes.
     """
-    with absent_world(rank, world_size), _NoFirstValues():
-        with torch.device("meta"):
-            session = start(settings, training=True, load=False, score_head=method.scores, shapes=shapes)
-        if at_end and settings.adapter.quantize and importlib.util.find_spec("bitsandbytes"):
-            for linear in session.adapters.linears if session.adapters is not None else ():
-                quantize(linear, double=settings.adapter.quantize == "nf4_double")
-        main = Optimizers(session.vlm, settings.train)
-        trained = [TrainedModel(MAIN, session.vlm, session.adapters, main, method.bare_objective(session))]
-        for name, step in method.bare_others(session).items():
-            adapters = session.models[name].adapters
-            trained.append(TrainedModel(name, step.vlm, adapters, step.optimizers, step.objective))
-        if at_end:
-            for one in trained:
-                one.optimizers.unfreeze((settings.train.steps or ALL_STEPS) + 1)
+    with absent_world(rank, world_size):
+        with _NoFirstValues():
+            session, trained = _built(settings, method, at_end=at_end, shapes=shapes)
         yield session, trained
+
+
+def _built(
+    settings: Settings, method: Method, *, at_end: bool, shapes: Shapes | None
+) -> tuple[Session, list[TrainedModel]]:
+    with torch.device("meta"):
+        session = start(settings, training=True, load=False, score_head=method.scores, shapes=shapes)
+    if at_end and settings.adapter.quantize and importlib.util.find_spec("bitsandbytes"):
+        for linear in session.adapters.linears if session.adapters is not None else ():
+            quantize(linear, double=settings.adapter.quantize == "nf4_double")
+    main = Optimizers(session.vlm, settings.train)
+    trained = [TrainedModel(MAIN, session.vlm, session.adapters, main, method.bare_objective(session))]
+    for name, step in method.bare_others(session).items():
+        adapters = session.models[name].adapters
+        trained.append(TrainedModel(name, step.vlm, adapters, step.optimizers, step.objective))
+    if at_end:
+        for one in trained:
+            one.optimizers.unfreeze((settings.train.steps or ALL_STEPS) + 1)
+    return session, trained

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavlm.model.vlm import VLM
+from megavlm.plan import known_shapes
 
 IMBALANCE = 1.3
 """Tokens of the busiest expert-parallel rank over their mean, unless something else is told: an assumption.
@@ -65,4 +66,4 @@ class BalancedExperts(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten.masked_select.default and args[0].is_meta:  # of a mask [experts, tokens]
             return args[0].new_empty(args[1].shape[-1] * self._top_k)
-        return func(*args, **(kwargs or {}))
+        return known_shapes.run(func, args, kwargs or {})

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ from megavlm.config.settings import Settings
 from megavlm.data.row import Row, pack
 from megavlm.data.synthetic_row import synthetic_samples
 from megavlm.model.flops import Work
-from megavlm.model.shapes import Shapes
+from megavlm.model.shapes import Shapes, VisionShape
 
 PIXELS = 1024 * 1024
 """Pixels of a picture unless ``data.max_pixels`` says otherwise."""
@@ -200,9 +201,14 @@ class DataMix:
         )
 
 
-def _pack(samples: Sequence[_Sample], settings: Settings, shapes: Shapes) -> Row:
+def _pack(samples: Iterable[_Sample], settings: Settings, shapes: Shapes) -> Row:
     """A row of such samples; their visual tokens come first."""
-    vision = shapes.vision
+    fixed = tuple(sample._replace(frames=tuple(sample.frames)) for sample in samples)
+    return _packed(fixed, settings.data.seq_length, settings.pad_multiple, shapes.vision)
+
+
+@lru_cache(maxsize=4)  # a search plans many layouts with the same rows
+def _packed(samples: tuple[_Sample, ...], seq_length: int, pad_multiple: int, vision: VisionShape) -> Row:
     merge, made = vision.spatial_merge_size, []
     for length, answers, frames in samples:
         grids = np.array(frames, dtype=np.int32).reshape(-1, 2)
@@ -215,11 +221,4 @@ def _pack(samples: Sequence[_Sample], settings: Settings, shapes: Shapes) -> Row
             merge=merge,
             answers=answers,
         )
-    return pack(
-        made,
-        settings.data.seq_length,
-        pad_id=0,
-        grid_side=vision.grid_side,
-        merge=merge,
-        pad_multiple=settings.pad_multiple,
-    )
+    return pack(made, seq_length, pad_id=0, grid_side=vision.grid_side, merge=merge, pad_multiple=pad_multiple)

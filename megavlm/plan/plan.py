@@ -12,12 +12,13 @@ from megavlm.model.flops import parts_flops
 from megavlm.model.shapes import Shapes
 from megavlm.plan.absent_rank import ALL_STEPS
 from megavlm.plan.balanced_experts import IMBALANCE
+from megavlm.plan.checkpoints import Checkpoint, checkpoint_of
 from megavlm.plan.costs import costs_of
 from megavlm.plan.gpus import Gpu
 from megavlm.plan.hardware_flops import hardware_flops
 from megavlm.plan.mix import DataMix, Mix
 from megavlm.plan.predict import step_time
-from megavlm.plan.stage import Layout, stages_of
+from megavlm.plan.stage import Layout, rough_stages_of, stages_of
 from megavlm.plan.static_memory import StaticMemory
 from megavlm.plan.step_memory import Peak
 from megavlm.plan.step_time import StepTime
@@ -59,6 +60,7 @@ class Plan:
         stages: the pipeline stages.
         model_flops, hardware_flops: operations of a step by part, without and with what is computed again.
         time: the time of a step, of the update of the main model alone.
+        checkpoint: a checkpoint of the main model.
         steps: number of steps of the run; None if its length is given in epochs.
     """
 
@@ -72,6 +74,7 @@ class Plan:
     model_flops: dict[str, float]
     hardware_flops: dict[str, float]
     time: StepTime
+    checkpoint: Checkpoint
     steps: int | None
 
     @property
@@ -111,7 +114,7 @@ def make_plan(
         gpu: the GPU.
         mix: what the rows contain.
         imbalance: tokens of the busiest expert-parallel rank over their mean; it counts for the memory alone.
-        exact: see ``stage_of``.
+        exact: whether all stages are built, to the byte; otherwise two of them, with few layers.
 
     Raises:
         UserError: the settings do not fit the model, the verb or the number of GPUs.
@@ -120,7 +123,8 @@ def make_plan(
     method = make_method(verb, settings)
     each = settings.rows_per_step(data_parallel)
     layout = Layout(settings, shapes, verb, world_size, mix, each, imbalance)
-    found = stages_of(layout, exact=exact)
+    limit = round((1 - SPARE) * gpu.memory_gib * 2**30)
+    found = stages_of(layout) if exact else rough_stages_of(layout, limit)
     stages = [
         StagePlan(number, layout.rank(number), stage.static, stage.peak(number, len(found)))
         for number, stage in enumerate(found)
@@ -139,5 +143,6 @@ def make_plan(
         parts_flops(shapes, work, frozen, adapted),
         hardware_flops(shapes, work, settings, frozen, adapted),
         step_time([stage.operators for stage in found], settings, each, found[0].window, costs_of(gpu)),
+        checkpoint_of(settings, shapes, [stage.static for stage in found], world_size, gpu),
         settings.train.steps,
     )

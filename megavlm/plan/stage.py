@@ -10,6 +10,7 @@ import torch
 
 from megavlm.align.registry import METHODS, make_method
 from megavlm.config.settings import Settings
+from megavlm.data.row import Row
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
 from megavlm.plan.absent_rank import TrainedModel, absent_rank, that_can_be_absent
@@ -50,6 +51,16 @@ class Layout:
     imbalance: float
 
     @cached_property
+    def row(self) -> Row:
+        """The row that needs most memory."""
+        return self.mix.row(self.settings, self.shapes)
+
+    @cached_property
+    def mean_row(self) -> Row:
+        """The row with as much work as the mean row."""
+        return self.mix.mean_row(self.settings, self.shapes) if isinstance(self.mix, DataMix) else self.row
+
+    @cached_property
     def method(self) -> Method:
         """The training method."""
         return make_method(self.verb, self.settings)
@@ -86,7 +97,7 @@ class Stage:
         return max(peaks, key=lambda peak: peak.total)
 
 
-def stages_of(layout: Layout, *, exact: bool = True) -> list[Stage]:
+def stages_of(layout: Layout) -> list[Stage]:
     """All stages. Those in the middle are alike, so one of them is built."""
     found: list[Stage] = []
     stages = layout.settings.parallel.pipeline
@@ -94,8 +105,22 @@ def stages_of(layout: Layout, *, exact: bool = True) -> list[Stage]:
     middle_is_plain = layers_of(layout.settings.parallel, layout.shapes.text.layers, 0) >= levels
     for number in range(stages):
         is_known = 2 <= number < stages - 1 and middle_is_plain
-        found.append(found[-1] if is_known else stage_of(layout, number, exact=exact))
+        found.append(found[-1] if is_known else stage_of(layout, number))
     return found
+
+
+def rough_stages_of(layout: Layout, limit: int) -> list[Stage]:
+    """All stages, told by the first and the last one, with few layers.
+
+    Args:
+        layout: the run.
+        limit: if the first stage needs more bytes than this, it stands for the last one, too.
+    """
+    stages = layout.settings.parallel.pipeline
+    first = stage_of(layout, 0, exact=False)
+    if stages == 1 or first.static.total + first.peak(0, stages).total > limit:
+        return [first] * stages
+    return [first] * (stages - 1) + [stage_of(layout, stages - 1, exact=False)]
 
 
 def stage_of(layout: Layout, number: int, *, exact: bool = True) -> Stage:
@@ -107,15 +132,12 @@ def stage_of(layout: Layout, number: int, *, exact: bool = True) -> Stage:
         exact: whether static memory is that of the whole model, to the byte; otherwise it is told by few layers.
     """
     settings, parallel = that_can_be_absent(layout.settings), layout.settings.parallel
-    few, shapes = fewer_layers(settings, layout.shapes)
-    row, mean_row = layout.mix.row(settings, layout.shapes), layout.mix.mean_row(settings, layout.shapes)
+    few, shapes = fewer_layers(settings, layout.shapes, number)
     with _rank_of(layout, number, few, shapes) as (session, trained):
         window = window_of(settings, trained[0], layout.rows)
         trace = partial(trace_stage, window=window, shapes=layout.shapes, parallel=parallel, stage=number)
-        traced = [trace(model, row, imbalance=layout.imbalance) for model in trained]
+        traced = [trace(model, layout.row, layout.mean_row, imbalance=layout.imbalance) for model in trained]
         per_window = traced[0][1]
-        if parallel.expert > 1 or isinstance(layout.mix, DataMix):  # the heaviest moment is not that of the mean time
-            per_window = trace(trained[0], mean_row)[1]
         adapted = trained[0].adapters.parts if trained[0].adapters is not None else ()
         if not exact:
             held = _held(layout, number, session, trained)
@@ -169,7 +191,7 @@ def _missing(vlm: VLM, layout: Layout, number: int) -> tuple[int, int]:
 
 def _told_by_two(layout: Layout, settings: Settings, number: int, few: _Held, missing: tuple[int, int]) -> _Held:
     """What all layers hold, from what ``few`` and one more in each chunk hold, and the weights of a tower's layer."""
-    one_more, shapes = fewer_layers(settings, layout.shapes, more=1)
+    one_more, shapes = fewer_layers(settings, layout.shapes, number, more=1)
     with _rank_of(layout, number, one_more, shapes) as (session, trained):
         more = _held(layout, number, session, trained)
         of_layer = list(trained[0].vlm.vision.layers[-1].parameters()) if missing[1] else []

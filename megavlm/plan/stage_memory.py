@@ -6,7 +6,7 @@ at a time follows from the schedule.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +26,13 @@ from megavlm.plan.live_memory import LiveMemory, PhasesOf
 from megavlm.plan.operators import Operators, group_names
 from megavlm.plan.schedule import turns
 from megavlm.plan.stage_operators import StageOperators, parts_of
-from megavlm.plan.stand_in import stand_in
+from megavlm.plan.stand_in import StandIns, stand_in
 from megavlm.plan.step_memory import Peak, RowsAtHand
 from megavlm.platform import device
 from megavlm.runtime.feed import MicroBatch
 from megavlm.runtime.forward import encode_window, forward_chunk, prepare_schedule
+
+_META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class StageMemory:
 def trace_stage(
     model: TrainedModel,
     row: Row,
+    mean_row: Row,
     window: int,
     shapes: Shapes,
     parallel: ParallelSettings,
@@ -95,48 +98,62 @@ def trace_stage(
 
     Args:
         model: the model, built with the result of ``fewer_layers``.
-        row: each row.
+        row: each row, for the memory.
+        mean_row: each row, for the operators; the same object if it is the same row.
         window: number of rows that are encoded together.
         shapes, parallel: the shapes of the whole model, and its layout.
         stage: the pipeline stage of the rank.
-        imbalance: see ``BalancedExperts``.
+        imbalance: see ``BalancedExperts``; for the memory alone.
 
     Returns:
         What is alive, and the operators of a micro-batch and of a window.
     """
     vlm = model.vlm
-    memory, operators = LiveMemory(torch.device("meta")), Operators(torch.device("meta"), group_names(vlm.groups))
-    of_chunks = stand_in(memory, operators, vlm, shapes, parallel, stage)
-    phases = PhasesOf(_Both(memory, operators))
+    memory, operators = LiveMemory(_META), Operators(_META, group_names(vlm.groups))
+    trace = _Trace(model, memory, operators, stand_in(memory, operators, vlm, shapes, parallel, stage))
     prepare_schedule(vlm.decoder_config)
-    feed = RowsAtHand(vlm, [row] * window)
-    with BalancedExperts(vlm, imbalance), operators, memory, phases.step():
-        (batch,) = phases.during("data", feed.windows(feed.rows(window), window))
-        with phases("exchange"):
-            encode_window(vlm, batch, partial(phases, "tower"))
-        encode, of_window = _peak(memory), operators.found.copy()
-        with phases("decoder"), _without_reduction(model):
-            first = batch.micro_batches[0]
-            for chunk, stand_ins in zip(vlm.language, of_chunks, strict=True):
-                # what it leaves behind beside gradients, the next micro-batch replaces
-                start = Counter(memory.by_phase)
-                _run(model, chunk, first, memory, phases)
-                if first.features is not None:
-                    first.features.grad = None
-                stand_ins.add_remembered(_less(memory.by_phase, start))
-            before = dict(memory.by_phase)
-            operators.found = Counter(of_window)
-            chunks = [_run(model, chunk, first, memory, phases) for chunk in vlm.language]
-            if first.features is not None and first.features.grad is not None:
-                for other in batch.micro_batches[1:]:
-                    assert other.features is not None
-                    other.features.grad = torch.empty_like(other.features)
+    with BalancedExperts(vlm), operators, memory:
+        found = trace.run(mean_row, window)
+    if row is not mean_row or _has_experts(vlm):  # what dispatchers remember of a micro-batch, the next one replaces
+        with BalancedExperts(vlm, imbalance), memory:
+            found = trace.run(row, window)
+    return found, StageOperators(parts_of(operators.found, 1), len(vlm.language))
+
+
+def _has_experts(vlm: VLM) -> bool:
+    return vlm.decoder_config.num_moe_experts is not None
+
+
+@dataclass
+class _Trace:
+    model: TrainedModel
+    memory: LiveMemory
+    operators: Operators
+    stand_ins: Sequence[StandIns]
+
+    def run(self, row: Row, window: int) -> StageMemory:
+        """Encodes a window of equal rows, runs one through each chunk, and the tower's backward pass."""
+        vlm, memory = self.model.vlm, self.memory
         memory.watch()
-        with phases("exchange"):
-            vlm.tower.backward(1.0, partial(phases, "tower"))
-        tower = _peak(memory)
-    found = StageOperators(parts_of(operators.found, 1), len(vlm.language))
-    return StageMemory(encode, before, chunks, tower), found
+        feed, phases = RowsAtHand(vlm, [row] * window), PhasesOf(_Both(memory, self.operators))
+        with phases.step():
+            (batch,) = phases.during("data", feed.windows(feed.rows(window), window))
+            with phases("exchange"):
+                encode_window(vlm, batch, partial(phases, "tower"))
+            encode, before = _peak(memory), dict(memory.by_phase)
+            with phases("decoder"), _without_reduction(self.model):
+                first, chunks = batch.micro_batches[0], []
+                for chunk, stand_ins in zip(vlm.language, self.stand_ins, strict=True):
+                    chunks.append(_run(self.model, chunk, first, memory, phases))
+                    stand_ins.add_remembered(chunks[-1].left, first.features)
+                if first.features is not None and first.features.grad is not None:
+                    for other in batch.micro_batches[1:]:
+                        assert other.features is not None
+                        other.features.grad = torch.empty_like(other.features)
+            memory.watch()
+            with phases("exchange"):
+                vlm.tower.backward(1.0, partial(phases, "tower"))
+            return StageMemory(encode, before, chunks, _peak(memory))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from megavlm.model.vlm import VLM
 from megavlm.optim.grad_stats import count_non_finite
 from megavlm.optim.optimizers import Optimizers
 from megavlm.plan.balanced_experts import BalancedExperts
+from megavlm.plan.known_shapes import KnownShapes
 from megavlm.plan.live_memory import PhasesOf
 from megavlm.plan.operators import Call, Example, Operators, Place, group_names
 from megavlm.plan.step_memory import RowsAtHand
@@ -111,7 +112,7 @@ def update_operators(vlm: VLM, optimizers: Optimizers, where: torch.device) -> d
     """The operators of the parts "reduction", "overlapped" and "optimizer" of a step, carried out on their own."""
     record = Operators(where, group_names(vlm.groups))
     phases = PhasesOf(record)
-    with record, phases.step():
+    with KnownShapes(), record, phases.step():
         with phases("decoder"):
             for ddp in optimizers.ddp.get("language", []):
                 if ddp.ddp_config.overlap_grad_reduce:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megavlm.config.sections import ParallelSettings
 from megavlm.config.settings import Settings
@@ -23,13 +23,16 @@ from megavlm.plan.operators import Call, Operators, Place
 _PLAIN = 3  # layers that are kept beside those with deepstack features: one, the one that is repeated, and the last
 
 
-def fewer_layers(settings: Settings, shapes: Shapes, more: int = 0) -> tuple[Settings, Shapes]:
+def fewer_layers(settings: Settings, shapes: Shapes, stage: int, more: int = 0) -> tuple[Settings, Shapes]:
     """The settings and shapes with few layers in the tower and in each chunk of the decoder, if that can stand for all.
+
+    On pipeline stages without deepstack features, fewer of them can.
 
     It cannot if a chunk is short, or if some layers of the decoder have experts and others do not.
 
     Args:
         settings, shapes: those of the run.
+        stage: the pipeline stage that is built.
         more: how many more layers each chunk of the decoder gets; if it gets all, the tower.
     """
     levels = len(shapes.vision.deepstack_layers)
@@ -42,7 +45,8 @@ def fewer_layers(settings: Settings, shapes: Shapes, more: int = 0) -> tuple[Set
         shapes = replace(shapes, vision=replace(shapes.vision, layers=layers, deepstack_layers=tuple(range(levels))))
     if is_long:
         chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-        shapes = replace(shapes, text=replace(text, layers=(few + more) * chunks))
+        each = (few if stage == 0 else max(_PLAIN, levels)) + more
+        shapes = replace(shapes, text=replace(text, layers=each * chunks))
         even = parallel.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
         settings = settings.model_copy(update={"parallel": even})
     return settings, shapes
@@ -70,6 +74,7 @@ class StandIns:
         self._memory, self._operators, self._missing, self._present = memory, operators, missing, len(layers)
         self._repeated = layers[-min(2, len(layers))]
         self._waiting: list[Counter[str]] = []  # what the missing layers keep, for each forward pass under way
+        self._remembers = False
         self._begun: Counter[tuple[Place, Call]] | None = None  # the operators before a pass of the repeated layer
         if missing > 0:
             before, repeated, last = layers[-3:]
@@ -79,14 +84,20 @@ class StandIns:
             _when_backward_begins(repeated, self._again)
             _when_backward_begins(before, self._count)
 
-    def add_remembered(self, left: Mapping[str, int]) -> None:
-        """Counts what the dispatcher of each missing layer remembers of the last micro-batch, from now on.
+    def add_remembered(self, left: Mapping[str, int], features: Tensor | None) -> None:
+        """Counts what the dispatcher of each missing layer remembers of the last micro-batch, from the first one on.
 
         Args:
-            left: what a micro-batch has left behind in the layers that are there, bytes by phase.
+            left: what the first micro-batch has left behind in the layers that are there, bytes by phase.
+            features: its features, whose gradient is among that.
         """
-        if any(getattr(module, "token_dispatcher", None) is not None for module in self._repeated.modules()):
-            size = left.get("decoder", 0) // self._present
+        has_dispatcher = any(getattr(module, "token_dispatcher", None) for module in self._repeated.modules())
+        if has_dispatcher and not self._remembers:
+            self._remembers = True
+            gradient = (
+                features.grad.untyped_storage().nbytes() if features is not None and features.grad is not None else 0
+            )
+            size = (left.get("decoder", 0) - gradient) // self._present
             self._memory.add({"decoder": size}, max(self._missing, 0))
 
     def _begin(self) -> None:
@@ -135,7 +146,7 @@ def stand_in(
 def _when_backward_begins(layer: nn.Module, call: Callable[[], None]) -> None:
     """Calls ``call`` when the gradient of the layer's output is known."""
 
-    def after(module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+    def after(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
         if not _is_backward() and output[0].requires_grad:
             output[0].register_hook(lambda gradient: call())
 

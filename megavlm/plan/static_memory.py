@@ -15,6 +15,7 @@ from megavlm.adapters.nf4 import Nf4
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.galore import GaLore
 from megavlm.optim.optimizers import Optimizers
+from megavlm.plan.known_shapes import KnownShapes
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def make_state(optimizers: Optimizers) -> None:
         assert all(weight.is_meta for weight in weights)
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
-        optimizer.step()
+        with KnownShapes():
+            optimizer.step()
         for weight in weights:
             weight.grad = None
 

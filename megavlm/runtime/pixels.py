@@ -143,6 +143,6 @@ def _in_order(rows: list[Row], name: str, order: Sequence[int], width: int, dtyp
         counts = row.frame_grids.prod(dim=1) * (row.frame_images if name == "pixels" else 1)
         frames += getattr(row, name).view(dtype).split(counts.tolist())
     buffer = host_buffer(sum(len(frames[index]) for index in order), width, dtype)
-    if order:
+    if order and device().type != "meta":  # tensors without values need none
         torch.cat([frames[index] for index in order], out=buffer)
     return buffer.to(device(), non_blocking=True)

@@ -83,16 +83,34 @@ def _sizes(shapes: Shapes, gpus: int) -> Iterator[dict[str, Any]]:
         for expert, expert_tensor, chunks in itertools.product(experts, slices, _CHUNKS):
             if gpus % (expert * expert_tensor * pipeline) or (chunks and (pipeline == 1 or pipeline * chunks > layers)):
                 continue
+            first, last = _uneven(layers, pipeline, chunks or 1)
             yield {
                 "tensor": tensor,
                 "pipeline": pipeline,
                 "virtual_pipeline": chunks,
-                "first_stage_layers": None,
-                "last_stage_layers": None,
+                "first_stage_layers": first,
+                "last_stage_layers": last,
                 "context": context,
                 "expert": expert,
                 "expert_tensor": expert_tensor,
             }
+
+
+def _uneven(layers: int, pipeline: int, chunks: int) -> tuple[int | None, int | None]:
+    """The layers of the first and of the last stage: fewer than of the others if all cannot have the same number.
+
+    The last one has no more than the first, because it has the head, too. None, None if there is no way.
+    """
+    if layers % (pipeline * chunks) == 0 or layers % chunks:
+        return None, None
+    units = layers // chunks  # each stage has a multiple of ``chunks`` layers
+    if pipeline == 2:
+        return None, units // 2 * chunks or None
+    middle = -(-units // pipeline)
+    ends = units - middle * (pipeline - 2)
+    if ends < 2:
+        return None, None
+    return (ends + 1) // 2 * chunks, ends // 2 * chunks
 
 
 def _reason(error: UserError) -> str:

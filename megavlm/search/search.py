@@ -1,12 +1,16 @@
 """Looks for the fastest layout of a number of GPUs: memory and time are predicted of all that are valid.
 
-Each layout is first planned from few layers, with as much computed again as can be. The fastest that fit are planned
-with less of it, and the fastest of these exactly.
+Each layout is first planned from few layers, with as much computed again as can be, and without interleaving.
+Interleaved pipelines follow where they could be among the fastest. The fastest that fit are planned with less that is
+computed again, and the fastest of these exactly.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
+
+import torch
 
 from megavlm.base.errors import UserError
 from megavlm.base.pools import in_processes, num_cores
@@ -20,14 +24,16 @@ from megavlm.search.layouts import layouts, with_changes
 BEST = 10
 """Number of layouts that are planned exactly."""
 _GIB = 2**30
-_WHAT = "planning layouts"
+_CHUNKS = "parallel.virtual_pipeline"
+_SMALLER = "fits with less context or expert parallelism"
+_NOT_INTERLEAVED = "interleaving cannot make it fast enough"
 Progress = Callable[[int, int], None]
 
 
 class PlanOf(Protocol):
-    """Plans these settings; see ``make_plan`` for ``exact``."""
+    """Plans these settings for the GPUs at hand, or another number of them; see ``make_plan`` for ``exact``."""
 
-    def __call__(self, own: Settings, *, exact: bool) -> Plan: ...
+    def __call__(self, own: Settings, *, exact: bool, gpus: int | None = None) -> Plan: ...
 
 
 def search(
@@ -52,112 +58,151 @@ def search(
     ruled_out = [Candidate(changes, ruled_out=why) for changes, why in found if why is not None]
     valid = [changes for changes, why in found if why is None]
     smallest, *others = _savings(settings)
-    work = Rounds(valid, progress, len(valid) + 3 * BEST)
+    work = _Work(settings, plan_of, progress, len(valid) + 3 * BEST)
+    work.prepare()
 
-    def roughly(changes: Mapping[str, Any]) -> Plan:
-        return plan_of(with_changes(settings, changes), exact=False)
+    fits: set[tuple] = set()
+    planned: list[Candidate] = []
+    for turn in _rounds(changes for changes in valid if changes[_CHUNKS] is None):
+        now = [changes for changes in turn if not any(smaller in fits for smaller in _smaller(changes))]
+        ruled_out += [Candidate(changes, ruled_out=_SMALLER) for changes in turn if changes not in now]
+        work.skip(len(turn) - len(now))
+        tried = work.plan([(changes, [smallest]) for changes in now])
+        fits |= {_key(candidate.changes) for candidate in tried if candidate.ruled_out is None}
+        planned += tried
+    interleaved = [changes for changes in valid if changes[_CHUNKS] is not None]
+    without = {_key(candidate.changes): candidate for candidate in planned if candidate.ruled_out is None}
+    slowest = _seconds_of_place(planned, 2 * BEST)
+    hopeful = [c for c in interleaved if (plain := without.get(_key(c))) and _least_seconds(plain, c) < slowest]
+    work.skip(len(interleaved) - len(hopeful))
+    ruled_out += [Candidate(changes, ruled_out=_NOT_INTERLEAVED) for changes in interleaved if changes not in hopeful]
+    planned += work.plan([(changes, [smallest]) for changes in hopeful])
 
-    def tried(number: int) -> Candidate:
-        return _fitting(work.now[number], [smallest], roughly)
-
-    planned = list(work.run(tried))
-    fitting = sorted((c for c in planned if c.ruled_out is None), key=_seconds)
-    promising = fitting[: 2 * BEST]
-
-    def with_less(number: int) -> Candidate:
-        one = promising[number]
-        least = _fitting(one.changes, others, roughly)
-        return least if _seconds(least) < _seconds(one) else one
-
-    faster = _counted(in_processes(with_less, len(promising), num_cores(), _WHAT), len(valid), 3 * BEST, progress)
-    fitting = sorted([*faster, *fitting[2 * BEST :]], key=_seconds)
-    best = fitting[:BEST]
-
-    def exactly(number: int) -> Candidate:
-        return _candidate(best[number].changes, plan_of(with_changes(settings, best[number].changes), exact=True))
-
-    final = _counted(in_processes(exactly, len(best), num_cores(), _WHAT), len(valid) + 2 * BEST, BEST, progress)
-    fitting = sorted((c for c in [*final, *fitting[BEST:]] if c.ruled_out is None), key=_seconds)
-    return fitting + [c for c in [*final, *planned, *ruled_out] if c.ruled_out is not None]
-
-
-def _counted(found: Iterable[Candidate], before: int, more: int, progress: Progress) -> list[Candidate]:
-    """A list of what is found, while the progress is told."""
-    done: list[Candidate] = []
-    for candidate in found:
-        done.append(candidate)
-        progress(before + len(done), before + more)
-    return done
+    promising, rest = _divided(planned, 2 * BEST)
+    less = work.plan([(one.changes, others) for one in promising])
+    faster = [min(pair, key=_seconds) for pair in zip(promising, less, strict=True)]
+    best, rest = _divided([*faster, *rest], BEST)
+    final = work.plan([(one.changes, [{}]) for one in best], exact=True)
+    fitting = sorted((c for c in [*final, *rest] if c.ruled_out is None), key=_seconds)
+    return fitting + [c for c in [*final, *rest, *ruled_out] if c.ruled_out is not None]
 
 
-class Rounds:
-    """Plans layouts in rounds by context parallelism: more of it is not tried where less fits.
+class _Work:
+    """Plans layouts in several processes.
 
     Args:
-        valid: the layouts.
+        settings: the settings of the configuration.
+        plan_of: plans a layout.
         progress: see ``search``.
-        of: the number of all layouts that are planned.
-
-    Attributes:
-        now: the layouts of this round.
+        of: about how many layouts will be planned.
     """
 
-    def __init__(self, valid: Iterable[dict[str, Any]], progress: Progress, of: int):
-        self._rounds: dict[int, list[dict[str, Any]]] = {}
-        for changes in valid:
-            self._rounds.setdefault(changes["parallel.context"], []).append(changes)
-        self._progress, self._of = progress, of
-        self.now: list[dict[str, Any]] = []
+    def __init__(self, settings: Settings, plan_of: PlanOf, progress: Progress, of: int):
+        self._settings, self._plan_of, self._progress, self._of, self._done = settings, plan_of, progress, of, 0
 
-    def run(self, tried: Callable[[int], Candidate]) -> Iterable[Candidate]:
-        """Yields the result of ``tried`` for the number of each layout of ``now`` in each round."""
-        fits: set[tuple] = set()
-        done = 0
-        for context in sorted(self._rounds):
-            self.now = [changes for changes in self._rounds[context] if _beside_context(changes) not in fits]
-            skipped = [changes for changes in self._rounds[context] if _beside_context(changes) in fits]
-            done += len(skipped)
-            yield from (Candidate(changes, ruled_out="fits with less context parallelism") for changes in skipped)
-            for candidate in in_processes(tried, len(self.now), num_cores(), _WHAT):
-                done += 1
-                self._progress(done, self._of)
-                if candidate.ruled_out is None:
-                    fits.add(_beside_context(candidate.changes))
-                yield candidate
+    def prepare(self) -> None:
+        """Plans the configuration itself, so that modules and shapes need not be loaded in each process."""
+        torch.set_num_threads(1)  # processes that are forked must not wait for threads that they do not have
+        with suppress(UserError):
+            self._plan_of(self._settings, exact=False)
+
+    def skip(self, count: int) -> None:
+        """Counts layouts that need not be planned."""
+        self._done += count
+        self._progress(self._done, self._of)
+
+    def plan(
+        self, layouts: Sequence[tuple[dict[str, Any], Sequence[dict[str, Any]]]], *, exact: bool = False
+    ) -> list[Candidate]:
+        """Plans each layout with the first of some further changes with which it fits."""
+
+        def one(number: int) -> Candidate:
+            layout, forms = layouts[number]
+            return _first_that_fits(layout, forms, lambda changes: self._planned(changes, exact=exact))
+
+        found: list[Candidate] = []
+        for candidate in in_processes(one, len(layouts), num_cores(), "planning layouts"):
+            found.append(candidate)
+            self.skip(1)
+        return found
+
+    def _planned(self, changes: Mapping[str, Any], *, exact: bool) -> Plan:
+        return self._plan_of(with_changes(self._settings, changes), exact=exact)
 
 
-def _beside_context(changes: Mapping[str, Any]) -> tuple:
-    names = (name for name in changes if name.startswith("parallel.") and name != "parallel.context")
-    return tuple(changes[name] for name in names)
+def _rounds(valid: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The layouts in the order in which they are tried: none is in the same round as one of its ``_smaller``."""
+    rounds: dict[int, list[dict[str, Any]]] = {}
+    for changes in valid:
+        rounds.setdefault(changes["parallel.context"] * changes["parallel.expert"], []).append(changes)
+    for size in sorted(rounds):
+        yield rounds[size]
+
+
+def _smaller(changes: Mapping[str, Any]) -> list[tuple]:
+    """The keys of the same layout with less context parallelism, or with a quarter of the expert parallelism or less.
+
+    Where one of these fits, it is faster: it sends less. With few experts on a rank, less of their gradients is
+    reduced, so twice the expert parallelism is tried, too.
+    """
+    context, expert = changes["parallel.context"], changes["parallel.expert"]
+    return [
+        _key({**changes, "parallel.context": fewer, "parallel.expert": experts})
+        for fewer in range(1, context + 1)
+        for experts in range(1, expert + 1)
+        if context % fewer == 0 and expert % experts == 0 and (fewer < context or 4 * experts <= expert)
+    ]
+
+
+def _key(changes: Mapping[str, Any]) -> tuple:
+    """What tells plain pipelines apart."""
+    names = ("tensor", "pipeline", "context", "expert", "expert_tensor")
+    return tuple(changes[f"parallel.{name}"] for name in names)
+
+
+def _least_seconds(plain: Candidate, changes: Mapping[str, Any]) -> float:
+    """Seconds of a step below which interleaving cannot bring a layout: all but the bubble stays."""
+    assert plain.seconds is not None
+    assert plain.bubble is not None
+    return plain.seconds - plain.bubble * (1 - 1 / changes[_CHUNKS])
+
+
+def _divided(planned: Sequence[Candidate], count: int) -> tuple[list[Candidate], list[Candidate]]:
+    """The fastest that fit, and the others."""
+    fitting = sorted((candidate for candidate in planned if candidate.ruled_out is None), key=_seconds)
+    return fitting[:count], fitting[count:] + [candidate for candidate in planned if candidate.ruled_out is not None]
+
+
+def _seconds_of_place(planned: Sequence[Candidate], place: int) -> float:
+    seconds = sorted(map(_seconds, planned))
+    return seconds[place - 1] if len(seconds) >= place else float("inf")
 
 
 def _savings(settings: Settings) -> list[dict[str, Any]]:
-    """Settings that save memory, those that save most first and those that cost no time last."""
-    trains_tower = len({"vision", "projector"} - set(settings.frozen(settings.train.steps or 1))) > 0
-    tower = [True, False] if trains_tower else [settings.vision.recompute]
-    found: list[tuple[Any, bool]] = [
-        (recompute, again) for again in tower for recompute in ("full", ["core_attn"], "none")
-    ]
-    own = settings.train.recompute, settings.vision.recompute
-    found += [own] if own not in found else []
-    return [{"train.recompute": recompute, "vision.recompute": again} for recompute, again in found]
+    """Settings that save memory: first those that save most, and then the others, the fastest first."""
+    trains_tower = settings.adapter.type is not None or "vision" not in settings.frozen(settings.train.steps or 1)
+    tower = [False, True] if trains_tower else [settings.vision.recompute]
+    decoder = ["none", ["core_attn"], settings.train.recompute, "full"]
+    forms = [{"train.recompute": one, "vision.recompute": again} for one in decoder for again in tower]
+    found = [form for place, form in enumerate(forms) if form not in forms[:place]]
+    return [found[-1], *found[:-1]]
 
 
-def _fitting(
-    layout: dict[str, Any], savings: list[dict[str, Any]], plan_of: Callable[[dict[str, Any]], Plan]
+def _first_that_fits(
+    layout: dict[str, Any], forms: Iterable[dict[str, Any]], planned: Callable[[dict[str, Any]], Plan]
 ) -> Candidate:
-    """The fastest form of a layout that fits, or the smallest."""
-    best: Candidate | None = None
-    for saving in savings:
-        changes = layout | saving
+    """The first form of a layout that fits, otherwise the last one."""
+    found: Candidate | None = None
+    for form in forms:
+        changes = layout | form
         try:
-            candidate = _candidate(changes, plan_of(changes))
+            found = _candidate(changes, planned(changes))
         except UserError as error:
-            candidate = Candidate(changes, ruled_out=error.message)
-        if best is None or (candidate.ruled_out is None and _seconds(candidate) < _seconds(best)):
-            best = candidate
-    assert best is not None
-    return best
+            found = Candidate(changes, ruled_out=error.message)
+        if found.ruled_out is None:
+            break
+    assert found is not None
+    return found
 
 
 def _candidate(changes: dict[str, Any], plan: Plan) -> Candidate:
@@ -168,6 +213,7 @@ def _candidate(changes: dict[str, Any], plan: Plan) -> Candidate:
         memory=plan.capacity - plan.spare,
         seconds=plan.time.seconds,
         tokens_per_second=plan.tokens / each,
+        bubble=plan.time.parts["bubble"],
         mfu=sum(plan.model_flops.values()) / each / (plan.gpu.bf16_tflops * 1e12),
         ruled_out=None if plan.fits else f"needs {missing:.1f} GiB more",
     )
@@ -175,6 +221,29 @@ def _candidate(changes: dict[str, Any], plan: Plan) -> Candidate:
 
 def _seconds(candidate: Candidate) -> float:
     return candidate.seconds if candidate.seconds is not None and candidate.ruled_out is None else float("inf")
+
+
+def enough_gpus(
+    settings: Settings, shapes: Shapes, gpus: int, gpu: Gpu, plan_of: PlanOf
+) -> tuple[int, dict[str, Any]] | None:
+    """A number of GPUs with which a layout fits, and its changes: the first of 2, 4, 8 or 16 times ``gpus``.
+
+    For each, the layouts that divide the model over most GPUs are tried. None if none of them fits.
+    """
+    split = ("tensor", "expert", "pipeline", "context")
+    smallest = _savings(settings)[0]
+    for many in (gpus * times for times in (2, 4, 8, 16)):
+        valid = [changes for changes, why in layouts(settings, shapes, many, gpu) if why is None]
+        valid = [changes for changes in valid if changes[_CHUNKS] is None]
+        for names in (split, ("context", *split)):
+            most = max(valid, key=lambda changes: [changes[f"parallel.{name}"] for name in names], default=None)
+            if most is None:
+                continue
+            with suppress(UserError):
+                changes = most | smallest
+                if plan_of(with_changes(settings, changes), exact=False, gpus=many).fits:
+                    return many, changes
+    return None
 
 
 def different(candidate: Candidate, settings: Settings) -> Candidate:

@@ -9,7 +9,8 @@ from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.plan.gpus import gpu_of
-from megavlm.search.layouts import layouts, with_changes
+from megavlm.search.layouts import _uneven, layouts, with_changes
+from megavlm.search.search import _key, _rounds, _savings, _smaller
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -31,7 +32,7 @@ def test_every_valid_layout_is_there_once_and_the_others_have_a_reason(recipe) -
     assert set(keys.values()) == {1}
     valid = [changes for changes, why in found if why is None]
     assert {c["parallel.tensor"] for c in valid} == {1, 2, 4, 8}  # 8 heads of keys and values; NVLink connects 8 GPUs
-    assert {c["parallel.pipeline"] for c in valid} == {1, 2, 4}  # of 36 layers, on 16 GPUs
+    assert {c["parallel.pipeline"] for c in valid} == {1, 2, 4, 8}  # on 16 GPUs, with a batch of 128
     assert {c["parallel.expert"] for c in valid} == {1}
     own = {"tensor": 2, "pipeline": 1, "virtual_pipeline": None, "context": 1, "expert": 1, "expert_tensor": 1}
     assert any(all(c[f"parallel.{name}"] == value for name, value in own.items()) for c in valid)
@@ -56,3 +57,61 @@ def test_changes_are_checked_as_in_a_file(recipe) -> None:
     assert not changed.train.is_changed("loss")
     with pytest.raises(UserError, match=r"parallel\.pipeline is 1"):
         with_changes(settings, {"parallel.virtual_pipeline": 2})
+
+
+@pytest.mark.parametrize(
+    ("layers", "pipeline", "chunks", "first", "last"),
+    [
+        (94, 2, 1, None, None),  # 47 each
+        (94, 4, 1, 23, 23),  # and 24 twice
+        (94, 8, 1, 11, 11),  # and 12 six times
+        (94, 8, 2, 12, 10),  # and 12 six times: multiples of two
+        (94, 16, 1, 5, 5),  # and 6 fourteen times
+        (47, 2, 1, None, 23),
+        (36, 8, 1, 3, 3),  # and 5 six times
+        (36, 8, 4, None, None),  # nine chunks of four layers are too few for eight stages of which two are smaller
+        (35, 4, 2, None, None),  # an odd number is not divisible into pairs of chunks
+    ],
+)
+def test_stages_of_unequal_size_hold_all_layers(layers, pipeline, chunks, first, last) -> None:
+    assert _uneven(layers, pipeline, chunks) == (first, last)
+
+
+def test_94_layers_divide_into_many_pipelines(recipe) -> None:
+    valid = [changes for changes, why in layouts(*recipe("235b-a22b"), 256, gpu_of("h100")) if why is None]
+    assert {c["parallel.pipeline"] for c in valid} == {1, 2, 4, 8, 16, 32}
+
+
+def layout(**parallel) -> dict:
+    sizes = {"tensor": 1, "pipeline": 1, "context": 1, "expert": 1, "expert_tensor": 1} | parallel
+    return {f"parallel.{name}": size for name, size in sizes.items()}
+
+
+def test_a_layout_follows_those_that_are_faster_where_they_fit() -> None:
+    wide = layout(context=4, expert=8)
+    smaller = set(_smaller(wide))
+    for context, expert, is_smaller in ((2, 8, True), (1, 1, True), (4, 2, True), (4, 4, False), (4, 8, False)):
+        assert (_key(layout(context=context, expert=expert)) in smaller) == is_smaller, (context, expert)
+    assert _key(layout(context=2, expert=8, tensor=2)) not in smaller
+    layouts_of_all = [layout(context=c, expert=e) for c in (4, 1, 2) for e in (8, 2, 1, 4)]
+    seen: set[tuple] = set()
+    for turn in _rounds(layouts_of_all):
+        here = {_key(one) for one in turn}
+        for one in turn:
+            known = {_key(other) for other in layouts_of_all} & set(_smaller(one))
+            assert known <= seen, one
+            assert not known & here
+        seen |= here
+
+
+def test_less_is_computed_again_only_where_it_fits(recipe) -> None:
+    settings, _ = recipe("8b")  # the tower is frozen
+    assert _savings(settings) == [
+        {"train.recompute": recompute, "vision.recompute": False} for recompute in ("full", "none", ["core_attn"])
+    ]
+    pretraining = with_changes(settings, {"model.freeze": []})
+    assert _savings(pretraining)[:3] == [
+        {"train.recompute": "full", "vision.recompute": True},
+        {"train.recompute": "none", "vision.recompute": False},
+        {"train.recompute": "none", "vision.recompute": True},
+    ]

@@ -1,0 +1,52 @@
+"""The size of a checkpoint of a run, and how long ranks take to write it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megavlm.config.settings import Settings
+from megavlm.convert.names import table
+from megavlm.model.configs import DTYPES
+from megavlm.model.shapes import Shapes
+from megavlm.plan.gpus import Gpu
+from megavlm.plan.static_memory import StaticMemory
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint: weights and the optimizer's state, each number once.
+
+    Attributes:
+        size: bytes of all files.
+        seconds: until all hosts have written their shares.
+        background: whether the run goes on in the meantime (``checkpoint.async_save``).
+    """
+
+    size: int
+    seconds: float
+    background: bool
+
+
+def checkpoint_of(
+    settings: Settings, shapes: Shapes, static: Sequence[StaticMemory], world_size: int, gpu: Gpu
+) -> Checkpoint:
+    """Plans a checkpoint.
+
+    Ranks share the writing evenly, and a host writes ``storage`` bytes of ``gpus.yaml`` in a second, an assumption.
+
+    Args:
+        settings, shapes: those of the run.
+        static: what the first rank of each pipeline stage holds.
+        world_size: number of ranks.
+        gpu: the GPU.
+    """
+    optimizer = sum(stage.optimizer for stage in static) * world_size // len(static)
+    itemsize = DTYPES[settings.train.precision].itemsize
+    if settings.adapter.type is None:
+        weights = itemsize * sum(math.prod(entry.shape) for entry in table(shapes))
+    else:  # adapters alone; a gradient has four bytes
+        ranks = settings.parallel.tensor * settings.parallel.expert_tensor
+        weights = sum(stage.gradients for stage in static) // 4 * itemsize * min(ranks, settings.parallel.tensor)
+    hosts = math.ceil(world_size / gpu.nvlink_domain)
+    size = weights + optimizer
+    return Checkpoint(size, size / hosts / (gpu.operators["storage"] * 1e9), settings.checkpoint.async_save)
