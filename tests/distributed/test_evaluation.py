@@ -29,13 +29,17 @@ LAYOUTS = {
 PARTS = {"first": slice(0, 5), "last": slice(5, 8)}  # the toy's records in two held-out files
 
 
+def nothing(*_: object) -> None:
+    """In the place of a report, which takes seconds, and those at checkpoints in processes of their own."""
+
+
 def train(settings: dict, method: str = "sft") -> str:
     """Runs on every rank: a training verb. Returns the message with which it ends, or ""."""
     from megavlm.base.errors import UserError
     from megavlm.commands import train as verb
     from megavlm.config.settings import Settings
 
-    with mock.patch.object(verb._Reports, "at_end", return_value=None):
+    with mock.patch.multiple(verb._Reports, at_checkpoint=nothing, at_end=nothing):
         try:
             verb.main(Settings(**settings), method)
         except UserError as error:
