@@ -77,9 +77,8 @@ def test_held_out_answers_are_judged_as_while_it_learns(judged, layout, settings
     size, parallel = LAYOUTS[layout]
     world = request.getfixturevalue(f"world{size}")
     assert world.run(train, settings(judged, parallel, "with"), "grpo") == [""] * size
-    held, learned = (
-        groups_of(tmp_path / "with" / name, step) for name, step in (("held_out_answers.jsonl", 0), ("rollouts.jsonl", 1))
-    )
+    held = groups_of(tmp_path / "with/held_out_answers.jsonl", 0)
+    learned = groups_of(tmp_path / "with/rollouts.jsonl", 1)
     assert len(held) == QUESTIONS
     assert len(learned) > 1
     for sample, group in learned.items():
