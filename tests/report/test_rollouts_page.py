@@ -203,7 +203,7 @@ def test_held_out_answers_and_their_curve_begin_before_the_first_step(tmp_path):
     }
     assert curves_of(page)["Each scorer of held-out answers"] == {"exact": ["0.000", "0.1250", "0.2500"]}
     assert curves_of(page)["Held-out answers cut off, %"] == {"cut off": ["100.0", "50.00", "0.000"]}
-    assert "<b>1.000</b><span>score of held-out answers at step 2, 0.000 at the start" in page
+    assert "<b>1.00</b><span>score of held-out answers at step 2, 0.00 at the start" in page
     assert re.findall(r"mean (\w+) of these answers ([\d.]+)<", page) == [
         ("score", "1.00"),
         ("score", "0.500"),
