@@ -113,6 +113,7 @@ def test_a_rank_without_a_question(judged, settings, world2, tmp_path):
     assert world2.run(train, settings(judged, {}, "run", samples=1), "grpo") == ["", ""]
     (group,) = groups_of(tmp_path / "run/held_out_answers.jsonl", 1).values()
     line = lines_of(tmp_path / "run/metrics.jsonl")[1]
+    assert isinstance(line["eval/answers/score"], float)
     assert line["eval/answers/score"] == group["answers"][0]["reward"]
 
 
