@@ -8,6 +8,8 @@ from markupsafe import Markup
 
 from megavlm.report.charts import Curve, chart
 
+HELD_OUT_SCORE = "eval/answers/score"  # the field of the mean score of answers to held-out questions
+
 
 @dataclass(frozen=True)
 class Preferences:
@@ -61,7 +63,7 @@ def in_percent(lines: Sequence[dict[str, Any]], field: str = "accuracy") -> list
 
 def held_out_score(lines: Sequence[dict[str, Any]]) -> Curve:
     """The mean score of the answers to held-out questions."""
-    return Curve("held out", [line.get("eval/answers/score") for line in lines], "loss", sparse=True)
+    return Curve("held out", [line.get(HELD_OUT_SCORE) for line in lines], "loss", sparse=True)
 
 
 def method_charts(lines: Sequence[dict[str, Any]]) -> list[Markup]:
@@ -96,19 +98,28 @@ def method_charts(lines: Sequence[dict[str, Any]]) -> list[Markup]:
         found = [(source, name) for source, name in named if source]
         return [held_out(source, name, color) for (source, name), color in zip(found, _COLORS, strict=False)]
 
-    scores = [held_out("all", "eval/answers/score", "text"), *of_each("answers/score")]
+    scores = [held_out("all", HELD_OUT_SCORE, "text"), *of_each("answers/score")]
+    scorers = [name for name in fields if name.startswith(f"{HELD_OUT_SCORE}/")]
+    of_scorers = [held_out(name.rpartition("/")[2], name, color) for name, color in zip(scorers, _COLORS, strict=False)]
     divergence = [curve("KL", "kl_to_start", "vision")]
     return [
         *charts,
         chart("Loss of each source", steps, of_sources),
         chart("Held-out loss of each source", steps, of_each("loss")),
         chart("Score of held-out answers", steps, scores, note="mean"),
+        chart("Each scorer of held-out answers", steps, of_scorers, note="before its weight"),
         chart(
             "Length of held-out answers",
             steps,
             [held_out("tokens", "eval/answers/length", "text")],
             from_zero=True,
             note="mean tokens",
+        ),
+        chart(
+            "Held-out answers cut off, %",
+            steps,
+            [Curve("cut off", in_percent(lines, "eval/answers/truncated_share"), "projector", sparse=True)],
+            from_zero=True,
         ),
         chart("Divergence from the start (KL)", steps, divergence, from_zero=True, note="nats per target"),
     ]

@@ -62,6 +62,11 @@ class ShownStep:
     groups: list[ShownGroup]
 
     @property
+    def has_single_answers(self) -> bool:
+        """Whether each question has one answer, so that questions stand side by side instead of their answers."""
+        return all(len(group.answers) == 1 for group in self.groups)
+
+    @property
     def mean_reward(self) -> float | None:
         """The mean reward of the answers that are shown."""
         rewards = [reward for group in self.groups for reward in group.rewards]

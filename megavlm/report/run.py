@@ -11,7 +11,7 @@ from megavlm.base.errors import UserError
 from megavlm.media.access import MediaAccess
 from megavlm.monitor.metrics import PARTS, read_metrics
 from megavlm.report.loss_plot import HELD_OUT, smooth
-from megavlm.report.preferences import Preferences
+from megavlm.report.preferences import HELD_OUT_SCORE, Preferences
 
 
 @dataclass
@@ -100,6 +100,12 @@ class Run:
         """The lowest loss on data.eval, and its step; None if it was not evaluated."""
         known = [(line[HELD_OUT], line["step"]) for line in self.lines if line.get(HELD_OUT) is not None]
         return min(known, default=None)
+
+    @property
+    def held_out_score(self) -> tuple[float, float, int] | None:
+        """The first and the last mean score of held-out answers, and the step of the last; None without any."""
+        known = [(value, line["step"]) for line in self.lines if (value := line.get(HELD_OUT_SCORE)) is not None]
+        return (known[0][0], *known[-1]) if known else None
 
     @property
     def preferences(self) -> Preferences | None:

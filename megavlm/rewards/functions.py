@@ -57,7 +57,8 @@ def length(*, limit: int, margin: int | None, unit: str) -> Reward:
     def judge(completions: list[str], **columns: list[Any]) -> list[float | None]:
         texts = map(without_end_marks, completions)
         sizes = [len(text) if unit == "characters" else len(text.split()) for text in texts]
-        return [-min(1.0, max(0, size - limit) / (margin or limit)) for size in sizes]
+        over = [max(0, size - limit) / (margin or limit) for size in sizes]
+        return [0.0 - min(1.0, share) for share in over]  # -0.0 would be shown as -0
 
     return judge
 

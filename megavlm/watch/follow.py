@@ -7,6 +7,7 @@ from a checkpoint, it is read again from its beginning.
 import json
 import math
 import os
+import re
 import time
 from array import array
 from collections.abc import Iterable, Sequence
@@ -236,9 +237,19 @@ def _names(folders: Sequence[Path]) -> Iterable[str]:
 def sorted_fields(fields: Iterable[str]) -> list[str]:
     """Fields by how much they are worth a look: those of ``MAIN`` first, in its order, then the others by name."""
     known = sorted(set(fields))
-    first = [name for main in MAIN for name in known if name == main or (main.endswith("/") and name.startswith(main))]
+    first = [name for main in MAIN for name in known if re.fullmatch(main, name)]
     return [*first, *(name for name in known if name not in first)]
 
 
-# What is shown unless something else is asked for; "eval/" stands for all fields that begin so.
-MAIN = ("loss", "eval/", "reward", "accuracy", "margin", "kl", "lr", "grad_norm", "tokens_per_second")
+def is_main(field: str) -> bool:
+    """Whether a field is one of ``MAIN``."""
+    return any(re.fullmatch(main, field) for main in MAIN)
+
+
+# What is shown unless something else is asked for: names of fields, or patterns of whole names, in JavaScript's
+# notation, too. Of several held-out sources, each has its loss and its score; the other fields can be chosen.
+MAIN = (
+    *("loss", "eval/loss", "eval/.+/loss", "eval/answers/score", "eval/.+/answers/score"),
+    *("reward", "accuracy", "eval/(.+/)?accuracy", "margin", "eval/(.+/)?margin"),
+    *("kl", "lr", "grad_norm", "tokens_per_second"),
+)

@@ -10,7 +10,7 @@ from rich.text import Text
 from megavlm.base.number_format import duration
 from megavlm.report.loss_plot import smooth
 from megavlm.watch.braille import Line, plot
-from megavlm.watch.follow import MAIN, FollowedRun, sorted_fields
+from megavlm.watch.follow import FollowedRun, is_main, sorted_fields
 
 SECONDS = 2.0  # between two looks at the files
 _STYLES = ("cyan", "yellow", "green", "magenta", "blue", "red")
@@ -65,7 +65,7 @@ def _styled(runs: Sequence[FollowedRun]) -> list[tuple[FollowedRun, str]]:
 def _main(runs: Sequence[FollowedRun]) -> list[str]:
     """The main fields that the runs have, but at least the loss."""
     known = sorted_fields(name for run in runs for name in run.fields)
-    return [name for name in known if any(name == m or (m[-1] == "/" and name.startswith(m)) for m in MAIN)] or ["loss"]
+    return [name for name in known if is_main(name)] or ["loss"]
 
 
 def _lines(runs: Sequence[FollowedRun], field: str, width: int) -> list[Line]:

@@ -146,6 +146,7 @@ def test_training_goes_on_from_a_peft_adapter(toys, trained, tmp_path):
         (["adapter.type=fourierft", "adapter.alpha=4.0"], "adapter.alpha is 4.0, but adapter.type is fourierft"),
         (["adapter.type=lora", "model.load=null"], "model.load is not set"),
         (["adapter.type=lora", "train.optimizer=galore"], "adapters have no large matrices"),
+        (["adapter.type=lora", "train.optimizer=muon"], "adapters have no large matrices"),
         (
             ["adapter.type=lora", "adapter.targets=[qkv]", "adapter.quantize=nf4"],
             "the decoder's linear layers in 4 bits",

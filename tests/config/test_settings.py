@@ -63,6 +63,8 @@ HF = "model: {hf: folder}\n"
         (["train.groups=[{match: '('}]"], "match is not a regular expression: missing )"),
         (["train.groups=[{match: a, freeze: true, lr_scale: 2}]"], "the group is frozen, but has lr_scale"),
         (["train.optimizer=sgd", "train.ema=0.9"], "train.ema is 0.9, but train.optimizer is sgd"),
+        (["train.optimizer=muon", "train.ema=0.9"], "train.ema is 0.9, but train.optimizer is muon"),
+        (["train.optimizer=galore", "train.ema=0.9"], "train.ema is 0.9, but train.optimizer is galore"),
         (["model.adapter=[a, b]"], "several adapters cannot be used at the same time"),
         (["train.muon_momentum=0.9"], "train.muon_momentum is 0.9, but train.optimizer is adam: it would be ignored"),
         (["adapter.lr_ratio=4"], "adapter.lr_ratio is 4.0, but adapter.type is null: it would be ignored"),

@@ -48,14 +48,18 @@ def test_it_is_exported(saved_toys, tmp_path, world1):  # noqa: F811
     from megavlm.base.errors import UserError
     from megavlm.checkpoint.averages import AveragedCheckpoint
     from megavlm.convert import mcore_to_hf
+    from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 
     toy = saved_toys["dense"]
-    world1.run(run, *toy, adam(toy, ONE, ema=DECAY, lr=0.01), tmp_path / "a", steps=1, save_at=[1])
-    checkpoint = tmp_path / "a/step_00000001"
+    world1.run(run, *toy, adam(toy, ONE, ema=DECAY, lr=0.01), tmp_path / "a", steps=2, save_at=[2])
+    checkpoint = tmp_path / "a/step_00000002"  # the warm-up begins at 0, so the first step changes nothing
     stored = AveragedCheckpoint(checkpoint)
     mcore_to_hf(checkpoint, toy[0], tmp_path / "hf", source=stored, progress=False)
-    read = {key: stored.read(key) for key in stored.tensors if not key.startswith("optimizer")}
+    raw = McoreCheckpoint(checkpoint)
+    read = {key: raw.read(f"optimizer.state.ema.{key}") for key in raw.tensors if not key.startswith("optimizer")}
     expected, found = named_as_in_hf(read, toy[0]), load_file(tmp_path / "hf/model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    weights = named_as_in_hf({key: raw.read(key) for key in read}, toy[0])
+    assert sum(not torch.equal(found[name], weights[name]) for name in expected) > 30
     with pytest.raises(UserError, match="has no moving average"):
         AveragedCheckpoint(toy[1])

@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import random
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
+import torch
 from parity import VARYING, mostly_slow, settings_of
 from test_preference import judged_of, pairs_of
 from test_scores import run_score, score_settings
@@ -29,13 +32,25 @@ LAYOUTS = {
 PARTS = {"first": slice(0, 5), "last": slice(5, 8)}  # the toy's records in two held-out files
 
 
+def nothing(*_: object) -> None:
+    """In the place of a report, which takes seconds, and those at checkpoints in processes of their own."""
+
+
+def draw(*_: object) -> list:
+    """In the place of ``look_ahead`` of an objective: one that draws random numbers, as none does yet."""
+    random.random(), np.random.rand(), torch.rand(1)
+    return []
+
+
 def train(settings: dict, method: str = "sft") -> str:
     """Runs on every rank: a training verb. Returns the message with which it ends, or ""."""
     from megavlm.base.errors import UserError
     from megavlm.commands import train as verb
     from megavlm.config.settings import Settings
+    from megavlm.evaluation.plain_loss import PlainLoss
 
-    with mock.patch.object(verb._Reports, "at_end", return_value=None):
+    without_reports = mock.patch.multiple(verb._Reports, at_checkpoint=nothing, at_end=nothing)
+    with without_reports, mock.patch.object(PlainLoss, "look_ahead", draw):
         try:
             verb.main(Settings(**settings), method)
         except UserError as error:
@@ -258,12 +273,12 @@ def test_rows_are_the_same_on_any_number_of_ranks(workers, toys, held_out):
 
 
 def test_score_of_pairs_tells_accuracy_and_margin(toys, world1, tmp_path, capsys):
-    pairs = write_records(toys.root / "scored-pairs.jsonl", pairs_of(toys.records)[:4])
+    pairs = write_records(toys.root / "scored-pairs.jsonl", pairs_of(toys.records)[:5])
     scores = score_settings(toys.folder("dense"), toys.checkpoint("dense"), pairs, tmp_path)
     assert world1.run(run_score, scores) == [0]
     lines = lines_of(tmp_path / "scores.jsonl")
-    assert [line["side"] for line in lines] == ["chosen", "rejected"] * 4
+    assert [line["side"] for line in lines] == ["chosen", "rejected"] * 5
     margins = [chosen["sum"] - rejected["sum"] for chosen, rejected in zip(lines[::2], lines[1::2], strict=True)]
-    won = sum(margin > 0 for margin in margins)
-    words = f"the chosen answer has the higher log-probability in {won} of 4 pairs ({won / 4:.1%}), mean margin"
-    assert f"{words} {sum(margins) / 4:.4f}" in " ".join(capsys.readouterr().out.split())
+    won = sum(margin > 0 for margin in margins)  # of five pairs never half
+    words = f"the chosen answer has the higher log-probability in {won} of 5 pairs ({won / 5:.1%}), mean margin"
+    assert f"{words} {sum(margins) / 5:.4f}" in " ".join(capsys.readouterr().out.split())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from grpo_rewards import letters
 from parity import mostly_slow, settings_of
-from test_evaluation import PARTS, lines_of, train, without
+from test_evaluation import PARTS, lines_of, nothing, train, without
 from test_generate import run_infer
 from toy import write_records
 
@@ -129,7 +129,7 @@ def memory_left(settings: dict) -> list[int]:
 
     with (
         mock.patch.object(HeldOutAnswers, "__call__", measured),
-        mock.patch.object(verb._Reports, "at_end", return_value=None),
+        mock.patch.multiple(verb._Reports, at_checkpoint=nothing, at_end=nothing),
     ):
         verb.main(Settings(**settings), "sft")
     return sizes

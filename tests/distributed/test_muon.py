@@ -24,6 +24,9 @@ LAYOUTS = {
     "PP2": (2, "dense", {"pipeline": 2}),
     "MoE EP2": (2, "moe", {"expert": 2}),
     "MoE expert TP2": (2, "moe", {"tensor": 2, "expert_tensor": 2}),
+    "TP2 DP2": (4, "dense", {"tensor": 2}),
+    "TP2 PP2": (4, "dense", {"tensor": 2, "pipeline": 2}),
+    "MoE EP2 DP2": (4, "moe", {"expert": 2}),
 }
 
 

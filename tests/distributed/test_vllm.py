@@ -396,6 +396,31 @@ def test_grpo_samples_ahead(served, learned, toys, tmp_path):
     served.sync()
 
 
+def test_held_out_questions_beside_a_server(served, toys, tmp_path):
+    """The trainer answers them itself, and what the server samples stays as it is.
+
+    Without chance (``top_k: 1``) the server gives the same answers to the same questions from the same weights.
+    """
+    folder = tmp_path / "run"
+    path = grpo_config(served, toys, folder, 1, prompts=8, group_size=2, top_k=1)
+    config = json.loads(path.read_text())
+    config["data"]["eval"], config["eval"] = config["data"]["train"], {"every": 1}
+    path.write_text(json.dumps(config))
+    result = forked_command.run(["grpo", str(path)])
+    assert result.returncode == 0, result.stdout + result.stderr
+    held = read_rollouts(folder, "held_out_answers.jsonl")
+    assert [step.step for step in held] == [0, 1]
+    answers = {group.sample: group.answers[0] for group in held[0].groups}
+    assert len(answers) == 8
+    for group in read_rollouts(folder)[0].groups:
+        assert {answer.text for answer in group.answers} == {answers[group.sample].text}
+        assert group.answers[0].reward == answers[group.sample].reward
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["eval/answers/score"] == pytest.approx(sum(one.reward for one in answers.values()) / 8)
+    assert lines[1]["mismatch_max"] < CLOSE
+    served.sync()
+
+
 def test_stop_strings_and_filters(served, toys, prompts, sampling):
     """An answer ends with the token that completes a stop string; with top_k 1 nothing is left to chance."""
     from transformers import AutoTokenizer

@@ -142,15 +142,20 @@ def test_continues_on_the_same_bits_in_groups(optimizer, groups, saved_toys, tmp
     assert other[0][0][0] == pytest.approx(straight[0][0][2], rel=1e-4)
 
 
-def test_a_stage_of_which_nothing_is_trained(toys, world2):
-    """The first stage of two is frozen as a whole; the other one is trained as in one process."""
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_stage_of_which_nothing_is_trained(size, toys, request):
+    """The first stage of two is frozen as a whole; the other one is trained as in one process.
+
+    In one process, nothing below the trained layers needs a gradient, but they are recomputed.
+    """
     options = {"groups": FIRST_STAGE, "recompute": "full"}
     folder, freeze = toys.folder("dense-untied"), ("vision", "projector")
-    settings = settings_of(folder, {"pipeline": 2}, freeze=freeze, **options)
+    settings = settings_of(folder, {"pipeline": size}, freeze=freeze, **options)
     make = lambda model: torch.optim.SGD(
         [p for n, p in model.named_parameters() if not re.search(r"visual|layers\.[01]\.|embed_tokens", n)], lr=0.2
     )
     reference = train_reference(folder, toys.records, toys.root, freeze, make_optimizer=make)
-    ranks = world2.run(train_layout, folder, toys.checkpoint("dense-untied"), toys.root, toys.records, settings, ROWS)
+    world, load = request.getfixturevalue(f"world{size}"), toys.checkpoint("dense-untied")
+    ranks = world.run(train_layout, folder, load, toys.root, toys.records, settings, ROWS)
     after = named_as_in_hf(put_together([pieces for _, pieces in ranks]), folder)
     check_update(after, reference.weights, load_state_dict(str(folder / "model.safetensors")))

@@ -24,6 +24,7 @@ BAD = {
         "unfreeze_after",
     ),
     "GaLore": ({"train": {"optimizer": "galore"}}, "galore"),
+    "Muon": ({"train": {"optimizer": "muon"}}, "muon"),
     "a policy that never learns": ({"train": {"steps": 5}, "align": {"critic": {"alone_steps": 5}}}, "alone_steps"),
     "random weights": ({"model": {"load": "random"}, "align": {"beta": 0.0}}, "critic could start"),
     "rows of a step": ({"train": {"global_batch_size": 8}}, "ppo packs its answers"),

@@ -188,6 +188,7 @@ def test_held_out_answers_and_their_curve_begin_before_the_first_step(tmp_path):
             answers = [logged(f"said in step {step}", step / 2, None)]
             log.write(step, [LoggedGroup("heldout.jsonl:1", f"Q{n}", ["7.png"], "7", answers) for n in range(6)])
             measured = {"eval/answers/score": step / 2, "eval/own/answers/score": step / 4, "eval/loss": 1.0 - step / 4}
+            measured |= {"eval/answers/score/exact": step / 8, "eval/answers/truncated_share": 1 - step / 2}
             trained = {**dict.fromkeys(REQUIRED, 1.0), "mfu": None, "tokens": 10 * step} if step else {}
             writer.write(trained | measured | {"step": step})
     page = write_report(folder).read_text()
@@ -200,6 +201,15 @@ def test_held_out_answers_and_their_curve_begin_before_the_first_step(tmp_path):
         "all": ["0.000", "0.5000", "1.000"],
         "own": ["0.000", "0.2500", "0.5000"],
     }
+    assert curves_of(page)["Each scorer of held-out answers"] == {"exact": ["0.000", "0.1250", "0.2500"]}
+    assert curves_of(page)["Held-out answers cut off, %"] == {"cut off": ["100.0", "50.00", "0.000"]}
+    assert "<b>1.00</b><span>score of held-out answers at step 2, 0.00 at the start" in page
+    assert re.findall(r"mean (\w+) of these answers ([\d.]+)<", page) == [
+        ("score", "1.00"),
+        ("score", "0.500"),
+        ("score", "0.00"),
+    ]
+    assert page.count('<div class="singles">') == 3
     assert curves_of(page)["Loss"]["held out"] == ["1.000", "0.7500", "0.5000"]
     run = Run.read(folder)
     assert (run.total("tokens"), run.typical("tokens")) == (30.0, 20)

@@ -64,7 +64,10 @@ def test_the_page_tells_the_environment_apart(logged):
     [step] = read_rollouts(logged)
     group = step.groups[0]
     shown = ShownStep(1, [ShownGroup(group, list(group.answers), [], [])])
-    filters, texts = {"marked_tokens": marked_tokens}, {"shown_title": "Sampled answers", "shown_note": ""}
+    filters, texts = (
+        {"marked_tokens": marked_tokens},
+        {"shown_title": "Sampled answers", "shown_note": "", "shown_value": "reward"},
+    )
     page = render_page("rollouts.html.jinja", filters=filters, shown_steps=[shown], **texts)
     assert page.count('class="turn environment"') == 1
     assert page.count('class="turn model"') == 2 + rollout_log.MAX_TURNS

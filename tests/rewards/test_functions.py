@@ -168,6 +168,7 @@ def test_length():
     assert length(limit=4, margin=None, unit="characters")(["", "1234<|im_end|>", "12345", "x" * 8, "x" * 99]) == [
         0, 0, -0.25, -1, -1,
     ]  # fmt: skip
+    assert str(length(limit=4, margin=None, unit="characters")([""])) == "[0.0]"  # not -0.0
     assert length(limit=2, margin=4, unit="words")(["a b", " a  b\nc ", ENDLESS]) == [0, -0.25, -1]
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megavlm.base.errors import UserError
-from megavlm.watch.follow import FollowedRun, find_runs, sorted_fields
+from megavlm.watch.follow import FollowedRun, find_runs, is_main, sorted_fields
 
 
 def write(folder, lines, mode="w") -> None:
@@ -118,6 +118,9 @@ def test_runs_are_found_in_folders_and_told_apart(tmp_path):
 
 
 def test_fields_worth_a_look_come_first():
-    assert sorted_fields(["a", "lr", "eval/x", "loss", "eval/b", "grad_norm/vision", "grad_norm"]) == [
-        *("loss", "eval/b", "eval/x", "lr", "grad_norm", "a", "grad_norm/vision")
-    ]
+    """Of held-out data, losses and scores; how long answers are, and what each scorer gives, can be chosen."""
+    held_out = ["eval/loss", "eval/a/loss", "eval/b/loss", "eval/answers/score", "eval/a/answers/score"]
+    main = ["loss", *held_out, "eval/a/accuracy", "eval/accuracy", "lr", "grad_norm"]
+    others = ["a", "eval/a/answers/score/exact", "eval/answers/length", "eval/answers/score/exact", "grad_norm/vision"]
+    assert sorted_fields(sorted([*main, *others])) == [*main, *others]
+    assert [name for name in [*main, *others] if is_main(name)] == main
