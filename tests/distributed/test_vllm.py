@@ -337,7 +337,7 @@ def test_no_answer_is_without_weights_when_they_arrive(served, prompts, sampling
 
 
 def grpo_config(served, toys, folder: Path, steps: int, **rollout) -> Path:
-    """The file with the settings of a run on the toy records whose answers a server samples."""
+    """The file with the settings of a run on the toy records whose answers a server samples; None: one of its own."""
     data = write_records(toys.root / "for_grpo.jsonl", toy_records(toys.root))
     config = {
         "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense"))},
@@ -346,7 +346,7 @@ def grpo_config(served, toys, folder: Path, steps: int, **rollout) -> Path:
                   "steps": steps},
         "align": {"beta": 0.0},
         "rollout": {"engine": "vllm", "prompts": 4, "group_size": 4, "max_new_tokens": 5, "log_every": 1,
-                    "vllm": {"url": served._urls}, **rollout},
+                    "vllm": {"url": served._urls} if served else {}, **rollout},
         "reward": [{"python": f"{Path(__file__).parent / 'grpo_rewards.py'}:letters"}],
         "reward_pool": {"workers": 1},
         "log": {"wandb": {"mode": "off"}},
