@@ -13,7 +13,6 @@ TE must be installed, or its set of packages lie beside the clone (tests/te_cpu/
 import argparse
 import importlib.util
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -21,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.forked import command
+from benchmarks.paired import compared
 from benchmarks.ranks import versions
 
 PRECISIONS = {
@@ -41,7 +42,6 @@ UNSEEN = [
     "eval.rows=null",
     "eval.best=null",
 ]  # no checkpoint is chosen by the held-out digits
-FORK = multiprocessing.get_context("fork")  # what is started has TE and its answers already
 
 
 def main() -> int:
@@ -71,7 +71,8 @@ def main() -> int:
         for name in PRECISIONS:
             runs.append(trained(name, seed, out, options.steps))
             print(json.dumps(without_answers(runs[-1])), flush=True)
-        summary = compared(runs)
+        right = {name: [run["right"] for run in runs if run["precision"] == name] for name in PRECISIONS}
+        summary = {name: compared(right["bf16"], found) for name, found in right.items()}
         if options.json:  # of the seeds that have ended by now
             content = {
                 "note": "FP8 simulated on a CPU (tests/te_cpu), not run on a GPU",
@@ -82,7 +83,7 @@ def main() -> int:
             }
             options.json.write_text(json.dumps(content, indent=1) + "\n")
     print(json.dumps(summary, indent=2))
-    return int(any(found["points_below_bf16"] > ALLOWED_POINTS for found in summary.values()))
+    return int(any(found["points_below"] > ALLOWED_POINTS for found in summary.values()))
 
 
 def prepare(out: Path, seeds: int) -> None:
@@ -126,48 +127,6 @@ def trained(name: str, seed: int, out: Path, steps: dict[str, int]) -> dict:
 
 def without_answers(run: dict) -> dict:
     return {key: value for key, value in run.items() if key != "right"}
-
-
-def compared(runs: list[dict]) -> dict[str, dict[str, float]]:
-    """For each precision, the mean accuracy of its seeds beside that of bf16.
-
-    All models answer the same questions, so the standard error is that of the mean of the questions' own differences.
-    It says how much of a difference the choice of the digits makes, and not that of the seeds.
-    """
-    by_question = {  # the share of the seeds that have answered it right
-        name: [
-            statistics.fmean(found)
-            for found in zip(*(run["right"] for run in runs if run["precision"] == name), strict=True)
-        ]
-        for name in PRECISIONS
-    }
-    summary = {}
-    for name, shares in by_question.items():
-        differences = [100 * (ours - other) for ours, other in zip(by_question["bf16"], shares, strict=True)]
-        summary[name] = {
-            "mean_accuracy": statistics.fmean(shares),
-            "points_below_bf16": statistics.fmean(differences),
-            "standard_error_in_points": statistics.stdev(differences) / len(differences) ** 0.5,
-        }
-    return summary
-
-
-def command(*arguments: object) -> None:
-    """`megavlm ARGUMENTS` in a fork of this process. Ends the script if it fails."""
-    process = FORK.Process(target=_command, args=([str(argument) for argument in arguments],))
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit(f"megavlm {' '.join(map(str, arguments))}: exit status {process.exitcode}")
-
-
-def _command(arguments: list[str]) -> None:
-    import torch
-
-    from megavlm.cli.main import main as megavlm
-
-    torch.set_num_threads(1)
-    sys.exit(megavlm(arguments))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def test_killed_ten_times_at_random_moments(python, toys, tmp_path, monkeypatch)
         killer = Killer(output)
         if name == "killed":
             killer.start()
-        result = forked_command.run(["grpo", str(grpo_config(None, toys, output, STEPS, ahead=1))])
+        result = forked_command.run(["grpo", str(grpo_config(None, toys, output, STEPS, ahead=1, cache_gib=0.25))])
         killer.is_over.set()
         assert result.returncode == 0, result.stdout + result.stderr
         runs[name] = [[(group.sample, len(group.answers)) for group in step.groups] for step in read_rollouts(output)]
