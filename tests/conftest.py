@@ -19,7 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # side by side wait for each other's turns in every collective. The other worker takes all other files meanwhile; those
 # APART too, which use the pools of ranks little or not at all.
 RANKS = "tests/distributed/"
-APART = ("test_dry_run.py", "test_kill.py", "test_life.py", "test_full_disk.py", "test_pool.py", "test_vllm.py")
+APART = ("test_dry_run.py", "test_kill.py", "test_life.py", "test_full_disk.py", "test_pool.py", "test_vllm.py",
+         "test_vllm_refusals.py")  # fmt: skip
 FIRST = (RANKS, "tests/commands/")  # what takes minutes, so that neither worker ends with it alone
 
 
