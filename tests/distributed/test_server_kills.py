@@ -15,25 +15,26 @@ from test_vllm import grpo_config
 from megavlm.monitor.metrics import read_metrics
 from megavlm.monitor.rollout_log import read_rollouts
 
-KILLS, STEPS, PATIENCE = 10, 40, 600.0
+KILLS, STEPS, PATIENCE = 10, 60, 600.0
+SAMPLED = 2  # steps that the run may end without a server: of the batch that it learns from, and of the one ahead
 
 
 class Killer(threading.Thread):
     """Kills the server of a run at random moments, or the engine that it has forked.
 
     Each third time it does not wait until the run has gone on with the new server: this one dies while it starts, or
-    before it has the weights. More than two servers in a row that come to nothing would end the run.
+    before it has the weights. Three servers in a row that come to nothing would end the run, as docs/vllm.md says.
     """
 
     def __init__(self, output: Path):
         super().__init__(daemon=True)
-        self.output, self.killed, self.in_start, self.is_over = output, [], 0, threading.Event()
+        self.output, self.killed, self.is_over = output, [], threading.Event()
 
     def run(self):
         draw, server = random.Random(16), None
         while len(self.killed) < KILLS and not self.is_over.is_set():
             in_start = len(self.killed) % 3 == 2
-            steps = self.steps() + (0 if in_start else draw.randint(1, 2))
+            steps = self.steps() + (0 if in_start else SAMPLED + draw.randint(1, 2))
             self._wait(lambda steps=steps, last=server: self.steps() >= steps and self.server() not in (None, last))
             time.sleep(draw.uniform(0, 12 if in_start else 1.0))
             server = self.server()
@@ -41,7 +42,6 @@ class Killer(threading.Thread):
                 continue
             victim = draw.choice([server, *self.engines(server)])
             self.killed.append("engine" if victim != server else "server")
-            self.in_start += self.steps() == steps and in_start
             os.kill(victim.pid, signal.SIGKILL)
 
     def server(self) -> psutil.Process | None:
@@ -89,7 +89,8 @@ def test_killed_ten_times_at_random_moments(python, toys, tmp_path, monkeypatch)
     killer.join()
     assert len(killer.killed) == KILLS, "the run was over too soon"
     assert {"server", "engine"} == set(killer.killed)
-    assert killer.in_start >= 2, "hardly a server was killed before the run went on"
+    served = (killer.output / "vllm" / "server0.log").read_text().count("megavlm: serving")
+    assert served <= KILLS - 1, "hardly a server was killed while it started"
     assert runs["killed"] == runs["straight"]
     learned = [sample for step in runs["killed"] for sample in step]
     assert len(learned) == 4 * STEPS
