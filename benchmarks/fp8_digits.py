@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--out", type=Path, help="folder for the runs (default: a temporary one)")
     parser.add_argument("--steps", type=json.loads, default={}, help="steps of a stage, such as '{\"stage1\": 60}'")
-    parser.add_argument("--seeds", type=int, default=3, help="of weights and order of the data (default: 3)")
+    parser.add_argument("--seeds", type=int, default=2, help="of weights and order of the data (default: 2)")
     options = parser.parse_args()
     os.environ |= {"MEGAVLM_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     from te_cpu import packages
