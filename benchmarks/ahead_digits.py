@@ -98,14 +98,15 @@ def found_in(output: Path) -> dict[str, float]:
 
 
 def right_answers(demo: Path, load: Path, answers: Path) -> list[bool]:
-    """Which held-out questions a checkpoint answers right."""
+    """Which held-out questions a checkpoint answers right, as the reward sees it: "8." is right, too."""
     from megavlm.demo.answers import expected_answers, read_answers
+    from megavlm.rewards.texts import normalised
 
     if not (answers / "answers.jsonl").is_file():
         command("infer", CONFIGS / "grpo.yaml", f"model.load={load}", f"output={answers}")
     expected = expected_answers(demo / "data" / "heldout.jsonl")
     given = read_answers(answers / "answers.jsonl", len(expected))
-    return [answer.strip() == wanted for answer, wanted in zip(given, expected, strict=True)]
+    return [normalised(answer) == wanted for answer, wanted in zip(given, expected, strict=True)]
 
 
 if __name__ == "__main__":
