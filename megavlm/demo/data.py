@@ -43,7 +43,7 @@ TRAIN_FILES = ("digit_captions", "photograph_captions", "text", "documents", "lo
 HELDOUT_FILE = "heldout"
 
 
-def write_data(out: str | os.PathLike, seed: int = 0) -> Path:
+def write_data(out: str | os.PathLike, seed: int = 0, num_heldout: int = NUM_HELDOUT) -> Path:
     """Write the pictures (PNG) and the JSONL files of the demo to the new folder `out`, and return its path.
 
     digit_captions, photograph_captions   {"text": "<image>…", "images": [one]}
@@ -51,14 +51,15 @@ def write_data(out: str | os.PathLike, seed: int = 0) -> Path:
     documents, long_documents             {"text": "…<image>…<image>…", "images": [several]}
     questions, heldout                    {"messages": [user with <image>, assistant: one digit], "images": [one]}
 
-    Picture paths are relative to the files. The same seed gives the same bytes.
+    Picture paths are relative to the files. The same seed gives the same bytes. ``num_heldout`` of the 1,797 digits are
+    in `heldout` alone.
 
     Raises UserError if `out` exists already.
     """
     out = Path(out)
     with new_folder(out, overwrite=False, mark=f"{HELDOUT_FILE}.jsonl") as unfinished:
         rng = random.Random(seed)
-        train, heldout = _write_digits(unfinished, rng)
+        train, heldout = _write_digits(unfinished, rng, num_heldout)
         photographs = _write_photographs(unfinished)
         prose = _prose()
         records = {
@@ -95,12 +96,14 @@ def read_texts(folder: str | os.PathLike) -> list[str]:
     return texts
 
 
-def _write_digits(out: Path, rng: random.Random) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+def _write_digits(
+    out: Path, rng: random.Random, num_heldout: int
+) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """Write the pictures; return (path, digit) of the training views and of the held-out pictures."""
     digits = load_digits()
     order = list(range(len(digits.target)))
     rng.shuffle(order)
-    heldout = set(order[:NUM_HELDOUT])
+    heldout = set(order[:num_heldout])
     (out / "digits").mkdir(parents=True)
     views: list[tuple[str, int]] = []
     questions: list[tuple[str, int]] = []

@@ -33,7 +33,9 @@ class EnvironmentPool(PoolThread[Call, tuple[Episode, Reply]]):
 
     A thread deals the calls to the workers. An environment stays in the process in which it began. If that ends, by its
     own fault or because a call took too long, the others in it begin anew in another one: reset, and then the answers
-    that they have had. Of several calls that were at work in it, each is tried again alone.
+    that they have had. Of several calls that were at work in it, each is tried again alone. So is one that was alone
+    with a process that was killed: the reason may have come from outside, such as another process that takes all
+    memory. If that happens twice, the environment is to blame.
 
     Args:
         settings: the section ``environment``, with a file.
@@ -169,7 +171,7 @@ class EnvironmentPool(PoolThread[Call, tuple[Episode, Reply]]):
             return
         pictures = tuple(worker.connection.recv_bytes() for _ in range(message.get("pictures", 0)))
         call = worker.calls.pop(message["id"])
-        call.episode.is_suspect = False
+        call.episode.is_suspect = call.episode.was_killed = False
         if call.ends:
             worker.episodes.discard(call.episode)
             return
@@ -187,12 +189,14 @@ class EnvironmentPool(PoolThread[Call, tuple[Episode, Reply]]):
         for episode in worker.episodes:
             episode.worker = None
         calls = [call for call in worker.calls.values() if not call.ends]
+        from_outside = cause is None and worker.was_killed
         for call in calls:
-            if len(calls) > 1:
-                call.episode.is_suspect = True
+            is_alone = len(calls) == 1
+            if not is_alone or (from_outside and not call.episode.was_killed):
+                call.episode.is_suspect, call.episode.was_killed = True, is_alone
                 self._waiting.appendleft(call)
             else:
-                call.episode.is_suspect = False
+                call.episode.is_suspect = call.episode.was_killed = False
                 self._reply(call, Reply(Observation(), cause or f"its process {end}", call.limit))
         if not worker.is_ready:
             self._bad_starts += 1

@@ -22,7 +22,9 @@ class Episode:
         columns: pickled (columns of the record, folder of the data).
         answers: the answers to which it has replied.
         worker: the process in which its environment is; None: in none yet, or that one has ended.
-        is_suspect: whether it was at work in a process that has ended while others were, too.
+        is_suspect: whether it was at work in a process that has ended, perhaps because of another one or for a reason
+            from outside.
+        was_killed: whether, at its present call, a process was killed in which it alone was at work.
     """
 
     number: int
@@ -30,6 +32,7 @@ class Episode:
     answers: list[str] = field(default_factory=list)
     worker: "EnvironmentWorker | None" = None
     is_suspect: bool = False
+    was_killed: bool = False
 
 
 @dataclass(eq=False)

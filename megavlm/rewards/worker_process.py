@@ -67,6 +67,11 @@ class WorkerProcess:
         """Its process id."""
         return self._process.pid
 
+    @property
+    def was_killed(self) -> bool:
+        """Of a process that has ended: whether SIGKILL has ended it, which may have come from outside."""
+        return self._process.returncode == -signal.SIGKILL
+
     def call(self, reward: int, answers: Sequence[int] | None, payload: bytes) -> None:
         """Asks for the values of a reward. Raises OSError if the worker is dead or stuck.
 

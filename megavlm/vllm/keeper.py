@@ -49,6 +49,7 @@ class Keeper(threading.Thread):
         self.problem: Exception | None = None
         self.version: str | None = None  # of the weights that the server has
         self._is_known = False  # whether the server has said what it is, and is ours
+        self._has_started = False  # whether it has ever come up, so that the settings are right
         self._idle = 0.0  # seconds since another run, for which the server is reserved, has asked it
         self._wanted: Kept | None = None
         self._process: subprocess.Popen | None = None
@@ -135,10 +136,11 @@ class Keeper(threading.Thread):
         end = time.monotonic() + 60 * self._settings.rollout.vllm.start_minutes
         while not self._closing.is_set():
             if self._process is not None and self._process.poll() is not None:
-                raise UserError(
-                    f"the server of vLLM has ended with status {self._process.returncode}:{self._last_words()}",
-                    self._hint(),
-                )
+                status = self._process.returncode
+                text = f"has ended with status {status}:{self._last_words()}"
+                if self._has_started or status < 0:  # killed, or it can start and did not this time
+                    raise NotReady(f"it {text}")
+                raise UserError(f"the server of vLLM {text}", self._hint())
             try:
                 self._look(_ASK)
             except (NotReady, TooSlow) as error:
@@ -150,6 +152,7 @@ class Keeper(threading.Thread):
                         self._hint(),
                     ) from None
             if self._is_known:
+                self._has_started = True
                 return
             self._closing.wait(_LOOK)
 

@@ -43,6 +43,7 @@ from megavlm.vllm.reservation import Reservation
 from megavlm.vllm.wire import RUN, SERVER, TRANSPORT, folder_for, unpacked
 
 _log = logging.getLogger(__name__)
+_LOOK = 1.0  # seconds between two looks at the engine
 _LARGEST_BODY = 2**36  # bytes; aiohttp refuses more than one MiB otherwise
 _IN_ENGINE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # the worker in the engine's process
 _MEMORY = Path("/dev/shm")  # files here are in host memory, of which a container may have little (Docker: 64 MB)
@@ -280,13 +281,15 @@ def engine_of(model: Path, arguments: dict[str, Any]) -> AsyncLLM:
 
 
 async def serve(engine: AsyncLLM, model: Path, host: str, port: int) -> None:
-    """Answers until the process is ended."""
+    """Answers until the process is ended, or the engine is dead: then it ends the process with status 1."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     runner = web.AppRunner(Server(engine, config).app(), handler_cancellation=True, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()
     print(f"megavlm: serving {model} on {host}:{port}", flush=True)
-    await asyncio.Event().wait()
+    while not engine.errored:
+        await asyncio.sleep(_LOOK)
+    os._exit(1)  # what vLLM has asked a dead engine for, such as to take weights, would be awaited for ever
 
 
 def main() -> None:

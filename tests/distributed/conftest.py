@@ -1,4 +1,4 @@
-"""Worlds of 1, 2, 4 and 8 gloo processes for the tests in this folder; see pool.py."""
+"""Worlds of 1, 2, 4 and 8 gloo processes for the tests in this folder, see pool.py, and fixtures of other files."""
 
 import gc
 
@@ -6,6 +6,7 @@ import pytest
 from parity import Toys
 from pool import Pool
 from toy import write_records
+from vllm_served import asked, prompts, python, sampling, served, served_moe  # noqa: F401 (fixtures)
 
 
 def forget_megatron() -> None:

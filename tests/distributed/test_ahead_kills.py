@@ -5,7 +5,7 @@ import random
 import pytest
 from killing import Commands, Kill
 from test_kill import reached
-from test_vllm import grpo_config, python, served  # noqa: F401
+from test_vllm import grpo_config
 from toy import toy_records, write_records
 
 from megavlm.monitor.metrics import read_metrics
@@ -22,7 +22,7 @@ def commands():
 
 
 @pytest.mark.slow
-def test_killed_ten_times_at_random_moments(commands, served, toys, tmp_path):  # noqa: F811
+def test_killed_ten_times_at_random_moments(commands, served, toys, tmp_path):
     """The prompts of each step are those of a run that nothing has interrupted, of which the leader has all."""
     records = toy_records(toys.root)
     data = write_records(toys.root / "for_kills.jsonl", [records[number % 8] for number in range(RECORDS)])

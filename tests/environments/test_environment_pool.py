@@ -26,6 +26,7 @@ CAUSES = {  # what a step does, and what is told of it
     "raise": "step: RuntimeError: the door is stuck",
     "leave": "step: SystemExit: enough",
     "exit": "its process ended with status 3",
+    "kill": "its process was killed by SIGKILL",
     "hang": "no result after 2 s",
     "none": "step: it returned None, which is no Step",
     "number": "step: it returned 7, which is no Step",
@@ -98,6 +99,27 @@ def test_others_go_on_also_where_their_process_was_killed(played):
     assert (first.text, len(first.pictures)) == ("Welcome.", 1)
     stop = played["stop"][1].observation
     assert (stop.text, stop.reward, stop.done) == ("over", 1.0, True)
+
+
+def test_a_process_that_is_killed_from_outside_costs_nothing(tmp_path):
+    """Its conversation begins anew and goes on where it was; once for each call, as twice is its own fault."""
+    log = tmp_path / "log.txt"
+    with EnvironmentPool(settings(workers=1, options={"log": str(log)})) as pool:
+        episode = pool.begin({"what": "wait"}, "")
+        pool.wait()
+        for count in (1, 2, 3):
+            lines = len(log.read_text().splitlines()) if log.exists() else 0
+            pool.step(episode, "answer")
+            until = time.monotonic() + 30
+            while not log.exists() or len(log.read_text().splitlines()) == lines:  # until it is at work
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            [worker] = filter(is_worker, psutil.Process().children())
+            worker.kill()
+            reply = pool.wait()[episode]
+            assert reply.cause is None
+            assert reply.observation.text == f"{count} 0"
+    assert len({line.split()[0] for line in log.read_text().splitlines() if "closed" not in line}) == 4  # processes
 
 
 def test_pictures_keep_their_pixels(played):

@@ -345,6 +345,57 @@ def test_a_server_of_our_own_that_hangs_is_started_again(server, model_folder, t
         one.close()
 
 
+# Its nth start does what the nth argument says: serve for a while, or end.
+ENDS = """
+import http.server, os, pathlib, signal, sys, threading
+starts = pathlib.Path(sys.argv[3])
+count = int(starts.read_text()) if starts.exists() else 0
+starts.write_text(str(count + 1))
+end = sys.argv[4].split()[min(count, len(sys.argv[4].split()) - 1)]
+kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+if end == "fail": sys.exit(1)
+if end == "killed": kill()
+if end == "serve-and-die": threading.Timer(1.0, kill).start()
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(sys.argv[2].encode())
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(
+    ("starts", "problem"),
+    [
+        ("killed killed serve", None),
+        ("killed killed killed serve", "was lost 3 times in a row: it has ended with status -9"),
+        ("serve-and-die fail killed serve", None),
+        ("serve-and-die fail fail fail", "was lost 3 times in a row: it has ended with status 1"),
+        ("fail serve", "has ended with status 1"),
+    ],
+)
+def test_a_server_that_ends_while_it_starts(starts, problem, server, model_folder, tmp_path, monkeypatch):
+    """It is started again if it was killed, or has run before; else its settings are wrong, which ends the run."""
+    told, count = json.dumps(server.identity()), tmp_path / "starts"
+    words = lambda settings, port, parent: [sys.executable, "-I", "-c", ENDS, str(port), told, str(count), starts]
+    monkeypatch.setattr(keeper, "command", words)
+    settings = Settings(model={"hf": str(model_folder)}, data={"seq_length": 64}, rollout={"engine": "vllm"})
+    (one,) = keeper.keepers_of(settings, tmp_path, "run")
+    one.start()
+    try:
+        end = time.monotonic() + 60
+        started = lambda: int(count.read_text() or 0) if count.exists() else 0
+        while one.problem is None and (problem is not None or started() < len(starts.split())):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        if problem is None:
+            assert one.wait(None, 30)
+        else:
+            assert problem in str(one.problem)
+            assert started() == len([word for word in starts.split() if word != "serve"])
+    finally:
+        one.close()
+
+
 def test_servers_do_not_get_the_variables_of_the_trainer(model_folder, tmp_path, monkeypatch):
     for name in ("RANK", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
                  "OMP_NUM_THREADS", "SOMETHING_ELSE"):  # fmt: skip
