@@ -177,7 +177,7 @@ def _is_disordered(stamps: np.ndarray) -> bool:
 
 def _is_reordered_avi(container: Any, stream: Any) -> bool:
     """Whether an AVI file stores frames out of order: it has no time stamps, and FFmpeg's own are wrong."""
-    return "avi" in _formats(container) and stream.codec_context.has_b_frames
+    return "avi" in _formats(container) and bool(stream.codec_context.has_b_frames)
 
 
 def _decoded(container: Any, stream: Any, has_stamps: bool) -> Iterator[tuple[int, Any]]:
