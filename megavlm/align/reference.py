@@ -2,14 +2,15 @@
 
 They are stored in a safetensors file: float32 [samples, 2] for each source, with the columns chosen and rejected
 answer, or own and mismatched answer; NaN for a sample that cannot be used. Further rejected answers have further
-columns. The file has a note that identifies the model and the data. A later start uses the file again if the note
-matches. While it is computed, a file ``*.partial`` of the same kind has what is known so far and where each data worker
-is, so that an interrupted start is continued.
+columns. The file has a note that identifies the model and the data, and a digest of each record. A later start uses the
+file again if the note matches. Where only the data differ, as after a repair, or samples could not be used, it computes
+what has changed or is missing, and keeps the rest. While it is computed, a file ``*.partial`` of the same kind has what
+is known so far and where each data worker is, so that an interrupted start is continued.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import load, save
 from torch import Tensor
 
+from megavlm.align.record_digests import kept_rows, record_digests
 from megavlm.align.reference_rows import AllAnswers, AnswerData, Progress, unimportant_row
 from megavlm.align.sequences import answer_logprobs
 from megavlm.base.atomic_files import atomic_open
@@ -43,6 +45,7 @@ from megavlm.workers.worker_processes import rows_from_workers
 
 FILE_NAME = "reference.safetensors"
 HELD_OUT = "reference_held_out.safetensors"
+_DIGESTS = "digests."  # begins the names of the digests of records, int64 [samples] for each source
 _SAVED_EVERY = 60.0  # seconds between two partial files
 # Settings of the section data that the log-probabilities depend on.
 _SETTINGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "seq_length")
@@ -68,7 +71,7 @@ class Reference:
                         f"{name}: the reference file has no log-probability for this sample. When the file was "
                         "written, the sample could not be read, or (with another data.pad_multiple) it was longer "
                         "than a row",
-                        "remove the reference file; the next start writes it again",
+                        "start again: a start computes what is missing, unless align.reference names the file",
                     )
                 annotated.append(replace(annotations, ref_logprob=value))
             yield replace(row, annotations=annotated)
@@ -99,25 +102,34 @@ def reference_of(
     given = None if held_out else settings.align.reference
     path = output / HELD_OUT if held_out else given or output / FILE_NAME
 
-    def stored() -> list[np.ndarray] | None:
+    def stored() -> tuple[list[np.ndarray], bool] | None:
+        """What the file has, and whether it is all that can be had."""
         if not path.exists():
             return None
         sources = _on_leader(data).sources
+        note = _note(settings, sources, kind)
         try:
-            return _read(path, _note(settings, sources, kind), len(sources))
+            tables = _read(path, note, len(sources))
         except UserError:
+            if given is not None:
+                raise
+            if (kept := _kept(path, note, sources)) is not None:
+                return kept, False
             # A run that has no checkpoint yet may have been started again with other data: compute the file again.
-            if given is not None or (not held_out and latest(output / "checkpoints") is not None):
+            if not held_out and latest(output / "checkpoints") is not None:
                 raise
             return None
+        return tables, given is not None or not any(np.isnan(table[:, 0]).any() for table in tables)
 
-    tables = on_first_rank(stored, session.groups.world_host)
-    if tables is None:
+    tables, is_whole = on_first_rank(stored, session.groups.world_host) or (None, False)
+    if not is_whole:
         note = _note(settings, data.sources, kind) if session.is_first and data is not None else {}
-        tables = _make(session, data, kind, _Partial(path, note), heartbeat)
+        tables = _make(session, data, kind, _Partial(path, note, tables), heartbeat)
         if session.is_first:
-            _write(path, tables, {"note": json.dumps(note)})
+            digests = record_digests(_on_leader(data).sources)
+            _write(path, tables, {"note": json.dumps(note)}, digests)
             _partial_path(path).unlink(missing_ok=True)
+    assert tables is not None
     return Reference(tables)
 
 
@@ -132,10 +144,11 @@ class _Partial:
     Args:
         path: the reference file.
         note: see ``_note``.
+        kept: the tables of a finished file of which some rows are to be computed again, NaN there; None: all are.
     """
 
-    def __init__(self, path: Path, note: dict):
-        self._path, self._note = _partial_path(path), note
+    def __init__(self, path: Path, note: dict, kept: list[np.ndarray] | None = None):
+        self._path, self._note, self._kept = _partial_path(path), note, kept
         self.tables: list[np.ndarray] = []
         self._places: dict[int, int] = {}
 
@@ -147,7 +160,10 @@ class _Partial:
                 stored = json.loads(file.metadata()["places"])
             self.tables = _read(self._path, self._note, len(sources))
         except Exception:  # there is none, or it belongs to something else
-            return Progress({})
+            if self._kept is None:
+                return Progress({})
+            self.tables = [table.copy() for table in self._kept]
+            return Progress({}, [~np.isnan(table[:, 0]) for table in self.tables])
         if stored["workers"] != num_workers:
             return Progress({}, [~np.isnan(table[:, 0]) for table in self.tables])
         self._places = {int(worker): place for worker, place in stored["places"].items()}
@@ -179,9 +195,26 @@ def _partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def _write(path: Path, tables: list[np.ndarray], metadata: dict[str, str]) -> None:
+def _write(path: Path, tables: list[np.ndarray], metadata: dict[str, str], digests: Sequence[np.ndarray] = ()) -> None:
+    arrays = {str(number): table for number, table in enumerate(tables)}
+    arrays |= {f"{_DIGESTS}{number}": found for number, found in enumerate(digests)}
     with atomic_open(path, "wb") as file:
-        file.write(save({str(number): table for number, table in enumerate(tables)}, metadata=metadata))
+        file.write(save(arrays, metadata=metadata))
+
+
+def _kept(path: Path, note: dict, sources: list[Source]) -> list[np.ndarray] | None:
+    """The tables without the rows of changed records; None if more than the data differs, or nobody can tell."""
+    try:
+        with safe_open(path, "np") as file:
+            found = json.loads(file.metadata()["note"])
+        arrays = load(path.read_bytes())
+        tables = [arrays[str(number)] for number in range(len(sources))]
+        before = [arrays[f"{_DIGESTS}{number}"] for number in range(len(sources))]
+    except Exception:  # it is damaged, or from before there were digests
+        return None
+    names = [source[0] for source in found.get("data", [])]
+    is_repaired = {**found, "data": None} == {**note, "data": None} and names == [source.name for source in sources]
+    return kept_rows(tables, before, record_digests(sources)) if is_repaired else None
 
 
 def _make(

@@ -79,7 +79,7 @@ class TrainSettings(ScheduleSettings):
         0.001,
         ge=0,
         description="weight of the load-balancing loss of the experts (MoE models only); it has no effect while the "
-        "decoder is frozen",
+        "decoder is frozen and has no adapters",
     )
     moe_z_loss_coeff: Float = Field(
         0.0,

@@ -77,11 +77,16 @@ def probe(container: Any) -> Frames:
     if is_cut:
         raise ValueError(f"the file is cut off; it ends after {count} frames")
     if first is None or not shown:
-        raise ValueError("it has no frames")
+        raise ValueError("it has no frames; it may be cut off")
     height, width = (first.width, first.height) if _is_transposed(_matrix(first)) else (first.height, first.width)
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     found = [pts for pts, _ in shown]
-    if first.pts not in found or None in found or _is_disordered(np.array(found)):
+    if (
+        first.pts not in found
+        or None in found
+        or _is_disordered(np.array(found))
+        or _is_reordered_avi(container, stream)
+    ):
         if not rate:
             raise ValueError("it has neither time stamps nor a rate")
         return even(len(shown), rate, height, width)
@@ -170,6 +175,11 @@ def _is_disordered(stamps: np.ndarray) -> bool:
     return bool(is_one_moment or np.abs(order - np.arange(len(stamps))).max() > _MAX_REORDERED)
 
 
+def _is_reordered_avi(container: Any, stream: Any) -> bool:
+    """Whether an AVI file stores frames out of order: it has no time stamps, and FFmpeg's own are wrong."""
+    return "avi" in _formats(container) and bool(stream.codec_context.has_b_frames)
+
+
 def _decoded(container: Any, stream: Any, has_stamps: bool) -> Iterator[tuple[int, Any]]:
     for number, frame in enumerate(container.decode(stream)):
         stamp = frame.pts if has_stamps else number
@@ -184,7 +194,9 @@ def _video_stream(container: Any) -> Any:
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
             return stream
-    raise ValueError("it has no video stream" if len(container.streams) else "it has no stream; it may be cut off")
+    kinds = {stream.type for stream in container.streams}
+    hint = "; it may be cut off" if not kinds or "data" in kinds else ""  # a stream without a known kind is "data"
+    raise ValueError(f"it has no video stream{hint}")
 
 
 def _formats(container: Any) -> set[str]:

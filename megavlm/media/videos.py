@@ -84,12 +84,15 @@ class Video:
 
         assert self.file is not None, "a list of frames has no container"
         path = self.file.local_path
-        with (
-            explained(self.source, "video", self.file),
-            self.file.open() as stream,
-            av.open(os.path.abspath(path) if path else stream, options=_CONTAINERS) as container,
-        ):
-            yield container
+        with explained(self.source, "video", self.file), self.file.open() as stream:
+            try:
+                with av.open(os.path.abspath(path) if path else stream, options=_CONTAINERS) as container:
+                    yield container
+            except av.FFmpegError as error:
+                if isinstance(error, FileNotFoundError | PermissionError):
+                    raise
+                # FFmpeg's words for a file without its beginning or index: an input/output error, no decoder found, …
+                raise ValueError(f"it is cut off, damaged, or no video ({error.strerror})") from error
 
 
 def find_video(named: Any, find: Find, source: str, sampled_fps: float) -> Video:

@@ -101,7 +101,7 @@ def step_of_peft(model, folder: Path, records: list[dict], root: Path) -> Adapte
     return AdaptedStep(total, {part: square**0.5 for part, square in squares.items()}, before, tensors())
 
 
-def step_with_adapter(folder, checkpoint, root, records, settings, out):
+def step_with_adapter(folder, checkpoint, root, records, settings, out, rows_of_step=ROWS):
     """Runs on every rank: one step with adapters, which are saved to ``out``.
 
     Returns the loss, norms, and those of the adapters' tensors that tensor-parallel ranks have whole.
@@ -116,8 +116,8 @@ def step_with_adapter(folder, checkpoint, root, records, settings, out):
     settings = Settings(**settings)
     session = start(settings, training=True)
     vlm, groups = session.vlm, session.groups
-    rows = packed_rows(folder, root, records, settings, ROWS) if groups.is_leader else []
-    each = len(ROWS) // groups.dp_size
+    rows = packed_rows(folder, root, records, settings, rows_of_step) if groups.is_leader else []
+    each = len(rows_of_step) // groups.dp_size
     mine = rows[groups.dp_rank * each : (groups.dp_rank + 1) * each]
     feed = Feed(vlm, iter(mine) if groups.is_leader else None)
     objective = CrossEntropy(["data"], settings.train.logprob_chunk_tokens)

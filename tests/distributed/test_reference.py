@@ -1,5 +1,6 @@
 """Making a reference file: an interrupted start is continued, and the samples may be fewer than the ranks."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +84,39 @@ def test_one_pair_on_two_data_ranks(settings, world1, world2):
     for found, _ in world2.run(make, settings("both", pairs=1), None):
         np.testing.assert_array_equal(found, alone)
     assert not np.isnan(alone).any()
+
+
+@pytest.mark.parametrize("repaired", ["line", "picture"])
+def test_only_repaired_samples_are_computed_again(repaired, settings, toys, world1):
+    """No file is to be removed: a changed line is known by its digest, and a missing picture left no value."""
+    values = settings("run")
+    pairs = pairs_of(toys.records)[:8]
+    number = next(n for n, pair in enumerate(pairs) if pair.get("images"))
+    mended = toys.root / "mended.png"
+    mended.unlink(missing_ok=True)
+    good = pairs[number]
+    if repaired == "picture":
+        shutil.copy(toys.root / good["images"][0], toys.root / "copy of it.png")
+        bad = good = {**good, "images": [mended.name, *good["images"][1:]]}
+    else:
+        bad = {**good, "chosen": good["rejected"], "rejected": good["chosen"]}
+    data = write_records(toys.root / f"repaired {repaired}.jsonl", [*pairs[:number], bad, *pairs[number + 1 :]])
+    values["data"]["train"] = [{"path": str(data)}]
+    (before,), windows = world1.run(make, values, None)[0]
+    assert windows > 1
+    assert np.isnan(before[number]).all() == (repaired == "picture")
+
+    write_records(data, [*pairs[:number], good, *pairs[number + 1 :]])
+    if repaired == "picture":
+        shutil.copy(toys.root / "copy of it.png", mended)
+    (after,), again = world1.run(make, values, None)[0]
+    others = np.arange(len(pairs)) != number
+    assert again == 1
+    np.testing.assert_array_equal(after[others], before[others])
+    assert not np.isnan(after).any()
+    expected = settings("whole")
+    expected["data"]["train"] = values["data"]["train"]
+    (whole,), _ = world1.run(make, expected, None)[0]
+    np.testing.assert_allclose(after, whole, rtol=1e-5)  # the rows hold other samples
+    assert abs(whole[number] - before[number]).min() > 1 or repaired == "picture"
+    assert world1.run(make, values, None)[0][1] == 0
