@@ -125,10 +125,10 @@ def measured(folder: str, case: Case) -> tuple[int, int, float]:
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     from megavlm.optim.optimizers import Optimizers
-    from megavlm.plan.live_memory import LiveMemory
     from megavlm.plan.step_memory import RowsAtHand
     from megavlm.platform import device
     from megavlm.runtime.session import start
+    from megavlm.tracing.live_memory import LiveMemory
     from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
 
@@ -169,8 +169,8 @@ def measured(folder: str, case: Case) -> tuple[int, int, float]:
 def planned(folder: str, case: Case, rank: int, imbalance: float) -> int:
     """The largest number of bytes of the same step on a rank that does not exist."""
     from megavlm.align.registry import make_method
-    from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
     from megavlm.plan.step_memory import peak_of
+    from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
 
     settings, world_size = settings_of(folder, case), case.processes
     method, absent = make_method("sft", settings), that_can_be_absent(settings)

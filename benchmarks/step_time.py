@@ -110,9 +110,9 @@ class World:
 def record(folder: str, case: tuple) -> tuple:
     """Settings, the operators of each stage, and an example of each operator; without any rank."""
     from megavlm.align.registry import make_method
-    from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
     from megavlm.plan.mix import Mix
     from megavlm.plan.stage_operators import stage_operators
+    from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
 
     size, _, parallel, tokens, pictures, rows, train = case
     settings = settings_of(folder, parallel, tokens, rows, train)

@@ -124,7 +124,9 @@ MAY_IMPORT = {
         "config",
         "base",
     ],
+    "tracing": ["training", "runtime", "optim", "adapters", "monitor", "model", "platform", "config"],
     "plan": [
+        "tracing",
         "rollout",
         "align",
         "training",
@@ -132,7 +134,6 @@ MAY_IMPORT = {
         "optim",
         "adapters",
         "convert",
-        "monitor",
         "data",
         "model",
         "platform",
@@ -141,6 +142,7 @@ MAY_IMPORT = {
     ],
     "bench": [
         "plan",
+        "tracing",
         "align",
         "training",
         "runtime",
@@ -158,6 +160,7 @@ MAY_IMPORT = {
         "bench",
         "search",
         "plan",
+        "tracing",
         "align",
         "evaluation",
         "training",

@@ -22,14 +22,14 @@ from megavlm.monitor.phases import Phases
 from megavlm.monitor.stragglers import Stragglers
 from megavlm.optim.optimizers import Optimizers
 from megavlm.optim.param_groups import ParamGroups
-from megavlm.plan.live_memory import LiveMemory
 from megavlm.plan.mix import Contents
-from megavlm.plan.static_memory import StaticCount
 from megavlm.platform import allocated, device, on_gpu, reset_memory, shutdown, synchronize
 from megavlm.platform.collectives import all_gather_objects
 from megavlm.runtime.adapter_start import load_start
 from megavlm.runtime.feed import Feed
 from megavlm.runtime.session import Session, start
+from megavlm.tracing.live_memory import LiveMemory
+from megavlm.tracing.static_memory import StaticCount
 from megavlm.training.method import FileRows, Method, Prepared
 from megavlm.training.run import make_step
 from megavlm.training.step import Step, StepResult

@@ -17,10 +17,10 @@ from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.model.flops import Work, peak_flops, step_flops
 from megavlm.monitor.metrics import throughput
-from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
-from megavlm.plan.static_memory import StaticCount, StaticMemory, make_state
 from megavlm.plan.step_memory import peak_of
 from megavlm.platform import device_name
+from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
+from megavlm.tracing.static_memory import StaticCount, StaticMemory, make_state
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers")
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavlm.plan.operators import Call, Example, TensorOf
 from megavlm.platform import attention_blocks, synchronize
+from megavlm.tracing.operators import Call, Example, TensorOf
 
 _SECONDS = 0.02  # of each operator, at least
 _CALLS = 3  # at least

@@ -13,13 +13,13 @@ from megavlm.align.registry import make_method
 from megavlm.base import machine
 from megavlm.bench.measure_operators import Measurement, measure_collectives, measure_operators
 from megavlm.config.settings import Settings
-from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
 from megavlm.plan.costs import on_wire
 from megavlm.plan.gpus import Gpu
 from megavlm.plan.mix import Contents
-from megavlm.plan.operators import Call, Example
 from megavlm.plan.stage_operators import stage_operators
 from megavlm.platform import device, device_name, init, shutdown, total_memory
+from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
+from megavlm.tracing.operators import Call, Example
 
 _LARGEST = 64 * 2**20  # bytes of a collective
 

@@ -14,12 +14,12 @@ from megavlm.commands.plan_words import verb_of, verdict
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
 from megavlm.plan.as_json import CAVEATS, plan_json
-from megavlm.plan.balanced_experts import IMBALANCE
 from megavlm.plan.gpus import gpu_of
 from megavlm.plan.mix import contents_of
 from megavlm.plan.plan import Plan, make_plan
 from megavlm.report.plan_memory import ACTIVATIONS, GIB, activation_parts
 from megavlm.report.plan_page import check_new_file, write_plan_page
+from megavlm.tracing.balanced_experts import IMBALANCE
 
 
 def main(

@@ -9,7 +9,7 @@ from megavlm.convert.names import table
 from megavlm.model.configs import DTYPES
 from megavlm.model.shapes import Shapes
 from megavlm.plan.gpus import Gpu
-from megavlm.plan.static_memory import StaticMemory
+from megavlm.tracing.static_memory import StaticMemory
 
 
 @dataclass(frozen=True)

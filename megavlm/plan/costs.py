@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megavlm.plan.gpus import Gpu
-from megavlm.plan.operators import Call
+from megavlm.tracing.operators import Call
 
 _FLOAT32 = 1 / 16  # of the bf16 peak: float32 products without tensor cores, on A100 and H100
 

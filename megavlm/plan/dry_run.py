@@ -23,9 +23,9 @@ from megavlm.data.synthetic_row import synthetic_samples
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.optimizers import Optimizers
-from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
 from megavlm.plan.step_memory import RowsAtHand
 from megavlm.runtime.session import MAIN, Session
+from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
 from megavlm.training.method import Method
 from megavlm.training.objective import Objective
 from megavlm.training.step import Step

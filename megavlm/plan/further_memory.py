@@ -17,10 +17,10 @@ from megavlm.config.speed_sections import Fp8Settings
 from megavlm.convert.names import table
 from megavlm.model.configs import DTYPES
 from megavlm.model.vlm import VLM
-from megavlm.plan.static_memory import StaticCount
 from megavlm.rollout.blocks import blocks_for
 from megavlm.rollout.memory import Memory
 from megavlm.runtime.session import Session
+from megavlm.tracing.static_memory import StaticCount
 from megavlm.training.method import Method
 from megavlm.training.start_weights import copied_weights
 

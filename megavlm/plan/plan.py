@@ -10,8 +10,6 @@ from megavlm.align.registry import make_method
 from megavlm.config.settings import Settings
 from megavlm.model.flops import parts_flops
 from megavlm.model.shapes import Shapes
-from megavlm.plan.absent_rank import ALL_STEPS
-from megavlm.plan.balanced_experts import IMBALANCE
 from megavlm.plan.checkpoints import Checkpoint, checkpoint_of
 from megavlm.plan.costs import costs_of
 from megavlm.plan.gpus import Gpu
@@ -19,10 +17,12 @@ from megavlm.plan.hardware_flops import hardware_flops
 from megavlm.plan.mix import DataMix, Mix
 from megavlm.plan.predict import step_time
 from megavlm.plan.stage import Layout, rough_stages_of, stages_of
-from megavlm.plan.static_memory import StaticMemory
 from megavlm.plan.step_memory import Peak
 from megavlm.plan.step_time import StepTime
 from megavlm.runtime.session import check_shapes
+from megavlm.tracing.absent_rank import ALL_STEPS
+from megavlm.tracing.balanced_experts import IMBALANCE
+from megavlm.tracing.static_memory import StaticMemory
 
 SPARE = 0.05
 """Share of a GPU's memory that is left for what is not counted: CUDA, NCCL, workspaces, and gaps between tensors."""

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from megavlm.config.settings import Settings
 from megavlm.plan.costs import Costs
-from megavlm.plan.operators import Call
 from megavlm.plan.schedule import Passes, timeline
 from megavlm.plan.stage_operators import Counts, StageOperators
 from megavlm.plan.step_time import Operator, Span, StepTime, Traffic
+from megavlm.tracing.operators import Call
 
 
 def step_time(

@@ -13,15 +13,15 @@ from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
-from megavlm.plan.absent_rank import TrainedModel, absent_rank, that_can_be_absent
 from megavlm.plan.further_memory import further_memory, sampling_memory
 from megavlm.plan.mix import DataMix, Mix
 from megavlm.plan.stage_memory import StageMemory, trace_stage
 from megavlm.plan.stage_operators import Counts, StageOperators, update_operators
-from megavlm.plan.stand_in import fewer_layers, layers_of
-from megavlm.plan.static_memory import StaticCount, StaticMemory, make_state
 from megavlm.plan.step_memory import Peak, RowsAtHand
 from megavlm.runtime.session import Session
+from megavlm.tracing.absent_rank import TrainedModel, absent_rank, that_can_be_absent
+from megavlm.tracing.stand_in import fewer_layers, layers_of
+from megavlm.tracing.static_memory import StaticCount, StaticMemory, make_state
 from megavlm.training.method import Method
 from megavlm.training.step import Step
 

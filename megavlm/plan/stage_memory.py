@@ -20,17 +20,17 @@ from megavlm.data.row import Row
 from megavlm.model.language import LanguageModel
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
-from megavlm.plan.absent_rank import TrainedModel
-from megavlm.plan.balanced_experts import BalancedExperts
-from megavlm.plan.live_memory import LiveMemory, PhasesOf
-from megavlm.plan.operators import Operators, group_names
 from megavlm.plan.schedule import turns
 from megavlm.plan.stage_operators import StageOperators, parts_of
-from megavlm.plan.stand_in import StandIns, stand_in
 from megavlm.plan.step_memory import Peak, RowsAtHand
 from megavlm.platform import device
 from megavlm.runtime.feed import MicroBatch
 from megavlm.runtime.forward import encode_window, forward_chunk, prepare_schedule
+from megavlm.tracing.absent_rank import TrainedModel
+from megavlm.tracing.balanced_experts import BalancedExperts
+from megavlm.tracing.live_memory import LiveMemory, PhasesOf
+from megavlm.tracing.operators import Operators, group_names
+from megavlm.tracing.stand_in import StandIns, stand_in
 
 _META = torch.device("meta")
 

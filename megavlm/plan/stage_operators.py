@@ -16,12 +16,12 @@ from megavlm.data.row import Row
 from megavlm.model.vlm import VLM
 from megavlm.optim.grad_stats import count_non_finite
 from megavlm.optim.optimizers import Optimizers
-from megavlm.plan.balanced_experts import BalancedExperts
-from megavlm.plan.known_shapes import KnownShapes
-from megavlm.plan.live_memory import PhasesOf
-from megavlm.plan.operators import Call, Example, Operators, Place, group_names
 from megavlm.plan.step_memory import RowsAtHand
 from megavlm.runtime.forward import encode_window
+from megavlm.tracing.balanced_experts import BalancedExperts
+from megavlm.tracing.known_shapes import KnownShapes
+from megavlm.tracing.live_memory import PhasesOf
+from megavlm.tracing.operators import Call, Example, Operators, Place, group_names
 from megavlm.training.objective import Objective
 from megavlm.training.step import Step, reduce_gradients
 

@@ -13,9 +13,9 @@ import torch
 from megavlm.data.row import Row
 from megavlm.model.vlm import VLM
 from megavlm.optim.optimizers import Optimizers
-from megavlm.plan.balanced_experts import BalancedExperts
-from megavlm.plan.live_memory import LiveMemory, PhasesOf
 from megavlm.runtime.feed import Feed, StepRows
+from megavlm.tracing.balanced_experts import BalancedExperts
+from megavlm.tracing.live_memory import LiveMemory, PhasesOf
 from megavlm.training.objective import Objective
 from megavlm.training.step import Step
 

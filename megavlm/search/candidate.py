@@ -12,16 +12,16 @@ class Candidate:
         changes: the settings in which it differs from the configuration, by dotted name.
         memory: bytes on the fullest rank; None if it was ruled out before they were counted.
         seconds: of a step; None if that was not computed.
-        bubble: the seconds in which the slowest stage waits for others; None like ``seconds``.
         tokens_per_second: of one GPU, padding left out.
         mfu: share of the GPU's dense bf16 peak that the model's own operations use.
         ruled_out: why it cannot be taken, such as "needs 3.1 GiB more"; None if it can.
+        bubble: the seconds in which the slowest stage waits for others; None like ``seconds``.
     """
 
     changes: dict[str, Any]
     memory: int | None = None
     seconds: float | None = None
-    bubble: float | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None
     ruled_out: str | None = None
+    bubble: float | None = None

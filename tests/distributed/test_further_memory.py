@@ -21,8 +21,8 @@ def kept(settings: dict, checkpoint) -> tuple[int, int]:
     """Runs on every rank: the bytes of a real copy of the first weights, and of a real reward model."""
     from megavlm.config.settings import Settings
     from megavlm.optim.param_groups import ParamGroups
-    from megavlm.plan.static_memory import StaticCount
     from megavlm.runtime.session import start
+    from megavlm.tracing.static_memory import StaticCount
     from megavlm.training.start_weights import StartWeights
 
     settings = Settings(**settings)
@@ -37,8 +37,8 @@ def further(settings: dict, verb: str, world: int) -> list[int]:
     """The same of each rank, as it is planned."""
     from megavlm.align.registry import make_method
     from megavlm.config.settings import Settings
-    from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
     from megavlm.plan.further_memory import further_memory
+    from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
 
     settings, found = Settings(**settings), []
     with alone():

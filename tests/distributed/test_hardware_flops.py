@@ -69,12 +69,12 @@ def counted(settings, world: int | None = None, rank: int = 0) -> tuple[Counter,
     from megavlm.model.flops import parts_flops
     from megavlm.monitor.phases import Phases
     from megavlm.optim.optimizers import Optimizers
-    from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
-    from megavlm.plan.balanced_experts import BalancedExperts
     from megavlm.plan.hardware_flops import hardware_flops
     from megavlm.plan.mix import Mix
     from megavlm.plan.step_memory import RowsAtHand
     from megavlm.runtime.session import start
+    from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
+    from megavlm.tracing.balanced_experts import BalancedExperts
     from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
 

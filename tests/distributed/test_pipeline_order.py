@@ -20,10 +20,10 @@ def orders(cases: dict) -> dict:
 
     from megavlm.align.registry import make_method
     from megavlm.config.settings import Settings
-    from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
     from megavlm.plan.mix import Mix
     from megavlm.plan.step_memory import RowsAtHand
     from megavlm.runtime import forward
+    from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
     from megavlm.training import step as module
     from megavlm.training.step import Step
 

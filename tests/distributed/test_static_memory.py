@@ -35,10 +35,10 @@ def real(folder, checkpoint, root, records, settings):
 
     from megavlm.config.settings import Settings
     from megavlm.optim.optimizers import Optimizers
-    from megavlm.plan.live_memory import LiveMemory
-    from megavlm.plan.static_memory import StaticCount
     from megavlm.runtime.feed import Feed
     from megavlm.runtime.session import start
+    from megavlm.tracing.live_memory import LiveMemory
+    from megavlm.tracing.static_memory import StaticCount
     from megavlm.training.objective import CrossEntropy
     from megavlm.training.step import Step
 
@@ -66,8 +66,8 @@ def planned(settings, world: int):
     """The same of each rank, without its memory and without the others."""
     from megavlm.align.registry import make_method
     from megavlm.config.settings import Settings
-    from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
-    from megavlm.plan.static_memory import StaticCount, make_state
+    from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
+    from megavlm.tracing.static_memory import StaticCount, make_state
 
     settings, found = Settings(**settings), []
     with alone():

@@ -37,10 +37,10 @@ def peak(settings, rows: int, pictures: int | None, world: int | None = None, ra
     from megavlm.align.registry import make_method
     from megavlm.config.settings import Settings
     from megavlm.optim.optimizers import Optimizers
-    from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
     from megavlm.plan.mix import Mix
     from megavlm.plan.step_memory import peak_of
     from megavlm.runtime.session import start
+    from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
     from megavlm.training.objective import CrossEntropy
 
     settings = Settings(**settings)

@@ -67,8 +67,8 @@ def measured(settings, window: int):
     from megavlm.config.settings import Settings
     from megavlm.model.flops import Work
     from megavlm.optim.optimizers import Optimizers
-    from megavlm.plan.operators import group_names
     from megavlm.runtime.session import start
+    from megavlm.tracing.operators import group_names
 
     settings = Settings(**settings)
     session = start(settings, training=True, load=False)
@@ -82,10 +82,10 @@ def planned(settings, window: int, world: int):
     """The same of all ranks, without them; and the operations of products and attention."""
     from megavlm.align.registry import make_method
     from megavlm.config.settings import Settings
-    from megavlm.plan.absent_rank import absent_rank, that_can_be_absent
     from megavlm.plan.hardware_flops import hardware_flops
     from megavlm.plan.mix import Mix
     from megavlm.plan.stage_operators import stage_operators
+    from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
 
     settings, found, flops = Settings(**settings), [], 0
     for rank in range(world):

@@ -5,7 +5,7 @@ import pytest
 from megavlm.base.errors import UserError
 from megavlm.plan.costs import Assumed, Measured, collective_seconds, costs_of, on_wire
 from megavlm.plan.gpus import gpu_of, gpus, write_gpu
-from megavlm.plan.operators import Call
+from megavlm.tracing.operators import Call
 
 GPU = gpu_of("h100")
 SHARES = GPU.operators

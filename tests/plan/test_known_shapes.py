@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megavlm.plan import known_shapes
-from megavlm.plan.known_shapes import KnownShapes
+from megavlm.tracing import known_shapes
+from megavlm.tracing.known_shapes import KnownShapes
 
 META = torch.device("meta")
 

@@ -17,8 +17,8 @@ from megavlm.config.sections import ParallelSettings
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
-from megavlm.plan.live_memory import LiveMemory
-from megavlm.plan.operators import Call, Operators, Place
+from megavlm.tracing.live_memory import LiveMemory
+from megavlm.tracing.operators import Call, Operators, Place
 
 _PLAIN = 3  # layers that are kept beside those with deepstack features: one, the one that is repeated, and the last
 

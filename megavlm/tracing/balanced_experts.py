@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavlm.model.vlm import VLM
-from megavlm.plan import known_shapes
+from megavlm.tracing import known_shapes
 
 IMBALANCE = 1.3
 """Tokens of the busiest expert-parallel rank over their mean, unless something else is told: an assumption.

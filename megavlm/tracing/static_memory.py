@@ -15,7 +15,7 @@ from megavlm.adapters.nf4 import Nf4
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.galore import GaLore
 from megavlm.optim.optimizers import Optimizers
-from megavlm.plan.known_shapes import KnownShapes
+from megavlm.tracing.known_shapes import KnownShapes
 
 
 @dataclass(frozen=True)
