@@ -20,7 +20,7 @@ from megavlm.plan.stage_operators import Counts, StageOperators, update_operator
 from megavlm.plan.step_memory import Peak, RowsAtHand
 from megavlm.runtime.session import Session
 from megavlm.tracing.absent_rank import TrainedModel, absent_rank, that_can_be_absent
-from megavlm.tracing.stand_in import fewer_layers, layers_of
+from megavlm.tracing.stand_in import fewer_experts, fewer_layers, layers_of
 from megavlm.tracing.static_memory import StaticCount, StaticMemory, make_state
 from megavlm.training.method import Method
 from megavlm.training.step import Step
@@ -129,10 +129,11 @@ def stage_of(layout: Layout, number: int, *, exact: bool = True) -> Stage:
     Args:
         layout: the run.
         number: the pipeline stage.
-        exact: whether static memory is that of the whole model, to the byte; otherwise it is told by few layers.
+        exact: whether static memory is that of the whole model, to the byte, and experts are as many as they are;
+            otherwise it is told by few layers and few experts.
     """
     settings, parallel = that_can_be_absent(layout.settings), layout.settings.parallel
-    few, shapes = fewer_layers(settings, layout.shapes, number)
+    few, shapes = _fewer(layout, settings, number, exact=exact)
     with _rank_of(layout, number, few, shapes) as (session, trained):
         window = window_of(settings, trained[0], layout.rows)
         trace = partial(trace_stage, window=window, shapes=layout.shapes, parallel=parallel, stage=number)
@@ -142,13 +143,19 @@ def stage_of(layout: Layout, number: int, *, exact: bool = True) -> Stage:
         if not exact:
             held = _held(layout, number, session, trained)
             missing = _missing(trained[0].vlm, layout, number)
+            experts = _experts_left_out(layout, number, trained, shapes)
     if exact:
         with _rank_of(layout, number, settings, layout.shapes) as (session, trained):
             held = _held(layout, number, session, trained)
-    elif any(missing):
-        held = _told_by_two(layout, settings, number, held, missing)
+    else:
+        held = _told_by_two(layout, settings, number, held, missing, experts)
     operators = StageOperators({**per_window.parts, **held.update}, per_window.chunks)
     return Stage(held.static, [memory for memory, _ in traced], held.sampling, operators, window, adapted)
+
+
+def _fewer(layout: Layout, settings: Settings, number: int, *, exact: bool, more: int = 0) -> tuple[Settings, Shapes]:
+    few, shapes = fewer_layers(settings, layout.shapes, number, more=more)
+    return few, shapes if exact else fewer_experts(shapes, settings.parallel)
 
 
 class _Held(NamedTuple):
@@ -189,23 +196,48 @@ def _missing(vlm: VLM, layout: Layout, number: int) -> tuple[int, int]:
     return layout.shapes.vision.layers - len(vlm.vision.layers), whole - len(vlm.language[0].decoder.layers)
 
 
-def _told_by_two(layout: Layout, settings: Settings, number: int, few: _Held, missing: tuple[int, int]) -> _Held:
-    """What all layers hold, from what ``few`` and one more in each chunk hold, and the weights of a tower's layer."""
-    one_more, shapes = fewer_layers(settings, layout.shapes, number, more=1)
-    with _rank_of(layout, number, one_more, shapes) as (session, trained):
-        more = _held(layout, number, session, trained)
-        of_layer = list(trained[0].vlm.vision.layers[-1].parameters()) if missing[1] else []
-        weights = missing[0] * sum(weight.nbytes for weight in of_layer)
-        gradients = missing[0] * sum(4 * weight.numel() for weight in of_layer if weight.requires_grad)
-    times = missing[1] if missing[1] else missing[0]
-    tower = StaticMemory(weights, gradients, 3 * gradients // layout.world_size)  # a float32 copy and two moments
-    static = tower + StaticMemory(
-        *(_linear(getattr(few.static, f.name), getattr(more.static, f.name), times) for f in fields(StaticMemory))
-    )
+def _experts_left_out(layout: Layout, number: int, trained: Sequence[TrainedModel], shapes: Shapes) -> StaticMemory:
+    """What the experts hold that models with these shapes lack, on all layers."""
+    moe, few, parallel = layout.shapes.text.moe, shapes.text.moe, layout.settings.parallel
+    if moe is None or few is None:
+        return StaticMemory()
+    ranks = layout.world_size // (parallel.pipeline * parallel.expert * parallel.expert_tensor)
+    layers, total = layers_of(parallel, layout.shapes.text.layers, number), StaticMemory()
+    for chunk in (chunk for model in trained for chunk in model.vlm.language):
+        times = (moe.num_experts / few.num_experts - 1) * layers / len(chunk.decoder.layers)
+        experts = [weight for name, weight in chunk.decoder.named_parameters() if ".experts." in name]
+        weights = round(times * sum(weight.nbytes for weight in experts))
+        total += _with_state(weights, round(times * sum(4 * w.numel() for w in experts if w.requires_grad)), ranks)
+    return total
+
+
+def _with_state(weights: int, gradients: int, ranks: int) -> StaticMemory:
+    """With a float32 copy and two moments, which so many ranks share."""
+    return StaticMemory(weights, gradients, 3 * gradients // ranks)
+
+
+def _told_by_two(
+    layout: Layout, settings: Settings, number: int, few: _Held, missing: tuple[int, int], experts: StaticMemory
+) -> _Held:
+    """What all layers hold, from what ``few`` and one more in each chunk hold, the weights of a tower's layer, and
+    the experts that are left out."""
+    static, sampling = few.static, few.sampling
+    if any(missing):
+        one_more, shapes = _fewer(layout, settings, number, exact=False, more=1)
+        with _rank_of(layout, number, one_more, shapes) as (session, trained):
+            more = _held(layout, number, session, trained)
+            of_layer = list(trained[0].vlm.vision.layers[-1].parameters()) if missing[1] else []
+            weights = missing[0] * sum(weight.nbytes for weight in of_layer)
+            gradients = missing[0] * sum(4 * weight.numel() for weight in of_layer if weight.requires_grad)
+        times = missing[1] if missing[1] else missing[0]
+        static = _with_state(weights, gradients, layout.world_size) + StaticMemory(
+            *(_linear(getattr(few.static, f.name), getattr(more.static, f.name), times) for f in fields(StaticMemory))
+        )
+        sampling = min(_linear(few.sampling, more.sampling, times), int(layout.settings.rollout.cache_gib * 2**30))
+    static += experts
     share = static.gradients / max(few.static.gradients, 1)
     update = {part: {call: count * share for call, count in counts.items()} for part, counts in few.update.items()}
-    most = int(layout.settings.rollout.cache_gib * 2**30)
-    return _Held(static, min(_linear(few.sampling, more.sampling, times), most), update)
+    return _Held(static, sampling, update)
 
 
 def _linear(few: int, more: int, times: int) -> int:

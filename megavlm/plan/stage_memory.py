@@ -28,6 +28,7 @@ from megavlm.runtime.feed import MicroBatch
 from megavlm.runtime.forward import encode_window, forward_chunk, prepare_schedule
 from megavlm.tracing.absent_rank import TrainedModel
 from megavlm.tracing.balanced_experts import BalancedExperts
+from megavlm.tracing.grouped_experts import Experts
 from megavlm.tracing.live_memory import LiveMemory, PhasesOf
 from megavlm.tracing.operators import Operators, group_names
 from megavlm.tracing.stand_in import StandIns, stand_in
@@ -111,13 +112,16 @@ def trace_stage(
     vlm = model.vlm
     memory, operators = LiveMemory(_META), Operators(_META, group_names(vlm.groups))
     trace = _Trace(model, memory, operators, stand_in(memory, operators, vlm, shapes, parallel, stage))
+    experts = Experts(operators)
+    experts.watch(vlm, shapes.text.moe.num_experts // parallel.expert if shapes.text.moe else 1)
     prepare_schedule(vlm.decoder_config)
     with BalancedExperts(vlm), operators, memory:
         found = trace.run(mean_row, window)
+    parts = parts_of(experts.grouped(operators.found), 1)
     if row is not mean_row or _has_experts(vlm):  # what dispatchers remember of a micro-batch, the next one replaces
         with BalancedExperts(vlm, imbalance), memory:
             found = trace.run(row, window)
-    return found, StageOperators(parts_of(operators.found, 1), len(vlm.language))
+    return found, StageOperators(parts, len(vlm.language))
 
 
 def _has_experts(vlm: VLM) -> bool:

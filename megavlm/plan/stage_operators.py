@@ -147,7 +147,7 @@ def _encode(vlm: VLM, row: Row, window: int, record: Operators) -> None:
             vlm.tower.backward(1.0, timer)
 
 
-def parts_of(found: Mapping[tuple[Place, Call], int], micro_batches: int) -> dict[str, dict[Call, float]]:
+def parts_of(found: Mapping[tuple[Place, Call], float], micro_batches: int) -> dict[str, dict[Call, float]]:
     parts: dict[str, dict[Call, float]] = {
         name: defaultdict(float) for name in (*PER_MICRO_BATCH, *PER_WINDOW, *PER_STEP)
     }

@@ -22,10 +22,14 @@ from megavlm.search.candidate import Candidate
 from megavlm.search.layouts import layouts, with_changes
 
 BEST = 10
+"""Number of layouts that are shown."""
+EXACT = 4
 """Number of layouts that are planned exactly."""
+_AT_ONCE = 8  # interleaved layouts that are planned before it is asked again which of the others can win
 _GIB = 2**30
 _CHUNKS = "parallel.virtual_pipeline"
-_SMALLER = "fits with less context or expert parallelism"
+_SMALLER = "fits with less context, expert or expert tensor parallelism"
+_SLOW = "too slow with less context parallelism already"
 _NOT_INTERLEAVED = "interleaving cannot make it fast enough"
 Progress = Callable[[int, int], None]
 
@@ -61,27 +65,27 @@ def search(
     work = _Work(settings, plan_of, progress, len(valid) + 3 * BEST)
     work.prepare()
 
-    fits: set[tuple] = set()
-    planned: list[Candidate] = []
+    planned: dict[tuple, Candidate] = {}
     for turn in _rounds(changes for changes in valid if changes[_CHUNKS] is None):
-        now = [changes for changes in turn if not any(smaller in fits for smaller in _smaller(changes))]
-        ruled_out += [Candidate(changes, ruled_out=_SMALLER) for changes in turn if changes not in now]
+        slowest = _seconds_of_place(planned.values(), 2 * BEST)
+        why = [_why_not(changes, planned, slowest) for changes in turn]
+        now = [changes for changes, reason in zip(turn, why, strict=True) if reason is None]
+        ruled_out += [Candidate(c, ruled_out=reason) for c, reason in zip(turn, why, strict=True) if reason is not None]
         work.skip(len(turn) - len(now))
-        tried = work.plan([(changes, [smallest]) for changes in now])
-        fits |= {_key(candidate.changes) for candidate in tried if candidate.ruled_out is None}
-        planned += tried
-    interleaved = [changes for changes in valid if changes[_CHUNKS] is not None]
-    without = {_key(candidate.changes): candidate for candidate in planned if candidate.ruled_out is None}
-    slowest = _seconds_of_place(planned, 2 * BEST)
-    hopeful = [c for c in interleaved if (plain := without.get(_key(c))) and _least_seconds(plain, c) < slowest]
-    work.skip(len(interleaved) - len(hopeful))
-    ruled_out += [Candidate(changes, ruled_out=_NOT_INTERLEAVED) for changes in interleaved if changes not in hopeful]
-    planned += work.plan([(changes, [smallest]) for changes in hopeful])
+        planned |= {_key(one.changes): one for one in work.plan([(changes, [smallest]) for changes in now])}
+    tried = list(planned.values())
+    hopeful = [(_least_seconds(planned.get(_key(changes)), changes), changes) for changes in valid if changes[_CHUNKS]]
+    hopeful.sort(key=lambda one: one[0])
+    while hopeful and hopeful[0][0] < _seconds_of_place(tried, 2 * BEST):
+        now, hopeful = [changes for _, changes in hopeful[:_AT_ONCE]], hopeful[_AT_ONCE:]
+        tried += work.plan([(changes, [smallest]) for changes in now])
+    work.skip(len(hopeful))
+    ruled_out += [Candidate(changes, ruled_out=_NOT_INTERLEAVED) for _, changes in hopeful]
 
-    promising, rest = _divided(planned, 2 * BEST)
+    promising, rest = _divided(tried, 2 * BEST)
     less = work.plan([(one.changes, others) for one in promising])
     faster = [min(pair, key=_seconds) for pair in zip(promising, less, strict=True)]
-    best, rest = _divided([*faster, *rest], BEST)
+    best, rest = _divided([*faster, *rest], EXACT)
     final = work.plan([(one.changes, [{}]) for one in best], exact=True)
     fitting = sorted((c for c in [*final, *rest] if c.ruled_out is None), key=_seconds)
     return fitting + [c for c in [*final, *rest, *ruled_out] if c.ruled_out is not None]
@@ -132,9 +136,10 @@ class _Work:
 
 def _rounds(valid: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """The layouts in the order in which they are tried: none is in the same round as one of its ``_smaller``."""
-    rounds: dict[int, list[dict[str, Any]]] = {}
+    rounds: dict[tuple[int, bool], list[dict[str, Any]]] = {}
     for changes in valid:
-        rounds.setdefault(changes["parallel.context"] * changes["parallel.expert"], []).append(changes)
+        size = (changes["parallel.context"] * changes["parallel.expert"], changes["parallel.expert_tensor"] > 1)
+        rounds.setdefault(size, []).append(changes)
     for size in sorted(rounds):
         yield rounds[size]
 
@@ -160,8 +165,33 @@ def _key(changes: Mapping[str, Any]) -> tuple:
     return tuple(changes[f"parallel.{name}"] for name in names)
 
 
-def _least_seconds(plain: Candidate, changes: Mapping[str, Any]) -> float:
+def _why_not(changes: Mapping[str, Any], planned: Mapping[tuple, Candidate], slowest: float) -> str | None:
+    """Why a layout need not be planned, by what has been planned; None if it has to be.
+
+    Args:
+        changes: the layout.
+        planned: what has been planned, by key.
+        slowest: seconds of a step that are too many.
+    """
+    smaller = [planned[key] for key in _smaller(changes) if key in planned]
+    if any(one.ruled_out is None for one in smaller):
+        return _SMALLER
+    with_less_context = [
+        one for one in smaller if one.changes["parallel.expert"] == changes["parallel.expert"] and one.seconds
+    ]
+    if any(one.seconds is not None and one.seconds > slowest for one in with_less_context):
+        return _SLOW
+    if changes["parallel.expert_tensor"] > 1:
+        whole = planned.get(_key({**changes, "parallel.expert_tensor": 1}))
+        if whole is not None and whole.ruled_out is None:
+            return _SMALLER
+    return None
+
+
+def _least_seconds(plain: Candidate | None, changes: Mapping[str, Any]) -> float:
     """Seconds of a step below which interleaving cannot bring a layout: all but the bubble stays."""
+    if plain is None or plain.ruled_out is not None:
+        return float("inf")
     assert plain.seconds is not None
     assert plain.bubble is not None
     return plain.seconds - plain.bubble * (1 - 1 / changes[_CHUNKS])
@@ -173,7 +203,7 @@ def _divided(planned: Sequence[Candidate], count: int) -> tuple[list[Candidate],
     return fitting[:count], fitting[count:] + [candidate for candidate in planned if candidate.ruled_out is not None]
 
 
-def _seconds_of_place(planned: Sequence[Candidate], place: int) -> float:
+def _seconds_of_place(planned: Iterable[Candidate], place: int) -> float:
     seconds = sorted(map(_seconds, planned))
     return seconds[place - 1] if len(seconds) >= place else float("inf")
 

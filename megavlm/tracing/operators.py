@@ -17,6 +17,8 @@ from torch.utils.flop_counter import flop_registry
 
 from megavlm.platform import Groups
 
+EXPERTS = "experts"
+"""The phase of the operators of experts."""
 _aten = torch.ops.aten
 _UNMOVED = {  # these change or make a description of a tensor and touch no values
     "_unsafe_view", "detach", "alias", "lift_fresh", "empty", "empty_like", "new_empty", "empty_strided",
@@ -120,6 +122,8 @@ class Operators(TorchDispatchMode):
     Attributes:
         phase: the phase to which operators belong now.
         found: how often each operator was called, by place.
+        weights: storages of the weights of experts and of their gradients. In the phase ``EXPERTS``, elementwise
+            operators have sizes (1,) if their first tensor is in one of them, otherwise (0,).
         examples: for each operator but collectives, one with its arguments.
     """
 
@@ -128,6 +132,7 @@ class Operators(TorchDispatchMode):
         self._where, self._groups, self._keep = where.type, groups, keep_examples
         self._phase, self._is_late = "other", False
         self.found: Counter[tuple[Place, Call]] = Counter()
+        self.weights: set[int] = set()
         self.examples: dict[Call, Example] = {}
 
     @property
@@ -176,6 +181,8 @@ class Operators(TorchDispatchMode):
             left, right = [t for t in tensors_in(args) if t.dim() >= 2][-2:]  # behind what they are added to
             kind, sizes = "product", (left.shape[0] if left.dim() == 3 else 1, *left.shape[-2:], right.shape[-1])
             flops = 2 * math.prod(sizes)
+        elif self._phase == EXPERTS:
+            sizes = (int(first.untyped_storage()._cdata in self.weights),)
         written = sum(map(nbytes, made)) if made else nbytes(first)  # those that return nothing write in place
         if name in _FILLED:
             moved = written

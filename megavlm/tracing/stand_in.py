@@ -20,6 +20,7 @@ from megavlm.model.vlm import VLM
 from megavlm.tracing.live_memory import LiveMemory
 from megavlm.tracing.operators import Call, Operators, Place
 
+_EXPERTS = 2  # of a rank, at least
 _PLAIN = 3  # layers that are kept beside those with deepstack features: one, the one that is repeated, and the last
 
 
@@ -50,6 +51,20 @@ def fewer_layers(settings: Settings, shapes: Shapes, stage: int, more: int = 0) 
         even = parallel.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
         settings = settings.model_copy(update={"parallel": even})
     return settings, shapes
+
+
+def fewer_experts(shapes: Shapes, parallel: ParallelSettings) -> Shapes:
+    """The shapes with few experts on a rank, each of which gets the tokens of several.
+
+    Operations and activations stay as they are, but not the weights.
+    """
+    moe = shapes.text.moe
+    if moe is None:
+        return shapes
+    here = moe.num_experts // parallel.expert
+    counts = (n for n in range(1, here + 1) if here % n == 0 and n >= _EXPERTS and n * parallel.expert >= moe.top_k)
+    few = replace(moe, num_experts=min(counts, default=here) * parallel.expert)
+    return replace(shapes, text=replace(shapes.text, moe=few))
 
 
 def layers_of(parallel: ParallelSettings, layers: int, stage: int) -> int:

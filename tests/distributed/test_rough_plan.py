@@ -1,0 +1,71 @@
+"""What a search tells of a layout by few layers and few experts, beside what all of them tell."""
+
+from dataclasses import replace
+
+import pytest
+from parity import settings_of
+from test_dry_run import alone
+
+BF16 = {"precision": "bf16", "optimizer": "adam"}
+# name: (processes, toy, parallel settings, options of settings_of)
+CASES = {
+    "PP2, uneven": (2, "dense-untied", {"pipeline": 2, "last_stage_layers": 13}, {}),
+    "experts": (4, "moe", {}, {}),
+    "experts, EP2 × PP2, recomputed": (4, "moe", {"expert": 2, "pipeline": 2}, {"recompute": "full"}),
+}
+
+
+def both(cases: dict) -> dict:
+    """For each case: seconds and bytes of a rough and of an exact plan, and experts' work in the decoder."""
+    from megavlm.config.settings import Settings
+    from megavlm.convert.hf_shapes import model_shapes
+    from megavlm.plan.gpus import gpu_of
+    from megavlm.plan.mix import Mix
+    from megavlm.plan.plan import make_plan
+    from megavlm.plan.stage import Layout, stage_of
+
+    found = {}
+    with alone():
+        for name, (sections, world) in cases.items():
+            settings = Settings(**sections)
+            shapes = model_shapes(settings.model)
+            text = shapes.text
+            if text.moe is not None:
+                text = replace(text, moe=replace(text.moe, num_experts=32))
+            shapes, mix = replace(shapes, text=replace(text, layers=28)), Mix.of(settings, shapes, pictures=1)
+            plans = [
+                make_plan(settings, shapes, "sft", world, gpu_of("h100"), mix=mix, imbalance=1.0, exact=exact)
+                for exact in (False, True)
+            ]
+            layout = Layout(settings, shapes, "sft", world, mix, plans[0].rows, 1.0)
+            parts = [stage_of(layout, 0, exact=exact).operators.parts for exact in (False, True)]
+            work = [
+                {
+                    (part, kind): (
+                        sum(n * call.flops for call, n in stage[part].items() if call.kind == kind),
+                        sum(n * call.moved for call, n in stage[part].items() if call.kind == kind),
+                    )
+                    for part in ("forward", "backward")
+                    for kind in ("product", "attention", "elementwise", "collective")
+                }
+                for stage in parts
+            ]
+            found[name] = [(plan.time.seconds, max(s.total for s in plan.stages)) for plan in plans], work
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_few_layers_and_experts_tell_of_all(name, toys, world1) -> None:
+    world, kind, parallel, options = CASES[name]
+    settings = settings_of(toys.folder(kind), parallel, **BF16, **options, moe=kind == "moe")
+    settings["model"]["load"], settings["data"]["max_pixels"] = "none", 96 * 96
+    settings["train"]["global_batch_size"] = 8
+    (found,) = world1.run(both, {name: (settings, world)})
+    (rough, exact), (few, whole) = found[name]
+    # Padding of Megatron's buffers, and the last stage's place in uneven ones, are told by few layers.
+    assert rough[1] == pytest.approx(exact[1], rel=0.03)
+    # In a toy, calls take longer than work, so experts that are fewer have fewer of them only if calls are grouped.
+    assert rough[0] == pytest.approx(exact[0], rel=0.05)
+    for key, (flops, moved) in whole.items():
+        assert few[key][0] == pytest.approx(flops, rel=1e-3), key
+        assert few[key][1] == pytest.approx(moved, rel=0.03), key
