@@ -1,18 +1,19 @@
 """What the first rank of each pipeline stage holds and computes: the facts from which a layout is planned."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
+from megatron.core.transformer.moe.experts import SequentialMLP
+from torch import Tensor
 
 from megavlm.align.registry import METHODS, make_method
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.model.shapes import Shapes
-from megavlm.model.vlm import VLM
 from megavlm.plan.further_memory import further_memory, sampling_memory
 from megavlm.plan.mix import DataMix, Mix
 from megavlm.plan.stage_memory import StageMemory, trace_stage
@@ -21,7 +22,7 @@ from megavlm.plan.step_memory import Peak, RowsAtHand
 from megavlm.runtime.session import Session
 from megavlm.tracing.absent_rank import TrainedModel, absent_rank, that_can_be_absent
 from megavlm.tracing.stand_in import fewer_experts, fewer_layers, layers_of
-from megavlm.tracing.static_memory import StaticCount, StaticMemory, make_state
+from megavlm.tracing.static_memory import StaticCount, StaticMemory, make_state, tensors_of
 from megavlm.training.method import Method
 from megavlm.training.step import Step
 
@@ -109,53 +110,80 @@ def stages_of(layout: Layout) -> list[Stage]:
     return found
 
 
+def stage_of(layout: Layout, number: int) -> Stage:
+    """Builds the first rank of a stage and lets it run. What it holds is that of the whole model, to the byte."""
+    settings, parallel = that_can_be_absent(layout.settings), layout.settings.parallel
+    few, shapes = fewer_layers(settings, layout.shapes, number)
+    with _rank_of(layout, number, few, fewer_experts(shapes, parallel)) as (_, trained):
+        traced = _traced(layout, number, trained)
+    with _rank_of(layout, number, settings, layout.shapes) as (session, trained):
+        held = _held(layout, number, session, trained)
+    return _stage(traced, held)
+
+
 def rough_stages_of(layout: Layout, limit: int) -> list[Stage]:
-    """All stages, told by the first and the last one, with few layers.
+    """All stages, told by the first and the last one, with few layers and few experts.
 
     Args:
         layout: the run.
         limit: if the first stage needs more bytes than this, it stands for the last one, too.
     """
     stages = layout.settings.parallel.pipeline
-    first = stage_of(layout, 0, exact=False)
+    first, *middle = _rough(layout, 0)
     if stages == 1 or first.static.total + first.peak(0, stages).total > limit:
         return [first] * stages
-    return [first] * (stages - 1) + [stage_of(layout, stages - 1, exact=False)]
+    return [first] + middle * (stages - 2) + _rough(layout, stages - 1)
 
 
-def stage_of(layout: Layout, number: int, *, exact: bool = True) -> Stage:
-    """Builds the first rank of a stage and lets it run.
+def _rough(layout: Layout, number: int) -> list[Stage]:
+    """A stage; if it is the first one, then also one of those between it and the last one.
 
-    Args:
-        layout: the run.
-        number: the pipeline stage.
-        exact: whether static memory is that of the whole model, to the byte, and experts are as many as they are;
-            otherwise it is told by few layers and few experts.
+    A stage in the middle may have more layers. The trace has as many, and the first stage's features are left out.
     """
-    settings, parallel = that_can_be_absent(layout.settings), layout.settings.parallel
-    few, shapes = _fewer(layout, settings, number, exact=exact)
-    with _rank_of(layout, number, few, shapes) as (session, trained):
-        window = window_of(settings, trained[0], layout.rows)
-        trace = partial(trace_stage, window=window, shapes=layout.shapes, parallel=parallel, stage=number)
-        traced = [trace(model, layout.row, layout.mean_row, imbalance=layout.imbalance) for model in trained]
-        per_window = traced[0][1]
-        adapted = trained[0].adapters.parts if trained[0].adapters is not None else ()
-        if not exact:
-            held = _held(layout, number, session, trained)
-            missing = _missing(trained[0].vlm, layout, number)
-            experts = _experts_left_out(layout, number, trained, shapes)
-    if exact:
-        with _rank_of(layout, number, settings, layout.shapes) as (session, trained):
-            held = _held(layout, number, session, trained)
-    else:
-        held = _told_by_two(layout, settings, number, held, missing, experts)
-    operators = StageOperators({**per_window.parts, **held.update}, per_window.chunks)
-    return Stage(held.static, [memory for memory, _ in traced], held.sampling, operators, window, adapted)
+    has_middle = number == 0 and layout.settings.parallel.pipeline > 2
+    built = _with_stages_alike(layout) if has_middle else layout
+    settings = that_can_be_absent(built.settings)
+    few, shapes = fewer_layers(settings, built.shapes, number)
+    with _rank_of(layout, number, few, fewer_experts(shapes, settings.parallel)) as (session, trained):
+        traced = _traced(built, number, trained)
+        held = _held(layout, number, session, trained)
+        found = [_stage(traced, _of_all_layers(layout, number, trained, held))]
+        if has_middle:
+            middle = _stage(traced, _of_all_layers(layout, 1, trained, held))
+            found.append(replace(middle, memories=[memory.without("exchange") for memory in middle.memories]))
+    return found
 
 
-def _fewer(layout: Layout, settings: Settings, number: int, *, exact: bool, more: int = 0) -> tuple[Settings, Shapes]:
-    few, shapes = fewer_layers(settings, layout.shapes, number, more=more)
-    return few, shapes if exact else fewer_experts(shapes, settings.parallel)
+def _with_stages_alike(layout: Layout) -> Layout:
+    """The layout with as many layers on each stage as on those in the middle."""
+    parallel, text = layout.settings.parallel, layout.shapes.text
+    layers = layers_of(parallel, text.layers, 1) * (parallel.virtual_pipeline or 1) * parallel.pipeline
+    even = parallel.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
+    shapes = replace(layout.shapes, text=replace(text, layers=layers))
+    return replace(layout, settings=layout.settings.model_copy(update={"parallel": even}), shapes=shapes)
+
+
+class _Traced(NamedTuple):
+    """What a window does on a rank; see ``Stage``."""
+
+    memories: list[StageMemory]
+    operators: StageOperators
+    window: int
+    adapted: Collection[str]
+
+
+def _traced(layout: Layout, number: int, trained: Sequence[TrainedModel]) -> _Traced:
+    """Lets a rank run that has few of the layers of stage ``number``."""
+    window = window_of(layout.settings, trained[0], layout.rows)
+    trace = partial(trace_stage, window=window, shapes=layout.shapes, parallel=layout.settings.parallel, stage=number)
+    found = [trace(model, layout.row, layout.mean_row, imbalance=layout.imbalance) for model in trained]
+    adapted = trained[0].adapters.parts if trained[0].adapters is not None else ()
+    return _Traced([memory for memory, _ in found], found[0][1], window, adapted)
+
+
+def _stage(traced: _Traced, held: "_Held") -> Stage:
+    operators = StageOperators({**traced.operators.parts, **held.update}, traced.operators.chunks)
+    return Stage(held.static, traced.memories, held.sampling, operators, traced.window, traced.adapted)
 
 
 class _Held(NamedTuple):
@@ -190,55 +218,36 @@ def window_of(settings: Settings, model: TrainedModel, rows: int) -> int:
     return min(rows, Step(model.vlm, model.optimizers, RowsAtHand(model.vlm, []), rows, model.objective, wanted).window)
 
 
-def _missing(vlm: VLM, layout: Layout, number: int) -> tuple[int, int]:
-    """How many layers the tower and each chunk of the decoder lack."""
-    whole = layers_of(layout.settings.parallel, layout.shapes.text.layers, number)
-    return layout.shapes.vision.layers - len(vlm.vision.layers), whole - len(vlm.language[0].decoder.layers)
-
-
-def _experts_left_out(layout: Layout, number: int, trained: Sequence[TrainedModel], shapes: Shapes) -> StaticMemory:
-    """What the experts hold that models with these shapes lack, on all layers."""
-    moe, few, parallel = layout.shapes.text.moe, shapes.text.moe, layout.settings.parallel
-    if moe is None or few is None:
-        return StaticMemory()
-    ranks = layout.world_size // (parallel.pipeline * parallel.expert * parallel.expert_tensor)
-    layers, total = layers_of(parallel, layout.shapes.text.layers, number), StaticMemory()
-    for chunk in (chunk for model in trained for chunk in model.vlm.language):
-        times = (moe.num_experts / few.num_experts - 1) * layers / len(chunk.decoder.layers)
-        experts = [weight for name, weight in chunk.decoder.named_parameters() if ".experts." in name]
-        weights = round(times * sum(weight.nbytes for weight in experts))
-        total += _with_state(weights, round(times * sum(4 * w.numel() for w in experts if w.requires_grad)), ranks)
-    return total
-
-
-def _with_state(weights: int, gradients: int, ranks: int) -> StaticMemory:
-    """With a float32 copy and two moments, which so many ranks share."""
-    return StaticMemory(weights, gradients, 3 * gradients // ranks)
-
-
-def _told_by_two(
-    layout: Layout, settings: Settings, number: int, few: _Held, missing: tuple[int, int], experts: StaticMemory
-) -> _Held:
-    """What all layers hold, from what ``few`` and one more in each chunk hold, the weights of a tower's layer, and
-    the experts that are left out."""
-    static, sampling = few.static, few.sampling
-    if any(missing):
-        one_more, shapes = _fewer(layout, settings, number, exact=False, more=1)
-        with _rank_of(layout, number, one_more, shapes) as (session, trained):
-            more = _held(layout, number, session, trained)
-            of_layer = list(trained[0].vlm.vision.layers[-1].parameters()) if missing[1] else []
-            weights = missing[0] * sum(weight.nbytes for weight in of_layer)
-            gradients = missing[0] * sum(4 * weight.numel() for weight in of_layer if weight.requires_grad)
-        times = missing[1] if missing[1] else missing[0]
-        static = _with_state(weights, gradients, layout.world_size) + StaticMemory(
-            *(_linear(getattr(few.static, f.name), getattr(more.static, f.name), times) for f in fields(StaticMemory))
-        )
-        sampling = min(_linear(few.sampling, more.sampling, times), int(layout.settings.rollout.cache_gib * 2**30))
-    static += experts
+def _of_all_layers(layout: Layout, number: int, trained: Sequence[TrainedModel], few: _Held) -> _Held:
+    """What all layers and experts hold, from what few of them hold, without padding."""
+    parallel, shapes, world = layout.settings.parallel, layout.shapes, layout.world_size
+    whole = layers_of(parallel, shapes.text.layers, number)
+    of_dense = world // (parallel.tensor * parallel.pipeline)
+    of_experts = world // (parallel.pipeline * parallel.expert * parallel.expert_tensor)
+    static = few.static
+    for vlm in (model.vlm for model in trained):
+        tower = vlm.vision.layers
+        static += _left_out(tensors_of(tower[-1]), shapes.vision.layers - len(tower), world)
+        for layers in (chunk.decoder.layers for chunk in vlm.language):
+            experts = [one for layer in layers for one in layer.modules() if isinstance(one, SequentialMLP)]
+            inside = [tensor for module in experts for tensor in tensors_of(module)]
+            if experts and shapes.text.moe is not None:
+                all_experts = shapes.text.moe.num_experts // parallel.expert / experts[0].num_local_experts
+                static += _left_out(inside, all_experts * whole / len(layers) - 1, of_experts)
+            known = set(map(id, inside))
+            others = (tensor for layer in layers for tensor in tensors_of(layer) if id(tensor) not in known)
+            static += _left_out(others, whole / len(layers) - 1, of_dense)
+    times = whole / len(trained[0].vlm.language[0].decoder.layers)
+    copies = few.static.others * static.weights // max(few.static.weights, 1)
+    static = replace(static, others=max(few.static.others, copies) if few.static.others else 0)
     share = static.gradients / max(few.static.gradients, 1)
     update = {part: {call: count * share for call, count in counts.items()} for part, counts in few.update.items()}
-    return _Held(static, sampling, update)
+    most = int(layout.settings.rollout.cache_gib * 2**30)
+    return _Held(static, min(round(few.sampling * times), most), update)
 
 
-def _linear(few: int, more: int, times: int) -> int:
-    return few + (more - few) * times
+def _left_out(tensors: Iterable[Tensor], times: float, ranks: int) -> StaticMemory:
+    """So many times these weights, with gradients in float32, and Adam's state, which so many ranks share."""
+    kept = list(tensors)
+    gradients = round(times * sum(4 * tensor.numel() for tensor in kept if tensor.requires_grad))
+    return StaticMemory(round(times * sum(tensor.nbytes for tensor in kept)), gradients, 3 * gradients // ranks)

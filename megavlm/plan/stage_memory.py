@@ -84,6 +84,18 @@ class StageMemory:
             (done if turn.backward else alive)[turn.chunk] += 1
         return max(found, key=lambda peak: peak.total)
 
+    def without(self, phase: str) -> "StageMemory":
+        """The same without what is made in a phase."""
+
+        def left(sizes: Mapping[str, int]) -> dict[str, int]:
+            return {name: size for name, size in sizes.items() if name != phase}
+
+        def of(peak: Peak) -> Peak:
+            return Peak(peak.phase, left(peak.by_phase))
+
+        chunks = [ChunkMemory(of(c.forward), left(c.kept), of(c.backward), left(c.left)) for c in self.chunks]
+        return StageMemory(of(self.encode), left(self.before), chunks, of(self.tower))
+
 
 def trace_stage(
     model: TrainedModel,

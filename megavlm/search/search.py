@@ -23,6 +23,8 @@ from megavlm.search.layouts import layouts, with_changes
 
 BEST = 10
 """Number of layouts that are shown."""
+PROMISING = 12
+"""Number of layouts that are planned with less that is computed again."""
 EXACT = 4
 """Number of layouts that are planned exactly."""
 _AT_ONCE = 8  # interleaved layouts that are planned before it is asked again which of the others can win
@@ -62,12 +64,12 @@ def search(
     ruled_out = [Candidate(changes, ruled_out=why) for changes, why in found if why is not None]
     valid = [changes for changes, why in found if why is None]
     smallest, *others = _savings(settings)
-    work = _Work(settings, plan_of, progress, len(valid) + 3 * BEST)
+    work = _Work(settings, plan_of, progress, len(valid) + PROMISING)
     work.prepare()
 
     planned: dict[tuple, Candidate] = {}
     for turn in _rounds(changes for changes in valid if changes[_CHUNKS] is None):
-        slowest = _seconds_of_place(planned.values(), 2 * BEST)
+        slowest = _seconds_of_place(planned.values(), PROMISING)
         why = [_why_not(changes, planned, slowest) for changes in turn]
         now = [changes for changes, reason in zip(turn, why, strict=True) if reason is None]
         ruled_out += [Candidate(c, ruled_out=reason) for c, reason in zip(turn, why, strict=True) if reason is not None]
@@ -76,13 +78,13 @@ def search(
     tried = list(planned.values())
     hopeful = [(_least_seconds(planned.get(_key(changes)), changes), changes) for changes in valid if changes[_CHUNKS]]
     hopeful.sort(key=lambda one: one[0])
-    while hopeful and hopeful[0][0] < _seconds_of_place(tried, 2 * BEST):
+    while hopeful and hopeful[0][0] < _seconds_of_place(tried, PROMISING):
         now, hopeful = [changes for _, changes in hopeful[:_AT_ONCE]], hopeful[_AT_ONCE:]
         tried += work.plan([(changes, [smallest]) for changes in now])
     work.skip(len(hopeful))
     ruled_out += [Candidate(changes, ruled_out=_NOT_INTERLEAVED) for _, changes in hopeful]
 
-    promising, rest = _divided(tried, 2 * BEST)
+    promising, rest = _divided(tried, PROMISING)
     less = work.plan([(one.changes, others) for one in promising])
     faster = [min(pair, key=_seconds) for pair in zip(promising, less, strict=True)]
     best, rest = _divided([*faster, *rest], EXACT)

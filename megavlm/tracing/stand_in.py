@@ -24,7 +24,7 @@ _EXPERTS = 2  # of a rank, at least
 _PLAIN = 3  # layers that are kept beside those with deepstack features: one, the one that is repeated, and the last
 
 
-def fewer_layers(settings: Settings, shapes: Shapes, stage: int, more: int = 0) -> tuple[Settings, Shapes]:
+def fewer_layers(settings: Settings, shapes: Shapes, stage: int) -> tuple[Settings, Shapes]:
     """The settings and shapes with few layers in the tower and in each chunk of the decoder, if that can stand for all.
 
     On pipeline stages without deepstack features, fewer of them can.
@@ -34,7 +34,6 @@ def fewer_layers(settings: Settings, shapes: Shapes, stage: int, more: int = 0) 
     Args:
         settings, shapes: those of the run.
         stage: the pipeline stage that is built.
-        more: how many more layers each chunk of the decoder gets; if it gets all, the tower.
     """
     levels = len(shapes.vision.deepstack_layers)
     few = levels + _PLAIN
@@ -42,11 +41,10 @@ def fewer_layers(settings: Settings, shapes: Shapes, stage: int, more: int = 0) 
     shortest = min(layers_of(parallel, text.layers, stage) for stage in range(parallel.pipeline))
     is_long = shortest > few and len({text.is_moe_layer(layer) for layer in range(text.layers)}) == 1
     if shapes.vision.layers > few:
-        layers = few if is_long else few + more
-        shapes = replace(shapes, vision=replace(shapes.vision, layers=layers, deepstack_layers=tuple(range(levels))))
+        shapes = replace(shapes, vision=replace(shapes.vision, layers=few, deepstack_layers=tuple(range(levels))))
     if is_long:
         chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-        each = (few if stage == 0 else max(_PLAIN, levels)) + more
+        each = few if stage == 0 else max(_PLAIN, levels)
         shapes = replace(shapes, text=replace(text, layers=each * chunks))
         even = parallel.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
         settings = settings.model_copy(update={"parallel": even})

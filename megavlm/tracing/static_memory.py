@@ -59,7 +59,7 @@ class StaticCount:
             vlm: the model.
             optimizers: its optimizers, whose state exists (see ``make_state``); None if it is not trained.
         """
-        weights = self._new(t for part in PARTS for module in vlm.modules_of(part) for t in _tensors_of(module))
+        weights = self._new(t for part in PARTS for module in vlm.modules_of(part) for t in tensors_of(module))
         if optimizers is None:
             return StaticMemory(weights)
         ddps = [ddp for ddps in optimizers.ddp.values() for ddp in ddps]
@@ -95,7 +95,8 @@ def make_state(optimizers: Optimizers) -> None:
             weight.grad = None
 
 
-def _tensors_of(module: nn.Module) -> Iterable[Tensor]:
+def tensors_of(module: nn.Module) -> Iterable[Tensor]:
+    """Parameters, buffers, and what weights in 4 bits consist of."""
     yield from module.parameters()
     yield from module.buffers()
     for quantized in (getattr(one, "nf4", None) for one in module.modules()):

@@ -22,7 +22,7 @@ def both(cases: dict) -> dict:
     from megavlm.plan.gpus import gpu_of
     from megavlm.plan.mix import Mix
     from megavlm.plan.plan import make_plan
-    from megavlm.plan.stage import Layout, stage_of
+    from megavlm.plan.stage import Layout, rough_stages_of, stage_of
 
     found = {}
     with alone():
@@ -38,7 +38,7 @@ def both(cases: dict) -> dict:
                 for exact in (False, True)
             ]
             layout = Layout(settings, shapes, "sft", world, mix, plans[0].rows, 1.0)
-            parts = [stage_of(layout, 0, exact=exact).operators.parts for exact in (False, True)]
+            parts = [stage.operators.parts for stage in (rough_stages_of(layout, 2**60)[0], stage_of(layout, 0))]
             work = [
                 {
                     (part, kind): (
