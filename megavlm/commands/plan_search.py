@@ -69,7 +69,8 @@ def show(
         messages.print(f"the first layout is in {write}", soft_wrap=True, markup=False)
     if page is not None:
         own = with_changes(settings, found[0].changes)
-        shown = plan_json(plan_of(own, exact=True)) | {"candidates": [asdict(candidate) for candidate in found]}
+        layouts = [asdict(different(candidate, settings)) for candidate in found]
+        shown = plan_json(plan_of(own, exact=True)) | {"candidates": layouts}
         write_plan_page(page, shown, own, verb)
         messages.print(f"page: {page}", soft_wrap=True, markup=False)
     return 0

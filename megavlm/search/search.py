@@ -23,7 +23,7 @@ from megavlm.search.layouts import layouts, with_changes
 
 BEST = 10
 """Number of layouts that are shown."""
-PROMISING = 12
+PROMISING = 20
 """Number of layouts that are planned with less that is computed again."""
 EXACT = 4
 """Number of layouts that are planned exactly."""

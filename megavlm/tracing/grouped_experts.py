@@ -80,7 +80,7 @@ class Experts:
         flops = call.flops * self.traced
         if call.kind == "product":
             batch, *sides = call.sizes
-            read = max(math.prod(pair) for pair in combinations(sorted(sides), 2) if pair in self.shapes)
+            read = max((math.prod(pair) for pair in combinations(sorted(sides), 2) if pair in self.shapes), default=0)
             moved = call.moved * self.traced + read * _itemsize(call) * (self.whole - self.traced)
             return call._replace(sizes=(batch * self.traced, *sides), flops=flops, moved=moved)
         experts = self.whole if call.sizes == (1,) else self.traced

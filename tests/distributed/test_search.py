@@ -35,4 +35,5 @@ def test_a_search(config, tmp_path, world1) -> None:  # noqa: F811
     assert (exists[0], none[0], alone[0]) == (2, 2, 2)
     assert "exists already" in exists[2]
     assert "no layout of 7 ×" in none[2]
+    assert "choose a GPU with more memory" in none[2]  # nor does any of a multiple of seven
     assert "give --search" in alone[2]
