@@ -58,11 +58,11 @@ def test_gradients_are_as_without(monkeypatch) -> None:
 
 
 def test_another_storage_is_not_remembered() -> None:
-    first, other = torch.ones(3, device=META), torch.ones(3, device=META)
     for _ in range(2):
+        tensor, other = torch.ones(3, device=META), torch.ones(3, device=META)
         with KnownShapes():
-            first.set_(other.untyped_storage())
-        assert first.untyped_storage()._cdata == other.untyped_storage()._cdata
+            tensor.set_(other)
+        assert tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def test_a_view_that_does_not_say_so_shares_memory_each_time() -> None:
