@@ -19,10 +19,11 @@ def both(cases: dict) -> dict:
     """For each case, of a rough and of an exact plan: seconds without the update, bytes, and work in the decoder."""
     from megavlm.config.settings import Settings
     from megavlm.convert.hf_shapes import model_shapes
+    from megavlm.plan import stage
     from megavlm.plan.gpus import gpu_of
     from megavlm.plan.mix import Mix
     from megavlm.plan.plan import make_plan
-    from megavlm.plan.stage import Layout, rough_stages_of, stage_of
+    from megavlm.plan.stage import Layout
 
     found = {}
     with alone():
@@ -33,22 +34,25 @@ def both(cases: dict) -> dict:
             if text.moe is not None:
                 text = replace(text, moe=replace(text.moe, num_experts=32))
             shapes, mix = replace(shapes, text=replace(text, layers=28)), Mix.of(settings, shapes, pictures=1)
-            plans = [
-                make_plan(settings, shapes, "sft", world, gpu_of("h100"), mix=mix, imbalance=1.0, exact=exact)
-                for exact in (False, True)
-            ]
-            layout = Layout(settings, shapes, "sft", world, mix, plans[0].rows, 1.0)
-            parts = [stage.operators.parts for stage in (rough_stages_of(layout, 2**60)[0], stage_of(layout, 0))]
+            plans, parts, few = [], [], stage.fewer_experts
+            for exact in (False, True):
+                stage.fewer_experts = (lambda shapes, parallel: shapes) if exact else few  # all experts are run
+                plan = make_plan(settings, shapes, "sft", world, gpu_of("h100"), mix=mix, imbalance=1.0, exact=exact)
+                layout = Layout(settings, shapes, "sft", world, mix, plan.rows, 1.0)
+                first = stage.stage_of(layout, 0) if exact else stage.rough_stages_of(layout, 2**60)[0]
+                plans.append(plan)
+                parts.append(first.operators.parts)
+            stage.fewer_experts = few
             work = [
                 {
                     (part, kind): (
-                        sum(n * call.flops for call, n in stage[part].items() if call.kind == kind),
-                        sum(n * call.moved for call, n in stage[part].items() if call.kind == kind),
+                        sum(n * call.flops for call, n in counts[part].items() if call.kind == kind),
+                        sum(n * call.moved for call, n in counts[part].items() if call.kind == kind),
                     )
                     for part in ("forward", "backward")
                     for kind in ("product", "attention", "elementwise", "collective")
                 }
-                for stage in parts
+                for counts in parts
             ]
             update = [plan.time.parts["reduction"] + plan.time.parts["optimizer"] for plan in plans]
             found[name] = (
@@ -73,6 +77,7 @@ def test_few_layers_and_experts_tell_of_all(name, toys, world1) -> None:
     assert rough[1] == pytest.approx(exact[1], rel=0.03)
     # Reduction and update are left out: in a toy, calls take longer than work there, and few weights have few calls.
     assert rough[0] == pytest.approx(exact[0], rel=0.05)
-    for key, (flops, moved) in whole.items():
-        assert few[key][0] == pytest.approx(flops, rel=1e-3), key
-        assert few[key][1] == pytest.approx(moved, rel=0.03), key
+    # The router has a column for each expert, which in a toy of 32 experts is 3 % of the products.
+    for (part, kind), (flops, moved) in whole.items():
+        assert few[part, kind][0] == pytest.approx(flops, rel=0.04), (part, kind)
+        assert few[part, kind][1] == pytest.approx(moved, rel=0.1 if kind == "elementwise" else 0.02), (part, kind)
