@@ -60,7 +60,7 @@ def test_synthetic_rows_in_a_pipeline(toys, tmp_path):
 def test_operators_for_the_planner(toys, tmp_path):
     config = sft_config(toys, tmp_path, steps=2, global_batch_size=4)
     file, words = tmp_path / "cpu.yaml", ["data.max_pixels=9216", "train.precision=fp32"]
-    found = line_of(config, "--synthetic", "--steps", 1, "--warmup", 0, "--operators", file, *words)
+    line_of(config, "--synthetic", "--steps", 1, "--warmup", 0, "--operators", file, *words)
     facts = yaml.safe_load(file.read_text())
     kinds = {point[0] for point in facts["operators"]["points"]}
     assert kinds == {"product", "attention", "elementwise"}
@@ -68,8 +68,12 @@ def test_operators_for_the_planner(toys, tmp_path):
     assert 0 < facts["bf16_tflops"] < 100
     plan = json.loads(megavlm("plan", config, "--gpus", 1, "--gpu", file, "--json", *words).stdout)
     assert plan["gpu"]["name"] == "CPU"
-    # Of the toy's step, most is the time of Python between operators, which single operators do not have.
-    assert 0 < plan["time"]["seconds"] < found["seconds"]["mean"]
+    # The plan's seconds are those of the file and nothing else: twice as long operators make a step twice as long.
+    slower, twice = tmp_path / "slower.yaml", {**facts["operators"], "overhead": 2 * facts["operators"]["overhead"]}
+    twice["points"] = [[*point[:-1], 2 * point[-1]] for point in twice["points"]]
+    slower.write_text(yaml.safe_dump({**facts, "operators": twice}))
+    slow = json.loads(megavlm("plan", config, "--gpus", 1, "--gpu", slower, "--json", *words).stdout)
+    assert slow["time"]["seconds"] == pytest.approx(2 * plan["time"]["seconds"]) != 0
     assert "exists already" in megavlm("bench", config, "--operators", file, status=2).stderr
 
 
