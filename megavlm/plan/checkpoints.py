@@ -44,9 +44,8 @@ def checkpoint_of(
     itemsize = DTYPES[settings.train.precision].itemsize
     if settings.adapter.type is None:
         weights = itemsize * sum(math.prod(entry.shape) for entry in table(shapes))
-    else:  # adapters alone; a gradient has four bytes
-        ranks = settings.parallel.tensor * settings.parallel.expert_tensor
-        weights = sum(stage.gradients for stage in static) // 4 * itemsize * min(ranks, settings.parallel.tensor)
+    else:  # adapters alone, at most: a gradient has four bytes, and some matrices are on all tensor ranks
+        weights = sum(stage.gradients for stage in static) // 4 * itemsize * settings.parallel.tensor
     hosts = math.ceil(world_size / gpu.nvlink_domain)
     size = weights + optimizer
     return Checkpoint(size, size / hosts / (gpu.operators["storage"] * 1e9), settings.checkpoint.async_save)

@@ -178,9 +178,7 @@ def _why_not(changes: Mapping[str, Any], planned: Mapping[tuple, Candidate], slo
     smaller = [planned[key] for key in _smaller(changes) if key in planned]
     if any(one.ruled_out is None for one in smaller):
         return _SMALLER
-    with_less_context = [
-        one for one in smaller if one.changes["parallel.expert"] == changes["parallel.expert"] and one.seconds
-    ]
+    with_less_context = (one for one in smaller if one.changes["parallel.expert"] == changes["parallel.expert"])
     if any(one.seconds is not None and one.seconds > slowest for one in with_less_context):
         return _SLOW
     if changes["parallel.expert_tensor"] > 1:

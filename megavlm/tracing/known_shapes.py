@@ -1,7 +1,7 @@
 """Operators on the meta device, each computed once for tensors of equal description.
 
-Torch's functions for the meta device are written in Python and take a hundred times as long as making a tensor. Layers
-are alike, so nearly all calls of a step have been made before with arguments of the same shapes.
+Many of torch's functions for the meta device are written in Python and take longer than making a tensor. Layers are
+alike, so nearly all calls of a step have been made before with arguments of the same shapes.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _Description = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _known: dict[tuple, list[_Description] | None] = {}  # [] if it changes its first argument
-_MOST = 100_000  # a search of large models stays far below
+_MOST = 100_000  # so that they take little memory
 
 
-def run(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The result of an operator of torch; of a known one on the meta device, tensors of the known description.
 
     Of the operators whose result shares memory with an argument, only those that change the values of their first one
@@ -35,7 +35,7 @@ def run(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if kind == "in place":
             return args[0]
         made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in found]
-        return made[0] if len(func._schema.returns) == 1 else tuple(made)  # type: ignore[attr-defined]
+        return made[0] if len(func._schema.returns) == 1 else tuple(made)
     result = func(*args, **kwargs)
     if key not in _known and len(_known) < _MOST:
         if kind == "new":

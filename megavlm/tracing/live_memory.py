@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavlm.monitor.phases import Phases
+from megavlm.tracing.operators import tensors_in
 
 
 class LiveMemory(TorchDispatchMode):
@@ -48,10 +49,10 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for known in _tensors_in((*args, *(kwargs or {}).values())):
+        for known in tensors_in((*args, *(kwargs or {}).values())):
             self._note(known, is_new=False)
         results = func(*args, **(kwargs or {}))
-        for made in _tensors_in((results,)):
+        for made in tensors_in((results,)):
             self._note(made, is_new=True)
         return results
 
@@ -75,15 +76,6 @@ class LiveMemory(TorchDispatchMode):
     def _freed(self, key: int, size: int, phase: str, _: weakref.ref) -> None:
         del self._alive[key]
         self._add(-size, phase)
-
-
-def _tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
-    """All tensors in the arguments or the results of an operation, which may be lists of tensors."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors_in(value)
 
 
 class Counting(Protocol):
