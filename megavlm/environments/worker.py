@@ -18,7 +18,6 @@ import inspect
 import json
 import os
 import pickle
-import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -26,7 +25,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megavlm.base.errors import UserError
-from megavlm.base.processes import end_with_parent
+from megavlm.base.processes import end_with_parent, ignore_stop_signals
 from megavlm.base.quoting import shortened
 from megavlm.environments.step import Observation, checked
 from megavlm.rewards.own_function import load_function
@@ -40,8 +39,7 @@ def main(handle: int, parent: int) -> None:
         parent: process id of the trainer.
     """
     end_with_parent(parent)
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the trainer decides when its workers end
-        signal.signal(stop, signal.SIG_IGN)
+    ignore_stop_signals()
     connection = Connection(handle)
     setup = json.loads(connection.recv_bytes())
     try:

@@ -12,13 +12,12 @@ import json
 import math
 import os
 import pickle
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from megavlm.base.errors import UserError
-from megavlm.base.processes import end_with_parent
+from megavlm.base.processes import end_with_parent, ignore_stop_signals
 from megavlm.base.quoting import quoted, shortened
 from megavlm.rewards import choice, functions
 from megavlm.rewards.own_function import call, load_function
@@ -39,9 +38,7 @@ def main(handle: int, parent: int) -> None:
         parent: process id of the trainer.
     """
     end_with_parent(parent)
-    # A stopped job sends these to all its processes, but the trainer still needs rewards until its step is done.
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(stop, signal.SIG_IGN)
+    ignore_stop_signals()  # the trainer of a stopped job still needs rewards until its step is done
     connection = Connection(handle)
     loaded = []
     for index, reward in enumerate(json.loads(connection.recv_bytes())):

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from megavlm.base.errors import UserError
+from megavlm.base.processes import stop_signals_held
 from megavlm.config.reward_section import RewardSettings
 
 # A fork of the trainer would hold copies of its memory, and multiprocessing's "spawn" would import its main module.
@@ -49,7 +50,7 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         for side in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, side, struct.pack("ll", int(_STUCK), 0))
-        with theirs:
+        with theirs, stop_signals_held():
             arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(sys.path)]
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _CODE.format(module), *arguments],
