@@ -23,7 +23,8 @@ from megavlm.plan.gpus import Gpu
 from megavlm.report.plan_page import write_plan_page
 from megavlm.search.candidate import Candidate
 from megavlm.search.layouts import with_changes
-from megavlm.search.search import BEST, PlanOf, different, enough_gpus, search
+from megavlm.search.search import BEST, different, enough_gpus, search
+from megavlm.search.work import PlanOf
 
 _GIB = 2**30
 _FORMS = "{:.3g}", "{:,.0f}", "{:.1%}", "{:.1f}"

@@ -1,28 +1,27 @@
 """What the first rank of each pipeline stage holds and computes: the facts from which a layout is planned."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
-from megatron.core.transformer.moe.experts import SequentialMLP
-from torch import Tensor
 
 from megavlm.align.registry import METHODS, make_method
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.model.shapes import Shapes
+from megavlm.plan.all_layers import Held, of_all_layers
 from megavlm.plan.further_memory import further_memory, sampling_memory
 from megavlm.plan.mix import DataMix, Mix
 from megavlm.plan.stage_memory import StageMemory, trace_stage
-from megavlm.plan.stage_operators import Counts, StageOperators, update_operators
+from megavlm.plan.stage_operators import StageOperators, update_operators
 from megavlm.plan.step_memory import Peak, RowsAtHand
 from megavlm.runtime.session import Session
 from megavlm.tracing.absent_rank import TrainedModel, absent_rank, that_can_be_absent
 from megavlm.tracing.stand_in import fewer_experts, fewer_layers, layers_of
-from megavlm.tracing.static_memory import StaticCount, StaticMemory, make_state, tensors_of
+from megavlm.tracing.static_memory import StaticCount, StaticMemory, make_state
 from megavlm.training.method import Method
 from megavlm.training.step import Step
 
@@ -147,9 +146,10 @@ def _rough(layout: Layout, number: int) -> list[Stage]:
     with _rank_of(layout, number, few, fewer_experts(shapes, settings.parallel)) as (session, trained):
         traced = _traced(built, number, trained)
         held = _held(layout, number, session, trained)
-        found = [_stage(traced, _of_all_layers(layout, number, trained, held))]
+        whole = partial(of_all_layers, held, trained, layout.settings, layout.shapes, layout.world_size)
+        found = [_stage(traced, whole(number))]
         if has_middle:
-            middle = _stage(traced, _of_all_layers(layout, 1, trained, held))
+            middle = _stage(traced, whole(1))
             found.append(replace(middle, memories=[memory.without("exchange") for memory in middle.memories]))
     return found
 
@@ -181,17 +181,9 @@ def _traced(layout: Layout, number: int, trained: Sequence[TrainedModel]) -> _Tr
     return _Traced([memory for memory, _ in found], found[0][1], window, adapted)
 
 
-def _stage(traced: _Traced, held: "_Held") -> Stage:
+def _stage(traced: _Traced, held: Held) -> Stage:
     operators = StageOperators({**traced.operators.parts, **held.update}, traced.operators.chunks)
     return Stage(held.static, traced.memories, held.sampling, operators, traced.window, traced.adapted)
-
-
-class _Held(NamedTuple):
-    """What a rank holds all the time, the bytes of the sampling, and the operators of an update."""
-
-    static: StaticMemory
-    sampling: int
-    update: Mapping[str, Counts]
 
 
 def _rank_of(
@@ -201,7 +193,7 @@ def _rank_of(
     return absent_rank(settings, layout.method, layout.rank(number), layout.world_size, at_end=True, shapes=shapes)
 
 
-def _held(layout: Layout, number: int, session: Session, trained: Sequence[TrainedModel]) -> _Held:
+def _held(layout: Layout, number: int, session: Session, trained: Sequence[TrainedModel]) -> Held:
     count, static = StaticCount(), StaticMemory()
     for model in trained:
         make_state(model.optimizers)
@@ -209,45 +201,10 @@ def _held(layout: Layout, number: int, session: Session, trained: Sequence[Train
     static += StaticMemory(others=further_memory(session, layout.settings, layout.method, layout.rank(number)))
     samples = METHODS[layout.verb].samples
     sampling = sampling_memory(session, layout.settings, layout.verb) if samples else 0
-    return _Held(static, sampling, update_operators(trained[0].vlm, trained[0].optimizers, _META))
+    return Held(static, sampling, update_operators(trained[0].vlm, trained[0].optimizers, _META))
 
 
 def window_of(settings: Settings, model: TrainedModel, rows: int) -> int:
     """The number of micro-batches whose frames are encoded together."""
     wanted = settings.vision.window or (rows if settings.train.global_batch_size is None else None)
     return min(rows, Step(model.vlm, model.optimizers, RowsAtHand(model.vlm, []), rows, model.objective, wanted).window)
-
-
-def _of_all_layers(layout: Layout, number: int, trained: Sequence[TrainedModel], few: _Held) -> _Held:
-    """What all layers and experts hold, from what few of them hold, without padding."""
-    parallel, shapes, world = layout.settings.parallel, layout.shapes, layout.world_size
-    whole = layers_of(parallel, shapes.text.layers, number)
-    of_dense = world // (parallel.tensor * parallel.pipeline)
-    of_experts = world // (parallel.pipeline * parallel.expert * parallel.expert_tensor)
-    static = few.static
-    for vlm in (model.vlm for model in trained):
-        tower = vlm.vision.layers
-        static += _left_out(tensors_of(tower[-1]), shapes.vision.layers - len(tower), world)
-        for layers in (chunk.decoder.layers for chunk in vlm.language):
-            experts = [one for layer in layers for one in layer.modules() if isinstance(one, SequentialMLP)]
-            inside = [tensor for module in experts for tensor in tensors_of(module)]
-            if experts and shapes.text.moe is not None:
-                all_experts = shapes.text.moe.num_experts // parallel.expert / experts[0].num_local_experts
-                static += _left_out(inside, all_experts * whole / len(layers) - 1, of_experts)
-            known = set(map(id, inside))
-            others = (tensor for layer in layers for tensor in tensors_of(layer) if id(tensor) not in known)
-            static += _left_out(others, whole / len(layers) - 1, of_dense)
-    times = whole / len(trained[0].vlm.language[0].decoder.layers)
-    copies = few.static.others * static.weights // max(few.static.weights, 1)
-    static = replace(static, others=max(few.static.others, copies) if few.static.others else 0)
-    share = static.gradients / max(few.static.gradients, 1)
-    update = {part: {call: count * share for call, count in counts.items()} for part, counts in few.update.items()}
-    most = int(layout.settings.rollout.cache_gib * 2**30)
-    return _Held(static, min(round(few.sampling * times), most), update)
-
-
-def _left_out(tensors: Iterable[Tensor], times: float, ranks: int) -> StaticMemory:
-    """So many times these weights, with gradients in float32, and Adam's state, which so many ranks share."""
-    kept = list(tensors)
-    gradients = round(times * sum(4 * tensor.numel() for tensor in kept if tensor.requires_grad))
-    return StaticMemory(round(times * sum(tensor.nbytes for tensor in kept)), gradients, 3 * gradients // ranks)

@@ -22,7 +22,7 @@ from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
 from megavlm.plan.schedule import turns
 from megavlm.plan.stage_operators import StageOperators, parts_of
-from megavlm.plan.step_memory import Peak, RowsAtHand
+from megavlm.plan.step_memory import EqualRows, Peak
 from megavlm.platform import device
 from megavlm.runtime.feed import MicroBatch
 from megavlm.runtime.forward import encode_window, forward_chunk, prepare_schedule
@@ -151,7 +151,7 @@ class _Trace:
         """Encodes a window of equal rows, runs one through each chunk, and the tower's backward pass."""
         vlm, memory = self.model.vlm, self.memory
         memory.watch()
-        feed, phases = RowsAtHand(vlm, [row] * window), PhasesOf(_Both(memory, self.operators))
+        feed, phases = EqualRows(vlm, [row] * window), PhasesOf(_Both(memory, self.operators))
         with phases.step():
             (batch,) = phases.during("data", feed.windows(feed.rows(window), window))
             with phases("exchange"):

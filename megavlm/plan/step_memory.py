@@ -5,15 +5,18 @@ computes nothing and allocates nothing, but its tensors live as long as real one
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from megavlm.data.row import Row
 from megavlm.model.vlm import VLM
 from megavlm.optim.optimizers import Optimizers
-from megavlm.runtime.feed import Feed, StepRows
+from megavlm.runtime.feed import Feed, MicroBatch, StepRows
 from megavlm.tracing.balanced_experts import BalancedExperts
 from megavlm.tracing.live_memory import LiveMemory, PhasesOf
 from megavlm.training.objective import Objective
@@ -47,6 +50,31 @@ class RowsAtHand(Feed):
 
     def rows(self, num_rows: int) -> StepRows:
         return StepRows(self._rows, list(self._rows) if self.groups.is_leader else [])
+
+
+class EqualRows(RowsAtHand):
+    """Rows that are one and the same: the first one is laid out for the meta device, the others take as many bytes."""
+
+    def _micro_batch(self, host: Row, number: int) -> MicroBatch:
+        if number == 0:
+            self._first = super()._micro_batch(host, number)
+            return self._first
+        other: MicroBatch = _alike(self._first, {})
+        return other
+
+
+def _alike(value: Any, made: dict[int, Tensor]) -> Any:
+    """A copy with memory of its own for each meta tensor. ``made`` has those that stand in several places."""
+    if isinstance(value, Tensor) and value.is_meta:
+        if id(value) not in made:
+            made[id(value)] = torch.empty_like(value)
+        return made[id(value)]
+    if not is_dataclass(value) or isinstance(value, Row | type):
+        return value
+    other = copy(value)
+    for field in fields(value):
+        setattr(other, field.name, _alike(getattr(value, field.name), made))
+    return other
 
 
 def peak_of(

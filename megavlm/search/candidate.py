@@ -16,6 +16,7 @@ class Candidate:
         mfu: share of the GPU's dense bf16 peak that the model's own operations use.
         ruled_out: why it cannot be taken, such as "needs 3.1 GiB more"; None if it can.
         bubble: the seconds in which the slowest stage waits for others; None like ``seconds``.
+        again: the forward pass's share of the decoder's seconds; no more than that is saved by computing nothing again.
     """
 
     changes: dict[str, Any]
@@ -25,3 +26,4 @@ class Candidate:
     mfu: float | None = None
     ruled_out: str | None = None
     bubble: float | None = None
+    again: float | None = None

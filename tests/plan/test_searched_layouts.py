@@ -1,29 +1,12 @@
 """Which layouts of a number of GPUs are valid for a released model, and why others are ruled out."""
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from megavlm.base.errors import UserError
-from megavlm.config.load import load_settings
-from megavlm.convert.hf_shapes import model_shapes
 from megavlm.plan.gpus import gpu_of
 from megavlm.search.layouts import _uneven, layouts, with_changes
-from megavlm.search.search import _key, _rounds, _savings, _smaller
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-@pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch):
-    def load(model: str):
-        monkeypatch.chdir(CONFIGS.parent)
-        monkeypatch.setenv("MEGAVLM_MODEL", model)
-        settings = load_settings(CONFIGS / "tune/sft.yaml")
-        return settings, model_shapes(settings.model)
-
-    return load
 
 
 def test_every_valid_layout_is_there_once_and_the_others_have_a_reason(recipe) -> None:
@@ -80,38 +63,3 @@ def test_stages_of_unequal_size_hold_all_layers(layers, pipeline, chunks, first,
 def test_94_layers_divide_into_many_pipelines(recipe) -> None:
     valid = [changes for changes, why in layouts(*recipe("235b-a22b"), 256, gpu_of("h100")) if why is None]
     assert {c["parallel.pipeline"] for c in valid} == {1, 2, 4, 8, 16, 32}
-
-
-def layout(**parallel) -> dict:
-    sizes = {"tensor": 1, "pipeline": 1, "context": 1, "expert": 1, "expert_tensor": 1} | parallel
-    return {f"parallel.{name}": size for name, size in sizes.items()}
-
-
-def test_a_layout_follows_those_that_are_faster_where_they_fit() -> None:
-    wide = layout(context=4, expert=8)
-    smaller = set(_smaller(wide))
-    for context, expert, is_smaller in ((2, 8, True), (1, 1, True), (4, 2, True), (4, 4, False), (4, 8, False)):
-        assert (_key(layout(context=context, expert=expert)) in smaller) == is_smaller, (context, expert)
-    assert _key(layout(context=2, expert=8, tensor=2)) not in smaller
-    layouts_of_all = [layout(context=c, expert=e) for c in (4, 1, 2) for e in (8, 2, 1, 4)]
-    seen: set[tuple] = set()
-    for turn in _rounds(layouts_of_all):
-        here = {_key(one) for one in turn}
-        for one in turn:
-            known = {_key(other) for other in layouts_of_all} & set(_smaller(one))
-            assert known <= seen, one
-            assert not known & here
-        seen |= here
-
-
-def test_less_is_computed_again_only_where_it_fits(recipe) -> None:
-    settings, _ = recipe("8b")  # the tower is frozen
-    assert _savings(settings) == [
-        {"train.recompute": recompute, "vision.recompute": False} for recompute in ("full", "none", ["core_attn"])
-    ]
-    pretraining = with_changes(settings, {"model.freeze": []})
-    assert _savings(pretraining)[:3] == [
-        {"train.recompute": "full", "vision.recompute": True},
-        {"train.recompute": "none", "vision.recompute": False},
-        {"train.recompute": "none", "vision.recompute": True},
-    ]

@@ -1,0 +1,124 @@
+"""Plans layouts in several processes."""
+
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+import torch
+
+from megavlm.base.errors import UserError
+from megavlm.base.pools import in_processes, num_cores
+from megavlm.config.settings import Settings
+from megavlm.plan.plan import SPARE, Plan
+from megavlm.search.candidate import Candidate
+from megavlm.search.layouts import with_changes
+
+_GIB = 2**30
+Progress = Callable[[int, int], None]
+Form = dict[str, Any]
+"""Settings of what is computed again, by dotted name."""
+
+
+class PlanOf(Protocol):
+    """Plans these settings for the GPUs at hand, or another number of them; see ``make_plan`` for ``exact``."""
+
+    def __call__(self, own: Settings, *, exact: bool, gpus: int | None = None) -> Plan: ...
+
+
+class Work:
+    """Plans layouts, one in each process.
+
+    Args:
+        settings: the settings of the configuration.
+        plan_of: plans a layout.
+        progress: is called with the number of layouts that have been planned, and that of all.
+        of: about how many layouts will be planned.
+    """
+
+    def __init__(self, settings: Settings, plan_of: PlanOf, progress: Progress, of: int):
+        self._settings, self._plan_of, self._progress, self._of, self._done = settings, plan_of, progress, of, 0
+
+    def prepare(self) -> None:
+        """Plans the configuration itself, so that modules and shapes need not be loaded in each process."""
+        torch.set_num_threads(1)  # processes that are forked must not wait for threads that they do not have
+        with suppress(UserError):
+            self._plan_of(self._settings, exact=False)
+        gc.freeze()  # what is loaded now stays, so the processes need not look through it for garbage
+
+    def skip(self, count: int) -> None:
+        """Counts layouts that need not be planned."""
+        self._done += count
+        self._progress(min(self._done, self._of), self._of)
+
+    def plan(self, layouts: Sequence[tuple[dict[str, Any], Sequence[Form]]], *, exact: bool = False) -> list[Candidate]:
+        """Plans each layout with the fastest of some forms with which it fits. The first form saves most memory."""
+
+        def one(number: int) -> Candidate:
+            layout, forms = layouts[number]
+            return _fastest_that_fits(layout, forms, lambda changes: self._planned(changes, exact=exact))
+
+        found: list[Candidate] = []
+        for candidate in in_processes(one, len(layouts), num_cores(), "planning layouts"):
+            found.append(candidate)
+            self.skip(1)
+        return found
+
+    def _planned(self, changes: Mapping[str, Any], *, exact: bool) -> Plan:
+        return self._plan_of(with_changes(self._settings, changes), exact=exact)
+
+
+def savings(settings: Settings) -> list[Form]:
+    """The forms of a layout: first the one that saves most memory, and then the others, the fastest last."""
+    trains_tower = settings.adapter.type is not None or "vision" not in settings.frozen(settings.train.steps or 1)
+    tower = [True, False] if trains_tower else [settings.vision.recompute]
+    decoder = ["full", settings.train.recompute, ["core_attn"], "none"]
+    forms = [{"train.recompute": one, "vision.recompute": again} for one in decoder for again in tower]
+    return [form for place, form in enumerate(forms) if form not in forms[:place]]
+
+
+def _fastest_that_fits(
+    layout: dict[str, Any], forms: Iterable[Form], planned: Callable[[dict[str, Any]], Plan]
+) -> Candidate:
+    """The fastest form of a layout that fits, otherwise the first one. What keeps more than a misfit is not planned."""
+    found: list[Candidate] = []
+    misfits: list[Form] = []
+    for form in forms:
+        if any(_keeps_more(form, other) for other in misfits):
+            continue
+        changes = layout | form
+        try:
+            found.append(_candidate(changes, planned(changes)))
+        except UserError as error:
+            found.append(Candidate(changes, ruled_out=error.message))
+        if found[-1].ruled_out is not None:
+            misfits.append(form)
+    return min(found, key=lambda one: (one.ruled_out is not None, seconds_of(one)))
+
+
+def _keeps_more(form: Form, other: Form) -> bool:
+    """Whether a form keeps all that the other one keeps. Lists of modules are compared with full and none alone."""
+    if form["vision.recompute"] and not other["vision.recompute"]:
+        return False
+    mine, its = form["train.recompute"], other["train.recompute"]
+    return mine == its or mine == "none" or its == "full"
+
+
+def _candidate(changes: dict[str, Any], plan: Plan) -> Candidate:
+    each, parts = plan.world_size * plan.time.seconds, plan.time.parts
+    missing = (SPARE * plan.capacity - plan.spare) / _GIB
+    return Candidate(
+        changes,
+        memory=plan.capacity - plan.spare,
+        seconds=plan.time.seconds,
+        tokens_per_second=plan.tokens / each,
+        mfu=sum(plan.model_flops.values()) / each / (plan.gpu.bf16_tflops * 1e12),
+        ruled_out=None if plan.fits else f"needs {missing:.1f} GiB more",
+        bubble=parts["bubble"],
+        again=parts["forward"] / (parts["forward"] + parts["backward"]) if parts.get("forward") else 0.0,
+    )
+
+
+def seconds_of(candidate: Candidate) -> float:
+    """Seconds of a step; infinite if it does not fit, or if they are not known."""
+    return candidate.seconds if candidate.seconds is not None and candidate.ruled_out is None else float("inf")

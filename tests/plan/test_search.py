@@ -1,0 +1,117 @@
+"""The order in which a search plans layouts: what it leaves out is never the fastest."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from megavlm.plan.gpus import gpu_of
+from megavlm.search.candidate import Candidate
+from megavlm.search.layouts import layouts, with_changes
+from megavlm.search.order import is_cut, key_of, least_seconds, rounds, smaller
+from megavlm.search.search import search
+from megavlm.search.work import savings
+
+GIB = 2**30
+KEPT = {"none": 16.0, "core_attn": 12.0, "full": 1.0}  # of a layer, by what is computed again
+
+
+def layout(**parallel) -> dict:
+    sizes = {"tensor": 1, "pipeline": 1, "context": 1, "expert": 1, "expert_tensor": 1} | parallel
+    return {f"parallel.{name}": size for name, size in sizes.items()}
+
+
+def test_a_layout_follows_those_that_are_faster_where_they_fit() -> None:
+    wide = layout(context=4, expert=8)
+    known = set(smaller(wide))
+    for context, expert, is_smaller in ((2, 8, True), (1, 1, True), (4, 2, True), (4, 4, False), (4, 8, False)):
+        assert (key_of(layout(context=context, expert=expert)) in known) == is_smaller, (context, expert)
+    assert key_of(layout(context=2, expert=8, tensor=2)) not in known
+    layouts_of_all = [layout(context=c, expert=e) for c in (4, 1, 2) for e in (8, 2, 1, 4)]
+    seen: set[tuple] = set()
+    for turn in rounds(layouts_of_all):
+        here = {key_of(one) for one in turn}
+        for one in turn:
+            before = {key_of(other) for other in layouts_of_all} & set(smaller(one))
+            assert before <= seen, one
+            assert not before & here
+        seen |= here
+
+
+def test_experts_are_cut_only_where_whole_ones_do_not_divide() -> None:
+    cut = layout(tensor=4, expert=8, expert_tensor=4)
+    assert is_cut(cut, {key_of(layout(tensor=4, expert=32))})
+    assert not is_cut(cut, {key_of(layout(tensor=4, expert=16))})
+    assert not is_cut(layout(tensor=4, expert=8), {key_of(layout(tensor=4, expert=8))})
+
+
+def test_the_least_seconds_of_a_layout() -> None:
+    planned = Candidate({}, seconds=10.0, bubble=4.0, again=0.25)
+    assert least_seconds(planned) == pytest.approx(7.5)  # nothing is computed again
+    assert least_seconds(planned, 2) == pytest.approx(6.0)  # and half of the bubble is left
+    assert least_seconds(planned, 2, keeps_more=False) == pytest.approx(8.0)
+    assert least_seconds(Candidate({}, ruled_out="4 layers do not divide into 3 stages")) == math.inf
+
+
+def test_savings_begin_with_what_saves_most(recipe) -> None:
+    settings, _ = recipe("8b")  # the tower is frozen
+    assert savings(settings) == [
+        {"train.recompute": recompute, "vision.recompute": False} for recompute in ("full", "none", ["core_attn"])
+    ]
+    pretraining = with_changes(settings, {"model.freeze": []})
+    assert savings(pretraining)[:3] == [
+        {"train.recompute": "full", "vision.recompute": True},
+        {"train.recompute": "full", "vision.recompute": False},
+        {"train.recompute": "none", "vision.recompute": True},
+    ]
+
+
+def made_up_plan(own, gpu, world: int, scale: float) -> SimpleNamespace:
+    """A plan by formulas that have the properties on which a search relies. ``scale``: activations of a layer, GiB."""
+    parallel, rows = own.parallel, own.rows_per_step(world // math.prod((*sizes(own.parallel),)))
+    again = own.train.recompute if isinstance(own.train.recompute, str) else own.train.recompute[0]
+    passes = {"none": 3.0, "core_attn": 3.2, "full": 4.0}[again]
+    work = 1 + 0.05 * (parallel.tensor - 1) + 0.04 * (parallel.context - 1) + 0.01 * parallel.expert
+    work += 3.0 * (parallel.expert_tensor - 1)
+    forward = work / passes if again == "none" else work / 3
+    backward = forward * (passes - 1)
+    bubble = (forward + backward) * (parallel.pipeline - 1) / rows / (parallel.virtual_pipeline or 1)
+    update = 0.05
+    weights = 1300 / (parallel.pipeline * max(parallel.expert * parallel.expert_tensor, parallel.tensor))
+    deep = 1 + (1 - 1 / parallel.pipeline) * (0.3 if parallel.virtual_pipeline else 0)
+    kept = scale * KEPT[again] * deep / (parallel.tensor * parallel.context)
+    capacity = 80 * GIB
+    spare = capacity - round((weights + kept) * GIB)
+    parts = {"forward": forward, "backward": backward, "bubble": bubble, "optimizer": update}
+    return SimpleNamespace(
+        world_size=world,
+        time=SimpleNamespace(seconds=sum(parts.values()), parts=parts),
+        tokens=1000,
+        model_flops={"language": 1.0},
+        gpu=gpu,
+        capacity=capacity,
+        spare=spare,
+        fits=spare >= 0.05 * capacity,
+    )
+
+
+def sizes(parallel) -> tuple[int, int, int]:
+    return parallel.tensor, parallel.pipeline, parallel.context
+
+
+@pytest.mark.parametrize("scale", [0.5, 4.0, 12.0, 40.0])
+def test_what_is_found_is_the_fastest_of_all(recipe, scale) -> None:
+    settings, shapes = recipe("235b-a22b")
+    gpu, world = gpu_of("h100"), 256
+
+    def plan_of(own, *, exact: bool, gpus: int | None = None) -> SimpleNamespace:
+        return made_up_plan(own, gpu, gpus or world, scale)
+
+    valid = [changes for changes, why in layouts(settings, shapes, world, gpu) if why is None]
+    every = [plan_of(with_changes(settings, one | form), exact=True) for one in valid for form in savings(settings)]
+    fastest = min(plan.time.seconds for plan in every if plan.fits)
+    found = search(settings, shapes, world, gpu, plan_of)
+    assert found[0].ruled_out is None
+    assert found[0].seconds == pytest.approx(fastest, rel=1e-9)
+    known = [(tuple(one.changes[name] for name in valid[0]), one.ruled_out) for one in found]
+    assert len(known) == len(dict(known)) == len(list(layouts(settings, shapes, world, gpu)))  # each layout once
