@@ -1,5 +1,6 @@
 """A layout that a search has looked at."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ class Candidate:
         tokens_per_second: of one GPU, padding left out.
         mfu: share of the GPU's dense bf16 peak that the model's own operations use.
         ruled_out: why it cannot be taken, such as "needs 3.1 GiB more"; None if it can.
-        bubble: the seconds in which the slowest stage waits for others; None like ``seconds``.
-        again: the forward pass's share of the decoder's seconds; no more than that is saved by computing nothing again.
+        parts: seconds of a step by what the slowest stage spends them on, see ``StepTime``; None like ``seconds``.
+        static: bytes that the fullest rank holds all the time; None like ``memory``.
     """
 
     changes: dict[str, Any]
@@ -25,5 +26,5 @@ class Candidate:
     tokens_per_second: float | None = None
     mfu: float | None = None
     ruled_out: str | None = None
-    bubble: float | None = None
-    again: float | None = None
+    parts: Mapping[str, float] | None = None
+    static: int | None = None

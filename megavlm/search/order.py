@@ -9,7 +9,7 @@ CHUNKS = "parallel.virtual_pipeline"
 
 
 def rounds(valid: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The layouts in the order in which they are tried: none is in the same round as one of its ``smaller``."""
+    """The layouts in the order in which they are tried: ``smaller`` and ``halves`` of one are in rounds before it."""
     found: dict[int, list[dict[str, Any]]] = {}
     for changes in valid:
         found.setdefault(changes["parallel.context"] * changes["parallel.expert"], []).append(changes)
@@ -18,18 +18,20 @@ def rounds(valid: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def smaller(changes: Mapping[str, Any]) -> list[tuple]:
-    """The keys of the same layout with less context parallelism, or with a quarter of the expert parallelism or less.
+    """The keys of the same layout with less context parallelism: where one of these fits, it sends less."""
+    context = changes["parallel.context"]
+    fewer = [size for size in range(1, context) if context % size == 0]
+    return [key_of({**changes, "parallel.context": size}) for size in fewer]
 
-    Where one of these fits, it is faster: it sends less. With few experts on a rank, less of their gradients is
-    reduced, so twice the expert parallelism is tried, too.
+
+def halves(changes: Mapping[str, Any]) -> list[tuple]:
+    """The keys of the same layout with a half and a quarter of the expert parallelism.
+
+    More of it divides the work on weights of experts, and sends more. If a half is slower than a quarter, more is
+    slower still.
     """
-    context, expert = changes["parallel.context"], changes["parallel.expert"]
-    return [
-        key_of({**changes, "parallel.context": fewer, "parallel.expert": experts})
-        for fewer in range(1, context + 1)
-        for experts in range(1, expert + 1)
-        if context % fewer == 0 and expert % experts == 0 and (fewer < context or 4 * experts <= expert)
-    ]
+    expert = changes["parallel.expert"]
+    return [key_of({**changes, "parallel.expert": expert // n}) for n in (2, 4) if expert % n == 0]
 
 
 def key_of(changes: Mapping[str, Any]) -> tuple:
@@ -54,7 +56,10 @@ def least_seconds(planned: Candidate, smaller_bubble: float = 1.0, *, keeps_more
             parallelism leaves fewer data-parallel ranks, and so more micro-batches to each, which take less time.
         keeps_more: whether the layout may fit with nothing computed again.
     """
-    if planned.seconds is None or planned.bubble is None or planned.again is None:
+    if planned.seconds is None or planned.parts is None:
         return float("inf")  # it cannot be built
-    seconds = planned.seconds - planned.bubble * (1 - 1 / smaller_bubble)
-    return seconds * (1 - planned.again) if keeps_more else seconds
+    parts = planned.parts
+    bubble, forward, backward = (parts.get(name, 0.0) for name in ("bubble", "forward", "backward"))
+    again = forward if keeps_more else 0.0  # the pipeline's bubble grows with what is computed in it
+    left = (1 - again / max(forward + backward, 1e-9)) / smaller_bubble
+    return planned.seconds - again - bubble * (1 - left)

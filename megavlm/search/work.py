@@ -72,28 +72,31 @@ def savings(settings: Settings) -> list[Form]:
     """The forms of a layout: first the one that saves most memory, and then the others, the fastest last."""
     trains_tower = settings.adapter.type is not None or "vision" not in settings.frozen(settings.train.steps or 1)
     tower = [True, False] if trains_tower else [settings.vision.recompute]
-    decoder = ["full", settings.train.recompute, ["core_attn"], "none"]
-    forms = [{"train.recompute": one, "vision.recompute": again} for one in decoder for again in tower]
-    return [form for place, form in enumerate(forms) if form not in forms[:place]]
+    own = settings.train.recompute
+    decoder = ["full", *([own] if own not in ("full", "none", ["core_attn"]) else []), ["core_attn"], "none"]
+    return [{"train.recompute": one, "vision.recompute": again} for one in decoder for again in tower]
 
 
 def _fastest_that_fits(
     layout: dict[str, Any], forms: Iterable[Form], planned: Callable[[dict[str, Any]], Plan]
 ) -> Candidate:
-    """The fastest form of a layout that fits, otherwise the first one. What keeps more than a misfit is not planned."""
+    """The fastest form of a layout that fits, otherwise the one that needs least memory.
+
+    What keeps more than a form that does not fit is not planned, nor what keeps less than one that does.
+    """
     found: list[Candidate] = []
+    fits: list[Form] = []
     misfits: list[Form] = []
     for form in forms:
-        if any(_keeps_more(form, other) for other in misfits):
+        if any(_keeps_more(form, other) for other in misfits) or any(_keeps_more(other, form) for other in fits):
             continue
         changes = layout | form
         try:
             found.append(_candidate(changes, planned(changes)))
         except UserError as error:
             found.append(Candidate(changes, ruled_out=error.message))
-        if found[-1].ruled_out is not None:
-            misfits.append(form)
-    return min(found, key=lambda one: (one.ruled_out is not None, seconds_of(one)))
+        (fits if found[-1].ruled_out is None else misfits).append(form)
+    return min(found, key=lambda one: (seconds_of(one), one.memory or 0))
 
 
 def _keeps_more(form: Form, other: Form) -> bool:
@@ -105,17 +108,17 @@ def _keeps_more(form: Form, other: Form) -> bool:
 
 
 def _candidate(changes: dict[str, Any], plan: Plan) -> Candidate:
-    each, parts = plan.world_size * plan.time.seconds, plan.time.parts
+    each = plan.world_size * plan.time.seconds
     missing = (SPARE * plan.capacity - plan.spare) / _GIB
     return Candidate(
         changes,
         memory=plan.capacity - plan.spare,
+        static=max(plan.stages, key=lambda stage: stage.total).static.total,
         seconds=plan.time.seconds,
         tokens_per_second=plan.tokens / each,
         mfu=sum(plan.model_flops.values()) / each / (plan.gpu.bf16_tflops * 1e12),
         ruled_out=None if plan.fits else f"needs {missing:.1f} GiB more",
-        bubble=parts["bubble"],
-        again=parts["forward"] / (parts["forward"] + parts["backward"]) if parts.get("forward") else 0.0,
+        parts=plan.time.parts,
     )
 
 
