@@ -1,11 +1,14 @@
 """The part of ``megavlm plan`` that tells how long a step and a run take."""
 
+from dataclasses import asdict
+
 from rich.console import Group
 from rich.table import Table
 
 from megavlm.base.number_format import short
 from megavlm.plan.as_json import figures
 from megavlm.plan.plan import Plan
+from megavlm.report.plan_workers import workers_told
 
 _TOP = 6  # operators that are shown
 
@@ -39,7 +42,14 @@ def times(plan: Plan, price: float | None = None) -> Group:
             f"{short(plan.steps)} steps: {facts['hours']:,.1f} hours, {facts['gpu_hours']:,.0f} GPU hours{cost}, "
             "without reading data, checkpoints and evaluation"
         )
-    return Group(step, sent, longest, speed, run, _checkpoint(plan))
+    return Group(step, sent, longest, speed, run, _checkpoint(plan), *_workers(plan))
+
+
+def _workers(plan: Plan) -> list[str]:
+    if plan.workers is None:
+        return []
+    told = workers_told(asdict(plan.workers), plan.time.seconds)
+    return [told.needed, *(f"[yellow]{warning}[/]" for warning in told.warnings)]
 
 
 def _checkpoint(plan: Plan) -> str:

@@ -6,12 +6,13 @@ One rank of each pipeline stage is built without memory and runs a micro-batch (
 
 from dataclasses import dataclass
 
-from megavlm.align.registry import make_method
+from megavlm.align.registry import METHODS, make_method
 from megavlm.config.settings import Settings
 from megavlm.model.flops import parts_flops
 from megavlm.model.shapes import Shapes
 from megavlm.plan.checkpoints import Checkpoint, checkpoint_of
 from megavlm.plan.costs import costs_of
+from megavlm.plan.data_workers import DataWorkers, data_workers
 from megavlm.plan.gpus import Gpu
 from megavlm.plan.hardware_flops import hardware_flops
 from megavlm.plan.mix import DataMix, Mix
@@ -62,6 +63,7 @@ class Plan:
         time: the time of a step, of the update of the main model alone.
         checkpoint: a checkpoint of the main model.
         steps: number of steps of the run; None if its length is given in epochs.
+        workers: the data workers; None if it is not known how fast they are, or if the method samples its own answers.
     """
 
     gpu: Gpu
@@ -76,6 +78,7 @@ class Plan:
     time: StepTime
     checkpoint: Checkpoint
     steps: int | None
+    workers: DataWorkers | None = None
 
     @property
     def capacity(self) -> int:
@@ -132,6 +135,11 @@ def make_plan(
     rows = each * data_parallel
     work = mix.work(rows, scores=method.scores)
     frozen, adapted = settings.frozen(settings.train.steps or ALL_STEPS), found[0].adapted
+    time = step_time([stage.operators for stage in found], settings, each, found[0].window, costs_of(gpu))
+    workers = None
+    if isinstance(mix, DataMix) and mix.speed and not METHODS[verb].samples:
+        sizes = {"rows": each, "world_size": world_size, "data_parallel": data_parallel}
+        workers = data_workers(mix.speed, settings, **sizes, step_seconds=time.seconds, gpu=gpu)
     return Plan(
         gpu,
         world_size,
@@ -142,7 +150,8 @@ def make_plan(
         stages,
         parts_flops(shapes, work, frozen, adapted),
         hardware_flops(shapes, work, settings, frozen, adapted),
-        step_time([stage.operators for stage in found], settings, each, found[0].window, costs_of(gpu)),
+        time,
         checkpoint_of(settings, shapes, [stage.static for stage in found], world_size, gpu),
         settings.train.steps,
+        workers,
     )
