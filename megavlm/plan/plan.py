@@ -62,7 +62,9 @@ class Plan:
         model_flops, hardware_flops: operations of a step by part, without and with what is computed again.
         time: the time of a step, of the update of the main model alone.
         checkpoint: a checkpoint of the main model.
-        steps: number of steps of the run; None if its length is given in epochs.
+        steps: number of steps of the run; None if its length is given in epochs, or if the method samples.
+        samples: whether the method samples its own answers. How many rows these make is then not known; rows and time
+            are those of a part of a step, an update of some rows by the main model.
         workers: the data workers; None if it is not known how fast they are, or if the method samples its own answers.
     """
 
@@ -78,6 +80,7 @@ class Plan:
     time: StepTime
     checkpoint: Checkpoint
     steps: int | None
+    samples: bool = False
     workers: DataWorkers | None = None
 
     @property
@@ -136,8 +139,8 @@ def make_plan(
     work = mix.work(rows, scores=method.scores)
     frozen, adapted = settings.frozen(settings.train.steps or ALL_STEPS), found[0].adapted
     time = step_time([stage.operators for stage in found], settings, each, found[0].window, costs_of(gpu))
-    workers = None
-    if isinstance(mix, DataMix) and mix.speed and not METHODS[verb].samples:
+    samples, workers = METHODS[verb].samples, None
+    if isinstance(mix, DataMix) and mix.speed and not samples:
         sizes = {"rows": each, "world_size": world_size, "data_parallel": data_parallel}
         workers = data_workers(mix.speed, settings, **sizes, step_seconds=time.seconds, gpu=gpu)
     return Plan(
@@ -152,6 +155,7 @@ def make_plan(
         hardware_flops(shapes, work, settings, frozen, adapted),
         time,
         checkpoint_of(settings, shapes, [stage.static for stage in found], world_size, gpu),
-        settings.train.steps,
+        None if samples else settings.train.steps,
+        samples,
         workers,
     )

@@ -55,6 +55,7 @@ def write_plan_page(file: Path, plan: Mapping[str, Any], settings: Settings, ver
         title=f"{settings.model.hf.name}, {verb}",
         facts=_facts(settings),
         time=time,
+        sampled=plan.get("samples", False),
         memory=memory_bars(plan["stages"], plan["capacity"], plan["spare_share"]),
         timeline=timeline(time["spans"], time["seconds"]) if time else "",
         seconds=_seconds(time["parts"]) if time else "",
