@@ -29,9 +29,6 @@ def check_media_protocols(entries: Iterable[str]) -> None:
             )
 
 
-MOST_WORKERS = 256
-"""The largest value of ``data.workers``."""
-
 # The settings that decide how large pictures and videos are in a row; null: the value of the model's processor.
 LIMITS = (
     *("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "video_max_pixels_per_frame"),
@@ -188,8 +185,8 @@ class DataSettings(Section):
     @field_validator("workers")
     @classmethod
     def _few_workers(cls, workers: int) -> int:
-        if workers > MOST_WORKERS:
-            raise UserError(f"it can be at most {MOST_WORKERS}; each is a process with a packing buffer of its own")
+        if workers > 256:
+            raise UserError("it can be at most 256; each is a process with a packing buffer of its own")
         return workers
 
     @field_validator("media_protocols")

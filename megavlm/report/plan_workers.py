@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megavlm.base.number_format import counted, number
-from megavlm.config.data_sections import MOST_WORKERS
+
+_MOST = 256  # workers that data.workers allows
 
 
 class WorkersTold(NamedTuple):
@@ -31,10 +32,8 @@ def workers_told(workers: Mapping[str, Any], step_seconds: float) -> WorkersTold
     if configured < needed:
         slower = f"a step would take {number(workers['seconds'], 3)} s instead of {number(step_seconds, 3)} s"
         advice = f"set data.workers={needed}"
-        if needed > MOST_WORKERS:
-            advice = (
-                f"at most {MOST_WORKERS} are allowed, so make pictures smaller (data.max_pixels) or rows fewer per rank"
-            )
+        if needed > _MOST:
+            advice = f"at most {_MOST} are allowed, so make pictures smaller (data.max_pixels) or rows fewer per rank"
         warnings.append(f"data.workers is too small: {slower}, waiting for data; {advice}")
     if workers["cores"] is not None and workers["processes"] > workers["cores"]:
         warnings.append(
