@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megavlm.align.registry import make_method
 from megavlm.base import machine
+from megavlm.base.pools import num_cores
 from megavlm.bench.measure_operators import Measurement, measure_collectives, measure_operators
 from megavlm.config.settings import Settings
 from megavlm.plan.costs import on_wire
@@ -87,4 +88,5 @@ def _gpu(points: dict[Call, float], world_size: int) -> Gpu:
         nvlink=2 * (best(sent) / 1e9 or Gpu.fabric),
         source=f"measured with {versions} on {world_size} {'ranks' if world_size > 1 else 'rank'} at the same time",
         operators={"overhead": 0.0, "points": rows},
+        cores=num_cores(),
     )

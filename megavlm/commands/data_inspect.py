@@ -27,11 +27,12 @@ from megavlm.convert.hf_shapes import model_shapes
 from megavlm.data.draft import Draft
 from megavlm.data.processor import Still
 from megavlm.data.rows import RowDataset
+from megavlm.data.worker_speed import WorkerSpeed, worker_speed
 from megavlm.records.records import Kind
 from megavlm.records.remarks import told
 from megavlm.records.skipped_samples import SkippedSample
 from megavlm.report.inspect_cards import Card, make_card, shots_of
-from megavlm.report.inspect_page import UNITS, write_page
+from megavlm.report.inspect_page import UNITS, speed_text, write_page
 from megavlm.report.inspect_stats import (
     PERCENTILES,
     Look,
@@ -100,17 +101,20 @@ def main(
     stats = blend_stats(looks, renderer)
     packs = meant.kind != "prompt"  # what is packed are the answers, which do not exist yet
     rows = pack_rows(looks, settings.data, settings.pad_multiple, settings.train.seed) if packs else None
+    speed = _speed(dataset, settings, console) if rows else None
 
     for of_source in stats:
         console.print(_table(of_source))
         console.print()
     if packs:
         console.print(_rows_text(rows, settings.data.seq_length, UNITS.get(meant.kind, "samples")))
+    if speed:
+        console.print(Text(f"{speed_text(speed)}; megavlm plan --data {out / SUMMARY} tells how many are needed"))
     with new_folder(out, overwrite=False, mark=SUMMARY) as folder:
-        write_page(folder / PAGE, settings, meant.kind, looks, stats, rows, cards)
+        write_page(folder / PAGE, settings, meant.kind, looks, stats, rows, cards, speed)
         if duplicates:
             report(files, len(sources), folder, out, console)
-        write_text(folder / SUMMARY, _summary(settings, meant.kind, stats, rows))
+        write_text(folder / SUMMARY, _summary(settings, meant.kind, stats, rows, speed))
     console.print(Text(f"page: {out / PAGE}"))
     limits = settings.data.skip_limits
     found = [refusal(look.source.name, len(look.samples), look.skipped_samples, meant.verb, limits) for look in looks]
@@ -183,6 +187,16 @@ def _card(look: Look, place: int, dataset: RowDataset) -> Card | None:
     return make_card(draft, shots, dataset.renderer)
 
 
+def _speed(dataset: RowDataset, settings: Settings, console: Console) -> WorkerSpeed | None:
+    """The speed of a data worker; None, with a line that says why, if it cannot be measured."""
+    try:
+        with console.status("measuring how fast a data worker makes rows"):
+            return worker_speed(dataset.sources, dataset.renderer, dataset.kind, settings.data, settings.train.seed)
+    except UserError as error:  # the statistics are worth something without it
+        console.print(Text(f"how long a data worker takes for a row is not known: {error.message}", style="yellow"))
+        return None
+
+
 def _bar(console: Console) -> Progress:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -240,11 +254,14 @@ def _rows_text(rows: RowStats | None, seq_length: int, unit: str) -> Text:
     )
 
 
-def _summary(settings: Settings, kind: Kind, stats: Sequence[SourceStats], rows: RowStats | None) -> str:
+def _summary(
+    settings: Settings, kind: Kind, stats: Sequence[SourceStats], rows: RowStats | None, speed: WorkerSpeed | None
+) -> str:
     summary = {
         "kind": kind,
         "seq_length": settings.data.seq_length,
         "rows": asdict(rows) if rows else None,
+        "worker": asdict(speed) if speed else None,
         "sources": [asdict(of_source) for of_source in stats],
     }
     return json.dumps(summary, ensure_ascii=False, indent=2) + "\n"

@@ -9,7 +9,7 @@ from rich.table import Table
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted, short
 from megavlm.commands import plan_search
-from megavlm.commands.plan_times import times
+from megavlm.commands.plan_times import times, what
 from megavlm.commands.plan_words import verb_of, verdict
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
@@ -17,7 +17,7 @@ from megavlm.plan.as_json import CAVEATS, plan_json
 from megavlm.plan.gpus import gpu_of
 from megavlm.plan.mix import contents_of
 from megavlm.plan.plan import Plan, make_plan
-from megavlm.report.plan_memory import ACTIVATIONS, GIB, activation_parts
+from megavlm.report.plan_memory import GIB, activation_parts
 from megavlm.report.plan_page import check_new_file, write_plan_page
 from megavlm.tracing.balanced_experts import IMBALANCE
 
@@ -82,7 +82,9 @@ def main(
         print(json.dumps(plan_json(plan, price)))
         return 0
     console = Console(highlight=False)
-    console.print(_memory(plan))
+    memory = _memory(plan)
+    # A terminal that is narrower breaks the lines; rich would leave out columns.
+    console.print(memory, width=max(console.width, console.measure(memory).maximum), crop=False, no_wrap=True)
     console.print(verdict(plan, settings), soft_wrap=True)
     console.print(_work(plan))
     console.print(times(plan, price), soft_wrap=True)
@@ -93,24 +95,33 @@ def main(
 
 
 def _memory(plan: Plan) -> Table:
+    """A line for each stage. Parts that no stage has are left out, so that the table fits a usual terminal."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    for name in ("stage", "rank"):
-        table.add_column(name)
-    for name in ("weights", "grads", "optim", "others", *ACTIVATIONS, "GiB", f"of {plan.gpu.memory_gib:.0f}"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for stage in plan.stages:
-        static = (stage.static.weights, stage.static.gradients, stage.static.optimizer, stage.static.others)
-        sizes = [*static, *activation_parts(stage.peak.by_phase).values(), stage.total]
-        share = f"{stage.total / plan.capacity:.0%}"
-        table.add_row(str(stage.stage), str(stage.rank), *(f"{size / GIB:.2f}" for size in sizes), share)
+    sizes = [
+        {
+            "weights": stage.static.weights,
+            "grads": stage.static.gradients,
+            "optim": stage.static.optimizer,
+            "others": stage.static.others,
+            **activation_parts(stage.peak.by_phase),
+            "GiB": stage.total,
+        }
+        for stage in plan.stages
+    ]
+    names = [name for name in sizes[0] if any(of_stage[name] for of_stage in sizes)]
+    for name in ("stage", "rank", *names, f"of {plan.gpu.memory_gib:.0f}"):
+        table.add_column(name, justify="left" if name in ("stage", "rank") else "right", no_wrap=True)
+    for stage, of_stage in zip(plan.stages, sizes, strict=True):
+        numbers = (f"{of_stage[name] / GIB:.2f}" for name in names)
+        table.add_row(str(stage.stage), str(stage.rank), *numbers, f"{stage.total / plan.capacity:.0%}")
     return table
 
 
 def _work(plan: Plan) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    rows = f"{counted(plan.rows, 'row')}, {short(plan.tokens)} tokens"
-    for name in (f"a step: {rows}", *plan.model_flops, "PFLOP", "per GPU"):
-        table.add_column(name, justify="right" if not name.startswith("a step") else "left")
+    name_of_rows = f"{what(plan)}: {counted(plan.rows, 'row')}, {short(plan.tokens)} tokens"
+    for name in (name_of_rows, *plan.model_flops, "PFLOP", "per GPU"):
+        table.add_column(name, justify="left" if name == name_of_rows else "right")
     for name, parts in (("of the model", plan.model_flops), ("with what is recomputed", plan.hardware_flops)):
         total = sum(parts.values())
         numbers = [*parts.values(), total, total / plan.world_size]

@@ -1,11 +1,14 @@
 """The part of ``megavlm plan`` that tells how long a step and a run take."""
 
+from dataclasses import asdict
+
 from rich.console import Group
 from rich.table import Table
 
-from megavlm.base.number_format import short
+from megavlm.base.number_format import counted
 from megavlm.plan.as_json import figures
 from megavlm.plan.plan import Plan
+from megavlm.report.plan_workers import workers_told
 
 _TOP = 6  # operators that are shown
 
@@ -18,7 +21,7 @@ def times(plan: Plan, price: float | None = None) -> Group:
         price: of a GPU for an hour, in any currency.
     """
     facts, time = figures(plan, price), plan.time
-    step = _table(f"a step takes {time.seconds:.3g} s", "seconds", "share")
+    step = _table(f"{what(plan)} takes {time.seconds:.3g} s", "seconds", "share")
     for name, seconds in sorted(time.parts.items(), key=lambda part: -part[1]):
         if seconds:
             step.add_row(name, f"{seconds:.3g}", f"{seconds / time.seconds:.0%}")
@@ -33,13 +36,28 @@ def times(plan: Plan, price: float | None = None) -> Group:
         f"{facts['tokens_per_second']:,.0f} tokens/s and {facts['model_tflops']:.0f} TFLOP/s of the model per GPU, "
         f"MFU {facts['mfu']:.1%} of {plan.gpu.bf16_tflops:g} dense bf16 TFLOP/s"
     )
-    run = "how long the run takes is not known: its length is given in epochs"
-    if plan.steps is not None:
+    if plan.samples:
+        run = "how long the run takes is not known: sampling, rewards and models beside the main one are not timed"
+    elif plan.steps is None:
+        run = "how long the run takes is not known: its length is given in epochs"
+    else:
         run = (
-            f"{short(plan.steps)} steps: {facts['hours']:,.1f} hours, {facts['gpu_hours']:,.0f} GPU hours{cost}, "
+            f"{counted(plan.steps, 'step')}: {facts['hours']:,.1f} hours, {facts['gpu_hours']:,.0f} GPU hours{cost}, "
             "without reading data, checkpoints and evaluation"
         )
-    return Group(step, sent, longest, speed, run, _checkpoint(plan))
+    return Group(step, sent, longest, speed, run, _checkpoint(plan), *_workers(plan))
+
+
+def what(plan: Plan) -> str:
+    """What is timed: a step, or of methods that sample their answers, an update of as many rows as are assumed."""
+    return "an update" if plan.samples else "a step"
+
+
+def _workers(plan: Plan) -> list[str]:
+    if plan.workers is None:
+        return []
+    told = workers_told(asdict(plan.workers), plan.time.seconds)
+    return [told.needed, *(f"[yellow]{warning}[/]" for warning in told.warnings)]
 
 
 def _checkpoint(plan: Plan) -> str:

@@ -4,6 +4,8 @@ from megavlm.config.settings import Settings
 from megavlm.plan.plan import SPARE, Plan
 from megavlm.report.plan_memory import GIB, activation_parts
 
+_WORTH = 0.01  # share of the memory from which on a part is worth a setting
+
 
 def verdict(plan: Plan, settings: Settings) -> str:
     """One line: whether the plan fits its GPUs, with what to try if it does not; marked up for rich."""
@@ -25,6 +27,7 @@ def _advice(plan: Plan, settings: Settings) -> list[str]:
     stage = max(plan.stages, key=lambda stage: stage.total)
     parts = activation_parts(stage.peak.by_phase) | {"static": stage.static.total}
     found = []
+    parts = {name: size for name, size in parts.items() if size >= _WORTH * plan.capacity}
     for name in sorted(parts, key=lambda name: -parts[name]):
         if name == "decoder" and train.recompute != "full":
             found.append("train.recompute=full")

@@ -29,7 +29,7 @@ def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
 def figures(plan: Plan, price: float | None = None) -> dict[str, Any]:
     """Figures of a plan's time: of a GPU "tokens_per_second" (without padding), "model_tflops" and "mfu" (of the dense
     bf16 peak, at every precision); of the run "hours", "gpu_hours" and with a price of a GPU for an hour "cost",
-    None if its length is given in epochs."""
+    None if its length is given in epochs or if it samples answers."""
     seconds = plan.time.seconds
     each = sum(plan.model_flops.values()) / plan.world_size / seconds / 1e12
     hours = None if plan.steps is None else plan.steps * seconds / 3600

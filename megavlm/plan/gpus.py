@@ -25,6 +25,7 @@ class Gpu:
     fp8_tflops: float | None = None
     nvlink_domain: int = 8
     fabric: float = 50.0
+    cores: int | None = None
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row, pack
 from megavlm.data.synthetic_row import synthetic_samples
+from megavlm.data.worker_speed import WorkerSpeed
 from megavlm.model.flops import Work
 from megavlm.model.shapes import Shapes, VisionShape
 
@@ -138,11 +139,13 @@ class DataMix:
         work_of_row: means over the rows (``report.inspect_stats.RowStats.work``).
         heaviest: the samples of the row with most patches.
         file: where this is from.
+        speed: that of a data worker with these data; None if it was not measured.
     """
 
     work_of_row: dict[str, float]
     heaviest: list[_Sample]
     file: str
+    speed: WorkerSpeed | None = None
 
     @classmethod
     def of(cls, path: Path, settings: Settings, shapes: Shapes) -> "DataMix":
@@ -151,6 +154,7 @@ class DataMix:
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             length, rows = found["seq_length"], found["rows"]
+            speed = WorkerSpeed(**measured) if (measured := found.get("worker")) else None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--data {path} is not a summary.json of megavlm data inspect: {error}", again) from None
         if length != settings.data.seq_length:
@@ -168,7 +172,7 @@ class DataMix:
             first = _Sample(sum(tokens) // len(tokens), 1, frames)
             samples += [first._replace(answers=min(len(tokens), 2))]
             samples += [first._replace(frames=())] * (len(tokens) - 2)
-        return cls(rows["work"], samples, str(path))
+        return cls(rows["work"], samples, str(path), speed)
 
     def row(self, settings: Settings, shapes: Shapes) -> Row:
         """See ``Contents``."""
@@ -198,6 +202,7 @@ class DataMix:
         return (
             f"rows as in {self.file}: {tokens:,.0f} tokens and {patches:,.0f} patches in the mean row, which decides "
             f"the work, and {most:,} patches in the heaviest, which decides the memory"
+            + ("" if self.speed else "; how long a data worker takes for a row was not measured there")
         )
 
 

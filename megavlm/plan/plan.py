@@ -6,12 +6,13 @@ One rank of each pipeline stage is built without memory and runs a micro-batch (
 
 from dataclasses import dataclass
 
-from megavlm.align.registry import make_method
+from megavlm.align.registry import METHODS, make_method
 from megavlm.config.settings import Settings
 from megavlm.model.flops import parts_flops
 from megavlm.model.shapes import Shapes
 from megavlm.plan.checkpoints import Checkpoint, checkpoint_of
 from megavlm.plan.costs import costs_of
+from megavlm.plan.data_workers import DataWorkers, data_workers
 from megavlm.plan.gpus import Gpu
 from megavlm.plan.hardware_flops import hardware_flops
 from megavlm.plan.mix import DataMix, Mix
@@ -61,7 +62,10 @@ class Plan:
         model_flops, hardware_flops: operations of a step by part, without and with what is computed again.
         time: the time of a step, of the update of the main model alone.
         checkpoint: a checkpoint of the main model.
-        steps: number of steps of the run; None if its length is given in epochs.
+        steps: number of steps of the run; None if its length is given in epochs, or if the method samples.
+        samples: whether the method samples its own answers. How many rows these make is then not known; rows and time
+            are those of a part of a step, an update of some rows by the main model.
+        workers: the data workers; None if it is not known how fast they are, or if the method samples its own answers.
     """
 
     gpu: Gpu
@@ -76,6 +80,8 @@ class Plan:
     time: StepTime
     checkpoint: Checkpoint
     steps: int | None
+    samples: bool = False
+    workers: DataWorkers | None = None
 
     @property
     def capacity(self) -> int:
@@ -132,6 +138,11 @@ def make_plan(
     rows = each * data_parallel
     work = mix.work(rows, scores=method.scores)
     frozen, adapted = settings.frozen(settings.train.steps or ALL_STEPS), found[0].adapted
+    time = step_time([stage.operators for stage in found], settings, each, found[0].window, costs_of(gpu))
+    samples, workers = METHODS[verb].samples, None
+    if isinstance(mix, DataMix) and mix.speed and not samples:
+        sizes = {"rows": each, "world_size": world_size, "data_parallel": data_parallel}
+        workers = data_workers(mix.speed, settings, **sizes, step_seconds=time.seconds, gpu=gpu)
     return Plan(
         gpu,
         world_size,
@@ -142,7 +153,9 @@ def make_plan(
         stages,
         parts_flops(shapes, work, frozen, adapted),
         hardware_flops(shapes, work, settings, frozen, adapted),
-        step_time([stage.operators for stage in found], settings, each, found[0].window, costs_of(gpu)),
+        time,
         checkpoint_of(settings, shapes, [stage.static for stage in found], world_size, gpu),
-        settings.train.steps,
+        None if samples else settings.train.steps,
+        samples,
+        workers,
     )

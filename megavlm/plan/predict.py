@@ -58,7 +58,8 @@ def step_time(
     now = _together(spans, seconds, now, {"optimizer": "optimizer"}, 1.0)
     busy = [_busy(spans, stage) for stage in range(len(stages))]
     slowest = max(range(len(stages)), key=lambda stage: sum(busy[stage].values()))
-    parts = busy[slowest] | {"bubble": now - sum(busy[slowest].values())}
+    bubble = now - sum(busy[slowest].values())
+    parts = busy[slowest] | {"bubble": bubble if bubble > 1e-9 * now else 0.0}  # less is the rounding of sums
     windows = micro_batches / window
     whole = stages[slowest].of_step(micro_batches, windows)
     return StepTime(now, parts, spans, _traffic(whole, costs), _operators(whole, costs))

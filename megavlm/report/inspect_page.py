@@ -6,7 +6,9 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from megavlm.base.atomic_files import write_text
+from megavlm.base.number_format import counted, number
 from megavlm.config.settings import Settings
+from megavlm.data.worker_speed import WorkerSpeed
 from megavlm.records.records import Kind
 from megavlm.report.charts import histogram
 from megavlm.report.inspect_cards import LEVELS, Card, Piece
@@ -27,6 +29,7 @@ def write_page(
     stats: Sequence[SourceStats],
     rows: RowStats | None,
     cards: Sequence[Sequence[Card]],
+    speed: WorkerSpeed | None,
 ) -> None:
     """Writes the page.
 
@@ -38,6 +41,7 @@ def write_page(
         stats: the statistics of each source, in the same order.
         rows: the statistics of packed rows, None if no sample can be used, or for prompts.
         cards: the samples to show of each source, in the same order.
+        speed: the speed of a data worker; None if it is not known.
     """
     lengths = [[draft.num_tokens for draft in look.drafts] for look in looks]
     charts = [histogram("Tokens per sample", of_source, "tokens") for of_source in lengths]
@@ -51,12 +55,19 @@ def write_page(
             for place, (of_source, chart, of_cards) in enumerate(zip(stats, charts, cards, strict=True))
         ],
         rows=rows,
+        speed=speed_text(speed) if speed else None,
         unit=UNITS.get(kind, "samples"),
         percentiles=PERCENTILES,
         levels=LEVELS,
         max_faults=MAX_FAULTS,
     )
     write_text(file, page)
+
+
+def speed_text(speed: WorkerSpeed) -> str:
+    """How long a data worker takes, and on which machine, as a sentence without its capital and its end."""
+    measured = f"mean of {counted(speed.rows, 'row')}, {speed.machine}, {counted(speed.cores, 'core')}"
+    return f"a data worker takes {number(speed.row_seconds, 3)} s for a row ({measured})"
 
 
 def text_of(pieces: Sequence[Piece]) -> Markup:

@@ -19,6 +19,7 @@ from megavlm.charts.timeline import timeline
 from megavlm.config.settings import Settings
 from megavlm.report.page import render_page
 from megavlm.report.plan_memory import GIB, memory_bars, memory_parts
+from megavlm.report.plan_workers import workers_told
 
 TEMPLATE = "plan.html.jinja"
 BEST = 10  # number of layouts in the table
@@ -46,7 +47,7 @@ def write_plan_page(file: Path, plan: Mapping[str, Any], settings: Settings, ver
         settings: the settings that were planned.
         verb: the verb that they are for.
     """
-    time, search = plan.get("time"), plan.get("candidates") or []
+    time, search, workers = plan.get("time"), plan.get("candidates") or [], plan.get("workers")
     page = render_page(
         TEMPLATE,
         filters={"gib": lambda size: f"{size / GIB:.2f}", "parts": memory_parts, "changes": layout_text},
@@ -54,12 +55,14 @@ def write_plan_page(file: Path, plan: Mapping[str, Any], settings: Settings, ver
         title=f"{settings.model.hf.name}, {verb}",
         facts=_facts(settings),
         time=time,
+        sampled=plan.get("samples", False),
         memory=memory_bars(plan["stages"], plan["capacity"], plan["spare_share"]),
         timeline=timeline(time["spans"], time["seconds"]) if time else "",
         seconds=_seconds(time["parts"]) if time else "",
         roofline=roofline(time["operators"], plan["gpu"]) if time else "",
         operators=_longest(time["operators"]) if time else [],
         traffic=sorted(time["traffic"].items(), key=lambda item: -item[1]["seconds"]) if time else [],
+        workers=workers_told(workers, time["seconds"]) if time and workers else None,
         search=search_chart(search, plan["capacity"], plan["spare_share"]),
         best=[each for each in search if each["ruled_out"] is None][:BEST],
         reasons=ruled_out(search),

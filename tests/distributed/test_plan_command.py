@@ -19,7 +19,7 @@ def commands(lines: list[list[str]], model: str = "8b") -> list[tuple[int, str, 
 
     found = []
     with alone():
-        os.environ |= {"MEGAVLM_MODEL": model, "COLUMNS": "120"}
+        os.environ |= {"MEGAVLM_MODEL": model, "COLUMNS": "80"}
         for line in lines:
             with (
                 contextlib.redirect_stdout(io.StringIO()) as shown,
@@ -54,13 +54,30 @@ def test_a_toy(config, world1) -> None:
         [str(config), "--gpus", "4", "--gpu", "h1000"],
         [str(config), "--gpus", "5"],
         [str(config)],
+        [
+            *usual,
+            "--for",
+            "grpo",
+            "rollout.prompts=4",
+            "rollout.max_new_tokens=64",
+            "reward=[{name: format}]",
+            "train.global_batch_size=null",
+        ],
     ]
-    ((shown, again, first, second, unknown, odd, without),) = world1.run(commands, lines)
+    ((shown, again, first, second, unknown, odd, without, sampled),) = world1.run(commands, lines)
     assert (shown[0], first[0], second[0]) == (0, 0, 0), (shown, first, second)
     assert f"page: {page}" in shown[1]
     assert f"{page} exists already" in again[2]
     assert "stage 0, rank 0" in page.read_text()
     assert "stage rank weights" in " ".join(shown[1].split())
+    assert [line.split()[:2] for line in shown[1].splitlines()[1:3]] == [["0", "0"], ["1", "2"]]
+    assert "others" not in shown[1]  # no stage has any
+    assert "a step takes" in shown[1]
+    assert "2 steps: 0.0 hours" in shown[1]
+    assert sampled[0] == 0, sampled
+    assert "an update takes" in sampled[1]
+    assert "how long the run takes is not known: sampling, rewards" in sampled[1]
+    assert "hours" not in sampled[1]
     assert re.search(r"fits on 4 × H100 SXM 80 GB \(2 data-parallel\), with 79\.\d GiB to spare", shown[1])
     assert "16 rows" in shown[1]
     assert "each row has 1 sample of 256 tokens, with 1 picture of 30 × 30 patches each" in shown[1]

@@ -159,7 +159,20 @@ def test_the_page_needs_nothing_else(tmp_path):
     }  # fmt: skip
     figures = {"tokens_per_second": 1024.0, "mfu": 0.25, "model_tflops": 250.0, "gpu_hours": 20.0, "hours": 1.25}
     figures |= {"steps": 2250, "cost": 40.0}
+    speed = {"row_seconds": 0.5, "rows": 9, "machine": "AMD EPYC", "cores": 2}
+    workers = {"needed": 3, "configured": 1, "rows": 10, "seconds": 5.0, "speed": speed, "loading": 4}
+    workers |= {"processes": 20, "cores": None}
+    sampled = {**figures, "hours": None, "gpu_hours": None, "cost": None, "steps": None, "samples": True}
     for name, more in (
+        (
+            "sampled",
+            {
+                **sampled,
+                "workers": workers,
+                "time": asdict(time),
+                "candidates": [{**asdict(Candidate({})), "memory": GIB}],
+            },
+        ),
         ("bare", {}),
         ("full", {**figures, "time": asdict(time), "candidates": [asdict(Candidate({}, 40 * GIB, 2.0, 5e2, 0.4))]}),
     ):
@@ -174,6 +187,13 @@ def test_the_page_needs_nothing_else(tmp_path):
         assert ("Timeline" in page, "Roofline" in page, "Layouts" in page) == (bool(more),) * 3
     tiles = re.findall(r'class="tile"><b>([^<]*)<', page)
     assert tiles == ["72.00 GiB", "2.00 s", "1.02k", "25.0 %", "20.0", "8.00 PFLOP"]
+    assert "Data workers" not in page
+    page = (tmp_path / "sampled.html").read_text()
+    assert re.findall(r'class="tile"><b>([^<]*)<', page) == ["72.00 GiB", "2.00 s", "1.02k", "25.0 %", "8.00 PFLOP"]
+    assert "an update of 4 rows" in page
+    assert "How long the run takes is not known" in page
+    assert "3 data workers needed" in page
+    assert "a step would take 5.00 s instead of 2.00 s" in page
     with pytest.raises(UserError, match="exists already"):
         check_new_file(file)
     with pytest.raises(UserError, match="does not exist"):
