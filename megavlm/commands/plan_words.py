@@ -4,6 +4,8 @@ from megavlm.config.settings import Settings
 from megavlm.plan.plan import SPARE, Plan
 from megavlm.report.plan_memory import GIB, activation_parts
 
+_LARGE_FRAME = 4096  # patches of a picture of 1024 × 1024 pixels
+
 
 def verdict(plan: Plan, settings: Settings) -> str:
     """One line: whether the plan fits its GPUs, with what to try if it does not; marked up for rich."""
@@ -30,6 +32,8 @@ def _advice(plan: Plan, settings: Settings) -> list[str]:
             found.append("train.recompute=full")
         if name == "tower" and not vision.recompute:
             found.append("vision.recompute=true")
+        elif name == "tower" and vision.chunk_patches > _LARGE_FRAME:
+            found.append(f"vision.chunk_patches below {vision.chunk_patches}")
         if name == "features" and vision.window != settings.parallel.pipeline:
             found.append(f"vision.window={settings.parallel.pipeline}")
         if name == "logits" and train.logprob_chunk_tokens > 64:

@@ -76,7 +76,8 @@ class Stage:
     """The first rank of a pipeline stage.
 
     Attributes:
-        static: what it holds all the time.
+        each: what it holds of each model that is trained, the first with all that is not trained.
+        parked: whether the others are in host memory while the first one learns or samples (``align.offload``).
         memories: what is alive in a step, of each model that is trained.
         sampling: bytes of the sampling, which comes before the step.
         operators: what the main model computes.
@@ -84,18 +85,26 @@ class Stage:
         adapted: the parts with adapters.
     """
 
-    static: StaticMemory
+    each: Sequence[StaticMemory]
+    parked: bool
     memories: list[StageMemory]
     sampling: int
     operators: StageOperators
     window: int
     adapted: Collection[str]
 
-    def peak(self, number: int, stages: int) -> Peak:
-        """The fullest moment of a step, of the model that needs most, if this is stage ``number``."""
-        peaks = [memory.peak(number, stages, self.window) for memory in self.memories]
-        peaks.append(Peak("sampling", {"sampling": self.sampling}))
-        return max(peaks, key=lambda peak: peak.total)
+    @property
+    def static(self) -> StaticMemory:
+        """What it holds of all models together."""
+        return sum(self.each, StaticMemory())
+
+    def fullest(self, number: int, stages: int) -> tuple[StaticMemory, Peak]:
+        """The fullest moment of a step, if this is stage ``number``: what the rank holds then, and what it makes."""
+        alone = self.each[0] if self.parked else self.static  # beside the first model
+        moments = [(alone, Peak("sampling", {"sampling": self.sampling}))]
+        for held, memory in zip([alone] + [self.static] * len(self.memories), self.memories, strict=False):
+            moments.append((held, memory.peak(number, stages, self.window)))
+        return max(moments, key=lambda moment: moment[0].total + moment[1].total)
 
 
 def stages_of(layout: Layout) -> list[Stage]:
@@ -118,7 +127,7 @@ def stage_of(layout: Layout, number: int) -> Stage:
         traced = _traced(layout, number, trained)
     with _rank_of(layout, number, settings, layout.shapes) as (session, trained):
         held = _held(layout, number, session, trained)
-    return _stage(traced, held)
+    return _stage(layout, traced, held)
 
 
 def rough_stages_of(layout: Layout, limit: int) -> list[Stage]:
@@ -130,7 +139,7 @@ def rough_stages_of(layout: Layout, limit: int) -> list[Stage]:
     """
     stages = layout.settings.parallel.pipeline
     first, *middle = _rough(layout, 0)
-    if stages == 1 or first.static.total + first.peak(0, stages).total > limit:
+    if stages == 1 or sum(part.total for part in first.fullest(0, stages)) > limit:
         return [first] * stages
     return [first] + middle * (stages - 2) + _rough(layout, stages - 1)
 
@@ -147,9 +156,9 @@ def _rough(layout: Layout, number: int) -> list[Stage]:
     with _rank_of(layout, number, few, fewer_experts(shapes, settings.parallel)) as (session, trained):
         traced = _traced(built, number, trained)
         held = _held(layout, number, session, trained)
-        found = [_stage(traced, _of_all_layers(layout, number, trained, held))]
+        found = [_stage(layout, traced, _of_all_layers(layout, number, trained, held))]
         if has_middle:
-            middle = _stage(traced, _of_all_layers(layout, 1, trained, held))
+            middle = _stage(layout, traced, _of_all_layers(layout, 1, trained, held))
             found.append(replace(middle, memories=[memory.without("exchange") for memory in middle.memories]))
     return found
 
@@ -181,15 +190,16 @@ def _traced(layout: Layout, number: int, trained: Sequence[TrainedModel]) -> _Tr
     return _Traced([memory for memory, _ in found], found[0][1], window, adapted)
 
 
-def _stage(traced: _Traced, held: "_Held") -> Stage:
+def _stage(layout: Layout, traced: _Traced, held: "_Held") -> Stage:
     operators = StageOperators({**traced.operators.parts, **held.update}, traced.operators.chunks)
-    return Stage(held.static, traced.memories, held.sampling, operators, traced.window, traced.adapted)
+    parked = "critic" in layout.settings.align.offload
+    return Stage(held.each, parked, traced.memories, held.sampling, operators, traced.window, traced.adapted)
 
 
 class _Held(NamedTuple):
-    """What a rank holds all the time, the bytes of the sampling, and the operators of an update."""
+    """What a rank holds of each model (see ``Stage``), the bytes of the sampling, and the operators of an update."""
 
-    static: StaticMemory
+    each: Sequence[StaticMemory]
     sampling: int
     update: Mapping[str, Counts]
 
@@ -202,14 +212,14 @@ def _rank_of(
 
 
 def _held(layout: Layout, number: int, session: Session, trained: Sequence[TrainedModel]) -> _Held:
-    count, static = StaticCount(), StaticMemory()
+    count, each = StaticCount(), []
     for model in trained:
         make_state(model.optimizers)
-        static += count(model.vlm, model.optimizers)
-    static += StaticMemory(others=further_memory(session, layout.settings, layout.method, layout.rank(number)))
+        each.append(count(model.vlm, model.optimizers))
+    each[0] += StaticMemory(others=further_memory(session, layout.settings, layout.method, layout.rank(number)))
     samples = METHODS[layout.verb].samples
     sampling = sampling_memory(session, layout.settings, layout.verb) if samples else 0
-    return _Held(static, sampling, update_operators(trained[0].vlm, trained[0].optimizers, _META))
+    return _Held(each, sampling, update_operators(trained[0].vlm, trained[0].optimizers, _META))
 
 
 def window_of(settings: Settings, model: TrainedModel, rows: int) -> int:
@@ -224,8 +234,8 @@ def _of_all_layers(layout: Layout, number: int, trained: Sequence[TrainedModel],
     whole = layers_of(parallel, shapes.text.layers, number)
     of_dense = world // (parallel.tensor * parallel.pipeline)
     of_experts = world // (parallel.pipeline * parallel.expert * parallel.expert_tensor)
-    static = few.static
-    for vlm in (model.vlm for model in trained):
+    each = []
+    for vlm, static in zip((model.vlm for model in trained), few.each, strict=True):
         tower = vlm.vision.layers
         static += _left_out(tensors_of(tower[-1]), shapes.vision.layers - len(tower), world)
         for layers in (chunk.decoder.layers for chunk in vlm.language):
@@ -237,13 +247,15 @@ def _of_all_layers(layout: Layout, number: int, trained: Sequence[TrainedModel],
             known = set(map(id, inside))
             others = (tensor for layer in layers for tensor in tensors_of(layer) if id(tensor) not in known)
             static += _left_out(others, whole / len(layers) - 1, of_dense)
+        each.append(static)
     times = whole / len(trained[0].vlm.language[0].decoder.layers)
-    copies = few.static.others * static.weights // max(few.static.weights, 1)
-    static = replace(static, others=max(few.static.others, copies) if few.static.others else 0)
-    share = static.gradients / max(few.static.gradients, 1)
+    before, after = (sum(ones, StaticMemory()) for ones in (few.each, each))
+    copies = before.others * after.weights // max(before.weights, 1)
+    each[0] = replace(each[0], others=max(before.others, copies) if before.others else 0)
+    share = after.gradients / max(before.gradients, 1)
     update = {part: {call: count * share for call, count in counts.items()} for part, counts in few.update.items()}
     most = int(layout.settings.rollout.cache_gib * 2**30)
-    return _Held(static, min(round(few.sampling * times), most), update)
+    return _Held(each, min(round(few.sampling * times), most), update)
 
 
 def _left_out(tensors: Iterable[Tensor], times: float, ranks: int) -> StaticMemory:
