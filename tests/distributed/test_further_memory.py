@@ -157,11 +157,12 @@ def test_a_critic_that_waits_in_host_memory(toys, world1, world2):
     del settings["train"]["global_batch_size"]
     settings |= {"rollout": {"prompts": 4, "max_new_tokens": 64}, "align": {"offload": ["critic"], "beta": 0}}
     settings["model"]["load"] = str(toys.checkpoint("dense"))
+    settings["align"]["critic"] = {"load": settings["model"]["load"]}
     (real, _) = world2.run(held, settings)
     (planned,) = world1.run(moments, settings, 2)
     assert planned == list(real)
     assert 1.5 * real[0] < real[1]
-    (planned,) = world1.run(moments, settings | {"align": {"beta": 0}}, 2)
+    (planned,) = world1.run(moments, settings | {"align": settings["align"] | {"offload": []}}, 2)
     assert planned == [real[1]] * 2
 
 
