@@ -5,6 +5,7 @@ from megavlm.plan.plan import SPARE, Plan
 from megavlm.report.plan_memory import GIB, activation_parts
 
 _WORTH = 0.01  # share of the memory from which on a part is worth a setting
+_LARGE_FRAME = 4096  # patches of a picture of 1024 × 1024 pixels
 
 
 def verdict(plan: Plan, settings: Settings) -> str:
@@ -33,6 +34,8 @@ def _advice(plan: Plan, settings: Settings) -> list[str]:
             found.append("train.recompute=full")
         if name == "tower" and not vision.recompute:
             found.append("vision.recompute=true")
+        elif name == "tower" and vision.chunk_patches > _LARGE_FRAME:
+            found.append(f"vision.chunk_patches below {vision.chunk_patches}")
         if name == "features" and vision.window != settings.parallel.pipeline:
             found.append(f"vision.window={settings.parallel.pipeline}")
         if name == "logits" and train.logprob_chunk_tokens > 64:

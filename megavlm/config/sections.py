@@ -159,7 +159,7 @@ class VisionSettings(Section):
         "activations in memory",
     )
     chunk_patches: Int = Field(
-        65536, ge=4, description="maximum number of patches encoded at a time; a larger frame is encoded alone"
+        16384, ge=4, description="maximum number of patches encoded at a time; a larger frame is encoded alone"
     )
     window: Int | None = Field(
         None,

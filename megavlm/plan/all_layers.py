@@ -23,9 +23,9 @@ from megavlm.tracing.static_memory import StaticMemory, tensors_of
 
 
 class Held(NamedTuple):
-    """What a rank holds all the time, the bytes of the sampling, and the operators of an update."""
+    """What a rank holds of each model (see ``Stage``), the bytes of the sampling, and the operators of an update."""
 
-    static: StaticMemory
+    each: Sequence[StaticMemory]
     sampling: int
     update: Mapping[str, Counts]
 
@@ -45,9 +45,9 @@ def of_all_layers(
     whole = layers_of(parallel, shapes.text.layers, stage)
     of_dense = world_size // (parallel.tensor * parallel.pipeline)
     of_experts = world_size // (parallel.pipeline * parallel.expert * parallel.expert_tensor)
-    here, more = _Sum(), _Sum()
-    for vlm in (model.vlm for model in trained):
-        tower, known = vlm.vision.layers, set[int]()
+    here, grown, each = _Sum(), Counter[int](), []
+    for vlm, static in zip((model.vlm for model in trained), few.each, strict=True):
+        tower, known, more = vlm.vision.layers, set[int](), _Sum()
         for module in (module for part in PARTS if part != "language" for module in vlm.modules_of(part)):
             here.add(tensors_of(module), 1, world_size)
         more.add(tensors_of(tower[-1]), shapes.vision.layers - len(tower), world_size)
@@ -63,12 +63,14 @@ def of_all_layers(
             here.add((tensor for tensor in tensors_of(chunk) if id(tensor) not in known), 1, of_dense)
             others = (tensor for layer in layers for tensor in tensors_of(layer) if id(tensor) not in known)
             more.add(others, whole / len(layers) - 1, of_dense)
-    static = few.static + more.static
-    copies = few.static.others * static.weights // max(few.static.weights, 1)
-    static = replace(static, others=max(few.static.others, copies) if few.static.others else 0)
+        each.append(static + more.static)
+        grown += more.gradients
+    before, after = (sum(ones, StaticMemory()) for ones in (few.each, each))
+    copies = before.others * after.weights // max(before.weights, 1)
+    each[0] = replace(each[0], others=max(before.others, copies) if before.others else 0)
     times = whole / len(trained[0].vlm.language[0].decoder.layers)
     most = int(settings.rollout.cache_gib * 2**30)
-    return Held(static, min(round(few.sampling * times), most), _update(few, static, here, more))
+    return Held(each, min(round(few.sampling * times), most), _update(few, before, after, here.gradients, grown))
 
 
 class _Sum:
@@ -87,20 +89,22 @@ class _Sum:
         self.gradients[ranks] += gradients
 
 
-def _update(few: Held, static: StaticMemory, here: _Sum, more: _Sum) -> dict[str, Counts]:
+def _update(
+    few: Held, before: StaticMemory, after: StaticMemory, here: Counter[int], grown: Counter[int]
+) -> dict[str, Counts]:
     """The operators of an update: collectives grow as the gradients of their ranks, the rest as state or gradients."""
-    of_group = {ranks: 1 + more.gradients[ranks] / max(size, 1) for ranks, size in here.gradients.items()}
-    of_all = static.gradients / max(few.static.gradients, 1)
-    of_state = static.optimizer / few.static.optimizer if few.static.optimizer else of_all
+    of_group = {ranks: 1 + grown[ranks] / max(size, 1) for ranks, size in here.items()}
+    of_all = after.gradients / max(before.gradients, 1)
+    of_state = after.optimizer / before.optimizer if before.optimizer else of_all
 
-    def grown(part: str, call: Call) -> float:
+    def ratio(part: str, call: Call) -> float:
         if call.kind == "collective":
             return of_group.get(len(call.sizes), of_all)
         return of_state if part == "optimizer" else of_part[part]
 
     of_part = {part: _mean(counts, of_group, of_all) for part, counts in few.update.items()}
     return {
-        part: {call: count * grown(part, call) for call, count in counts.items()} for part, counts in few.update.items()
+        part: {call: count * ratio(part, call) for call, count in counts.items()} for part, counts in few.update.items()
     }
 
 

@@ -35,7 +35,7 @@ class StagePlan:
 
     Attributes:
         stage, rank: the pipeline stage from 0, and the rank.
-        static: what it holds all the time.
+        static: what it holds all the time; without a critic that is in host memory at the fullest moment.
         peak: of the step's tensors, of the model that needs most; or of the sampling, if that needs more.
     """
 
@@ -132,8 +132,7 @@ def make_plan(
     limit = round((1 - SPARE) * gpu.memory_gib * 2**30)
     found = stages_of(layout) if exact else rough_stages_of(layout, limit)
     stages = [
-        StagePlan(number, layout.rank(number), stage.static, stage.peak(number, len(found)))
-        for number, stage in enumerate(found)
+        StagePlan(number, layout.rank(number), *stage.fullest(number, len(found))) for number, stage in enumerate(found)
     ]
     rows = each * data_parallel
     work = mix.work(rows, scores=method.scores)

@@ -75,7 +75,8 @@ class Stage:
     """The first rank of a pipeline stage.
 
     Attributes:
-        static: what it holds all the time.
+        each: what it holds of each model that is trained, the first with all that is not trained.
+        parked: whether the others are in host memory while the first one learns or samples (``align.offload``).
         memories: what is alive in a step, of each model that is trained.
         sampling: bytes of the sampling, which comes before the step.
         operators: what the main model computes.
@@ -83,18 +84,26 @@ class Stage:
         adapted: the parts with adapters.
     """
 
-    static: StaticMemory
+    each: Sequence[StaticMemory]
+    parked: bool
     memories: list[StageMemory]
     sampling: int
     operators: StageOperators
     window: int
     adapted: Collection[str]
 
-    def peak(self, number: int, stages: int) -> Peak:
-        """The fullest moment of a step, of the model that needs most, if this is stage ``number``."""
-        peaks = [memory.peak(number, stages, self.window) for memory in self.memories]
-        peaks.append(Peak("sampling", {"sampling": self.sampling}))
-        return max(peaks, key=lambda peak: peak.total)
+    @property
+    def static(self) -> StaticMemory:
+        """What it holds of all models together."""
+        return sum(self.each, StaticMemory())
+
+    def fullest(self, number: int, stages: int) -> tuple[StaticMemory, Peak]:
+        """The fullest moment of a step, if this is stage ``number``: what the rank holds then, and what it makes."""
+        alone = self.each[0] if self.parked else self.static  # beside the first model
+        moments = [(alone, Peak("sampling", {"sampling": self.sampling}))]
+        for held, memory in zip([alone] + [self.static] * len(self.memories), self.memories, strict=False):
+            moments.append((held, memory.peak(number, stages, self.window)))
+        return max(moments, key=lambda moment: moment[0].total + moment[1].total)
 
 
 def stages_of(layout: Layout) -> list[Stage]:
@@ -117,7 +126,7 @@ def stage_of(layout: Layout, number: int) -> Stage:
         traced = _traced(layout, number, trained)
     with _rank_of(layout, number, settings, layout.shapes) as (session, trained):
         held = _held(layout, number, session, trained)
-    return _stage(traced, held)
+    return _stage(layout, traced, held)
 
 
 def rough_stages_of(layout: Layout, limit: int) -> list[Stage]:
@@ -129,7 +138,7 @@ def rough_stages_of(layout: Layout, limit: int) -> list[Stage]:
     """
     stages = layout.settings.parallel.pipeline
     first, *middle = _rough(layout, 0)
-    if stages == 1 or first.static.total + first.peak(0, stages).total > limit:
+    if stages == 1 or sum(part.total for part in first.fullest(0, stages)) > limit:
         return [first] * stages
     return [first] + middle * (stages - 2) + _rough(layout, stages - 1)
 
@@ -147,9 +156,9 @@ def _rough(layout: Layout, number: int) -> list[Stage]:
         traced = _traced(built, number, trained)
         held = _held(layout, number, session, trained)
         whole = partial(of_all_layers, held, trained, layout.settings, layout.shapes, layout.world_size)
-        found = [_stage(traced, whole(number))]
+        found = [_stage(layout, traced, whole(number))]
         if has_middle:
-            middle = _stage(traced, whole(1))
+            middle = _stage(layout, traced, whole(1))
             found.append(replace(middle, memories=[memory.without("exchange") for memory in middle.memories]))
     return found
 
@@ -181,9 +190,10 @@ def _traced(layout: Layout, number: int, trained: Sequence[TrainedModel]) -> _Tr
     return _Traced([memory for memory, _ in found], found[0][1], window, adapted)
 
 
-def _stage(traced: _Traced, held: Held) -> Stage:
+def _stage(layout: Layout, traced: _Traced, held: Held) -> Stage:
     operators = StageOperators({**traced.operators.parts, **held.update}, traced.operators.chunks)
-    return Stage(held.static, traced.memories, held.sampling, operators, traced.window, traced.adapted)
+    parked = "critic" in layout.settings.align.offload
+    return Stage(held.each, parked, traced.memories, held.sampling, operators, traced.window, traced.adapted)
 
 
 def _rank_of(
@@ -194,14 +204,14 @@ def _rank_of(
 
 
 def _held(layout: Layout, number: int, session: Session, trained: Sequence[TrainedModel]) -> Held:
-    count, static = StaticCount(), StaticMemory()
+    count, each = StaticCount(), []
     for model in trained:
         make_state(model.optimizers)
-        static += count(model.vlm, model.optimizers)
-    static += StaticMemory(others=further_memory(session, layout.settings, layout.method, layout.rank(number)))
+        each.append(count(model.vlm, model.optimizers))
+    each[0] += StaticMemory(others=further_memory(session, layout.settings, layout.method, layout.rank(number)))
     samples = METHODS[layout.verb].samples
     sampling = sampling_memory(session, layout.settings, layout.verb) if samples else 0
-    return Held(static, sampling, update_operators(trained[0].vlm, trained[0].optimizers, _META))
+    return Held(each, sampling, update_operators(trained[0].vlm, trained[0].optimizers, _META))
 
 
 def window_of(settings: Settings, model: TrainedModel, rows: int) -> int:

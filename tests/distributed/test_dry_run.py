@@ -101,6 +101,7 @@ def of_the_decoder(model: str, layout, *, first: bool, last: bool) -> dict[str, 
     config = json.loads((CONFIGS / f"models/{model}/config.json").read_text())
     text, tied = config["text_config"], config.get("tie_word_embeddings", False)
     hidden, width, layers = text["hidden_size"], text["head_dim"], text["num_hidden_layers"] // layout.pipeline
+    layers = (first and layout.first_stage_layers) or (last and layout.last_stage_layers) or layers
     heads, kv = (text[name] * width // layout.tensor for name in ("num_attention_heads", "num_key_value_heads"))
     linears, experts, router = [(hidden, heads), (hidden, kv), (hidden, kv), (heads, hidden)], [], 0
     if "num_experts" in text:  # gate and up are one linear in Hugging Face's model
@@ -131,7 +132,7 @@ def test_a_rank_holds_its_share_and_all_that_learns_has_gradients(found, model: 
     settings, ranks = found[model, verb, tuner]
     layout, world, tower = settings.parallel, world_of(model), of_the_tower(model)
     models = ["model", "critic"] if verb == "ppo" else ["model"]
-    stages = [0, world // 2][: layout.pipeline]  # of one or two
+    stages = sorted({0, world - world // layout.pipeline})  # the first and the last one
     assert [(held.rank, held.model) for held in ranks] == [(rank, name) for rank in stages for name in models]
     for held in ranks:
         scores = verb == "rm" or held.model == "critic"
@@ -248,7 +249,7 @@ def test_the_command_tells_what_a_rank_holds(world1) -> None:
     shown = " ".join(shown.split())  # lines are wrapped
     assert status == 0
     assert "rank 0 parameters trainable vision" in shown
-    decoder = of_the_decoder("30b-a3b", load_settings(CONFIGS / "models/30b-a3b.yaml").parallel, first=True, last=True)
+    decoder = of_the_decoder("30b-a3b", load_settings(CONFIGS / "models/30b-a3b.yaml").parallel, first=True, last=False)
     assert re.search(rf"language \S+ {decoder['shared adapters'] + decoder['expert adapters']:,} GiB", shown)
     assert re.search(r"GiB: weights \S+ \+ gradients \S+ \+ optimizer \S+ = \S+, without activations", shown)
     assert "no forward pass" in shown

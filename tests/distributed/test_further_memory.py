@@ -107,6 +107,65 @@ def test_keys_and_values(toys, world2):
         assert planned * blocks == (4 * 12 + 24 * 4) * real
 
 
+def held(settings: dict) -> tuple[int, int]:
+    """Runs on every rank: bytes of a real policy and critic, while the critic is in host memory and while it is not."""
+    from megavlm.config.settings import Settings
+    from megavlm.optim.optimizers import Optimizers
+    from megavlm.reinforcement.critic import add_critic
+    from megavlm.runtime.session import start
+    from megavlm.tracing.static_memory import StaticCount
+
+    def first_step(optimizers):
+        for one in (part.optimizer for part in optimizers.optimizer.chained_optimizers):
+            for weight in (weight for group in one.param_groups for weight in group["params"]):
+                weight.grad = torch.zeros_like(weight)
+            one.step()
+            one.zero_grad()
+
+    def total():
+        count = StaticCount()
+        return (count(session.vlm, main) + count(critic.vlm, critic.optimizers)).total
+
+    settings = Settings(**settings)
+    session = start(settings, training=True, load=False)
+    main, critic = Optimizers(session.vlm, settings.train), add_critic(session)
+    first_step(main)
+    with critic.awake():
+        first_step(critic.optimizers)
+        awake = total()
+    return total(), awake
+
+
+def moments(settings: dict, world: int) -> list[int]:
+    """As it is planned: what is held while the policy samples, if that needs most, and while the critic learns."""
+    from dataclasses import replace
+
+    from megavlm.config.settings import Settings
+    from megavlm.convert.hf_shapes import model_shapes
+    from megavlm.plan.mix import Mix
+    from megavlm.plan.stage import Layout, stage_of
+
+    settings = Settings(**settings)
+    shapes = model_shapes(settings.model)
+    with alone():
+        stage = stage_of(Layout(settings, shapes, "ppo", world, Mix.of(settings, shapes, answers=2), 4, 1.0), 0)
+    return [replace(stage, sampling=sampling).fullest(0, 1)[0].total for sampling in (2**40, 0)]
+
+
+def test_a_critic_that_waits_in_host_memory(toys, world1, world2):
+    settings = settings_of(toys.folder("dense"), {}, **BF16, freeze=FROZEN)
+    del settings["train"]["global_batch_size"]
+    settings |= {"rollout": {"prompts": 4, "max_new_tokens": 64}, "align": {"offload": ["critic"], "beta": 0}}
+    settings["model"]["load"] = str(toys.checkpoint("dense"))
+    settings["align"]["critic"] = {"load": settings["model"]["load"]}
+    (real, _) = world2.run(held, settings)
+    (planned,) = world1.run(moments, settings, 2)
+    assert planned == list(real)
+    assert 1.5 * real[0] < real[1]
+    (planned,) = world1.run(moments, settings | {"align": settings["align"] | {"offload": []}}, 2)
+    assert planned == [real[1]] * 2
+
+
 def copies_in_fp8(settings: dict) -> tuple[int, int]:
     """Runs on a rank with Transformer Engine: what its modules keep of their weights in FP8, and what is planned."""
     from test_step_memory import peak

@@ -1,4 +1,7 @@
-"""Every committed recipe, planned for the number of H100 that the model's file names: it fits, and is not slow."""
+"""Every committed recipe, planned for the number of H100 that the model's file names: it fits, and is not slow.
+
+On two cores that do nothing else, a recipe takes one to three seconds, and a search 42 (8b) to 120 (235b-a22b).
+"""
 
 import json
 
@@ -6,42 +9,47 @@ import pytest
 from test_dry_run import CONFIGS, MODELS, world_of
 from test_plan_command import commands
 
-FULL = ["pretrain/stage0", "pretrain/stage1", "pretrain/stage2", "pretrain/stage3"]
-FULL += [f"{method}{tuner}" for method in ("tune/sft", "tune/rm", "tune/dpo", "tune/kto") for tuner in ("", "-lora")]
-FULL += ["tune/sft-lora-r8", *(f"align/{m}{t}" for m in ("grpo", "ppo") for t in ("", "-lora"))]
-QUICK = [("8b", ["tune/sft"]), ("235b-a22b", ["tune/sft"])]
-SEARCHED = ["pretrain/stage1", "tune/sft"]
+RECIPES = [f"pretrain/stage{stage}" for stage in range(4)]
+RECIPES += [f"tune/{method}{tuner}" for method in ("sft", "rm", "dpo", "kto") for tuner in ("", "-lora")]
+RECIPES += ["tune/sft-lora-r8", *(f"align/{method}{tuner}" for method in ("grpo", "ppo") for tuner in ("", "-lora"))]
+QUICK = [("8b", "tune/sft"), ("235b-a22b", "tune/sft")]
+FEW_SECONDS, MINUTES = 600, 3600
+"""Time-outs for a machine that does much else."""
+# How many times faster the fastest other layout is predicted to be, at most, where it is not taken; and why.
+NOT_TAKEN: dict[tuple[str, str], tuple[float, str]] = {}
 
 
-def planned(model: str, recipes: list[str], world1, *more: str) -> dict:
-    lines = [[str(CONFIGS / f"{recipe}.yaml"), "--gpus", str(world_of(model)), "--json", *more] for recipe in recipes]
-    (found,) = world1.run(commands, lines, model)
-    assert all(status == 0 for status, *_ in found), [told for *_, told in found]
-    return {recipe: json.loads(shown) for recipe, (_, shown, _) in zip(recipes, found, strict=True)}
+def planned(model: str, recipe: str, world1, *more: str, timeout: float = FEW_SECONDS):
+    line = [str(CONFIGS / f"{recipe}.yaml"), "--gpus", str(world_of(model)), "--json", *more]
+    (((status, shown, told),),) = world1.run(commands, [line], model, timeout=timeout)
+    assert status == 0, told
+    return json.loads(shown)
 
 
-def check(model: str, recipes: list[str], world1) -> None:
-    plans = planned(model, recipes, world1)
-    tight = {recipe: f"{plan['spare'] / 2**30:.1f} GiB spare" for recipe, plan in plans.items() if not plan["fits"]}
-    assert not tight, (model, tight)
-
-
-@pytest.mark.parametrize(("model", "recipes"), QUICK)
-def test_a_recipe_fits(model, recipes, world1) -> None:
-    check(model, recipes, world1)
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        pytest.param(model, recipe, marks=[pytest.mark.slow] if (model, recipe) not in QUICK else [])
+        for model in MODELS
+        for recipe in RECIPES
+    ],
+)
+def test_a_recipe_fits(model, recipe, world1) -> None:
+    plan = planned(model, recipe, world1)
+    assert plan["spare_share"] == 0.05
+    assert plan["spare"] >= 0.05 * plan["capacity"], f"{plan['spare'] / 2**30:.1f} GiB spare"
+    assert plan["fits"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["tune/sft", "pretrain/stage1"])
 @pytest.mark.parametrize("model", MODELS)
-def test_every_recipe_fits(model, world1) -> None:
-    check(model, FULL, world1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
-def test_no_other_layout_is_predicted_to_be_much_faster(model, world1) -> None:
-    own = planned(model, SEARCHED, world1)
-    for recipe, found in planned(model, SEARCHED, world1, "--search").items():
-        seconds = own[recipe]["time"]["seconds"]
-        faster = [c for c in found if c["ruled_out"] is None and c["seconds"] < seconds / 1.05]
-        assert not faster, (model, recipe, seconds, faster[:3])
+def test_no_other_layout_is_predicted_to_be_much_faster(model, recipe, world1) -> None:
+    own = planned(model, recipe, world1)["time"]["seconds"]
+    found = [one for one in planned(model, recipe, world1, "--search", timeout=MINUTES) if one["ruled_out"] is None]
+    best = min(found, key=lambda one: one["seconds"])
+    times = own / best["seconds"]
+    most, why = NOT_TAKEN.get((model, recipe), (1.05, "it would be taken"))
+    assert times <= most, (times, best, why)
+    if (model, recipe) in NOT_TAKEN:
+        assert times > 1.05, f"no other layout is much faster now: {times}"
