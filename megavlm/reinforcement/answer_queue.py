@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
-from megavlm.base.stop_signals import StepLeft, is_leaving
+from megavlm.base.stop_signals import StepLeft, is_leaving, leavable
 from megavlm.config.requirements import required
 from megavlm.data.answers import first_sample
 from megavlm.data.loader import Place, RowLoader
@@ -118,8 +118,11 @@ class AnswerQueue:
             NoRows: on all ranks, if a rank has no prompts, or its answers cannot be sampled.
             StepLeft: on all ranks, if a run is asked to stop on one of them while it samples.
         """
-        if self.engine.samples_apart:
-            return self._take_from_threads(count)
+        with leavable():
+            return self._take_from_threads(count) if self.engine.samples_apart else self._take_in_turn(count)
+
+    def _take_in_turn(self, count: int) -> list[Asked]:
+        """See ``take``, of an engine whose ``generate`` all ranks call."""
         taken: list[Asked] = []
         problem: UserError | None = None
         try:

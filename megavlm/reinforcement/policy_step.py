@@ -9,7 +9,6 @@ import torch
 
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
-from megavlm.base.stop_signals import leavable
 from megavlm.config.requirements import required
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import Row
@@ -65,7 +64,7 @@ class PolicyStep:
     def __call__(self) -> StepResult:
         session, align = self._session, self._session.settings.align
         session.vlm.train(False)
-        with self._step.phases("sampling"), leavable():
+        with self._step.phases("sampling"):
             batch = self._rollouts.collect()
         session.vlm.train()
         began = time.perf_counter()

@@ -52,11 +52,11 @@ LEFT = {
 @pytest.mark.parametrize("layout", LEFT)
 def test_a_step_that_is_being_sampled_is_left_and_begins_again(commands, grpo, tmp_path, layout):  # noqa: F811
     """Sampling takes seconds here, and the signal comes in the middle of the second step's."""
-    long = ["train.steps=3", "rollout.max_new_tokens=700", "data.seq_length=1024", "rollout.log_every=1"]
+    long = ["train.steps=2", "rollout.max_new_tokens=400", "data.seq_length=1024", "rollout.log_every=1"]
     arguments = lambda output: grpo(output, [*long, *LEFT[layout]])
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert commands.run(arguments(straight), 2, straight).statuses == [0, 0], straight.with_suffix(".log").read_text()
-    outcome = commands.run(arguments(stopped), 2, stopped, Kill(1, 1, 1.0, number=signal.SIGTERM))
+    outcome = commands.run(arguments(stopped), 2, stopped, Kill(1, 1, 0.5, number=signal.SIGTERM))
     log = stopped.with_suffix(".log").read_text()
     assert outcome.statuses == [0, 0], log
     assert "stopping without this step, whose answers are sampled again when the run continues" in log
@@ -66,7 +66,7 @@ def test_a_step_that_is_being_sampled_is_left_and_begins_again(commands, grpo, t
     assert commands.run(arguments(stopped), 2, stopped).statuses == [0, 0], stopped.with_suffix(".log").read_text()
     assert metrics_of(stopped) == metrics_of(straight)
     assert (stopped / "rollouts.jsonl").read_text() == (straight / "rollouts.jsonl").read_text()
-    assert same_bits(*(run / "checkpoints" / "step_00000003" for run in (straight, stopped)))
+    assert same_bits(*(run / "checkpoints" / "step_00000002" for run in (straight, stopped)))
 
 
 def decide(minutes_of):
