@@ -35,7 +35,7 @@ def test_ctrl_c_of_two_ranks_saves_and_the_clock_has_saved_before(commands, sft,
 def test_before_the_first_step_one_line_says_that_nothing_was_saved(commands, sft, tmp_path, number, name):  # noqa: F811
     output = tmp_path / "run"
     arguments = sft(output, 4, ["train.memory_check=true"])
-    outcome = commands.run(arguments, 1, output, Kill(0, delay=0.4, number=number))
+    outcome = commands.run(arguments, 1, output, Kill(0, locked=True, number=number))
     log = output.with_suffix(".log").read_text()
     assert outcome.statuses == [128 + number], log
     told = [line for line in log.splitlines() if "error" in line or "Error" in line]
