@@ -22,7 +22,7 @@ from forkserver import ENVIRONMENT, forkserver
 from megavlm.monitor.metrics import read_metrics
 
 GRACE_SECONDS = 0.5  # between SIGTERM and SIGKILL; torchrun gives 30 and srun two
-TIMEOUT_SECONDS = 300.0
+TIMEOUT_SECONDS = 900.0  # only ends what hangs; a busy machine is slow
 
 
 @dataclass(frozen=True)
