@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from megavlm.base import stop_signals
-from megavlm.base.errors import RunFailure
 from megavlm.config.requirements import required
 from megavlm.config.settings import CheckpointSettings, Settings
 from megavlm.monitor.hang_watch import HangWatch
@@ -164,7 +163,7 @@ def _at_end(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -
             hook.call(run, number, monitor.say)
 
 
-def _save_before(run: Run, number: int) -> RunFailure | None:
+def _save_before(run: Run, number: int) -> Exception | None:
     """Writes the checkpoint of the step before ``number``, which cannot be done now or is left, if there is no failure.
 
     Returns the failure if not all weights are finite.
