@@ -115,11 +115,11 @@ def _run_steps(
             monitor.finish(failed=True)
             raise
         except stop_signals.StepLeft:
-            failure = _save_before(run, number) if number - 1 > saved else None
-            if failure is not None:
+            unsaved = _save_before(run, number) if number - 1 > saved else None
+            if unsaved is not None:
                 run.checkpoints.finish()
                 monitor.finish(failed=True)
-                raise failure from None
+                raise unsaved from None
             return number - 1, f"stopped at step {number - 1}; step {number} begins again when the run continues"
         is_over = monitor.is_over(number)
         run.checkpoints.poll()
