@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP: when they end a process at once, and when they ask it to stop after its step.
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP: when they end a process at once, and when they ask it to stop with its step.
 
 A thread acts on the signals. Python's own handlers run only between two instructions of the main thread, which may wait
 for minutes in a collective, for a disk or for ranks that never come.
@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -19,6 +19,12 @@ _ECHO_SECONDS = 1.0
 _NAMES = {signal.SIGINT: "Ctrl-C"}
 BEFORE_THE_FIRST_STEP = "ended by {} before the first step of this start; no checkpoint was written"
 AT_ONCE = "ended by a second {}; the steps since the newest checkpoint are lost"
+_AFTER = "stopping after this step"
+_WITHOUT = "stopping without this step, whose answers are sampled again when the run continues"
+
+
+class StepLeft(Exception):
+    """A stop signal has ended a step in which nothing was changed yet. Raised on all ranks."""
 
 
 def handled() -> list[signal.Signals]:
@@ -73,13 +79,33 @@ class StopSignals:
 
     Attributes:
         speak: shows that the run is about to stop, where a progress bar is on the screen; None: plain standard error.
+        may_leave: whether the present step may end before it has changed anything (see ``leavable``).
     """
 
     speak: Callable[[str], None] | None = None
+    may_leave = False
 
     def __init__(self, *, quiet: bool):
         self._quiet, self._requests, self._deferring = quiet, Requests(_ECHO_SECONDS), False
-        self._lock = threading.Lock()
+        self._lock, self._is_leavable = threading.Lock(), False
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether a signal has asked for a stop, and the step is where it may be left."""
+        return self.asked and self._leaves
+
+    @property
+    def _leaves(self) -> bool:
+        return self.may_leave and self._is_leavable
+
+    @contextmanager
+    def leavable(self) -> Iterator[None]:
+        """Around the part of a step that has changed nothing yet."""
+        self._is_leavable = True
+        try:
+            yield
+        finally:
+            self._is_leavable = False
 
     @property
     def asked(self) -> bool:
@@ -101,7 +127,7 @@ class StopSignals:
                 self._end(BEFORE_THE_FIRST_STEP, number)
             elif meaning == "first":
                 again = " (press Ctrl-C again to stop at once)" if number == signal.SIGINT else ""
-                self._announce(f"stopping after this step{again}")
+                self._announce(f"{_WITHOUT if self._leaves else _AFTER}{again}")
 
     def end_before_first_step(self) -> None:
         """Ends the process if a signal has asked for it. For a rank that lost another one to the same signal."""
@@ -158,6 +184,21 @@ def watched(*, quiet: bool | None = None) -> Iterator[StopSignals]:
         os.close(writing)  # ends the thread
         thread.join(timeout=1)
         _active.clear()
+
+
+@contextmanager
+def leavable() -> Iterator[None]:
+    """Around the part of a step that has changed nothing yet: a run that is asked to stop need not finish it.
+
+    Whoever works there asks ``is_leaving`` from time to time, and raises StepLeft on all ranks if it is true on any.
+    """
+    with _active[0].leavable() if _active else nullcontext():
+        yield
+
+
+def is_leaving() -> bool:
+    """Whether a stop signal of this process has asked for a stop within ``leavable``, in a step that may be left."""
+    return bool(_active) and _active[0].is_leaving
 
 
 def _watch(reading: int, signals: StopSignals) -> None:

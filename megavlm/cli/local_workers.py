@@ -31,7 +31,7 @@ def run(arguments: Sequence[str], nproc: int, *, reads_terminal: bool = False, t
 
     The first of SIGTERM, SIGUSR1, SIGHUP and Ctrl-C is forwarded to the workers as a request to stop; a second Ctrl-C
     or SIGTERM ends them. With ``reads_terminal``, rank 0 has the standard input of this process. ``trains`` says that
-    the workers finish their step before they stop.
+    the workers may have a step to finish before they stop.
 
     Returns:
         0 if all workers succeed; 2 if settings or data are invalid (one message is printed); 128 and the number of the
@@ -68,9 +68,9 @@ class _Stop:
             self.now = number
         elif meaning == "first":
             if number == signal.SIGINT and self.trains:
-                # on a line of its own, because rank 0 may have a progress bar there
+                # on a line of its own, because rank 0 may have a progress bar there; rank 0 says how it stops
                 begin = "\n" if sys.stderr.isatty() else ""
-                print(f"{begin}stopping after this step (press Ctrl-C again to stop at once)", file=sys.stderr)
+                print(f"{begin}stopping (press Ctrl-C again to stop at once)", file=sys.stderr)
             self.pending.append(number if number in FORWARDED else signal.SIGTERM)
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
+from megavlm.base.stop_signals import StepLeft, is_leaving, leavable
 from megavlm.config.requirements import required
 from megavlm.data.answers import first_sample
 from megavlm.data.loader import Place, RowLoader
@@ -115,9 +116,13 @@ class AnswerQueue:
 
         Raises:
             NoRows: on all ranks, if a rank has no prompts, or its answers cannot be sampled.
+            StepLeft: on all ranks, if a run is asked to stop on one of them while it samples.
         """
-        if self.engine.samples_apart:
-            return self._take_from_threads(count)
+        with leavable():
+            return self._take_from_threads(count) if self.engine.samples_apart else self._take_in_turn(count)
+
+    def _take_in_turn(self, count: int) -> list[Asked]:
+        """See ``take``, of an engine whose ``generate`` all ranks call."""
         taken: list[Asked] = []
         problem: UserError | None = None
         try:
@@ -174,9 +179,11 @@ class AnswerQueue:
                     self._changed.wait(_SECONDS_BETWEEN_SIGNS)
                 problem = problem or self._failure()
                 here = problem is None and not _are_answered(taken)
-            told = torch.tensor([int(here), int(problem is not None)])
+            told = torch.tensor([int(here), int(problem is not None), int(is_leaving())])
             dist.all_reduce(told, group=self._session.groups.world_host)
             is_waiting = bool(told[0]) and not told[1]
+            if is_waiting and told[2]:
+                raise StepLeft
             beat("the answers")  # engines have time-outs of their own
         raise_everywhere(problem, problem is not None, self._session.groups)
         # One that has failed since stays, so that the next step hears of it.

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Sequence
 from torch import Tensor
 
 from megavlm.base.errors import UserError
+from megavlm.base.stop_signals import is_leaving
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
@@ -55,6 +56,7 @@ def make_engine(
         decode=decode,
         special=special,
         records_routing=records_routing,
+        leaves=is_leaving,
     )
 
 

@@ -48,7 +48,7 @@ class Known:
     """What is computed of a row's targets before the updates, float32 [slices, m]; None if it is not needed.
 
     Attributes:
-        old: log-probabilities under the weights that have sampled.
+        old: log-probabilities under the weights before the first update.
         reference: log-probabilities under the reference model.
         advantages: the advantage of each target; None: all targets of an answer have that of the answer.
     """
@@ -109,7 +109,8 @@ class PolicyObjective:
         logprobs, entropies = outputs.unbind()
         known = cast(Known, micro_batch.found) if micro_batch.found is not None else Known()
         old, reference = known.old, known.reference
-        # With a single update, the weights that have sampled are the present ones.
+        # With a single update, the weights before it are the present ones. Those that have sampled may be older
+        # (``rollout.ahead``); that difference is the correction's alone.
         old, mask = logprobs.detach() if old is None else old, answers.mask
         if options.beta and reference is None:  # the memory check and the dry run, which compute nothing beforehand
             reference = logprobs.detach()

@@ -71,6 +71,7 @@ class Rollouts:
 
         Raises:
             NoRows: on all ranks, if a rank has no prompts, or its answers cannot be sampled.
+            StepLeft: on all ranks, if a run is asked to stop on one of them while it samples.
             UserError: on all ranks, if too many rewards fail.
         """
         settings = self._session.settings.rollout

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from megavlm.base.stop_signals import StepLeft
 from megavlm.model.vlm import VLM
 from megavlm.platform.collectives import all_gather_objects
 from megavlm.rollout.answers import Ending
@@ -32,6 +33,8 @@ class BuiltinEngine:
         special: tokens that are not part of an answer's text.
         timer: makes a context manager around the part of the work that its argument names.
         records_routing: whether answers have their ``routing``; only for a mixture of experts.
+        leaves: whether this rank wants to leave what ``generate`` is doing, which then raises StepLeft on all ranks;
+            None: none ever does. It is asked every few tokens.
     """
 
     samples_apart = False
@@ -50,12 +53,13 @@ class BuiltinEngine:
         special: Sequence[int] = (),
         timer: Timer = untimed,
         records_routing: bool = False,
+        leaves: Callable[[], bool] | None = None,
     ) -> None:
         self._vlm, self._view = vlm, sampling_view(vlm)
         self._memory = Memory.of(self._view, cache_gib, cache_setting)
         self._places, self._prompt_tokens, self._chunk_tokens = places, prompt_tokens, chunk_tokens
         self._batch_invariant, self._decode, self._special, self._timer = batch_invariant, decode, special, timer
-        self._records_routing = records_routing
+        self._records_routing, self._leaves = records_routing, leaves
 
     def generate(self, prompts: Iterator[Prompt] | None, sampling: Sampling) -> Iterator[Answered]:
         """Answers prompts; see ``Engine.generate``."""
@@ -64,7 +68,7 @@ class BuiltinEngine:
         rounds = Rounds(
             self._view, source, stages, Ending(sampling, self._decode, self._special), self._memory,
             places=self._places, longest=sampling.max_new_tokens, prompt_tokens=self._prompt_tokens, timer=self._timer,
-            invariant=self._batch_invariant, records_routing=self._records_routing,
+            invariant=self._batch_invariant, records_routing=self._records_routing, leaves=self._leaves,
         )  # fmt: skip
         training = self._vlm.language[0].training
         self._vlm.train(False)
@@ -73,9 +77,10 @@ class BuiltinEngine:
         finally:
             self._vlm.train(training)
         own = source.error if source is not None else None
-        for error in [own, *all_gather_objects(own, self._vlm.groups.world_host)]:
-            if error is not None:
-                raise error
+        errors = [own, *all_gather_objects(own, self._vlm.groups.world_host)]
+        # Each rank raises the same kind: of what went wrong, if anything did, and not that others have left.
+        for error in sorted(filter(None, errors), key=lambda error: isinstance(error, StepLeft)):
+            raise error
 
     def sync(self) -> None:
         """Does nothing: the weights are those of the model, and nothing is kept from one call to the next."""

@@ -5,7 +5,7 @@ order of operations is (round, chunk of the stage, group) on all stages. What th
 that all of them know by then; only what the leader has read is told.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.base.heartbeat import beat
+from megavlm.base.stop_signals import StepLeft
 from megavlm.model.vlm import VLM
 from megavlm.platform import device
 from megavlm.platform.batch_invariant import batch_invariant
@@ -27,6 +28,8 @@ from megavlm.rollout.rows import Operation, RowMaker
 from megavlm.rollout.source import Dealt, Source
 from megavlm.rollout.stages import Stages
 from megavlm.rollout.timing import Timer
+
+_BETWEEN_LOOKS = 16  # rounds, after which the ranks ask each other whether to leave
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,16 @@ class Rounds:
         timer: see ``Stages``.
         invariant: whether to compute as ``megavlm.platform.batch_invariant``.
         records_routing: whether to keep the experts of all tokens.
+        leaves: whether this rank wants to leave all prompts unanswered; None: none ever does.
     """
 
     def __init__(
         self, view: VLM, source: Source | None, stages: Stages, ending: Ending, memory: Memory,
         *, places: int, longest: int, prompt_tokens: int, timer: Timer, invariant: bool,
-        records_routing: bool,
+        records_routing: bool, leaves: Callable[[], bool] | None = None,
     ) -> None:  # fmt: skip
         self._view, self._source, self._stages, self._memory = view, source, stages, memory
-        self._prompt_tokens = prompt_tokens
+        self._prompt_tokens, self._leaves, self._number = prompt_tokens, leaves, 0
         blocks = Blocks(memory.blocks)
         self._routing = RoutingPool(view, blocks) if records_routing else None
         self._rows = RowMaker(view, KeyValuePool(blocks), timer, self._routing)
@@ -82,7 +86,7 @@ class Rounds:
         self._peers = groups.sampling.peers_host
 
     def __iter__(self) -> Iterator[Answered]:
-        while self._open:
+        while self._open and not self._is_left():
             operations: dict[int, Operation] = {}
             for group in sorted(self._open):
                 with self._mode():
@@ -98,6 +102,22 @@ class Rounds:
                     for group, operation in operations.items():
                         self._stages.run(chunk, group, operation)
         self._stages.finish()
+
+    def _is_left(self) -> bool:
+        """Whether a rank wants to leave. Then what other stages have sent is received, and all groups are closed."""
+        self._number += 1
+        if self._leaves is None or self._number % _BETWEEN_LOOKS != 1:
+            return False
+        here = torch.tensor([int(self._leaves())])
+        dist.all_reduce(here, op=dist.ReduceOp.MAX, group=self._view.groups.model_parallel_host)
+        if not self._anywhere(bool(here.item())):
+            return False
+        for last in (self._last[group] for group in sorted(self._open)):
+            if last is not None:
+                self._stages.drawn(last)
+        if self._source is not None:
+            self._source.fail(StepLeft())
+        return True
 
     @contextmanager
     def _mode(self) -> Iterator[None]:

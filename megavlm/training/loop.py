@@ -57,7 +57,8 @@ def train(
                 run.abandon()
                 raise
             run.checkpoints.finish()
-            _at_end(run, last, hooks, monitor)
+            if last:  # otherwise, the first step was left
+                _at_end(run, last, hooks, monitor)
             monitor.tell_samples()
             monitor.say(ending)
             monitor.finish()
@@ -104,6 +105,7 @@ def _run_steps(
         thawed = run.optimizers.unfreeze(number)
         for part in thawed:
             monitor.say(f"step {number}: {part} is unfrozen and trained from now on")
+        stop.begin_step(may_leave=not thawed)  # else the state of the step before could not be saved any more
         try:
             result, problem = _one_step(run, number, hooks, monitor)
         except NoRows:
@@ -112,6 +114,13 @@ def _run_steps(
             run.checkpoints.finish()
             monitor.finish(failed=True)
             raise
+        except stop_signals.StepLeft:
+            unsaved = _save_before(run, number) if number - 1 > saved else None
+            if unsaved is not None:
+                run.checkpoints.finish()
+                monitor.finish(failed=True)
+                raise unsaved from None
+            return number - 1, f"stopped at step {number - 1}; step {number} begins again when the run continues"
         is_over = monitor.is_over(number)
         run.checkpoints.poll()
         heartbeat(f"step {number}")
@@ -154,12 +163,17 @@ def _at_end(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -
             hook.call(run, number, monitor.say)
 
 
-def _save_before(run: Run, number: int) -> None:
-    """Writes the checkpoint of the step before ``number``, for which there are no rows, if all weights are finite."""
+def _save_before(run: Run, number: int) -> Exception | None:
+    """Writes the checkpoint of the step before ``number``, which cannot be done now or is left, if there is no failure.
+
+    Returns the failure if not all weights are finite.
+    """
     if run.loader is not None:
         run.loader.rewind()
-    if run.weights_failure() is None:
+    failure = run.weights_failure()
+    if failure is None:
         run.checkpoints.save(number - 1)
+    return failure
 
 
 def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor) -> tuple[StepResult, Exception | None]:

@@ -19,7 +19,8 @@ class Decision(NamedTuple):
 class StopSignal:
     """Notes whether a stop signal (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) has arrived on any rank.
 
-    After such a signal, all ranks save a checkpoint after the current step and exit. SLURM can send SIGUSR1 as a
+    After such a signal, all ranks save a checkpoint after the current step and exit. A step that has not changed
+    anything yet may be left instead, by a StepLeft on all ranks. SLURM can send SIGUSR1 as a
     warning before the time limit.
 
     Args:
@@ -44,6 +45,10 @@ class StopSignal:
             time.sleep(0.5)  # the signal that ended it may be on its way
             self._signals.end_before_first_step()
             raise
+
+    def begin_step(self, *, may_leave: bool) -> None:
+        """Says whether the step that begins may be left before it has changed anything; the same on all ranks."""
+        self._signals.may_leave = may_leave
 
     def decide(self) -> Decision:
         """Call it on all ranks after each step. The result is the same on all ranks."""

@@ -96,3 +96,18 @@ def test_a_run_with_a_progress_bar_is_told_through_it():
     signals.defer()
     signals.receive(signal.SIGINT)
     assert told.get(timeout=10) == "stopping after this step (press Ctrl-C again to stop at once)"
+
+
+def test_a_step_that_has_changed_nothing_is_left():
+    """Unless it may not be left; and a step that has begun to change something is finished."""
+    for may_leave in (True, False):
+        signals, told = stop_signals.StopSignals(quiet=False), queue.Queue()
+        signals.speak, signals.may_leave = told.put, may_leave
+        signals.defer()
+        with signals.leavable():
+            assert not signals.is_leaving
+            signals.receive(signal.SIGTERM)
+            assert signals.is_leaving == may_leave
+        assert not signals.is_leaving
+        with_it = "stopping without this step, whose answers are sampled again when the run continues"
+        assert told.get(timeout=10) == (with_it if may_leave else "stopping after this step")

@@ -22,20 +22,22 @@ from forkserver import ENVIRONMENT, forkserver
 from megavlm.monitor.metrics import read_metrics
 
 GRACE_SECONDS = 0.5  # between SIGTERM and SIGKILL; torchrun gives 30 and srun two
-TIMEOUT_SECONDS = 300.0
+TIMEOUT_SECONDS = 900.0  # only ends what hangs; a busy machine is slow
 
 
 @dataclass(frozen=True)
 class Kill:
     """When to kill ``rank``: ``delay`` seconds after it has come to ``step`` (0: after its start).
 
-    ``writing``: from then on, as soon as a checkpoint is being written. ``number``: the signal; all ranks receive one
-    that they can handle, as from a terminal or from torchrun.
+    ``locked``: from then on, as soon as the run holds the lock of its folder, long before its first step. ``writing``:
+    from then on, as soon as a checkpoint is being written. ``number``: the signal; all ranks receive one that they can
+    handle, as from a terminal or from torchrun.
     """
 
     rank: int
     step: int = 0
     delay: float = 0.0
+    locked: bool = False
     writing: bool = False
     number: int = signal.SIGKILL
 
@@ -148,7 +150,8 @@ def _wait_for(kill: Kill, output: Path, began: float, ranks: list[int], statuses
     """Until the moment of ``kill``, or the end of a rank."""
     grown = lambda: _last_step(output, began) >= kill.step
     writing = lambda: not kill.writing or any((output / "checkpoints").glob("*.partial/*.distcp"))
-    for reached in (grown, writing):
+    locked = lambda: not kill.locked or (output / "run.lock").exists()
+    for reached in (grown, locked, writing):
         while not reached() and time.time() < began + TIMEOUT_SECONDS:
             _reap(ranks, statuses)
             if statuses:

@@ -195,3 +195,87 @@ def taken_on_two_ranks(settings: dict) -> list[list[int]]:
 def test_ranks_without_prompts_wait_as_long_as_sampling_takes(asked, world2):
     asked["parallel"] = {"tensor": 2}
     assert world2.run(taken_on_two_ranks, asked) == [[[7], [7]], []]
+
+
+def left_while_waiting(settings: dict, ahead: int) -> tuple[list[int], int, list[int]]:
+    """Runs in a world of two: the second rank, which has no prompts, is asked to stop in the second step.
+
+    The engine does not answer in this step. Returns the samples of the first step, how many rows a checkpoint then
+    knows of, and the samples with which a run continues from it.
+    """
+    import signal
+    import threading
+    from types import SimpleNamespace
+
+    import torch.distributed as dist
+
+    from megavlm.base import stop_signals
+    from megavlm.config.settings import Settings
+    from megavlm.data.loader import build_loader
+    from megavlm.data.renderer import Renderer
+    from megavlm.platform import init
+    from megavlm.reinforcement.answer_queue import AnswerQueue
+    from megavlm.rewards.pool import RewardPool
+    from megavlm.rollout.engine import Answer, Answered, Sampling
+
+    settings = Settings(**settings, rollout={"prompts": 2, "group_size": 2, "max_new_tokens": 4, "ahead": ahead})
+    groups = init(settings.parallel, settings.train.seed)
+    closed = threading.Event()
+
+    class Silent:
+        samples_apart = True
+        answered = 0
+
+        def generate(self, prompts, sampling):
+            for prompt in prompts:
+                if self.answered == 2:
+                    closed.wait(60)
+                    return
+                self.answered += 1
+                yield Answered(prompt, [Answer([7], [0.0], [0.0], [0.0], "stop")] * 2)
+
+        def sync(self): ...
+
+        def close(self):
+            closed.set()
+
+    session = SimpleNamespace(settings=settings, groups=groups)
+    renderer = Renderer.of_prompts(settings.model.hf, settings.data, 4) if groups.is_leader else None
+    data = settings.data.model_copy(update={"packing": "none"})
+    build = lambda: build_loader(data, renderer, "prompt", dp_rank=0, dp_size=1, seed=0)
+    loader = build() if groups.is_leader else None
+    rewards = RewardPool([], 1) if groups.is_leader else None
+    queue = AnswerQueue(session, Silent(), Sampling(4), renderer, loader, loader and iter(loader), rewards)
+    signals = stop_signals.StopSignals(quiet=True)
+    signals.may_leave = True
+    signals.defer()
+    stop_signals._active.append(signals)
+    try:
+        queue.begin_step()
+        first = [one.prompt.sample.index for one in queue.take(2)]
+        queue.begin_step()
+        if dist.get_rank() == 1:
+            threading.Timer(0.5, signals.receive, [signal.SIGTERM]).start()
+        with pytest.raises(stop_signals.StepLeft):
+            queue.take(2)
+    finally:
+        stop_signals._active.clear()
+        queue.close()
+        if loader is not None:
+            loader.close()
+    if loader is None:
+        return first, 0, []
+    loader.rewind()
+    again = build()
+    again.load_state_dict(loader.state_dict())
+    following = [next(again).indices[0] for _ in range(2)]
+    again.close()
+    return first, loader.state_dict()[0]["rows"], following
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_step_is_left_while_answers_are_awaited(asked, world1, world2, ahead):
+    (in_turn,) = world1.run(taken_ahead, asked, 0, [2, 2])
+    (leader, (none, *_)) = world2.run(left_while_waiting, asked | {"parallel": {"tensor": 2}}, ahead)
+    assert leader == (in_turn["taken"][:2], 2, in_turn["taken"][2:])  # the second step begins again
+    assert none == []

@@ -283,3 +283,42 @@ def test_ranks_without_prompts_end_with_the_others(asked, sampled, world2):
     assert one[1] == {}
     both = together(world2.run(sample, asked("moe", expert=2), SAMPLING, order=[2, 4], places=2))
     assert tokens_of(both)[4] == tokens_of(one[0])[4]
+
+
+def leave(settings: dict) -> tuple[int, dict[int, list]]:
+    """Leaves at the second look, as only the last rank wants. Returns how many prompts were answered by then.
+
+    Then the same engine answers all of them.
+    """
+    import torch.distributed as dist
+
+    from megavlm.base.stop_signals import StepLeft
+    from megavlm.rollout.engine import Prompt, Sampling
+
+    session, renderer, samples = start(settings)
+    groups, looks = session.groups, []
+
+    def leaves() -> bool:
+        looks.append(0)
+        return dist.get_rank() == dist.get_world_size() - 1 and len(looks) == 2
+
+    mine = [Prompt(samples[i], seeds_of(i, 3)) for i in range(groups.dp_rank, PROMPTS, groups.dp_size)]
+    ask = lambda: engine.generate(iter(mine) if groups.is_leader else None, Sampling(**SAMPLING))
+    engine, before = engine_of(session, renderer, leaves=leaves), []
+    with pytest.raises(StepLeft):
+        before.extend(ask())
+    return len(before), {one.prompt.sample.index: one.answers for one in ask()}
+
+
+@pytest.mark.parametrize("case", [*CASES, "EP2"])
+def test_all_ranks_leave_when_one_wants_to(case, asked, sampled, world2):
+    """Nothing that a stage has sent stays behind: the next answers are what they always were.
+
+    Data ranks that share no experts finish their own prompts first.
+    """
+    settings = asked("moe", expert=2) if case == "EP2" else asked(**CASES[case][1])
+    counts, answers = zip(*world2.run(leave, settings), strict=True)
+    assert counts[1] < PROMPTS // 2
+    assert counts[0] == PROMPTS // 2 if case == "DP2" else counts[0] < PROMPTS // 2
+    expected = together(world2.run(sample, settings, SAMPLING)) if case == "EP2" else sampled
+    assert tokens_of(together(answers)) == tokens_of(expected)

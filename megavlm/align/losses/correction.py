@@ -57,8 +57,9 @@ def correction(
 
     Args:
         name: one of the table.
-        old_logprobs, sampler_logprobs: floating [B, T], log-probabilities of the sampled tokens in the trainer and in
-            the sampler, by the weights that sampled.
+        old_logprobs: floating [B, T], log-probabilities of the sampled tokens in the trainer, by its weights before the
+            first update with them.
+        sampler_logprobs: [B, T], the same in the sampler, by the weights that sampled: the same weights, or older ones.
         mask: [B, T], 1 at target tokens and 0 elsewhere.
         lowest, highest: limits of w; null: those of the table.
         answer_sum: sums over the target tokens of each answer; a trainer that packs answers into rows passes its own.
