@@ -266,6 +266,8 @@ def changed_keys(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
 
 
 def _all_changes(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
+    if old.model.start == new.model.start:  # null and "random" are the same start
+        old = old.model_copy(update={"model": old.model.model_copy(update={"load": new.model.load})})
     before, after = (changes.flat(each.model_dump(mode="json", by_alias=True)) for each in (old, new))
     keys = [*before, *(key for key in after if key not in before)]
     both = {key: (before.get(key), after.get(key)) for key in keys}

@@ -200,7 +200,8 @@ class RewardPool(PoolThread[Group, Result]):
         end = self._replace(worker)
         if call is not None:
             seconds = time.monotonic() - call.began
-            call.task.failed(cause or f"its process {end}", seconds, has_ended=True)
+            from_outside = cause is None and worker.was_killed
+            call.task.failed(cause or f"its process {end}", seconds, has_ended=True, was_killed=from_outside)
             self._go_on(call.task)
         elif not worker.is_ready:
             self._bad_starts += 1

@@ -15,7 +15,9 @@ class Task:
     """One reward of one group. All its answers are judged in one call.
 
     If that call raises, takes too long or ends its process, the answers are judged one by one, so that only those fail
-    that are to blame. Both together take at most twice the time-out, not counting the start of new workers.
+    that are to blame. Both together take at most twice the time-out, not counting the start of new workers. An answer
+    that was alone with a worker that was killed is tried once more: the reason may have come from outside, such as
+    another process that takes all memory. If that happens twice, the answer is to blame.
 
     Attributes:
         group: the group.
@@ -30,6 +32,7 @@ class Task:
         self.causes: dict[int, str] = {}
         self._timeout, self._seconds, self._deaths = timeout, 0.0, 0
         self._single: deque[int] | None = None  # the answers that are left to be judged one by one
+        self._was_killed = False  # whether the first of them has been alone with a worker that was killed
 
     @property
     def is_done(self) -> bool:
@@ -52,24 +55,29 @@ class Task:
         answers = range(self.group.count) if self._single is None else [self._single.popleft()]
         self._single = self._single or deque()
         self._seconds += seconds
+        self._was_killed = False
         for position, answer in enumerate(answers):
             self.values[answer] = values[position]
             if (cause := causes.get(str(position))) is not None:
                 self.causes[answer] = cause
 
-    def failed(self, cause: str, seconds: float, *, has_ended: bool) -> None:
+    def failed(self, cause: str, seconds: float, *, has_ended: bool, was_killed: bool = False) -> None:
         """A call has given no values.
 
         Args:
             cause: why, for example "no result after 10 s".
             seconds: how long it took.
             has_ended: whether it has cost the worker.
+            was_killed: whether SIGKILL has ended the worker, and not because the call took too long.
         """
         self._seconds += seconds
         if self._single is None:
             self._single = deque(range(self.group.count))
             if self.group.count > 1:
                 return
+        self._was_killed = was_killed and not self._was_killed
+        if self._was_killed:
+            return
         self.causes[self._single.popleft()] = cause
         self._deaths += has_ended
         if self._deaths == MOST_DEATHS:

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from forkserver import forkserver
@@ -301,6 +302,39 @@ def test_parts_are_joined_to_the_same_samples(media, tmp_path, capsys):
     assert "made from other files or settings (parts)" in refused(capsys, jobs)
     assert "choose fewer parts" in refused(capsys, "--jsonl", file, "--out", tmp_path / "x", "--part", "1/9")
     assert "--part is" in refused(capsys, "--jsonl", file, "--out", tmp_path / "x", "--part", "9")
+
+
+def test_writing_goes_on_after_a_kill(media, tmp_path):
+    """kill -9 while one of two processes waits for a picture: the complete part is kept, the other one written anew."""
+    names = ["wide.png"] * 5 + ["late.png"]
+    records = [{"messages": talk(f"<image>{number}?"), "images": [name]} for number, name in enumerate(names)]
+    file, late, out = write(media.base / "killed.jsonl", records), media.base / "late.png", tmp_path / "out"
+    os.mkfifo(late)
+    command = ["data", "prepare", "--jsonl", str(file), "--out", str(out), "--workers", "2"]
+    process = forkserver().Process(target=_command, args=(command,))
+    process.start()
+    complete, deadline = out / "part-0001-of-0002", time.monotonic() + 300
+    while not (complete.exists() and (out / "part-0002-of-0002.partial").exists()):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.join()
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+    before = (complete / "shard-000000.tar").stat()
+    late.unlink()
+    shutil.copy(media.base / "wide.png", late)
+    assert prepare(*command[2:]) == 0
+    assert os.path.samestat((complete / "shard-000000.tar").stat(), before)
+    assert not list(tmp_path.rglob("*.partial"))
+    whole = convert([str(file)], tmp_path / "whole", parse_size("1MB"))
+    read = lambda folder: [ShardFolder(folder).read(index)[0] for index in range(len(ShardFolder(folder)))]
+    assert len(read(whole)) == 6
+    assert read(out) == read(whole)
+
+
+def _command(arguments: list[str]) -> None:
+    sys.exit(main(arguments))
 
 
 def test_an_existing_folder_is_left_alone(jsonl, tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Real vLLM as the engine: its answers, its log-probabilities after new weights, and servers that are lost.
 
-One server is started for the whole file, and again when it was killed.
+One server is started for the whole file, and again when it was killed. What it is compared with is in `vllm_runs`.
 """
 
 import json
@@ -11,28 +11,17 @@ import time
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import forked_command
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from test_engine import engine_of, start, tokens_of
-from toy import read_samples, reference_inputs, reference_model, toy_records, write_records
+import vllm_runs
+from test_engine import tokens_of
+from toy import reference_model
 from vllm_served import CLOSE, FolderWeights, by_index, prompts_of, vllm_engine, vllm_settings
 
 from megavlm.base.errors import UserError
-from megavlm.monitor.metrics import read_metrics
 from megavlm.monitor.rollout_log import read_rollouts
-
-
-def of_the_built_in_engine(settings: dict, sampling) -> dict[int, list]:
-    from megavlm.rollout.engine import Prompt
-
-    session, renderer, samples = start(settings)
-    engine = engine_of(session, renderer, places=25)
-    return by_index(engine.generate(iter([Prompt(sample, (0,)) for sample in samples]), sampling))
 
 
 def test_greedy_answers_are_those_of_the_built_in_engine(served, toys, asked, prompts, sampling, world1):
@@ -41,7 +30,7 @@ def test_greedy_answers_are_those_of_the_built_in_engine(served, toys, asked, pr
         "data": {"eval": str(asked[1])},
         "train": {"precision": "fp32"},
     }
-    (expected,) = world1.run(of_the_built_in_engine, settings, sampling(6))
+    (expected,) = world1.run(vllm_runs.of_the_built_in_engine, settings, sampling(6))
     found = by_index(served.generate(iter(prompts(range(50))), sampling(6)))
     assert sorted(found) == list(range(50))
     for index, (answer,) in found.items():
@@ -51,31 +40,6 @@ def test_greedy_answers_are_those_of_the_built_in_engine(served, toys, asked, pr
     assert len({tuple(answer.tokens) for (answer,) in found.values()}) > 25  # the questions matter
 
 
-def changed(folder: Path, out: Path) -> Path:
-    """A copy of a folder in which every weight is another one, those of the tower, too."""
-    out.mkdir()
-    for file in folder.iterdir():
-        if file.suffix != ".safetensors":
-            (out / file.name).write_bytes(file.read_bytes())
-    generator = torch.Generator().manual_seed(3)
-    noisy = lambda value: value + 0.1 * value.std(correction=0) * torch.randn(value.shape, generator=generator)
-    weights = {name: noisy(value) for name, value in load_file(folder / "model.safetensors").items()}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    return out
-
-
-def logprobs_of(model, processor, record: dict, root: Path, tokens: list[int]) -> list[float]:
-    """transformers' log-probabilities of an answer."""
-    inputs = reference_inputs(processor, record, root, add_generation_prompt=True)
-    length = inputs["input_ids"].shape[1]
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens])], dim=1)
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
-        inputs[name] = torch.nn.functional.pad(inputs[name], (0, len(tokens)), value=value)
-    with torch.no_grad():
-        logits = model(**inputs).logits[0, length - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-
-
 def test_new_weights_are_used_at_once_and_for_everything(served, toys, asked, prompts, sampling, tmp_path):
     """Also for pictures, prompts and videos that vLLM has seen before, and still has in its caches otherwise."""
     from transformers import AutoProcessor
@@ -83,7 +47,7 @@ def test_new_weights_are_used_at_once_and_for_everything(served, toys, asked, pr
     folder = toys.folder("dense")
     processor, chosen = AutoProcessor.from_pretrained(folder), range(12)
     before = by_index(served.generate(iter(prompts(chosen, 2)), sampling(6, 1.0)))
-    served._weights.folder = changed(folder, tmp_path / "changed")
+    served._weights.folder = vllm_runs.changed(folder, tmp_path / "changed")
     served.sync()
     after = by_index(served.generate(iter(prompts(chosen, 2)), sampling(6, 1.0)))
     old, new = reference_model(folder), reference_model(served._weights.folder)
@@ -91,9 +55,9 @@ def test_new_weights_are_used_at_once_and_for_everything(served, toys, asked, pr
         for model, answers, other in ((old, before, new), (new, after, old)):
             for answer in answers[index]:
                 words = asked[0][index], toys.root, answer.tokens
-                assert answer.logprobs == pytest.approx(logprobs_of(model, processor, *words), abs=CLOSE)
+                assert answer.logprobs == pytest.approx(vllm_runs.logprobs_of(model, processor, *words), abs=CLOSE)
                 assert answer.policy_logprobs == answer.sampled_logprobs == answer.logprobs
-                others = logprobs_of(other, processor, *words)
+                others = vllm_runs.logprobs_of(other, processor, *words)
                 assert max(abs(a - b) for a, b in zip(answer.logprobs, others, strict=True)) > 100 * CLOSE
     served._weights.folder = folder
     served.sync()
@@ -157,62 +121,12 @@ def test_an_engine_that_dies_while_weights_are_on_their_way(served, prompts, sam
     assert tokens_of(by_index(served.generate(iter(wanted), sampling(6)))) == tokens_of(undisturbed)
 
 
-def from_a_trainer(settings: dict, sampling) -> tuple[dict, dict]:
-    """Runs on every rank: the answers of vLLM and of the built-in engine with weights that were changed here.
-
-    Adapters alone are changed if there are any.
-    """
-    from megavlm.config.settings import Settings
-    from megavlm.data.renderer import Renderer
-    from megavlm.model.vlm import PARTS
-    from megavlm.reinforcement.engines import make_engine
-    from megavlm.rollout.engine import Prompt
-    from megavlm.runtime import session
-
-    settings = Settings(**settings)
-    session = session.start(settings, training=True)
-    learned = [p for part in PARTS for module in session.vlm.modules_of(part) for p in module.parameters()]
-    for parameter in learned:
-        if parameter.requires_grad:  # copies on other ranks change alike
-            parameter.data += 0.03 * torch.arange(parameter.numel()).cos().view_as(parameter)
-    renderer, groups = Renderer(settings.model.hf, settings.data), session.groups
-    samples = read_samples(settings.data.eval[0].path, renderer, "prompt")[groups.dp_rank :: groups.dp_size]
-    prompts = lambda: iter([Prompt(sample, (0,)) for sample in samples]) if groups.is_leader else None
-    engine = make_engine(session)
-    engine.sync()
-    found = by_index(engine.generate(prompts(), sampling))
-    engine.close()
-    session.vlm.train(False)
-    return found, by_index(engine_of(session, renderer, places=25).generate(prompts(), sampling))
-
-
-LORA = {
-    "adapter": {
-        "type": "lora",
-        "rank": 4,
-        "targets": ["attn.qkv", "merger.linear_fc1", "q_proj", "v_proj", "down_proj"],
-    }
-}
-TRAINERS = {
-    "TP2": ("dense", {"parallel": {"tensor": 2}}),
-    "PP2, LoRA": ("dense", {"parallel": {"pipeline": 2}, **LORA}),
-    "DP2 × EP2": ("moe", {"parallel": {"expert": 2}}),
-}
-
-
-@pytest.mark.parametrize("case", TRAINERS)
+@pytest.mark.parametrize("case", vllm_runs.TRAINERS)
 def test_weights_come_from_every_layout(case, request, toys, asked, sampling, world2, tmp_path):
-    kind, more = TRAINERS[case]
+    kind, more = vllm_runs.TRAINERS[case]
     served = request.getfixturevalue("served" if kind == "dense" else "served_moe")
-    settings = {
-        "model": {"hf": str(toys.folder(kind)), "load": str(toys.checkpoint(kind))},
-        "data": {"eval": str(asked[1]), "seq_length": 512},
-        "train": {"precision": "fp32"},
-        "rollout": {"engine": "vllm", "max_sequences": 64, "vllm": {"url": served._urls}},
-        "output": str(tmp_path),
-        **more,
-    }
-    ranks = world2.run(from_a_trainer, settings, sampling(4))
+    settings = vllm_runs.trainer_settings(served, toys, kind, asked[1], tmp_path) | more
+    ranks = world2.run(vllm_runs.from_a_trainer, settings, sampling(4))
     found, expected = ({i: a for rank in ranks for i, a in rank[which].items()} for which in (0, 1))
     assert sorted(found) == sorted(expected) == list(range(50))
     for index, (answer,) in found.items():
@@ -245,41 +159,10 @@ def test_no_answer_is_without_weights_when_they_arrive(served, prompts, sampling
     assert sorted(found) == list(range(50))
 
 
-def grpo_config(served, toys, folder: Path, steps: int, **rollout) -> Path:
-    """The file with the settings of a run on the toy records whose answers a server samples; None: one of its own."""
-    data = write_records(toys.root / "for_grpo.jsonl", toy_records(toys.root))
-    config = {
-        "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense"))},
-        "data": {"train": [{"path": str(data)}], "seq_length": 256, "workers": 0},
-        "train": {"optimizer": "adam", "lr": 1e-3, "precision": "fp32", "warmup_steps": 0, "memory_check": False,
-                  "steps": steps},
-        "align": {"beta": 0.0},
-        "rollout": {"engine": "vllm", "prompts": 4, "group_size": 4, "max_new_tokens": 5, "log_every": 1,
-                    "vllm": {"url": served._urls} if served else {}, **rollout},
-        "reward": [{"python": f"{Path(__file__).parent / 'grpo_rewards.py'}:letters"}],
-        "reward_pool": {"workers": 1},
-        "log": {"wandb": {"mode": "off"}},
-        "output": str(folder),
-    }  # fmt: skip
-    (folder.parent / "run.yaml").write_text(json.dumps(config))
-    return folder.parent / "run.yaml"
-
-
-def grpo(served, toys, folder: Path, steps: int, **rollout) -> tuple[list[dict], list[str], float]:
-    """A run: its metrics, its prompts in the order in which they were learned, and how many seconds its end took."""
-    result = forked_command.run(["grpo", str(grpo_config(served, toys, folder, steps, **rollout))])
-    ended = time.time()
-    assert result.returncode == 0, result.stdout + result.stderr
-    lines = read_metrics(folder)
-    assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    learned = [group.sample for step in read_rollouts(folder) for group in step.groups]
-    return lines, learned, ended - (folder / "metrics.jsonl").stat().st_mtime
-
-
 @pytest.fixture(scope="module")
 def learned(served, toys, tmp_path_factory):
     """A run of three steps."""
-    found = grpo(served, toys, tmp_path_factory.mktemp("grpo") / "run", 3)
+    found = vllm_runs.grpo(served, toys, tmp_path_factory.mktemp("grpo") / "run", 3)
     served.sync()
     return found
 
@@ -293,7 +176,7 @@ def test_grpo_learns_with_it(learned):
 
 def test_grpo_samples_ahead(served, learned, toys, tmp_path):
     """Answers are one step older than what learns from them; prompts stay in order, and the end is the end."""
-    lines, prompts, seconds = grpo(served, toys, tmp_path / "run", 8, ahead=1)
+    lines, prompts, seconds = vllm_runs.grpo(served, toys, tmp_path / "run", 8, ahead=1)
     assert [line["staleness"] for line in lines] == [0.0] + 7 * [1.0]
     assert lines[0]["mismatch_max"] < CLOSE
     assert max(line["mismatch_max"] for line in lines[1:]) > 10 * CLOSE  # of older weights
@@ -311,7 +194,7 @@ def test_held_out_questions_beside_a_server(served, toys, tmp_path):
     Without chance (``top_k: 1``) the server gives the same answers to the same questions from the same weights.
     """
     folder = tmp_path / "run"
-    path = grpo_config(served, toys, folder, 1, prompts=8, group_size=2, top_k=1)
+    path = vllm_runs.grpo_config(served, toys, folder, 1, prompts=8, group_size=2, top_k=1)
     config = json.loads(path.read_text())
     config["data"]["eval"], config["eval"] = config["data"]["train"], {"every": 1}
     path.write_text(json.dumps(config))

@@ -8,6 +8,7 @@ import pytest
 from megavlm.base import atomic_files
 from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings
+from megavlm.config.renamed import RENAMED
 from megavlm.config.settings import Settings
 from megavlm.output.folder import (
     StartOptions,
@@ -62,6 +63,33 @@ def test_the_same_run_is_continued(settings, run):
     found = load_settings(longer.output / "config.yaml")
     assert found.train.schedule_steps == 50
     assert found.model_copy(update={"train": longer.train}) == longer
+
+
+def test_random_weights_are_the_same_start_however_they_are_said(settings, run):
+    run()
+    assert plan_start(settings(model={"hf": "hf", "load": "random"})).action == "resume"
+    with pytest.raises(UserError, match=r"model.load: null there, other now"):
+        plan_start(settings(model={"hf": "hf", "load": "other"}))
+
+
+def test_a_run_of_an_earlier_version_is_refused_with_the_new_names_and_continues_with_them(settings, run):
+    """As its config.yaml was written before the settings were renamed: with every setting and its value."""
+    file = run() / "config.yaml"
+    written = file.read_text()
+    earlier = written
+    for old, new in RENAMED.items():
+        (section, name), called = old.split("."), new.split(".")[1]
+        changed = re.sub(rf"(?m)(^{section}:\n(?:  .*\n)*?  ){called}:", rf"\1{name}:", earlier)
+        assert changed != earlier, new
+        earlier = changed
+    file.write_text(earlier)
+    with pytest.raises(UserError, match="holds a run whose settings cannot be read") as refused:
+        plan_start(settings())
+    for old, new in RENAMED.items():
+        assert re.search(rf"the setting {old} is now called {new} \(\S+config.yaml:\d+\)", refused.value.message)
+    assert refused.value.remedy.startswith(f"correct {file}, or ")
+    file.write_text(written)
+    assert plan_start(settings()).action == "resume"
 
 
 def test_what_changed_is_recorded_with_the_step_of_the_change(settings, run):

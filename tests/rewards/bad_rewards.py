@@ -3,9 +3,11 @@
 import asyncio
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def obey(completions, **columns):
@@ -18,6 +20,8 @@ def obey(completions, **columns):
                 os._exit(3)
             case "system exit":
                 sys.exit("enough")
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
             case "crash":
                 ctypes.string_at(0)
             case "sleep":
@@ -42,6 +46,15 @@ async def lengths(completions, prompts, answer):
 
 def process_id(completions, **columns):
     return [os.getpid()] * len(completions)
+
+
+def waits_for(completions, sign, **columns):
+    """Writes its process id into the folder and waits until it may go on."""
+    folder = Path(sign[0])
+    (folder / str(os.getpid())).touch()
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+    return [1.0] * len(completions)
 
 
 def child(completions, **columns):

@@ -35,6 +35,8 @@ BAD = {
     "exit": {"exit": "its process ended with status 3", "a": "", "b": ""},
     "system exit": {"a": "", "system exit": "SystemExit: enough"},
     "crash": {"a": "", "crash": "its process was killed by SIGSEGV"},
+    "killed": {"a": "", "killed": "its process was killed by SIGKILL", "b": ""},
+    "killed alone": {"killed": "its process was killed by SIGKILL"},
     "slow": {"sleep": "no result after", "a": ""},
     "all slow": {"sleep": "no result after 2 s"},
     "nan": {"nan": "it returned nan, which is not a finite number", "a": ""},
@@ -144,6 +146,22 @@ def test_many_groups_leave_nothing_and_a_killed_worker_is_replaced():
         assert len(later) == 2
     assert not (workers | later) & processes()
     assert len(os.listdir("/proc/self/fd")) <= handles
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_worker_that_is_killed_from_outside_costs_no_answer(count, tmp_path):
+    """Not even in the middle of the call of a single answer, which nothing else could be to blame for."""
+    with RewardPool([python("waits_for", timeout=60)], workers=1) as pool:
+        pool.submit(0, ["a"] * count, {"sign": [str(tmp_path)] * count})
+        killed = set()
+        for _ in range(min(count, 2)):  # all answers together, and then the first one alone
+            while not (begun := {int(path.name) for path in tmp_path.iterdir()} - killed):
+                pool.results(0.01)
+            os.kill(min(begun), signal.SIGKILL)
+            killed |= begun
+        (tmp_path / "go").touch()
+        [(_, scores)] = pool.wait()
+    assert [(score.total, score.failures) for score in scores] == [(1.0, [])] * count
 
 
 def test_a_job_that_is_stopped_while_workers_start_keeps_them():

@@ -32,6 +32,24 @@ def test_an_answer_gets_what_those_before_it_have_left_over():
     assert (mixed.values, mixed.causes) == ([1.0, None, None], {1: "it raised", 2: "it returned nan"})
 
 
+def test_an_answer_is_to_blame_for_the_second_kill_only():
+    killed = lambda: alone.failed("killed", 1.0, has_ended=True, was_killed=True)
+    alone = task(1)
+    killed()
+    assert (alone.answers, alone.limit, alone.is_done) == ([0], 19.0, False)
+    killed()
+    assert (alone.is_done, alone.causes) == (True, {0: "killed"})
+    alone = task(3)
+    killed()  # all of them together
+    killed()
+    alone.succeeded([1.0], {}, 1.0)
+    killed()  # the second answer, which has nothing to do with the first one's
+    alone.failed("it raised", 1.0, has_ended=False)
+    killed()
+    killed()
+    assert (alone.is_done, alone.values[0], alone.causes) == (True, 1.0, {1: "it raised", 2: "killed"})
+
+
 def test_a_stalled_machine_leaves_a_moment():
     late = task(2)
     late.failed("no result", 50.0, has_ended=True)
