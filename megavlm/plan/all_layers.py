@@ -17,7 +17,6 @@ from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import PARTS
 from megavlm.plan.stage_operators import Counts
 from megavlm.tracing.absent_rank import TrainedModel
-from megavlm.tracing.operators import Call
 from megavlm.tracing.stand_in import layers_of
 from megavlm.tracing.static_memory import StaticMemory, tensors_of
 
@@ -43,14 +42,14 @@ def of_all_layers(
     """
     parallel = settings.parallel
     whole = layers_of(parallel, shapes.text.layers, stage)
-    of_dense = world_size // (parallel.tensor * parallel.pipeline)
-    of_experts = world_size // (parallel.pipeline * parallel.expert * parallel.expert_tensor)
-    here, grown, each = _Sum(), Counter[int](), []
+    of_dense = _Shared("decoder", world_size // (parallel.tensor * parallel.pipeline))
+    of_experts = _Shared("decoder", world_size // (parallel.pipeline * parallel.expert * parallel.expert_tensor))
+    here, grown, each = _Sum(), Counter[_Shared](), []
     for vlm, static in zip((model.vlm for model in trained), few.each, strict=True):
         tower, known, more = vlm.vision.layers, set[int](), _Sum()
         for module in (module for part in PARTS if part != "language" for module in vlm.modules_of(part)):
-            here.add(tensors_of(module), 1, world_size)
-        more.add(tensors_of(tower[-1]), shapes.vision.layers - len(tower), world_size)
+            here.add(tensors_of(module), 1, _Shared("tower", world_size))
+        more.add(tensors_of(tower[-1]), shapes.vision.layers - len(tower), _Shared("tower", world_size))
         for chunk in vlm.language:
             layers = chunk.decoder.layers
             experts = [one for layer in layers for one in layer.modules() if isinstance(one, SequentialMLP)]
@@ -70,7 +69,18 @@ def of_all_layers(
     each[0] = replace(each[0], others=max(before.others, copies) if before.others else 0)
     times = whole / len(trained[0].vlm.language[0].decoder.layers)
     most = int(settings.rollout.cache_gib * 2**30)
-    return Held(each, min(round(few.sampling * times), most), _update(few, before, after, here.gradients, grown))
+    return Held(
+        each,
+        min(round(few.sampling * times), most),
+        _update(few, before, after, here.gradients, grown, overlaps=settings.train.overlap.gradients),
+    )
+
+
+class _Shared(NamedTuple):
+    """The part that gradients belong to, "tower" (with the projector) or "decoder", and how many ranks share them."""
+
+    part: str
+    ranks: int
 
 
 class _Sum:
@@ -78,39 +88,52 @@ class _Sum:
 
     def __init__(self) -> None:
         self.static = StaticMemory()
-        self.gradients: Counter[int] = Counter()  # bytes, by the number of ranks that share the state
+        self.gradients: Counter[_Shared] = Counter()  # bytes
 
-    def add(self, tensors: Iterable[Tensor], times: float, ranks: int) -> None:
-        """Adds tensors so many times; so many ranks share the state."""
+    def add(self, tensors: Iterable[Tensor], times: float, shared: "_Shared") -> None:
+        """Adds tensors so many times."""
         kept = list(tensors)
         gradients = round(times * sum(4 * tensor.numel() for tensor in kept if tensor.requires_grad))
         weights = round(times * sum(tensor.nbytes for tensor in kept))
-        self.static += StaticMemory(weights, gradients, 3 * gradients // ranks)
-        self.gradients[ranks] += gradients
+        self.static += StaticMemory(weights, gradients, 3 * gradients // shared.ranks)
+        self.gradients[shared] += gradients
 
 
 def _update(
-    few: Held, before: StaticMemory, after: StaticMemory, here: Counter[int], grown: Counter[int]
+    few: Held,
+    before: StaticMemory,
+    after: StaticMemory,
+    here: Counter[_Shared],
+    grown: Counter[_Shared],
+    *,
+    overlaps: bool,
 ) -> dict[str, Counts]:
     """The operators of an update: collectives grow as the gradients of their ranks, the rest as state or gradients."""
-    of_group = {ranks: 1 + grown[ranks] / max(size, 1) for ranks, size in here.items()}
-    of_all = after.gradients / max(before.gradients, 1)
-    of_state = after.optimizer / before.optimizer if before.optimizer else of_all
+    of_state = after.optimizer / before.optimizer if before.optimizer else 1.0
+    update: dict[str, Counts] = {}
+    for part, counts in few.update.items():
+        if part == "optimizer":
+            weights = _reduced({call: n for call, n in counts.items() if call.kind == "collective"}, here, grown)
+            update[part] = {call: weights.get(call, n * of_state) for call, n in counts.items()}
+            continue
+        parts = {"overlapped": {"decoder"}}.get(part, {"tower"} if overlaps else {"tower", "decoder"})
+        update[part] = _reduced(
+            counts,
+            Counter({one: size for one, size in here.items() if one.part in parts}),
+            Counter({one: size for one, size in grown.items() if one.part in parts}),
+        )
+    return update
 
-    def ratio(part: str, call: Call) -> float:
-        if call.kind == "collective":
-            return of_group.get(len(call.sizes), of_all)
-        return of_state if part == "optimizer" else of_part[part]
 
-    of_part = {part: _mean(counts, of_group, of_all) for part, counts in few.update.items()}
+def _reduced(counts: Counts, here: Counter[_Shared], grown: Counter[_Shared]) -> Counts:
+    """The operators of a reduction, when gradients grow by so much."""
+    of_all = 1 + grown.total() / max(here.total(), 1)
+    sizes = {one.ranks: [0, 0] for one in here}
+    for one, size in here.items():
+        sizes[one.ranks][0] += size
+        sizes[one.ranks][1] += grown[one]
+    of_group = {ranks: 1 + more / max(size, 1) for ranks, (size, more) in sizes.items()}
     return {
-        part: {call: count * ratio(part, call) for call, count in counts.items()} for part, counts in few.update.items()
+        call: count * (of_group.get(len(call.sizes), of_all) if call.kind == "collective" else of_all)
+        for call, count in counts.items()
     }
-
-
-def _mean(counts: Counts, of_group: Mapping[int, float], of_all: float) -> float:
-    """By how much the bytes of a part's collectives grow."""
-    moved = {call: count * call.moved for call, count in counts.items() if call.kind == "collective"}
-    if not moved:
-        return of_all
-    return sum(size * of_group.get(len(call.sizes), of_all) for call, size in moved.items()) / sum(moved.values())

@@ -99,7 +99,7 @@ def sizes(parallel) -> tuple[int, int, int]:
     return parallel.tensor, parallel.pipeline, parallel.context
 
 
-@pytest.mark.parametrize("scale", [0.5, 4.0, 12.0, 40.0])
+@pytest.mark.parametrize("scale", [0.5, 12.0])
 def test_what_is_found_is_the_fastest_of_all(recipe, scale) -> None:
     settings, shapes = recipe("30b-a3b")
     gpu, world = gpu_of("h100"), 64
