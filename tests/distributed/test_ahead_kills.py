@@ -5,8 +5,8 @@ import random
 import pytest
 from killing import Commands, Kill
 from test_kill import reached
-from test_vllm import grpo_config
 from toy import toy_records, write_records
+from vllm_runs import grpo_config
 
 from megavlm.monitor.metrics import read_metrics
 from megavlm.monitor.rollout_log import read_rollouts

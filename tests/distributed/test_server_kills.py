@@ -10,7 +10,7 @@ from pathlib import Path
 import forked_command
 import psutil
 import pytest
-from test_vllm import grpo_config
+from vllm_runs import grpo_config
 
 from megavlm.monitor.metrics import read_metrics
 from megavlm.monitor.rollout_log import read_rollouts
