@@ -51,7 +51,7 @@ def least_seconds(planned: Candidate, smaller_bubble: float = 1.0, *, keeps_more
     """Seconds of a step below which a layout cannot come, told by one that is like it.
 
     Args:
-        planned: that one, planned with all layers computed again.
+        planned: that one.
         smaller_bubble: by how much the bubble may be smaller. It is so with as many chunks of a stage. More context
             parallelism leaves fewer data-parallel ranks, and so more micro-batches to each, which take less time.
         keeps_more: whether the layout may fit with nothing computed again.
