@@ -136,9 +136,9 @@ class RewardPool(PoolThread[Group, Result]):
         return self._workers
 
     def _round(self) -> None:
-        while len(self._workers) < self._num_workers:
-            self._workers[WorkerProcess(self._rewards)] = None
         self._deal()
+        while len(self._workers) < self._num_workers:  # after those that were found dead, or nobody would be awaited
+            self._workers[WorkerProcess(self._rewards)] = None
         self._listen()
 
     def _deal(self) -> None:

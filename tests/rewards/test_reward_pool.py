@@ -14,6 +14,7 @@ import pytest
 from megavlm.base.errors import RunFailure, UserError
 from megavlm.config.settings import RewardSettings
 from megavlm.rewards.pool import RewardPool, check_rewards
+from megavlm.rewards.worker_process import WorkerProcess
 
 FILE = Path(__file__).parent / "bad_rewards.py"
 SECONDS = 2.0  # a time-out; an innocent answer gets half of it and needs milliseconds, also on a busy machine
@@ -146,6 +147,23 @@ def test_many_groups_leave_nothing_and_a_killed_worker_is_replaced():
         assert len(later) == 2
     assert not (workers | later) & processes()
     assert len(os.listdir("/proc/self/fd")) <= handles
+
+
+def test_workers_that_are_found_dead_when_they_are_called_are_replaced(monkeypatch):
+    """Nothing else wakes the pool up: the last group has been submitted, and no process is left."""
+    with RewardPool([python("process_id")], workers=2) as pool:
+        while len(ready := [worker for worker in list(pool._workers) if worker.is_ready]) < 2:
+            time.sleep(0.01)
+        called = WorkerProcess.call
+
+        def call(worker: WorkerProcess, *given) -> None:
+            if worker in ready:
+                raise BrokenPipeError
+            called(worker, *given)
+
+        monkeypatch.setattr(WorkerProcess, "call", call)
+        pool.submit(0, ["a"], {})
+        assert [key for key, _ in pool.results(timeout=60)] == [0]
 
 
 @pytest.mark.parametrize("count", [1, 3])
