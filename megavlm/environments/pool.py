@@ -97,9 +97,9 @@ class EnvironmentPool(PoolThread[Call, tuple[Episode, Reply]]):
         return self._workers
 
     def _round(self) -> None:
-        while len(self._workers) < self._settings.workers:
-            self._workers.append(EnvironmentWorker(self._settings))
         self._deal()
+        while len(self._workers) < self._settings.workers:  # after those that were found dead, as in the reward pool
+            self._workers.append(EnvironmentWorker(self._settings))
         self._listen()
 
     def _deal(self) -> None:
