@@ -2,50 +2,81 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, Self
 
 from megavlm.base.errors import UserError
 from megavlm.base.processes import end_with_parent
 
-_work: Callable[[int], Any] | None = None
+FEWER_WORKERS = "run the same command again with fewer --workers; what was finished is kept"
+_work: Callable[[Any], Any] | None = None  # of a forked process
 
 
-def in_processes[T](work: Callable[[int], T], count: int, workers: int, what: str) -> Iterator[T]:
-    """``work(0)`` to ``work(count - 1)`` in this order, computed by forked processes; with one worker, by this one.
+class Forked[A, T]:
+    """Processes that work until the block ends; what one of them has learnt in a call, it still knows in the next.
 
-    The processes inherit `work` with all that it refers to; only its results are sent.
+    They inherit ``work`` with all that it refers to when they are forked, in the first call; only arguments and results
+    are sent.
 
     Args:
         work: the work; what it raises is raised here.
-        count: the number of calls.
-        workers: the number of processes.
+        workers: the number of processes; with one, this one works.
         what: what is done, for the message of the UserError that is raised if a process dies.
+        remedy: what to do then.
     """
+
+    def __init__(self, work: Callable[[A], T], workers: int, what: str, remedy: str = FEWER_WORKERS):
+        self._work, self._what, self._remedy = work, what, remedy
+        self._pool: ProcessPoolExecutor | None = None
+        if workers > 1:
+            context = multiprocessing.get_context("fork")
+            self._pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(os.getpid(), work))
+
+    def map(self, arguments: Iterable[A]) -> Iterator[T]:
+        """The results for these arguments, in their order."""
+        if self._pool is None:
+            yield from map(self._work, arguments)
+            return
+        try:
+            yield from self._pool.map(_call, arguments)
+        except BrokenProcessPool:
+            raise UserError(
+                f"a process died while {self._what}: perhaps the memory was full, or a decoder crashed",
+                self._remedy,
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def in_processes[T](
+    work: Callable[[int], T], count: int, workers: int, what: str, remedy: str = FEWER_WORKERS
+) -> Iterator[T]:
+    """``work(0)`` to ``work(count - 1)`` in this order, computed by forked processes; see ``Forked``.
+
+    Args:
+        work, workers, what, remedy: see ``Forked``.
+        count: the number of calls.
+    """
+    with Forked(work, min(workers, count), what, remedy) as processes:
+        yield from processes.map(range(count))
+
+
+def _begin(parent: int, work: Callable[[Any], Any]) -> None:
     global _work
-    if min(workers, count) <= 1:
-        yield from map(work, range(count))
-        return
+    end_with_parent(parent)
     _work = work
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(min(workers, count), context, initializer=end_with_parent, initargs=(os.getpid(),))
-    try:
-        yield from pool.map(_call, range(count))
-    except BrokenProcessPool:
-        raise UserError(
-            f"a process died while {what}: perhaps the memory was full, or a decoder crashed",
-            "run the same command again with fewer --workers; what was finished is kept",
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-        _work = None
 
 
-def _call(number: int) -> Any:
-    assert _work is not None, "it is set before the process is forked"
-    return _work(number)
+def _call(argument: Any) -> Any:
+    assert _work is not None, "a process begins with it"
+    return _work(argument)
 
 
 def num_cores() -> int:

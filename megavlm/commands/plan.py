@@ -8,6 +8,7 @@ from rich.table import Table
 
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted, short
+from megavlm.base.pools import num_cores
 from megavlm.commands import plan_search
 from megavlm.commands.plan_times import times, what
 from megavlm.commands.plan_words import verb_of, verdict
@@ -67,15 +68,16 @@ def main(
 
     number = gpus
 
-    def plan_of(own: Settings, *, exact: bool, gpus: int | None = None) -> Plan:
+    def plan_of(own: Settings, *, exact: bool, gpus: int | None = None, processes: int = 1) -> Plan:
         mix = contents_of(own, shapes, verb, samples=samples, pictures=pictures, data=data)
-        return make_plan(own, shapes, verb, gpus or number, facts, mix=mix, imbalance=imbalance, exact=exact)
+        sizes = gpus or number, facts
+        return make_plan(own, shapes, verb, *sizes, mix=mix, imbalance=imbalance, exact=exact, processes=processes)
 
     if search:
         return plan_search.show(
             settings, shapes, gpus, facts, plan_of, write=write, as_json=as_json, page=page, verb=verb
         )
-    plan = plan_of(settings, exact=True)
+    plan = plan_of(settings, exact=True, processes=num_cores())
     if page is not None:
         write_plan_page(page, plan_json(plan, price), settings, verb)
     if as_json:

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def show(
         enough = enough_gpus(settings, shapes, gpus, gpu, plan_of)
         raise UserError(f"no layout of {gpus} × {gpu.name} fits", _remedy(found, enough))
     if as_json:
-        print(json.dumps([asdict(candidate) for candidate in found]))
+        print(json.dumps([candidate.facts() for candidate in found]))
     else:
         console = Console(highlight=False)
         console.print(_table(best[:BEST], gpu))
@@ -70,7 +69,7 @@ def show(
         messages.print(f"the first layout is in {write}", soft_wrap=True, markup=False)
     if page is not None:
         own = with_changes(settings, found[0].changes)
-        layouts = [asdict(different(candidate, settings)) for candidate in found]
+        layouts = [different(candidate, settings).facts() for candidate in found]
         shown = plan_json(plan_of(own, exact=True)) | {"candidates": layouts}
         write_plan_page(page, shown, own, verb)
         messages.print(f"page: {page}", soft_wrap=True, markup=False)

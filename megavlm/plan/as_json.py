@@ -14,7 +14,7 @@ CAVEATS = (
 
 def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
     """The plan in bytes, FLOPs and seconds; with the price of a GPU for an hour also the cost of the run."""
-    return asdict(plan) | {
+    return {name: value for name, value in asdict(plan).items() if name != "needs"} | {
         "mix": str(plan.mix),
         "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
         "capacity": plan.capacity,

@@ -1,10 +1,12 @@
 """What a layout needs: the memory of each pipeline stage beside that of a GPU, and the operations and time of a step.
 
-One rank of each pipeline stage is built without memory and runs a micro-batch (``stage``, ``stage_memory``,
+One rank of each pipeline stage is built without memory and runs a micro-batch (``stage``, ``trace``,
 ``static_memory``). Nothing is measured on a GPU here, and no constant is fitted.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from megavlm.align.registry import METHODS, make_method
 from megavlm.config.settings import Settings
@@ -17,7 +19,8 @@ from megavlm.plan.gpus import Gpu
 from megavlm.plan.hardware_flops import hardware_flops
 from megavlm.plan.mix import DataMix, Mix
 from megavlm.plan.predict import step_time
-from megavlm.plan.stage import Layout, rough_stages_of, stages_of
+from megavlm.plan.stage import Layout, Stage, rough_stages_of, stages_of
+from megavlm.plan.stage_memory import StageMemory
 from megavlm.plan.step_memory import Peak
 from megavlm.plan.step_time import StepTime
 from megavlm.runtime.session import check_shapes
@@ -27,6 +30,10 @@ from megavlm.tracing.static_memory import StaticMemory
 
 SPARE = 0.05
 """Share of a GPU's memory that is left for what is not counted: CUDA, NCCL, workspaces, and gaps between tensors."""
+
+INTERLEAVED = (2, 4)
+"""Numbers of chunks of a stage for which ``Plan.needs`` tells memory."""
+Need = tuple[str, bool, int]
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,9 @@ class Plan:
         samples: whether the method samples its own answers. How many rows these make is then not known; rows and time
             are those of a part of a step, an update of some rows by the main model.
         workers: the data workers; None if it is not known how fast they are, or if the method samples its own answers.
+        needs: bytes on the fullest stage with another ``train.recompute`` ("core_attn" or "none"), without
+            ``vision.recompute`` if the second is false, and with a number of chunks of a stage: an estimate, in rough
+            plans of one chunk in which all is computed again.
     """
 
     gpu: Gpu
@@ -82,6 +92,7 @@ class Plan:
     steps: int | None
     samples: bool = False
     workers: DataWorkers | None = None
+    needs: dict[Need, int] = field(default_factory=dict)
 
     @property
     def capacity(self) -> int:
@@ -109,6 +120,7 @@ def make_plan(
     mix: Mix | DataMix,
     imbalance: float = IMBALANCE,
     exact: bool = True,
+    processes: int = 1,
 ) -> Plan:
     """Plans a layout.
 
@@ -121,6 +133,7 @@ def make_plan(
         mix: what the rows contain.
         imbalance: tokens of the busiest expert-parallel rank over their mean; it counts for the memory alone.
         exact: whether all stages are built, to the byte; otherwise two of them, with few layers.
+        processes: number of processes that build them if ``exact``.
 
     Raises:
         UserError: the settings do not fit the model, the verb or the number of GPUs.
@@ -130,7 +143,7 @@ def make_plan(
     each = settings.rows_per_step(data_parallel)
     layout = Layout(settings, shapes, verb, world_size, mix, each, imbalance)
     limit = round((1 - SPARE) * gpu.memory_gib * 2**30)
-    found = stages_of(layout) if exact else rough_stages_of(layout, limit)
+    found = stages_of(layout, processes) if exact else rough_stages_of(layout, limit)
     stages = [
         StagePlan(number, layout.rank(number), *stage.fullest(number, len(found))) for number, stage in enumerate(found)
     ]
@@ -157,4 +170,30 @@ def make_plan(
         None if samples else settings.train.steps,
         samples,
         workers,
+        {} if exact or not _computes_all_again(settings) else _needs(found, settings),
     )
+
+
+def _computes_all_again(settings: Settings) -> bool:
+    return settings.train.recompute == "full" and settings.parallel.virtual_pipeline is None
+
+
+def _needs(stages: Sequence[Stage], settings: Settings) -> dict[Need, int]:
+    """See ``Plan.needs``. Of the stages in the middle, which are alike, the first has most under way."""
+    found: dict[Need, int] = {}
+    last = len(stages) - 1
+    numbers = sorted({0, min(1, last), last})
+    recomputes_tower = settings.vision.recompute
+    forms = [(decoder, tower) for decoder in ("full", "core_attn", "none") for tower in {recomputes_tower, False}]
+    for decoder, tower in forms:
+        keep = partial(StageMemory.keeping, recompute=decoder, tower=recomputes_tower and not tower)
+        kept = [stages[number].with_memories(keep) for number in numbers]
+        for chunks in (1, *(INTERLEAVED if last else ())):
+            each = kept
+            if chunks > 1:
+                window = max(kept[0].window // len(stages), 1) * len(stages)
+                cut = partial(StageMemory.interleaved, chunks=chunks)
+                each = [replace(stage.with_memories(cut), window=window) for stage in kept]
+            full = [stage.fullest(number, len(stages)) for number, stage in zip(numbers, each, strict=True)]
+            found[decoder, tower, chunks] = max(static.total + peak.total for static, peak in full)
+    return found

@@ -1,23 +1,25 @@
 """What the first rank of each pipeline stage holds and computes: the facts from which a layout is planned."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
 from megavlm.align.registry import METHODS, make_method
+from megavlm.base.pools import in_processes
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.model.shapes import Shapes
 from megavlm.plan.all_layers import Held, of_all_layers
 from megavlm.plan.further_memory import further_memory, sampling_memory
 from megavlm.plan.mix import DataMix, Mix
-from megavlm.plan.stage_memory import StageMemory, trace_stage
+from megavlm.plan.stage_memory import StageMemory
 from megavlm.plan.stage_operators import StageOperators, update_operators
 from megavlm.plan.step_memory import Peak, RowsAtHand
+from megavlm.plan.trace import trace_stage
 from megavlm.runtime.session import Session
 from megavlm.tracing.absent_rank import TrainedModel, absent_rank, that_can_be_absent
 from megavlm.tracing.stand_in import fewer_experts, fewer_layers, layers_of
@@ -26,6 +28,7 @@ from megavlm.training.method import Method
 from megavlm.training.step import Step
 
 _META = torch.device("meta")
+FREE_MEMORY = "end other programs, which need memory too, and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -105,28 +108,49 @@ class Stage:
             moments.append((held, memory.peak(number, stages, self.window)))
         return max(moments, key=lambda moment: moment[0].total + moment[1].total)
 
+    def with_memories(self, change: Callable[[StageMemory], StageMemory]) -> "Stage":
+        """The same with another memory of a step. The operators stay as they are."""
+        return replace(self, memories=[change(memory) for memory in self.memories])
 
-def stages_of(layout: Layout) -> list[Stage]:
-    """All stages. Those in the middle are alike, so one of them is built."""
-    found: list[Stage] = []
+
+def stages_of(layout: Layout, processes: int = 1) -> list[Stage]:
+    """All stages. Those in the middle are alike, so one of them is built.
+
+    Args:
+        layout: the run.
+        processes: number of processes that build them.
+    """
     stages = layout.settings.parallel.pipeline
     levels = len(layout.shapes.vision.deepstack_layers)
     middle_is_plain = layers_of(layout.settings.parallel, layout.shapes.text.layers, 0) >= levels
-    for number in range(stages):
-        is_known = 2 <= number < stages - 1 and middle_is_plain
-        found.append(found[-1] if is_known else stage_of(layout, number))
-    return found
+    alike = [min(number, 1 if number < stages - 1 and middle_is_plain else number) for number in range(stages)]
+    found = dict(zip(dict.fromkeys(alike), _built(layout, list(dict.fromkeys(alike)), processes), strict=True))
+    return [found[number] for number in alike]
 
 
 def stage_of(layout: Layout, number: int) -> Stage:
     """Builds the first rank of a stage and lets it run. What it holds is that of the whole model, to the byte."""
+    return _built(layout, [number], 1)[0]
+
+
+def _built(layout: Layout, numbers: Sequence[int], processes: int) -> list[Stage]:
+    """Stages by number. Each is built twice: with few layers, which run, and with all of them, which are counted."""
     settings, parallel = that_can_be_absent(layout.settings), layout.settings.parallel
-    few, shapes = fewer_layers(settings, layout.shapes, number)
-    with _rank_of(layout, number, few, fewer_experts(shapes, parallel)) as (_, trained):
-        traced = _traced(layout, number, trained)
-    with _rank_of(layout, number, settings, layout.shapes) as (session, trained):
-        held = _held(layout, number, session, trained)
-    return _stage(layout, traced, held)
+    if processes > 1:
+        torch.set_num_threads(1)  # processes that are forked must not wait for threads that they do not have
+
+    def one(place: int) -> "_Traced | Held":
+        number = numbers[place // 2]
+        if place % 2:
+            with _rank_of(layout, number, settings, layout.shapes) as (session, trained):
+                return _held(layout, number, session, trained)
+        few, shapes = fewer_layers(settings, layout.shapes, number)
+        with _rank_of(layout, number, few, fewer_experts(shapes, parallel)) as (_, trained):
+            return _traced(layout, number, trained, layout.imbalance)
+
+    found = list(in_processes(one, 2 * len(numbers), processes, "planning", FREE_MEMORY))
+    traced, held = cast(list[_Traced], found[::2]), cast(list[Held], found[1::2])
+    return [_stage(layout, *both) for both in zip(traced, held, strict=True)]
 
 
 def rough_stages_of(layout: Layout, limit: int) -> list[Stage]:
@@ -151,9 +175,10 @@ def _rough(layout: Layout, number: int) -> list[Stage]:
     has_middle = number == 0 and layout.settings.parallel.pipeline > 2
     built = _with_stages_alike(layout) if has_middle else layout
     settings = that_can_be_absent(built.settings)
-    few, shapes = fewer_layers(settings, built.shapes, number)
+    few, shapes = fewer_layers(settings, built.shapes, number, rough=True)
     with _rank_of(layout, number, few, fewer_experts(shapes, settings.parallel)) as (session, trained):
-        traced = _traced(built, number, trained)
+        busiest = layout.imbalance if number == 0 else None  # the last one has one micro-batch at a time
+        traced = _traced(built, number, trained, busiest)
         held = _held(layout, number, session, trained)
         whole = partial(of_all_layers, held, trained, layout.settings, layout.shapes, layout.world_size)
         found = [_stage(layout, traced, whole(number))]
@@ -181,11 +206,11 @@ class _Traced(NamedTuple):
     adapted: Collection[str]
 
 
-def _traced(layout: Layout, number: int, trained: Sequence[TrainedModel]) -> _Traced:
-    """Lets a rank run that has few of the layers of stage ``number``."""
+def _traced(layout: Layout, number: int, trained: Sequence[TrainedModel], imbalance: float | None) -> _Traced:
+    """Lets a rank run that has few of the layers of stage ``number``; see ``trace_stage`` for ``imbalance``."""
     window = window_of(layout.settings, trained[0], layout.rows)
     trace = partial(trace_stage, window=window, shapes=layout.shapes, parallel=layout.settings.parallel, stage=number)
-    found = [trace(model, layout.row, layout.mean_row, imbalance=layout.imbalance) for model in trained]
+    found = [trace(model, layout.row, layout.mean_row, imbalance=imbalance) for model in trained]
     adapted = trained[0].adapters.parts if trained[0].adapters is not None else ()
     return _Traced([memory for memory, _ in found], found[0][1], window, adapted)
 

@@ -1,39 +1,14 @@
 """The memory of a step on a rank, put together from what one micro-batch does in each chunk of the decoder.
 
-A window of micro-batches is encoded, one of them runs forward and backward through each chunk, and the tower's backward
-pass follows, all with the real model and few of its like layers (``stand_in``). How many micro-batches are under way
-at a time follows from the schedule.
+How many micro-batches are under way at a time follows from the schedule.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from megavlm.config.sections import ParallelSettings
-from megavlm.data.row import Row
-from megavlm.model.language import LanguageModel
-from megavlm.model.shapes import Shapes
-from megavlm.model.vlm import VLM
 from megavlm.plan.schedule import turns
-from megavlm.plan.stage_operators import StageOperators, parts_of
-from megavlm.plan.step_memory import EqualRows, Peak
-from megavlm.platform import device
-from megavlm.runtime.feed import MicroBatch
-from megavlm.runtime.forward import encode_window, forward_chunk, prepare_schedule
-from megavlm.tracing.absent_rank import TrainedModel
-from megavlm.tracing.balanced_experts import BalancedExperts
-from megavlm.tracing.grouped_experts import Experts
-from megavlm.tracing.live_memory import LiveMemory, PhasesOf
-from megavlm.tracing.operators import Operators, group_names
-from megavlm.tracing.stand_in import StandIns, stand_in
-
-_META = torch.device("meta")
+from megavlm.plan.step_memory import Peak
 
 
 @dataclass(frozen=True)
@@ -44,12 +19,41 @@ class ChunkMemory:
         forward, backward: the fullest moment of each pass.
         kept: between the passes.
         left: after both: gradients of features.
+        layers: number of layers.
+        again, attention: what a layer computes again in its backward pass, and of that, what is in core attention.
     """
 
     forward: Peak
     kept: dict[str, int]
     backward: Peak
     left: dict[str, int]
+    layers: int = 1
+    again: int = 0
+    attention: int = 0
+
+    def keeping(self, *, attention: bool) -> "ChunkMemory":
+        """The same if layers are not computed again; if ``attention``, core attention still is."""
+        size = self.again - (self.attention if attention else 0)
+
+        def more(sizes: Mapping[str, int], layers: int) -> dict[str, int]:
+            return {**sizes, "decoder": sizes.get("decoder", 0) + layers * size}
+
+        def of(peak: Peak) -> Peak:  # one layer is in it that is being computed, or computed again
+            return Peak(peak.phase, more(peak.by_phase, self.layers - 1))
+
+        return replace(
+            self, forward=of(self.forward), kept=more(self.kept, self.layers), backward=of(self.backward), again=0
+        )
+
+    def part(self, parts: int) -> "ChunkMemory":
+        """About what a chunk with one of so many parts of the layers does."""
+        gone = {name: size - size // parts for name, size in self.kept.items()}
+
+        def of(peak: Peak) -> Peak:
+            return Peak(peak.phase, {name: size - gone.get(name, 0) for name, size in peak.by_phase.items()})
+
+        kept = {name: size - gone[name] for name, size in self.kept.items()}
+        return replace(self, forward=of(self.forward), kept=kept, backward=of(self.backward))
 
 
 @dataclass(frozen=True)
@@ -61,28 +65,59 @@ class StageMemory:
         before: bytes by phase when the decoder begins: rows, features, and what the tower keeps.
         chunks: what each chunk of the decoder does.
         tower: the fullest moment of the tower's backward pass.
+        again: what the tower computes again in it.
     """
 
     encode: Peak
     before: dict[str, int]
     chunks: list[ChunkMemory]
     tower: Peak
+    again: int = 0
 
     def peak(self, stage: int, stages: int, window: int) -> Peak:
         """The fullest moment of a step with this many micro-batches in a window."""
-        alive: Counter[int] = Counter()  # by chunk, the micro-batches between their passes
-        done: Counter[int] = Counter()
-        found = [self.encode, self.tower]
+        sizes = [[sum(of.values()) for of in (chunk.kept, chunk.left)] for chunk in self.chunks]
+        alive, done = [0] * len(sizes), [0] * len(sizes)  # by chunk: the micro-batches between their passes; after both
+        others, most, fullest = 0, -1, Peak("", {})
         for turn in turns(stage, stages, window, len(self.chunks)):
-            chunk, mine = self.chunks[turn.chunk], self.chunks[turn.chunk].forward
+            number = turn.chunk
+            kept, left = sizes[number]
             if turn.backward:
-                alive[turn.chunk] -= 1
-                mine = chunk.backward
-            others = [(self.chunks[number].kept, count) for number, count in alive.items()]
-            others += [(self.chunks[number].left, count) for number, count in done.items()]
-            found.append(Peak(mine.phase, _sum([(self.before, 1), (mine.by_phase, 1), *others])))
-            (done if turn.backward else alive)[turn.chunk] += 1
-        return max(found, key=lambda peak: peak.total)
+                alive[number] -= 1
+                others -= kept
+            mine = self.chunks[number].backward if turn.backward else self.chunks[number].forward
+            if others + mine.total > most:
+                most = others + mine.total
+                counts = [(c.kept, n) for c, n in zip(self.chunks, alive, strict=True)]
+                counts += [(c.left, n) for c, n in zip(self.chunks, done, strict=True)]
+                fullest = Peak(mine.phase, _sum([(self.before, 1), (mine.by_phase, 1), *counts]))
+            if turn.backward:
+                done[number] += 1
+                others += left
+            else:
+                alive[number] += 1
+                others += kept
+        return max(self.encode, self.tower, fullest, key=lambda peak: peak.total)
+
+    def keeping(self, recompute: str, *, tower: bool) -> "StageMemory":
+        """The same with less computed again, told from a window of which all is: about what it would be.
+
+        Args:
+            recompute: "full", "core_attn" or "none", see ``train.recompute``.
+            tower: whether the tower's work is kept.
+        """
+        chunks = self.chunks
+        if recompute != "full":
+            chunks = [chunk.keeping(attention=recompute == "core_attn") for chunk in chunks]
+        more = self.again if tower else 0
+        before = {**self.before, "tower": self.before.get("tower", 0) + more}
+        encode = {**self.encode.by_phase, "tower": max(self.encode.by_phase.get("tower", 0), more)}
+        return replace(self, encode=Peak(self.encode.phase, encode), before=before, chunks=chunks)
+
+    def interleaved(self, chunks: int) -> "StageMemory":
+        """About the same with the layers in so many chunks, told from one with all of them."""
+        (whole,) = self.chunks
+        return replace(self, chunks=[whole.part(chunks)] * chunks)
 
     def without(self, phase: str) -> "StageMemory":
         """The same without what is made in a phase."""
@@ -93,184 +128,11 @@ class StageMemory:
         def of(peak: Peak) -> Peak:
             return Peak(peak.phase, left(peak.by_phase))
 
-        chunks = [ChunkMemory(of(c.forward), left(c.kept), of(c.backward), left(c.left)) for c in self.chunks]
-        return StageMemory(of(self.encode), left(self.before), chunks, of(self.tower))
-
-
-def trace_stage(
-    model: TrainedModel,
-    row: Row,
-    mean_row: Row,
-    window: int,
-    shapes: Shapes,
-    parallel: ParallelSettings,
-    stage: int,
-    imbalance: float = 1.0,
-) -> tuple[StageMemory, StageOperators]:
-    """Runs a window on a rank of an absent world.
-
-    Args:
-        model: the model, built with the result of ``fewer_layers``.
-        row: each row, for the memory.
-        mean_row: each row, for the operators; the same object if it is the same row.
-        window: number of rows that are encoded together.
-        shapes, parallel: the shapes of the whole model, and its layout.
-        stage: the pipeline stage of the rank.
-        imbalance: see ``BalancedExperts``; for the memory alone.
-
-    Returns:
-        What is alive, and the operators of a micro-batch and of a window.
-    """
-    vlm = model.vlm
-    memory, operators = LiveMemory(_META), Operators(_META, group_names(vlm.groups))
-    trace = _Trace(model, memory, operators, stand_in(memory, operators, vlm, shapes, parallel, stage))
-    experts = Experts(operators)
-    experts.watch(vlm, shapes.text.moe.num_experts // parallel.expert if shapes.text.moe else 1)
-    prepare_schedule(vlm.decoder_config)
-    with BalancedExperts(vlm), operators, memory:
-        found = trace.run(mean_row, window)
-    parts = parts_of(experts.grouped(operators.found), 1)
-    if row is not mean_row or _has_experts(vlm):  # what dispatchers remember of a micro-batch, the next one replaces
-        with BalancedExperts(vlm, imbalance), memory:
-            found = trace.run(row, window)
-    return found, StageOperators(parts, len(vlm.language))
-
-
-def _has_experts(vlm: VLM) -> bool:
-    return vlm.decoder_config.num_moe_experts is not None
-
-
-@dataclass
-class _Trace:
-    model: TrainedModel
-    memory: LiveMemory
-    operators: Operators
-    stand_ins: Sequence[StandIns]
-
-    def run(self, row: Row, window: int) -> StageMemory:
-        """Encodes a window of equal rows, runs one through each chunk, and the tower's backward pass."""
-        vlm, memory = self.model.vlm, self.memory
-        memory.watch()
-        feed, phases = EqualRows(vlm, [row] * window), PhasesOf(_Both(memory, self.operators))
-        with phases.step():
-            (batch,) = phases.during("data", feed.windows(feed.rows(window), window))
-            with phases("exchange"):
-                encode_window(vlm, batch, partial(phases, "tower"))
-            encode, before = _peak(memory), dict(memory.by_phase)
-            with phases("decoder"), _without_reduction(self.model):
-                first, chunks = batch.micro_batches[0], []
-                for chunk, stand_ins in zip(vlm.language, self.stand_ins, strict=True):
-                    chunks.append(_run(self.model, chunk, first, memory, phases))
-                    stand_ins.add_remembered(chunks[-1].left, first.features)
-                if first.features is not None and first.features.grad is not None:
-                    for other in batch.micro_batches[1:]:
-                        assert other.features is not None
-                        other.features.grad = torch.empty_like(other.features)
-            memory.watch()
-            with phases("exchange"):
-                vlm.tower.backward(1.0, partial(phases, "tower"))
-            return StageMemory(encode, before, chunks, _peak(memory))
-
-
-@contextmanager
-def _without_reduction(model: TrainedModel) -> Iterator[None]:
-    with ExitStack() as stack:
-        for ddp in model.optimizers.ddp.get("language", []):
-            stack.enter_context(ddp.no_sync())
-        yield
-
-
-class _Both:
-    """Tells the phase to what counts memory and to what counts operators."""
-
-    def __init__(self, memory: LiveMemory, operators: Operators):
-        self._counting = memory, operators
-
-    @property
-    def phase(self) -> str:
-        return self._counting[0].phase
-
-    @phase.setter
-    def phase(self, name: str) -> None:
-        for counting in self._counting:
-            counting.phase = name
-
-
-def _run(
-    model: TrainedModel, chunk: LanguageModel, micro_batch: MicroBatch, memory: LiveMemory, phases: PhasesOf
-) -> ChunkMemory:
-    """Runs a micro-batch through a chunk, forward and backward."""
-    start = Counter(memory.by_phase)
-    memory.watch()
-    neighbours = _Neighbours(model.vlm, chunk)
-    neighbours.receive(micro_batch)
-    output = forward_chunk(model.vlm, chunk, micro_batch)
-    if chunk.post_process:
-        hidden = output
-        with phases("head"):
-            outputs = model.objective.outputs(chunk, hidden, micro_batch)
-        phases.backward("head", outputs, hidden)
-        del hidden
-        with phases("head"):
-            output, _sums = model.objective.loss(outputs, micro_batch)
-        del outputs
-    else:
-        neighbours.send(output)
-    forward, kept = _peak(memory, start), _less(memory.by_phase, start)
-    memory.watch()
-    if output.requires_grad:
-        torch.autograd.backward(output, None if chunk.post_process else neighbours.gradient(output))
-    backward = _peak(memory, start)
-    neighbours.done()
-    del output
-    return ChunkMemory(forward, kept, backward, _less(memory.by_phase, start))
-
-
-class _Neighbours:
-    """What a chunk receives from the chunks before and behind it, and sends to them, as Megatron's schedules do."""
-
-    def __init__(self, vlm: VLM, chunk: LanguageModel):
-        self._chunk, self._group = chunk, vlm.groups.language.pp
-        self._received: Tensor | None = None
-        self._sends = self._group.size() > 1
-
-    def receive(self, micro_batch: MicroBatch) -> None:
-        """Gives the chunk the hidden states of the one before it."""
-        if not self._chunk.pre_process:
-            config = self._chunk.config
-            slices = config.tensor_model_parallel_size if config.sequence_parallel else 1
-            shape = len(micro_batch.input_ids) // slices, 1, config.hidden_size
-            self._received = torch.empty(shape, dtype=config.pipeline_dtype, device=device(), requires_grad=True)
-            self._chunk.set_input_tensor(self._received)
-
-    def send(self, output: Tensor) -> None:
-        """Sends the hidden states to the next chunk."""
-        self._to_neighbour(output.detach(), 1)
-
-    def gradient(self, output: Tensor) -> Tensor:
-        """The gradient of the hidden states, from the next chunk."""
-        return torch.empty_like(output)
-
-    def done(self) -> None:
-        """Sends the gradient of what was received to the chunk before."""
-        if self._received is not None:
-            if self._received.grad is not None:
-                self._to_neighbour(self._received.grad, -1)
-            self._chunk.decoder.input_tensor = None  # as a schedule lets go of it
-            self._received = None
-
-    def _to_neighbour(self, tensor: Tensor, step: int) -> None:
-        if self._sends:
-            ranks = dist.get_process_group_ranks(self._group)
-            dist.send(tensor, ranks[(self._group.rank() + step) % len(ranks)], group=self._group)
-
-
-def _peak(memory: LiveMemory, start: Mapping[str, int] | None = None) -> Peak:
-    return Peak(memory.peak_phase, _less(memory.at_peak, start or {}))
-
-
-def _less(sizes: Mapping[str, int], start: Mapping[str, int]) -> dict[str, int]:
-    return {phase: sizes.get(phase, 0) - start.get(phase, 0) for phase in {*sizes, *start}}
+        chunks = [
+            replace(c, forward=of(c.forward), kept=left(c.kept), backward=of(c.backward), left=left(c.left))
+            for c in self.chunks
+        ]
+        return replace(self, encode=of(self.encode), before=left(self.before), chunks=chunks, tower=of(self.tower))
 
 
 def _sum(parts: list[tuple[Mapping[str, int], int]]) -> dict[str, int]:

@@ -19,6 +19,7 @@ from megavlm.optim.optimizers import Optimizers
 from megavlm.plan.step_memory import RowsAtHand
 from megavlm.runtime.forward import encode_window
 from megavlm.tracing.balanced_experts import BalancedExperts
+from megavlm.tracing.dispatch import Together
 from megavlm.tracing.known_shapes import KnownShapes
 from megavlm.tracing.live_memory import PhasesOf
 from megavlm.tracing.operators import Call, Example, Operators, Place, group_names
@@ -112,7 +113,7 @@ def update_operators(vlm: VLM, optimizers: Optimizers, where: torch.device) -> d
     """The operators of the parts "reduction", "overlapped" and "optimizer" of a step, carried out on their own."""
     record = Operators(where, group_names(vlm.groups))
     phases = PhasesOf(record)
-    with KnownShapes(), record, phases.step():
+    with Together(KnownShapes(), record), phases.step():
         with phases("decoder"):
             for ddp in optimizers.ddp.get("language", []):
                 if ddp.ddp_config.overlap_grad_reduce:

@@ -53,28 +53,30 @@ class RowsAtHand(Feed):
 
 
 class EqualRows(RowsAtHand):
-    """Rows that are one and the same: the first one is laid out for the meta device, the others take as many bytes."""
+    """Rows that are one and the same: the first one is laid out for the meta device, the others have its tensors."""
 
     def _micro_batch(self, host: Row, number: int) -> MicroBatch:
         if number == 0:
             self._first = super()._micro_batch(host, number)
             return self._first
-        other: MicroBatch = _alike(self._first, {})
-        return other
+        return copy(self._first)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors of a micro-batch that has been laid out, which each would take."""
+        return sum(tensor.numel() * tensor.itemsize for tensor in _meta_tensors(self._first).values())
 
 
-def _alike(value: Any, made: dict[int, Tensor]) -> Any:
-    """A copy with memory of its own for each meta tensor. ``made`` has those that stand in several places."""
-    if isinstance(value, Tensor) and value.is_meta:
-        if id(value) not in made:
-            made[id(value)] = torch.empty_like(value)
-        return made[id(value)]
+def _meta_tensors(value: Any) -> dict[int, Tensor]:
+    """The tensors on the meta device in a dataclass, by their ids, as some stand in several places."""
+    if isinstance(value, Tensor):
+        return {id(value): value} if value.is_meta else {}
     if not is_dataclass(value) or isinstance(value, Row | type):
-        return value
-    other = copy(value)
+        return {}
+    found: dict[int, Tensor] = {}
     for field in fields(value):
-        setattr(other, field.name, _alike(getattr(value, field.name), made))
-    return other
+        found |= _meta_tensors(getattr(value, field.name))
+    return found
 
 
 def peak_of(

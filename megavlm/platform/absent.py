@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,18 +33,26 @@ def absent_world(rank: int, world_size: int) -> Iterator[None]:
     assert not dist.is_initialized(), "this process already belongs to a process group"
     set_absent(True)
     cpu.install()
+    gather = dist.all_gather_object
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     destroy_moe_metrics_tracker()  # it has a place for each layer of the model that was there before
     try:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        dist.all_gather_object = _from_itself
         yield
     finally:
+        dist.all_gather_object = gather
         shutdown()
         if dist.is_initialized():
             dist.destroy_process_group()
         MoEAuxLossAutoScaler.main_loss_backward_scale = None  # it is the last step's, on the device of that step
         destroy_moe_metrics_tracker()
         set_absent(False)
+
+
+def _from_itself(object_list: Any, obj: Any, group: Any = None) -> None:
+    """All ranks hand over what this one does. Megatron gathers the keys of its parameter groups so."""
+    object_list[:] = [obj] * len(object_list)
 
 
 @functools.cache

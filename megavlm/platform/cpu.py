@@ -26,6 +26,9 @@ def _is_cuda(value: object) -> bool:
     )
 
 
+_TOLD_A_DEVICE = {torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to}  # or telling one, without a name for it
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Answers every request for a CUDA tensor with a tensor on ``device()``.
 
@@ -41,6 +44,8 @@ class _CudaMeansCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if not kwargs and func not in _TOLD_A_DEVICE:
+            return func(*args)
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]

@@ -1,8 +1,10 @@
 """A layout that a search has looked at."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from megavlm.plan.plan import Need
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Candidate:
         ruled_out: why it cannot be taken, such as "needs 3.1 GiB more"; None if it can.
         parts: seconds of a step by what the slowest stage spends them on, see ``StepTime``; None like ``seconds``.
         static: bytes that the fullest rank holds all the time; None like ``memory``.
+        needs: see ``Plan.needs``.
     """
 
     changes: dict[str, Any]
@@ -28,3 +31,8 @@ class Candidate:
     ruled_out: str | None = None
     parts: Mapping[str, float] | None = None
     static: int | None = None
+    needs: Mapping[Need, int] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """All but ``needs``, for JSON."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "needs"}

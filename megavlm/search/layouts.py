@@ -10,11 +10,14 @@ from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
 from megavlm.plan.gpus import Gpu
+from megavlm.plan.plan import INTERLEAVED
 from megavlm.runtime.session import check_shapes
 
 MOST_BUBBLE = 0.5
 """Largest share of a step in which a stage may wait for others, by the schedule alone."""
-_CHUNKS = (None, 2, 4)  # of a stage
+WINDOW = 16
+"""Micro-batches of a window for each pipeline stage: the pipeline fills and empties once in a window."""
+_CHUNKS = (None, *INTERLEAVED)  # of a stage
 
 
 def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
@@ -35,7 +38,7 @@ def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
 
 
 def layouts(settings: Settings, shapes: Shapes, gpus: int, gpu: Gpu) -> Iterator[tuple[dict[str, Any], str | None]]:
-    """All layouts of this many GPUs: the settings of ``parallel`` by dotted name, and why it is ruled out, or None."""
+    """All layouts of this many GPUs: settings by dotted name, and why it is ruled out, or None."""
     for sizes in _sizes(shapes, gpus):
         changes = {f"parallel.{name}": value for name, value in sizes.items()}
         if sizes["tensor"] > gpu.nvlink_domain:
@@ -53,7 +56,14 @@ def layouts(settings: Settings, shapes: Shapes, gpus: int, gpu: Gpu) -> Iterator
             continue
         rows, stages = own.rows_per_step(data_parallel), sizes["pipeline"]
         waiting = (stages - 1) / (stages - 1 + rows * (sizes["virtual_pipeline"] or 1))
+        changes |= {"vision.window": _window(settings, rows, stages)}
         yield changes, f"bubble above {MOST_BUBBLE:.0%} of a step" if waiting > MOST_BUBBLE else None
+
+
+def _window(settings: Settings, rows: int, stages: int) -> int | None:
+    """The window of the configuration; otherwise one of so many rows that a pipeline seldom waits, if it saves much."""
+    window = WINDOW * stages
+    return window if settings.vision.window is None and stages > 1 and rows > window else settings.vision.window
 
 
 def _least_bytes(settings: Settings, shapes: Shapes) -> float:

@@ -27,8 +27,7 @@ def smaller(changes: Mapping[str, Any]) -> list[tuple]:
 def halves(changes: Mapping[str, Any]) -> list[tuple]:
     """The keys of the same layout with a half and a quarter of the expert parallelism.
 
-    More of it divides the work on weights of experts, and sends more. If a half is slower than a quarter, more is
-    slower still.
+    More of it divides the work on weights of experts, and sends more: a doubling saves no more than the one before it.
     """
     expert = changes["parallel.expert"]
     return [key_of({**changes, "parallel.expert": expert // n}) for n in (2, 4) if expert % n == 0]
@@ -47,19 +46,22 @@ def is_cut(changes: Mapping[str, Any], valid: Collection[tuple]) -> bool:
     return slices > 1 and key_of(whole) in valid
 
 
-def least_seconds(planned: Candidate, smaller_bubble: float = 1.0, *, keeps_more: bool = True) -> float:
+def least_seconds(
+    planned: Candidate, smaller_bubble: float = 1.0, *, decoder: bool = True, tower: bool = False
+) -> float:
     """Seconds of a step below which a layout cannot come, told by one that is like it.
 
     Args:
         planned: that one.
         smaller_bubble: by how much the bubble may be smaller. It is so with as many chunks of a stage. More context
             parallelism leaves fewer data-parallel ranks, and so more micro-batches to each, which take less time.
-        keeps_more: whether the layout may fit with nothing computed again.
+        decoder, tower: whether the layout may fit with less of these computed again. It saves a forward pass at most.
     """
     if planned.seconds is None or planned.parts is None:
         return float("inf")  # it cannot be built
     parts = planned.parts
     bubble, forward, backward = (parts.get(name, 0.0) for name in ("bubble", "forward", "backward"))
-    again = forward if keeps_more else 0.0  # the pipeline's bubble grows with what is computed in it
+    again = forward if decoder else 0.0  # the pipeline's bubble grows with what is computed in it
     left = (1 - again / max(forward + backward, 1e-9)) / smaller_bubble
-    return planned.seconds - again - bubble * (1 - left)
+    of_tower = parts.get("tower", 0.0) / 2 if tower else 0.0  # "tower" has both passes, and what is computed again
+    return planned.seconds - again - bubble * (1 - left) - of_tower

@@ -52,22 +52,20 @@ def search(
     keys = {key_of(changes) for changes in valid}
     ruled_out += [Candidate(changes, ruled_out=_CUT) for changes in valid if is_cut(changes, keys)]
     valid = [changes for changes in valid if not is_cut(changes, keys)]
-    work = Work(settings, plan_of, progress, sum(changes[CHUNKS] is None for changes in valid))
-    work.prepare()
-
     queue = Queue(valid, savings(settings), (1 - SPARE) * gpu.memory_gib * 2**30)
-    for now in rounds(changes for changes in valid if changes[CHUNKS] is None):
-        tries = [one for changes in now if (one := queue.first_try(changes, _PROMISING)) is not None]
-        queue.take(tries, work.plan([(one.changes, one.forms) for one in tries]))
-    while tries := queue.hopeful(2 * num_cores()):
-        queue.take(tries, work.plan([(one.changes, one.forms) for one in tries]))
-    ruled_out += [Candidate(changes, ruled_out=_NOT_FASTEST) for changes in queue.left()]
+    with Work(settings, plan_of, progress, sum(changes[CHUNKS] is None for changes in valid)) as work:
+        for now in rounds(changes for changes in valid if changes[CHUNKS] is None):
+            tries = [one for changes in now if (one := queue.first_try(changes, _PROMISING)) is not None]
+            queue.take(tries, work.plan([(one.changes, one.forms) for one in tries]))
+        while tries := queue.hopeful(2 * num_cores()):
+            queue.take(tries, work.plan([(one.changes, one.forms) for one in tries]))
+        ruled_out += [Candidate(changes, ruled_out=_NOT_FASTEST) for changes in queue.left()]
 
-    rough = sorted(queue.found.values(), key=seconds_of)
-    exact: list[Candidate] = []
-    while rough and seconds_of(rough[0]) < min(map(seconds_of, exact), default=float("inf")):
-        first, rough = rough[: num_cores()], rough[num_cores() :]
-        exact += work.plan([(one.changes, [{}]) for one in first if one.ruled_out is None], exact=True)
+        rough = sorted(queue.found.values(), key=seconds_of)
+        exact: list[Candidate] = []
+        while rough and seconds_of(rough[0]) < min(map(seconds_of, exact), default=float("inf")):
+            first, rough = rough[: num_cores()], rough[num_cores() :]
+            exact += work.plan([(one.changes, [{}]) for one in first if one.ruled_out is None], exact=True)
     both = sorted([*exact, *rough], key=seconds_of)
     return [c for c in both if c.ruled_out is None] + [c for c in both if c.ruled_out is not None] + ruled_out
 

@@ -3,14 +3,15 @@
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
 from megavlm.base.errors import UserError
-from megavlm.base.pools import in_processes, num_cores
+from megavlm.base.pools import Forked, num_cores
 from megavlm.config.settings import Settings
-from megavlm.plan.plan import SPARE, Plan
+from megavlm.plan.plan import SPARE, Need, Plan
+from megavlm.plan.stage import FREE_MEMORY
 from megavlm.search.candidate import Candidate
 from megavlm.search.layouts import with_changes
 
@@ -26,8 +27,16 @@ class PlanOf(Protocol):
     def __call__(self, own: Settings, *, exact: bool, gpus: int | None = None) -> Plan: ...
 
 
+class _Job(NamedTuple):
+    """A layout to be planned with the fastest of some forms with which it fits; see ``make_plan`` for ``exact``."""
+
+    layout: dict[str, Any]
+    forms: Sequence[Form]
+    exact: bool
+
+
 class Work:
-    """Plans layouts, one in each process.
+    """Within the block, plans layouts, one in each process.
 
     Args:
         settings: the settings of the configuration.
@@ -38,34 +47,33 @@ class Work:
 
     def __init__(self, settings: Settings, plan_of: PlanOf, progress: Progress, of: int):
         self._settings, self._plan_of, self._progress, self._of, self._done = settings, plan_of, progress, of, 0
+        self._processes = Forked(self._one, num_cores(), "planning layouts", FREE_MEMORY)
 
-    def prepare(self) -> None:
+    def __enter__(self) -> Self:
         """Plans the configuration itself, so that modules and shapes need not be loaded in each process."""
         torch.set_num_threads(1)  # processes that are forked must not wait for threads that they do not have
         with suppress(UserError):
             self._plan_of(self._settings, exact=False)
         gc.freeze()  # what is loaded now stays, so the processes need not look through it for garbage
+        return self
 
-    def skip(self, count: int) -> None:
-        """Counts layouts that need not be planned."""
-        self._done += count
-        self._progress(min(self._done, self._of), self._of)
+    def __exit__(self, *_: object) -> None:
+        self._processes.__exit__()
 
     def plan(self, layouts: Sequence[tuple[dict[str, Any], Sequence[Form]]], *, exact: bool = False) -> list[Candidate]:
-        """Plans each layout with the fastest of some forms with which it fits. The first form saves most memory."""
-
-        def one(number: int) -> Candidate:
-            layout, forms = layouts[number]
-            return _fastest_that_fits(layout, forms, lambda changes: self._planned(changes, exact=exact))
-
+        """Plans each layout with the fastest of some forms with which it fits."""
         found: list[Candidate] = []
-        for candidate in in_processes(one, len(layouts), num_cores(), "planning layouts"):
+        for candidate in self._processes.map([_Job(*one, exact) for one in layouts]):
             found.append(candidate)
-            self.skip(1)
+            self._done += 1
+            self._progress(min(self._done, self._of), self._of)
         return found
 
-    def _planned(self, changes: Mapping[str, Any], *, exact: bool) -> Plan:
-        return self._plan_of(with_changes(self._settings, changes), exact=exact)
+    def _one(self, job: _Job) -> Candidate:
+        def planned(changes: Mapping[str, Any]) -> Plan:
+            return self._plan_of(with_changes(self._settings, changes), exact=job.exact)
+
+        return _fastest_that_fits(job.layout, job.forms, planned)
 
 
 def savings(settings: Settings) -> list[Form]:
@@ -75,6 +83,12 @@ def savings(settings: Settings) -> list[Form]:
     own = settings.train.recompute
     decoder = ["full", *([own] if own not in ("full", "none", ["core_attn"]) else []), ["core_attn"], "none"]
     return [{"train.recompute": one, "vision.recompute": again} for one in decoder for again in tower]
+
+
+def need_of(form: Form, chunks: int) -> Need:
+    """The key of a form in ``Plan.needs``, which lacks some forms."""
+    decoder = form["train.recompute"]
+    return decoder if isinstance(decoder, str) else ",".join(decoder), form["vision.recompute"], chunks
 
 
 def _fastest_that_fits(
@@ -119,6 +133,7 @@ def _candidate(changes: dict[str, Any], plan: Plan) -> Candidate:
         mfu=sum(plan.model_flops.values()) / each / (plan.gpu.bf16_tflops * 1e12),
         ruled_out=None if plan.fits else f"needs {missing:.1f} GiB more",
         parts=plan.time.parts,
+        needs=plan.needs,
     )
 
 

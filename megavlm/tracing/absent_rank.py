@@ -5,13 +5,11 @@ exist (``megavlm.platform.absent_world``).
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from megavlm.adapters.attach import Adapters
 from megavlm.adapters.nf4 import quantize
@@ -21,6 +19,7 @@ from megavlm.model.vlm import VLM
 from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import absent_world
 from megavlm.runtime.session import MAIN, Session, start
+from megavlm.tracing.known_shapes import KnownShapes
 from megavlm.training.method import Method
 from megavlm.training.objective import Objective
 
@@ -54,19 +53,6 @@ def that_can_be_absent(settings: Settings) -> Settings:
     return settings.model_copy(update={"model": model, "train": train, "vision": vision})
 
 
-class _NoFirstValues(TorchFunctionMode):
-    """Within the block, weights get no random values: on the meta device that is half of the time to build a model."""
-
-    def __torch_function__(
-        self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.nn.init.normal_, torch.Tensor.normal_):
-            weight = args[0] if args else (kwargs or {})["tensor"]
-            if weight.is_meta:
-                return weight
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def absent_rank(
     settings: Settings,
@@ -91,7 +77,7 @@ def absent_rank(
         UserError: the settings do not fit the model, the method or the number of processes.
     """
     with absent_world(rank, world_size):
-        with _NoFirstValues():
+        with KnownShapes():  # the first values of weights take half of the time otherwise
             session, trained = _built(settings, method, at_end=at_end, shapes=shapes)
         yield session, trained
 

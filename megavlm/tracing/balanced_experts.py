@@ -5,16 +5,14 @@ choices go round the experts, which is what the balancing loss works towards. Re
 as the busiest of its expert-parallel ranks, to which the others send ``imbalance`` times as many tokens.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavlm.model.vlm import VLM
-from megavlm.tracing import known_shapes
+from megavlm.tracing.known_shapes import KnownShapes
 
 IMBALANCE = 1.3
 """Tokens of the busiest expert-parallel rank over their mean, unless something else is told: an assumption.
@@ -45,7 +43,7 @@ class BalancedDispatcher(MoEAlltoAllTokenDispatcher):
         return per_expert
 
 
-class BalancedExperts(TorchDispatchMode):
+class BalancedExperts(KnownShapes):
     """Within the block, the experts of a model on the meta device get balanced numbers of tokens.
 
     A model without experts is not changed.
@@ -61,9 +59,7 @@ class BalancedExperts(TorchDispatchMode):
             dispatcher.imbalance = imbalance
             dispatcher.__class__ = BalancedDispatcher  # MoELayer chooses its dispatcher by name, so it cannot be given
 
-    def __torch_dispatch__(
-        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def carry_out(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func is torch.ops.aten.masked_select.default and args[0].is_meta:  # of a mask [experts, tokens]
             return args[0].new_empty(args[1].shape[-1] * self._top_k)
-        return known_shapes.run(func, args, kwargs or {})
+        return super().carry_out(func, args, kwargs)

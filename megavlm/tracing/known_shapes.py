@@ -4,16 +4,16 @@ Many of torch's functions for the meta device are written in Python and take lon
 alike, so nearly all calls of a step have been made before with arguments of the same shapes.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from megavlm.tracing.dispatch import Dispatch
 
 _Description = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _known: dict[tuple, list[_Description] | None] = {}  # [] if it changes its first argument
+_kinds: dict[int, tuple[Any, str | None]] = {}  # of operators by their id, with themselves, which keeps it
 _MOST = 100_000  # so that they take little memory
 
 
@@ -23,10 +23,13 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     Of the operators whose result shares memory with an argument, only those that change the values of their first one
     and nothing else are known; views are made each time.
     """
-    kind = _kind(func)
+    number = id(func)  # torch computes the hash of an operator in Python
+    if number not in _kinds:
+        _kinds[number] = func, _kind(func)
+    kind = _kinds[number][1]
     if kind is None:
         return func(*args, **kwargs)
-    key = (func, _described(args), *((name, _described(value)) for name, value in kwargs.items()))
+    key = (number, _described(args), *[(name, _described(value)) for name, value in kwargs.items()])
     try:
         found = _known.get(key)
     except TypeError:  # an argument that has no hash
@@ -45,7 +48,6 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     return result
 
 
-@cache
 def _kind(func: Any) -> str | None:
     """Whether an operator makes "new" tensors, or changes the values of its first argument "in place", or neither."""
     schema = func._schema
@@ -61,9 +63,9 @@ def _kind(func: Any) -> str | None:
 
 def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device.type
+        return value.shape, value.stride(), value.dtype, value.is_meta
     if isinstance(value, list | tuple):
-        return tuple(map(_described, value))
+        return tuple([_described(one) for one in value])
     return type(value), value
 
 
@@ -88,10 +90,8 @@ def _extent(tensor: Tensor) -> int:
     return (last + 1) * tensor.itemsize
 
 
-class KnownShapes(TorchDispatchMode):
+class KnownShapes(Dispatch):
     """Within the block, operators are carried out by ``run``."""
 
-    def __torch_dispatch__(
-        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return run(func, args, kwargs or {})
+    def carry_out(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return run(func, args, kwargs)

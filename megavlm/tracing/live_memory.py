@@ -2,20 +2,20 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, UntypedStorage
 
 from megavlm.monitor.phases import Phases
+from megavlm.tracing.dispatch import Dispatch
 from megavlm.tracing.operators import tensors_in
 
 
-class LiveMemory(TorchDispatchMode):
+class LiveMemory(Dispatch):
     """Within the block, follows each storage that an operation of torch makes, from then until it is freed.
 
     A storage belongs to the phase in which it was made. Storages that exist before the block are not counted, nor are
@@ -46,25 +46,25 @@ class LiveMemory(TorchDispatchMode):
         for phase, size in sizes.items():
             self._add(times * size, phase)
 
-    def __torch_dispatch__(
-        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        for known in tensors_in((*args, *(kwargs or {}).values())):
-            self._note(known, is_new=False)
-        results = func(*args, **(kwargs or {}))
-        for made in tensors_in((results,)):
-            self._note(made, is_new=True)
-        return results
+    def see(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        if func.is_view:
+            return
+        given: set[int] | None = None
+        for made in (result,) if isinstance(result, Tensor) else tensors_in((result,)):
+            if made.device.type != self._where:
+                continue
+            storage = made.untyped_storage()
+            key = storage._cdata
+            if key in self._alive:
+                continue
+            if given is None:
+                given = {one.untyped_storage()._cdata for one in tensors_in((*args, *kwargs.values()))}
+            if key not in given:  # it was not there before
+                self._note(storage, key)
 
-    def _note(self, tensor: Tensor, *, is_new: bool) -> None:
-        if tensor.device.type != self._where:
-            return
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes() if is_new else 0
-        if key in self._alive:
-            return
-        self._alive[key] = weakref.ref(storage, partial(self._freed, key, size, self.phase))
-        if size:
+    def _note(self, storage: UntypedStorage, key: int) -> None:
+        if size := storage.nbytes():
+            self._alive[key] = weakref.ref(storage, partial(self._freed, key, size, self.phase))
             self._add(size, self.phase)
 
     def _add(self, size: int, phase: str) -> None:

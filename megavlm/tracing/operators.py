@@ -5,17 +5,17 @@ On the meta device nothing is computed, so the record of a large model takes sec
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from megavlm.platform import Groups
+from megavlm.tracing.dispatch import Dispatch
 
 EXPERTS = "experts"
 """The phase of the operators of experts."""
@@ -111,7 +111,7 @@ class TensorOf(NamedTuple):
     dtype: torch.dtype
 
 
-class Operators(TorchDispatchMode):
+class Operators(Dispatch):
     """Within the block, counts operators on a device, and the collectives of all devices.
 
     Args:
@@ -145,11 +145,7 @@ class Operators(TorchDispatchMode):
         self._is_late |= self._phase == "decoder" and name == "other"  # the schedule has ended
         self._phase = name
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+    def see(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         is_collective = func.namespace == "c10d"
         call = self._collective(func, args) if is_collective else self._call(func, args, kwargs, result)
         if call is not None:
@@ -161,14 +157,15 @@ class Operators(TorchDispatchMode):
                     _described(list(args)),
                     _described(kwargs),
                 )
-        return result
 
     def _call(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> Call | None:
         packet = func.overloadpacket
         name = packet.__name__
+        if func.is_view or name in _UNMOVED:
+            return None
         made = [t for t in tensors_in((result,)) if t.device.type == self._where]
         read = [t for t in tensors_in((*args, *kwargs.values())) if t.device.type == self._where]
-        if func.is_view or name in _UNMOVED or not (made or read):
+        if not (made or read):
             return None
         first = (read or made)[0]
         if name == "_to_copy" and first is made[0]:  # from another device

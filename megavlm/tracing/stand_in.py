@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from megavlm.config.sections import ParallelSettings
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import VLM
+from megavlm.tracing.computed_again import in_backward
 from megavlm.tracing.live_memory import LiveMemory
 from megavlm.tracing.operators import Call, Operators, Place
 
@@ -24,7 +24,7 @@ _EXPERTS = 2  # of a rank, at least
 _PLAIN = 3  # layers that are kept beside those with deepstack features: one, the one that is repeated, and the last
 
 
-def fewer_layers(settings: Settings, shapes: Shapes, stage: int) -> tuple[Settings, Shapes]:
+def fewer_layers(settings: Settings, shapes: Shapes, stage: int, *, rough: bool = False) -> tuple[Settings, Shapes]:
     """The settings and shapes with few layers in the tower and in each chunk of the decoder, if that can stand for all.
 
     On pipeline stages without deepstack features, fewer of them can.
@@ -34,6 +34,7 @@ def fewer_layers(settings: Settings, shapes: Shapes, stage: int) -> tuple[Settin
     Args:
         settings, shapes: those of the run.
         stage: the pipeline stage that is built.
+        rough: whether the layer before the repeated one may have deepstack features.
     """
     levels = len(shapes.vision.deepstack_layers)
     few = levels + _PLAIN
@@ -44,7 +45,7 @@ def fewer_layers(settings: Settings, shapes: Shapes, stage: int) -> tuple[Settin
         shapes = replace(shapes, vision=replace(shapes.vision, layers=few, deepstack_layers=tuple(range(levels))))
     if is_long:
         chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-        each = few if stage == 0 else max(_PLAIN, levels)
+        each = few - (rough and levels > 0) if stage == 0 else max(_PLAIN, levels)
         shapes = replace(shapes, text=replace(text, layers=each * chunks))
         even = parallel.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
         settings = settings.model_copy(update={"parallel": even})
@@ -91,9 +92,9 @@ class StandIns:
         self._begun: Counter[tuple[Place, Call]] | None = None  # the operators before a pass of the repeated layer
         if missing > 0:
             before, repeated, last = layers[-3:]
-            repeated.register_forward_pre_hook(lambda *_: self._again() if _is_backward() else self._begin())
-            last.register_forward_pre_hook(lambda *_: None if _is_backward() else self._end())
-            before.register_forward_pre_hook(lambda *_: self._count() if _is_backward() else None)
+            repeated.register_forward_pre_hook(lambda *_: self._again() if in_backward() else self._begin())
+            last.register_forward_pre_hook(lambda *_: None if in_backward() else self._end())
+            before.register_forward_pre_hook(lambda *_: self._count() if in_backward() else None)
             _when_backward_begins(repeated, self._again)
             _when_backward_begins(before, self._count)
 
@@ -160,11 +161,7 @@ def _when_backward_begins(layer: nn.Module, call: Callable[[], None]) -> None:
     """Calls ``call`` when the gradient of the layer's output is known."""
 
     def after(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
-        if not _is_backward() and output[0].requires_grad:
+        if not in_backward() and output[0].requires_grad:
             output[0].register_hook(lambda gradient: call())
 
     layer.register_forward_hook(after)
-
-
-def _is_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1

@@ -37,8 +37,8 @@ def both(cases: dict) -> dict:
     from megavlm.config.settings import Settings
     from megavlm.convert.hf_shapes import model_shapes
     from megavlm.plan.mix import Mix
-    from megavlm.plan.stage_memory import trace_stage
     from megavlm.plan.step_memory import peak_of
+    from megavlm.plan.trace import trace_stage
     from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
     from megavlm.tracing.stand_in import fewer_layers
 

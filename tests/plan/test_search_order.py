@@ -1,6 +1,7 @@
 """The order in which a search plans layouts: what it leaves out is never the fastest."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -45,7 +46,9 @@ def test_the_least_seconds_of_a_layout() -> None:
     planned = Candidate({}, seconds=10.0, parts={"bubble": 2.0, "forward": 1.0, "backward": 3.0, "optimizer": 4.0})
     assert least_seconds(planned) == pytest.approx(10.0 - 1.0 - 2.0 * (1 - 3 / 4))  # nothing is computed again
     assert least_seconds(planned, 2) == pytest.approx(10.0 - 1.0 - 2.0 + 2.0 * 3 / 4 / 2)  # and half of the bubble
-    assert least_seconds(planned, 2, keeps_more=False) == pytest.approx(9.0)
+    assert least_seconds(planned, 2, decoder=False) == pytest.approx(9.0)
+    with_tower = replace(planned, parts={**planned.parts, "tower": 1.0})
+    assert least_seconds(with_tower, decoder=False, tower=True) == pytest.approx(9.5)
     assert least_seconds(Candidate({}, ruled_out="4 layers do not divide into 3 stages")) == math.inf
 
 
@@ -76,11 +79,17 @@ def made_up_plan(own, gpu, world: int, scale: float) -> SimpleNamespace:
     bubble = (forward + backward) * (parallel.pipeline - 1) / rows / (parallel.virtual_pipeline or 1)
     update = 0.5 / parallel.expert  # with what is sent above, it is best in the middle
     weights = 200 / (parallel.pipeline * max(parallel.expert * parallel.expert_tensor, parallel.tensor))
-    deep = 1 + (1 - 1 / parallel.pipeline) * (0.3 if parallel.virtual_pipeline else 0)
-    kept = scale * KEPT[again] * deep / (parallel.tensor * parallel.context)
+    deep = lambda chunks: 1 + (1 - 1 / parallel.pipeline) * (0.3 if (chunks or 1) > 1 else 0)
+    divided = 1 / (parallel.tensor * parallel.context)
     capacity = 80 * GIB
     held = round(weights * GIB)
-    spare = capacity - held - round(kept * GIB)
+    kept = {form: scale * size * divided * GIB for form, size in KEPT.items()}
+    spare = round(capacity - held - deep(parallel.virtual_pipeline) * kept[again])
+    needs = {
+        (form, own.vision.recompute, chunks): round(1.01 * (held + deep(chunks) * size))
+        for form, size in kept.items()
+        for chunks in (1, 2, 4)
+    }
     parts = {"forward": forward, "backward": backward, "bubble": bubble, "optimizer": update}
     return SimpleNamespace(
         world_size=world,
@@ -92,6 +101,7 @@ def made_up_plan(own, gpu, world: int, scale: float) -> SimpleNamespace:
         spare=spare,
         stages=[SimpleNamespace(total=capacity - spare, static=SimpleNamespace(total=held))],
         fits=spare >= 0.05 * capacity,
+        needs=needs if again == "full" and parallel.virtual_pipeline is None else {},
     )
 
 
@@ -113,5 +123,6 @@ def test_what_is_found_is_the_fastest_of_all(recipe, scale) -> None:
     found = search(settings, shapes, world, gpu, plan_of)
     assert found[0].ruled_out is None
     assert found[0].seconds == pytest.approx(fastest, rel=1e-9)
-    known = [(tuple(one.changes[name] for name in valid[0]), one.ruled_out) for one in found]
+    names = [name for name in valid[0] if name.startswith("parallel.")]
+    known = [(tuple(one.changes[name] for name in names), one.ruled_out) for one in found]
     assert len(known) == len(dict(known)) == len(list(layouts(settings, shapes, world, gpu)))  # each layout once

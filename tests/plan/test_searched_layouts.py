@@ -32,6 +32,18 @@ def test_experts_are_spread_in_every_way(recipe) -> None:
     assert {c["parallel.tensor"] for c in valid} == {1, 2, 4}  # 4 heads of keys and values
 
 
+def test_windows_are_short_where_the_step_has_many_rows(recipe) -> None:
+    settings, shapes = recipe("8b")
+    many = with_changes(settings, {"train.global_batch_size": 1024})
+    found = [c for c, why in layouts(many, shapes, 16, gpu_of("h100")) if why is None]
+    for changes in found:
+        stages = changes["parallel.pipeline"]
+        rows = 1024 * changes["parallel.tensor"] * changes["parallel.context"] * stages // 16
+        assert changes["vision.window"] == (16 * stages if stages > 1 and rows > 16 * stages else None), changes
+    own = with_changes(many, {"vision.window": 8})
+    assert {c["vision.window"] for c, why in layouts(own, shapes, 16, gpu_of("h100")) if why is None} == {8}
+
+
 def test_changes_are_checked_as_in_a_file(recipe) -> None:
     settings, _ = recipe("8b")
     changed = with_changes(settings, {"parallel.tensor": 4, "train.recompute": "full"})
