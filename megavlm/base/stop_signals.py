@@ -4,6 +4,7 @@ A thread acts on the signals. Python's own handlers run only between two instruc
 for minutes in a collective, for a disk or for ranks that never come.
 """
 
+import math
 import os
 import signal
 import sys
@@ -76,6 +77,7 @@ class StopSignals:
 
     Args:
         quiet: whether to print nothing, because another process tells the user.
+        echo_seconds: see ``Requests``.
 
     Attributes:
         speak: shows that the run is about to stop, where a progress bar is on the screen; None: plain standard error.
@@ -85,8 +87,8 @@ class StopSignals:
     speak: Callable[[str], None] | None = None
     may_leave = False
 
-    def __init__(self, *, quiet: bool):
-        self._quiet, self._requests, self._deferring = quiet, Requests(_ECHO_SECONDS), False
+    def __init__(self, *, quiet: bool, echo_seconds: float = _ECHO_SECONDS):
+        self._quiet, self._requests, self._deferring = quiet, Requests(echo_seconds), False
         self._lock, self._is_leavable = threading.Lock(), False
 
     @property
@@ -156,18 +158,22 @@ _active: list[StopSignals] = []
 
 
 @contextmanager
-def watched(*, quiet: bool | None = None) -> Iterator[StopSignals]:
+def watched(*, quiet: bool | None = None, has_parent: bool = False) -> Iterator[StopSignals]:
     """Acts on stop signals within the block. Within another such block it yields the ``StopSignals`` of that one.
 
     Call it in the main thread.
 
     Args:
         quiet: see ``StopSignals``; None: only rank 0 speaks.
+        has_parent: whether a parent passes on the first signal that it gets, and ends this process itself when the user
+            insists. All signals after the first one then say the same, however late the parent comes to pass it on, and
+            those after the block are ignored.
     """
     if _active:
         yield _active[0]
         return
-    signals = StopSignals(quiet=int(os.environ.get("RANK", 0)) > 0 if quiet is None else quiet)
+    is_quiet = int(os.environ.get("RANK", 0)) > 0 if quiet is None else quiet
+    signals = StopSignals(quiet=is_quiet, echo_seconds=math.inf if has_parent else _ECHO_SECONDS)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = {number: signal.signal(number, _ignore) for number in handled()}
@@ -180,7 +186,7 @@ def watched(*, quiet: bool | None = None) -> Iterator[StopSignals]:
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if has_parent else handler)
         os.close(writing)  # ends the thread
         thread.join(timeout=1)
         _active.clear()

@@ -117,8 +117,9 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
                 trains = name in METHODS
                 return local_workers.run(arguments, nproc, reads_terminal=verb.reads_terminal, trains=trains)
     module, _, function = verb.target.partition(":")
-    quiet = True if local_workers.is_worker() else None  # the parent tells the user
-    with stop_signals.watched(quiet=quiet) if name in METHODS else nullcontext():
+    is_worker = local_workers.is_worker()
+    quiet = True if is_worker else None  # the parent tells the user
+    with stop_signals.watched(quiet=quiet, has_parent=is_worker) if name in METHODS else nullcontext():
         with no_collection():
             target = getattr(importlib.import_module(module), function)
         return target(*given, **options, **verb.fixed) or 0

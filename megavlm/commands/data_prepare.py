@@ -17,8 +17,8 @@ from megavlm.config.data_sections import check_media_protocols
 from megavlm.media.access import MediaAccess
 from megavlm.media.files import is_url
 from megavlm.prepare.index_shards import find_shards
-from megavlm.prepare.parts import SKIPPED
-from megavlm.prepare.shard_folder import Unusable, check_samples, convert, prepare
+from megavlm.prepare.parts import SKIPPED, lock_of
+from megavlm.prepare.shard_folder import Unusable, check_new, check_samples, convert, prepare
 from megavlm.records.skipped_samples import causes
 from megavlm.sources.shards import ShardFolder
 
@@ -97,16 +97,18 @@ def main(
 
 def _write_parts(write: Callable[..., Path], out: Path, workers: int) -> Path:
     """Writes one part of the samples per process, and joins them."""
-    if out.exists() and not list(out.glob("part-*-of-*")):
-        raise UserError(f"{out} exists already", "choose another --out, or move it away")
 
     def one(number: int) -> None:
         write(part=(number, workers), index=False)  # the whole is indexed
 
-    with _Bar("writing", workers, "parts") as bar:
-        for _ in in_processes(one, workers, workers, "writing shards"):
-            bar.advance()
-    prepare(out, force=True, progress=_Bar)
+    with lock_of(out) as lock:
+        lock.take()
+        if not list(out.glob("part-*-of-*")):
+            check_new(out)
+        with _Bar("writing", workers, "parts") as bar:
+            for _ in in_processes(one, workers, workers, "writing shards"):
+                bar.advance()
+        prepare(out, force=True, progress=_Bar)
     return out
 
 

@@ -51,6 +51,15 @@ def is_up_to_date(folder: Path, shards: Sequence[str]) -> bool:
         return False
 
 
+def check_writable(folder: Path) -> None:
+    """Raises UserError if an index cannot be written into a folder."""
+    if not os.access(folder, os.W_OK):
+        raise UserError(
+            f"{folder} is not writable, but the index is stored next to the shards",
+            "copy the shards to another folder, or get write permission",
+        )
+
+
 def index_shards(folder: Path, shards: Sequence[str], done: Callable[[], None]) -> None:
     """Indexes `shards` (paths relative to `folder`) with energon and calls `done` after each shard.
 
@@ -58,11 +67,6 @@ def index_shards(folder: Path, shards: Sequence[str], done: Callable[[], None]) 
         UserError: a shard is damaged or empty, or two samples have the same key; the message names it. The folder then
             has no index.
     """
-    if not os.access(folder, os.W_OK):
-        raise UserError(
-            f"{folder} is not writable, but the index is stored next to the shards",
-            "copy the shards to another folder, or get write permission",
-        )
     (folder / INFO).unlink(missing_ok=True)
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(

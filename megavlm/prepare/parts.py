@@ -9,17 +9,31 @@ from typing import Any
 
 from megavlm.base.atomic_files import atomic_open
 from megavlm.base.errors import UserError
+from megavlm.base.file_lock import FileLock
 from megavlm.media.files import File, is_url
 from megavlm.sources.open_files import SampleFile
 
 SKIPPED = "skipped.jsonl"
 PART = "part.json"  # in each part: what it was made from
+_INDEX_LOCK = "indexing.lock"
 _NAME = re.compile(r"part-(\d{4,})-of-(\d{4,})(\.partial)?")
 
 
 def folder_of(out: Path, part: tuple[int, int]) -> Path:
     """The folder of the i-th of n parts (i, n), from 0."""
     return out / f"part-{part[0] + 1:04}-of-{part[1]:04}"
+
+
+def lock_of(folder: Path) -> FileLock:
+    """The lock, beside a folder that does not exist yet, of the process that writes it."""
+    place = folder.resolve()
+    lock = place.with_name(f"{place.name}.partial.lock")
+    return FileLock(lock, f"{folder}", "wait until it ends, or choose another --out")
+
+
+def index_lock_of(folder: Path) -> FileLock:
+    """The lock, inside a folder of shards, of the process that writes its index."""
+    return FileLock(folder / _INDEX_LOCK, f"the index of {folder}", "wait until it ends")
 
 
 def made_from(files: Sequence[SampleFile], num_parts: int, shard_bytes: int, skip_broken: bool) -> dict[str, Any]:

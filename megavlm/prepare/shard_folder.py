@@ -9,11 +9,21 @@ from typing import NamedTuple, Protocol
 from megavlm.base.atomic_files import new_folder, write_text
 from megavlm.base.errors import UserError
 from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
-from megavlm.prepare.index_shards import find_shards, index_shards, is_up_to_date
-from megavlm.prepare.parts import PART, SKIPPED, check_parts, check_siblings, folder_of, join_skipped, made_from
+from megavlm.prepare.index_shards import check_writable, find_shards, index_shards, is_up_to_date
+from megavlm.prepare.parts import (
+    PART,
+    SKIPPED,
+    check_parts,
+    check_siblings,
+    folder_of,
+    index_lock_of,
+    join_skipped,
+    lock_of,
+    made_from,
+)
 from megavlm.prepare.write_shards import ShardWriter, fault_of, load_ahead
 from megavlm.records.skipped_samples import SkippedSample, causes
-from megavlm.sources.blend import evenly, open_file
+from megavlm.sources.blend import SampleFile, evenly, open_file
 
 _LOOKED_AT = 100  # samples of a folder of shards that are looked at
 _KEPT = 1000  # samples whose causes are kept while JSONL files are written
@@ -63,15 +73,20 @@ def prepare(folder: Path, *, force: bool = False, progress: Progress = NoProgres
 
     Raises:
         UserError: there are no shards, or a shard is damaged; the parts of ``convert`` in the folder are not all there,
-            or do not belong together.
+            or do not belong together; another process is indexing the folder.
     """
     check_parts(folder)
     shards = find_shards(folder)
     if not force and is_up_to_date(folder, shards):
         return False
-    with progress("indexing", len(shards), "shards") as bar:
-        index_shards(folder, shards, bar.advance)
-    join_skipped(folder)
+    check_writable(folder)
+    with index_lock_of(folder) as lock:
+        lock.take()
+        if not force and is_up_to_date(folder, shards):  # another process has just done it
+            return False
+        with progress("indexing", len(shards), "shards") as bar:
+            index_shards(folder, shards, bar.advance)
+        join_skipped(folder)
     return True
 
 
@@ -132,59 +147,80 @@ def convert(
 
     Raises:
         UserError: `out` exists or has parts of something else, a sample cannot be read (with `skip_broken`: none can),
-            no verb can use any of the samples, or a shard cannot be written.
+            no verb can use any of the samples, a shard cannot be written, or another process is writing the folder.
     """
     if ":/" in str(out):
         raise UserError(
             f"--out {out} is a URL, but shards are written to a local folder",
             "give a local folder, and copy it afterwards",
         )
-    if part[1] == 1 and out.exists():
-        raise UserError(f"{out} exists already", "choose another --out, or move it away")
+    if part[1] == 1:
+        check_new(out)
     files = [open_file(path, access) for path in jsonl]
+    made = None
     if part[1] > 1:
         made = made_from(files, part[1], shard_bytes, skip_broken)
         check_siblings(out, made)
         out = folder_of(out, part)
-        if out.exists():
-            return out
-    total, unusable, number = sum(map(len, files)), [], 0
+    total = sum(map(len, files))
     chosen = range(total * part[0] // part[1], total * (part[0] + 1) // part[1])
     if not chosen:
         raise UserError(f"there are {total:,} samples for {part[1]:,} parts", "choose fewer parts")
     try:
-        with new_folder(out) as partial:
-            if part[1] > 1:
-                write_text(partial / PART, json.dumps(made))
-            with (
-                progress("writing", len(chosen), "samples") as bar,
-                ShardWriter(partial, shard_bytes, chosen.start) as writer,
-                closing(load_ahead(files, chosen)) as loading,
-            ):
-                for source, future in loading:
-                    try:
-                        sample = future.result()
-                    except UserError as error:
-                        if not skip_broken:
-                            raise
-                        with (partial / SKIPPED).open("a", encoding="utf-8") as file:
-                            line = {"sample": source, "cause": SkippedSample.of(0, source, error).cause}
-                            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                        bar.advance()
-                        continue
-                    writer.add(sample)
-                    bar.advance(sample.size)
-                    if sample.fault is not None:
-                        number += 1
-                        unusable += [sample.fault] if number <= _KEPT else []
-            if not writer.num_samples:
-                raise UserError(f"no sample of {', '.join(jsonl)} can be read", "run without --skip-broken to see why")
-            if number == writer.num_samples:
-                listed = "\n".join(causes(unusable))
-                raise UserError(f"none of {number:,} samples of {', '.join(jsonl)} can be used:\n{listed}")
-            if index:
-                prepare(partial, progress=progress)
+        with lock_of(out) as lock:
+            lock.take()
+            if made is not None and out.exists():
+                return out
+            check_new(out)  # now that nobody else writes it
+            with new_folder(out) as partial:
+                if made is not None:
+                    write_text(partial / PART, json.dumps(made))
+                unusable = _write(files, chosen, partial, shard_bytes, skip_broken, progress)
+                if index:
+                    prepare(partial, progress=progress)
+                check_new(out)  # a part may have been written meanwhile, into a folder of this name
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}", "free some space, or choose another --out") from None
-    tell(Unusable(number, writer.num_samples, unusable))
+    tell(unusable)
     return out
+
+
+def check_new(out: Path) -> None:
+    """Raises UserError if a folder for shards exists."""
+    if out.exists():
+        raise UserError(f"{out} exists already", "choose another --out, or move it away")
+
+
+def _write(
+    files: Sequence[SampleFile], chosen: range, folder: Path, shard_bytes: int, skip_broken: bool, progress: Progress
+) -> Unusable:
+    """Writes the chosen samples into an empty folder; see ``convert``. Returns those that no verb can use."""
+    unusable, number = [], 0
+    with (
+        progress("writing", len(chosen), "samples") as bar,
+        ShardWriter(folder, shard_bytes, chosen.start) as writer,
+        closing(load_ahead(files, chosen)) as loading,
+    ):
+        for source, future in loading:
+            try:
+                sample = future.result()
+            except UserError as error:
+                if not skip_broken:
+                    raise
+                with (folder / SKIPPED).open("a", encoding="utf-8") as file:
+                    line = {"sample": source, "cause": SkippedSample.of(0, source, error).cause}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                bar.advance()
+                continue
+            writer.add(sample)
+            bar.advance(sample.size)
+            if sample.fault is not None:
+                number += 1
+                unusable += [sample.fault] if number <= _KEPT else []
+    names = ", ".join(file.path for file in files)
+    if not writer.num_samples:
+        raise UserError(f"no sample of {names} can be read", "run without --skip-broken to see why")
+    if number == writer.num_samples:
+        listed = "\n".join(causes(unusable))
+        raise UserError(f"none of {number:,} samples of {names} can be used:\n{listed}")
+    return Unusable(number, writer.num_samples, unusable)

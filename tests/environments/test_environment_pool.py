@@ -12,7 +12,7 @@ from PIL import Image
 from megavlm.base.errors import UserError
 from megavlm.config.settings import EnvironmentSettings
 from megavlm.environments.pool import EnvironmentPool
-from megavlm.environments.worker_process import check_environment
+from megavlm.environments.worker_process import EnvironmentWorker, check_environment
 
 FILE = Path(__file__).parent / "odd_environments.py"
 SECONDS = 2.0  # a time-out; an innocent call needs milliseconds, also on a busy machine
@@ -120,6 +120,30 @@ def test_a_process_that_is_killed_from_outside_costs_nothing(tmp_path):
             assert reply.cause is None
             assert reply.observation.text == f"{count} 0"
     assert len({line.split()[0] for line in log.read_text().splitlines() if "closed" not in line}) == 4  # processes
+
+
+def test_workers_that_are_found_dead_when_they_are_asked_are_replaced(monkeypatch):
+    """Nothing else wakes the pool up: the last conversation has been begun, and no process is left."""
+    with EnvironmentPool(settings(workers=2)) as pool:
+        until = time.monotonic() + 60
+        while len(ready := [worker for worker in list(pool._workers) if worker.is_ready]) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        asked = EnvironmentWorker.ask
+
+        def ask(worker: EnvironmentWorker, *given) -> None:
+            if worker in ready:
+                raise BrokenPipeError
+            asked(worker, *given)
+
+        def sign() -> None:
+            assert time.monotonic() < until, "nobody answers"
+
+        monkeypatch.setattr(EnvironmentWorker, "ask", ask)
+        until = time.monotonic() + 60
+        begun = [pool.begin({"what": "fine"}, "") for _ in range(2)]
+        found = pool.wait(sign)
+        assert [found[episode].cause for episode in begun] == [None, None]
 
 
 def test_pictures_keep_their_pixels(played):

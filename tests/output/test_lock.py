@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from megavlm.base import file_lock as lock_module
 from megavlm.base.errors import UserError
-from megavlm.output import lock as lock_module
 from megavlm.output.lock import RunLock, check_unlocked
 
 
