@@ -164,6 +164,7 @@ MAY_IMPORT = {
         "align",
         "evaluation",
         "training",
+        "vllm",
         "rollout",
         "rewards",
         "environments",

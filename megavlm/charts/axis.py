@@ -90,15 +90,18 @@ def labels(axis: Axis) -> list[Markup]:
         else '<span class="y" style="top:{:.2f}%">{}</span>'
     )
     size = WIDTH if axis.across else HEIGHT
-    return [Markup(form).format(100 * axis.at(tick) / size, _tick(tick)) for tick in axis.ticks]
+    # If one tick is written as 5e-5 or 10k, then others of such a size are, too: 1e-4 and not 0.0001, 5k and not 5000.
+    small = any(len(f"{tick:.6g}") > 6 or "e" in f"{tick:.6g}" for tick in axis.ticks if abs(tick) < 1e-3)
+    large = any(abs(tick) >= 10000 for tick in axis.ticks)
+    return [Markup(form).format(100 * axis.at(tick) / size, _tick(tick, small, large)) for tick in axis.ticks]
 
 
-def _tick(value: float) -> str:
-    """The shortest text of a value: 0.05, 2, 10k, 1e-4."""
-    if abs(value) >= 10000:
+def _tick(value: float, small: bool, large: bool) -> str:
+    """The shortest text of a value: 0.05, 2, 10k, 1e-4. ``small`` and ``large``: whether others have such a form."""
+    if abs(value) >= (1000 if large else 10000):
         return short(value).replace(".00", "").replace(".0", "")
     text = f"{value:.6g}"
-    if len(text) <= 6 and "e" not in text:
+    if len(text) <= 6 and "e" not in text and not (small and 0 < abs(value) < 1e-3):
         return text
     mantissa, _, exponent = f"{value:.2e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}"

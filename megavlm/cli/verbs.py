@@ -67,8 +67,13 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
         "generate answers to the questions of data.eval, written to answers.jsonl, or to one prompt",
         'megavlm infer sft.yaml --prompt "What is this?" --image cat.png\n'
         "megavlm infer sft.yaml data.eval=questions.jsonl\n"
-        "megavlm infer sft.yaml model.load=CHECKPOINT data.eval=questions.jsonl output=runs/answers",
-        sections=("model", "adapter", "data", "parallel", "vision", "train.precision", "train.seed", "generate"),
+        "megavlm infer sft.yaml model.load=CHECKPOINT data.eval=questions.jsonl output=runs/answers\n"
+        "megavlm infer sft.yaml data.eval=questions.jsonl rollout.engine=vllm",
+        sections=(
+            *("model", "adapter", "data", "parallel", "vision", "train.precision", "train.seed", "generate"),
+            *("rollout.engine", "rollout.max_sequences", "rollout.cache_gib", "rollout.vllm.url"),
+            *("rollout.vllm.servers", "rollout.vllm.devices", "rollout.vllm.tensor_parallel"),
+        ),
         requires=("model.load",),
         reads=(*READS, "data.eval"),
         writes="answers.jsonl",

@@ -87,8 +87,8 @@ class RolloutSettings(Section):
 
     engine: Literal["megatron", "vllm"] = Field(
         "megatron",
-        description="what samples the answers. megatron: the weights that are trained, in their own layout; vllm: "
-        "servers of vLLM, which get the weights before each batch (docs/vllm.md)",
+        description="what samples the answers, also those of infer. megatron: the weights that are trained, in their "
+        "own layout; vllm: servers of vLLM, which get the weights before each batch (docs/vllm.md)",
     )
     vllm: VllmSettings = VllmSettings()
     partial: Literal["continue", "drop"] = Field(

@@ -38,7 +38,7 @@ class ScheduleSettings(Section):
     lr: Float | None = Field(None, gt=0, description="maximum learning rate")
     min_lr: Float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
     warmup_steps: Int = Field(
-        0, ge=0, description="number of steps over which the learning rate rises linearly from 0 to lr"
+        0, ge=0, description="number of steps over which the learning rate rises linearly from 0 (in step 1) to lr"
     )
     warmup_share: Float | None = Field(
         None, gt=0, lt=1, description="instead of warmup_steps: share of the steps of the schedule, for example 0.03"

@@ -1,24 +1,19 @@
 """Makes the engine that the settings name, with conversations if there is an environment."""
 
-from collections.abc import Callable, Generator, Sequence
-
-from torch import Tensor
+from collections.abc import Callable, Sequence
 
 from megavlm.base.errors import UserError
 from megavlm.base.stop_signals import is_leaving
 from megavlm.config.requirements import required
-from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
 from megavlm.environments.messages import Messages
 from megavlm.environments.pool import EnvironmentPool
-from megavlm.platform import device
 from megavlm.rollout.builtin import BuiltinEngine
 from megavlm.rollout.conversations import Conversations
 from megavlm.rollout.engine import Engine
 from megavlm.runtime.session import Session
-from megavlm.runtime.weight_stream import WeightStream
 from megavlm.training.step import raise_everywhere
-from megavlm.vllm.engine import VllmEngine
+from megavlm.vllm.of_session import vllm_engine
 
 
 def make_engine(
@@ -42,9 +37,7 @@ def make_engine(
     settings = session.settings
     if settings.rollout.engine == "vllm":
         assert not records_routing, "check_sampling refuses it"
-        _check_devices(settings)
-        folder = required(settings.output, "output") / "vllm"
-        return VllmEngine(settings, session.groups, _Merged(session), folder)
+        return vllm_engine(session, required(settings.output, "output") / "vllm")
     return BuiltinEngine(
         session.vlm,
         places=settings.rollout.max_sequences,
@@ -82,25 +75,3 @@ def in_turns(session: Session, engine: Engine, renderer: Renderer | None) -> Eng
         max_patches=session.settings.data.max_patches_per_row,
         group=session.groups.world_host,
     )
-
-
-def _check_devices(settings: Settings) -> None:
-    """Raises UserError if several servers would all be on the first GPU."""
-    vllm = settings.rollout.vllm
-    if device().type != "cpu" and not vllm.url and vllm.servers > 1 and not vllm.devices:
-        raise UserError(
-            f"rollout.vllm.servers is {vllm.servers}, but rollout.vllm.devices does not say on which GPUs they run: "
-            "all would be on the first one",
-            "set rollout.vllm.devices",
-        )
-
-
-class _Merged:
-    """The weights of the main model with its adapters merged into them; see ``vllm.engine.Weights``."""
-
-    def __init__(self, session: Session):
-        self._stream, self._has_adapters = WeightStream(session, in_run_dtype=True), session.adapters is not None
-
-    def buckets(self, max_bytes: int) -> Generator[list[tuple[str, Tensor]]]:
-        """See ``WeightStream.buckets``."""
-        yield from self._stream.buckets(max_bytes, merged=self._has_adapters)

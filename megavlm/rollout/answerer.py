@@ -1,4 +1,4 @@
-"""Answers the prompts of a command with the built-in engine and the settings of the section ``generate``."""
+"""Answers the prompts of a command with the settings of the section ``generate``."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from megavlm.data.row import Sample
 from megavlm.model.shapes import Shapes
 from megavlm.platform.collectives import while_others_wait
 from megavlm.rollout.builtin import BuiltinEngine
-from megavlm.rollout.engine import Prompt, Sampling
+from megavlm.rollout.engine import Engine, Prompt, Sampling
 from megavlm.rollout.sampling import mixed_seed
 from megavlm.runtime.session import Session
 
@@ -23,9 +23,10 @@ class Answerer:
     Args:
         session: the session of the command.
         renderer: renders the prompts and decodes the answers.
+        engine: has the weights of the session already; None: the built-in one, which uses those of the session.
     """
 
-    def __init__(self, session: Session, renderer: Renderer):
+    def __init__(self, session: Session, renderer: Renderer, engine: Engine | None = None):
         self._session, self._renderer = session, renderer
         settings, tokenizer = session.settings.generate, renderer.processor.tokenizer
         self._sampling = Sampling(
@@ -34,7 +35,7 @@ class Answerer:
             stop_strings=tuple(settings.stop),
             banned=vision_tokens(session.shapes),
         )  # fmt: skip
-        self._engine = BuiltinEngine(
+        self._engine = engine or BuiltinEngine(
             session.vlm,
             places=settings.batch_size,
             cache_gib=settings.cache_gib,

@@ -194,8 +194,13 @@ class FollowedRun:
         return {
             "name": self.name, "folder": str(self.folder), "step": self.steps[-1] if self.steps else None,
             "total": self.total, "ago": self.seconds_ago, "left": self.seconds_left, "notes": self.notes,
-            "loss": None if (loss := self.last("loss")) is None or not math.isfinite(loss) else number(loss),
+            "loss": _told(self.last("loss")),
+            "reward": _told(self.last("reward")),
         }  # fmt: skip
+
+
+def _told(value: float | None) -> str | None:
+    return None if value is None or not math.isfinite(value) else number(value)
 
 
 def _as_float(value: float) -> float:

@@ -85,7 +85,8 @@ def _about(run: FollowedRun, style: str) -> Text:
         of = f" of {facts['total']}" if facts["total"] else ""
         is_done = facts["total"] is not None and facts["step"] >= facts["total"]
         told = [f"step {facts['step']}{of}"]
-        told += [f"loss {facts['loss']}"] if facts["loss"] is not None else []
+        value = "loss" if facts["reward"] is None else "reward"
+        told += [f"{value} {facts[value]}"] if facts[value] is not None else []
         told.append("done" if is_done else f"{duration(facts['ago'])} ago")
         told += [f"{duration(facts['left'])} left"] if facts["left"] is not None and not is_done else []
     return Text.assemble(("● ", style), (run.name, f"bold {style}"), "  ", " · ".join(told))

@@ -19,6 +19,7 @@ def troublesome(completions, trouble, **columns):
     if kind == "dies":
         os._exit(3)
     values = {"is not a number": float("nan"), "is a string": "good", "does not apply": None, "is equal": 0.9}
+    values |= {"is right": 1.0, "is wrong": 0.0}
     if kind in values:
         return [values[kind]] * len(completions)
     return letters(completions)

@@ -10,25 +10,15 @@ import numpy as np
 import pytest
 import torch
 from parity import VARYING, mostly_slow, settings_of
+from test_layouts import LAYOUTS as TRAINED
+from test_layouts import VARIANTS
 from test_preference import judged_of, pairs_of
 from test_scores import run_score, score_settings
 from toy import write_records
 
-# name: (processes, toy model, parallel settings)
-LAYOUTS = {
-    "one process": (1, "dense", {}),
-    "TP2": (2, "dense", {"tensor": 2}),
-    "PP2": (2, "dense", {"pipeline": 2}),
-    "CP2": (2, "dense", {"context": 2}),
-    "DP2": (2, "dense", {}),
-    "MoE EP2": (2, "moe", {"expert": 2}),
-    "DP2 TP2": (4, "dense", {"tensor": 2}),
-    "TP2 CP2": (4, "dense", {"tensor": 2, "context": 2}),
-    "CP2 PP2": (4, "dense", {"context": 2, "pipeline": 2}),
-    "TP2 PP2 VPP2": (4, "dense", {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}),
-    "MoE TP2 PP2 EP2": (4, "moe", {"tensor": 2, "pipeline": 2, "expert": 2}),
-    "MoE CP2 EP2": (4, "moe", {"context": 2, "expert": 2}),
-}
+# name: (processes, toy model, parallel settings, other settings): every layout of the table of docs/parity.md
+LAYOUTS = {name: (*layout, {}) for name, layout in TRAINED.items()} | VARIANTS
+LAYOUTS["TP2 × DP2"] = (4, "dense", {"tensor": 2}, {})
 PARTS = {"first": slice(0, 5), "last": slice(5, 8)}  # the toy's records in two held-out files
 
 
@@ -107,13 +97,15 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-QUICK = ("one process", "PP2", "MoE EP2", "TP2 CP2")
+QUICK = ("one process", "PP2", "MoE EP2", "TP2 × CP2")
 
 
 @pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, lambda layout: layout in QUICK))
 def test_the_held_out_loss_is_that_of_score(layout, settings, scored, tmp_path, request):
-    processes, kind, parallel = LAYOUTS[layout]
-    made = settings(kind, parallel, lr=1e-30)  # too little to change a weight, so that all layouts have the same score
+    processes, kind, parallel, others = LAYOUTS[layout]
+    made = settings(
+        kind, parallel, lr=1e-30, **others
+    )  # too little to change a weight, so that all layouts have the same score
     assert request.getfixturevalue(f"world{processes}").run(train, made) == [""] * processes
     lines = lines_of(tmp_path / "run/metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1]
@@ -137,7 +129,7 @@ COMPARED = {
 def test_held_out_data_that_is_trained_on_has_the_loss_of_the_next_step(name, settings, toys, tmp_path, request):
     """Each step has all samples, so an evaluation sees what the next step sees, with the same weights."""
     method, (layout, align) = name[:3], COMPARED[name]
-    processes, kind, parallel = LAYOUTS[layout]
+    processes, kind, parallel, _ = LAYOUTS[layout]
     pairs = pairs_of(toys.records)
     records = {"sft": toys.records, "kto": judged_of(pairs)}.get(method, pairs)
     file = str(write_records(toys.root / f"{method}-all.jsonl", records))
@@ -166,16 +158,23 @@ def test_a_rank_without_a_row_adds_nothing(settings, toys, world1, world2, tmp_p
         assert found[1][f"eval/{field}"] == pytest.approx(found[0][f"eval/{field}"], rel=1e-6)
 
 
-@pytest.mark.parametrize("workers", mostly_slow([0, 1], lambda workers: workers == 1))
-def test_training_has_the_bits_of_a_run_that_does_not_evaluate(workers, settings, world1, tmp_path):
-    """Dropout included, whose random numbers an evaluation must not use."""
-    lora = {"adapter": {"type": "lora", "rank": 4, "dropout": 0.3}}
+@pytest.mark.parametrize(
+    ("layout", "workers"),
+    mostly_slow(
+        [("one process", 0), ("one process", 1), ("DP2", 1), ("TP2", 0), ("PP2 × VPP2", 0), ("CP2", 0), ("MoE EP2", 0)],
+        lambda case: case == ("one process", 0),
+    ),
+)
+def test_training_has_the_bits_of_a_run_that_does_not_evaluate(layout, workers, settings, tmp_path, request):
+    """Dropout included, whose random numbers an evaluation must not use; adapters of experts have none."""
+    processes, kind, parallel, _ = LAYOUTS[layout]
+    lora = {"adapter": {"type": "lora", "rank": 4, "dropout": 0.3 if kind == "dense" else 0.0}}
     found = {}
     answers = {"samples": 2, "scorer": "exact", "max_new_tokens": 4}
     for name, evaluation in {"with": {"every": 2, "rows": 1, "answers": answers}, "without": {}}.items():
-        made = settings(steps=4, evaluation=evaluation, data={"workers": workers}, optimizer="adam", lr=0.01) | lora
+        made = settings(kind, parallel, 4, evaluation, {"workers": workers}, optimizer="adam", lr=0.01) | lora
         made["output"] = str(tmp_path / name)
-        assert world1.run(train, made) == [""]
+        assert request.getfixturevalue(f"world{processes}").run(train, made) == [""] * processes
         found[name] = lines_of(tmp_path / name / "metrics.jsonl")
     assert ["eval/loss" in line for line in found["with"]] == [True, False, True, False, True]  # from step 0 on
     assert ["eval/answers/score" in line for line in found["with"]] == [True, False, True, False, True]

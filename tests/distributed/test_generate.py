@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from parity import mostly_slow
+from test_layouts import LAYOUTS, VARIANTS
 from toy import picture, reference_inputs, reference_model, write_records
 
 NEW_TOKENS = 12
@@ -96,17 +98,15 @@ def answers_of(toys, world, kind, data, out, parallel, indices=range(8), **gener
     return [line["answer"] for line in lines]
 
 
-CASES = {
-    "dense": (1, "dense", {}),
-    "TP2": (2, "dense", {"tensor": 2}),
-    "DP2": (2, "dense", {}),
-    "PP2": (2, "dense", {"pipeline": 2}),
-    "PP2 VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}),
-    "CP2": (2, "dense", {"context": 2}),
+# Every layout of the table of docs/parity.md.
+CASES = LAYOUTS | {
+    **{name: variant[:3] for name, variant in VARIANTS.items() if not variant[3]},
     "YaRN, TP2": (2, "yarn", {"tensor": 2}),
-    "MoE, EP2": (2, "moe", {"expert": 2}),
-    "MoE, CP2 EP2 PP2": (4, "moe", {"context": 2, "expert": 2, "pipeline": 2}),
-    "MoE, TP2 PP2 EP2": (4, "moe", {"tensor": 2, "pipeline": 2, "expert": 2}),
+    "MoE EP2 × CP2 × PP2": (4, "moe", {"context": 2, "expert": 2, "pipeline": 2}),
+}
+QUICK = {
+    *("one process", "TP2", "DP2", "PP2", "PP2 × VPP2", "CP2", "YaRN, TP2"),
+    *("MoE EP2", "MoE EP2 × CP2 × PP2", "MoE EP2 × TP2 × PP2"),
 }
 
 
@@ -116,7 +116,7 @@ def mixed_answers(toys, kind) -> tuple[str, ...]:
     return tuple(reference_answers(toys.folder(kind), mixed_questions(toys.root), toys.root, 6))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, QUICK.__contains__))
 def test_greedy_answers_are_those_of_transformers(case, toys, tmp_path, request):
     """Fifty prompts; six tokens of each are enough to go through prefill, decoding and an early end."""
     size, kind, parallel = CASES[case]

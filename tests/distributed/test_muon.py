@@ -12,7 +12,7 @@ from parity import (
     train_layout,
     train_reference,
 )
-from test_checkpoint import DP2, TP2, adam, run
+from test_checkpoint import DP2, PP2, TP2, adam, run
 from test_checkpoint import toys as saved_toys  # noqa: F401
 from transformers.modeling_utils import load_state_dict
 
@@ -107,16 +107,25 @@ def test_as_by_hand(name, toys, expected, request):
     assert max(off.values()) < 2e-3, sorted(off.items(), key=lambda item: -item[1])[:5]
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_continues_on_the_same_bits_with_muon(precision, saved_toys, tmp_path, world2):  # noqa: F811
+# Layouts that divide the momenta in different ways: over matrices, over stages, over data ranks.
+CONTINUED = {"TP2": TP2, "PP2": PP2, "DP2": DP2}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    mostly_slow([(name, precision) for name in CONTINUED for precision in ("fp32", "bf16")], lambda c: c[1] == "fp32"),
+)
+def test_continues_on_the_same_bits_with_muon(name, precision, saved_toys, tmp_path, world2):  # noqa: F811
     """In the same layout; and in another one with the same numbers, because the state has the names of the weights."""
     toy, train = saved_toys["dense"], {"optimizer": "muon", "precision": precision, "lr": 0.005}
-    straight = world2.run(run, *toy, adam(toy, TP2, **train), tmp_path, steps=3, save_at=[2])
+    settings = adam(toy, CONTINUED[name], **train)
+    straight = world2.run(run, *toy, settings, tmp_path, steps=3, save_at=[2])
     folder = tmp_path / "step_00000002"
     for (metrics, weights, *_), (late, late_weights, *_) in zip(
-        straight, world2.run(run, *toy, adam(toy, TP2, **train), tmp_path, steps=3, restore=folder), strict=True
+        straight, world2.run(run, *toy, settings, tmp_path, steps=3, restore=folder), strict=True
     ):
         assert late == metrics[2:]
         assert all(torch.equal(x, y) for x, y in zip(weights, late_weights, strict=True))
-    other = world2.run(run, *toy, adam(toy, DP2, **train), tmp_path, steps=3, restore=folder)
-    assert other[0][0][0] == pytest.approx(straight[0][0][2], rel=1e-4 if precision == "fp32" else 2e-2)
+    other = adam(toy, DP2 if name != "DP2" else TP2, **train)
+    found = world2.run(run, *toy, other, tmp_path, steps=3, restore=folder)
+    assert found[0][0][0] == pytest.approx(straight[0][0][2], rel=1e-4 if precision == "fp32" else 2e-2)

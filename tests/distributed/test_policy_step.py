@@ -75,13 +75,16 @@ def answered(processor, toys: Toys, number: int, tokens: list[int]) -> dict[str,
 
 
 def expected(
-    toys: Toys, kind: str, loss: str, frozen: tuple[str, ...] = ()
+    toys: Toys, kind: str, loss: str, frozen: tuple[str, ...] = (), groups: list | None = None
 ) -> tuple[list[float], dict[str, float], dict[str, torch.Tensor]]:
-    """The losses and norms of two updates (means), and the weights after them, with transformers."""
+    """The losses and norms of two updates (means), and the weights after them, with transformers.
+
+    ``groups``: the answers; None: those of ``given``.
+    """
     from transformers import AutoProcessor
 
     align, temperature, lr = LOSSES[loss]
-    folder, answers = toys.folder(kind), [answer for group in given() for answer in group]
+    folder, answers = toys.folder(kind), [answer for group in groups or given() for answer in group]
     model, processor = reference_model(folder), AutoProcessor.from_pretrained(folder)
     mask = torch.tensor([[float(t < len(tokens)) for t in range(MOST)] for tokens, _, _ in answers])
     padded = lambda rows: torch.stack([torch.nn.functional.pad(row, (0, MOST - len(row))) for row in rows])
@@ -123,8 +126,11 @@ def expected(
     return losses, norms | {name: value.item() for name, value in (metrics | mismatch).items()}, after
 
 
-def step_in_layout(settings: dict, root, records: list[dict]):
-    """Runs on every rank: a step with two updates. Returns its result, and this rank's pieces of the weights."""
+def step_in_layout(settings: dict, root, records: list[dict], answers: list | None = None):
+    """Runs on every rank: a step with two updates. Returns its result, and this rank's pieces of the weights.
+
+    ``answers``: those to the records; None: those of ``given``.
+    """
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
     from megavlm.data.row import Annotations, Asked
@@ -150,14 +156,14 @@ def step_in_layout(settings: dict, root, records: list[dict]):
     class Given:
         def collect(self) -> Batch:
             judged = []
-            for number, (record, answers) in enumerate(zip(records, given(), strict=True)):
+            for number, (record, group) in enumerate(zip(records, answers or given(), strict=True)):
                 if renderer is None or number % groups.dp_size != groups.dp_rank:
                     continue
                 sample = renderer.encode(record, in_folder(root), f"prompt {number}", kind="prompt", index=number)
                 asked = Asked(columns=record, question="", media=[], reference=None)
                 sample.annotations = Annotations(asked=asked)
-                made = [Answer(tokens, logs, logs, logs, "stop") for tokens, logs, _ in answers]
-                advantages = [advantage for _, _, advantage in answers]
+                made = [Answer(tokens, logs, logs, logs, "stop") for tokens, logs, _ in group]
+                advantages = [advantage for _, _, advantage in group]
                 answered = Answered(Prompt(sample, tuple(range(GROUP))), made)
                 scores = [Score(0.0, {}, [])] * GROUP
                 judged.append(Judged(answered, [""] * GROUP, scores, [0.0] * GROUP, advantages))

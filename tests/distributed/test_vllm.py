@@ -17,7 +17,7 @@ import psutil
 import pytest
 import vllm_runs
 from test_engine import tokens_of
-from toy import reference_model
+from toy import reference_model, toy_records, write_records
 from vllm_served import CLOSE, FolderWeights, by_index, prompts_of, vllm_engine, vllm_settings
 
 from megavlm.base.errors import UserError
@@ -299,3 +299,38 @@ def test_a_server_that_is_slow(served, prompts, sampling):
     limits = served._settings.rollout.vllm.model_copy(update={"request_minutes": 1e-4})
     with pytest.raises(UserError, match=r"has not answered within rollout.vllm.request_minutes = 0.0001"):
         ask(Client(served._urls[0]), prompts([0])[0], sampling(100), limits, lambda: None, served._token)
+
+
+def test_infer_asks_servers(served, toys, tmp_path):
+    """The same greedy answers as those of the built-in engine, with pictures and a video; and to one prompt."""
+    data = write_records(toys.root / "for_infer.jsonl", toy_records(toys.root))
+    config = {
+        "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense"))},
+        "data": {"eval": str(data), "seq_length": 256},
+        "train": {"precision": "fp32"},
+        "generate": {"max_new_tokens": 8},
+        "rollout": {"vllm": {"url": served._urls}, "engine": "vllm"},
+    }
+    (tmp_path / "infer.yaml").write_text(json.dumps(config))
+    run = lambda *more: forked_command.run(["infer", str(tmp_path / "infer.yaml"), *more])
+    for engine, more in (("vllm", []), ("megatron", ["rollout.engine=megatron", "rollout.vllm.url=[]"])):
+        result = run(f"output={tmp_path / engine}", *more)
+        assert result.returncode == 0, result.stdout + result.stderr
+    found = {engine: (tmp_path / engine / "answers.jsonl").read_text() for engine in ("vllm", "megatron")}
+    assert found["vllm"] == found["megatron"]
+    assert len(found["vllm"].splitlines()) == 8
+    sampling = {engine: json.loads((tmp_path / engine / "answers.json").read_text())["sampling"] for engine in found}
+    assert sampling["vllm"] == sampling["megatron"] | {"engine": "vllm"}
+    assert not list((tmp_path / "vllm" / "vllm_infer").glob("weights-*"))
+    asked = run(f"output={tmp_path / 'one'}", "--prompt", "Two and two?")
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    assert asked.stdout.strip()
+    for setting, told in (
+        ("generate.batch_size=4", "generate.batch_size is 4, but rollout.engine is vllm: it would be ignored"),
+        ("generate.temperature=0.005", "vLLM would sample at 0.01"),
+        ("output=null", "set output"),
+    ):
+        refused = run(f"output={tmp_path / 'one'}", "--prompt", "Two?", setting)
+        assert refused.returncode == 2
+        assert told in refused.stderr
+    served.sync()

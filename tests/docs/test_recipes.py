@@ -191,7 +191,9 @@ def make_data(files: Path, root: Path) -> None:
     shutil.copytree(toy_folder(root), files / "models" / "8b")
     records = toy_records(files)
     cat = {"images": [picture(files, "chelsea", (96, 64))]}
-    shutil.copy(files / cat["images"][0], files / "cat.png")
+    (files / "pictures").mkdir()
+    for name in ("cat.png", "pictures/cat.png"):
+        shutil.copy(files / cat["images"][0], files / name)
     ask = "<image>What is this?"
     for name, found in {
         "train": records,
@@ -200,6 +202,9 @@ def make_data(files: Path, root: Path) -> None:
         "pairs": [{"prompt": ask, "chosen": "A cat.", "rejected": "A dog.", **cat}] * 4,
         "judged": [{"prompt": ask, "completion": f"A {x}.", "label": x == "cat", **cat} for x in ("cat", "dog")] * 2,
         "prompts": [{"prompt": "<image>How many?", "answer": "1", **cat}] * 4,
+        "renamed": [{"turns": records[0]["messages"], "picture": ["cat.png"]}] * 4,
         "captions": [{"text": "<image> A cat.", **cat}] * 4,
     }.items():
         write_records(files / f"{name}.jsonl", found)
+    talk = [{"from": "human", "value": ask}, {"from": "gpt", "value": "A cat."}]
+    (files / "llava.json").write_text(json.dumps([{"id": "1", "image": cat["images"][0], "conversations": talk}] * 4))

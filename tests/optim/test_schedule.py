@@ -4,6 +4,8 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup
 
 from megavlm.align.registry import check_method
 from megavlm.base.errors import UserError
@@ -99,6 +101,20 @@ def test_a_parameter_group_has_its_own_rates():
         schedule = Schedule(SimpleNamespace(param_groups=[]), train(**settings))
         schedule.num_steps = 10
         assert schedule.get_lr({"max_lr": 4.0, "min_lr": 0.0}) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+def test_the_warm_up_is_that_of_transformers(warmup):
+    """Also in the first step, which has no rate with any warm-up, even one of a single step."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    theirs = get_cosine_schedule_with_warmup(optimizer, warmup, 12)
+    rate = rates(steps=12, warmup_steps=warmup)
+    for step in range(1, 13):
+        assert rate(step - 1) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12), step
+        optimizer.step()
+        theirs.step()
+    assert (rate(0) == 0) == (warmup > 0)
 
 
 def test_a_schedule_of_fewer_steps_ends_with_the_run():

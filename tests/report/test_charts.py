@@ -120,3 +120,13 @@ def test_histogram_counts_whole_numbers_between_round_bounds():
 def test_histogram_of_one_value_and_of_none():
     assert "<title>7 tokens: 1</title>" in histogram("Lengths", [7], "tokens")
     assert histogram("Lengths", [], "tokens") == ""
+
+
+def test_labels_of_an_axis_have_one_form():
+    """The rates of a short warm-up, 5e-5 apart, and a speed that passes 10,000."""
+    rates = chart("Learning rate", [1, 2], [Curve("lr", [0.0, 3e-4], "lr")], from_zero=True)
+    assert labels(rates, "y") == ["0", "5e-5", "1e-4", "1.5e-4", "2e-4", "2.5e-4", "3e-4"]
+    plain = chart("Learning rate", [1, 2], [Curve("lr", [0.0, 8e-4], "lr")], from_zero=True)
+    assert labels(plain, "y") == ["0", "0.0002", "0.0004", "0.0006", "0.0008"]
+    speed = chart("Tokens per second", [1, 2], [Curve("speed", [0.0, 12000.0], "speed")], from_zero=True)
+    assert labels(speed, "y") == ["0", "2k", "4k", "6k", "8k", "10k", "12k"]

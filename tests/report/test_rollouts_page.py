@@ -64,6 +64,11 @@ def curves_of(page):
     }
 
 
+def test_the_table_of_runs_has_rewards_in_place_of_a_loss_near_zero(page):
+    assert re.search(r'data-label="reward"><span class="wide">reward </span>0\.125 → 0\.\d{3}</td>', page)
+    assert 'data-label="loss"' not in page
+
+
 def test_the_newest_steps_and_the_first_are_shown_newest_first(page):
     assert re.findall(r"<summary>Step (\d+) ", page) == ["7", "6", "5", "4", "1"]
     assert page.count("<details open>") == 1

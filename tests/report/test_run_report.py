@@ -130,7 +130,7 @@ def test_report_again_replaces_the_first(runs):
     write_report(runs / "sft")
     (runs / "after/accuracy.json").write_text('{"accuracy": 0.975}')  # counted by somebody else
     page = write_report(runs / "sft").read_text()
-    assert "97.5 %</b><span>right answers, 25.0 % before" in page
+    assert "97.5 %</b><span>right answers, 25.0\N{NO-BREAK SPACE}% before" in page
     assert not [path for path in (runs / "sft").iterdir() if path.name.startswith(".")]
 
 
@@ -161,7 +161,7 @@ def test_answers_of_a_start_are_not_shown_as_those_of_the_run(runs):
     tuned = {"run": str(runs / "sft"), "step": 5, "load": str(runs / "sft/checkpoints/step_00000005")}
     write_answers(runs / "tuned", right_ones(36), weights=tuned, questions=questions)
     page = write_report(runs / "sft").read_text()
-    assert "90.0 %</b><span>right answers, 37.5 % before" in page
+    assert "90.0 %</b><span>right answers, 37.5\N{NO-BREAK SPACE}% before" in page
     assert "step 5 of sft" in page
     (runs / "sft/answers.json").unlink()  # from before this was recorded: nobody knows
     page = write_report(runs / "sft").read_text()
@@ -177,7 +177,9 @@ def test_answers_of_an_adapter_are_those_of_its_run(runs):
         write_answers(runs / name, right_ones(10), weights=None if config else weights, questions=questions)
         if config:
             (runs / name / "config.yaml").write_text(yaml.safe_dump({**config, "data": {"eval": str(questions)}}))
-        assert "25.0 %</b><span>right answers, 25.0 % before" in write_report(runs / "lora").read_text()
+        assert (
+            "25.0 %</b><span>right answers, 25.0\N{NO-BREAK SPACE}% before" in write_report(runs / "lora").read_text()
+        )
         shutil.rmtree(runs / name)
 
 
@@ -202,10 +204,11 @@ def test_text_is_escaped(tmp_path):
     question = {"messages": [{"role": "user", "content": "<script>alert(1)</script>"}], "answer": "<b>"}
     (tmp_path / "eval.jsonl").write_text(json.dumps(question))
     own = {"run": str(tmp_path / "run"), "load": str(tmp_path / "run/checkpoints/step_00000005"), "step": 5}
-    write_answers(tmp_path / "run", ["<img src=x>"], weights=own, questions=tmp_path / "eval.jsonl")
+    write_answers(tmp_path / "run", ["<img src=x>\n\n\n"], weights=own, questions=tmp_path / "eval.jsonl")
     page = write_report(tmp_path / "run").read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<script>alert" not in page
+    assert "✗ &lt;img src=x&gt;</dd>" in page  # without the empty lines at its end
     assert "<img src=x>" not in page
 
 

@@ -97,6 +97,7 @@ def test_what_is_said_of_a_run(tmp_path):
     facts = run.facts()
     assert (facts["step"], facts["total"], facts["loss"], facts["left"]) == (3, 13, "1.000", 20.0)
     assert facts["ago"] < 100
+    assert facts["reward"] is None
     continued, skipped, warned = facts["notes"]
     assert continued == "continued after step 1 with train.lr 2"
     assert skipped.startswith("step 2 was skipped")

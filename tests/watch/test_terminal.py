@@ -86,6 +86,12 @@ def test_the_screen_has_each_run_its_curves_and_its_warnings(folder):
     assert [line for line in printed(folder, fields=["grad_norm"]) if line in ("loss", "grad_norm")] == ["grad_norm"]
 
 
+def test_a_run_with_rewards_tells_them_in_place_of_a_loss_near_zero(tmp_path):
+    lines = [{"step": step, "loss": 1e-9, "reward": step / 8} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "step 2 · reward 0.2500 · 0:0" in printed(tmp_path)[0]
+
+
 @pytest.mark.parametrize(("width", "height"), [(40, 12), (80, 24), (200, 60)])
 def test_it_fits_on_the_terminal(folder, width, height):
     lines = printed(folder, width, height)

@@ -1,0 +1,49 @@
+"""Servers of vLLM for the model of a session, with its adapters merged into the weights that they get."""
+
+from collections.abc import Generator
+from pathlib import Path
+
+from torch import Tensor
+
+from megavlm.base.errors import UserError
+from megavlm.config.settings import Settings
+from megavlm.platform import device
+from megavlm.runtime.session import Session
+from megavlm.runtime.weight_stream import WeightStream
+from megavlm.vllm.engine import VllmEngine
+
+
+def vllm_engine(session: Session, folder: Path) -> VllmEngine:
+    """The engine of ``rollout.engine`` vllm, which has no weights before the first ``sync``. Call it on all ranks.
+
+    Args:
+        session: the session of the command, in any layout.
+        folder: for the logs of the servers and the current weights.
+
+    Raises:
+        UserError: a server does not start or does not fit.
+    """
+    _check_devices(session.settings)
+    return VllmEngine(session.settings, session.groups, _Merged(session), folder)
+
+
+def _check_devices(settings: Settings) -> None:
+    """Raises UserError if several servers would all be on the first GPU."""
+    vllm = settings.rollout.vllm
+    if device().type != "cpu" and not vllm.url and vllm.servers > 1 and not vllm.devices:
+        raise UserError(
+            f"rollout.vllm.servers is {vllm.servers}, but rollout.vllm.devices does not say on which GPUs they run: "
+            "all would be on the first one",
+            "set rollout.vllm.devices",
+        )
+
+
+class _Merged:
+    """The weights of the main model with its adapters merged into them; see ``vllm.engine.Weights``."""
+
+    def __init__(self, session: Session):
+        self._stream, self._has_adapters = WeightStream(session, in_run_dtype=True), session.adapters is not None
+
+    def buckets(self, max_bytes: int) -> Generator[list[tuple[str, Tensor]]]:
+        """See ``WeightStream.buckets``."""
+        yield from self._stream.buckets(max_bytes, merged=self._has_adapters)
