@@ -11,16 +11,21 @@ VERBS = (*TRAINING, "score", "infer", "chat", "validate", "data inspect", "expor
 PROCESSOR = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja")
 SHARDS = ("shards/.nv-meta/.info.json", "shards/a.tar.idx", "shards/a.tar")
 DATA = {"rm": "pairs", "dpo": "pairs", "kto": "judged"}
+SAMPLED = ["train.global_batch_size=null", "reward=[{name: exact}]", "rollout.prompts=2", "rollout.max_new_tokens=8"]
+NEEDED = {
+    "pretrain": ["stage=1"],
+    "grpo": SAMPLED,
+    "ppo": SAMPLED,
+    "plan": ["--gpus", "8"],
+    "export": ["--out", "out"],
+    "data inspect": ["--out", "out"],
+}
 
 
 def arguments_of(verb: str, *more: str) -> list[str]:
     """A command line that would succeed."""
     data = [f"data.train={DATA[verb]}.jsonl"] if verb in DATA else []
-    stage = ["stage=1"] if verb == "pretrain" else []
-    data += ["reward=[{name: exact}]", "rollout.prompts=2"] if verb in ("grpo", "ppo") else []
-    data += ["--gpus", "8"] if verb == "plan" else []
-    out = ["--out", "out"] if verb in ("export", "data inspect") else []
-    return [*verb.split(), "run.yaml", *data, *stage, *more, *out]
+    return [*verb.split(), "run.yaml", *data, *NEEDED.get(verb, []), *more]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
