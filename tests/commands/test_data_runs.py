@@ -180,6 +180,19 @@ def test_a_source_without_a_usable_sample_names_a_command_that_can_be_typed(toys
     assert all(f"all bad.jsonl:{line}" in page for line in range(1, 8))
 
 
+@pytest.mark.parametrize("verb", ["score", "infer", "sft"])
+def test_if_no_held_out_sample_can_be_used_the_first_says_what_to_do(verb, toys, tmp_path):
+    """How to write a mark that is only a word; `sft` reads the file while it trains."""
+    record = {"messages": [{"role": "user", "content": "Tags?"}, {"role": "assistant", "content": "<video>"}]}
+    question = {"messages": [{"role": "user", "content": "What is <video>?"}]}
+    data = write_records(toys.root / "literal.jsonl", [question if verb == "infer" else record] * 2)
+    changes = (f"data.eval={data}", *(["eval.every=1"] if verb == "sft" else []))
+    told = megavlm(verb, sft_config(toys, tmp_path), *changes, status=2).stderr
+    assert f"{data}:1: the text contains 1 <video>, but videos has 0 entries" in told
+    assert '{"type": "text", "text": "<video>"}' in told
+    assert "; or give " in told
+
+
 def test_a_corrupt_shard_costs_its_samples(toys, tmp_path):
     """The last sample's bytes are gone, a member of another is overwritten."""
     data = write_records(toys.root / "numbered.jsonl", numbered(toys, 24))
