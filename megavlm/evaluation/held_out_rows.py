@@ -84,7 +84,7 @@ class HeldOutRows(RowDataset):
             raise UserError(
                 f"data.eval, source {source.name} ({source.file.path}): none of its samples can be used; the first is "
                 f"{skipped[0].sample}: {skipped[0].cause}",
-                "give held-out samples of the kind that is trained on",
+                f"{skipped[0].remedy or 'repair them'}; or give other held-out samples of the kind that is trained on",
             )
 
     def _planned(self, skipped: list[SkippedSample]) -> Iterator[list[Draft]]:

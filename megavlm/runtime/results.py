@@ -170,7 +170,7 @@ class Results:
             raise UserError(
                 f"no sample of {what} can be used ({_counted(bad)}, listed in {self._errors}); the first is "
                 f"{bad[0]['sample']}: {bad[0]['cause']}",
-                "repair the file, or give another one as data.eval",
+                f"{bad[0].get('remedy') or 'repair the file'}; or give another file as data.eval",
             )
         self.path.unlink(missing_ok=True)  # the note must never stand beside the results of others
         write_text(self.path.with_suffix(".json"), json.dumps(self._note, ensure_ascii=False, indent=1) + "\n")
@@ -180,7 +180,10 @@ class Results:
 
 
 def _lines(found: list[dict[str, Any]], skipped: Sequence[SkippedSample]) -> list[dict[str, Any]]:
-    return [*found, *({"index": s.index, "sample": s.sample, "kind": s.kind, "cause": s.cause} for s in skipped)]
+    bad = [
+        {"index": s.index, "sample": s.sample, "kind": s.kind, "cause": s.cause, "remedy": s.remedy} for s in skipped
+    ]
+    return [*found, *({name: value for name, value in line.items() if value is not None} for line in bad)]
 
 
 def _counted(bad: list[dict[str, Any]]) -> str:

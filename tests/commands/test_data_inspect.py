@@ -1,100 +1,24 @@
-"""`megavlm data inspect`: its numbers against those worked out by hand, and its page read as a browser reads it.
+"""`megavlm data inspect`: its numbers against those worked out by hand.
 
 In documents of digits every digit is a token, so that lengths are known without the tokenizer.
 """
 
 import base64
-import io
 import json
 import re
-from html.parser import HTMLParser
 from itertools import islice
 
 import pytest
-from PIL import Image
+from inspected import digits, talk
 from toy import picture, write_records
 
-from megavlm.base.errors import UserError
 from megavlm.base.pools import in_processes
 from megavlm.commands import data_inspect
 from megavlm.commands.data_inspect import main
 from megavlm.config.settings import DataSettings, Settings
 from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
-from megavlm.data.row import IGNORE
-from megavlm.demo.model_folder import make_model_folder
-from megavlm.report.inspect_cards import level_of
 from megavlm.sources.blend import evenly
-
-VOID = {"meta", "img", "br", "rect", "path"}  # the last two close themselves in SVG
-
-
-class Page(HTMLParser):
-    """The tags of a page; fails where they are not closed in order."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.tags, self.articles = [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append((tag, attrs))
-        if tag == "article":
-            self.articles.append([])
-        if tag == "span" and self.in_tokens() and self.open[-1][0] == "div":
-            self.articles[-1].append([attrs.get("class", ""), attrs.get("title", ""), ""])
-        if tag not in VOID:
-            self.open.append((tag, attrs))
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop()[0] == tag
-
-    def handle_data(self, data):
-        if self.in_tokens() and self.open[-1][0] == "span":
-            self.articles[-1][-1][2] += data
-
-    def in_tokens(self):
-        return any(tag == "article" for tag, _ in self.open) and ("div", {"class": "tokens"}) in self.open
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return make_model_folder(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def inspect(tmp_path, model_folder):
-    """Runs the job on files of records; gives summary and page. ``refused``: a pattern of the error at the end."""
-
-    def run(data, samples=200, refused=None, **settings):
-        data = {"train": [], "seq_length": 512, "packing_buffer": 8, **data}
-        out = tmp_path / "out"
-        made = Settings(model={"hf": model_folder}, data=data, **settings)
-        if refused is None:
-            assert main(made, out, samples) == 0
-        else:
-            with pytest.raises(UserError, match=refused):
-                main(made, out, samples)
-        assert sorted(path.name for path in out.iterdir()) == ["index.html", "summary.json"]
-        return json.loads((out / "summary.json").read_text()), Page((out / "index.html").read_text())
-
-    return run
-
-
-def digits(count):
-    """A text of this many tokens, the last of which is its end."""
-    return {"text": ("1234567890" * (count // 10 + 1))[: count - 1], "images": []}
-
-
-def talk(question, answer, **answered):
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **answered}]
 
 
 def test_evenly():
@@ -207,81 +131,6 @@ def renderings(renderer, records):
         yield [token for text in texts for token in renderer.tokenizer(text)["input_ids"]]
 
 
-def test_both_answers_are_on_the_page_and_one_source_has_one_bar(tmp_path, inspect):
-    record = {"prompt": "Who is it?", "chosen": "An astronaut.", "rejected": "A pirate."}
-    _, page = inspect({"train": [{"path": write_records(tmp_path / "pairs.jsonl", [record])}]})
-    (spans,) = page.articles
-    learned = "".join(text for classes, _, text in spans if "w3" in classes.split())
-    assert learned == "An astronaut.<|im_end|>A pirate.<|im_end|>"
-    assert "".join(text for _, _, text in spans).count("Who is it?") == 1
-    html = (tmp_path / "out/index.html").read_text()
-    assert [html.count(f">{word}</span>") for word in ("chosen", "rejected")] == [1, 1]
-    assert "pairs per row" in html
-    assert sum(tag == "div" and attrs.get("class") == "share" for tag, attrs in page.tags) == 1
-
-
-def test_labelled_answers_are_on_the_page_with_the_one_that_does_not_match(tmp_path, inspect):
-    records = [{"prompt": f"{n}?", "completion": f"Is {n}.", "label": n == 1} for n in (1, 2)]
-    _, page = inspect({"train": [{"path": write_records(tmp_path / "judged.jsonl", records)}]})
-    learned = ["".join(text for classes, _, text in spans if "w3" in classes.split()) for spans in page.articles]
-    assert learned == ["Is 1.<|im_end|>Is 2.<|im_end|>", "Is 2.<|im_end|>Is 1.<|im_end|>"]
-    html = (tmp_path / "out/index.html").read_text()
-    assert [html.count(f">{word}</span>") for word in ("desirable", "undesirable")] == [1, 1]
-    assert html.count("answer of the next sample, for the KL term") == 2
-
-
-def test_what_would_be_dropped(tmp_path, inspect, capsys):
-    good = picture(tmp_path, "coffee", (64, 64))
-    Image.open(tmp_path / good).save(tmp_path / "whole.bmp")
-    (tmp_path / "cut.bmp").write_bytes((tmp_path / "whole.bmp").read_bytes()[:4000])  # its header is sound
-    lines = [
-        '{"text": "1234", "images": []',
-        json.dumps({"text": "12<image>", "images": ["[red]gone[/red].png"]}),
-        json.dumps({"text": "12<image>", "images": ["cut.bmp"]}),
-        json.dumps(digits(101)),
-        json.dumps({"text": ""}),
-        json.dumps({"text": "12<image>", "images": [good]}),
-        json.dumps(digits(100)),
-    ]
-    (tmp_path / "mixed.jsonl").write_text("\n".join(lines))
-    too_many = r"of 7 inspected samples, 3 are broken \(42\.9 %\): more than data\.max_bad_fraction = 0\.2"
-    summary, page = inspect({"train": [{"path": tmp_path / "mixed.jsonl"}], "seq_length": 100}, refused=too_many)
-    (source,) = summary["sources"]
-    assert {kind: len(found) for kind, found in source["dropped"].items()} == {
-        "broken": 3,
-        "too long": 1,
-        "no target": 1,
-    }
-    assert [sample.rpartition(":")[2] for sample, _ in source["dropped"]["broken"]] == ["1", "2", "3"]
-    assert "101 tokens" in source["dropped"]["too long"][0][1]
-    assert (source["looked_at"], source["usable"], source["tokens"]["max"]) == (7, 2, 100)
-    assert len(page.articles) == 2
-
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "skipped: 5 of the 7 inspected samples 3 broken" in printed
-    assert "[red]gone[/red].png does not exist" in printed
-    assert "1 more, listed on the page" in printed
-    for cause in ("not valid JSON", "[red]gone[/red].png does not exist", "cut.bmp cannot be read"):
-        assert cause in (tmp_path / "out/index.html").read_text()
-
-
-def test_what_was_done_to_samples_is_told(tmp_path, inspect, capsys):
-    words = write_records(tmp_path / "words.jsonl", [{"text": "12 <video>"}, {"text": "<image>"}, digits(9)])
-    (source,) = inspect({"train": [{"path": words}]})[0]["sources"]
-    assert (source["remarks"], source["usable"]) == ({"literal_marks": 2}, 3)
-    assert "list no such files, so that these are words: 2" in " ".join(capsys.readouterr().out.split())
-
-
-def test_a_source_without_any_good_sample(tmp_path, inspect, capsys):
-    bad = write_records(tmp_path / "bad.jsonl", [{"text": 1}, {"messages": []}])
-    summary, page = inspect({"train": [{"path": bad}]}, refused="sft can use none of 2 inspected samples")
-    assert summary["rows"] is None
-    assert summary["sources"][0]["tokens"] is None
-    assert summary["sources"][0]["token_share"] is None
-    assert page.articles == []
-    assert "none of the inspected samples can be used" in capsys.readouterr().out
-
-
 def test_samples_are_spread_over_the_source(tmp_path, inspect):
     texts = write_records(tmp_path / "texts.jsonl", [digits(count) for count in range(10, 110)])
     source = inspect({"train": [{"path": texts}]}, samples=4)[0]["sources"][0]
@@ -328,96 +177,3 @@ def test_nested_blend_replay_and_videos_of_frames(tmp_path, inspect):
     chips = [text for _, _, text in page.articles[1] if "‹" in text]
     assert chips == [f"‹video 1, frame {step} of 2: 3 × 2 = 6 tokens›" for step in (1, 2)]
     assert sum(tag == "img" for tag, _ in page.tags) == 4  # all frames
-
-
-def test_page_shows_the_sample_as_it_is_learned(tmp_path, inspect, model_folder):
-    large = picture(tmp_path, "astronaut", (512, 256))
-    messages = [
-        *talk("<image>Was ist das? <b>&amp;", "图片 🙂 ça\n\nva <i>?", weight=0.25),
-        *talk("And?", "<think>not learned", loss=False),
-        *talk("3 👩‍🚀?", "Learned — 字", weight=1.0),
-    ]
-    record = {"messages": messages, "images": [large]}
-    file = write_records(tmp_path / "talk.jsonl", [record])
-    _, page = inspect({"train": [{"path": file}]})
-    (spans,) = page.articles
-
-    settings = Settings(model={"hf": model_folder}, data={"seq_length": 512})
-    renderer = Renderer(model_folder, settings.data)
-    sample = renderer.encode(record, lambda named: _file(tmp_path / named), "here:1", kind="tune")
-    text = renderer.tokenizer.decode(sample.input_ids)
-    run = "<|image_pad|>" * len(sample.visual_positions)
-    assert run in text
-    shown = "".join(text for _, _, text in spans)
-    assert shown == text.replace(run, "‹image 1: 11 × 5 = 55 tokens›")
-    assert len(sample.visual_positions) == 55
-
-    for weight, kind in ((0.25, "w1"), (1.0, "w3")):
-        learned = renderer.tokenizer.decode(sample.labels[sample.loss_weights == weight])
-        assert "".join(text for classes, _, text in spans if kind in classes.split()) == learned
-    assert not any({"w2", "w4", "w5"} & set(classes.split()) for classes, _, _ in spans)
-    marked = {text for classes, _, text in spans if "special" in classes.split()}
-    assert marked == {"<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<think>"}
-
-    # The titles name all tokens but the visual ones, in order.
-    titles = [line for classes, title, _ in spans if classes != "visual" for line in title.split("\n")]
-    targets = {int(p) + 1 for p in (sample.labels != IGNORE).nonzero()[:, 0]}
-    visual = set(sample.visual_positions.tolist())
-    weights = sample.loss_weights.roll(1).tolist()
-    assert titles == [
-        f"#{place} · id {token} · " + (f"weight {weights[place]:g}" if place in targets else "not a target")
-        for place, token in enumerate(sample.input_ids.tolist())
-        if place not in visual
-    ]
-
-
-def _file(path):
-    from megavlm.media.files import File
-
-    return File(str(path))
-
-
-def test_page_needs_no_other_file(tmp_path, inspect):
-    large = picture(tmp_path, "astronaut", (640, 480))
-    file = write_records(tmp_path / "talk.jsonl", [{"messages": talk("<image>?", "Yes."), "images": [large]}] * 9)
-    _, page = inspect({"train": [{"path": file}]})
-    sources = [attrs["src"] for _, attrs in page.tags if "src" in attrs]
-    assert len(page.articles) == len(sources) == 6
-    for source in sources:
-        head, _, data = source.partition(",")
-        assert head == "data:image/jpeg;base64"
-        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (320, 240)
-    assert not [tag for tag, attrs in page.tags if tag in ("link", "script") or "url(" in attrs.get("style", "")]
-    assert all(attrs["href"].startswith("#") for _, attrs in page.tags if "href" in attrs)
-
-
-def test_all_text_is_learned_in_pretraining(tmp_path, inspect):
-    file = write_records(tmp_path / "talk.jsonl", [{"messages": talk("Who?", "An astronaut.")}])
-    summary, page = inspect({"train": [{"path": file}]}, stage=1)
-    assert summary["kind"] == "pretrain"
-    (spans,) = page.articles
-    assert ["w3" in classes for classes, _, _ in spans] == [False] + [True] * (len(spans) - 1)
-
-
-def test_long_samples_are_shortened(tmp_path, inspect):
-    file = write_records(tmp_path / "long.jsonl", [digits(3000)])
-    _, page = inspect({"train": [{"path": file}], "seq_length": 3000})
-    (spans,) = page.articles
-    assert [text for classes, _, text in spans if classes == "gap"] == ["… 600 pieces of text are omitted here …"]
-    assert len(spans) == 2401
-    assert spans[-1][1].startswith("#2999 ")
-
-
-def test_weights_have_shades():
-    assert [level_of(weight) for weight in (0, 0.01, 0.25, 0.5, 1, 2, 4, 100)] == [0, 1, 1, 2, 3, 4, 5, 5]
-
-
-def test_refuses(tmp_path, model_folder):
-    file = write_records(tmp_path / "texts.jsonl", [digits(10)])
-    settings = Settings(model={"hf": model_folder}, data={"train": [{"path": file}]})
-    (tmp_path / "there").mkdir()
-    with pytest.raises(UserError, match="there exists already"):
-        main(settings, tmp_path / "there")
-    with pytest.raises(UserError, match="--samples is 0"):
-        main(settings, tmp_path / "new", samples=0)
-    assert not (tmp_path / "new").exists()

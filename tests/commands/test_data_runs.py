@@ -1,6 +1,7 @@
 """Training on data as it comes: from shards, from several sources, with samples that cannot be read."""
 
 import json
+import shlex
 import shutil
 import tarfile
 
@@ -47,6 +48,22 @@ def test_shards_give_the_same_rows_and_the_same_loss_as_jsonl(toys, tmp_path):
         lines[name] = [without_times(line) for line in metrics_of(output)]
     assert lines["jsonl"] == lines["shards"]
     assert sum(line["samples"] for line in lines["jsonl"]) > 24
+
+
+def test_one_sample_is_enough_for_two_ranks(toys, tmp_path):
+    """Both train on it, and one of them has nothing to score: the numbers of one process."""
+    data = write_records(toys.root / "single.jsonl", toys.records[:1])
+    config = sft_config(toys, tmp_path, steps=2, global_batch_size=2)
+    found = {}
+    for name, ranks in (("one", ()), ("two", ("--nproc", 2))):
+        run = f"output={tmp_path / name}"
+        megavlm("sft", config, f"data.train={data}", run, *ranks)
+        megavlm("score", config, f"data.eval={data}", run, *ranks)
+        (scored,) = (tmp_path / name / "scores.jsonl").read_text().splitlines()
+        trained = metrics_of(tmp_path / name)
+        assert [line["samples"] for line in trained] == [2, 2]
+        found[name] = [*(line["loss"] for line in trained), json.loads(scored)["sum"]]
+    assert found["two"] == pytest.approx(found["one"], rel=1e-5)
 
 
 def test_the_end_of_a_source_is_told(toys, tmp_path):
@@ -146,6 +163,34 @@ def test_too_many_broken_samples_end_the_run(toys, tmp_path):
     assert "Traceback" not in done.stderr
     # 78 of the 80 samples can be packed or are broken when packed; all have been read in the fifth step of 16 rows
     assert len(metrics_of(tmp_path / "run")) == 5
+
+
+def test_a_source_without_a_usable_sample_names_a_command_that_can_be_typed(toys, tmp_path):
+    """It has the configuration and the overrides of the run, and shows all that is wrong."""
+    path = toys.root / "all bad.jsonl"
+    path.write_text("{\n" * 7)
+    config = sft_config(toys, tmp_path)
+    override = f"data.train={path}"
+    told = megavlm("sft", config, override, "data.max_bad_fraction=1", status=2).stderr
+    assert "consecutive samples cannot be used" in told
+    typed = shlex.split(told.partition("Look at all of them with: ")[2].strip())
+    assert typed == ["megavlm", "data", "inspect", str(config), override, "data.max_bad_fraction=1"]
+    megavlm(*typed[1:], "--out", tmp_path / "inspected", status=2)
+    page = (tmp_path / "inspected" / "index.html").read_text()
+    assert all(f"all bad.jsonl:{line}" in page for line in range(1, 8))
+
+
+@pytest.mark.parametrize("verb", ["score", "infer", "sft"])
+def test_if_no_held_out_sample_can_be_used_the_first_says_what_to_do(verb, toys, tmp_path):
+    """How to write a mark that is only a word; `sft` reads the file while it trains."""
+    record = {"messages": [{"role": "user", "content": "Tags?"}, {"role": "assistant", "content": "<video>"}]}
+    question = {"messages": [{"role": "user", "content": "What is <video>?"}]}
+    data = write_records(toys.root / "literal.jsonl", [question if verb == "infer" else record] * 2)
+    changes = (f"data.eval={data}", *(["eval.every=1"] if verb == "sft" else []))
+    told = megavlm(verb, sft_config(toys, tmp_path), *changes, status=2).stderr
+    assert f"{data}:1: the text contains 1 <video>, but videos has 0 entries" in told
+    assert '{"type": "text", "text": "<video>"}' in told
+    assert "; or give " in told
 
 
 def test_a_corrupt_shard_costs_its_samples(toys, tmp_path):

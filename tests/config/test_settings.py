@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from megavlm.config import describe
 from megavlm.config.group_section import GroupSettings
+from megavlm.config.sections import CheckpointSettings
 from megavlm.config.settings import DataSource, RewardSettings, Settings
 
 HF = "model: {hf: folder}\n"
@@ -261,3 +262,10 @@ def test_held_out_data_is_one_path_or_several_sources(given, labels):
     best = f"eval/{labels[-1]}/loss" if len(labels) > 1 else "eval/loss"
     if labels:
         assert Settings(model={"hf": "folder"}, data={"eval": given}, eval={"every": 5, "best": best}).eval.best == best
+
+
+@pytest.mark.parametrize(
+    ("given", "minutes"), [({}, 30.0), ({"every": 100}, None), ({"every_epochs": 1}, None), ({"every_minutes": 5}, 5.0)]
+)
+def test_a_run_without_settings_for_checkpoints_loses_at_most_half_an_hour(given, minutes):
+    assert CheckpointSettings(**given).minutes == minutes

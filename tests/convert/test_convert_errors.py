@@ -10,6 +10,7 @@ from tiny_models import make_folder
 
 from megavlm.base.errors import UserError
 from megavlm.convert import HF_LAYOUT, hf_to_mcore, mcore_to_hf
+from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -116,6 +117,9 @@ def test_not_a_checkpoint(hf, tmp_path):
     for path, words in ((tmp_path / "nowhere", "no such checkpoint folder"), (hf, r"metadata\.json")):
         with pytest.raises(UserError, match=words):
             mcore_to_hf(path, hf, tmp_path / "out", progress=False)
+    with pytest.raises(UserError) as caught:
+        McoreCheckpoint(hf)
+    assert f"python checkpoint_tools/hf2mcore.py --hf {hf} --out CHECKPOINT" in caught.value.remedy
     (tmp_path / "run" / "checkpoints" / "step_00000020").mkdir(parents=True)
     with pytest.raises(UserError, match="step_00000020"):
         mcore_to_hf(tmp_path / "run", hf, tmp_path / "out", progress=False)

@@ -49,3 +49,17 @@ def test_lines_are_short(page: Path) -> None:
         if len(line) > 120 and not free:
             long.append(f"{number}: {line}")
     assert not long
+
+
+def test_each_folder_of_the_package_has_a_line_in_the_table() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)/` \|", page.partition("## Folders")[2], re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {path.parent.name for path in (ROOT / "megavlm").glob("*/__init__.py")}
+
+
+def test_every_page_is_linked_from_the_readme_and_stands_in_the_site() -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}  # which is the README of the site
+    readme, site = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "zensical.toml"))
+    assert set(re.findall(r"\]\(docs/([\w-]+\.md)", readme)) == pages
+    assert set(re.findall(r'= "([\w-]+\.md)"', site)) - {"index.md"} == pages

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import skimage.data
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
@@ -21,6 +21,7 @@ SHADES = np.array(GREY)
 FADED = COLOUR.copy()  # transparent from left to right
 FADED.putalpha(Image.fromarray(np.tile(np.linspace(0, 255, 48).astype(np.uint8), (32, 1))))
 XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>'
+LAB = ImageCms.profileToProfile(COLOUR, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
 AVIF = ["avif"] if ".avif" in Image.registered_extensions() else []
 
 # Kinds of files that transformers reads as it should: name, picture, options of Image.save.
@@ -51,6 +52,19 @@ KINDS = {
     "alpha.ico": (FADED, {"sizes": [(48, 32)]}),
     "plain.ppm": (COLOUR, {}),
     "alpha.tga": (FADED, {}),
+    "run-lengths.tga": (COLOUR, {"compression": "tga_rle"}),
+    "ycbcr.tiff": (COLOUR.convert("YCbCr"), {}),
+    "jpeg.tiff": (COLOUR, {"compression": "jpeg"}),
+    "lab.tiff": (LAB, {}),
+    "palette.blp": (COLOUR.quantize(200), {"blp_version": "BLP2"}),
+    "alpha.dds": (FADED, {}),
+    "plain.dib": (COLOUR, {}),
+    "alpha.icns": (FADED, {}),
+    "one-bit.msp": (GREY.convert("1"), {}),
+    "palette.pcx": (COLOUR.quantize(200), {}),
+    "alpha.qoi": (FADED, {}),
+    "alpha.sgi": (FADED, {}),
+    "one-bit.xbm": (GREY.convert("1"), {}),
     **({"alpha.avif": (FADED, {})} if AVIF else {}),
 }
 
@@ -86,8 +100,13 @@ def test_a_picture_has_the_pixels_that_transformers_gives(name, tmp_path):
         if not again.has_transparency_data:
             np.testing.assert_array_equal(expected, np.array(load_image(str(tmp_path / name))))
     size, pixels = opened(tmp_path / name)
-    assert size == (32, 48)
+    assert size == ((1024, 1024) if name.endswith("icns") else (32, 48))  # Pillow writes icons in sizes of its own
     np.testing.assert_array_equal(pixels, expected)
+
+
+def test_the_colours_of_lab_are_those_of_the_picture(tmp_path):
+    LAB.save(tmp_path / "lab.tiff")
+    np.testing.assert_allclose(opened(tmp_path / "lab.tiff")[1], np.array(COLOUR), atol=6)  # LAB has steps of its own
 
 
 @pytest.mark.parametrize(
@@ -158,6 +177,7 @@ DEEP = {
     "8-bit-values-in-32.tiff": lambda path: Image.fromarray(SHADES.astype(np.int32)).save(path),
     "float-to-1.tiff": lambda path: Image.fromarray(SHADES / np.float32(255)).save(path),
     "float-to-255.tiff": lambda path: Image.fromarray(SHADES.astype(np.float32)).save(path),
+    "float-to-255.spider": lambda path: Image.fromarray(SHADES.astype(np.float32)).save(path, "SPIDER"),
 }
 
 
@@ -214,6 +234,7 @@ UNREADABLE = {
         "it is neither a picture",
     ),
     "PostScript": (lambda path: COLOUR.save(path, "eps"), "PostScript"),
+    "PDF": (lambda path: COLOUR.save(path, "pdf"), "it is neither a picture"),
 }
 
 
@@ -225,9 +246,9 @@ def test_what_is_no_picture_is_refused_by_name(kind, tmp_path):
         opened(tmp_path / "picture")
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "tiff", "bmp", "jp2", *AVIF])
+@pytest.mark.parametrize("suffix", ["jpg", "progressive.jpg", "png", "webp", "gif", "tiff", "bmp", "jp2", *AVIF])
 def test_a_truncated_file_is_refused_by_name(suffix, tmp_path):
-    COLOUR.save(tmp_path / f"whole.{suffix}")
+    COLOUR.save(tmp_path / f"whole.{suffix}", **{"progressive": True} if suffix.startswith("progressive") else {})
     data = (tmp_path / f"whole.{suffix}").read_bytes()
     path = tmp_path / f"cut.{suffix}"
     for kept in (len(data) * 3 // 4, 20, 3):

@@ -6,18 +6,26 @@ from pathlib import Path
 import pytest
 from spoiling import FAULTS, check_words, run_apart, run_here, spoiled
 
-VERBS = ("pretrain", "sft", "rm", "dpo", "kto", "score", "infer", "validate", "data inspect", "export")
+TRAINING = ("pretrain", "sft", "rm", "dpo", "kto", "grpo", "ppo")
+VERBS = (*TRAINING, "score", "infer", "chat", "validate", "data inspect", "export", "plan", "bench")
 PROCESSOR = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja")
 SHARDS = ("shards/.nv-meta/.info.json", "shards/a.tar.idx", "shards/a.tar")
 DATA = {"rm": "pairs", "dpo": "pairs", "kto": "judged"}
+SAMPLED = ["train.global_batch_size=null", "reward=[{name: exact}]", "rollout.prompts=2", "rollout.max_new_tokens=8"]
+NEEDED = {
+    "pretrain": ["stage=1"],
+    "grpo": SAMPLED,
+    "ppo": SAMPLED,
+    "plan": ["--gpus", "8"],
+    "export": ["--out", "out"],
+    "data inspect": ["--out", "out"],
+}
 
 
 def arguments_of(verb: str, *more: str) -> list[str]:
     """A command line that would succeed."""
     data = [f"data.train={DATA[verb]}.jsonl"] if verb in DATA else []
-    stage = ["stage=1"] if verb == "pretrain" else []
-    out = ["--out", "out"] if verb in ("export", "data inspect") else []
-    return [*verb.split(), "run.yaml", *data, *stage, *more, *out]
+    return [*verb.split(), "run.yaml", *data, *NEEDED.get(verb, []), *more]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -111,6 +119,14 @@ APART = [
     ("sft", "mcore/.metadata", "truncated"),
     ("score", "mcore/__0_0_0.distcp", "truncated"),
     ("infer", "mcore/__0_0_0.distcp", "binary"),
+    ("grpo", "train.jsonl", "binary"),
+    ("grpo", "hf/tokenizer.json", "truncated"),
+    ("ppo", "train.jsonl", "emptied"),
+    ("ppo", "mcore/metadata.json", "a list"),
+    ("chat", "hf/tokenizer.json", "other JSON"),
+    ("chat", "mcore/.metadata", "binary"),
+    ("plan", "hf/config.json", "binary"),
+    ("bench", "hf/config.json", "a list"),
 ]
 
 
