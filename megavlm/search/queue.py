@@ -7,6 +7,8 @@ from megavlm.search.candidate import Candidate
 from megavlm.search.order import CHUNKS, halves, key_of, least_seconds, smaller
 from megavlm.search.work import Form, need_of, seconds_of
 
+_SAVES = 0.01
+"""Share of the memory that a form must save to be tried beside one that keeps more."""
 _ESTIMATE = 0.03
 """Share by which what a layout would need with less computed again is estimated too high, at most."""
 
@@ -135,13 +137,15 @@ class Queue:
         """The forms of a layout that may fit, told by the plain pipeline, otherwise by some with less parallelism."""
         own = self._first.get(key_of(changes))
         less = [self._first[key] for key in (*smaller(changes), *halves(changes)) if key in self._first]
-        tell, most = [own] if own is not None else less, self._limit * (1 + _ESTIMATE)
-
-        def fits(form: Form) -> bool:
+        tell, found, least = [own] if own is not None else less, list[Form](), float("inf")
+        for form in forms:
             need = need_of(form, changes[CHUNKS] or 1)
-            return all(_scaled(one.needs.get(need, one.static or 0), one, changes) <= most for one in tell)
-
-        return [form for form in forms if fits(form)]
+            told = [_scaled(one.needs[need], one, changes) for one in tell if need in one.needs]
+            if any(needed > self._limit * (1 + _ESTIMATE) or needed > least * (1 - _SAVES) for needed in told):
+                continue
+            found.append(form)
+            least = max(told, default=least)
+        return found
 
     def _most_chunks(self, plain: tuple) -> int:
         return max((changes[CHUNKS] for changes in self._interleaved.get(plain, [])), default=1)
