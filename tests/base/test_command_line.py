@@ -11,6 +11,7 @@ from megavlm.base.command_line import command, given, remember
 @pytest.fixture(autouse=True)
 def as_before():
     known = list(command_line._given)
+    command_line._given[:] = ["CONFIG.yaml"]  # another test may have run a command in this process
     yield
     command_line._given[:] = known
 
