@@ -4,13 +4,10 @@ One server is started for the whole file, and again when it was killed. What it 
 """
 
 import json
-import os
-import signal
 import threading
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 import forked_command
 import psutil
@@ -88,15 +85,27 @@ def test_weights_arrive_while_answers_are_sampled(what, served, prompts, samplin
 
 
 def test_a_killed_server_costs_nothing_but_time(served, prompts, sampling):
-    wanted = prompts(range(16), 2)
+    wanted, found = prompts(range(16), 2), []
     undisturbed = by_index(served.generate(iter(wanted), sampling(40, 1.0)))
-    running = served.generate(iter(wanted), sampling(40, 1.0))
-    first = list(islice(running, 1))
-    pid = served._keepers[0]._process.pid
-    os.kill(pid, signal.SIGKILL)
-    found = by_index([*first, *running])
-    assert served._keepers[0]._process.pid != pid
-    assert tokens_of(found) == tokens_of(undisturbed)
+    server = psutil.Process(served._keepers[0]._process.pid)
+    server.suspend()  # or all answers might be there before the kill
+    thread = threading.Thread(target=lambda: found.extend(served.generate(iter(wanted), sampling(40, 1.0))))
+    thread.start()
+    end = time.monotonic() + 60
+    while not requests_to(server):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    server.kill()
+    thread.join(timeout=300)
+    assert served._keepers[0]._process.pid != server.pid
+    assert tokens_of(by_index(found)) == tokens_of(undisturbed)
+
+
+def requests_to(server: psutil.Process) -> int:
+    """How many connections this process has to a server."""
+    port = int(server.cmdline()[server.cmdline().index("--port") + 1])
+    connections = psutil.Process().net_connections(kind="tcp")
+    return sum(one.status == psutil.CONN_ESTABLISHED and one.raddr.port == port for one in connections)
 
 
 def test_an_engine_that_dies_while_weights_are_on_their_way(served, prompts, sampling):

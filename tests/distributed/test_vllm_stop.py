@@ -19,6 +19,7 @@ def commands():
     commands.close()
 
 
+@pytest.mark.slow  # a minute and a half
 def test_a_step_that_a_server_samples_is_left(python, commands, toys, tmp_path):
     """Sampling takes seconds here, and the signal comes half a second after the first step."""
     output, steps = tmp_path / "run", 3
