@@ -72,7 +72,8 @@ def result(what: str, measured: float, sign: str, bound: float, kept: bool) -> b
 
 def minutes(seconds: float) -> str:
     """A duration as text."""
-    return f"{int(seconds // 60)} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)  # rounded first, or 179.6 s would be 2 min 60 s
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def status_of(job: Callable[[], bool]) -> int:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megavlm.demo import answers, commands, run
+from megavlm.demo.commands import minutes
 from megavlm.demo.data import HELDOUT_FILE
 
 pytestmark = pytest.mark.usefixtures("own_environment")
@@ -106,3 +107,7 @@ def test_answers_of_other_questions_are_refused(tmp_path):
 
 def test_only_the_digit_alone_is_right():
     assert answers.count_right(["7", " 7\n", "17", "a 7", ""], ["7"] * 5) == 2
+
+
+def test_a_duration_has_less_than_sixty_seconds():
+    assert [minutes(seconds) for seconds in (3.4, 59.6, 179.6, 256)] == ["3 s", "1 min 0 s", "3 min 0 s", "4 min 16 s"]
