@@ -15,6 +15,7 @@ import pytest
 import vllm_runs
 from test_engine import tokens_of
 from toy import reference_model, toy_records, write_records
+from vllm_processes import requests_to
 from vllm_served import CLOSE, FolderWeights, by_index, prompts_of, vllm_engine, vllm_settings
 
 from megavlm.base.errors import UserError
@@ -99,13 +100,6 @@ def test_a_killed_server_costs_nothing_but_time(served, prompts, sampling):
     thread.join(timeout=300)
     assert served._keepers[0]._process.pid != server.pid
     assert tokens_of(by_index(found)) == tokens_of(undisturbed)
-
-
-def requests_to(server: psutil.Process) -> int:
-    """How many connections this process has to a server."""
-    port = int(server.cmdline()[server.cmdline().index("--port") + 1])
-    connections = psutil.Process().net_connections(kind="tcp")
-    return sum(one.status == psutil.CONN_ESTABLISHED and one.raddr.port == port for one in connections)
 
 
 def test_an_engine_that_dies_while_weights_are_on_their_way(served, prompts, sampling):

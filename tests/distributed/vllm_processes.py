@@ -29,12 +29,21 @@ def engine_of(server: psutil.Process) -> psutil.Process | None:
 def connections_of(server: psutil.Process) -> int:
     """The number of requests whose answers are awaited: each has a connection of its own."""
     try:
-        command = server.cmdline()
-        port = int(command[command.index("--port") + 1])
-        connections = server.net_connections(kind="tcp")
+        port, connections = _port_of(server), server.net_connections(kind="tcp")
     except (psutil.Error, ValueError):
         return 0
     return sum(one.laddr.port == port and one.status == psutil.CONN_ESTABLISHED for one in connections)
+
+
+def requests_to(server: psutil.Process) -> int:
+    """The number of connections of this process to a server, which need not have accepted them."""
+    port, connections = _port_of(server), psutil.Process().net_connections(kind="tcp")
+    return sum(one.status == psutil.CONN_ESTABLISHED and one.raddr.port == port for one in connections)
+
+
+def _port_of(server: psutil.Process) -> int:
+    command = server.cmdline()
+    return int(command[command.index("--port") + 1])
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:
