@@ -26,6 +26,7 @@ from megavlm.align.reference_rows import AllAnswers, AnswerData, Progress, unimp
 from megavlm.align.sequences import answer_logprobs
 from megavlm.base.atomic_files import atomic_open
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.checkpoint.fingerprint import digest_of, digest_of_folders, digest_of_paths
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.checkpoint.load_weights import load_weights
@@ -157,7 +158,7 @@ class _Partial:
         self.tables = [np.full((len(source.file), 2), np.nan, dtype=np.float32) for source in sources]
         try:
             with safe_open(self._path, "np") as file:
-                stored = json.loads(file.metadata()["places"])
+                stored = parse_json(file.metadata()["places"])
             self.tables = _read(self._path, self._note, len(sources))
         except Exception:  # there is none, or it belongs to something else
             if self._kept is None:
@@ -206,7 +207,7 @@ def _kept(path: Path, note: dict, sources: list[Source]) -> list[np.ndarray] | N
     """The tables without the rows of changed records; None if more than the data differs, or nobody can tell."""
     try:
         with safe_open(path, "np") as file:
-            found = json.loads(file.metadata()["note"])
+            found = parse_json(file.metadata()["note"])
         arrays = load(path.read_bytes())
         tables = [arrays[str(number)] for number in range(len(sources))]
         before = [arrays[f"{_DIGESTS}{number}"] for number in range(len(sources))]
@@ -290,7 +291,7 @@ def _note(settings: Settings, sources: list[Source], kind: Kind) -> dict:
 def _read(path: Path, note: dict, num_sources: int) -> list[np.ndarray]:
     try:
         with safe_open(path, "np") as file:
-            found = json.loads(file.metadata()["note"])
+            found = parse_json(file.metadata()["note"])
         tables = load(path.read_bytes())
     except Exception as error:
         raise UserError(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 
 BEAT_SECONDS = 20.0  # between signs of life
 DEAD_SECONDS = 120.0  # without a sign of life, after which a process of another host counts as dead
@@ -133,7 +134,7 @@ class FileLock:
 def _read(path: Path) -> dict[str, Any]:
     """The content of a lock file; {} if it is missing or not yet written."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        found = parse_json(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -103,6 +103,16 @@ def read_file(path: Path) -> Values:
     return _read_with_bases(Path(path), ())
 
 
+def read_plain(path: Path) -> Any:
+    """The content of a YAML file as it stands there: `base:` and environment variables are not followed.
+
+    Raises:
+        OSError: the file cannot be read.
+        UserError: it is not text in UTF-8, or does not parse.
+    """
+    return _parse(path)[0]
+
+
 def parse_override(text: str) -> Values:
     """Reads `section.key=value`, where the value is YAML. Raises a UserError if the text does not have that form."""
     key, equals, value = text.partition("=")
@@ -162,19 +172,29 @@ def _read_with_bases(path: Path, above: tuple[Path, ...]) -> Values:
 
 def _read_one(path: Path, named_by: Path | None) -> Values:
     try:
-        text = path.read_text(encoding="utf-8")
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        tree = loader.construct_document(node) if node else {}
-        values = Values(tree or {})
-        if isinstance(node, yaml.MappingNode):
-            _note_lines(node, (), path, values.origins)
+        tree, values = _parse(path)
     except OSError as error:
         of = f" (base of {named_by})" if named_by else ""
         remedy = "check the path" if named_by else f"check the path; relative paths start from {Path.cwd()}"
         if "=" in path.name:
             remedy = "the configuration file comes first, then settings: CONFIG.yaml section.key=value"
         raise UserError(f"cannot read configuration file {path}{of}: {error.strerror}", remedy) from error
+    if tree is not None and not isinstance(tree, dict):
+        raise UserError(f"{path} holds a {type(tree).__name__}, not settings", "write section: and key: value lines")
+    values.tree = _expand(values.tree, (), values.origin)
+    return values
+
+
+def _parse(path: Path) -> tuple[Any, Values]:
+    """The content of one file, and the same with the line of each key."""
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        tree = loader.construct_document(node) if node else {}
+        values = Values(tree or {})
+        if isinstance(node, yaml.MappingNode):
+            _note_lines(node, (), path, values.origins)
+        return tree, values
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not a text file in UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8"
@@ -185,10 +205,6 @@ def _read_one(path: Path, named_by: Path | None) -> Values:
         raise UserError(
             f"{where}: does not parse as YAML: {_problem(error)}", "look at this line and the one above"
         ) from error
-    if tree is not None and not isinstance(tree, dict):
-        raise UserError(f"{path} holds a {type(tree).__name__}, not settings", "write section: and key: value lines")
-    values.tree = _expand(values.tree, (), values.origin)
-    return values
 
 
 def _note_lines(node: yaml.Node, location: Location, path: Path, origins: dict[Location, str]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.base.quoting import shortened
 
 DTYPES = {
@@ -83,14 +84,14 @@ class SafetensorsReader:
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or 8 + length > size:
                     raise _damaged(path, f"{size:,} bytes, too short for its header")
-                header = json.loads(file.read(length))
+                header = parse_json(file.read(length))
                 # A private mapping, because torch needs a writable buffer. Nothing writes to it, so no page is copied.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except FileNotFoundError:
             raise UserError(f"no such file: {path}", "fetch the missing file of the Hugging Face folder") from None
         except UserError:
             raise
-        except (ValueError, OSError, RecursionError) as error:
+        except (ValueError, OSError) as error:
             raise _damaged(path, str(error)) from None
         self._begin: dict[str, int] = {}
         self.tensors: dict[str, TensorInfo] = {}

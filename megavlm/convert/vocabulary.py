@@ -1,6 +1,5 @@
 """The number of rows of word embedding and output layer: whether the tokenizer's ids fit, and how rows are added."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.base.quoting import shortened
 from megavlm.convert.weight_source import WeightSource
 from megavlm.model.shapes import Shapes
@@ -84,7 +84,7 @@ def _read(file: Path, find: Callable[[Any], Any]) -> list[int]:
     if not file.exists():
         return []
     try:
-        return [int(token) for token in find(json.loads(file.read_text(encoding="utf-8")))]
+        return [int(token) for token in find(parse_json(file.read_text(encoding="utf-8")))]
     except Exception as error:  # it may be any JSON, or none
         raise UserError(
             f"{file} cannot be read as a file of a tokenizer: {shortened(repr(error))}", "fetch the file again"

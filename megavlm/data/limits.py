@@ -8,6 +8,7 @@ from transformers import AutoProcessor, Qwen3VLProcessor
 from transformers.image_utils import SizeDict
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.config.data_sections import DataSettings
 
 # transformers takes a part of the processor from the first file if it has that part, or else from a file of its own.
@@ -132,7 +133,7 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """The processor of the Hugging Face folder: the sizes of processed media, the text of videos, and pixels."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.base.quoting import shortened
 from megavlm.config.data_sections import DataSettings
 from megavlm.data.limits import apply_limits, load_processor
@@ -220,7 +220,7 @@ class VisionProcessor:
 def _grid_side(config: Path) -> int:
     """Side of the vision tower's square grid of learned position embeddings."""
     try:
-        vision = json.loads(config.read_text(encoding="utf-8"))["vision_config"]
+        vision = parse_json(config.read_text(encoding="utf-8"))["vision_config"]
         return round(vision["num_position_embeddings"] ** 0.5)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(

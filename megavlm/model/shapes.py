@@ -6,13 +6,13 @@ used, or every value but one is refused (``_ONLY``), or it does not matter here 
 why).
 """
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.model.rope_scaling import RopeScaling, rope_scaling
 
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
@@ -314,7 +314,7 @@ def _read_config(folder: Path) -> Any:
             f"{folder} has no config.json", "give a Hugging Face model folder; a download may be incomplete"
         )
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}", "correct the file or download it again") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None

@@ -144,6 +144,7 @@ from typing import Any
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 
 FILE_NAME = "metrics.jsonl"
 PARTS = ("vision", "projector", "language")
@@ -301,7 +302,7 @@ def _parse(text: str) -> list[tuple[str, dict[str, Any]]]:
     lines = []
     for raw in text.split("\n"):
         try:
-            line = json.loads(raw)
+            line = parse_json(raw)
         except ValueError:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):

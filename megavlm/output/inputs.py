@@ -11,6 +11,7 @@ from typing import Any
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.content import content_digest
+from megavlm.base.json_files import parse_json
 from megavlm.config.data_sections import DataSource
 from megavlm.config.settings import Settings
 
@@ -92,7 +93,7 @@ def _inputs(settings: Settings) -> dict[str, str]:
 
 def _noted(output: Path) -> dict[str, str]:
     try:
-        found = json.loads((output / FILE).read_text(encoding="utf-8"))
+        found = parse_json((output / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

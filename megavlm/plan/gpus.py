@@ -9,6 +9,7 @@ import yaml
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
+from megavlm.base.yaml_files import read_plain
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ def gpu_of(name: str) -> Gpu:
 
 def _read(file: Path) -> Gpu:
     try:
-        facts = yaml.safe_load(file.read_text(encoding="utf-8"))
+        facts = read_plain(file)
         assumed = next(iter(gpus().values())).operators
         return Gpu(**{**facts, "operators": {**assumed, **facts["operators"]}})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
+    except (OSError, UserError, TypeError, KeyError) as error:
         raise UserError(
             f"--gpu {file} cannot be read as a file of measurements: {error}",
             "give a file that `megavlm bench CONFIG --operators FILE.yaml` has written",

@@ -1,6 +1,5 @@
 """What a step is assumed to contain: rows full of samples of equal length, or rows such as those of some data."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 
 from megavlm.align.registry import METHODS
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row, pack
 from megavlm.data.synthetic_row import synthetic_samples
@@ -152,7 +152,7 @@ class DataMix:
         """Reads summary.json. Raises UserError if it is something else, or of rows of another length."""
         again = "let megavlm data inspect write it again, with this configuration"
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
             length, rows = found["seq_length"], found["rows"]
             speed = WorkerSpeed(**measured) if (measured := found.get("worker")) else None
         except (OSError, ValueError, KeyError, TypeError) as error:

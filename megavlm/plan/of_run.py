@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.base.processes import end_with_parent
 from megavlm.config.load import load_settings
 from megavlm.plan.gpus import Gpu, gpu_of, gpus
@@ -66,7 +67,7 @@ class PlanOfRun:
             self._process.wait()
             return "the run ended before it was planned"
         try:
-            return json.loads(self._file.read_text(encoding="utf-8")).get("error")
+            return parse_json(self._file.read_text(encoding="utf-8")).get("error")
         except (OSError, ValueError):
             return f"the process that planned it ended with status {status}"
 

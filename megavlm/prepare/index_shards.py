@@ -4,7 +4,6 @@ Energon runs in a separate process (`megavlm.prepare.energon_process`).
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.prepare import energon_process
 from megavlm.sources.shards import INDEX, INFO
 
@@ -40,7 +40,7 @@ def find_shards(folder: Path) -> list[str]:
 def is_up_to_date(folder: Path, shards: Sequence[str]) -> bool:
     """Whether the index covers these shards in this order, and no shard has changed since it was built."""
     try:
-        counts = json.loads((folder / INFO).read_text())["shard_counts"]
+        counts = parse_json((folder / INFO).read_text())["shard_counts"]
         return list(counts) == list(shards) and all(
             (index := os.stat(f"{folder / shard}{INDEX}")).st_mtime_ns >= os.stat(folder / shard).st_mtime_ns
             # an interrupted run may have updated only one of the two index files

@@ -1,6 +1,5 @@
 """The parts that several processes or jobs write of one folder of shards: they are joined if they belong together."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from megavlm.base.atomic_files import atomic_open
 from megavlm.base.errors import UserError
 from megavlm.base.file_lock import FileLock
+from megavlm.base.json_files import parse_json
 from megavlm.media.files import File, is_url
 from megavlm.sources.open_files import SampleFile
 
@@ -91,7 +91,7 @@ def _found(out: Path) -> dict[Path, tuple[int, int, bool]]:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / PART).read_text(encoding="utf-8")))
+        return dict(parse_json((folder / PART).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise UserError(
             f"{folder} has no {PART} that says what it was made from", "move the folder away, and write all parts again"

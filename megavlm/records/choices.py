@@ -1,9 +1,9 @@
 """The choices of a question, in the ways in which public data sets write them."""
 
 import ast
-import json
 from typing import Any
 
+from megavlm.base.json_files import parse_json
 from megavlm.base.quoting import shortened
 
 
@@ -15,7 +15,7 @@ def choices_of(raw: dict) -> dict[str, Any]:
     found = raw.get("choices") or raw.get("options") or []
     if isinstance(found, str):
         try:
-            found = json.loads(found)
+            found = parse_json(found)
         except ValueError:
             found = _literal(found)
     if isinstance(found, dict) and found.keys() == {"text", "label"}:  # ARC: two lists

@@ -4,11 +4,11 @@ Each form is recognised by its fields alone, and its conversion is a pure functi
 these forms stays as it is. Fields that a conversion does not use stay, too, because rewards may read them.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megavlm.base.json_files import parse_json
 from megavlm.records.choices import choices_of
 from megavlm.records.forms import form_of
 from megavlm.records.marks import escaped, num_marks
@@ -61,7 +61,7 @@ def _conversations(raw: dict) -> dict:
         found |= {name: _answer_turns(raw[name]) for name in ("chosen", "rejected")}
     tools = raw.get("tools")
     if isinstance(tools, str):  # LLaMA-Factory has them as JSON in a string
-        tools = json.loads(tools) if tools.strip() else None
+        tools = parse_json(tools) if tools.strip() else None
     return _finished(raw, ("conversations", "system", "tools"), found | ({"tools": tools} if tools else {}))
 
 
@@ -115,7 +115,7 @@ def _pair(raw: dict) -> dict:
 
 def _text_pair(raw: dict) -> dict:
     """RLHF-V: ``{"image", "text": "{\\"question\\": …, \\"chosen\\": …, \\"rejected\\": …}", …}``."""
-    return _pair({name: value for name, value in raw.items() if name != "text"} | json.loads(raw["text"]))
+    return _pair({name: value for name, value in raw.items() if name != "text"} | parse_json(raw["text"]))
 
 
 def _preferred(raw: dict) -> dict:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.records.questions import question_of, reference_of
 from megavlm.records.records import check_record
@@ -40,6 +40,7 @@ class AnswerSource:
         weights: what the answers were made from, in words.
         is_own: whether that is a checkpoint of the run that the report is about.
         access: which pictures the data file may name.
+        judged: the accuracy in accuracy.json; None if there is none.
         right: number of answers that are equal to the reference.
         total: number of answers for which there is a reference.
         accuracy: the share of right answers, from accuracy.json, otherwise right / total; None without references.
@@ -52,6 +53,7 @@ class AnswerSource:
     weights: str = ""
     is_own: bool = True
     access: MediaAccess = ANY_LOCAL_FILE
+    judged: float | None = None
     right: int = 0
     total: int = 0
     accuracy: float | None = None
@@ -100,7 +102,7 @@ class AnswerGroup:
 def read_note(folder: Path) -> dict[str, Any] | None:
     """What the answers in ``folder`` were made from, as `megavlm infer` recorded it; None if it did not."""
     try:
-        note = json.loads((folder / NOTE_FILE).read_text(encoding="utf-8"))
+        note = parse_json((folder / NOTE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     parts = (note.get("weights"), note.get("data")) if isinstance(note, dict) else (None,)
@@ -115,20 +117,42 @@ def read_source(
     weights: str = "",
     is_own: bool = True,
 ) -> AnswerSource | None:
-    """The answers in `folder` to the questions of a file; None if there are none or the format differs."""
+    """The answers in `folder` to the questions of a file; None if there are none.
+
+    Raises UserError if answers.jsonl or accuracy.json of the folder is damaged.
+    """
     file = folder / FILE_NAME
     if not file.is_file():
         return None
-    answers = {}
-    try:
-        for line in filter(str.strip, file.read_text(encoding="utf-8").splitlines()):
-            entry = json.loads(line)
-            answers[entry["index"]] = entry["answers"] if "answers" in entry else [entry["answer"]]
-    except (ValueError, KeyError, TypeError):
-        return None
+    answers = _answers(file)
     if not answers:
         return None
-    return AnswerSource(folder.absolute().name, folder, eval_file, answers, weights, is_own, access)
+    return AnswerSource(folder.absolute().name, folder, eval_file, answers, weights, is_own, access, _judged(folder))
+
+
+def _answers(file: Path) -> dict[int, list[str]]:
+    answers = {}
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                entry = parse_json(line)
+                answers[entry["index"]] = entry["answers"] if "answers" in entry else [entry["answer"]]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{file}:{number}: not an answer with its index", "repair the file") from None
+    return answers
+
+
+def _judged(folder: Path) -> float | None:
+    file = folder / ACCURACY_FILE
+    try:
+        content = parse_json(file.read_text(encoding="utf-8"))
+        return float(content["accuracy"] if isinstance(content, dict) else content)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else 'it is neither a number nor {"accuracy": number}'
+        raise UserError(f"{file} cannot be read: {cause}", "repair or delete the file") from None
 
 
 def group_answers(sources: Sequence[AnswerSource]) -> list[AnswerGroup]:
@@ -175,7 +199,7 @@ def _records(file: Path | None) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield index, json.loads(line)
+                yield index, parse_json(line)
             except ValueError:
                 yield index, None
             index += 1
@@ -186,10 +210,8 @@ def _count(source: AnswerSource, references: dict[int, str]) -> None:
     judged = [is_right(answer, references[i]) for i, answers in known.items() for answer in answers]
     source.right, source.total = sum(judged), len(judged)
     source.accuracy = source.right / source.total if judged else None
-    counted = source.folder / ACCURACY_FILE
-    if counted.is_file():
-        content = json.loads(counted.read_text(encoding="utf-8"))
-        source.accuracy = float(content["accuracy"] if isinstance(content, dict) else content)
+    if source.judged is not None:
+        source.accuracy = source.judged
 
 
 def _choose(answers: dict[int, list[str]], references: dict[int, str]) -> list[int]:

@@ -1,6 +1,5 @@
 """What the report shows of a mixture of experts: curves of their loads and losses, and a map of layers and experts."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from megavlm.base.json_files import parse_json
 from megavlm.base.number_format import number
 from megavlm.monitor.expert_metrics import FILE_NAME, loads
 from megavlm.report.charts import Curve, chart
@@ -48,7 +48,7 @@ def expert_map(folder: Path) -> Markup:
     """The load of each expert in each layer of the newest logged step; empty if the folder has none."""
     found: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        found = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        found = parse_json((folder / FILE_NAME).read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not found.get("tokens"):
         return Markup("")
     layers, by_layer = found["layers"], [loads(tokens) for tokens in found["tokens"]]

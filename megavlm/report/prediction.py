@@ -1,10 +1,10 @@
 """What a run was predicted to need and to take (``plan.json``, see ``log.plan``), beside what was measured."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megavlm.base.json_files import parse_json
 from megavlm.base.number_format import number, percent, short
 from megavlm.report.plan_memory import GIB
 from megavlm.report.policy import is_rl
@@ -50,9 +50,16 @@ def predictions(run: Run) -> Predictions | None:
     On a CPU there is no measured memory: that of the whole process is nothing that a plan for a GPU could tell.
     """
     try:
-        plan = json.loads((run.folder / FILE_NAME).read_text(encoding="utf-8"))
+        plan = parse_json((run.folder / FILE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    try:
+        return _compared(run, plan)
+    except (LookupError, TypeError, AttributeError):
+        return Predictions(run.name, error=f"{FILE_NAME} is damaged, or not a plan of this version")
+
+
+def _compared(run: Run, plan: dict[str, Any]) -> Predictions:
     if "error" in plan:
         return Predictions(run.name, error=plan["error"])
     on_gpu = plan["device"] is not None

@@ -5,9 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
-from megavlm.base.errors import UserError
+from megavlm.base.yaml_files import read_plain
 from megavlm.media.access import MediaAccess
 from megavlm.monitor.metrics import PARTS, read_metrics
 from megavlm.report.loss_plot import HELD_OUT, smooth
@@ -32,12 +30,7 @@ class Run:
     def read(cls, folder: Path) -> "Run":
         """Reads an output folder. Raises UserError if config.yaml is not valid YAML."""
         file = folder / "config.yaml"
-        config = None
-        if file.is_file():
-            try:
-                config = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except yaml.YAMLError as error:
-                raise UserError(f"{file} is not valid YAML: {error}") from None
+        config = read_plain(file) if file.is_file() else None
         lines = read_metrics(folder)
         return cls(folder, config if isinstance(config, dict) else {}, lines if any(map(of_a_step, lines)) else [])
 

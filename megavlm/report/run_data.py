@@ -1,11 +1,11 @@
 """What the page of a run says of its data and its continuations: passes over each source, changed settings."""
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megavlm.base.json_files import parse_json
 from megavlm.output.folder import CHANGES_FILE
 
 _PASSES = "epoch/"
@@ -31,7 +31,7 @@ def changes_of(folder: Path) -> list[dict[str, Any]]:
     with suppress(OSError):
         for text in (folder / CHANGES_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):
-                line = json.loads(text)
+                line = parse_json(text)
                 if isinstance(line, dict) and line.keys() >= {"step", "time", "setting", "old", "new"}:
                     changes.append(line)
     return changes

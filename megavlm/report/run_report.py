@@ -41,44 +41,55 @@ def write_report(output_dir: str | Path) -> Path:
     """Writes report.html into an output folder; an existing one is replaced atomically.
 
     It reads config.yaml, metrics.jsonl, answers.jsonl and accuracy.json of this folder, of its predecessors and of the
-    folders next to them, and the files of the questions.
+    folders next to them, and the files of the questions. Damaged files of other folders are named and left out.
 
     Returns:
         The file.
 
     Raises:
-        UserError: there is nothing to report, or a file in these folders is damaged.
+        UserError: there is nothing to report, or config.yaml or metrics.jsonl of this folder is damaged.
     """
     folder = Path(output_dir)
-    chain = follow(folder)
+    left_out: list[str] = []
+    chain = follow(folder, left_out)
     trained = [run for run in chain if run.lines]
-    answers = group_answers(find_answers(chain))
+    answers = group_answers(find_answers(chain, left_out))
     if not trained and not answers:
         raise UserError(
             f"{folder} has neither metrics.jsonl nor answers.jsonl, so there is nothing to report",
             "give the output folder of a run",
         )
-    write_text(folder / FILE_NAME, _render(chain, trained, answers))
+    write_text(folder / FILE_NAME, _render(chain, trained, answers, left_out))
     return folder / FILE_NAME
 
 
-def follow(folder: Path) -> list[Run]:
-    """The run of `folder` and its predecessors, oldest first."""
+def follow(folder: Path, left_out: list[str] | None = None) -> list[Run]:
+    """The run of `folder` and its predecessors, oldest first.
+
+    They end at one that cannot be read; ``left_out`` gets the reason.
+    """
     chain: list[Run] = []
     seen: set[Path] = set()
     before: Path | None = folder
     while before is not None and before.resolve() not in seen:
         seen.add(before.resolve())
-        chain.insert(0, Run.read(before))
+        try:
+            chain.insert(0, Run.read(before))
+        except UserError as error:
+            if not chain:
+                raise
+            if left_out is not None:
+                left_out.append(error.message)
+            break
         before = _run_folder(chain[0].setting("model.load"), before)
     return chain
 
 
-def find_answers(chain: list[Run]) -> list[AnswerSource]:
+def find_answers(chain: list[Run], left_out: list[str]) -> list[AnswerSource]:
     """The answers in the folders of the chain, and those in folders next to them that used one of its checkpoints.
 
     They are ordered by the checkpoint that gave the answers, earliest first. The checkpoint from which the whole chain
-    started is earlier than all runs.
+    started is earlier than all runs. Why a folder cannot be read is appended to ``left_out``.
     """
     places = {run.folder.resolve(): place for place, run in enumerate(chain)}
     start = _loaded(chain[0])
@@ -87,25 +98,35 @@ def find_answers(chain: list[Run]) -> list[AnswerSource]:
     candidates = {path.parent for run in chain for path in run.folder.absolute().parent.glob("*/answers.jsonl")}
     for folder in sorted(candidates | {run.folder.absolute() for run in chain}):
         own_place = places.get(folder.resolve())
-        run = Run.read(folder) if own_place is None else chain[own_place]
-        note = read_note(folder)
-        if note is None and run.lines:
-            continue  # nobody knows whether these are answers of the run or of the model that it started from
-        note = note or {"weights": run.setting("model") or {}, "data": run.setting("data") or {}}
-        weights, data = note["weights"], note["data"]
-        place = _place(weights, folder, places, start)
-        if place is None and not run.lines:
-            place = own_place
-        if place is None:
+        try:
+            run = Run.read(folder) if own_place is None else chain[own_place]
+            note = read_note(folder)
+            if note is None and run.lines:
+                continue  # nobody knows whether these are answers of the run or of the model that it started from
+            note = note or {"weights": run.setting("model") or {}, "data": run.setting("data") or {}}
+            weights, data = note["weights"], note["data"]
+            place = _place(weights, folder, places, start)
+            if place is None and not run.lines:
+                place = own_place
+            if place is None:
+                continue
+            is_own = trained is None or place == trained
+            source = read_source(
+                folder, _questions(data, folder), access_of(data), weights=_words(weights), is_own=is_own
+            )
+        except UserError as error:
+            left_out.append(error.message)
             continue
-        asked = data.get("eval")
-        paths = [asked] if isinstance(asked, str) else [source["path"] for source in asked or ()]
-        questions = existing(Path(paths[0]), folder) if len(paths) == 1 else None  # several are not told apart here
-        is_own = trained is None or place == trained
-        source = read_source(folder, questions, access_of(data), weights=_words(weights), is_own=is_own)
         if source is not None:
             found.append(((place, weights.get("step") or 0), source))
     return [source for _, source in sorted(found, key=lambda item: item[0])]
+
+
+def _questions(data: dict[str, Any], folder: Path) -> Path | None:
+    """The one file of questions; None if there are several, which are not told apart here, or none."""
+    asked = data.get("eval")
+    paths = [asked] if isinstance(asked, str) else [source["path"] for source in asked or ()]
+    return existing(Path(paths[0]), folder) if len(paths) == 1 else None
 
 
 def _place(weights: dict[str, Any], folder: Path, places: dict[Path, int], start: Path | None) -> int | None:
@@ -156,7 +177,7 @@ def _run_folder(load: str | None, folder: Path) -> Path | None:
     return path if is_run and path.resolve() != folder.resolve() else None
 
 
-def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup]) -> str:
+def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup], left_out: list[str]) -> str:
     return render_page(
         TEMPLATE,
         filters={
@@ -172,6 +193,7 @@ def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup]) ->
         charts=[_charts(run) for run in trained],
         settings=_settings(chain),
         answers=answers,
+        left_out=left_out,
         warnings=history(trained[-1].lines) if trained else [],
         rollouts=shown_rollouts(chain[-1]),
         predictions=[found for run in trained if (found := predictions(run)) is not None],

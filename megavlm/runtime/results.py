@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.base.number_format import counted
 from megavlm.monitor.metrics import append_lines
 from megavlm.platform.collectives import gather_objects, on_first_rank
@@ -137,7 +138,7 @@ class Results:
         for file in [self._partial, *self._of_other_ranks()]:
             for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
-                    line = json.loads(text)
+                    line = parse_json(text)
                 except ValueError:
                     continue
                 if isinstance(line, dict) and ("index" in line or not lines):

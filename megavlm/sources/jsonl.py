@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.base.quoting import shortened
 from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.media.files import File, Find, is_folder
@@ -72,7 +73,7 @@ class JsonlFile:
 
     def raw(self, index: int) -> Any:
         """The parsed line of sample `index` as it is in the file."""
-        return json.loads(self._bytes(index))
+        return parse_json(self._bytes(index))
 
     def _bytes(self, index: int) -> bytes:
         start, end = (int(bound) for bound in self._spans[index, :2])
@@ -87,7 +88,7 @@ class JsonlFile:
         """
         try:
             line = self._bytes(index)
-            record: Any = json.loads(line)
+            record: Any = parse_json(line)
             find: Find = partial(self._access.find, self.path, self.source(index))
             return with_names(self, index, record, find) if may_be_inside(line) else (record, find)
         except ValueError as error:  # also raised for bytes that are not UTF-8
@@ -97,8 +98,6 @@ class JsonlFile:
             raise UserError(
                 f"{self.source(index)}: not valid JSON: {cause}", "write one JSON object per line"
             ) from None
-        except RecursionError:
-            raise UserError(f"{self.source(index)}: its lists or objects are nested too deeply") from None
         except Exception as error:
             raise UserError(f"{self.source(index)}: cannot be read: {shortened(error)}") from None
 

@@ -6,7 +6,6 @@ of a JSONL line. The other members are the media. The record refers to them by t
 there is ``KEY.txt`` instead of ``KEY.json``, it is a caption of the pictures.
 """
 
-import json
 import struct
 import tarfile
 from bisect import bisect_right
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.base.quoting import shortened
 from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.media.files import File, Find
@@ -46,7 +46,7 @@ class ShardFolder:
     def __init__(self, path: str | Path, access: MediaAccess = ANY_LOCAL_FILE):
         self.path, self._access = str(path).rstrip("/"), access
         try:
-            counts = json.loads(File(f"{self.path}/{INFO}").read())["shard_counts"]
+            counts = parse_json(File(f"{self.path}/{INFO}").read())["shard_counts"]
             _check_counts(counts)
         except FileNotFoundError:
             raise UserError(
@@ -141,7 +141,7 @@ def _record(parts: dict[str, File]) -> Any:
         for name, kinds in (("images", PICTURES), ("videos", VIDEOS))
     }
     if "json" in parts:
-        record = json.loads(parts["json"].read())
+        record = parse_json(parts["json"].read())
         if isinstance(record, dict):
             named: set[str | None] = set()  # media that the record names already, as video frames or in message parts
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
+from megavlm.base.json_files import parse_json
 from megavlm.base.quoting import shortened
 from megavlm.vllm.wire import RUN
 
@@ -106,7 +107,7 @@ class Client:
         if response.status != http.client.OK:
             raise Refused(text)
         try:
-            return json.loads(text)
+            return parse_json(text)
         except ValueError:
             raise Refused(f"its answer is not JSON: {shortened(text)}") from None
 

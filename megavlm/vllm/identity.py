@@ -1,9 +1,9 @@
 """Whether a server of vLLM serves the model that is trained, with what the run needs."""
 
-import json
 from typing import Any
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.base.quoting import quoted
 from megavlm.config.settings import Settings
 from megavlm.vllm.environment import check_versions, logprobs_mode
@@ -17,7 +17,7 @@ def check_identity(told: dict[str, Any], settings: Settings, url: str) -> None:
     """Raises UserError if a server that says ``told`` of itself is not one for the run."""
     where = f"the server of vLLM at {url}"
     check_versions(told["versions"], where)
-    ours = json.loads((settings.model.hf / "config.json").read_text(encoding="utf-8"))
+    ours = parse_json((settings.model.hf / "config.json").read_text(encoding="utf-8"))
     if different := _differences(ours, told["config"]):
         raise UserError(
             f"{where} serves another model than {settings.model.hf}: {different[0]}"

@@ -4,7 +4,6 @@ Only what is new is read. If the file is another one or shorter than before, as 
 from a checkpoint, it is read again from its beginning.
 """
 
-import json
 import math
 import os
 import re
@@ -17,10 +16,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from megavlm.base.errors import UserError
-from megavlm.base.number_format import number
+from megavlm.base.json_files import parse_json
+from megavlm.base.number_format import counted, number
+from megavlm.base.yaml_files import read_plain
 from megavlm.monitor.expert_metrics import FILE_NAME as EXPERTS
 from megavlm.monitor.metrics import FILE_NAME
 from megavlm.monitor.rl_warnings import RlWarnings
@@ -58,6 +57,7 @@ class FollowedRun:
         self.folder, self.name, self._path = folder, name, folder / FILE_NAME
         self._generation, self._configured = 0, -1.0
         self._total: Any = None
+        self._trouble = ""  # why the file could not be read the last time
         self._forget()
 
     def _forget(self) -> None:
@@ -68,13 +68,18 @@ class FollowedRun:
         self._columns: dict[str, array] = {}
         self._warnings = RlWarnings()
         self._notes: list[tuple[int, str]] = []  # with their steps
+        self._damaged = 0  # lines that are no metrics of a step
 
     @property
     def version(self) -> tuple[int, int]:
         return self._generation, len(self.steps)
 
     def read(self) -> None:
-        """Reads the complete lines that have been added. A file that cannot be read now is tried again next time."""
+        """Reads the complete lines that have been added.
+
+        A file that cannot be read now is tried again next time; until then, ``notes`` says why.
+        """
+        self._trouble = ""
         try:
             found = os.stat(self._path)
             identity = found.st_dev, found.st_ino
@@ -90,7 +95,8 @@ class FollowedRun:
             if self._place:
                 self._forget()
             return
-        except OSError:
+        except OSError as error:
+            self._trouble = f"{FILE_NAME} cannot be read: {error.strerror}"
             return
         whole = text[: text.rfind(b"\n") + 1]
         self._identity, self._changed = identity, found.st_mtime
@@ -101,11 +107,12 @@ class FollowedRun:
 
     def _take(self, raw: bytes) -> None:
         try:
-            line = json.loads(raw)
+            line = parse_json(raw)
         except ValueError:
-            return
+            line = None
         step = line.get("step") if isinstance(line, dict) else None
         if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _MOST_STEPS:
+            self._damaged += 1
             return
         count = len(self.steps)
         self.steps.append(step)
@@ -151,9 +158,8 @@ class FollowedRun:
         try:
             changed = path.stat().st_mtime
             if changed != self._configured:
-                config = yaml.safe_load(path.read_text(encoding="utf-8"))
-                self._total, self._configured = config["train"]["steps"], changed
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+                self._total, self._configured = read_plain(path)["train"]["steps"], changed
+        except (OSError, UserError, KeyError, TypeError):
             return None
         return self._total if isinstance(self._total, int) else None
 
@@ -180,14 +186,17 @@ class FollowedRun:
 
     @property
     def notes(self) -> list[str]:
-        """The newest warnings, skipped steps and changes of settings, oldest first."""
+        """The newest warnings, skipped steps and changes of settings, oldest first; then what cannot be read."""
         changes = [
             (change["step"], f"continued after step {change['step']} with {change['setting']} {change['new']}")
             for change in changes_of(self.folder)
             if isinstance(change["step"], int)
         ]
         told = sorted([*self._notes, *changes], key=lambda note: note[0])
-        return [text for _, text in told[-_MOST_NOTES:]]
+        notes = [text for _, text in told[-_MOST_NOTES:]]
+        if self._damaged:
+            notes.append(f"{counted(self._damaged, 'line')} of {FILE_NAME} left out: damaged, or without a step")
+        return notes + [self._trouble] * bool(self._trouble)
 
     def facts(self) -> dict[str, Any]:
         """What is said of the run beside its curves."""

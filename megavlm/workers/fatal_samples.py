@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.sources.blend import Source
 from megavlm.workers.current_sample import PIXELS, RECORD, Notes, Reading
 
@@ -129,7 +130,7 @@ class FatalSamples:
             text = self.path.read_text(encoding="utf-8", errors="replace") if self.path is not None else ""
             for line in text.splitlines():
                 with suppress(ValueError):  # the last line of a start that was killed may be incomplete
-                    lines.append(json.loads(line))
+                    lines.append(parse_json(line))
         return lines
 
     def _name(self, found: Reading) -> str:

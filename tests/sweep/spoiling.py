@@ -19,6 +19,7 @@ FAULTS = {
     "emptied": lambda data: b"",
     "other JSON": lambda data: b'{"a": [1, null, {"b": "c"}]}',
     "a list": lambda data: b"[[], 1]",
+    "nested too deeply": lambda data: b"[" * 20_000,
     "binary": lambda data: bytes(range(256)) * 16,
     "a folder": None,
     "a dangling link": None,
