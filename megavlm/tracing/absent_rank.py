@@ -77,15 +77,13 @@ def absent_rank(
         UserError: the settings do not fit the model, the method or the number of processes.
     """
     with absent_world(rank, world_size):
-        with KnownShapes():  # the first values of weights take half of the time otherwise
-            session, trained = _built(settings, method, at_end=at_end, shapes=shapes)
-        yield session, trained
+        yield _built(settings, method, at_end=at_end, shapes=shapes)
 
 
 def _built(
     settings: Settings, method: Method, *, at_end: bool, shapes: Shapes | None
 ) -> tuple[Session, list[TrainedModel]]:
-    with torch.device("meta"):
+    with torch.device("meta"), KnownShapes():  # the first values of weights take half of the time otherwise
         session = start(settings, training=True, load=False, score_head=method.scores, shapes=shapes)
     if at_end and settings.adapter.quantize and importlib.util.find_spec("bitsandbytes"):
         for linear in session.adapters.linears if session.adapters is not None else ():
