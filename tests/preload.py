@@ -1,11 +1,16 @@
-"""Importing this imports what tests need in processes of their own; the server of forkserver.py does so once for all.
+"""Importing this prepares what tests need in processes of their own; the server of forkserver.py does so once for all.
+
+It imports libraries, and does what takes long at its first use: compiling the report's template, finding fonts.
 
 No import may start a thread: a forked child would not have it.
 """
 
 import gc
 import importlib
+import json
 import pkgutil
+import tempfile
+from pathlib import Path
 
 import megavlm
 
@@ -26,6 +31,19 @@ def modules() -> list[str]:
     return ["megavlm", *(found.name for found in pkgutil.walk_packages(megavlm.__path__, "megavlm."))]
 
 
+def use_once() -> None:
+    """Draws the loss and writes the report of a run that never was."""
+    from megavlm.monitor.metrics import REQUIRED
+    from megavlm.report.loss_plot import write_loss_plot
+    from megavlm.report.run_report import write_report
+
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [{**dict.fromkeys(REQUIRED, 1.0), "step": step} for step in range(1, 5)]
+        (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_loss_plot(folder)
+        write_report(folder)
+
+
 gc.disable()
 for name in [*LIBRARIES, *modules()]:
     try:
@@ -33,5 +51,6 @@ for name in [*LIBRARIES, *modules()]:
     except ImportError as error:
         if error.name != "vllm":  # those that run in vLLM's environment need it
             raise RuntimeError(f"{name} cannot be imported") from error  # the server would pass over an ImportError
+use_once()
 gc.enable()
 gc.freeze()  # no collection in a child looks at all of this again, or copies its pages
