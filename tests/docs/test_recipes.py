@@ -32,13 +32,14 @@ SAMPLED = {
     "rollout.cache_gib": "0.05",
 }
 STEPS = {"1000": "2", "2000": "4"}
-# One needs vLLM (tests/distributed/test_vllm.py), one records of its environment (tests/environments), and one as many
-# rows and tokens as its ramps have (tests/distributed/test_loss_numbers.py).
-NOT_RUN = (
-    "… sample with vLLM?",
-    "… let the model use a tool, or speak with an environment?",
-    "… begin with smaller batches or shorter rows?",
-)
+# What lines to add need beside a toy: devices that are there, a row for a conversation, ramps that end in two steps.
+MORE = {
+    "… sample with vLLM?": ["rollout.vllm.servers=1", "rollout.vllm.devices=[]"],
+    "… let the model use a tool, or speak with an environment?": ["data.train=doors.jsonl", "data.seq_length=4096"],
+    "… begin with smaller batches or shorter rows?": [
+        *("data.seq_length=8192", "train.global_batch_size=64"),
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -149,15 +150,15 @@ def test_commands_run(files: Path, tmp_path_factory: pytest.TempPathFactory, mon
         if run.returncode:
             failed.append(f"{line}\n{run.stdout[-500:]}\n{run.stderr[-1500:]}")
     for number, block in enumerate(FRAGMENTS):
-        if block.question not in NOT_RUN:
-            name = re.match(r"# in (\S+)\n", block.text)[1]
-            (files / "added.yaml").write_text(f"base: {name}\n{block.text}")
-            words = ["grpo" if name == "grpo.yaml" else "sft", "added.yaml", f"output=runs/added{number}"]
-            words += ["train.unfreeze_after={vision: 1}"] * ("unfreeze_after" in block.text)  # of two steps
-            words += ["--nproc", "4"] * ("pipeline" in block.text)
-            run = forked_command.run(with_small(words[0], words))
-            if run.returncode:
-                failed.append(f"{block.question}\n{run.stdout[-500:]}\n{run.stderr[-1500:]}")
+        name = re.match(r"# in (\S+)\n", block.text)[1]
+        text = block.text.replace("{100: 16, 200: 32}", "{1: 16, 2: 32}").replace("{300: 4096}", "{1: 4096}")
+        (files / "added.yaml").write_text(f"base: {name}\n{text}")
+        words = ["grpo" if name == "grpo.yaml" else "sft", "added.yaml", f"output=runs/added{number}"]
+        words += ["train.unfreeze_after={vision: 1}"] * ("unfreeze_after" in block.text)  # of two steps
+        words += ["--nproc", "4"] * ("pipeline" in block.text)
+        run = forked_command.run([*with_small(words[0], words), *MORE.get(block.question, [])])
+        if run.returncode:
+            failed.append(f"{block.question}\n{run.stdout[-500:]}\n{run.stderr[-1500:]}")
     assert not failed, "\n\n".join(failed)
     assert len(done) > 25
     card = (files / "exported" / "README.md").read_text()
@@ -203,6 +204,7 @@ def make_data(files: Path, root: Path) -> None:
         "judged": [{"prompt": ask, "completion": f"A {x}.", "label": x == "cat", **cat} for x in ("cat", "dog")] * 2,
         "prompts": [{"prompt": "<image>How many?", "answer": "1", **cat}] * 4,
         "renamed": [{"turns": records[0]["messages"], "picture": ["cat.png"]}] * 4,
+        "doors": [{"prompt": "Which digit is behind the door?", "behind": "cat.png", "answer": "1"}] * 4,
         "captions": [{"text": "<image> A cat.", **cat}] * 4,
     }.items():
         write_records(files / f"{name}.jsonl", found)
