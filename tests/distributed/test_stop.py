@@ -52,7 +52,7 @@ LEFT = {
 @pytest.mark.parametrize("layout", LEFT)
 def test_a_step_that_is_being_sampled_is_left_and_begins_again(commands, grpo, tmp_path, layout):  # noqa: F811
     """Sampling takes seconds here, and the signal comes half a second after the first step: as a rule in the second."""
-    long = ["train.steps=2", "rollout.max_new_tokens=400", "data.seq_length=1024", "rollout.log_every=1"]
+    long = ["train.steps=2", "rollout.max_new_tokens=200", "data.seq_length=512", "rollout.log_every=1"]
     arguments = lambda output: grpo(output, [*long, *LEFT[layout]])
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert commands.run(arguments(straight), 2, straight).statuses == [0, 0], straight.with_suffix(".log").read_text()
