@@ -1,10 +1,11 @@
 """What the first rank of each pipeline stage holds and computes: the facts from which a layout is planned."""
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -139,18 +140,25 @@ def _built(layout: Layout, numbers: Sequence[int], processes: int) -> list[Stage
     if processes > 1:
         torch.set_num_threads(1)  # processes that are forked must not wait for threads that they do not have
 
-    def one(place: int) -> "_Traced | Held":
-        number = numbers[place // 2]
-        if place % 2:
-            with _rank_of(layout, number, settings, layout.shapes) as (session, trained):
-                return _held(layout, number, session, trained)
+    def traced(number: int) -> _Traced:
         few, shapes = fewer_layers(settings, layout.shapes, number)
         with _rank_of(layout, number, few, fewer_experts(shapes, parallel)) as (_, trained):
             return _traced(layout, number, trained, layout.imbalance)
 
-    found = list(in_processes(one, 2 * len(numbers), processes, "planning", FREE_MEMORY))
-    traced, held = cast(list[_Traced], found[::2]), cast(list[Held], found[1::2])
-    return [_stage(layout, *both) for both in zip(traced, held, strict=True)]
+    def held(number: int) -> Held:
+        with _rank_of(layout, number, settings, layout.shapes) as (session, trained):
+            return _held(layout, number, session, trained)
+
+    builds = [[partial(build, number) for number in numbers] for build in (traced, held)]
+    if processes >= 2 * len(builds):
+        builds = [[build] for build in itertools.chain(*builds)]
+    # Otherwise, each of two processes has builds that are alike, and knows most of what they compute from the first.
+    found: list[Any] = list(
+        itertools.chain.from_iterable(
+            in_processes(lambda at: [build() for build in builds[at]], len(builds), processes, "planning", FREE_MEMORY)
+        )
+    )
+    return [_stage(layout, *both) for both in zip(found[: len(numbers)], found[len(numbers) :], strict=True)]
 
 
 def rough_stages_of(layout: Layout, limit: int) -> list[Stage]:

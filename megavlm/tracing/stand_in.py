@@ -29,7 +29,7 @@ def fewer_layers(settings: Settings, shapes: Shapes, stage: int, *, rough: bool 
 
     On pipeline stages without deepstack features, fewer of them can.
 
-    It cannot if a chunk is short, or if some layers of the decoder have experts and others do not.
+    It cannot if the stage's chunks are short, or if some layers of the decoder have experts and others do not.
 
     Args:
         settings, shapes: those of the run.
@@ -39,13 +39,12 @@ def fewer_layers(settings: Settings, shapes: Shapes, stage: int, *, rough: bool 
     levels = len(shapes.vision.deepstack_layers)
     few = levels + _PLAIN
     parallel, text = settings.parallel, shapes.text
-    shortest = min(layers_of(parallel, text.layers, stage) for stage in range(parallel.pipeline))
-    is_long = shortest > few and len({text.is_moe_layer(layer) for layer in range(text.layers)}) == 1
+    each = few - (rough and levels > 0) if stage == 0 else max(_PLAIN, levels)
+    are_alike = len({text.is_moe_layer(layer) for layer in range(text.layers)}) == 1
     if shapes.vision.layers > few:
         shapes = replace(shapes, vision=replace(shapes.vision, layers=few, deepstack_layers=tuple(range(levels))))
-    if is_long:
+    if are_alike and layers_of(parallel, text.layers, stage) > each:
         chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-        each = few - (rough and levels > 0) if stage == 0 else max(_PLAIN, levels)
         shapes = replace(shapes, text=replace(text, layers=each * chunks))
         even = parallel.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
         settings = settings.model_copy(update={"parallel": even})
