@@ -167,11 +167,18 @@ def measured(folder: str, case: Case) -> tuple[int, int, float]:
 
 
 def planned(folder: str, case: Case, rank: int, imbalance: float) -> int:
-    """The largest number of bytes of the same step on a rank that does not exist."""
+    """The largest number of bytes of the same step on a rank that does not exist.
+
+    Plans are for GPUs, whose products of 16-bit matrices are summed in float32. A CPU has no such product, and converts
+    both matrices; here, the plan does as well.
+    """
     from megavlm.align.registry import make_method
+    from megavlm.model import token_logprobs
     from megavlm.plan.step_memory import peak_of
     from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
 
+    token_logprobs.product = lambda left, right: left.float() @ right.float()
+    token_logprobs.add_product = lambda total, left, right: total.addmm_(left.float(), right.float())
     settings, world_size = settings_of(folder, case), case.processes
     method, absent = make_method("sft", settings), that_can_be_absent(settings)
     with absent_rank(absent, method, rank, world_size) as (session, (model,)):
