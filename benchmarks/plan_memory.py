@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from benchmarks.ranks import run_ranks, versions
 
@@ -177,11 +178,14 @@ def planned(folder: str, case: Case, rank: int, imbalance: float) -> int:
     from megavlm.plan.step_memory import peak_of
     from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
 
-    token_logprobs.product = lambda left, right: left.float() @ right.float()
-    token_logprobs.add_product = lambda total, left, right: total.addmm_(left.float(), right.float())
+    on_a_cpu = mock.patch.multiple(
+        token_logprobs,
+        product=lambda left, right: left.float() @ right.float(),
+        add_product=lambda total, left, right: total.addmm_(left.float(), right.float()),
+    )
     settings, world_size = settings_of(folder, case), case.processes
     method, absent = make_method("sft", settings), that_can_be_absent(settings)
-    with absent_rank(absent, method, rank, world_size) as (session, (model,)):
+    with absent_rank(absent, method, rank, world_size) as (session, (model,)), on_a_cpu:
         where, rows = next(session.vlm.vision.parameters()).device, rows_of(settings, case, session.shapes)
         window = settings.vision.window
         return peak_of(model.vlm, model.optimizers, model.objective, rows, window, where, imbalance).total

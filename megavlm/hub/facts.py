@@ -81,8 +81,15 @@ class RunFacts:
 
     @property
     def before(self) -> list[str]:
-        """The verbs of the runs that it started from, oldest first, as far as their folders are still there."""
-        return [_verb_of(run) for run in follow(self.run.folder)[:-1] if run.lines]
+        """The verbs of the runs that it started from, oldest first, as far as their folders are still there.
+
+        Raises UserError if one of them cannot be read.
+        """
+        left_out: list[str] = []
+        chain = follow(self.run.folder, left_out)
+        if left_out:
+            raise UserError(f"a run that this one started from cannot be read: {left_out[0]}", "repair the file")
+        return [_verb_of(run) for run in chain[:-1] if run.lines]
 
     @property
     def is_exact(self) -> bool:

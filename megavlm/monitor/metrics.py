@@ -245,10 +245,25 @@ class MetricsWriter:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl (or of that in a folder), oldest first; none if the file is missing.
 
-    Lines that are not a JSON object with a step are ignored, because the last line may be incomplete after a kill.
+    Lines that are not a JSON object with a step are ignored, because the last line may be incomplete after a kill. So
+    are values that are no numbers.
     """
     path = Path(path)
-    return read_lines(path / FILE_NAME if path.is_dir() else path)
+    lines = read_lines(path / FILE_NAME if path.is_dir() else path)
+    return [{key: value for key, value in line.items() if value is None or _is_number(value)} for line in lines]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def num_damaged(path: Path) -> int:
+    """The number of lines of a file that ``read_lines`` ignores, without one at the end that is not complete.
+
+    Raises UserError if the file cannot be read.
+    """
+    *whole, _ = _text(path).split("\n")
+    return sum(bool(line.strip()) for line in whole) - len(_parse("\n".join(whole)))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -60,8 +60,9 @@ def _read(file: Path) -> Gpu:
         assumed = next(iter(gpus().values())).operators
         return Gpu(**{**facts, "operators": {**assumed, **facts["operators"]}})
     except (OSError, UserError, TypeError, KeyError) as error:
+        cause = error.message if isinstance(error, UserError) else repr(error)
         raise UserError(
-            f"--gpu {file} cannot be read as a file of measurements: {error}",
+            f"--gpu {file} cannot be read as a file of measurements: {cause}",
             "give a file that `megavlm bench CONFIG --operators FILE.yaml` has written",
         ) from error
 

@@ -150,9 +150,9 @@ def _built(layout: Layout, numbers: Sequence[int], processes: int) -> list[Stage
             return _held(layout, number, session, trained)
 
     builds = [[partial(build, number) for number in numbers] for build in (traced, held)]
-    if processes >= 2 * len(builds):
+    if processes > len(builds):
         builds = [[build] for build in itertools.chain(*builds)]
-    # Otherwise, each of two processes has builds that are alike, and knows most of what they compute from the first.
+    # With two processes, each has builds that are alike: it knows most of what they compute from its first one.
     found: list[Any] = list(
         itertools.chain.from_iterable(
             in_processes(lambda at: [build() for build in builds[at]], len(builds), processes, "planning", FREE_MEMORY)

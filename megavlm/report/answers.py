@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from megavlm.base.errors import UserError
-from megavlm.base.json_files import parse_json
+from megavlm.base.json_files import parse_json, read_json
 from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.records.questions import question_of, reference_of
 from megavlm.records.records import check_record
@@ -100,13 +100,17 @@ class AnswerGroup:
 
 
 def read_note(folder: Path) -> dict[str, Any] | None:
-    """What the answers in ``folder`` were made from, as `megavlm infer` recorded it; None if it did not."""
-    try:
-        note = parse_json((folder / NOTE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """What the answers in ``folder`` were made from, as `megavlm infer` recorded it; None if it did not.
+
+    Raises UserError if the file is damaged.
+    """
+    file = folder / NOTE_FILE
+    if not file.is_file():
         return None
-    parts = (note.get("weights"), note.get("data")) if isinstance(note, dict) else (None,)
-    return note if all(isinstance(part, dict) for part in parts) else None
+    note = read_json(file, "delete the file, and run megavlm infer again")
+    if not all(isinstance(note.get(part), dict) for part in ("weights", "data")):
+        raise UserError(f"{file} does not say what the answers were made from", "run megavlm infer again")
+    return note
 
 
 def read_source(
@@ -131,15 +135,19 @@ def read_source(
 
 
 def _answers(file: Path) -> dict[int, list[str]]:
-    answers = {}
+    answers: dict[int, list[str]] = {}
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 entry = parse_json(line)
-                answers[entry["index"]] = entry["answers"] if "answers" in entry else [entry["answer"]]
+                index, several = entry["index"], entry["answers"] if "answers" in entry else [entry["answer"]]
+                is_one = isinstance(index, int) and all(isinstance(answer, str) for answer in several)
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{file}:{number}: not an answer with its index", "repair the file") from None
+                is_one = False
+            if not is_one:
+                raise UserError(f"{file}:{number}: not an answer with its index", "repair the file")
+            answers[index] = several
     return answers
 
 

@@ -3,14 +3,15 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from megavlm.base.errors import UserError
 from megavlm.base.json_files import parse_json
 from megavlm.base.number_format import number
+from megavlm.base.quoting import shortened
 from megavlm.monitor.expert_metrics import FILE_NAME, loads
 from megavlm.report.charts import Curve, chart
 
@@ -18,13 +19,8 @@ _LEVELS = 6  # shades of a colour; the deepest is a load of 8 or more, or of an 
 _PARTS = (("early", "loss"), ("middle", "language"), ("late", "projector"))  # thirds of the layers, colours
 
 
-def expert_charts(lines: Sequence[dict[str, Any]], folder: Path) -> list[Markup]:
-    """The charts of a run with experts; those without values are empty.
-
-    Args:
-        lines: the lines of metrics.jsonl.
-        folder: the run's folder.
-    """
+def expert_charts(lines: Sequence[dict[str, Any]]) -> list[Markup]:
+    """The charts of a run with experts, from its lines of metrics.jsonl; those without values are empty."""
     steps = [line["step"] for line in lines]
 
     def curve(name: str, field: str, color: str) -> Curve:
@@ -40,17 +36,23 @@ def expert_charts(lines: Sequence[dict[str, Any]], folder: Path) -> list[Markup]
         chart("Evenness of the experts", steps, of_parts("entropy"), note="entropy; 1 is even"),
         chart("Balancing loss", steps, of_parts("aux_loss"), note="before its weight; 1 is even"),
         chart("Router z-loss", steps, of_parts("z_loss"), note="before its weight"),
-        expert_map(folder),
     ]
 
 
 def expert_map(folder: Path) -> Markup:
-    """The load of each expert in each layer of the newest logged step; empty if the folder has none."""
-    found: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        found = parse_json((folder / FILE_NAME).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not found.get("tokens"):
+    """The load of each expert in each layer of the newest logged step; empty if the folder has none.
+
+    Raises UserError if its file is damaged.
+    """
+    try:
+        return _drawn(parse_json((folder / FILE_NAME).read_text(encoding="utf-8")))
+    except FileNotFoundError:
         return Markup("")
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{folder / FILE_NAME} cannot be read: {shortened(repr(error))}", "delete it") from None
+
+
+def _drawn(found: dict[str, Any]) -> Markup:
     layers, by_layer = found["layers"], [loads(tokens) for tokens in found["tokens"]]
     width, height = len(by_layer[0]), len(by_layer)
     shades: dict[tuple[str, int], list[str]] = defaultdict(list)

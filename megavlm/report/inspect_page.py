@@ -47,7 +47,7 @@ def write_page(
     charts = [histogram("Tokens per sample", of_source, "tokens") for of_source in lengths]
     page = render_page(
         TEMPLATE,
-        filters={"decimal": decimal, "whole": lambda number: f"{number:,}", "text_of": text_of},
+        filters={"decimal": decimal, "whole": _whole, "text_of": text_of},
         settings=settings,
         kind=kind,
         sources=[
@@ -83,3 +83,7 @@ def text_of(pieces: Sequence[Piece]) -> Markup:
             attributes += Markup(' title="{}"').format(piece.title)
         spans.append(Markup("<span{}>{}</span>").format(attributes, text))
     return Markup("").join(spans)
+
+
+def _whole(number: int) -> str:
+    return f"{number:,}"

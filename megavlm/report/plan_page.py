@@ -50,7 +50,7 @@ def write_plan_page(file: Path, plan: Mapping[str, Any], settings: Settings, ver
     time, search, workers = plan.get("time"), plan.get("candidates") or [], plan.get("workers")
     page = render_page(
         TEMPLATE,
-        filters={"gib": lambda size: f"{size / GIB:.2f}", "parts": memory_parts, "changes": layout_text},
+        filters={"gib": _gib, "parts": memory_parts, "changes": layout_text},
         plan=plan,
         title=f"{settings.model.hf.name}, {verb}",
         facts=_facts(settings),
@@ -208,3 +208,7 @@ def ruled_out(candidates: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
     """What ruled layouts out and how many, the most frequent first. Numbers in a reason are not told apart."""
     reasons = [re.sub(r"\d[\d.,]*", "…", each["ruled_out"]) for each in candidates if each["ruled_out"] is not None]
     return Counter(reasons).most_common()
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"

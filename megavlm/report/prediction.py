@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from megavlm.base.json_files import parse_json
 from megavlm.base.number_format import number, percent, short
@@ -51,37 +50,26 @@ def predictions(run: Run) -> Predictions | None:
     """
     try:
         plan = parse_json((run.folder / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if "error" in plan:
+            return Predictions(run.name, error=plan["error"])
+        gpu, device, mix, caveats = plan["gpu"]["name"], plan["device"], plan["mix"], plan["caveats"]
+        peak, seconds = plan["stages"][0]["total"] / GIB, plan["time"]["seconds"]
+        speed, mfu, world_size = plan["tokens_per_second"], plan["mfu"], int(plan["world_size"])
+    except FileNotFoundError:
         return None
-    try:
-        return _compared(run, plan)
-    except (LookupError, TypeError, AttributeError):
-        return Predictions(run.name, error=f"{FILE_NAME} is damaged, or not a plan of this version")
-
-
-def _compared(run: Run, plan: dict[str, Any]) -> Predictions:
-    if "error" in plan:
-        return Predictions(run.name, error=plan["error"])
-    on_gpu = plan["device"] is not None
-    peaks = [value for value in run.column("memory_gib") if value is not None]
+    except (OSError, ValueError, LookupError, TypeError):
+        return Predictions(run.name, error=f"{FILE_NAME} is damaged, or of another version")
+    peaks = [value for value in run.column("memory_gib") if value is not None] if device is not None else []
+    measured = run.typical("tokens_per_second")
     rows = [
-        _row(
-            "peak memory of rank 0, GiB", plan["stages"][0]["total"] / GIB, max(peaks, default=None) if on_gpu else None
-        ),
-        _row("seconds of a step", plan["time"]["seconds"], run.typical("seconds")),
-        _row("tokens per second and GPU", plan["tokens_per_second"], _each(run, plan), short),
-        _row("MFU", plan["mfu"], run.typical("mfu"), percent),
+        _row("peak memory of rank 0, GiB", peak, max(peaks, default=None)),
+        _row("seconds of a step", seconds, run.typical("seconds")),
+        _row("tokens per second and GPU", speed, None if measured is None else measured / world_size, short),
+        _row("MFU", mfu, run.typical("mfu"), percent),
     ]
     if is_rl(run.lines):  # a plan knows the time of an update, and nothing of sampling
         rows = rows[:1]
-    device = plan["device"] or "a CPU"
-    return Predictions(run.name, "", plan["gpu"]["name"], device, plan["mix"], plan["caveats"], tuple(rows))
-
-
-def _each(run: Run, plan: dict[str, Any]) -> float | None:
-    """The measured tokens per second of one process."""
-    speed = run.typical("tokens_per_second")
-    return None if speed is None else speed / plan["world_size"]
+    return Predictions(run.name, "", gpu, device or "a CPU", mix, caveats, tuple(rows))
 
 
 def _row(name: str, predicted: float, measured: float | None, label: Callable[[float | None], str] = number) -> Row:

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megavlm.base.errors import UserError
 from megavlm.base.yaml_files import read_plain
 from megavlm.media.access import MediaAccess
 from megavlm.monitor.metrics import PARTS, read_metrics
@@ -28,9 +29,12 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
-        """Reads an output folder. Raises UserError if config.yaml is not valid YAML."""
+        """Reads an output folder. Raises UserError if config.yaml or metrics.jsonl cannot be read."""
         file = folder / "config.yaml"
-        config = read_plain(file) if file.is_file() else None
+        try:
+            config = read_plain(file) if file.is_file() else None
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from None
         lines = read_metrics(folder)
         return cls(folder, config if isinstance(config, dict) else {}, lines if any(map(of_a_step, lines)) else [])
 

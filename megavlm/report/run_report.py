@@ -17,12 +17,16 @@ from markupsafe import Markup
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
-from megavlm.base.number_format import percent, short
+from megavlm.base.number_format import counted, percent, short
+from megavlm.base.quoting import shortened
+from megavlm.monitor.metrics import FILE_NAME as METRICS
+from megavlm.monitor.metrics import num_damaged
 from megavlm.monitor.rl_warnings import history
+from megavlm.monitor.rollout_log import FILE_NAME as ROLLOUTS
 from megavlm.monitor.rollout_log import HELD_OUT_FILE
 from megavlm.report.answers import AnswerGroup, AnswerSource, group_answers, read_note, read_source
 from megavlm.report.charts import Band, Curve, chart
-from megavlm.report.experts import expert_charts
+from megavlm.report.experts import expert_charts, expert_map
 from megavlm.report.loss_plot import HELD_OUT, smooth
 from megavlm.report.page import render_page
 from megavlm.report.phases import phases_bar
@@ -31,9 +35,10 @@ from megavlm.report.prediction import predictions
 from megavlm.report.preferences import held_out_score, method_charts
 from megavlm.report.rollouts import marked_tokens, shown_rollouts
 from megavlm.report.run import Run, access_of, existing
-from megavlm.report.run_data import changes_of, passes_of
+from megavlm.report.run_data import CHANGES_FILE, changes_of, passes_of
 
 FILE_NAME = "report.html"
+LINES = (METRICS, CHANGES_FILE, ROLLOUTS, HELD_OUT_FILE)  # files of a run with a line for each step that they tell of
 TEMPLATE = "report.html.jinja"
 
 
@@ -41,18 +46,22 @@ def write_report(output_dir: str | Path) -> Path:
     """Writes report.html into an output folder; an existing one is replaced atomically.
 
     It reads config.yaml, metrics.jsonl, answers.jsonl and accuracy.json of this folder, of its predecessors and of the
-    folders next to them, and the files of the questions. Damaged files of other folders are named and left out.
+    folders next to them, and the files of the questions. What is damaged is named and left out.
 
     Returns:
         The file.
 
     Raises:
-        UserError: there is nothing to report, or config.yaml or metrics.jsonl of this folder is damaged.
+        UserError: there is nothing to report, or config.yaml, metrics.jsonl or the sampled answers of this folder
+            cannot be read.
     """
     folder = Path(output_dir)
     left_out: list[str] = []
     chain = follow(folder, left_out)
     trained = [run for run in chain if run.lines]
+    for file in (run.folder / name for run in chain for name in LINES):
+        if damaged := num_damaged(file):
+            left_out.append(f"{file}: {counted(damaged, 'line')}, damaged or without a step")
     answers = group_answers(find_answers(chain, left_out))
     if not trained and not answers:
         raise UserError(
@@ -63,7 +72,7 @@ def write_report(output_dir: str | Path) -> Path:
     return folder / FILE_NAME
 
 
-def follow(folder: Path, left_out: list[str] | None = None) -> list[Run]:
+def follow(folder: Path, left_out: list[str]) -> list[Run]:
     """The run of `folder` and its predecessors, oldest first.
 
     They end at one that cannot be read; ``left_out`` gets the reason.
@@ -78,8 +87,7 @@ def follow(folder: Path, left_out: list[str] | None = None) -> list[Run]:
         except UserError as error:
             if not chain:
                 raise
-            if left_out is not None:
-                left_out.append(error.message)
+            left_out.append(error.message)
             break
         before = _run_folder(chain[0].setting("model.load"), before)
     return chain
@@ -117,6 +125,9 @@ def find_answers(chain: list[Run], left_out: list[str]) -> list[AnswerSource]:
         except UserError as error:
             left_out.append(error.message)
             continue
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # settings of any other form
+            left_out.append(f"{folder}: the settings of its answers are damaged: {shortened(repr(error))}")
+            continue
         if source is not None:
             found.append(((place, weights.get("step") or 0), source))
     return [source for _, source in sorted(found, key=lambda item: item[0])]
@@ -126,7 +137,8 @@ def _questions(data: dict[str, Any], folder: Path) -> Path | None:
     """The one file of questions; None if there are several, which are not told apart here, or none."""
     asked = data.get("eval")
     paths = [asked] if isinstance(asked, str) else [source["path"] for source in asked or ()]
-    return existing(Path(paths[0]), folder) if len(paths) == 1 else None
+    found = existing(Path(paths[0]), folder) if len(paths) == 1 else None
+    return found if found is not None and found.is_file() else None
 
 
 def _place(weights: dict[str, Any], folder: Path, places: dict[Path, int], start: Path | None) -> int | None:
@@ -190,14 +202,14 @@ def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup], le
         run=chain[-1],
         trained=trained,
         overview=_overview(trained),
-        charts=[_charts(run) for run in trained],
+        charts=[_charts(run, left_out) for run in trained],
         settings=_settings(chain),
         answers=answers,
-        left_out=left_out,
         warnings=history(trained[-1].lines) if trained else [],
         rollouts=shown_rollouts(chain[-1]),
         predictions=[found for run in trained if (found := predictions(run)) is not None],
         held_out=shown_rollouts(chain[-1], HELD_OUT_FILE),
+        left_out=list(dict.fromkeys(left_out)),  # complete by now
     )
 
 
@@ -220,7 +232,7 @@ def _overview(runs: list[Run]) -> str:
     return chart("Loss", steps, [Curve("loss", losses, "loss", average)], bands=bands, kind="tall")
 
 
-def _charts(run: Run) -> list[tuple[str, list[Markup]]]:
+def _charts(run: Run, left_out: list[str]) -> list[tuple[str, list[Markup]]]:
     """The charts of one run that have values, under headings; "" if there is only one group."""
     steps = [line["step"] for line in run.lines]
     norms = [Curve.smoothed(part, run.column(f"grad_norm/{part}"), part) for part in run.trained_parts]
@@ -241,7 +253,12 @@ def _charts(run: Run) -> list[tuple[str, list[Markup]]]:
         chart("Peak memory, GiB", steps, [Curve("GiB", run.column("memory_gib"), "soft")], from_zero=True),
     ]
     groups = [*policy_charts(run.lines), ("Training", charts)] if rl else [("", charts)]
-    groups.append(("Experts", expert_charts(run.lines, run.folder)))
+    experts = expert_charts(run.lines)
+    try:
+        experts.append(expert_map(run.folder))
+    except UserError as error:
+        left_out.append(error.message)
+    groups.append(("Experts", experts))
     return [(heading, [drawn for drawn in group if drawn]) for heading, group in groups]
 
 

@@ -91,7 +91,7 @@ class JsonlFile:
             record: Any = parse_json(line)
             find: Find = partial(self._access.find, self.path, self.source(index))
             return with_names(self, index, record, find) if may_be_inside(line) else (record, find)
-        except ValueError as error:  # also raised for bytes that are not UTF-8
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             cause = shortened(error)
             if isinstance(error, json.JSONDecodeError):  # whose own words call every line "line 1"
                 cause = f"{error.msg} at column {error.colno}"

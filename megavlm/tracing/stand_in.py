@@ -27,9 +27,9 @@ _PLAIN = 3  # layers that are kept beside those with deepstack features: one, th
 def fewer_layers(settings: Settings, shapes: Shapes, stage: int, *, rough: bool = False) -> tuple[Settings, Shapes]:
     """The settings and shapes with few layers in the tower and in each chunk of the decoder, if that can stand for all.
 
-    On pipeline stages without deepstack features, fewer of them can.
-
-    It cannot if the stage's chunks are short, or if some layers of the decoder have experts and others do not.
+    On pipeline stages without deepstack features, fewer of them can: those behind a first one that has as many layers
+    as there are levels of features. It cannot if the stage's chunks are short, or if some layers of the decoder have
+    experts and others do not.
 
     Args:
         settings, shapes: those of the run.
@@ -43,7 +43,8 @@ def fewer_layers(settings: Settings, shapes: Shapes, stage: int, *, rough: bool 
     are_alike = len({text.is_moe_layer(layer) for layer in range(text.layers)}) == 1
     if shapes.vision.layers > few:
         shapes = replace(shapes, vision=replace(shapes.vision, layers=few, deepstack_layers=tuple(range(levels))))
-    if are_alike and layers_of(parallel, text.layers, stage) > each:
+    has_features_elsewhere = stage > 0 and layers_of(parallel, text.layers, 0) < levels
+    if are_alike and not has_features_elsewhere and layers_of(parallel, text.layers, stage) > each:
         chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
         shapes = replace(shapes, text=replace(text, layers=each * chunks))
         even = parallel.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})

@@ -27,7 +27,10 @@ def unpacked(message: bytes) -> tuple[dict[str, Any], memoryview]:
     end = _LENGTH.size + _LENGTH.unpack_from(message)[0]
     if end > len(message):
         raise ValueError("the message is cut off")
-    return json.loads(message[_LENGTH.size : end]), memoryview(message)[end:]
+    try:
+        return json.loads(message[_LENGTH.size : end]), memoryview(message)[end:]
+    except RecursionError:
+        raise ValueError("the head is nested too deeply") from None
 
 
 def folder_for(num_bytes: int, memory: Path) -> Path | None:

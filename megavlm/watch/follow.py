@@ -102,7 +102,7 @@ class FollowedRun:
         self._identity, self._changed = identity, found.st_mtime
         self._place += len(whole)
         self._tail = (self._tail + whole)[-_TAIL:]
-        for raw in whole.splitlines():
+        for raw in filter(bytes.strip, whole.splitlines()):
             self._take(raw)
 
     def _take(self, raw: bytes) -> None:

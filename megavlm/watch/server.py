@@ -67,7 +67,7 @@ class PageServer(ThreadingHTTPServer):
             for run, facts in zip(self.runs, answer["runs"], strict=True):
                 points = {name: run.points(name, _MOST_POINTS) for name in fields}
                 facts["curves"] = {name: vars(found) for name, found in points.items() if found.steps}
-                with suppress(KeyError, TypeError, ValueError, ArithmeticError):  # of a file that is no such map
+                with suppress(UserError):  # of a file that is no such map
                     facts["experts"] = str(expert_map(run.folder))
         return answer
 

@@ -3,6 +3,9 @@
 import json
 import re
 
+import pytest
+
+from megavlm.base.errors import UserError
 from megavlm.report.experts import expert_charts, expert_map
 
 
@@ -29,16 +32,18 @@ def test_each_cell_has_its_place_and_shade(tmp_path):
 
 def test_nothing_without_a_readable_file(tmp_path):
     assert not expert_map(tmp_path)
-    (tmp_path / "expert_load.json").write_text("{")
-    assert not expert_map(tmp_path)
+    for damaged in ("{", "[]", '{"tokens": [[1, 2]]}'):
+        (tmp_path / "expert_load.json").write_text(damaged)
+        with pytest.raises(UserError, match="expert_load.json cannot be read"):
+            expert_map(tmp_path)
 
 
-def test_curves_of_the_fields(tmp_path):
+def test_curves_of_the_fields():
     lines = [
         {"step": step, "experts/load_max": 2.0, "experts/load_min": 0.5, "experts/entropy": 0.9} for step in (1, 2)
     ]
-    drawn = "".join(filter(None, expert_charts(lines, tmp_path)))
+    drawn = "".join(filter(None, expert_charts(lines)))
     assert "Load of an expert" in drawn
     assert "Evenness of the experts" in drawn
     assert "Balancing loss" not in drawn
-    assert not any(expert_charts([{"step": 1, "loss": 1.0}], tmp_path))
+    assert not any(expert_charts([{"step": 1, "loss": 1.0}]))

@@ -55,5 +55,6 @@ def test_without_a_plan(tmp_path):
     assert predictions(run) is None
     (tmp_path / "plan.json").write_text('{"error": "no <such> GPU"}')
     assert predictions(run).error == "no <such> GPU"
-    (tmp_path / "plan.json").write_text("{")  # of a process that has died
-    assert predictions(run) is None
+    for damaged in ("{", "[]", "{}", json.dumps(PLAN | {"stages": []})):
+        (tmp_path / "plan.json").write_text(damaged)
+        assert predictions(run).error == "plan.json is damaged, or of another version"

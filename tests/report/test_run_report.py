@@ -66,26 +66,26 @@ def runs(tmp_path):
 
 
 def test_chain_is_followed_to_its_start(runs):
-    assert [run.name for run in follow(runs / "sft")] == ["stage 0", "stage 1", "sft"]
-    assert [run.name for run in follow(runs / "stage1")] == ["stage 0", "stage 1"]
+    assert [run.name for run in follow(runs / "sft", [])] == ["stage 0", "stage 1", "sft"]
+    assert [run.name for run in follow(runs / "stage1", [])] == ["stage 0", "stage 1"]
 
 
 def test_chain_of_moved_folders(runs, tmp_path):
     shutil.move(runs, tmp_path / "elsewhere")
-    assert [run.name for run in follow(tmp_path / "elsewhere/sft")] == ["stage 0", "stage 1", "sft"]
+    assert [run.name for run in follow(tmp_path / "elsewhere/sft", [])] == ["stage 0", "stage 1", "sft"]
 
 
 def test_chain_by_paths_relative_to_where_it_was_started(tmp_path, monkeypatch):
     write_run(tmp_path / "work/runs/a")
     write_run(tmp_path / "work/runs/b", load="runs/a")  # a run folder stands for its newest checkpoint
     monkeypatch.chdir("/")
-    assert [run.name for run in follow(tmp_path / "work/runs/b")] == ["a", "b"]
+    assert [run.name for run in follow(tmp_path / "work/runs/b", [])] == ["a", "b"]
 
 
 def test_chain_that_bites_its_tail(tmp_path):
     write_run(tmp_path / "a", load=tmp_path / "b/checkpoints/step_00000005")
     write_run(tmp_path / "b", load=tmp_path / "a/checkpoints/step_00000005")
-    assert [run.name for run in follow(tmp_path / "a")] == ["b", "a"]
+    assert [run.name for run in follow(tmp_path / "a", [])] == ["b", "a"]
 
 
 def test_page_has_everything_and_needs_nothing(runs):

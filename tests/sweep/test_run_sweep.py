@@ -18,16 +18,36 @@ from megavlm.watch.follow import find_runs
 from megavlm.watch.server import PageServer
 
 FILES = (
-    *("config.yaml", "metrics.jsonl", "changes.jsonl", "expert_load.json", "plan.json", "rollouts.jsonl"),
-    *("answers.jsonl", "answers.json", "accuracy.json"),
+    *("config.yaml", "metrics.jsonl", "changes.jsonl", "rollouts.jsonl", "held_out_answers.jsonl"),
+    *("expert_load.json", "plan.json", "answers.jsonl", "answers.json", "accuracy.json"),
 )
+LINES = ("metrics.jsonl", "changes.jsonl", "rollouts.jsonl", "held_out_answers.jsonl")
 REFUSED = {
-    *(("config.yaml", fault) for fault in ("truncated", "nested too deeply", "binary")),
-    *((name, "a folder") for name in ("metrics.jsonl", "rollouts.jsonl")),
+    *(("config.yaml", fault) for fault in ("nested too deeply", "binary")),
+    *((name, "a folder") for name in LINES),
 }
+# A line without its end may be that of a run that was killed; a folder or a dangling link is no file of answers.
 LEFT_OUT = {
-    *(("accuracy.json", fault) for fault in FAULTS if fault != "a dangling link"),
+    *((name, "binary") for name in LINES),
+    *(
+        (name, fault)
+        for name in ("accuracy.json", "expert_load.json")
+        for fault in FAULTS
+        if fault != "a dangling link"
+    ),
+    *(("answers.json", fault) for fault in FAULTS if fault not in ("a folder", "a dangling link")),
     *(("answers.jsonl", fault) for fault in FAULTS if fault not in ("emptied", "a folder", "a dangling link")),
+}
+WRONG = {  # names as they should be, with values of other types
+    "metrics.jsonl": '{"step": 1, "loss": "x", "lr": [1], "grad_norm": {"a": 1}, "seconds": true}\n',
+    "changes.jsonl": '{"step": "x", "time": 1, "setting": [], "old": {}, "new": null}\n',
+    "rollouts.jsonl": '{"step": 4, "groups": 5}\n',
+    "held_out_answers.jsonl": '{"step": 4, "groups": [{"answers": 3}]}\n',
+    "expert_load.json": '{"tokens": [[1, 2]]}',
+    "plan.json": json.dumps({"device": None, "gpu": 1, "stages": [], "time": 2}),
+    "answers.jsonl": '{"index": 0, "answer": 5}\n',
+    "answers.json": '{"weights": {"run": 5, "load": 7}, "data": {"eval": 5, "media_roots": 3}}',
+    "accuracy.json": '{"accuracy": "x"}',
 }
 PLAN = {
     "device": None, "gpu": {"name": "H100"}, "world_size": 1, "mix": "full rows", "caveats": "", "mfu": 0.4,
@@ -45,7 +65,7 @@ def runs(tmp_path_factory):
     run, other = folder / "run", folder / "other"
     checkpoint = run / "checkpoints/step_00000004"
     checkpoint.mkdir(parents=True)
-    data = {"eval": str(folder / "eval.jsonl")}
+    data = {"eval": "eval.jsonl"}
     (run / "config.yaml").write_text(yaml.safe_dump({"model": {"hf": "hf"}, "train": {"steps": 4}, "data": data}))
     with MetricsWriter(run) as writer:
         for step in range(1, 5):
@@ -55,7 +75,8 @@ def runs(tmp_path_factory):
     (run / "expert_load.json").write_text(json.dumps({"step": 4, "layers": [0], "tokens": [[3, 1]]}))
     (run / "plan.json").write_text(json.dumps(PLAN))
     answer = LoggedAnswer("0", 1.0, {}, 0.0, 1, "stop")
-    RolloutLog(run).write(4, [LoggedGroup("train.jsonl:1", "Q?", [], "0", [answer])])
+    for name in ("rollouts.jsonl", "held_out_answers.jsonl"):
+        RolloutLog(run, name=name).write(4, [LoggedGroup("train.jsonl:1", "Q?", [], "0", [answer])])
     other.mkdir()
     shutil.copy(run / "config.yaml", other)
     for place in (run, other):
@@ -67,34 +88,34 @@ def runs(tmp_path_factory):
 
 
 def shown(run) -> str:
-    """What the report shows in words."""
-    return re.sub(r"<[^>]*>", "", write_report(run).read_text())
+    return write_report(run).read_text()
 
 
 def left_out(page: str) -> list[Path]:
     """The files that are named as left out."""
-    _, found, told = page.partition("Left out of this report")
-    return [Path(re.split(r"[:\s]", told.strip())[0])] if found else []
+    _, _, told = page.partition("Left out of this report")
+    return [Path(re.split(r"[:\s]", item)[0]) for item in re.findall(r"<li>(.*?)</li>", told.partition("</ul>")[0])]
 
 
 def test_nothing_is_spoiled(runs, capfd):
     page = shown(runs / "run")
-    for word in ("100.0", "train.lr", "Predicted", "Q?", "expert"):
+    for word in ("100.0", "train.lr", "Predicted", "Q?", "Load of each expert"):
         assert word in page
-    run_here(capfd, "watch", "--text", "--once", str(runs / "run"))
+    assert left_out(page) == []
+    assert run_here(capfd, "watch", "--text", "--once", str(runs / "run")) == (0, "")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", FILES)
 def test_the_report(runs, name, fault):
-    """Without its settings or its metrics there is none. Damaged lines of logs are passed over, as after a kill."""
+    """It needs its settings, and logs that can be opened; what else is damaged is left out and named."""
     with spoiled(runs / "run" / name, fault):
         if (name, fault) in REFUSED:
             with pytest.raises(UserError, match=name):
                 shown(runs / "run")
         else:
             page = shown(runs / "run")
-            assert ("plan.json is damaged" in page) == (name == "plan.json" and fault in ("other JSON", "a list"))
+            assert ("plan.json is damaged" in page) == (name == "plan.json" and fault != "a dangling link")
             assert left_out(page) == [runs / "run" / name] * ((name, fault) in LEFT_OUT)
 
 
@@ -105,6 +126,27 @@ def test_the_report_of_a_folder_beside_it(runs, name, fault):
     with spoiled(runs / "other" / name, fault):
         page = shown(runs / "run")
     assert left_out(page) == [runs / "other" / name] * ((name, fault) in LEFT_OUT | REFUSED)
+
+
+@pytest.mark.parametrize("who", ["run", "other"])
+@pytest.mark.parametrize("name", WRONG)
+def test_values_of_another_type(runs, capfd, name, who):
+    if (runs / who / name).exists():
+        with spoiled(runs / who / name, "emptied"):
+            (runs / who / name).write_text(WRONG[name])
+            page = shown(runs / "run")
+            assert run_here(capfd, "watch", "--text", "--once", str(runs / "run")) == (0, "")
+        named = name in ("changes.jsonl", "expert_load.json", "answers.jsonl", "accuracy.json")
+        assert left_out(page) == ([runs / who] if name == "answers.json" else [runs / who / name] * named)
+        assert ("plan.json is damaged" in page) == (name == "plan.json")
+
+
+@pytest.mark.parametrize("settings", ["model: hf", "data: {eval: 5}", "data: {eval: [{}]}", "data:\n  ev"])
+def test_settings_of_another_type_in_a_folder_beside_it(runs, settings):
+    with spoiled(runs / "other/config.yaml", "emptied"), spoiled(runs / "other/answers.json", "a dangling link"):
+        load = "" if "model" in settings else f"model: {{load: {runs / 'run/checkpoints/step_00000004'}}}\n"
+        (runs / "other/config.yaml").write_text(load + settings)
+        assert left_out(shown(runs / "run")) == [runs / "other"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -121,6 +163,6 @@ def test_watching(runs, capfd, name, fault):
     assert facts["step"] == (2 if fault == "truncated" else None)
     expected = {  # a line without its end may still be written
         "a folder": ["metrics.jsonl cannot be read: Is a directory"],
-        "binary": ["31 lines of metrics.jsonl left out: damaged, or without a step"],
+        "binary": ["16 lines of metrics.jsonl left out: damaged, or without a step"],
     }
     assert [note for note in facts["notes"] if "metrics.jsonl" in note] == expected.get(fault, [])
