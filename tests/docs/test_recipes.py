@@ -32,11 +32,15 @@ SAMPLED = {
     "rollout.cache_gib": "0.05",
 }
 STEPS = {"1000": "2", "2000": "4"}
-# What lines to add need beside a toy: devices that are there, a row for a conversation, ramps that end in two steps.
+# What lines to add need beside a toy: devices that are there, a row for a conversation, ramps that end in three steps.
 MORE = {
     "… sample with vLLM?": ["rollout.vllm.servers=1", "rollout.vllm.devices=[]"],
     "… let the model use a tool, or speak with an environment?": ["data.train=doors.jsonl", "data.seq_length=4096"],
-    "… begin with smaller batches or shorter rows?": ["data.seq_length=8192", "train.global_batch_size=64"],
+    "… begin with smaller batches or shorter rows?": [
+        "data.seq_length=8192",
+        "train.global_batch_size=34",
+        "train.steps=3",
+    ],
 }
 
 
@@ -164,7 +168,7 @@ def test_commands_run(files: Path, tmp_path_factory: pytest.TempPathFactory, mon
 
 
 def shorter_ramp(found: re.Match) -> str:
-    """A ramp that ends within two steps."""
+    """A ramp that ends within three steps."""
     return f"{found[1]}{{1: {found[2]}" + (f", 2: {found[3]}}}" if found[3] else "}")
 
 
