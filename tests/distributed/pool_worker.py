@@ -50,6 +50,9 @@ def work(rank: int, world_size: int, port: int, connection, log: str, after_each
     import torch
     import torch.distributed as dist
 
+    from megavlm.platform.gloo import share_device
+
+    share_device()
     torch.set_num_threads(1)
     gc.freeze()  # a collection after each call need not look at all of torch and Megatron again
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
