@@ -164,7 +164,7 @@ def test_orientation_is_found_wherever_it_stands(tmp_path, renderer):
     renderer.encode({"text": "<image>" * len(names), "images": names}, in_folder(tmp_path), "here:1", kind="pretrain")
 
 
-HIGH = SHADES.astype(np.uint16) * 257  # of 16 bits
+HIGH = SHADES.astype(np.uint16) * 256 + (255 - SHADES)  # of 16 bits, the lower 8 of which differ from the upper ones
 DEEP = {
     "16-bit.png": lambda path: Image.fromarray(HIGH).save(path),
     "16-bit.tiff": lambda path: Image.fromarray(HIGH).save(path),
