@@ -217,7 +217,7 @@ def threads() -> int:
 
 
 def test_a_world_leaves_nothing_behind(toys, world2):
-    """A process group has gloo threads, which poll: a world that stayed alive would slow down all that come after."""
+    """Process groups have threads and memory: a world that stayed alive would slow down all that come after."""
     settings = settings_of(toys.folder("moe"), {"expert": 2}, moe=True)
     counts = []
     for _ in range(2):
