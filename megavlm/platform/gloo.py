@@ -11,7 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-_devices: dict[int, list[Any]] = {}  # by the number of the process: a forked one has not the threads of its parent
+# By the number of the process: a forked one does not have the threads of its parent.
+_devices: dict[int, list[Any]] = {}
 
 
 def share_device() -> None:

@@ -60,8 +60,13 @@ def write_report(output_dir: str | Path) -> Path:
     chain = follow(folder, left_out)
     trained = [run for run in chain if run.lines]
     for file in (run.folder / name for run in chain for name in LINES):
-        if damaged := num_damaged(file):
-            left_out.append(f"{file}: {counted(damaged, 'line')}, damaged or without a step")
+        try:
+            if damaged := num_damaged(file):
+                left_out.append(f"{file}: {counted(damaged, 'line')}, damaged or without a step")
+        except UserError as error:
+            if file.parent == folder:
+                raise
+            left_out.append(error.message)
     answers = group_answers(find_answers(chain, left_out))
     if not trained and not answers:
         raise UserError(
