@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from megavlm.platform import cpu
 from megavlm.platform.device import backend, host_backend, on_gpu, repeat_results, seed_everything
-from megavlm.platform.gloo import share_device
 
 if TYPE_CHECKING:  # Megatron takes seconds to import, and not every program that imports this module needs it
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -179,7 +178,6 @@ def _start(timeout_minutes: float) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    share_device()
     if on_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ:

@@ -49,8 +49,7 @@ def work(rank: int, world_size: int, port: int, connection, log: str, after_each
 
     import torch
     import torch.distributed as dist
-
-    from megavlm.platform.gloo import share_device
+    from gloo_device import share_device
 
     share_device()
     torch.set_num_threads(1)

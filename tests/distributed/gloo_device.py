@@ -1,7 +1,8 @@
 """All gloo groups of a process share one network device.
 
 torch gives each group a device of its own, with a thread that wakes up a hundred times a second. A rank has up to fifty
-groups, and those of many ranks keep a core busy although nobody sends anything.
+groups, and those of a pool's many ranks keep a core busy although nobody sends anything. Runs of users are left as they
+are: with two ranks that do send, a step of the demo took 5 % longer with a shared device.
 """
 
 import datetime
