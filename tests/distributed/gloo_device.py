@@ -2,7 +2,7 @@
 
 torch gives each group a device of its own, with a thread that wakes up a hundred times a second. A rank has up to fifty
 groups, and those of a pool's many ranks keep a core busy although nobody sends anything. Runs of users are left as they
-are: with two ranks that do send, a step of the demo took 5 % longer with a shared device.
+are: a run of the demo with two ranks, which do send, took 5 % longer with a shared device (two pairs of runs).
 """
 
 import datetime
