@@ -262,7 +262,7 @@ def _results_of(pending: _Pending) -> Results:
     results: Results
     try:
         results = connection.recv()
-    except EOFError:
+    except (EOFError, OSError):  # the latter in the middle of a message
         process.join()
         results = OSError(f"the writing process ended with exit status {process.exitcode}")
     connection.close()

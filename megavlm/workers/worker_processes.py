@@ -159,7 +159,7 @@ class _Workers[T]:
                 yield item
         except (RuntimeError, OSError, EOFError):
             # torch noticed the death first, or the connection to the dead process broke while a row was received
-            wait([process.sentinel for process in self._processes], _PATIENCE if self._processes else 0)
+            self._await_death()
             self._check()
             raise
         finally:
@@ -177,6 +177,13 @@ class _Workers[T]:
     def _on_end_of_child(self, number: int, frame: FrameType | None) -> None:
         if self._awaited:
             self._check()
+
+    def _await_death(self) -> None:
+        """Waits, if a process is dying, until it has an exit status; the kernel closes its files before that."""
+        dying = wait([process.sentinel for process in self._processes], _PATIENCE if self._processes else 0)
+        for process in self._processes:
+            if process.sentinel in dying:
+                process.join()
 
     def _check(self) -> None:
         for process in self._processes:

@@ -124,7 +124,7 @@ class OneHostSlurm:
             for node in NODES:
                 self.start_node(node)
             idle = lambda: self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split() == ["idle"] * 4
-            wait_until(idle, "all nodes are idle", 30)
+            wait_until(idle, "all nodes are idle", 90)
         except BaseException:
             self.close()
             raise

@@ -1,10 +1,12 @@
 """Samples that kill the process that reads them: named, passed over, and nothing else changes."""
 
+import ctypes
 import json
 import multiprocessing
 import os
 import signal
 import time
+from dataclasses import dataclass
 from itertools import islice
 
 import pytest
@@ -18,6 +20,8 @@ from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.records.skipped_samples import BROKEN
 from megavlm.sources.blend import open_file
+from megavlm.workers.fatal_samples import FatalSamples
+from megavlm.workers.worker_processes import WorkerRows, rows_from_workers
 
 FATAL = 7  # the index of the sample that kills
 
@@ -142,6 +146,49 @@ def test_a_worker_that_dies_between_rows_costs_no_row_and_disturbs_no_step(load,
     found += [contents(next(loader)) for _ in range(5)]
     assert found == expected
     assert "was killed by signal 9" in caplog.text
+
+
+def break_off():
+    raise EOFError
+
+
+@dataclass
+class Row:
+    pass
+
+
+class BrokenOff(Row):
+    """A row whose connection breaks while it is received."""
+
+    def __reduce__(self):
+        return break_off, ()
+
+
+class DyingRows(WorkerRows[Row]):
+    """The first worker dies slowly while its row is received; all others make one row."""
+
+    def __init__(self, output):
+        self.fatal, self.died = FatalSamples([], 1), output / "died"
+
+    def rows_of(self, process):
+        if self.died.exists():
+            yield Row()
+            return
+        self.died.touch()
+        yield BrokenOff()
+        time.sleep(0.1)  # until torch's thread has sent it
+        libc = ctypes.PyDLL(None)  # its calls keep the interpreter's lock: no other thread sees that its files are gone
+        os.closerange(3, 1 << 16)
+        libc.sleep(1)
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    def taken(self, row):
+        pass
+
+
+def test_a_death_is_seen_although_the_files_of_a_dying_process_are_closed_before_it_has_a_status(tmp_path, caplog):
+    assert list(rows_from_workers(DyingRows(tmp_path), 1)) == [Row()]
+    assert "was killed by signal 11" in caplog.text
 
 
 def test_many_fatal_samples_in_a_row_end_the_run_in_words_and_the_next_start_goes_on(load, monkeypatch):
