@@ -15,7 +15,7 @@ class CriticSettings(Section):
         description="what it starts from: most often the output folder of a run of megavlm rm, or a checkpoint of it. "
         "null: as the policy, with a new head",
     )
-    lr: Float | None = Field(None, gt=0, description="its learning rate; null: train.lr")
+    lr: Float | None = Field(None, gt=0, le=1000, description="its learning rate; null: train.lr")
     warmup_steps: Int | None = Field(
         None, ge=0, description="number of steps in which its learning rate rises from 0; null: train.warmup_steps"
     )

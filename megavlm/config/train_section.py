@@ -154,9 +154,16 @@ class TrainSettings(ScheduleSettings):
 
     @field_validator("lr", "min_lr", "weight_decay", "galore_scale")
     @classmethod
-    def _products_fit(cls, value: float | None) -> float | None:
-        if value is not None and value > 1e6:
-            raise UserError("it can be at most 1e6, so that the products of these settings fit into float32")
+    def _not_too_large(cls, value: float | None) -> float | None:
+        if value is not None and value > 1000:
+            raise UserError("it can be at most 1000; nothing is learned with a greater number")
+        return value
+
+    @field_validator("clip_grad")
+    @classmethod
+    def _clips_to_a_norm(cls, value: float) -> float:
+        if 0 < value < 1e-6:
+            raise UserError("it must be 0, which does not clip, or at least 1e-6: a smaller norm stops all learning")
         return value
 
     @model_validator(mode="after")

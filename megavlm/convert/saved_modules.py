@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megavlm.base.errors import UserError
 from megavlm.convert.names import Entry
 from megavlm.convert.peft_names import PEFT_PREFIX
 from megavlm.convert.safetensors_file import SafetensorsReader
@@ -19,12 +20,24 @@ class SavedModules:
         path: the folder, for messages.
         file: adapter_model.safetensors, whose tensors have been checked.
         entries: the weights by key.
+
+    Raises:
+        UserError: the file has a tied matrix twice, with different values.
     """
 
     kind = "adapter"
 
     def __init__(self, path: Path, file: SafetensorsReader, entries: Mapping[str, Entry]) -> None:
         self.path, self._file, self._entries = path, file, entries
+        for entry in entries.values():
+            (name, *_) = entry.hf
+            for copy in entry.copies:
+                if not torch.equal(file.read(PEFT_PREFIX + copy), file.read(PEFT_PREFIX + name)):
+                    raise UserError(
+                        f"{path} has saved {name} and {copy} with different values, but they are one matrix in this "
+                        "model (tie_word_embeddings in config.json)",
+                        "train the adapter again with ensure_weight_tying in peft's LoraConfig, or merge it with peft",
+                    )
         self.tensors = {
             key: (entry.shape, file.tensors[PEFT_PREFIX + next(iter(entry.hf))].torch_dtype)
             for key, entry in entries.items()

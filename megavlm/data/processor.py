@@ -14,7 +14,7 @@ from transformers.video_utils import VideoMetadata
 
 from megavlm.base.errors import UserError
 from megavlm.base.json_files import parse_json
-from megavlm.base.quoting import shortened
+from megavlm.base.quoting import quoted, shortened
 from megavlm.config.data_sections import DataSettings
 from megavlm.data.limits import apply_limits, load_processor
 from megavlm.media.frames import Frames
@@ -81,7 +81,9 @@ class VisionProcessor:
         self.pixel_width = 3 * pictures.patch_size**2
         self.pixel_scale = _pixel_scale(hf_dir, self.hf)
         self.video_fps = self.hf.video_processor.fps
-        self.grid_side = _grid_side(hf_dir / "config.json")
+        config = _config(hf_dir / "config.json")
+        self.grid_side = _grid_side(config, hf_dir / "config.json")
+        _check_agreement(hf_dir, config, self.hf)
 
     def place_picture(self, picture: Picture) -> Still:
         """Compute the picture's grid from its header.
@@ -202,12 +204,14 @@ class VisionProcessor:
         steps, h, w = clip.grid
         size = SizeDict(height=h * processor.patch_size, width=w * processor.patch_size)
         rows = self.no_pixels(steps * processor.temporal_patch_size * h * w) if out is None else out
-        parts = rows.split(h * w)
-        for number, frame in enumerate(clip.video.pixels(clip.frames)):
-            resized = BaseVideoProcessor.resize(processor, frame[None], size, processor.resample)
+        parts, frames = rows.split(h * w), clip.video.pixels(clip.frames)
+        for part in parts[: len(clip.frames)]:
+            # In one expression: a name, or a loop over the frames, would keep one of them while the next is decoded.
+            resized = BaseVideoProcessor.resize(processor, next(frames)[None], size, processor.resample)
             done = processor(videos=[resized], do_resize=False, do_sample_frames=False, **_AS_BYTES)
             self._check_grid(done["video_grid_thw"], (1, h, w))
-            parts[number].copy_(done["pixel_values_videos"])
+            part.copy_(done["pixel_values_videos"])
+        frames.close()
         for number in range(len(clip.frames), len(parts)):  # the last step is filled with its last image
             parts[number].copy_(parts[number - 1])
         return rows
@@ -217,15 +221,44 @@ class VisionProcessor:
         assert grid.tolist() == [list(expected)], "the grid computed from the header differs from the processor's"
 
 
-def _grid_side(config: Path) -> int:
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        return parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {shortened(repr(error))}") from error
+
+
+def _grid_side(config: dict[str, Any], file: Path) -> int:
     """Side of the vision tower's square grid of learned position embeddings."""
     try:
-        vision = parse_json(config.read_text(encoding="utf-8"))["vision_config"]
-        return round(vision["num_position_embeddings"] ** 0.5)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        return round(config["vision_config"]["num_position_embeddings"] ** 0.5)
+    except (LookupError, TypeError) as error:
         raise UserError(
-            f"{config}: vision_config.num_position_embeddings cannot be read: {shortened(repr(error))}"
+            f"{file}: vision_config.num_position_embeddings cannot be read: {shortened(repr(error))}"
         ) from error
+
+
+def _check_agreement(folder: Path, config: dict[str, Any], hf: Any) -> None:
+    """Raises a UserError if config.json and the processor disagree on tokens or patches; fields may be missing.
+
+    The model would take other tokens for pictures than the processor writes, or cut pictures into other patches.
+    """
+    vision, pictures, videos = config["vision_config"], hf.image_processor, hf.video_processor
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    pairs = [(name, config.get(name), getattr(hf, name)) for name in names]
+    for part in (pictures, videos):
+        pairs += [
+            ("vision_config.patch_size", vision.get("patch_size"), part.patch_size),
+            ("vision_config.spatial_merge_size", vision.get("spatial_merge_size"), part.merge_size),
+            ("vision_config.temporal_patch_size", vision.get("temporal_patch_size"), part.temporal_patch_size),
+        ]
+    for name, ours, theirs in pairs:
+        if ours is not None and ours != theirs:
+            raise UserError(
+                f"{folder}: {name} is {quoted(ours)} in config.json, but the processor's files have {quoted(theirs)}",
+                "take all files of the folder from one model: config.json, the tokenizer and the processor belong "
+                "together",
+            )
 
 
 def _pixel_scale(folder: Path, hf: Any) -> torch.Tensor:

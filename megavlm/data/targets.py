@@ -22,6 +22,8 @@ def media_tokens(
     spans = []
     for item in replaced:
         first, behind = np.searchsorted(starts, item["new_span"]).tolist()
+        # A tokenizer may have one token for the space before and the "<" with which the time of a frame begins.
+        first -= bool(first and (first == len(starts) or starts[first] > item["new_span"][0]))
         first -= bool(first and token_ids[first - 1] == ends[0])
         behind += bool(behind < len(token_ids) and token_ids[behind] == ends[1])
         spans.append((first, behind))

@@ -1,7 +1,7 @@
 """Videos on disk: the times and the size of their frames, found without decoding them, and the frames' pixels."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,7 @@ class Video:
         with self._container() as container:
             return probe(container)
 
-    def pixels(self, frames: Frames) -> Iterator[torch.Tensor]:
+    def pixels(self, frames: Frames) -> Generator[torch.Tensor]:
         """Decode some of the frames of ``probe`` one after another, so that only one of them is in memory.
 
         Yields:
@@ -72,8 +72,7 @@ class Video:
         for may_seek in (True, False):
             with self._container() as container:
                 for frame in decode(container, frames.take(slice(done, None)), may_seek):
-                    rgb = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
-                    yield torch.from_numpy(np.ascontiguousarray(upright(rgb, frame).transpose(2, 0, 1)))
+                    yield _pixels(convert, frame)
                     done += 1
             if done == len(frames):
                 return
@@ -93,6 +92,12 @@ class Video:
                     raise
                 # FFmpeg's words for a file without its beginning or index: an input/output error, no decoder found, …
                 raise ValueError(f"it is cut off, damaged, or no video ({error.strerror})") from error
+
+
+def _pixels(convert: Any, frame: Any) -> torch.Tensor:
+    """The pixels of PyAV's frame, as ``Video.pixels`` yields them. A function, so that it keeps no other copy."""
+    rgb = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    return torch.from_numpy(np.ascontiguousarray(upright(rgb, frame).transpose(2, 0, 1)))
 
 
 def find_video(named: Any, find: Find, source: str, sampled_fps: float) -> Video:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _LEAST_TEXT = 32  # characters of a prompt that a text may repeat; an answer to "Hello" may well begin with "Hello"
+_QUESTION_MARKS = ("?", "？", "؟")  # a question of any length is repeated if each of several answers begins with it
 
 
 def without_repeated_prompt(raw: Any, answers: Sequence[str]) -> tuple[Any, bool]:
@@ -39,7 +40,8 @@ def without_repeated_prompt(raw: Any, answers: Sequence[str]) -> tuple[Any, bool
             shorter = {name: talks[name][place + len(prompt) :] for name, place in found.items()}
             return raw | {field: [*leads[0], *prompt]} | shorter, True
     text = prompt[-1].get("content")
-    if isinstance(text, str) and len(text := text.strip()) >= _LEAST_TEXT:
+    text = text.strip() if isinstance(text, str) else ""
+    if len(text) >= _LEAST_TEXT or (len(names) > 1 and text.endswith(_QUESTION_MARKS)):
         rests = {name: _after(text, raw[name]) for name in names}
         if all(rests.values()):
             return raw | rests, True

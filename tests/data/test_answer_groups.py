@@ -109,6 +109,15 @@ def test_an_answer_may_begin_with_the_words_of_a_short_prompt(unit, renderer):
     assert draft.remarks == ()
 
 
+def test_a_short_question_is_repeated_if_each_of_several_answers_begins_with_it(unit, renderer):
+    draft = unit("pair", {"prompt": "Why?", "chosen": "Why? Because.", "rejected": "Why? No idea."})
+    assert learned(renderer, renderer.complete(draft)) == "Because.<|im_end|>"
+    assert draft.remarks == (REPEATED_PROMPT,)
+    draft = unit("pair", {"prompt": "Why?", "chosen": "Why? Because.", "rejected": "No idea."})
+    assert learned(renderer, renderer.complete(draft)) == "Why? Because.<|im_end|>"
+    assert draft.remarks == ()
+
+
 def test_a_judged_conversation(unit, renderer):
     first, second = [say("user", "Q"), say("assistant", "A")], [say("user", "R"), say("assistant", "B")]
     for prompts in ({}, {}), ({"prompt": "Q"}, {"prompt": "R"}):

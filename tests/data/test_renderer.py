@@ -1,5 +1,6 @@
 """Rendered samples against the Hugging Face processor called with the same messages."""
 
+import json
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ from megavlm.base.errors import UserError
 from megavlm.config.settings import DataSettings
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
+from megavlm.data.targets import media_tokens
 
 RECORDS = {
     "text": {"messages": talk("Hello?", "Good morning.\n\nMore — ünïcode 图片 🙂.", system="Be brief.")},
@@ -121,6 +123,15 @@ def test_time_stamps_are_not_learned(renderer, media):
         assert "seconds>" in renderer.tokenizer.decode(sample.input_ids)
         learned = renderer.tokenizer.decode(sample.labels[sample.labels != IGNORE])
         assert learned == record["text"].replace("<video>", "").replace("<image>", "") + "<|endoftext|>"
+
+
+@pytest.mark.parametrize("pieces", [["A", " ", "<", "0", ".2>"], ["A", " <", "0", ".2>"]], ids=["apart", "one token"])
+def test_a_space_before_a_time_stamp_may_share_its_token(pieces):
+    """Qwen's own vocabulary has the token " <". It was learned, and told that a clip follows."""
+    starts = np.cumsum([0, *map(len, pieces)])[:-1]
+    tokens = np.arange(len(pieces), dtype=np.int32)
+    ((first, behind),) = media_tokens(tokens, starts, [{"new_span": (2, sum(map(len, pieces)))}], ends=(-1, -2))
+    assert "".join(pieces[first:behind]).strip() == "<0.2>"
 
 
 def test_media_in_a_weighted_answer_are_not_learned(model_folder, media):
@@ -317,7 +328,35 @@ def test_folder_without_processor(tmp_path, make_renderer, model_folder):
     for file in model_folder.iterdir():
         if file.name != "config.json":
             (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        Renderer(tmp_path, DataSettings())
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"config\.json.*num_position_embeddings cannot be read"):
         Renderer(tmp_path, DataSettings())
     with pytest.raises(UserError, match=r"data\.min_pixels"):
         make_renderer(min_pixels=2**30)
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "name"),
+    [
+        ("config.json", ["image_token_id"], "image_token_id"),
+        ("config.json", ["vision_end_token_id"], "vision_end_token_id"),
+        ("config.json", ["vision_config", "spatial_merge_size"], "spatial_merge_size"),
+        ("processor_config.json", ["image_processor", "patch_size"], "patch_size"),
+        ("processor_config.json", ["video_processor", "temporal_patch_size"], "temporal_patch_size"),
+    ],
+)
+def test_a_processor_of_another_model_is_told(model_folder, tmp_path, file, place, name):
+    """Pictures would stand at tokens, or be cut into patches, that the model does not expect."""
+    for other in model_folder.iterdir():
+        (tmp_path / other.name).symlink_to(other)
+    content = json.loads((tmp_path / file).read_text())
+    part = content
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] += 1
+    (tmp_path / file).unlink()
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{name} is \d+ in config\.json, but the processor's files have \d+"):
+        Renderer(tmp_path, DataSettings())

@@ -46,6 +46,23 @@ def test_a_step_is_that_of_peft_and_comes_back(kind, parallel, toys, tmp_path, w
     assert (base - apart).norm() > 1e-2 * apart.norm()
 
 
+def test_a_tied_matrix_that_is_saved_twice_with_different_values_is_told(toys, tmp_path):
+    """One of them would be lost."""
+    from safetensors.torch import load_file, save_file
+
+    from megavlm.base.errors import UserError
+    from megavlm.convert.adapter import Adapter
+    from megavlm.model.shapes import Shapes
+
+    options = {"r": 4, "lora_alpha": 6, "target_modules": DECODER, **CASES["dense"]}
+    peft_model(toys.folder("dense"), options).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (name,) = (name for name in tensors if "lm_head" in name)
+    save_file({**tensors, name: tensors[name] + 1}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"has saved .*embed_tokens.* and .*lm_head.* with different values"):
+        Adapter(tmp_path, Shapes.from_hf(toys.folder("dense")))
+
+
 @pytest.mark.parametrize(
     ("modules", "message"),
     [

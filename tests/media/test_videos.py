@@ -206,7 +206,7 @@ def test_frames_are_resized_one_by_one_into_the_row(model_folder, tmp_path):
     rows = vision.no_pixels(2 * int(np.prod(placed.grid)))
     assert vision.pixel_rows(placed, rows).data_ptr() == rows.data_ptr()
     assert len(alive) == 40
-    assert most <= 2
+    assert most == 1  # and PyAV's own copy of it
     assert torch.equal(rows, vision.pixel_rows(placed))
 
 

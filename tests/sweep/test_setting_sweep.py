@@ -48,7 +48,7 @@ BESIDE = {
     "train.decay_share": ("train.schedule=wsd",), "train.decay_shape": ("train.schedule=wsd",),
     "train.schedule_table": ("train.schedule=table",), "train.batch_ramp": ("train.global_batch_size=2147483647",),
     "train.batch_ramp_lr": ("train.global_batch_size=2", "train.batch_ramp={1: 1}", "train.steps=3"),
-    "train.warmup_steps": ("train.steps=2147483647",), "train.min_lr": ("train.lr=1e6", "train.schedule=cosine"),
+    "train.warmup_steps": ("train.steps=2147483647",), "train.min_lr": ("train.lr=1000", "train.schedule=cosine"),
     "parallel.expert": ("train.global_batch_size=null",), "parallel.expert_tensor": ("train.global_batch_size=null",),
     **dict.fromkeys(
         ("environment.options", "environment.max_turns", "environment.role", "environment.weight",
@@ -104,12 +104,12 @@ UNLIMITED = {
     ),
     **dict.fromkeys(
         (
-            "train.lr", "train.min_lr", "train.galore_scale", "train.adam_eps", "train.weight_decay", "train.clip_grad",
+            "train.adam_eps", "train.clip_grad",
             "train.moe_aux_loss_coeff", "train.moe_z_loss_coeff", "train.kl_to_start", "train.loss.z_loss",
             "adapter.alpha", "adapter.scaling", "align.beta", "adapter.lr_ratio", "align.sft_weight",
             "align.gamma", "align.lam", "align.desirable_weight", "align.undesirable_weight", "align.centering",
             "generate.temperature", "rollout.temperature", "align.epsilon", "align.epsilon_high", "align.dual_clip",
-            "align.tau_pos", "align.tau_neg", "align.critic.lr", "environment.weight",
+            "align.tau_pos", "align.tau_neg", "environment.weight",
         ),
         "a bad choice, with which steps are skipped or nothing is learned",
     ),
@@ -185,13 +185,13 @@ def test_every_setting_without_a_limit_exists():
         (
             "sft",
             (
-                "train.lr=1e6", "train.clip_grad=1e-30", "train.logprob_chunk_tokens=1", "vision.chunk_patches=4",
+                "train.lr=1000", "train.clip_grad=1e-6", "train.logprob_chunk_tokens=1", "vision.chunk_patches=4",
                 "vision.window=2147483647", "data.packing_buffer=1", "log.every=2147483647",
                 "checkpoint.every=2147483647", "data.max_pixels=2147483647", "data.video_fps=1e37",
-                "train.steps=2", "train.warmup_steps=2", "train.galore_scale=1e6", "train.optimizer=galore",
+                "train.steps=2", "train.warmup_steps=2", "train.galore_scale=1000", "train.optimizer=galore",
             ),
         ),
-        ("sft", ("train.lr=1e6", "train.adam_eps=1e-37", "train.weight_decay=1e6", "train.max_skipped_steps=0")),
+        ("sft", ("train.lr=1000", "train.adam_eps=1e-37", "train.weight_decay=1000", "train.max_skipped_steps=0")),
         (
             "infer",
             (
