@@ -41,6 +41,7 @@ from megavlm.records.skipped_samples import SkippedSample, causes
 from megavlm.report.inspect_stats import limit_text
 from megavlm.rewards.pool import check_rewards
 from megavlm.runtime.adapter_start import with_stored_adapter
+from megavlm.runtime.further_model import check_further_models
 from megavlm.runtime.session import check_shapes
 from megavlm.sources.blend import evenly, open_sources
 
@@ -87,6 +88,7 @@ def main(
         )
     shapes = model_shapes(settings.model) if no_files else shapes_at_start(settings.model)
     if not no_files:
+        check_further_models(settings, shapes)
         settings = with_stored_adapter(settings, shapes)
     parallel = settings.parallel
     world_size = world_size or parallel.pipeline * max(

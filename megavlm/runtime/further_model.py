@@ -9,11 +9,13 @@ from torch.nn import Parameter
 from megavlm.adapters.attach import Adapters
 from megavlm.adapters.nf4 import share_quantized
 from megavlm.checkpoint.folders import find_checkpoint
-from megavlm.checkpoint.load_weights import has_score_head, load_weights
+from megavlm.checkpoint.load_weights import check_base, has_score_head, load_weights
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import Adapter
+from megavlm.convert.check_checkpoint import check_checkpoint
+from megavlm.convert.hf_source import open_source
 from megavlm.convert.peft_config import ADAPTER_CONFIG
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import PARTS, VLM
@@ -88,6 +90,26 @@ def further_model(
     if adapters is not None:
         begin_adapters(vlm, adapters, source, settings.train.seed)
     return vlm.train(trained), adapters
+
+
+def check_further_models(settings: Settings, shapes: Shapes) -> None:
+    """Compares the names and shapes in the weights of the critic and of reward models with those of the main model.
+
+    Nothing is built for it, so that a run of another model's critic ends at once. Folders that do not exist are not
+    looked at (``check_files`` names them).
+
+    Raises:
+        UserError: weights are damaged, or of another model.
+    """
+    for load in (settings.align.critic.load, *(reward.model for reward in settings.reward)):
+        if load is None or not load.exists():
+            continue
+        path = find_checkpoint(load)
+        if (path / ADAPTER_CONFIG).is_file():
+            Adapter(path, shapes)
+        else:
+            check_base(path)
+            check_checkpoint(open_source(path), shapes, fewer_rows=settings.model.resize_vocabulary)
 
 
 def has_reward_head(path: Path, shapes: Shapes) -> bool:

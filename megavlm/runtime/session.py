@@ -20,7 +20,7 @@ from megavlm.model.vlm import VLM
 from megavlm.monitor.hang_watch import collective_minutes
 from megavlm.platform import Groups, init
 from megavlm.runtime.adapter_start import check_adapter, load_start, with_stored_adapter
-from megavlm.runtime.further_model import further_model
+from megavlm.runtime.further_model import check_further_models, further_model
 
 _log = logging.getLogger(__name__)
 
@@ -181,6 +181,8 @@ def start(
             ``model.adapter`` belongs to another model.
     """
     shapes = shapes or shapes_at_start(settings.model)
+    if training:
+        check_further_models(settings, shapes)
     settings = with_stored_adapter(settings, shapes)
     if not training and settings.adapter.type is not None and settings.model.adapter is None:
         raise UserError(

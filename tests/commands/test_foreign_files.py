@@ -68,6 +68,19 @@ def test_a_checkpoint_of_another_model(verb, toys, five_layers, tmp_path, capsys
     assert "text_config.num_hidden_layers is 5 in the checkpoint and 4 in config.json" in output
 
 
+@pytest.mark.parametrize("verb", ["validate", "grpo", "ppo"])
+def test_a_reward_model_or_critic_of_another_model(verb, toys, five_layers, tmp_path, monkeypatch, capsys):
+    """Before any model is built."""
+    further = [f"reward=[{{model: {five_layers}}}]"]
+    if verb == "ppo":
+        further = ["reward=[{name: exact}]", f"align.critic.load={five_layers}"]
+    arguments = [*arguments_of(verb, toys, toys.checkpoint("dense"), tmp_path), "train.global_batch_size=null"]
+    monkeypatch.setattr("megavlm.runtime.session.VLM", lambda *_, **__: pytest.fail("a model was built"))
+    assert main([*arguments, *further, "rollout.prompts=1", "rollout.max_new_tokens=8"]) == 2
+    output = " ".join(capsys.readouterr().err.split())
+    assert "text_config.num_hidden_layers is 5 in the checkpoint and 4 in config.json" in output
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_damaged_or_crafted_checkpoint(verb, toys, tmp_path, capsys):
     for name in (".metadata", "metadata.json", "hf_layout.json", "*.distcp"):
