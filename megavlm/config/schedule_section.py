@@ -35,8 +35,8 @@ class ScheduleSettings(Section):
         description="only with batch_ramp: how lr depends on the number of rows. constant: not at all; "
         "sqrt: it is multiplied by √(rows / global_batch_size); linear: by rows / global_batch_size",
     )
-    lr: Float | None = Field(None, gt=0, description="maximum learning rate")
-    min_lr: Float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
+    lr: Float | None = Field(None, gt=0, le=1000, description="maximum learning rate")
+    min_lr: Float = Field(0.0, ge=0, le=1000, description="learning rate at the end of the schedule")
     warmup_steps: Int = Field(
         0, ge=0, description="number of steps over which the learning rate rises linearly from 0 (in step 1) to lr"
     )

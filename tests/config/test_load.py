@@ -78,7 +78,7 @@ def test_data_train_may_be_one_path(write):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-5", 1e-5), ("1E3", 1e3), (".5", 0.5), ("5.", 5.0), ("2", 2.0), ("1_000.5", 1000.5)]
+    ("text", "value"), [("1e-5", 1e-5), ("1E3", 1e3), (".5", 0.5), ("5.", 5.0), ("2", 2.0), ("9_00.5", 900.5)]
 )
 def test_spellings_of_numbers(write, text, value):
     assert math.isclose(load(write, HF + f"train: {{lr: {text}}}\n").train.lr, value)
@@ -149,7 +149,7 @@ def test_unknown_key_in_a_list_of_sources(refused):
         ("train.steps=0", "train.steps is 0 (override train.steps=0); allowed: whole number ≥ 1, or null"),
         ("train.steps=1e3", "train.steps is 1000 (override train.steps=1e3); allowed: whole number ≥ 1, or null"),
         ("data.workers=true", "data.workers is true (override data.workers=true); allowed: whole number ≥ 0"),
-        ("train.lr='1'", "train.lr is '1' (override train.lr='1'); allowed: number > 0, or null"),
+        ("train.lr='1'", "train.lr is '1' (override train.lr='1'); allowed: number > 0 and ≤ 1000, or null"),
         ("train.clip_grad=.inf", "train.clip_grad is inf (override train.clip_grad=.inf); allowed: number ≥ 0"),
         ("train.clip_grad=.nan", "train.clip_grad is nan (override train.clip_grad=.nan); allowed: number ≥ 0"),
         ("overwrite=yes", "overwrite is 'yes' (override overwrite=yes); allowed: true | false"),
