@@ -25,7 +25,8 @@ LAYOUTS = {
     "CP2": (2, "dense", {"context": 2}),
     "MoE EP2": (2, "moe", {"expert": 2}),
 }
-# name, unless the section align has another: (section align, temperature, learning rate). The rates are such that the second update clips some tokens.
+# name, unless the section align has another: (section align, temperature, learning rate). The rates are such that the
+# second update clips some tokens.
 LOSSES = {
     "grpo": ({"beta": 0.2}, 0.7, 0.5),
     "dr_grpo": ({"correction": "token_truncate"}, 1.0, 2.0),
