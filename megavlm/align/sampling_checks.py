@@ -1,16 +1,12 @@
 """Settings that contradict sampling or would be ignored; checked before anything large is imported."""
 
+from megavlm.align.loss_tables import advantages_of, losses_of
 from megavlm.base.errors import UserError
 from megavlm.config.sections import RANDOM
 from megavlm.config.settings import Settings
 
 GROUP_SIZES = {"grpo": 16, "ppo": 1}
 """By method, the number of answers to each prompt if ``rollout.group_size`` is null."""
-
-LOSSES = {"grpo": ("grpo", "dr_grpo", "dapo", "gspo", "sapo", "cispo"), "ppo": ("ppo",)}
-"""By method, the names that ``align.loss`` may have; the first one is meant by null."""
-ADVANTAGES = {"grpo": ("grpo", "dr_grpo", "rloo"), "ppo": ("gae",)}
-"""By method, the names that ``align.advantage`` may have."""
 
 
 def why_ppo(settings: Settings) -> str | None:
@@ -44,7 +40,7 @@ def check_numbers(verb: str, settings: Settings) -> None:
 
 def check_names(settings: Settings, verb: str) -> None:
     """Raises UserError if ``align.loss`` or ``align.advantage`` is none of a method that samples its answers."""
-    for what, names in (("loss", LOSSES[verb]), ("advantage", ADVANTAGES[verb])):
+    for what, names in (("loss", losses_of(verb)), ("advantage", advantages_of(verb))):
         name = getattr(settings.align, what)
         if name is not None and name not in names:
             raise UserError(

@@ -28,7 +28,7 @@ def main(settings: Settings, method: str, restart: bool = False, change: Sequenc
     hooks = [
         Hook(plan.at_end, at_end=True, prepare=plan.begin),
         *evaluation_hooks(settings, METHODS[method].kind, made),
-        Hook(reports.at_checkpoint, at_checkpoint=True),
+        Hook(reports.at_checkpoint, at_checkpoint=True, at_answers=True),
         Hook(reports.at_end, at_end=True),
     ]
     return train(settings, made, hooks, options)
@@ -53,7 +53,7 @@ class _Plan:
 
 
 class _Reports:
-    """Writes the reports of a run, on the first rank: in the background after checkpoints, and the last one itself."""
+    """Writes the reports of a run, on the first rank: in the background while it goes on, and the last one itself."""
 
     _background: ReportAtCheckpoint | None = None
 

@@ -17,26 +17,28 @@ PIXELS = 320  # longer side of a picture; W&B stores each table with its picture
 
 
 def rollout_table(groups: Sequence[LoggedGroup], access: MediaAccess) -> "wandb.Table":
-    """A row for each answer: its prompt with the first picture, and its rewards, one column for each reward.
+    """A row for each answer: its prompt with its pictures, and its rewards, one column for each picture and reward.
 
-    A picture that cannot be read is left out.
+    There are as many columns of pictures as a prompt has at most. A picture that cannot be read is left out.
     """
     import wandb
 
     rewards = list(dict.fromkeys(name for group in groups for answer in group.answers for name in answer.parts))
     named = [f"reward/{name}" for name in rewards]
-    columns = ["sample", "first picture", "question", "reference", "answer", "reward", *named]
+    shown = [[picture and wandb.Image(picture) for picture in _pictures(group, access)] for group in groups]
+    most = max(map(len, shown), default=0)
+    of_pictures = ["picture" if number == 1 else f"picture {number}" for number in range(1, most + 1)]
+    columns = ["sample", *of_pictures, "question", "reference", "answer", "reward", *named]
     rows = []
-    for group in groups:
-        picture = _first_picture(group, access)
-        shown = None if picture is None else wandb.Image(picture)
+    for group, pictures in zip(groups, shown, strict=True):
         for answer in group.answers:
             parts = [_float(answer.parts.get(name)) for name in rewards]
             rows.append(
                 [
                     *(
                         group.sample,
-                        shown,
+                        *pictures,
+                        *[None] * (most - len(pictures)),
                         group.question,
                         group.reference,
                         _told(answer),
@@ -59,16 +61,19 @@ def _told(answer: LoggedAnswer) -> str:
     return "\n".join(parts) or answer.text
 
 
-def _first_picture(group: LoggedGroup, access: MediaAccess) -> Image.Image | None:
-    for named in group.media[:1]:
+def _pictures(group: LoggedGroup, access: MediaAccess) -> list[Image.Image | None]:
+    """Those of the prompt in their order, of a video the middle frame; None in the place of one that cannot be read."""
+    pictures: list[Image.Image | None] = []
+    for named in group.media:
         try:
             find = media_of(group.sample, access)
             picture = preview(named, looks_like_video(named), find, group.sample)
         except UserError:
+            pictures.append(None)
             continue
         picture.thumbnail((PIXELS, PIXELS))
-        return picture
-    return None
+        pictures.append(picture)
+    return pictures
 
 
 def _float(value: Any) -> float | None:

@@ -33,6 +33,9 @@ class RunMonitor:
         groups: the process groups of the run.
         loader: see ``SampleCounts``.
         is_first: whether this is rank 0.
+
+    Attributes:
+        answers_of: the last step whose sampled answers were recorded, on rank 0; otherwise None.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class RunMonitor:
         self._settings, self._first_step, self._groups, self._is_first = settings, first_step, groups, is_first
         self._output = required(settings.output, "output")
         self._remarked: set[str] = set()
+        self.answers_of: int | None = None
         self._ended = set(loader.given) if loader else set()
         steps = required(settings.train.steps, "train.steps")
         self._progress = Progress(steps, first_step, title, header, enabled=is_first)
@@ -167,6 +171,7 @@ class RunMonitor:
     def record_rollouts(self, step: int, groups: Sequence[LoggedGroup]) -> None:
         """Writes sampled answers of a step to rollouts.jsonl and wandb. Only what rank 0 hands over counts."""
         self._wandb.log_rollouts(step, self._rollouts.write(step, groups))
+        self.answers_of = step
 
     def record_experts(self, step: int, totals: ExpertTotals | None) -> dict[str, float | None]:
         """Keeps the load of a step's experts for the report; returns its fields for metrics.jsonl."""

@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass
 
-from megavlm.align.losses import POLICY_LOSSES, check_policy
+from megavlm.align.loss_tables import GAE, POLICY_LOSSES, losses_of
+from megavlm.align.losses import check_policy
 from megavlm.align.losses.advantages import options_of as advantage_options
-from megavlm.align.sampling_checks import LOSSES, check_names
+from megavlm.align.sampling_checks import check_names
 from megavlm.base.errors import UserError
 from megavlm.base.quoting import quoted
 from megavlm.config.settings import Settings
 from megavlm.reinforcement.policy_objective import PolicyOptions
 
-GAE = "gae"
-"""The advantage of ppo: that of a token, from the values of a critic."""
 REPLACEMENTS = 4
 """How often flat groups are replaced with the loss dapo, unless ``rollout.replace_flat`` is set."""
 PPO_BETA = 0.05
@@ -55,7 +54,7 @@ class Policy:
         """Raises UserError if ``verb`` (grpo or ppo) would ignore a setting, or if it is not allowed for the loss."""
         align, rollout, is_ppo = settings.align, settings.rollout, verb == "ppo"
         check_names(settings, verb)
-        loss = align.loss or LOSSES[verb][0]
+        loss = align.loss or losses_of(verb)[0]
         of_losses = {name for entry in POLICY_LOSSES.values() for name in entry.options}
         options = {name: value for name in sorted(of_losses) if (value := getattr(align, name)) is not None}
         advantage = align.advantage or (GAE if is_ppo else "dr_grpo" if loss == "dr_grpo" else "grpo")
@@ -64,7 +63,7 @@ class Policy:
             raise UserError(f"align.{name} is set, but align.advantage is {advantage}: it would be ignored",
                             f"remove align.{name}")  # fmt: skip
         for name in options.keys() - POLICY_LOSSES[loss].options.keys():
-            having = ", ".join(other for other in LOSSES[verb] if name in POLICY_LOSSES[other].options)
+            having = ", ".join(other for other in losses_of(verb) if name in POLICY_LOSSES[other].options)
             raise UserError(
                 f"align.{name} is set, but align.loss is {loss}, which does not have it: it would be ignored",
                 f"remove align.{name}" + (f", or choose a loss that has it: {having}" if having else ""),

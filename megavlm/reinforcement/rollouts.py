@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 import torch.distributed as dist
 
+from megavlm.align.loss_tables import GAE
 from megavlm.align.losses import advantages
 from megavlm.align.sampling_checks import too_few_prompts, uncorrected
 from megavlm.base.errors import UserError
@@ -18,7 +19,6 @@ from megavlm.reinforcement.answer_rows import AnswerGroup
 from megavlm.reinforcement.batch_fields import Sums, add_batch, counts_of, environment_fields, fields_of, keys_of
 from megavlm.reinforcement.divergence import Divergence
 from megavlm.reinforcement.judged import Batch, Judged, with_environment, with_models
-from megavlm.reinforcement.policy import GAE
 from megavlm.reinforcement.reward_models import RewardModels
 from megavlm.rewards.score import Score, overlong_penalty
 from megavlm.rollout.conversations import Conversations

@@ -15,13 +15,15 @@ from megavlm.base.processes import end_with_parent
 from megavlm.report.loss_plot import write_loss_plot
 from megavlm.report.run_report import write_report
 
-PAUSE = 30.0  # seconds from the first checkpoint to the first report, and from a report to the next one
+PAUSE = 30.0  # seconds from the first reason for a report to the first report, and from a report to the next one
 _PATIENCE = 60.0  # seconds for a report that is being written when the run ends
 _NICE = 10
 
 
 class ReportAtCheckpoint:
-    """Writes the report of a run in the background, ``PAUSE`` seconds after a checkpoint at the latest.
+    """Writes the report of a run in the background, ``PAUSE`` seconds after a reason for it at the latest.
+
+    Reasons are a checkpoint and sampled answers that were logged.
 
     Runs of seconds therefore write none but the last. A report that fails is not told: the one at the end tells.
 
@@ -37,7 +39,7 @@ class ReportAtCheckpoint:
         self._thread.start()
 
     def due(self) -> None:
-        """Says that a checkpoint has been written; returns at once."""
+        """Says that there is something new to show, such as a checkpoint; returns at once."""
         self._due.set()
 
     def close(self) -> None:

@@ -140,7 +140,13 @@ class Answered:
 
 
 class Engine(Protocol):
-    """Samples answers with the weights of the model that is trained."""
+    """Samples answers with the weights of the model that is trained.
+
+    An engine has no state that a checkpoint would have to keep: which token is drawn depends on the weights, the prompt
+    and the seed of its answer alone, and prompts whose answers were on their way at a stop are asked again. ``sync`` is
+    given no weights, because an engine is made for a model and takes them from there: the built-in one samples in them,
+    and what is sent to vLLM exists on the ranks only for a moment, one part of the weights after the other.
+    """
 
     @property
     def samples_apart(self) -> bool:

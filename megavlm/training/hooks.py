@@ -23,6 +23,7 @@ class Hook:
             count.
         at_last: whether it is also called after the last step of the run, and its fields are in the line of that step.
         at_checkpoint: whether it is called after a step whose checkpoint is complete or being written.
+        at_answers: whether it is called after a step whose sampled answers were recorded, on rank 0 alone.
         at_start: whether it is also called before the first step of a new run, as after step 0, which then has a line
             of metrics.jsonl.
         at_end: whether it is called once after the last step, when all checkpoints are complete. It is not called if
@@ -35,6 +36,7 @@ class Hook:
     every_epochs: int | None = None
     at_last: bool = False
     at_checkpoint: bool = False
+    at_answers: bool = False
     at_start: bool = False
     at_end: bool = False
     prepare: Callable[[Run], None] | None = None

@@ -127,6 +127,8 @@ def _run_steps(
         stopping, due = stop.decide()
         due = due or _is_due(settings.checkpoint, number, monitor)
         data_failure = monitor.data_failure() or run.report(number, monitor) or problem
+        for hook in (hook for hook in hooks if hook.at_answers and monitor.answers_of == number):
+            hook.call(run, number, monitor.say)
         early, is_best = run.best.ending(number), run.best.step == number
         saving = is_over or stopping or due or is_best or early is not None or data_failure is not None
         failure = skipped.failure(number, result.trouble)

@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from megavlm.align.losses import POLICY_LOSSES, advantages, correction, gae, kl_estimate, policy_loss
+from megavlm.align.loss_tables import POLICY_LOSSES
+from megavlm.align.losses import advantages, correction, gae, kl_estimate, policy_loss
 from megavlm.align.losses.policy import token_losses
 from megavlm.align.losses.reductions import REDUCTIONS
 

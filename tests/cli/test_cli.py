@@ -508,7 +508,8 @@ def test_help_and_checks_do_not_import_torch(place):
         "import sys, megavlm.cli.main as cli\n"
         "cli.main(['sft', '--help'])\n"
         "cli.main(['sft', 'run.yaml', 'model.hf=gone'])\n"
-        "cli.main(['grpo', 'run.yaml', 'model.load=gone', 'rollout.prompts=8', 'reward=[{name: exact}]'])\n"
+        "cli.main(['grpo', 'run.yaml', 'model.load=gone', 'rollout.prompts=8', 'reward=[{name: exact}]',\n"
+        "          'align.loss=dapo', 'align.advantage=rloo'])\n"
         "sys.exit('torch' in sys.modules)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -71,7 +71,6 @@ def test_each_bound_is_held(pretrained, capsys, changed, missed):
 
 def test_the_start_and_the_questions_are_those_of_the_configurations():
     """Each other loss or advantage that grpo has is in the demo."""
-    from megavlm.align.losses import ADVANTAGES
-    from megavlm.align.sampling_checks import LOSSES
+    from megavlm.align.loss_tables import advantages_of, losses_of
 
-    assert set(rl.OTHERS) == (set(LOSSES["grpo"]) | set(ADVANTAGES)) - {"grpo"}
+    assert set(rl.OTHERS) == (set(losses_of("grpo")) | set(advantages_of("grpo"))) - {"grpo"}

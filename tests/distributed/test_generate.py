@@ -2,6 +2,8 @@
 
 import functools
 import json
+from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,19 @@ def run_infer(settings: dict):
     from megavlm.config.settings import Settings
 
     return infer.main(Settings(**settings))
+
+
+def run_infer_for_tokens(settings: dict, stop: tuple[int, ...]):
+    """The same, but an answer is its tokens and its text as JSON, since a text leaves out special tokens.
+
+    ``stop``: the tokens that end an answer.
+    """
+    from megavlm.rollout import answerer
+
+    both = lambda tokenizer, tokens, stops: json.dumps([tokens, text_of(tokenizer, tokens, stops)])
+    text_of = answerer.text_of
+    with mock.patch.multiple(answerer, text_of=both, stop_tokens=lambda hf, tokenizer: stop):
+        return run_infer(settings)
 
 
 def questions_of(records: list[dict]) -> list[dict]:
@@ -54,7 +69,17 @@ def loaded_reference(folder):
 
 
 def reference_answers(folder, questions, root, new_tokens=NEW_TOKENS) -> list[str]:
-    """transformers' greedy answers, all in one batch: the prompts are padded on the left."""
+    """The texts of transformers' greedy answers."""
+    decode = loaded_reference(folder)[1].tokenizer.decode
+    answers = reference_tokens(folder, questions, root, new_tokens)
+    return [decode(tokens, skip_special_tokens=True) for tokens in answers]
+
+
+def reference_tokens(folder, questions, root, new_tokens, stop: tuple[int, ...] = ()) -> list[list[int]]:
+    """transformers' greedy answers, all in one batch: the prompts are padded on the left.
+
+    Each has the token that ends it, one of ``stop`` or the tokenizer's, unless it is cut off.
+    """
     model, processor = loaded_reference(folder)
     inputs = [reference_inputs(processor, question, root, add_generation_prompt=True) for question in questions]
     longest = max(one["input_ids"].shape[1] for one in inputs)
@@ -68,8 +93,14 @@ def reference_answers(folder, questions, root, new_tokens=NEW_TOKENS) -> list[st
     # a vision token in an answer has no picture behind it: neither side may emit one
     banned = [[processor.tokenizer.convert_tokens_to_ids(f"<|{name}|>")] for name in BANNED]
     with torch.no_grad():
-        out = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, bad_words_ids=banned)
-    return processor.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+        ends = list(stop or (processor.tokenizer.eos_token_id,))
+        options = {"eos_token_id": ends, "pad_token_id": ends[0], "bad_words_ids": banned}
+        out = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, **options)
+    answers = []
+    for tokens in out[:, longest:].tolist():  # those that have ended are filled up
+        ended = next((number for number, token in enumerate(tokens, start=1) if token in ends), None)
+        answers.append(tokens[:ended])
+    return answers
 
 
 @pytest.fixture(scope="session")
@@ -78,16 +109,18 @@ def questions(toys):
     return records, write_records(toys.root / "questions.jsonl", records)
 
 
-def lines_of(toys, world, kind, data, out, parallel, **generate) -> list[dict]:
+def lines_of(toys, world, kind, data, out, parallel, *, stop=(), vision=None, **generate) -> list[dict]:
     settings = {
         "model": {"hf": str(toys.folder(kind)), "load": str(toys.checkpoint(kind))},
         "data": {"eval": str(data), "workers": 0},
         "parallel": parallel,
+        "vision": vision or {},
         "train": {"precision": "fp32"},
         "generate": {"max_new_tokens": NEW_TOKENS, "batch_size": 3, **generate},
         "output": str(out),
     }
-    assert world.run(run_infer, settings) == [0] * world.world_size
+    run = (run_infer_for_tokens, settings, stop) if stop else (run_infer, settings)
+    assert world.run(*run) == [0] * world.world_size
     assert not list(out.glob("*.partial*"))
     return [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
 
@@ -98,31 +131,49 @@ def answers_of(toys, world, kind, data, out, parallel, indices=range(8), **gener
     return [line["answer"] for line in lines]
 
 
+# The layouts that encode the frames in another way have their section vision, too.
+WITH_FRAMES = {
+    name: (*variant[:3], variant[3]["vision"]) for name, variant in VARIANTS.items() if "vision" in variant[3]
+}
 # Every layout of the table of docs/parity.md.
 CASES = LAYOUTS | {
     **{name: variant[:3] for name, variant in VARIANTS.items() if not variant[3]},
+    **WITH_FRAMES,
     "YaRN, TP2": (2, "yarn", {"tensor": 2}),
     "MoE EP2 × CP2 × PP2": (4, "moe", {"context": 2, "expert": 2, "pipeline": 2}),
 }
 QUICK = {
     *("one process", "TP2", "DP2", "PP2", "PP2 × VPP2", "CP2", "YaRN, TP2"),
-    *("MoE EP2", "MoE EP2 × CP2 × PP2", "MoE EP2 × TP2 × PP2"),
+    *("MoE EP2", "MoE EP2 × CP2 × PP2", "MoE EP2 × TP2 × PP2", "DP2, frames over the world", "PP2, windows of 2"),
 }
 
 
 @functools.cache
-def mixed_answers(toys, kind) -> tuple[str, ...]:
-    """The reference of all layouts, computed once."""
-    return tuple(reference_answers(toys.folder(kind), mixed_questions(toys.root), toys.root, 6))
+def mixed_answers(toys, kind) -> tuple[tuple[int, ...], list[list]]:
+    """The reference of all layouts, computed once: tokens that end answers, and the tokens and text of each answer.
+
+    The toys never end an answer by themselves; a token that they often say inside of one does it here.
+    """
+    folder, records = toys.folder(kind), mixed_questions(toys.root)
+    tokenizer = loaded_reference(folder)[1].tokenizer
+    whole = reference_tokens(folder, records, toys.root, 6)
+    assert len(set(map(tuple, whole))) > 25  # the questions matter
+    inside = Counter(token for tokens in whole for token in set(tokens[1:5]))
+    often = [token for token, count in sorted(inside.items()) if count <= 20]
+    stop = (tokenizer.eos_token_id, max(often, key=inside.__getitem__))
+    answers = reference_tokens(folder, records, toys.root, 6, stop)
+    return stop, [[tokens, tokenizer.decode(tokens, skip_special_tokens=True)] for tokens in answers]
 
 
 @pytest.mark.parametrize("case", mostly_slow(CASES, QUICK.__contains__))
 def test_greedy_answers_are_those_of_transformers(case, toys, tmp_path, request):
     """Fifty prompts; six tokens of each are enough to go through prefill, decoding and an early end."""
-    size, kind, parallel = CASES[case]
+    size, kind, parallel, *vision = CASES[case]
     records = mixed_questions(toys.root)
     data = write_records(toys.root / "mixed.jsonl", records)
     world = request.getfixturevalue(f"world{size}")
-    answers = answers_of(toys, world, kind, data, tmp_path, parallel, range(50), max_new_tokens=6, batch_size=20)
-    assert answers == list(mixed_answers(toys, kind))
-    assert len(set(answers)) > 25  # the questions matter
+    stop, expected = mixed_answers(toys, kind)
+    options = {"stop": stop, "vision": vision[0] if vision else {}, "max_new_tokens": 6, "batch_size": 20}
+    answers = answers_of(toys, world, kind, data, tmp_path, parallel, range(50), **options)
+    assert [json.loads(answer) for answer in answers] == expected
+    assert 0 < sum(tokens[-1] == stop[1] for tokens, _ in expected) < 50  # some end, and some are cut off

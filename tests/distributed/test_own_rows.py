@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 from parity import ROWS, settings_of
 
@@ -38,6 +39,7 @@ def train(folder: Path, root: Path, records: list[dict], settings: dict):
     from megavlm.training.loop import train as train_by
     from megavlm.training.method import Prepared
     from megavlm.training.objective import CrossEntropy
+    from megavlm.training.run import Run
 
     renderer, sources, calls = Renderer(folder, Settings(**settings).data), [], []
 
@@ -59,8 +61,18 @@ def train(folder: Path, root: Path, records: list[dict], settings: dict):
         calls.append(step)
         return {"eval/loss": 0.5 * step}
 
-    hooks = [Hook(every_second, every=2), Hook(lambda run, step, say: calls.append(("end", step)), at_end=True)]
-    assert train_by(Settings(**settings), Method(), hooks) == 0
+    def report(run, step, monitor):
+        """As a method does that logs the sampled answers of odd steps."""
+        if step % 2:
+            monitor.record_rollouts(step, [])
+
+    hooks = [
+        Hook(every_second, every=2),
+        Hook(lambda run, step, say: calls.append(("answers", step)), at_answers=True),
+        Hook(lambda run, step, say: calls.append(("end", step)), at_end=True),
+    ]
+    with mock.patch.object(Run, "report", report):
+        assert train_by(Settings(**settings), Method(), hooks) == 0
     return sources[-1].taken, sources[-1].closed, calls
 
 
@@ -70,8 +82,9 @@ def test_a_method_brings_its_rows_and_hooks_are_called(toys, tmp_path, world1):
     settings["data"]["train"] = [{"path": "own.jsonl"}]
     settings |= {"output": str(tmp_path / "run"), "log": {"every": 10, "wandb": {"mode": "off"}}}
     arguments = toys.folder("dense"), toys.root, toys.records
-    assert world1.run(train, *arguments, settings) == [(3 * len(ROWS), True, [2, ("end", 3)])]
+    calls = [("answers", 1), 2, ("answers", 3), ("end", 3)]
+    assert world1.run(train, *arguments, settings) == [(3 * len(ROWS), True, calls)]
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert {line["step"]: line.get("eval/loss") for line in lines} == {2: 1.0, 3: None}
     settings["train"]["steps"] = 5  # continued, from the state of its own rows
-    assert world1.run(train, *arguments, settings) == [(5 * len(ROWS), True, [4, ("end", 5)])]
+    assert world1.run(train, *arguments, settings) == [(5 * len(ROWS), True, [4, ("answers", 5), ("end", 5)])]

@@ -6,7 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
-from parity import targets_of
+from parity import mostly_slow, targets_of
+from test_generate import WITH_FRAMES
 from test_layouts import LAYOUTS
 from test_preference import first_head
 from toy import reference_inputs, reference_model, write_records
@@ -14,11 +15,12 @@ from toy import reference_inputs, reference_model, write_records
 SEQ_LENGTH = 256
 
 
-def score_settings(folder, checkpoint, data, output, parallel=None):
+def score_settings(folder, checkpoint, data, output, parallel=None, vision=None):
     return {
         "model": {"hf": str(folder), "load": str(checkpoint)},
         "data": {"eval": str(data), "seq_length": SEQ_LENGTH, "workers": 0},
         "parallel": parallel or {},
+        "vision": vision or {},
         "train": {"precision": "fp32", "logprob_chunk_tokens": 10},
         "output": str(output),
     }
@@ -136,13 +138,16 @@ CASES = {
     "TP2 × CP2 without sequence parallelism": (4, "dense", {"tensor": 2, "context": 2, "sequence": False}),
     "MoE EP2 × CP2 × DP2": (4, "moe", {"expert": 2, "context": 2}),
     "YaRN, CP2 × PP2": (4, "yarn", {"context": 2, "pipeline": 2}),
+    **WITH_FRAMES,
 }
+# Of the layouts that encode the frames in another way, one of each kind is quick.
+SLOW = WITH_FRAMES.keys() - {"DP2, frames over the world", "PP2, windows of 2"}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, lambda case: case not in SLOW))
 def test_scores_are_those_of_transformers(case, toys, data, tmp_path, request):
-    size, kind, parallel = CASES[case]
-    settings = score_settings(toys.folder(kind), toys.checkpoint(kind), data, tmp_path, parallel)
+    size, kind, *layout = CASES[case]
+    settings = score_settings(toys.folder(kind), toys.checkpoint(kind), data, tmp_path, *layout)
     assert request.getfixturevalue(f"world{size}").run(run_score, settings) == [0] * size
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     difference = largest_difference(scores, toy_scores(toys, kind))

@@ -67,7 +67,7 @@ def fake(monkeypatch, **options):
 
 
 def test_offline_for_real(tmp_path, capfd, media):
-    """The package itself: files that have the numbers and sampled answers with their picture; one id over a resume;
+    """The package itself: files that have the numbers and sampled answers with their pictures; one id over a resume;
     silence; nothing in the home folder.
     """
     output = tmp_path / "run"
@@ -76,7 +76,7 @@ def test_offline_for_real(tmp_path, capfd, media):
         LoggedAnswer("", None, {"format": 0.25}, -1.5, 0, "stop"),
     ]
     groups = [
-        LoggedGroup(f"{media.base}/a.jsonl:3", "Which?", ["large.jpg"], "a cat", answers),
+        LoggedGroup(f"{media.base}/a.jsonl:3", "Which?", ["large.jpg", "gone.jpg", "large.jpg"], "a cat", answers),
         LoggedGroup(f"{media.base}/a.jsonl:4", "", ["gone.jpg"], None, answers[1:]),
     ]
     for _ in range(2):
@@ -96,10 +96,14 @@ def test_offline_for_real(tmp_path, capfd, media):
     (file, _) = output.glob("wandb/offline-run-*/files/media/table/rollouts_*.table.json")
     table = json.loads(file.read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-    assert [row.pop("first picture") for row in rows] == ["Image", "Image", None]
+    assert [column for column in table["columns"] if "picture" in column] == ["picture", "picture 2", "picture 3"]
+    assert [row.pop("picture") for row in rows] == ["Image", "Image", None]
+    assert [row.pop("picture 2") for row in rows] == [None, None, None]  # a file that is not there
+    assert [row.pop("picture 3") for row in rows] == ["Image", "Image", None]
     staged = [path.read_bytes() for path in output.glob("wandb/data/artifacts/staging/*")]
-    (picture, _) = [content for content in staged if content.startswith(b"\x89PNG")]  # one for each start
-    with Image.open(io.BytesIO(picture)) as stored:
+    pictures = [content for content in staged if content.startswith(b"\x89PNG")]
+    assert len(pictures) == 4  # two for each start
+    with Image.open(io.BytesIO(pictures[0])) as stored:
         assert stored.size == (320, 320)
     assert rows[0] == {
         "sample": groups[0].sample, "question": "Which?", "reference": "a cat", "answer": "<b>\U0001f408</b>",

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+from megavlm.config.settings import Settings
 from megavlm.monitor.metrics import REQUIRED
 from megavlm.report import at_checkpoint
 from megavlm.report.at_checkpoint import ReportAtCheckpoint
@@ -44,6 +46,25 @@ def test_a_run_of_seconds_starts_no_process(tmp_path, monkeypatch):
     report.close()
     assert not started
     assert not report._thread.is_alive()
+
+
+def test_a_report_is_due_after_checkpoints_and_logged_answers(tmp_path, monkeypatch):
+    """Those of the first rank, which alone has the answers."""
+    from megavlm.commands import train
+
+    reports: list = []
+    monkeypatch.setattr(train, "ReportAtCheckpoint", lambda output: SimpleNamespace(due=lambda: reports.append(output)))
+    monkeypatch.setattr(train, "make_method", lambda *arguments: None)
+    monkeypatch.setattr(train, "train", lambda settings, made, hooks, options: hooks)
+    settings = Settings(model={"hf": "hf"}, output=str(tmp_path))
+    hooks = train.main(settings, "grpo")
+    run = SimpleNamespace(session=SimpleNamespace(is_first=True, settings=settings))
+    (at_answers,), (at_checkpoint,) = (
+        [hook for hook in hooks if getattr(hook, name)] for name in ("at_answers", "at_checkpoint")
+    )
+    at_answers.call(run, 1, print)
+    at_checkpoint.call(run, 2, print)
+    assert reports == [tmp_path, tmp_path]
 
 
 def test_torch_is_not_imported():

@@ -10,14 +10,17 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
+from megavlm.monitor import metrics
 from megavlm.monitor.metrics import REQUIRED, MetricsWriter
 from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup, RolloutLog, held_out_log
+from megavlm.report.policy import policy_charts
 from megavlm.report.run import Run
 from megavlm.report.run_report import write_report
 
 RL = {
     "reward": 0.5, "reward_std": 0.3, "reward/exact": 0.4, "reward/format": 0.9, "flat_groups": 0.25, "kl": 0.05,
-    "entropy": 0.8, "clip_share": 0.01, "ratio_max": 3.0, "mismatch_kl": 5e-4, "mismatch_max": 1.5,
+    "entropy": 0.8, "clip_share": 0.01, "ratio_max": 3.0, "ratio_mean": 1.25,
+    "groups": 8, "answers": 64, "corrected_share": 0.02, "mismatch_kl": 5e-4, "mismatch_max": 1.5,
     "answer_tokens": 200.0, "truncated_share": 0.05, "reward_failures": 0, "staleness": 0.0, "seconds_rollout": 30.0,
     "seconds_reward": 0.5, "seconds_update": 20.0, "seconds_sync": 0.25, "rollout_tokens_per_second": 3000.0,
 }  # fmt: skip
@@ -132,9 +135,11 @@ CURVES = {
     "Entropy": {"entropy": "0.1000"},
     "KL to the reference": {"kl": "0.05000"},
     "Clipped tokens, %": {"clip_share, %": "1.000"},
-    "Largest ratio": {"ratio": "3.000"},
+    "Ratio of probabilities": {"mean": "1.250", "largest": "3.000"},
+    "Limited by align.correction, %": {"corrected_share, %": "2.000"},
     "Sampler against trainer": {"mean": "5.00e-04", "largest": "1.500"},
     "Staleness": {"steps": "0.000"},
+    "Sampled in a step": {"prompts": "8.00", "answers": "64.0"},
     "Length": {"tokens": "200.0"},
     "Cut off, %": {"truncated_share, %": "5.000"},
     "Seconds of a step": {"rollout": "30.00", "reward": "0.5000", "update": "20.00", "sync": "0.2500"},
@@ -143,7 +148,32 @@ CURVES = {
 }
 
 
-def test_every_metric_has_a_curve_and_the_reward_heads_the_page(page):
+def documented_names():
+    """The fields that only reinforcement learning writes, from the description of metrics.jsonl."""
+    text = metrics.__doc__
+    text = text[text.index("Reinforcement learning adds") : text.index("train.kl_to_start adds")]
+    rows = re.findall(r"^    ([\w/]+(?:, [\w/]+)*)", text, re.MULTILINE)
+    return [name.replace("NAME", "exact") for row in rows for name in row.split(", ")]
+
+
+@pytest.mark.parametrize("name", documented_names())
+def test_every_metric_has_a_curve(name):
+    empty = dict.fromkeys(documented_names())
+    draw = lambda **values: "".join(
+        drawn for _, charts in policy_charts([{**empty, "step": 1, **values}]) for drawn in charts
+    )
+    assert draw() == ""
+    assert draw(**{name: 0.5}).count("<path") >= 1
+
+
+def test_each_of_many_rewards_has_a_curve():
+    line = {"step": 1, "reward": 0.5, **{f"reward/r{number}": number / 16 for number in range(8)}}
+    curves = curves_of("".join(dict(policy_charts([line, line | {"step": 2}]))["Rewards"]))
+    assert list(curves["Each reward"]) == [f"r{number}" for number in range(6)]
+    assert curves["Each reward, from number 7"] == {"r6": ["0.3750"] * 2, "r7": ["0.4375"] * 2}
+
+
+def test_the_curves_and_the_reward_at_the_head_of_the_page(page):
     assert "0.750</b><span>reward at step 6, 0.125 at the start" in page
     curves = curves_of(page)
     assert curves["Reward"]["reward"] == ["0.1250", "0.2500", "0.3750", "0.5000", "0.6250", "0.7500"]
@@ -153,8 +183,6 @@ def test_every_metric_has_a_curve_and_the_reward_heads_the_page(page):
 
 
 def test_a_critic_has_curves_of_its_own():
-    from megavlm.report.policy import policy_charts
-
     line = {"step": 1, "reward": 0.5, "value_loss": 2.0, "explained_variance": 0.25, "returns": 0.5}
     of_critic = dict(policy_charts([line, line | {"step": 2}]))["Critic"]
     assert sum("<svg" in chart for chart in of_critic) == 3  # those with values

@@ -1,4 +1,4 @@
-"""The alignment losses: pure functions of tensors, which import only torch.
+"""The alignment losses: pure functions of tensors, which import only torch and the tables of their names.
 
 They are independent of models, layouts and settings. The functions for pairs and labelled answers return one loss for
 each pair or answer. The caller sums the losses and divides by the global count, so that the result does not depend on
@@ -10,11 +10,12 @@ the whole batch. Without any pair, they are 0.
 Bad arguments raise a ``ValueError`` that names the argument and what is allowed.
 """
 
-from megavlm.align.losses.advantages import ADVANTAGES, advantages, gae
+from megavlm.align.loss_tables import ADVANTAGES, POLICY_LOSSES, PolicyLoss
+from megavlm.align.losses.advantages import advantages, gae
 from megavlm.align.losses.correction import correction
 from megavlm.align.losses.divergence import kl_estimate
 from megavlm.align.losses.kto import kto_loss
-from megavlm.align.losses.policy import POLICY_LOSSES, PolicyLoss, check_policy, policy_loss
+from megavlm.align.losses.policy import check_policy, policy_loss
 from megavlm.align.losses.preference import PREFERENCE_LOSSES, PreferenceLoss, check_preference, preference_loss
 from megavlm.align.losses.reward import reward_loss
 from megavlm.align.losses.value import value_loss

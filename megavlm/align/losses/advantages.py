@@ -1,13 +1,12 @@
 """Advantages: how much better an answer, or a token, is than was to be expected."""
 
-import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megavlm.align.loss_tables import ADVANTAGES, function_of, keyword_options
 from megavlm.align.losses.arguments import check_numbers
 
 
@@ -31,16 +30,11 @@ def rloo(rewards: Tensor, known: Tensor) -> Tensor:
     return dr_grpo(rewards, known) * count / (count - 1).clamp(min=1)
 
 
-# name → (rewards [groups, group_size] with 0 where unknown, bool [groups, group_size], **options) -> the same shape
-ADVANTAGES: dict[str, Callable[..., Tensor]] = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
-
-
 def options_of(name: str) -> dict[str, Any]:
     """The options of an advantage and their defaults. Raises ValueError for an unknown name."""
     if name not in ADVANTAGES:
         raise ValueError(f"{name!r} is no advantage: choose one of {', '.join(ADVANTAGES)}")
-    parameters = inspect.signature(ADVANTAGES[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return keyword_options(function_of("advantages", ADVANTAGES[name]))
 
 
 def advantages(name: str, rewards: Tensor, group_size: int, **options: float) -> Tensor:
@@ -82,7 +76,7 @@ def advantages(name: str, rewards: Tensor, group_size: int, **options: float) ->
     known = ~grouped.isnan()
     highest = grouped.masked_fill(~known, -math.inf).amax(-1, keepdim=True)
     lowest = grouped.masked_fill(~known, math.inf).amin(-1, keepdim=True)
-    found = ADVANTAGES[name](torch.where(known, grouped, 0.0), known, **options)
+    found = function_of("advantages", ADVANTAGES[name])(torch.where(known, grouped, 0.0), known, **options)
     # The mean of equal rewards such as 0.9 may differ from them by a rounding error, which grpo would divide by eps.
     found = torch.where(known & (highest > lowest), found, 0.0).view(-1)
     return found if rewards.dtype == torch.float64 else found.float()

@@ -2,49 +2,22 @@
 
 A loss has four parts, and each can be replaced: the ratio of the probabilities (of a token or of an answer), the
 surrogate (the function here), the correction of the sampler (``correction``) and the reduction (``reductions``). A loss
-is a function and an entry of ``POLICY_LOSSES``.
+is a function here and an entry of ``POLICY_LOSSES`` (``align/loss_tables.py``).
 """
 
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megavlm.align.loss_tables import POLICY_LOSSES, PolicyLoss
 from megavlm.align.losses.arguments import entry_of
 from megavlm.align.losses.divergence import KL_ESTIMATES, log_ratio
 from megavlm.align.losses.reductions import REDUCTIONS, answer_mean
 
 # The loss of each token, and whether the limits of the loss have taken its gradient away.
 Surrogate = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class PolicyLoss:
-    """An entry of ``POLICY_LOSSES``.
-
-    Attributes:
-        function: (ratio, advantages, logprobs, **options) -> Surrogate, elementwise on tensors of any one shape. Its
-            keyword-only parameters are the options of the loss with their defaults.
-        ratio: "token", or "sequence" for the geometric mean over the answer.
-        reduction: a key of ``REDUCTIONS``.
-        beta: default weight of the divergence from the reference model (k3).
-    """
-
-    function: Callable[..., Surrogate]
-    ratio: str = "token"
-    reduction: str = "token"
-    beta: float = 0.0
-    defaults: Mapping[str, float] | None = None
-
-    @property
-    def options(self) -> dict[str, float | None]:
-        """The options of this loss and their defaults, without those that all losses have."""
-        parameters = inspect.signature(self.function).parameters.values()
-        found = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        return found | dict(self.defaults or {})
 
 
 def clip(
@@ -80,17 +53,6 @@ def cispo(ratio: Tensor, advantages: Tensor, logprobs: Tensor, *, epsilon_high: 
     ε_high is the largest ratio itself, not its distance from 1. The second result is where the weight was limited.
     """
     return -ratio.detach().clamp(max=epsilon_high) * advantages * logprobs, ratio > epsilon_high
-
-
-POLICY_LOSSES: dict[str, PolicyLoss] = {
-    "ppo": PolicyLoss(clip),
-    "grpo": PolicyLoss(clip, reduction="sequence", beta=0.03),
-    "dr_grpo": PolicyLoss(clip, reduction="constant"),
-    "dapo": PolicyLoss(clip, defaults={"epsilon_high": 0.28}),
-    "gspo": PolicyLoss(clip, ratio="sequence", reduction="sequence", defaults={"epsilon": 3e-4, "epsilon_high": 4e-4}),
-    "sapo": PolicyLoss(sapo, reduction="sequence"),
-    "cispo": PolicyLoss(cispo),
-}
 
 
 def check_policy(name: str, options: Mapping[str, Any]) -> PolicyLoss:
