@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "monitor": ["data", "sources", "records", "media", "platform", "config", "base"],
     "charts": ["base"],
     "report": ["charts", "output", "monitor", "data", "sources", "records", "media", "config", "base"],
-    "hub": ["report", "output", "config", "base"],
+    "hub": ["align.registry", "report", "output", "config", "base"],
     "watch": ["report", "monitor", "base"],
     "runtime": [
         "output",

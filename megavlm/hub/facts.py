@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm import __version__
+from megavlm.align.registry import METHODS, trained_by
 from megavlm.base import machine
 from megavlm.base.errors import UserError
 from megavlm.config import describe
@@ -17,22 +18,6 @@ from megavlm.report.run import Run
 from megavlm.report.run_data import passes_of
 from megavlm.report.run_report import follow
 
-_VERBS = {  # a field that only lines of this verb have, the rarer ones first → the verb
-    "value_loss": "ppo",
-    "reward_std": "grpo",
-    "z0": "kto",
-    "scores/mean": "rm",
-    "pairs": "dpo",
-}
-_METHODS = {
-    "pretrain": "pretraining",
-    "sft": "supervised fine-tuning",
-    "rm": "training of a reward model on pairs of answers",
-    "dpo": "preference tuning on pairs of answers",
-    "kto": "preference tuning on answers that are each labelled good or bad",
-    "grpo": "reinforcement learning from groups of sampled answers",
-    "ppo": "reinforcement learning from sampled answers with a critic",
-}
 # Settings that say nothing of the model: places, what has its own section in the card, and how the work was organised.
 _UNTOLD = ("model.hf", "model.load", "model.adapter", "output", "overwrite", "data.train", "data.eval", "data.workers",
            "data.media_roots", "data.media_protocols", "data.replay.sources", "log", "checkpoint", "generate",
@@ -77,7 +62,7 @@ class RunFacts:
     def method(self) -> str:
         """The verb in words."""
         stage = self.run.setting("stage")
-        return _METHODS[self.verb] + (f", stage {stage}" if stage is not None else "")
+        return METHODS[self.verb].named + (f", stage {stage}" if stage is not None else "")
 
     @property
     def before(self) -> list[str]:
@@ -129,10 +114,7 @@ class RunFacts:
 
 
 def _verb_of(run: Run) -> str:
-    if run.setting("stage") is not None:
-        return "pretrain"
-    fields = set().union(*run.lines)
-    return next((verb for field, verb in _VERBS.items() if field in fields), "sft")
+    return trained_by(set().union(*run.lines), has_stage=run.setting("stage") is not None)
 
 
 def _zeros(lines: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
