@@ -311,6 +311,21 @@ def test_only_the_platform_asks_for_a_gpu() -> None:
     assert not asking
 
 
+def test_objects_travel_between_ranks_in_one_place() -> None:
+    """``platform/collectives.py``; ``absent.py`` stands for the ranks that do not exist."""
+    sending = re.compile(r"\b\w*(scatter|gather|broadcast|send|recv)_object(_list)?\b")
+    found = {
+        path.relative_to(ROOT / "megavlm").as_posix()
+        for path in MODULES
+        for node in nodes(path)
+        if isinstance(node, ast.Attribute)
+        and sending.fullmatch(node.attr)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("dist", "distributed")
+    }
+    assert found == {"platform/collectives.py", "platform/absent.py"}
+
+
 def test_no_registry_and_no_path_of_one_machine() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
