@@ -295,6 +295,14 @@ def test_no_module_is_long() -> None:
     assert not {str(path): length for path, length in lengths.items() if length > MAX_LINES}
 
 
+def test_tests_stand_where_the_package_stands() -> None:
+    """Besides, what CONTRIBUTING.md says of tests."""
+    folders = lambda root: {path.relative_to(root).parts[0] for path in root.glob("*/*.py")}
+    package, tested = folders(ROOT / "megavlm"), folders(ROOT / "tests")
+    assert package - tested == {"adapters", "bench", "charts", "evaluation"}
+    assert tested - package == {"configs", "distributed", "docs", "gpu", "launch", "sweep", "te_cpu"}
+
+
 def test_every_test_file_has_a_name_of_its_own() -> None:
     """pytest imports each as a module of that name, and refuses the second; when one file is run, that is not seen."""
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
