@@ -193,6 +193,12 @@ MAY_IMPORT = {
 # (file, what it imports): upward edges that are to go; one that has gone must leave this list.
 EXCEPTIONS: set[tuple[str, str]] = set()
 
+# Public classes of one name and several meanings; one of which only one is left must leave this list.
+NAMESAKES = {
+    *("AnswerGroup", "Asked", "Call", "Card", "Conversation", "Experts", "Frames", "Group", "Held", "Layout", "Line"),
+    *("Measured", "Places", "Progress", "Step", "TrainedModel", "Turn", "Weights", "Work"),
+}
+
 # Addresses of package registries, and absolute paths that only one machine has.
 REGISTRY = re.compile(rb"\b(pypi|pythonhosted|anaconda|npmjs)\.(org|com)\b")
 MACHINE_PATH = re.compile(rb"(?<![\w.$}])/(work|root|home|Users)/\w|(?<![\w.$}])/tmp/(?!requirements\.txt\b)\w")
@@ -268,6 +274,17 @@ def test_no_import_goes_round_in_a_circle() -> None:
         for name, path in by_name.items()
     }
     graphlib.TopologicalSorter(edges).prepare()  # raises CycleError, which names the circle
+
+
+def test_one_name_has_one_meaning() -> None:
+    """Of public classes, wherever in the package they are defined."""
+    names = Counter(
+        node.name
+        for path in MODULES
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert {name for name, count in names.items() if count > 1} == NAMESAKES
 
 
 def test_the_training_loop_stays_small() -> None:

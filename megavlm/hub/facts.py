@@ -14,7 +14,7 @@ from megavlm.config import describe
 from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings
 from megavlm.output.changes import flat
-from megavlm.report.run import Run
+from megavlm.report.run import RecordedRun
 from megavlm.report.run_data import passes_of
 from megavlm.report.run_report import follow
 
@@ -29,7 +29,7 @@ _PACKAGES = ("torch", "transformers", "megatron-core", "peft")
 
 
 @dataclass(frozen=True)
-class Source:
+class UsedSource:
     """A source of training data, up to the exported step: samples in rows, their targets, and passes over it."""
 
     name: str
@@ -49,8 +49,8 @@ class RunFacts:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        read = Run.read(folder)
-        self.run = Run(folder, read.config, [line for line in read.lines if line["step"] <= step])
+        read = RecordedRun.read(folder)
+        self.run = RecordedRun(folder, read.config, [line for line in read.lines if line["step"] <= step])
         self.step = step
 
     @property
@@ -82,16 +82,16 @@ class RunFacts:
         return len(self.run.steps) == self.step
 
     @cached_property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[UsedSource]:
         """The sources that samples came from, those with the most samples first."""
         passes = passes_of(self.run.lines)
         if len(passes) == 1:  # the counts of an only source are those of the steps
             ((name, made),) = passes.items()
-            return [Source(name, self.run.total("samples"), self.run.total("target_tokens"), made)]
-        total = lambda field, name: Run(self.run.folder, {}, _zeros(self.run.lines, f"{field}/{name}")).total(
+            return [UsedSource(name, self.run.total("samples"), self.run.total("target_tokens"), made)]
+        total = lambda field, name: RecordedRun(self.run.folder, {}, _zeros(self.run.lines, f"{field}/{name}")).total(
             f"{field}/{name}"
         )
-        found = [Source(n, total("samples", n), total("target_tokens", n), made) for n, made in passes.items()]
+        found = [UsedSource(n, total("samples", n), total("target_tokens", n), made) for n, made in passes.items()]
         return sorted(found, key=lambda source: (-source.samples, source.name))
 
     @cached_property
@@ -113,7 +113,7 @@ class RunFacts:
         return changed
 
 
-def _verb_of(run: Run) -> str:
+def _verb_of(run: RecordedRun) -> str:
     return trained_by(set().union(*run.lines), has_stage=run.setting("stage") is not None)
 
 

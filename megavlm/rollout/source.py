@@ -12,7 +12,7 @@ from megavlm.rollout.answers import OpenPrompt
 from megavlm.rollout.engine import Answered, Prompt
 
 
-class Source:
+class PromptSource:
     """Prompts in their order, of which the next can be looked at before it is taken.
 
     Args:
@@ -58,7 +58,7 @@ class Source:
             self._next.append((prompt, 0))
 
 
-class Dealt(Source):
+class Dealt(PromptSource):
     """Prompts that the first of several context-parallel ranks deals to all of them, as each has room.
 
     Args:
@@ -68,7 +68,7 @@ class Dealt(Source):
 
     def __init__(self, prompts: Iterator[Prompt] | None, group: dist.ProcessGroup) -> None:
         super().__init__(iter(()))
-        self._group, self._dealer = group, Source(prompts) if prompts is not None else None
+        self._group, self._dealer = group, PromptSource(prompts) if prompts is not None else None
         self._given: dict[int, Prompt] = {}  # by ticket
         self._tickets = 0
 
