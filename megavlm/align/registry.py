@@ -4,11 +4,12 @@ This module does not import the methods, so that help texts and checks need not 
 """
 
 import importlib
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megavlm.align.evaluation_checks import check_evaluation
-from megavlm.align.sampling_checks import check_numbers, check_sampling
+from megavlm.align.sampling_checks import WHY_PPO, check_numbers, check_sampling, first_set
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 
@@ -26,6 +27,11 @@ class MethodEntry:
         summary: one line for the list of commands.
         example: a command line for the help of the method.
         kind: what it trains on.
+        named: the method in words, for the card of a model that it has trained.
+        marks: fields of ``metrics.jsonl`` by which a run of the method is recognised; it may share some with others.
+        meant_by: settings by which a configuration can only be meant for it, as "key" or "key=value".
+        meant_with_data: settings by which, together with data of its kind, a configuration is meant for it.
+        is_usual: whether data of its kind alone suggest it.
         aligns: whether the method reads the section ``align`` and compares answers.
         requires: settings that must be set for this method, in addition to those of every training run; of "a|b", one.
         reads: settings with paths of files that must exist, in addition to those of every training run.
@@ -38,6 +44,11 @@ class MethodEntry:
     summary: str
     example: str
     kind: "Kind"
+    named: str
+    marks: tuple[str, ...] = ()
+    meant_by: tuple[str, ...] = ()
+    meant_with_data: tuple[str, ...] = ()
+    is_usual: bool = True
     aligns: bool = False
     requires: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
@@ -51,6 +62,8 @@ METHODS = {
         "train one of the four pretraining stages (stage: 0 … 3)",
         "megavlm pretrain stage0.yaml model.load=HF_FOLDER output=runs/stage0 --nproc 2",
         "pretrain",
+        "pretraining",
+        meant_by=("stage",),
         requires=("stage", "model.load"),
         has_stages=True,
     ),
@@ -59,6 +72,7 @@ METHODS = {
         "supervised fine-tuning on conversations",
         "megavlm sft sft.yaml model.load=HF_FOLDER output=runs/sft --nproc 2",
         "tune",
+        "supervised fine-tuning",
         requires=("model.load",),
     ),
     "rm": MethodEntry(
@@ -66,6 +80,10 @@ METHODS = {
         "train a reward model on pairs of answers",
         "megavlm rm rm.yaml train.lr=1e-5 output=runs/rm --nproc 2",
         "pair",
+        "training of a reward model on pairs of answers",
+        marks=("pairs", "scores/mean"),
+        meant_by=("align.centering",),
+        is_usual=False,
         aligns=True,
         requires=("model.load",),
     ),
@@ -74,6 +92,8 @@ METHODS = {
         "preference tuning on pairs of a chosen and a rejected answer",
         "megavlm dpo dpo.yaml align.loss=simpo train.lr=5e-7 output=runs/dpo --nproc 2",
         "pair",
+        "preference tuning on pairs of answers",
+        marks=("pairs",),
         aligns=True,
         requires=("model.load",),
         reads=("align.reference",),
@@ -83,6 +103,10 @@ METHODS = {
         "preference tuning on single answers that are labelled desirable or undesirable",
         "megavlm kto kto.yaml train.lr=5e-7 output=runs/kto --nproc 2",
         "judged",
+        "preference tuning on answers that are each labelled good or bad",
+        marks=("z0",),
+        meant_by=("align.desirable_weight", "align.undesirable_weight"),
+        meant_with_data=("align.beta", "align.reference", "align.reference_at"),
         aligns=True,
         requires=("model.load",),
         reads=("align.reference",),
@@ -92,6 +116,9 @@ METHODS = {
         "reinforcement learning from groups of sampled answers and their rewards",
         "megavlm grpo grpo.yaml align.loss=dapo train.lr=1e-6 output=runs/grpo --nproc 2",
         "prompt",
+        "reinforcement learning from groups of sampled answers",
+        marks=("reward_std",),
+        meant_by=("rollout.prompts", "reward", "environment.python"),
         aligns=True,
         requires=("model.load", "rollout.prompts", "reward|environment.python"),
         reads=("reward", "environment"),
@@ -102,6 +129,9 @@ METHODS = {
         "reinforcement learning from sampled answers and a critic, which judges each token",
         "megavlm ppo ppo.yaml align.critic.load=runs/rm train.lr=1e-6 output=runs/ppo --nproc 2",
         "prompt",
+        "reinforcement learning from sampled answers with a critic",
+        marks=("reward_std", "value_loss"),
+        meant_by=WHY_PPO,
         aligns=True,
         requires=("model.load", "rollout.prompts", "reward|environment.python"),
         reads=("reward", "environment", "align.critic.load"),
@@ -116,6 +146,31 @@ def make_method(name: str, settings: Settings) -> "Method":
     module, _, function = METHODS[name].make.partition(":")
     make: Any = getattr(importlib.import_module(module), function)
     return make(settings)
+
+
+def meant(settings: Settings) -> tuple[str, str] | None:
+    """The method that a configuration can only be meant for, and the setting that tells so; None if none does.
+
+    A method that is further down in the list builds on those above it, so it is looked at before them.
+    """
+    found = ((name, first_set(settings, method.meant_by)) for name, method in reversed(METHODS.items()))
+    return next(((name, setting) for name, setting in found if setting is not None), None)
+
+
+def usual(kind: "Kind") -> str:
+    """The method that data of a kind alone suggest."""
+    return next(name for name, method in METHODS.items() if method.kind == kind and method.is_usual)
+
+
+def trained_by(fields: Set[str], *, has_stage: bool) -> str:
+    """The method that has written lines with these fields to ``metrics.jsonl``: that of which most marks are there.
+
+    Args:
+        fields: the names of the fields.
+        has_stage: whether the run has a value of ``stage``.
+    """
+    fitting = {name: method for name, method in METHODS.items() if fields >= set(method.marks)}
+    return max(fitting, key=lambda name: (fitting[name].has_stages == has_stage, len(fitting[name].marks)))
 
 
 def check_method(name: str, settings: Settings) -> None:

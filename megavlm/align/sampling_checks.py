@@ -1,7 +1,10 @@
 """Settings that contradict sampling or would be ignored; checked before anything large is imported."""
 
+from collections.abc import Iterable
+
 from megavlm.align.loss_tables import advantages_of, losses_of
 from megavlm.base.errors import UserError
+from megavlm.config.section import Section
 from megavlm.config.sections import RANDOM
 from megavlm.config.settings import Settings
 
@@ -9,18 +12,27 @@ GROUP_SIZES = {"grpo": 16, "ppo": 1}
 """By method, the number of answers to each prompt if ``rollout.group_size`` is null."""
 
 
-def why_ppo(settings: Settings) -> str | None:
-    """The setting by which a configuration can only be for ppo, if there is one."""
-    if settings.align.loss == "ppo":
-        return "align.loss"
-    return next((f"align.{name}" for name in ("critic", "discount") if settings.align.is_changed(name)), None)
+WHY_PPO = ("align.loss=ppo", "align.critic", "align.discount")
+"""Settings by which a configuration can only be meant for ppo; see ``MethodEntry.meant_by``."""
+
+
+def first_set(settings: Settings, keys: Iterable[str]) -> str | None:
+    """The first of settings "key" or "key=value" that is not at its default, or has that value; None if none is."""
+    for key, _, value in (text.partition("=") for text in keys):
+        section: Section = settings
+        *above, name = key.split(".")
+        for part in above:
+            section = getattr(section, part)
+        if section.is_changed(name) and (not value or getattr(section, name) == value):
+            return key
+    return None
 
 
 def with_group_size(settings: Settings, verb: str | None) -> Settings:
     """The settings with the number of answers to each prompt that ``verb`` samples; None: a guess."""
     if settings.rollout.group_size is not None:
         return settings
-    verb = verb or ("ppo" if why_ppo(settings) else "grpo")
+    verb = verb or ("ppo" if first_set(settings, WHY_PPO) else "grpo")
     size = GROUP_SIZES.get(verb, GROUP_SIZES["grpo"])
     return settings.model_copy(update={"rollout": settings.rollout.model_copy(update={"group_size": size})})
 

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from megavlm.align.registry import make_method
 from megavlm.base import machine
 from megavlm.base.pools import num_cores
-from megavlm.bench.measure_operators import Measurement, measure_collectives, measure_operators
+from megavlm.bench.measure_operators import measure_collectives, measure_operators
 from megavlm.config.settings import Settings
 from megavlm.plan.costs import on_wire
 from megavlm.plan.gpus import Gpu
 from megavlm.plan.mix import Contents
 from megavlm.plan.stage_operators import stage_operators
 from megavlm.platform import device, device_name, init, shutdown, total_memory
+from megavlm.platform.collectives import all_gather_objects
 from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
 from megavlm.tracing.operators import Call, Example
 
@@ -45,8 +46,7 @@ def measured_gpu(settings: Settings, verb: str, mix: Contents, world_size: int) 
     mine = measure_operators(examples, device())
     if world_size > 1:
         mine += measure_collectives(world, device(), _LARGEST)
-    of_ranks: list[list[Measurement]] = [[]] * world_size
-    dist.all_gather_object(of_ranks, mine)
+    of_ranks = all_gather_objects(mine, world)
     shutdown()
     dist.destroy_process_group()
     seconds: dict[Call, list[float]] = defaultdict(list)

@@ -98,7 +98,7 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
     options = vars(_parser(name, verb).parse_intermixed_args(rest))
     given: list[Settings] = []
     if verb.sections:
-        config, overrides = options.pop("config"), options.pop("overrides")
+        config, overrides = options.pop("config"), [*options.pop("overrides"), *_as_settings(verb, options)]
         settings = load_settings(config, overrides)
         if verb.uses_run:
             settings = held_run.of_run(settings)
@@ -123,6 +123,12 @@ def _run(name: str, verb: Verb, arguments: list[str], rest: list[str]) -> int:
         with no_collection():
             target = getattr(importlib.import_module(module), function)
         return target(*given, **options, **verb.fixed) or 0
+
+
+def _as_settings(verb: Verb, options: dict[str, Any]) -> list[str]:
+    """Takes the flags that are another way to write a setting out of the options, and writes them as settings."""
+    given = {key: options.pop(keyword) for keyword, key in verb.settings.items()}
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], world_size: int) -> None:

@@ -69,6 +69,7 @@ class Verb:
         writes: result file or folder below `output` that must not exist yet; "" for a run folder; None for nothing.
         positionals: arguments in addition to CONFIG.yaml: {keyword: argparse options}.
         flags: options of this verb: {keyword: argparse options}; `--image` is keyword `image`.
+        settings: those of the flags that are another way to write a setting: {keyword: key of the setting}.
         local_workers: whether it accepts --nproc.
         uses_run: whether it reads the weights of the run in `output`, if there is one (`megavlm.output.held_run`).
         reads_terminal: whether rank 0 reads from standard input, also with --nproc.
@@ -84,6 +85,7 @@ class Verb:
     writes: str | None = None
     positionals: dict[str, dict[str, Any]] = field(default_factory=dict)
     flags: dict[str, dict[str, Any]] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
     local_workers: bool = True
     uses_run: bool = False
     reads_terminal: bool = False

@@ -100,7 +100,9 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
     "chat": Verb(
         "megavlm.commands.chat:main",
         "hold a conversation on the terminal, with pictures and videos by path",
-        "megavlm chat sft.yaml\nmegavlm chat sft.yaml model.load=CHECKPOINT output=null --image cat.png",
+        "megavlm chat sft.yaml\n"
+        "megavlm chat sft.yaml model.load=CHECKPOINT output=null --image cat.png\n"
+        "megavlm chat sft.yaml model.load=HF_FOLDER output=null --adapter ADAPTER_FOLDER",
         sections=("model", "adapter", "data", "parallel", "vision", "train.precision", "train.seed", "generate"),
         requires=("model.load",),
         flags={
@@ -118,8 +120,14 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "default": [],
                 "help": "video for the first question; may be repeated",
             },
+            "adapter": {
+                "metavar": "DIR",
+                "help": "the adapter to talk with, the same as model.adapter=DIR: a folder of peft's, a checkpoint or "
+                "a run of adapters",
+            },
             "ema": EMA,
         },
+        settings={"adapter": "model.adapter"},
         uses_run=True,
         reads_terminal=True,
     ),

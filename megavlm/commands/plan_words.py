@@ -1,5 +1,6 @@
 """What a plan says in words: whether the layout fits, and what would make it smaller."""
 
+from megavlm.align.registry import METHODS, meant, usual
 from megavlm.config.settings import Settings
 from megavlm.plan.plan import SPARE, Plan
 from megavlm.report.plan_memory import GIB, activation_parts
@@ -49,8 +50,5 @@ def _advice(plan: Plan, settings: Settings) -> list[str]:
 
 def verb_of(settings: Settings) -> str:
     """A verb that can use these settings."""
-    if settings.stage is not None:
-        return "pretrain"
-    if settings.rollout.prompts is not None:
-        return "ppo" if settings.align.is_changed("critic") else "grpo"
-    return "sft"
+    verb, _ = meant(settings) or (usual("tune"), None)
+    return usual("tune") if METHODS[verb].samples and settings.rollout.prompts is None else verb

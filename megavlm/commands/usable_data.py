@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megavlm.align.registry import METHODS
-from megavlm.align.sampling_checks import why_ppo
+from megavlm.align.registry import METHODS, meant, usual
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
 from megavlm.data.answer_groups import likely_kind
@@ -15,8 +14,6 @@ from megavlm.data.rows import RowDataset
 from megavlm.records.records import Kind
 from megavlm.records.skipped_samples import SkippedSample, causes, excess
 from megavlm.sources.blend import Source
-
-_OF_KTO = ("desirable_weight", "undesirable_weight")
 
 
 @dataclass(frozen=True)
@@ -49,29 +46,15 @@ def intended(settings: Settings, sources: Sequence[Source], verb: str | None) ->
     """
     if verb is not None:
         return Intended(verb)
-    if settings.stage is not None:
-        return Intended("pretrain", "stage")
-    if (of_ppo := why_ppo(settings)) is not None:
-        return Intended("ppo", of_ppo)
-    for name, is_set in {
-        "rollout.prompts": settings.rollout.prompts,
-        "reward": settings.reward,
-        "environment": settings.environment.python,
-    }.items():
-        if is_set:
-            return Intended("grpo", name)
-    align = settings.align
-    changed = [name for name in type(align).model_fields if align.is_changed(name)]
-    kind = likely_kind(sources[0].file, "tune") if sources else "tune"
-    if "centering" in changed:
-        return Intended("rm", "align.centering")
-    if of_kto := [name for name in changed if name in _OF_KTO]:
-        return Intended("kto", f"align.{of_kto[0]}")
-    if changed:
-        only_dpo = any(name not in ("beta", "reference", "reference_at") for name in changed)
-        is_kto = kind == "judged" and not only_dpo
-        return Intended("kto" if is_kto else "dpo", f"align.{changed[0]}" + (" and the data" if is_kto else ""))
-    return Intended({"pair": "dpo", "judged": "kto"}.get(kind, "sft"), "the data")
+    if (found := meant(settings)) is not None:
+        return Intended(*found)
+    verb = usual(likely_kind(sources[0].file, "tune") if sources else "tune")
+    changed = [f"align.{name}" for name in type(settings.align).model_fields if settings.align.is_changed(name)]
+    if not changed:
+        return Intended(verb, "the data")
+    if set(changed) <= set(METHODS[verb].meant_with_data):
+        return Intended(verb, f"{changed[0]} and the data")
+    return Intended(usual("pair"), changed[0])  # it uses all that no other method has for itself
 
 
 def renderer_of(settings: Settings, kind: Kind) -> Renderer:

@@ -2,7 +2,7 @@
 
 import re
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from megavlm.base.errors import UserError
 from megavlm.config.section import Bool, Float, Positive, Section, Str
@@ -37,7 +37,7 @@ class GroupSettings(Section):
 
     @field_validator("freeze")
     @classmethod
-    def _nothing_beside(cls, freeze: bool, info) -> bool:  # type: ignore[no-untyped-def]  # pydantic's own type
+    def _nothing_beside(cls, freeze: bool, info: ValidationInfo) -> bool:
         beside = [name for name in ("lr_scale", "weight_decay") if info.data.get(name) not in (1.0, None)]
         if freeze and beside:
             raise UserError(

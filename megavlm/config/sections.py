@@ -2,7 +2,7 @@
 
 The larger sections have files of their own. Defaults are stated only in these classes. Checks between fields of one
 section are in its class, checks between sections in `settings.py`, and checks against the model's shapes and the number
-of processes in `layout.py`.
+of processes in the folder `layout/`.
 """
 
 from pathlib import Path

@@ -11,7 +11,7 @@ from megavlm.base.number_format import counted, number, percent
 from megavlm.hub.facts import RunFacts, versions
 from megavlm.report.loss_plot import FILE_NAME as LOSS_PLOT
 from megavlm.report.loss_plot import save_loss_plot
-from megavlm.report.run import Run
+from megavlm.report.run import RecordedRun
 
 FILE_NAME = "README.md"
 # Fields of metrics.jsonl that are told if the run has them: (field, words, is it a share)
@@ -165,7 +165,7 @@ class Card:
         return ["## Result", table, "The last column is a moving average.", *_held_out(facts.run), *picture]
 
 
-def _held_out(run: Run) -> list[str]:
+def _held_out(run: RecordedRun) -> list[str]:
     """A table of the evaluations while training; [] if there were none."""
     names = sorted({name for line in run.lines for name in line if name.startswith("eval/")})
     found = {name: [value for value in run.column(name) if value is not None] for name in names}

@@ -7,32 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from megavlm import __version__
+from megavlm.align.registry import METHODS, trained_by
 from megavlm.base import machine
 from megavlm.base.errors import UserError
 from megavlm.config import describe
 from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings
 from megavlm.output.changes import flat
-from megavlm.report.run import Run
+from megavlm.report.run import RecordedRun
 from megavlm.report.run_data import passes_of
 from megavlm.report.run_report import follow
 
-_VERBS = {  # a field that only lines of this verb have, the rarer ones first → the verb
-    "value_loss": "ppo",
-    "reward_std": "grpo",
-    "z0": "kto",
-    "scores/mean": "rm",
-    "pairs": "dpo",
-}
-_METHODS = {
-    "pretrain": "pretraining",
-    "sft": "supervised fine-tuning",
-    "rm": "training of a reward model on pairs of answers",
-    "dpo": "preference tuning on pairs of answers",
-    "kto": "preference tuning on answers that are each labelled good or bad",
-    "grpo": "reinforcement learning from groups of sampled answers",
-    "ppo": "reinforcement learning from sampled answers with a critic",
-}
 # Settings that say nothing of the model: places, what has its own section in the card, and how the work was organised.
 _UNTOLD = ("model.hf", "model.load", "model.adapter", "output", "overwrite", "data.train", "data.eval", "data.workers",
            "data.media_roots", "data.media_protocols", "data.replay.sources", "log", "checkpoint", "generate",
@@ -44,7 +29,7 @@ _PACKAGES = ("torch", "transformers", "megatron-core", "peft")
 
 
 @dataclass(frozen=True)
-class Source:
+class UsedSource:
     """A source of training data, up to the exported step: samples in rows, their targets, and passes over it."""
 
     name: str
@@ -64,8 +49,8 @@ class RunFacts:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        read = Run.read(folder)
-        self.run = Run(folder, read.config, [line for line in read.lines if line["step"] <= step])
+        read = RecordedRun.read(folder)
+        self.run = RecordedRun(folder, read.config, [line for line in read.lines if line["step"] <= step])
         self.step = step
 
     @property
@@ -77,7 +62,7 @@ class RunFacts:
     def method(self) -> str:
         """The verb in words."""
         stage = self.run.setting("stage")
-        return _METHODS[self.verb] + (f", stage {stage}" if stage is not None else "")
+        return METHODS[self.verb].named + (f", stage {stage}" if stage is not None else "")
 
     @property
     def before(self) -> list[str]:
@@ -97,16 +82,16 @@ class RunFacts:
         return len(self.run.steps) == self.step
 
     @cached_property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[UsedSource]:
         """The sources that samples came from, those with the most samples first."""
         passes = passes_of(self.run.lines)
         if len(passes) == 1:  # the counts of an only source are those of the steps
             ((name, made),) = passes.items()
-            return [Source(name, self.run.total("samples"), self.run.total("target_tokens"), made)]
-        total = lambda field, name: Run(self.run.folder, {}, _zeros(self.run.lines, f"{field}/{name}")).total(
+            return [UsedSource(name, self.run.total("samples"), self.run.total("target_tokens"), made)]
+        total = lambda field, name: RecordedRun(self.run.folder, {}, _zeros(self.run.lines, f"{field}/{name}")).total(
             f"{field}/{name}"
         )
-        found = [Source(n, total("samples", n), total("target_tokens", n), made) for n, made in passes.items()]
+        found = [UsedSource(n, total("samples", n), total("target_tokens", n), made) for n, made in passes.items()]
         return sorted(found, key=lambda source: (-source.samples, source.name))
 
     @cached_property
@@ -128,11 +113,8 @@ class RunFacts:
         return changed
 
 
-def _verb_of(run: Run) -> str:
-    if run.setting("stage") is not None:
-        return "pretrain"
-    fields = set().union(*run.lines)
-    return next((verb for field, verb in _VERBS.items() if field in fields), "sft")
+def _verb_of(run: RecordedRun) -> str:
+    return trained_by(set().union(*run.lines), has_stage=run.setting("stage") is not None)
 
 
 def _zeros(lines: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:

@@ -94,3 +94,10 @@ def gather_objects[T](value: T, group: dist.ProcessGroup) -> list[T]:
     values: list | None = [None] * group.size() if group.rank() == 0 else None
     dist.gather_object(value, values, group=group, group_dst=0)
     return values or []
+
+
+def scatter_objects[T](values: list[T] | None, group: dist.ProcessGroup) -> T:
+    """The object of ``values`` with this rank's number in the group. The first rank gives one for each; others None."""
+    box: list = [None]
+    dist.scatter_object_list(box, values, group=group, group_src=0)
+    return box[0]

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from megavlm.base.number_format import number
 from megavlm.charts.shares import shares_bar
-from megavlm.report.run import Run
+from megavlm.report.run import RecordedRun
 
 _COLORS: Mapping[str, str] = {
     "data": "lr", "sampling": "sampling", "reference": "faint", "tower": "vision", "exchange": "projector",
@@ -17,7 +17,7 @@ _COLORS: Mapping[str, str] = {
 PHASES = tuple(_COLORS)[:-1]  # those of ``monitor.phases``, which imports torch; a report is also written without it
 
 
-def phases_bar(run: Run) -> Markup:
+def phases_bar(run: RecordedRun) -> Markup:
     """One bar with the mean seconds of each phase, and what checkpoints add between steps; empty without log.phases.
 
     The first line is left out if there are others, because it includes the start-up.

@@ -7,13 +7,13 @@ from megavlm.base.json_files import parse_json
 from megavlm.base.number_format import number, percent, short
 from megavlm.report.plan_memory import GIB
 from megavlm.report.policy import is_rl
-from megavlm.report.run import Run
+from megavlm.report.run import RecordedRun
 
 FILE_NAME = "plan.json"
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One line of the table; ``ratio`` is measured / predicted."""
 
     name: str
@@ -40,10 +40,10 @@ class Predictions:
     device: str = ""
     mix: str = ""
     caveats: str = ""
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Comparison, ...] = ()
 
 
-def predictions(run: Run) -> Predictions | None:
+def predictions(run: RecordedRun) -> Predictions | None:
     """The predictions of a run; None if it was not planned, or is still being planned.
 
     On a CPU there is no measured memory: that of the whole process is nothing that a plan for a GPU could tell.
@@ -72,6 +72,8 @@ def predictions(run: Run) -> Predictions | None:
     return Predictions(run.name, "", gpu, device or "a CPU", mix, caveats, tuple(rows))
 
 
-def _row(name: str, predicted: float, measured: float | None, label: Callable[[float | None], str] = number) -> Row:
+def _row(
+    name: str, predicted: float, measured: float | None, label: Callable[[float | None], str] = number
+) -> Comparison:
     ratio = None if measured is None or not predicted else measured / predicted
-    return Row(name, label(predicted), label(measured), number(ratio, 3))
+    return Comparison(name, label(predicted), label(measured), number(ratio, 3))

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from megavlm.base.errors import UserError
 from megavlm.monitor.rollout_log import FILE_NAME, LoggedAnswer, LoggedGroup, read_rollouts
 from megavlm.report.answers import thumbnail
-from megavlm.report.run import Run, existing
+from megavlm.report.run import RecordedRun, existing
 from megavlm.sources.previews import looks_like_video, media_of, preview
 
 MAX_NEWEST = 4  # number of newest steps on the page, beside the first one
@@ -73,7 +73,7 @@ class ShownStep:
         return fmean(rewards) if rewards else None
 
 
-def shown_rollouts(run: Run, name: str = FILE_NAME) -> list[ShownStep]:
+def shown_rollouts(run: RecordedRun, name: str = FILE_NAME) -> list[ShownStep]:
     """The steps in a file that are shown, newest first: the newest MAX_NEWEST ones and the first one.
 
     ``name`` is that of rollouts.jsonl or of a file of the same form.
@@ -88,7 +88,7 @@ def marked_tokens(text: str) -> Markup:
     return Markup(_TOKEN.sub(lambda found: f'<i class="token">{found[0]}</i>', str(escape(text))))
 
 
-def _shown(group: LoggedGroup, run: Run) -> ShownGroup:
+def _shown(group: LoggedGroup, run: RecordedRun) -> ShownGroup:
     notes, pictures = [], []
     for named in group.media:
         try:
@@ -101,7 +101,7 @@ def _shown(group: LoggedGroup, run: Run) -> ShownGroup:
     return ShownGroup(group, _best_first(group.answers), pictures, notes)
 
 
-def _thumbnail(named: Any, sample: str, run: Run) -> str:
+def _thumbnail(named: Any, sample: str, run: RecordedRun) -> str:
     file, _, number = sample.rpartition(":")
     found = existing(Path(file), run.folder)  # relative to the folder in which the run was started
     find = media_of(f"{found or file}:{number}", run.access)

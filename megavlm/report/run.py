@@ -14,7 +14,7 @@ from megavlm.report.preferences import HELD_OUT_SCORE, Preferences
 
 
 @dataclass
-class Run:
+class RecordedRun:
     """The configuration and the metrics of a run, read from its output folder.
 
     Attributes:
@@ -28,7 +28,7 @@ class Run:
     lines: list[dict[str, Any]]
 
     @classmethod
-    def read(cls, folder: Path) -> "Run":
+    def read(cls, folder: Path) -> "RecordedRun":
         """Reads an output folder. Raises UserError if config.yaml or metrics.jsonl cannot be read."""
         file = folder / "config.yaml"
         try:

@@ -34,7 +34,7 @@ from megavlm.report.policy import is_rl, policy_charts
 from megavlm.report.prediction import predictions
 from megavlm.report.preferences import held_out_score, method_charts
 from megavlm.report.rollouts import marked_tokens, shown_rollouts
-from megavlm.report.run import Run, access_of, existing
+from megavlm.report.run import RecordedRun, access_of, existing
 from megavlm.report.run_data import CHANGES_FILE, changes_of, passes_of
 
 FILE_NAME = "report.html"
@@ -77,18 +77,18 @@ def write_report(output_dir: str | Path) -> Path:
     return folder / FILE_NAME
 
 
-def follow(folder: Path, left_out: list[str]) -> list[Run]:
+def follow(folder: Path, left_out: list[str]) -> list[RecordedRun]:
     """The run of `folder` and its predecessors, oldest first.
 
     They end at one that cannot be read; ``left_out`` gets the reason.
     """
-    chain: list[Run] = []
+    chain: list[RecordedRun] = []
     seen: set[Path] = set()
     before: Path | None = folder
     while before is not None and before.resolve() not in seen:
         seen.add(before.resolve())
         try:
-            chain.insert(0, Run.read(before))
+            chain.insert(0, RecordedRun.read(before))
         except UserError as error:
             if not chain:
                 raise
@@ -98,7 +98,7 @@ def follow(folder: Path, left_out: list[str]) -> list[Run]:
     return chain
 
 
-def find_answers(chain: list[Run], left_out: list[str]) -> list[AnswerSource]:
+def find_answers(chain: list[RecordedRun], left_out: list[str]) -> list[AnswerSource]:
     """The answers in the folders of the chain, and those in folders next to them that used one of its checkpoints.
 
     They are ordered by the checkpoint that gave the answers, earliest first. The checkpoint from which the whole chain
@@ -112,7 +112,7 @@ def find_answers(chain: list[Run], left_out: list[str]) -> list[AnswerSource]:
     for folder in sorted(candidates | {run.folder.absolute() for run in chain}):
         own_place = places.get(folder.resolve())
         try:
-            run = Run.read(folder) if own_place is None else chain[own_place]
+            run = RecordedRun.read(folder) if own_place is None else chain[own_place]
             note = read_note(folder)
             if note is None and run.lines:
                 continue  # nobody knows whether these are answers of the run or of the model that it started from
@@ -170,7 +170,7 @@ def _words(weights: dict[str, Any]) -> str:
     return f"made from {Path(named).name}" if named else ""
 
 
-def _loaded(run: Run) -> Path | None:
+def _loaded(run: RecordedRun) -> Path | None:
     """The checkpoint from which a run started; None if there is none."""
     load = run.setting("model.load")
     path = existing(Path(load), run.folder) if load else None
@@ -194,11 +194,13 @@ def _run_folder(load: str | None, folder: Path) -> Path | None:
     return path if is_run and path.resolve() != folder.resolve() else None
 
 
-def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup], left_out: list[str]) -> str:
+def _render(
+    chain: list[RecordedRun], trained: list[RecordedRun], answers: list[AnswerGroup], left_out: list[str]
+) -> str:
     return render_page(
         TEMPLATE,
         filters={
-            "total_of": Run.total,
+            "total_of": RecordedRun.total,
             "marked_tokens": marked_tokens,
             "passes": passes_of,
             "changes": changes_of,
@@ -218,7 +220,7 @@ def _render(chain: list[Run], trained: list[Run], answers: list[AnswerGroup], le
     )
 
 
-def _overview(runs: list[Run]) -> str:
+def _overview(runs: list[RecordedRun]) -> str:
     """The loss of all runs in one chart, one run after another; the reward alone where the last run has one."""
     if is_rl(runs[-1].lines if runs else ()):
         run = runs[-1]
@@ -237,7 +239,7 @@ def _overview(runs: list[Run]) -> str:
     return chart("Loss", steps, [Curve("loss", losses, "loss", average)], bands=bands, kind="tall")
 
 
-def _charts(run: Run, left_out: list[str]) -> list[tuple[str, list[Markup]]]:
+def _charts(run: RecordedRun, left_out: list[str]) -> list[tuple[str, list[Markup]]]:
     """The charts of one run that have values, under headings; "" if there is only one group."""
     steps = [line["step"] for line in run.lines]
     norms = [Curve.smoothed(part, run.column(f"grad_norm/{part}"), part) for part in run.trained_parts]
@@ -267,7 +269,7 @@ def _charts(run: Run, left_out: list[str]) -> list[tuple[str, list[Markup]]]:
     return [(heading, [drawn for drawn in group if drawn]) for heading, group in groups]
 
 
-def _settings(chain: list[Run]) -> list[tuple[Run, list[tuple[str, str, bool]]]]:
+def _settings(chain: list[RecordedRun]) -> list[tuple[RecordedRun, list[tuple[str, str, bool]]]]:
     """For each run, (key, value, whether it differs from the run before), in the notation of the command line."""
     tables, before = [], None
     for run in chain:

@@ -9,7 +9,7 @@ from megavlm.rollout.answers import Ending
 from megavlm.rollout.engine import Answered, Prompt, Sampling
 from megavlm.rollout.memory import Memory
 from megavlm.rollout.rounds import Rounds
-from megavlm.rollout.source import Dealt, Source
+from megavlm.rollout.source import Dealt, PromptSource
 from megavlm.rollout.stages import Stages
 from megavlm.rollout.timing import Timer, untimed
 from megavlm.rollout.view import sampling_view
@@ -88,11 +88,11 @@ class BuiltinEngine:
     def close(self) -> None:
         """Does nothing: memory is freed at the end of each call."""
 
-    def _source(self, prompts: Iterator[Prompt] | None) -> Source | None:
+    def _source(self, prompts: Iterator[Prompt] | None) -> PromptSource | None:
         if not self._view.groups.is_leader:
             return None
         peers = self._view.groups.sampling.peers_host
         if peers is not None:
             return Dealt(prompts, peers)
         assert prompts is not None, "a leader has prompts"
-        return Source(prompts)
+        return PromptSource(prompts)

@@ -25,7 +25,7 @@ from megavlm.rollout.memory import Memory
 from megavlm.rollout.places import Places
 from megavlm.rollout.routing_pool import RoutingPool
 from megavlm.rollout.rows import Operation, RowMaker
-from megavlm.rollout.source import Dealt, Source
+from megavlm.rollout.source import Dealt, PromptSource
 from megavlm.rollout.stages import Stages
 from megavlm.rollout.timing import Timer
 
@@ -63,7 +63,7 @@ class Rounds:
     """
 
     def __init__(
-        self, view: VLM, source: Source | None, stages: Stages, ending: Ending, memory: Memory,
+        self, view: VLM, source: PromptSource | None, stages: Stages, ending: Ending, memory: Memory,
         *, places: int, longest: int, prompt_tokens: int, timer: Timer, invariant: bool,
         records_routing: bool, leaves: Callable[[], bool] | None = None,
     ) -> None:  # fmt: skip

@@ -1,17 +1,18 @@
 """Where the leader of a sampling group gets prompts, and what becomes of finished ones."""
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from megavlm.platform.collectives import gather_objects, scatter_objects
 from megavlm.rollout.answers import OpenPrompt
-from megavlm.rollout.engine import Answer, Answered, Prompt
+from megavlm.rollout.engine import Answered, Prompt
 
 
-class Source:
+class PromptSource:
     """Prompts in their order, of which the next can be looked at before it is taken.
 
     Args:
@@ -57,7 +58,7 @@ class Source:
             self._next.append((prompt, 0))
 
 
-class Dealt(Source):
+class Dealt(PromptSource):
     """Prompts that the first of several context-parallel ranks deals to all of them, as each has room.
 
     Args:
@@ -67,7 +68,7 @@ class Dealt(Source):
 
     def __init__(self, prompts: Iterator[Prompt] | None, group: dist.ProcessGroup) -> None:
         super().__init__(iter(()))
-        self._group, self._dealer = group, Source(prompts) if prompts is not None else None
+        self._group, self._dealer = group, PromptSource(prompts) if prompts is not None else None
         self._given: dict[int, Prompt] = {}  # by ticket
         self._tickets = 0
 
@@ -86,27 +87,19 @@ class Dealt(Source):
             On the first rank the prompts that any rank has answered; [] elsewhere.
         """
         queued = sum(len(prompt.seeds) for prompt, _ in self._next)
-        mine = torch.tensor([0 if self._is_used_up else max(0, room - queued), len(finished)])
-        everyone = [torch.empty_like(mine) for _ in range(self._group.size())]
-        dist.all_gather(everyone, mine, group=self._group)
+        sizes = torch.tensor([0 if self._is_used_up else max(0, room - queued), len(finished)])
+        everyone = [torch.empty_like(sizes) for _ in range(self._group.size())]
+        dist.all_gather(everyone, sizes, group=self._group)
         wanted, handed_in = zip(*(part.tolist() for part in everyone), strict=True)
         if any(wanted):
             hands = self._deal(list(wanted)) if self._dealer is not None else None
-            box: list = [None]
-            dist.scatter_object_list(box, hands, group=self._group, group_src=0)
-            prompts, self._is_used_up = box[0]
+            prompts, self._is_used_up = scatter_objects(hands, self._group)
             self._next.extend(prompts)
         if not any(handed_in):
             return []
-        results: list | None = [None] * self._group.size() if self._dealer is not None else None
-        dist.gather_object(
-            [(asked.ticket, [answer.result() for answer in asked.answers], asked.routing) for asked in finished],
-            results,
-            group=self._group,
-            group_dst=0,
-        )
-        all_results: list[tuple[int, list[Answer], Tensor | None]] = [one for part in results or [] for one in part]
-        return [Answered(self._given.pop(ticket), answers, routing) for ticket, answers, routing in all_results]
+        mine = [(asked.ticket, [answer.result() for answer in asked.answers], asked.routing) for asked in finished]
+        everything = itertools.chain.from_iterable(gather_objects(mine, self._group))
+        return [Answered(self._given.pop(ticket), answers, routing) for ticket, answers, routing in everything]
 
     def _deal(self, wanted: list[int]) -> list[tuple[list[tuple[Prompt, int]], bool]]:
         """Gives prompts to the ranks one by one, each time to the one with most room."""

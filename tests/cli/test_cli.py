@@ -133,6 +133,7 @@ def refused(capsys, *arguments: str) -> str:
         (["sft", "run.yaml", "model.hf=nowhere"], "model.hf is nowhere, which does not exist"),
         (["sft", "run.yaml", "model.hf=start"], "model.hf is start, a folder without config.json"),
         (["sft", "run.yaml", "model.load=gone"], "model.load is gone, which does not exist"),
+        (["chat", "run.yaml", "--adapter", "gone"], "model.adapter is gone, which does not exist"),
         (["sft", "run.yaml", "data.train=[{path: gone}]"], "data.train[0].path is gone, which does not exist"),
         (["sft", "run.yaml", "parallel.tensor=2"], "1 process cannot hold the layout"),
         (["sft", "run.yaml", "--nproc", "3"], "train.global_batch_size is 4, which is not divisible by the 3"),

@@ -5,7 +5,13 @@ import torch.distributed as dist
 
 
 def exchange():
-    from megavlm.platform.collectives import all_gather_objects, broadcast_object, gather_objects, on_first_rank
+    from megavlm.platform.collectives import (
+        all_gather_objects,
+        broadcast_object,
+        gather_objects,
+        on_first_rank,
+        scatter_objects,
+    )
 
     rank, group = dist.get_rank(), dist.group.WORLD
     called = []
@@ -18,6 +24,7 @@ def exchange():
         broadcast_object(f"from {rank}", group),
         all_gather_objects(rank, group),
         gather_objects(rank, group),
+        scatter_objects(["a", "b"] if rank == 0 else None, group),
         on_first_rank(work, group),
         called,
     )
@@ -25,8 +32,8 @@ def exchange():
 
 def test_objects_arrive(world2):
     first, second = world2.run(exchange)
-    assert first == ("from 0", [0, 1], [0, 1], {"answer": 42}, [0])
-    assert second == ("from 0", [0, 1], [], {"answer": 42}, [])
+    assert first == ("from 0", [0, 1], [0, 1], "a", {"answer": 42}, [0])
+    assert second == ("from 0", [0, 1], [], "b", {"answer": 42}, [])
 
 
 class Unpicklable(Exception):

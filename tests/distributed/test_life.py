@@ -14,9 +14,8 @@ from toy import TEXT, VISION, toy_records, write_records
 
 from megavlm.align.registry import METHODS
 
-DOCS = Path(__file__).parents[2] / "docs" / "runs.md"
-# Methods that sample answers have tests of their own (test_grpo.py).
-VERBS = [name for name, method in METHODS.items() if not method.samples]
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs" / "runs.md"
 BAD = 2  # index of the broken sample, which step 3 reads
 OTHER = "A dog, I think."
 # Each verb, interruption and continuation at least once; all products are slow.
@@ -27,10 +26,22 @@ SOME = [
     ("dpo", "kill -9", "another layout"),
     ("kto", "broken data", "`overwrite: true`"),
     ("sft", "a full disk", "more `train.steps`"),
+    ("grpo", "SIGTERM", "more `train.steps`"),
+    ("ppo", "kill -9", "the same settings"),
 ]
+# With methods that sample answers, which take longer, these continuations are tried after one interruption alone.
+ONCE = ("another `train.lr`", "another layout")
+
+
+def is_tried(verb: str, interrupted: str, continued: str) -> bool:
+    """Whether a case is part of the matrix."""
+    return not METHODS[verb].samples or continued not in ONCE or interrupted == "SIGTERM"
+
+
 ALL = [
     pytest.param(*case, id=" · ".join(case), marks=[] if case in SOME else [pytest.mark.slow])
-    for case in itertools.product(VERBS, INTERRUPTIONS, CONTINUATIONS)
+    for case in itertools.product(METHODS, INTERRUPTIONS, CONTINUATIONS)
+    if is_tried(*case)
 ]
 
 
@@ -62,7 +73,7 @@ def arguments(tmp_path_factory):
         for number, pair in enumerate(pairs)
     ]  # fmt: skip
     records = {"rm": pairs, "dpo": pairs, "kto": judged}
-    for verb in VERBS:
+    for verb, method in METHODS.items():
         samples = list(records.get(verb, toys))
         samples[BAD] = {"messages": 1}
         data = write_records(folder / f"{verb}.jsonl", samples)
@@ -78,8 +89,15 @@ def arguments(tmp_path_factory):
             "checkpoint": {"every": EVERY, "async": False},
             "log": {"wandb": {"mode": "off"}},
         }  # fmt: skip
-        if METHODS[verb].has_stages:
+        if method.has_stages:
             config["stage"] = 1
+        if method.samples:
+            del config["train"]["global_batch_size"], config["data"]["packing"]  # both follow from the answers
+            config["rollout"] = {"prompts": 1, "group_size": 3, "max_new_tokens": 5}
+            config["reward"] = [{"python": f"{HERE / 'grpo_rewards.py'}:letters"}]
+            config["reward_pool"] = {"workers": 1}
+        if verb == "ppo":
+            config["align"] = {"critic": {"lr": 1e-3, "alone_steps": 0}}
         (folder / f"{verb}.yaml").write_text(json.dumps(config))
     return lambda verb, output, overrides: [verb, str(folder / f"{verb}.yaml"), f"output={output}", *overrides]
 
@@ -133,7 +151,7 @@ def test_the_documentation_has_the_table():
 
 
 def test_some_cases_are_quick_and_touch_every_row_and_column():
-    assert [set(axis) for axis in zip(*SOME, strict=True)] == [set(VERBS), set(INTERRUPTIONS), set(CONTINUATIONS)]
+    assert [set(axis) for axis in zip(*SOME, strict=True)] == [set(METHODS), set(INTERRUPTIONS), set(CONTINUATIONS)]
 
 
 @pytest.mark.parametrize(("verb", "interrupted", "continued"), ALL)
@@ -188,6 +206,8 @@ def test_the_table_holds(verb, interrupted, continued, commands, arguments, stra
     if expected == SAME:
         assert lines == wanted
         assert same_bits(run / last, whole / last)
+        if METHODS[verb].samples:
+            assert (run / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
     elif expected == NUMBERS:
         assert [line["step"] for line in lines] == [line["step"] for line in wanted]
         for line, other in zip(lines, wanted, strict=True):

@@ -63,3 +63,12 @@ def test_every_page_is_linked_from_the_readme_and_stands_in_the_site() -> None:
     readme, site = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "zensical.toml"))
     assert set(re.findall(r"\]\(docs/([\w-]+\.md)", readme)) == pages
     assert set(re.findall(r'= "([\w-]+\.md)"', site)) - {"index.md"} == pages
+
+
+def test_the_tour_counts_its_lines() -> None:
+    """To the nearest hundred; a file of the list that is gone cannot be counted."""
+    text = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
+    files = re.findall(r"^\d\. `(megavlm/[^`]+)`", text, re.MULTILINE)
+    lines = sum((ROOT / file).read_text(encoding="utf-8").count("\n") for file in files)
+    assert len(files) == 6
+    assert f"about {round(lines, -2):,} lines" in text

@@ -3,8 +3,8 @@
 import json
 
 from megavlm.report.plan_memory import GIB
-from megavlm.report.prediction import Row, predictions
-from megavlm.report.run import Run
+from megavlm.report.prediction import Comparison, predictions
+from megavlm.report.run import RecordedRun
 
 PLAN = {
     "device": "NVIDIA H100 80GB HBM3", "gpu": {"name": "H100 SXM 80 GB"}, "world_size": 8, "mix": "full rows",
@@ -25,20 +25,20 @@ LINES = [
 
 def test_on_a_gpu(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
-    found = predictions(Run(tmp_path, {}, LINES))
+    found = predictions(RecordedRun(tmp_path, {}, LINES))
     assert (found.gpu, found.device) == ("H100 SXM 80 GB", "NVIDIA H100 80GB HBM3")
     assert found.rows == (  # rank 0 is on the first stage; the first step includes the start
-        Row("peak memory of rank 0, GiB", "40.00", "42.00", "1.05"),
-        Row("seconds of a step", "2.000", "2.500", "1.25"),
-        Row("tokens per second and GPU", "1.00k", "800", "0.800"),
-        Row("MFU", "40.0 %", "32.0 %", "0.800"),
+        Comparison("peak memory of rank 0, GiB", "40.00", "42.00", "1.05"),
+        Comparison("seconds of a step", "2.000", "2.500", "1.25"),
+        Comparison("tokens per second and GPU", "1.00k", "800", "0.800"),
+        Comparison("MFU", "40.0 %", "32.0 %", "0.800"),
     )
 
 
 def test_on_a_cpu_no_memory_is_compared(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(PLAN | {"device": None}))
     lines = [line | {"mfu": None} for line in LINES]
-    memory, seconds, _, mfu = predictions(Run(tmp_path, {}, lines)).rows
+    memory, seconds, _, mfu = predictions(RecordedRun(tmp_path, {}, lines)).rows
     assert (memory.measured, memory.ratio) == ("–", "–")
     assert (mfu.measured, mfu.ratio) == ("–", "–")
     assert seconds.measured == "2.500"
@@ -46,12 +46,12 @@ def test_on_a_cpu_no_memory_is_compared(tmp_path):
 
 def test_of_reinforcement_learning_no_time_is_compared(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
-    (memory,) = predictions(Run(tmp_path, {}, [line | {"reward": 0.5} for line in LINES])).rows
+    (memory,) = predictions(RecordedRun(tmp_path, {}, [line | {"reward": 0.5} for line in LINES])).rows
     assert memory.measured == "42.00"
 
 
 def test_without_a_plan(tmp_path):
-    run = Run(tmp_path, {}, LINES)
+    run = RecordedRun(tmp_path, {}, LINES)
     assert predictions(run) is None
     (tmp_path / "plan.json").write_text('{"error": "no <such> GPU"}')
     assert predictions(run).error == "no <such> GPU"

@@ -14,7 +14,7 @@ from megavlm.monitor import metrics
 from megavlm.monitor.metrics import REQUIRED, MetricsWriter
 from megavlm.monitor.rollout_log import LoggedAnswer, LoggedGroup, RolloutLog, held_out_log
 from megavlm.report.policy import policy_charts
-from megavlm.report.run import Run
+from megavlm.report.run import RecordedRun
 from megavlm.report.run_report import write_report
 
 RL = {
@@ -244,5 +244,5 @@ def test_held_out_answers_and_their_curve_begin_before_the_first_step(tmp_path):
     ]
     assert page.count('<div class="singles">') == 3
     assert curves_of(page)["Loss"]["held out"] == ["1.000", "0.7500", "0.5000"]
-    run = Run.read(folder)
+    run = RecordedRun.read(folder)
     assert (run.total("tokens"), run.typical("tokens")) == (30.0, 20)
