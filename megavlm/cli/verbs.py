@@ -233,7 +233,8 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
             "workers": {
                 "metavar": "N",
                 "type": positive,
-                "help": "processes that write shards of --jsonl, each a part of the samples; default 1",
+                "help": "processes that write shards of --jsonl, each some parts of the samples; default: one for each "
+                "core, but one alone for fewer than 2,000 samples",
             },
             "part": {
                 "metavar": "I/N",
