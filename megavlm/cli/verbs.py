@@ -60,6 +60,10 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "type": positive,
                 "help": "also write scores.html with the N samples of the highest loss per token, and show ten of them",
             },
+            "each": {
+                "action": "store_true",
+                "help": "also write losses.jsonl: the loss per token of each sample, highest first",
+            },
         },
     ),
     "infer": Verb(
