@@ -60,6 +60,10 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
                 "type": positive,
                 "help": "also write scores.html with the N samples of the highest loss per token, and show ten of them",
             },
+            "each": {
+                "action": "store_true",
+                "help": "also write losses.jsonl: the loss per token of each sample, highest first",
+            },
         },
     ),
     "infer": Verb(
@@ -241,7 +245,8 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
             "workers": {
                 "metavar": "N",
                 "type": positive,
-                "help": "processes that write shards of --jsonl, each a part of the samples; default 1",
+                "help": "processes that write shards of --jsonl, each some parts of the samples; default: one for each "
+                "core, but one alone for fewer than 2,000 samples",
             },
             "part": {
                 "metavar": "I/N",

@@ -1,8 +1,7 @@
 """`megavlm data prepare`: indexes a folder of shards, or converts JSONL files and their media to a folder of shards."""
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,13 +11,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from megavlm.base.byte_sizes import parse_size
 from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted
-from megavlm.base.pools import in_processes, part_of
+from megavlm.base.pools import part_of
 from megavlm.config.data_sections import check_media_protocols
 from megavlm.media.access import MediaAccess
 from megavlm.media.files import is_url
+from megavlm.prepare.in_parts import convert_in_parts
 from megavlm.prepare.index_shards import find_shards
-from megavlm.prepare.parts import SKIPPED, lock_of
-from megavlm.prepare.shard_folder import Unusable, check_new, check_samples, convert, prepare
+from megavlm.prepare.parts import SKIPPED
+from megavlm.prepare.shard_folder import Unusable, check_samples, prepare
 from megavlm.records.skipped_samples import causes
 from megavlm.sources.shards import ShardFolder
 
@@ -54,14 +54,14 @@ def main(
         check_media_protocols(media_protocols)
         access = MediaAccess(tuple(map(str, media_roots)) or None, tuple(media_protocols))
         size = parse_size(shard_size or DEFAULT_SIZE)
-        write = partial(convert, jsonl, out, size, access=access, skip_broken=skip_broken)
-        if workers is None or part is not None:
-            if workers is not None:
-                raise UserError("--workers and --part together: a part is written by one process", "leave one out")
-            done = write(part=part_of(part) if part else (0, 1), progress=_Bar, tell=found.append)
-        else:
-            done = _write_parts(write, out, workers)
-            found.append(check_samples(done))
+        done = convert_in_parts(
+            *(jsonl, out, size, workers),
+            access=access,
+            skip_broken=skip_broken,
+            part=part_of(part) if part else (0, 1),
+            progress=_Bar,
+            tell=found.append,
+        )
     else:
         flags = {
             "--out": out is not None,
@@ -93,23 +93,6 @@ def main(
     for unusable in found:  # none if a part was there already
         _tell(unusable, console)
     console.print(rf"[dim]to use it in a configuration:[/] data: {{train: \[{{path: {escape(str(done))}}}]}}")
-
-
-def _write_parts(write: Callable[..., Path], out: Path, workers: int) -> Path:
-    """Writes one part of the samples per process, and joins them."""
-
-    def one(number: int) -> None:
-        write(part=(number, workers), index=False)  # the whole is indexed
-
-    with lock_of(out) as lock:
-        lock.take()
-        if not list(out.glob("part-*-of-*")):
-            check_new(out)
-        with _Bar("writing", workers, "parts") as bar:
-            for _ in in_processes(one, workers, workers, "writing shards"):
-                bar.advance()
-        prepare(out, force=True, progress=_Bar)
-    return out
 
 
 def _tell(unusable: Unusable, console: Console) -> None:

@@ -8,7 +8,7 @@ from megavlm.config.settings import Settings
 from megavlm.convert.adapter import Adapter
 from megavlm.data.renderer import Renderer
 from megavlm.model.language import LanguageModel
-from megavlm.report.worst import told, worst_of, write_worst
+from megavlm.report.worst import told, worst_of, write_each, write_worst
 from megavlm.runtime.evaluation import Evaluation
 from megavlm.runtime.feed import MicroBatch, Window
 from megavlm.runtime.forward import forward_only, to_leader
@@ -19,23 +19,28 @@ from megavlm.runtime.weights import choose, tell
 _SHOWN = 10  # of the samples with the highest loss on the terminal
 
 
-def main(settings: Settings, reward: bool = False, ema: bool = False, worst: int | None = None) -> int:
+def main(
+    settings: Settings, reward: bool = False, ema: bool = False, worst: int | None = None, each: bool = False
+) -> int:
     """Writes ``scores.jsonl`` for ``data.eval`` in file order.
 
     A line has ``index``, ``sample``, ``question``, ``media``, ``reference``, for an answer of a pair also ``side``
-    (see ``EvalSamples``), and ``logprobs``, ``sum``, ``tokens`` or ``score``. What was loaded is in ``scores.json``.
+    (see ``EvalSamples``), and ``logprobs``, ``sum``, ``tokens`` and ``loss``, or ``score``. What was loaded is in
+    ``scores.json``.
 
     Args:
         settings: the settings of the run.
         reward: write the score of a reward model at the last target token of each sample.
         ema: use the moving average of the weights (``train.ema``).
         worst: how many samples to write to ``scores.html``: those with the highest loss per token, highest first.
+        each: also write the loss per token of each sample to ``losses.jsonl``, highest first.
 
     Raises:
-        UserError: with ``reward``, the checkpoint has no reward head, or ``worst`` is given, too.
+        UserError: with ``reward``, the checkpoint has no reward head, or ``worst`` or ``each`` is given, too.
     """
-    if reward and worst:
-        raise UserError("--worst with --reward would be ignored: scores are no losses", "leave out one of them")
+    for name, given in {"--worst": worst, "--each": each}.items():
+        if reward and given:
+            raise UserError(f"{name} with --reward would be ignored: scores are no losses", "leave out one of them")
     settings, weights = choose(settings, ema=ema)
     model, data = settings.model, settings.data
     if reward and model.adapter is not None:
@@ -77,6 +82,10 @@ def main(settings: Settings, reward: bool = False, ema: bool = False, worst: int
             summary = f"mean log-probability {mean:.4f}"
         pairs = _pairs(scores, "score" if reward else "sum")
         print(" · ".join(filter(None, (f"{len(scores)} samples", summary, pairs, skipped, str(evaluation.path)))))
+        if each:
+            listed = evaluation.path.with_name("losses.jsonl")
+            write_each(listed, scores)
+            print(f"loss of each sample, highest first: {listed}")
         if worst:
             found, page = worst_of(scores, worst), evaluation.path.with_suffix(".html")
             write_worst(page, found, len(scores), evaluation.file(), renderer, str(weights))

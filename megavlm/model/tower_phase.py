@@ -82,7 +82,7 @@ class TowerPhase:
             this rank's share. If tower or projector is trained, the features are leaves whose ``grad`` the decoder's
             backward pass fills. With ``offload``, the features and their gradients are in host memory.
         """
-        self._exchange, self._chunks, self._outputs = exchange, _chunks(frames, self.chunk_patches), []
+        self._chunks, self._outputs, self._features = _chunks(frames, self.chunk_patches), [], []
         self.frames_encoded += len(frames.lengths)
         training = self.is_trained and torch.is_grad_enabled()
         with timer(), torch.set_grad_enabled(training and not self.recompute):
@@ -91,14 +91,16 @@ class TowerPhase:
         own = torch.cat([empty, *(output.detach() for output in outputs)], dim=1)
         self._outputs = [*outputs]
         del outputs  # or it would keep them alive when they are dropped below and in ``backward``
-        received = self._all_to_all(own.view(-1, self.hidden)[exchange.send])
-        if not training:
+        received = self._all_to_all(own.view(-1, self.hidden)[exchange.send], exchange)
+        features = [received[index].to(self.waiting_device).requires_grad_(training) for index in exchange.take]
+        if not training:  # nothing is kept for ``backward``: an evaluation leaves no memory behind
             self._chunks, self._outputs = [], []
-        elif self.recompute:
-            self._outputs = []
-            self._chunks = [chunk.to(self.waiting_device) for chunk in self._chunks]
-        self._features = [received[index].to(self.waiting_device).requires_grad_(training) for index in exchange.take]
-        return list(zip(exchange.positions, self._features, strict=True))
+        else:
+            self._exchange, self._features = exchange, features
+            if self.recompute:
+                self._outputs = []
+                self._chunks = [chunk.to(self.waiting_device) for chunk in self._chunks]
+        return list(zip(exchange.positions, features, strict=True))
 
     def backward(self, scale: float, timer: Timer = nullcontext) -> None:
         """Returns the features' gradients, times ``scale``, to the ranks that encoded the frames, and runs backward.
@@ -106,7 +108,6 @@ class TowerPhase:
         Autograd puts the parameters' gradients into the main gradients of the modules' DDP wrappers.
         """
         if not self.is_trained:
-            self._features = []
             return
         grad = self._return_gradients().mul_(scale)  # [num_planes, N_own, hidden]
         with timer():
@@ -139,14 +140,14 @@ class TowerPhase:
                     grad = features.grad.to(used.device, non_blocking=True)
                     used.index_copy_(0, index.flatten(), grad.reshape(-1, self.hidden))
         own = torch.zeros(self.num_planes * exchange.num_own, self.hidden, device=device(), dtype=self._dtype)
-        own.index_add_(0, exchange.send, self._all_to_all(used, back=True))
+        own.index_add_(0, exchange.send, self._all_to_all(used, exchange, back=True))
         return own.view(self.num_planes, exchange.num_own, self.hidden)
 
-    def _all_to_all(self, sent: Tensor, *, back: bool = False) -> Tensor:
+    def _all_to_all(self, sent: Tensor, exchange: Exchange, *, back: bool = False) -> Tensor:
         """Sends features [S, hidden] to the ranks that need them, or with ``back`` gradients to the features' ranks."""
         if self.group.size() == 1:
             return sent
-        going, coming = self._exchange.send_counts, self._exchange.receive_counts
+        going, coming = exchange.send_counts, exchange.receive_counts
         if back:
             going, coming = coming, going
         out = sent.new_empty(sum(coming), self.hidden)

@@ -7,7 +7,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -56,10 +56,8 @@ def expert_fields(totals: ExpertTotals | None) -> dict[str, float | None]:
     if totals is None:
         return {}
     by_layer = [loads(tokens) for tokens in totals.tokens]
-    fields: dict[str, float | None] = {
-        "experts/load_max": max(map(max, by_layer)),
-        "experts/load_min": min(map(min, by_layer)),
-    }
+    fields = _of_thirds("experts/load_max", [max(layer) for layer in by_layer], max)
+    fields |= _of_thirds("experts/load_min", [min(layer) for layer in by_layer], min)
     means = {
         "entropy": [evenness(tokens) for tokens in totals.tokens],
         "aux_loss": totals.balancing,
@@ -67,18 +65,20 @@ def expert_fields(totals: ExpertTotals | None) -> dict[str, float | None]:
     }
     for name, values in means.items():
         if values is not None:
-            fields |= _means(f"experts/{name}", values)
+            fields |= _of_thirds(f"experts/{name}", values, mean)
     return fields
 
 
-def _means(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
-    """The mean over all layers and, if there are at least three, over the thirds of them."""
+def _of_thirds(
+    name: str, values: Sequence[float | None], of: Callable[[Sequence[float]], float]
+) -> dict[str, float | None]:
+    """The mean, or what ``of`` gives, of the values of all layers and, if there are at least three, of their thirds."""
     parts = {name: values}
     if len(values) >= len(_GROUPS):
         cuts = [round(len(values) * i / len(_GROUPS)) for i in range(len(_GROUPS) + 1)]
         parts |= {f"{name}/{group}": values[cuts[i] : cuts[i + 1]] for i, group in enumerate(_GROUPS)}
     known = {key: [value for value in part if value is not None] for key, part in parts.items()}
-    return {key: mean(part) if part else None for key, part in known.items()}
+    return {key: of(part) if part else None for key, part in known.items()}
 
 
 class ExpertLoadFile:

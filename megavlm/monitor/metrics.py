@@ -74,7 +74,7 @@ global batch. A load is relative to an even one. No token is ever dropped: exper
     experts/entropy     entropy of the loads of a layer over its maximum, 0 to 1; 1 is even; mean over the layers
     experts/aux_loss    balancing loss before its weight, 1 if even; mean over layers and rows; absent if not computed
     experts/z_loss      z-loss of the routers before its weight, likewise
-    experts/NAME/PART   entropy and losses of the early, middle and late third of the layers
+    experts/NAME/PART   each of these for the early, middle and late third of the layers
 
 Methods that compare answers (dpo, rm, kto) add these fields, over all pairs or answers of the step:
 

@@ -24,6 +24,11 @@ def folder_of(out: Path, part: tuple[int, int]) -> Path:
     return out / f"part-{part[0] + 1:04}-of-{part[1]:04}"
 
 
+def num_parts(folder: Path) -> int:
+    """The number of the parts into which a folder was divided, if some of them are there; 0 if none is."""
+    return next((count for _, count, _ in _found(folder).values()), 0)
+
+
 def lock_of(folder: Path) -> FileLock:
     """The lock, beside a folder that does not exist yet, of the process that writes it."""
     place = folder.resolve()

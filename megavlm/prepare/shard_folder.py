@@ -122,6 +122,7 @@ def convert(
     access: MediaAccess = ANY_LOCAL_FILE,
     skip_broken: bool = False,
     part: tuple[int, int] = (0, 1),
+    within: tuple[int, int] = (0, 1),
     index: bool = True,
     progress: Progress = NoProgress,
     tell: Callable[[Unusable], None] = lambda unusable: None,
@@ -138,7 +139,9 @@ def convert(
         skip_broken: skip samples that cannot be read and list them in ``skipped.jsonl``, instead of raising.
         part: (i, n): write only the i-th of n parts of the samples, from 0, into the folder `out`/part-I-of-N. If that
             exists and was made from the same, it is left as it is. ``prepare(out)`` joins the parts.
-        index: build the index of the folder; not needed for a part that is to be joined at once.
+        within: (i, n): the samples are not all, but the i-th of n parts of them, of which `part` is then a part.
+        index: build the index of the folder; not needed for a part that is to be joined at once. Of such a part, any
+            number of samples may be unusable: whoever joins the parts looks at all of them.
         progress: shows the progress of writing and of indexing.
         tell: called at the end with the samples that were written although no verb can use them.
 
@@ -149,11 +152,7 @@ def convert(
         UserError: `out` exists or has parts of something else, a sample cannot be read (with `skip_broken`: none can),
             no verb can use any of the samples, a shard cannot be written, or another process is writing the folder.
     """
-    if ":/" in str(out):
-        raise UserError(
-            f"--out {out} is a URL, but shards are written to a local folder",
-            "give a local folder, and copy it afterwards",
-        )
+    check_url(out)
     if part[1] == 1:
         check_new(out)
     files = [open_file(path, access) for path in jsonl]
@@ -163,7 +162,8 @@ def convert(
         check_siblings(out, made)
         out = folder_of(out, part)
     total = sum(map(len, files))
-    chosen = range(total * part[0] // part[1], total * (part[0] + 1) // part[1])
+    number, count = within[0] * part[1] + part[0], within[1] * part[1]
+    chosen = range(total * number // count, total * (number + 1) // count)
     if not chosen:
         raise UserError(f"there are {total:,} samples for {part[1]:,} parts", "choose fewer parts")
     try:
@@ -175,7 +175,7 @@ def convert(
             with new_folder(out) as partial:
                 if made is not None:
                     write_text(partial / PART, json.dumps(made))
-                unusable = _write(files, chosen, partial, shard_bytes, skip_broken, progress)
+                unusable = _write(files, chosen, partial, shard_bytes, skip_broken, progress, may_be_empty=not index)
                 if index:
                     prepare(partial, progress=progress)
                 check_new(out)  # a part may have been written meanwhile, into a folder of this name
@@ -185,6 +185,15 @@ def convert(
     return out
 
 
+def check_url(out: Path) -> None:
+    """Raises UserError if a folder for shards is a URL."""
+    if ":/" in str(out):
+        raise UserError(
+            f"--out {out} is a URL, but shards are written to a local folder",
+            "give a local folder, and copy it afterwards",
+        )
+
+
 def check_new(out: Path) -> None:
     """Raises UserError if a folder for shards exists."""
     if out.exists():
@@ -192,7 +201,14 @@ def check_new(out: Path) -> None:
 
 
 def _write(
-    files: Sequence[SampleFile], chosen: range, folder: Path, shard_bytes: int, skip_broken: bool, progress: Progress
+    files: Sequence[SampleFile],
+    chosen: range,
+    folder: Path,
+    shard_bytes: int,
+    skip_broken: bool,
+    progress: Progress,
+    *,
+    may_be_empty: bool,
 ) -> Unusable:
     """Writes the chosen samples into an empty folder; see ``convert``. Returns those that no verb can use."""
     unusable, number = [], 0
@@ -217,6 +233,8 @@ def _write(
             if sample.fault is not None:
                 number += 1
                 unusable += [sample.fault] if number <= _KEPT else []
+    if may_be_empty:
+        return Unusable(number, writer.num_samples, unusable)
     names = ", ".join(file.path for file in files)
     if not writer.num_samples:
         raise UserError(f"no sample of {names} can be read", "run without --skip-broken to see why")

@@ -26,13 +26,17 @@ def expert_charts(lines: Sequence[dict[str, Any]]) -> list[Markup]:
     def curve(name: str, field: str, color: str) -> Curve:
         return Curve.smoothed(name, [line.get(f"experts/{field}") for line in lines], color)
 
+    def of_thirds(field: str) -> list[Curve]:
+        return [curve(part, f"{field}/{part}", color) for part, color in _PARTS]
+
     def of_parts(field: str) -> list[Curve]:
-        whole = curve("all layers", field, "text")
-        return [whole, *(curve(part, f"{field}/{part}", color) for part, color in _PARTS)]
+        return [curve("all layers", field, "text"), *of_thirds(field)]
 
     ends = [curve("largest", "load_max", "lr"), curve("smallest", "load_min", "loss")]
     return [
         chart("Load of an expert", steps, ends, log=True, note="1 is even; of all layers"),
+        chart("Largest load by layers", steps, of_thirds("load_max"), log=True, note="1 is even"),
+        chart("Smallest load by layers", steps, of_thirds("load_min"), log=True, note="1 is even"),
         chart("Evenness of the experts", steps, of_parts("entropy"), note="entropy; 1 is even"),
         chart("Balancing loss", steps, of_parts("aux_loss"), note="before its weight; 1 is even"),
         chart("Router z-loss", steps, of_parts("z_loss"), note="before its weight"),

@@ -1,5 +1,8 @@
-"""The page of `megavlm score --worst`: the samples with the highest loss per token, with their pictures."""
+"""What `megavlm score` writes to find bad data: the samples by their loss per token, with `--worst` as a page with
+their pictures, with `--each` as a list of all.
+"""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,18 @@ TEMPLATE = "worst.html.jinja"
 _WORDS = 60  # characters of a question or an answer on the terminal
 
 
-def loss_of(line: dict[str, Any]) -> float:
-    """The loss per token of a line of scores.jsonl."""
-    return -line["sum"] / line["tokens"]
+_OF_LIST = ("index", "sample", "side", "loss", "tokens")  # fields of a line of ``write_each``
 
 
-def worst_of(lines: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The ``count`` lines of scores.jsonl with the highest loss per token, highest first, of those with targets."""
-    return sorted((line for line in lines if line["tokens"]), key=loss_of, reverse=True)[:count]
+def worst_of(lines: Sequence[dict[str, Any]], count: int | None = None) -> list[dict[str, Any]]:
+    """The ``count`` lines, or all, of scores.jsonl with targets that have the highest loss, highest first."""
+    return sorted((line for line in lines if line["tokens"]), key=lambda line: line["loss"], reverse=True)[:count]
+
+
+def write_each(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Writes the loss of every sample with targets, highest first, from lines of scores.jsonl."""
+    short = ({name: line[name] for name in _OF_LIST if name in line} for line in worst_of(lines))
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in short))
 
 
 def told(line: dict[str, Any]) -> str:
@@ -32,7 +39,7 @@ def told(line: dict[str, Any]) -> str:
     said = [" ".join(str(line.get(field, "")).split()) for field in ("question", "reference")]
     short = [text if len(text) <= _WORDS else f"{text[: _WORDS - 1]}…" for text in said]
     side = f", {line['side']}" if "side" in line else ""
-    return f"{loss_of(line):8.4f}  {line['sample']}{side} · " + " → ".join(filter(None, short))
+    return f"{line['loss']:8.4f}  {line['sample']}{side} · " + " → ".join(filter(None, short))
 
 
 def write_worst(
@@ -54,7 +61,7 @@ def write_worst(
 
 
 def _card(line: dict[str, Any], file: SampleFile, renderer: Renderer) -> Card:
-    details = f"loss per token {loss_of(line):.4f}, {line['tokens']:,} targets"
+    details = f"loss per token {line['loss']:.4f}, {line['tokens']:,} targets"
     try:
         draft = _draft(line, file, renderer)
         card = make_card(draft, shots_of(draft, renderer), renderer, [-logprob for logprob in line["logprobs"]])

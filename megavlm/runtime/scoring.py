@@ -65,7 +65,7 @@ def row_rewards(
 
 
 def sample_scores(row: Row, logprobs: Tensor) -> list[dict]:
-    """The results of the samples of a row: index, logprobs, sum, tokens.
+    """The results of the samples of a row: index, logprobs, sum, tokens, and loss, the mean over the targets or None.
 
     Args:
         row: the row.
@@ -75,5 +75,7 @@ def sample_scores(row: Row, logprobs: Tensor) -> list[dict]:
     results = []
     for values, labels, index in zip(logprobs.split(lengths), row.labels.split(lengths), row.indices, strict=False):
         of_targets = values[labels != IGNORE].tolist()
-        results.append({"index": index, "logprobs": of_targets, "sum": sum(of_targets), "tokens": len(of_targets)})
+        total, count = sum(of_targets), len(of_targets)
+        loss = -total / count if count else None
+        results.append({"index": index, "logprobs": of_targets, "sum": total, "tokens": count, "loss": loss})
     return results

@@ -15,6 +15,7 @@ from prepared import prepare, refused, talk, write
 
 from megavlm.cli.main import main
 from megavlm.commands.data_prepare import parse_size
+from megavlm.prepare import in_parts
 from megavlm.prepare.shard_folder import convert
 from megavlm.sources.shards import ShardFolder
 
@@ -39,9 +40,7 @@ def test_parts_are_joined_to_the_same_samples(media, tmp_path, capsys):
     assert read(jobs) == read(processes) == read(whole)
     assert sorted(path.name for path in jobs.glob("part-*")) == [f"part-000{n}-of-0003" for n in (1, 2, 3)]
     capsys.readouterr()
-    assert "leave one out" in refused(capsys, "--jsonl", file, "--out", "x", "--workers", 2, "--part", "1/2")
     assert "shard_bytes" in refused(capsys, "--jsonl", file, "--out", jobs, "--part", "2/3", "--shard-size", "1MB")
-    assert "parts" in refused(capsys, "--jsonl", file, "--out", jobs, "--workers", 2)
     other = write(media.base / "other.jsonl", [*records, {"text": "one more"}])
     assert "(inputs)" in refused(capsys, "--jsonl", other, "--out", jobs, "--workers", 3)
     (jobs / "part-0002-of-0003").rename(jobs / "part-0002-of-0003.partial")
@@ -52,6 +51,79 @@ def test_parts_are_joined_to_the_same_samples(media, tmp_path, capsys):
     assert "made from other files or settings (parts)" in refused(capsys, jobs)
     assert "choose fewer parts" in refused(capsys, "--jsonl", file, "--out", tmp_path / "x", "--part", "1/9")
     assert "--part is" in refused(capsys, "--jsonl", file, "--out", tmp_path / "x", "--part", "9")
+
+
+def read_all(folder: Path) -> list:
+    shards = ShardFolder(folder)
+    return [shards.read(index)[0] for index in range(len(shards))]
+
+
+def test_a_job_of_an_array_writes_its_part_by_several_processes(media, tmp_path):
+    """Nodes with other numbers of cores; what they write is joined as ever, in the order of the samples."""
+    file = write(media.base / "nodes.jsonl", [{"text": f"{number}"} for number in range(11)])
+    for part, workers in {"2/3": 2, "1/3": 1, "3/3": 3}.items():
+        assert prepare("--jsonl", file, "--out", tmp_path / "out", "--part", part, "--workers", workers) == 0
+    assert len(read_all(tmp_path / "out/part-0003-of-0003")) == 4  # a part can be used alone
+    assert prepare(tmp_path / "out") == 0
+    assert [record["text"] for record in read_all(tmp_path / "out")] == [f"{number}" for number in range(11)]
+    found = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("part-*-of-*"))
+    inner = [f"part-0002-of-0003/part-000{n}-of-0002" for n in (1, 2)]
+    inner += [f"part-0003-of-0003/part-000{n}-of-0003" for n in (1, 2, 3)]
+    assert found == sorted([*inner, *(f"part-000{n}-of-0003" for n in (1, 2, 3))])
+
+
+@pytest.mark.parametrize("part", [(), ("--part", "1/1"), ("--part", "2/2")])
+def test_what_is_complete_is_kept_after_an_error(media, tmp_path, capsys, monkeypatch, part):
+    """A broken sample ends the command; repaired, its part alone is written, whatever the number of cores."""
+    monkeypatch.setattr(in_parts, "SMALL", 2)
+    monkeypatch.setattr(in_parts, "num_cores", lambda: 2)
+    good = [{"text": f"number {number}"} for number in range(32)]
+    file = write(media.base / "repaired.jsonl", good)
+    whole = tmp_path / "whole"
+    assert prepare("--jsonl", file, "--out", whole, "--workers", 1) == 0
+    text = file.read_text()
+    file.write_text(text.replace('"number 31"}', '"number 31";'))  # as long
+    command = ("--jsonl", file, "--out", tmp_path / "out", *part)
+    capsys.readouterr()
+    assert "repaired.jsonl:32" in refused(capsys, *command)
+    folder = tmp_path / "out" if part != ("--part", "2/2") else tmp_path / "out/part-0002-of-0002.partial"
+    complete = sorted(folder.glob("part-*"))
+    assert [path.name for path in complete] == [f"part-{n:04}-of-0008" for n in range(1, 8)]
+    before = [(path / "shard-000000.tar").stat() for path in complete]
+    file.write_text(text)
+    monkeypatch.setattr(in_parts, "num_cores", lambda: 3)
+    assert prepare(*command) == 0
+    folder = tmp_path / "out" if part != ("--part", "2/2") else tmp_path / "out/part-0002-of-0002"
+    after = [(folder / path.name / "shard-000000.tar").stat() for path in complete]
+    assert all(map(os.path.samestat, after, before))
+    assert read_all(folder) == read_all(whole)[-16 if part == ("--part", "2/2") else 0 :]
+    assert not list(tmp_path.rglob("*.partial*"))
+
+
+def test_few_samples_are_written_by_one_process_and_many_by_all_cores(media, tmp_path, monkeypatch):
+    monkeypatch.setattr(in_parts, "SMALL", 8)
+    monkeypatch.setattr(in_parts, "num_cores", lambda: 2)
+    for number, parts in {7: 0, 8: 2, 24: 3, 80: 8}.items():
+        file = write(media.base / "several.jsonl", [{"text": "one"}] * number)
+        assert prepare("--jsonl", file, "--out", tmp_path / f"{number}") == 0
+        assert len(list((tmp_path / f"{number}").glob("part-*"))) == parts
+        assert len(read_all(tmp_path / f"{number}")) == number
+
+
+def test_a_part_without_a_usable_sample_does_not_end_the_others(media, tmp_path, capsys):
+    """As little as for one process: the whole counts."""
+    records = [{"text": "<image>", "images": ["gone.png"]}] * 2 + [{"form": "unknown"}] * 2 + [{"text": "good"}] * 2
+    out, file = tmp_path / "out", write(media.base / "odd.jsonl", records)
+    assert prepare("--jsonl", file, "--out", out, "--workers", 3, "--skip-broken") == 0
+    assert read_all(out) == [{"form": "unknown"}] * 2 + [{"text": "good"}] * 2
+    assert len((out / "skipped.jsonl").read_text().splitlines()) == 2
+    told = capsys.readouterr().out
+    assert "skipped: 2 broken samples" in told
+    assert "2 of 4 samples that were looked at cannot be used" in told
+    write(file, records[:2])
+    none = ("--jsonl", file, "--out", tmp_path / "none", "--workers", 2, "--skip-broken")
+    assert "odd.jsonl can be read" in refused(capsys, *none)
+    assert not (tmp_path / "none").exists()
 
 
 def test_writing_goes_on_after_a_kill(media, tmp_path):
@@ -92,7 +164,8 @@ def test_ctrl_c_leaves_nothing(media, tmp_path, folder):
     """While samples are written and while they are indexed, in a process of its own."""
     number = 100_000 if folder == "writing" else 1000
     file = write(tmp_path / "many.jsonl", [{"text": f"{n}"} for n in range(number)])
-    command = [sys.executable, "-m", "megavlm", "data", "prepare", "--jsonl", str(file), "--out", str(tmp_path / "out")]
+    options = ["--jsonl", str(file), "--out", str(tmp_path / "out"), "--workers", "1"]
+    command = [sys.executable, "-m", "megavlm", "data", "prepare", *options]
     process = subprocess.Popen(
         command,
         env=os.environ | {"PYTHONPATH": str(ROOT)},

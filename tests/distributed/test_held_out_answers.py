@@ -102,8 +102,8 @@ def test_a_run_that_is_continued_asks_and_answers_the_same(settings, world1, tmp
     assert (tmp_path / "straight/checkpoints/best").readlink() == Path(f"step_{best:08}")
 
 
-def memory_left(settings: dict) -> list[int]:
-    """Runs on every rank: by how many bytes of tensors each evaluation has raised the memory."""
+def memory_left(settings: dict, name: str) -> list[int]:
+    """Runs on every rank: by how many bytes of tensors each evaluation by the class ``name`` has raised the memory."""
     import gc
     from unittest import mock
 
@@ -111,8 +111,10 @@ def memory_left(settings: dict) -> list[int]:
 
     from megavlm.config.settings import Settings
     from megavlm.evaluation.answers import HeldOutAnswers
+    from megavlm.evaluation.held_out import HeldOut
 
-    sizes, real = [], HeldOutAnswers.__call__
+    evaluation = {one.__name__: one for one in (HeldOut, HeldOutAnswers)}[name]
+    sizes, real = [], evaluation.__call__
 
     def size() -> int:
         gc.collect()
@@ -128,16 +130,17 @@ def memory_left(settings: dict) -> list[int]:
     from megavlm.commands import train as verb
 
     with (
-        mock.patch.object(HeldOutAnswers, "__call__", measured),
+        mock.patch.object(evaluation, "__call__", measured),
         mock.patch.multiple(verb._Reports, at_checkpoint=nothing, at_end=nothing),
     ):
         verb.main(Settings(**settings), "sft")
     return sizes
 
 
-def test_an_evaluation_leaves_no_memory_behind(settings, world1):
-    """The first one keeps the questions, which are in host memory also on a GPU."""
-    ((first, *others),) = world1.run(memory_left, settings(steps=2))
+@pytest.mark.parametrize("name", ["HeldOut", "HeldOutAnswers"])
+def test_an_evaluation_leaves_no_memory_behind(name, settings, world1):
+    """The first one keeps the questions, or the rows, which are in host memory also on a GPU."""
+    ((first, *others),) = world1.run(memory_left, settings(steps=2), name)
     assert (first > 0, others) == (True, [0, 0])
 
 

@@ -34,6 +34,8 @@ def test_fields_of_four_layers():
     # thirds of four layers: the first, the two in the middle, the last
     assert [fields[f"experts/aux_loss/{part}"] for part in ("early", "middle", "late")] == [1.0, 1.625, 1.0]
     assert fields["experts/entropy/middle"] == pytest.approx(uneven / 2)
+    assert [fields[f"experts/load_max/{part}"] for part in ("early", "middle", "late")] == [1.0, 2.0, 1.0]
+    assert [fields[f"experts/load_min/{part}"] for part in ("early", "middle", "late")] == [1.0, 0.0, 1.0]
     assert not [name for name in fields if "z_loss" in name]
 
 

@@ -23,7 +23,12 @@ from megavlm.cli.main import main
 from megavlm.prepare import index_shards
 from megavlm.sources.shards import ShardFolder
 
-MODES = {"whole": [], "two processes": ["--workers", "2"], "one of two parts": ["--part", "1/2"]}
+MODES = {
+    "whole": [],
+    "two processes": ["--workers", "2"],
+    "one of two parts": ["--part", "1/2"],
+    "two processes of one of two parts": ["--workers", "2", "--part", "1/2"],
+}
 KEPT = [f"Number {number}: <image>." for number in (0, 2, 3, 4, 5)]  # that of the pipe is broken
 
 
@@ -102,11 +107,12 @@ def test_the_second_is_refused_and_a_killed_one_blocks_nobody(place, start, mode
     out = place / "shards"
     arguments = ["--jsonl", str(place / "data.jsonl"), "--out", str(out), "--skip-broken", *MODES[mode]]
     folder = out if mode == "whole" else out / "part-0001-of-0002"
+    job = "of two parts" in mode
     first = start(arguments)
     wait_for(folder.with_name(f"{folder.name}.partial"))
-    is_refused(start(arguments), place, str(folder if mode == "one of two parts" else out), first.pid)
+    is_refused(start(arguments), place, str(folder if job else out), first.pid)
     assert first.is_alive()
-    if mode == "one of two parts":  # the other part does not have to wait
+    if job:  # the other part does not have to wait
         assert status(start([*arguments[:-1], "2/2"])) == 0
     if mode != "whole":
         first.kill()
@@ -116,7 +122,7 @@ def test_the_second_is_refused_and_a_killed_one_blocks_nobody(place, start, mode
         wait_for(folder.with_name(f"{folder.name}.partial"))
     go_on(first, place / "late.png")
     assert status(first) == 0, (place / "errors").read_text()
-    if mode == "one of two parts":
+    if job:
         assert status(start([str(out)])) == 0
     assert texts(out) == KEPT
     assert not list(place.rglob("*.lock"))

@@ -46,4 +46,9 @@ def test_curves_of_the_fields():
     assert "Load of an expert" in drawn
     assert "Evenness of the experts" in drawn
     assert "Balancing loss" not in drawn
+    assert "load by layers" not in drawn  # fewer than three layers: the first chart says all
+    thirds = {f"experts/load_{end}/{part}": 1.5 for end in ("max", "min") for part in ("early", "middle", "late")}
+    drawn = "".join(filter(None, expert_charts([line | thirds for line in lines])))
+    assert "Largest load by layers" in drawn
+    assert "Smallest load by layers" in drawn
     assert not any(expert_charts([{"step": 1, "loss": 1.0}]))
