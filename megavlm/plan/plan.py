@@ -38,10 +38,10 @@ Need = tuple[str, bool, int]
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Bytes on the first rank of a pipeline stage.
+    """Bytes on a rank of a pipeline stage: the fullest, if a server of vLLM is on one of them.
 
     Attributes:
-        stage, rank: the pipeline stage from 0, and the rank.
+        stage, rank: the pipeline stage from 0, and its first rank.
         static: what it holds all the time; without a critic that is in host memory at the fullest moment.
         peak: of the step's tensors, of the model that needs most; or of the sampling, if that needs more.
     """

@@ -15,7 +15,7 @@ from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.model.shapes import Shapes
 from megavlm.plan.all_layers import Held, of_all_layers
-from megavlm.plan.further_memory import further_memory, sampling_memory
+from megavlm.plan.further_memory import further_memory, sampling_memory, server_among
 from megavlm.plan.mix import DataMix, Mix
 from megavlm.plan.stage_memory import StageMemory
 from megavlm.plan.stage_operators import StageOperators, update_operators
@@ -73,6 +73,10 @@ class Layout:
         """The first rank of a pipeline stage."""
         return self.world_size // self.settings.parallel.pipeline * stage
 
+    def ranks(self, first: int, last: int | None = None) -> range:
+        """All ranks of a pipeline stage, or of several."""
+        return range(self.rank(first), self.rank((first if last is None else last) + 1))
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -115,7 +119,7 @@ class Stage:
 
 
 def stages_of(layout: Layout, processes: int = 1) -> list[Stage]:
-    """All stages. Those in the middle are alike, so one of them is built.
+    """All stages. Those in the middle are alike but for a server of vLLM, so one of them is built, or two.
 
     Args:
         layout: the run.
@@ -124,7 +128,12 @@ def stages_of(layout: Layout, processes: int = 1) -> list[Stage]:
     stages = layout.settings.parallel.pipeline
     levels = len(layout.shapes.vision.deepstack_layers)
     middle_is_plain = layers_of(layout.settings.parallel, layout.shapes.text.layers, 0) >= levels
-    alike = [min(number, 1 if number < stages - 1 and middle_is_plain else number) for number in range(stages)]
+    alike, of_kind = [], dict[bool, int]()  # the first stage in the middle with a server, and without one
+    for number in range(stages):
+        if 0 < number < stages - 1 and middle_is_plain:
+            alike.append(of_kind.setdefault(server_among(layout.settings, layout.ranks(number)), number))
+        else:
+            alike.append(number)
     found = dict(zip(dict.fromkeys(alike), _built(layout, list(dict.fromkeys(alike)), processes), strict=True))
     return [found[number] for number in alike]
 
@@ -147,7 +156,7 @@ def _built(layout: Layout, numbers: Sequence[int], processes: int) -> list[Stage
 
     def held(number: int) -> Held:
         with _rank_of(layout, number, settings, layout.shapes) as (session, trained):
-            return _held(layout, number, session, trained)
+            return _held(layout, session, trained, layout.ranks(number))
 
     builds = [[partial(build, number) for number in numbers] for build in (traced, held)]
     if processes > len(builds):
@@ -187,7 +196,8 @@ def _rough(layout: Layout, number: int) -> list[Stage]:
     with _rank_of(layout, number, few, fewer_experts(shapes, settings.parallel)) as (session, trained):
         busiest = layout.imbalance if number == 0 else None  # the last one has one micro-batch at a time
         traced = _traced(built, number, trained, busiest)
-        held = _held(layout, number, session, trained)
+        ranks = layout.ranks(0, settings.parallel.pipeline - 2) if has_middle else layout.ranks(number)
+        held = _held(layout, session, trained, ranks)
         whole = partial(of_all_layers, held, trained, layout.settings, layout.shapes, layout.world_size)
         found = [_stage(layout, traced, whole(number))]
         if has_middle:
@@ -236,12 +246,13 @@ def _rank_of(
     return absent_rank(settings, layout.method, layout.rank(number), layout.world_size, at_end=True, shapes=shapes)
 
 
-def _held(layout: Layout, number: int, session: Session, trained: Sequence[TrainedModel]) -> Held:
+def _held(layout: Layout, session: Session, trained: Sequence[TrainedModel], ranks: range) -> Held:
+    """What the fullest of some ranks holds, if this is one of them."""
     count, each = StaticCount(), []
     for model in trained:
         make_state(model.optimizers)
         each.append(count(model.vlm, model.optimizers))
-    each[0] += StaticMemory(others=further_memory(session, layout.settings, layout.method, layout.rank(number)))
+    each[0] += StaticMemory(others=further_memory(session, layout.settings, layout.method, ranks))
     samples = METHODS[layout.verb].samples
     sampling = sampling_memory(session, layout.settings, layout.verb) if samples else 0
     return Held(each, sampling, update_operators(trained[0].vlm, trained[0].optimizers, _META))
