@@ -18,7 +18,7 @@
 #   MEGAVLM_IMAGE    container image for pyxis/enroot, see docker/Dockerfile (default: none; MEGAVLM_VENV is used)
 #   MEGAVLM_MOUNTS   further pyxis mounts, separated by commas            (default: none; the checkout is mounted)
 #   MEGAVLM_VENV     environment in which megavlm is installed            (default: .venv of the checkout)
-#   MEGAVLM_GPU      a GPU, such as h100: a dry run also says whether the layout fits it (see `megavlm plan`)
+#   MEGAVLM_GPU      a GPU, such as h100: a dry run says whether the layout fits it (see `megavlm plan`); a job, if it does not
 #   MEGAVLM_RETRIES  how often in a row a job that failed is requeued     (default: 3; 0: never)
 #   MEGAVLM_SERVER_NODES     how many nodes of the job, its last ones, sample with vLLM (grpo, ppo; default: 0)
 #   MEGAVLM_SERVERS_PER_NODE how many servers share the GPUs of such a node              (default: 1)
@@ -128,6 +128,9 @@ launch() {
     fi
   else
     mkdir -p "$logs"
+    if [[ -n ${MEGAVLM_GPU:-} ]]; then # meanwhile, the ranks start
+      say_whether_it_fits "$1" "${@:3}" "${trainer_words[@]}" | grep -E 'does not fit|found out' >&2 &
+    fi
     start_servers "${@:3}"
     run_and_requeue
   fi

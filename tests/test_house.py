@@ -126,6 +126,7 @@ MAY_IMPORT = {
     ],
     "tracing": ["training", "runtime", "optim", "adapters", "monitor", "model", "platform", "config"],
     "plan": [
+        "checkpoint",
         "tracing",
         "rollout",
         "align",

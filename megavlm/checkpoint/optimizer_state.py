@@ -6,6 +6,7 @@ all data-parallel ranks to each of them. Here, the rank that has most of a param
 its neighbours are sent to it. The stored format and the loading are Megatron's.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -47,6 +48,22 @@ def saved_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
     entries = {entry.data: entry for entry in model.values() if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
     # Megatron would keep an empty list in the common state, where it does not fit that of other ranks.
     return {"tensors": list(filter(None, (list(_stored_here(optimizer, entries)) for optimizer in inner)))}
+
+
+def made_when_saved(optimizers: Optimizers) -> int:
+    """Bytes that ``saved_state`` makes on that of this rank's data ranks on which it makes most: Adam's; of others, 0.
+
+    These are parameters of which several ranks have pieces, put together on the one that stores them.
+    """
+    inner, made = optimizers.optimizer.chained_optimizers, Counter[int]()
+    if optimizers.train.optimizer != "adam" or not _are_sharded(inner):
+        return 0
+    for optimizer in inner:
+        size, ranks = 4 * len(_keys(optimizer)), dist.get_process_group_ranks(optimizer.data_parallel_group)
+        for parameter, pieces in _pieces(optimizer):
+            if len(pieces) > 1:
+                made[ranks[_owner(pieces)]] += size * parameter.numel()
+    return max(made.values(), default=0)
 
 
 def wanted_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
@@ -123,11 +140,10 @@ def _are_sharded(optimizers: list) -> bool:
 
 def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dict]:
     """Yields {kind of state: ShardedTensor or its factory} for each parameter that this rank stores."""
-    group, averages = optimizer.data_parallel_group, [EMA] if has_average(optimizer) else []
-    keys = ("param", *optimizer.optimizer_state_keys, *averages)
+    group, keys = optimizer.data_parallel_group, _keys(optimizer)
     stored, transfers = [], []
     for parameter, pieces in _pieces(optimizer):
-        owner = max(pieces, key=lambda rank: (pieces[rank][1] - pieces[rank][0], -rank))
+        owner = _owner(pieces)
         here = pieces.get(group.rank())
         if here is None:
             continue
@@ -153,6 +169,15 @@ def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dic
     alone = group.size() == dist.get_world_size()
     for entry, own in stored:
         yield {key: _named(entry, key, tensor, alone) for key, tensor in own.items()}
+
+
+def _keys(optimizer: DistributedOptimizer) -> tuple[str, ...]:
+    return ("param", *optimizer.optimizer_state_keys, *([EMA] if has_average(optimizer) else []))
+
+
+def _owner(pieces: dict[int, tuple[int, int]]) -> int:
+    """The data rank that stores a parameter: the first of those that have most of it."""
+    return max(pieces, key=lambda rank: (pieces[rank][1] - pieces[rank][0], -rank))
 
 
 def _wanted_average(optimizer: DistributedOptimizer, wanted: dict) -> dict:

@@ -87,6 +87,7 @@ def main(
     memory = _memory(plan)
     # A terminal that is narrower breaks the lines; rich would leave out columns.
     console.print(memory, width=max(console.width, console.measure(memory).maximum), crop=False, no_wrap=True)
+    console.print(_phases(plan))
     console.print(verdict(plan, settings), soft_wrap=True)
     console.print(_work(plan))
     console.print(times(plan, price), soft_wrap=True)
@@ -116,6 +117,17 @@ def _memory(plan: Plan) -> Table:
     for stage, of_stage in zip(plan.stages, sizes, strict=True):
         numbers = (f"{of_stage[name] / GIB:.2f}" for name in names)
         table.add_row(str(stage.stage), str(stage.rank), *numbers, f"{stage.total / plan.capacity:.0%}")
+    return table
+
+
+def _phases(plan: Plan) -> Table:
+    """A line for each stage: all that it holds at the fullest moment of each phase of a run."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("stage, GiB in the phases")
+    for moment in plan.stages[0].moments:
+        table.add_column(moment.name, justify="right", no_wrap=True)
+    for stage in plan.stages:
+        table.add_row(str(stage.stage), *(f"{moment.total / GIB:.2f}" for moment in stage.moments))
     return table
 
 

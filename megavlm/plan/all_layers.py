@@ -22,10 +22,13 @@ from megavlm.tracing.static_memory import StaticMemory, tensors_of
 
 
 class Held(NamedTuple):
-    """What a rank holds of each model (see ``Stage``), the bytes of the sampling, and the operators of an update."""
+    """What a rank holds of each model, and bytes of further moments (see ``Stage``); the operators of an update."""
 
     each: Sequence[StaticMemory]
+    loaded: int
     sampling: int
+    updating: int
+    saving: int
     update: Mapping[str, Counts]
 
 
@@ -71,7 +74,10 @@ def of_all_layers(
     most = int(settings.rollout.cache_gib * 2**30)
     return Held(
         each,
+        few.loaded * after.weights // max(before.weights, 1),
         min(round(few.sampling * times), most),
+        few.updating,  # these are about those of the largest matrices, such as the word embedding, which is there
+        few.saving,
         _update(few, before, after, here.gradients, grown, overlaps=settings.train.overlap.gradients),
     )
 

@@ -16,7 +16,11 @@ def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
     """The plan in bytes, FLOPs and seconds; with the price of a GPU for an hour also the cost of the run."""
     return {name: value for name, value in asdict(plan).items() if name != "needs"} | {
         "mix": str(plan.mix),
-        "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
+        "stages": [
+            asdict(stage)
+            | {"total": stage.total, "moments": [asdict(each) | {"total": each.total} for each in stage.moments]}
+            for stage in plan.stages
+        ],
         "capacity": plan.capacity,
         "fits": plan.fits,
         "spare": plan.spare,

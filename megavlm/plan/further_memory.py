@@ -5,7 +5,7 @@ sizes are computed here from the formats that Transformer Engine and vLLM docume
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -28,14 +28,14 @@ _BLOCK = 128  # numbers along each side of the weights that share a scale in the
 _GROUP = 32  # numbers that share a scale in the recipe mxfp8
 
 
-def further_memory(session: Session, settings: Settings, method: Method, rank: int) -> int:
-    """Bytes that a rank holds all the time besides ``StaticMemory``'s weights, gradients and optimizer state.
+def further_memory(session: Session, settings: Settings, method: Method, ranks: Collection[int]) -> int:
+    """Bytes that the fullest of some ranks holds all the time besides what ``StaticCount`` counts of trained models.
 
     Args:
         session: of an absent rank, with the models that are trained.
         settings: the settings of the run, before ``that_can_be_absent``.
         method: the training method.
-        rank: the rank.
+        ranks: those that are alike but for a server of vLLM, such as all ranks of a pipeline stage.
     """
     waiting = settings.align.offload  # in host memory while the model learns
     total = 0
@@ -45,7 +45,7 @@ def further_memory(session: Session, settings: Settings, method: Method, rank: i
         total += sum(_reward_model(session) for reward in settings.reward if reward.model is not None)
     if settings.train.precision == "fp8":
         total += sum(fp8_bytes(weight.shape, settings.train.fp8) for weight in _multiplied(session.vlm))
-    return total + _server_of_vllm(session, settings, rank)
+    return total + (_server_of_vllm(session, settings) if server_among(settings, ranks) else 0)
 
 
 def sampling_memory(session: Session, settings: Settings, verb: str) -> int:
@@ -114,18 +114,21 @@ def _reward_model(session: Session) -> int:
     return StaticCount()(vlm, None).weights
 
 
-def _server_of_vllm(session: Session, settings: Settings, rank: int) -> int:
-    """The weights, keys and values of a server of vLLM on the GPU of this rank, if the run starts one there.
+def server_among(settings: Settings, ranks: Collection[int]) -> bool:
+    """Whether a server of vLLM that the run starts is on the GPU of any of these ranks.
 
-    It is on the GPUs that ``rollout.vllm.devices`` names, otherwise on the first ones, of the host of rank 0. Its
-    other memory is not counted.
+    It is on the GPUs that ``rollout.vllm.devices`` names, otherwise on the first ones, of the host of rank 0.
     """
     rollout = settings.rollout
     if rollout.engine != "vllm" or rollout.vllm.url or rollout.prompts is None:
-        return 0
+        return False
     devices = rollout.vllm.devices or range(rollout.vllm.servers * rollout.vllm.tensor_parallel)
-    if rank not in devices:
-        return 0
+    return any(device in ranks for device in devices)
+
+
+def _server_of_vllm(session: Session, settings: Settings) -> int:
+    """The weights, keys and values of a server of vLLM on one of its GPUs. Its other memory is not counted."""
+    rollout = settings.rollout
     numbers = sum(math.prod(entry.shape) for entry in table(session.shapes))
     size = DTYPES[settings.train.precision].itemsize
     return numbers * size // rollout.vllm.tensor_parallel + int(rollout.cache_gib * 2**30)

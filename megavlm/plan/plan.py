@@ -20,7 +20,7 @@ from megavlm.plan.hardware_flops import hardware_flops
 from megavlm.plan.mix import DataMix, Mix
 from megavlm.plan.predict import step_time
 from megavlm.plan.stage import Layout, Stage, rough_stages_of, stages_of
-from megavlm.plan.stage_memory import StageMemory
+from megavlm.plan.stage_memory import Moment, StageMemory
 from megavlm.plan.step_memory import Peak
 from megavlm.plan.step_time import StepTime
 from megavlm.runtime.session import check_shapes
@@ -38,18 +38,20 @@ Need = tuple[str, bool, int]
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Bytes on the first rank of a pipeline stage.
+    """Bytes on a rank of a pipeline stage: the fullest, if a server of vLLM is on one of them.
 
     Attributes:
-        stage, rank: the pipeline stage from 0, and the rank.
+        stage, rank: the pipeline stage from 0, and its first rank.
         static: what it holds all the time; without a critic that is in host memory at the fullest moment.
-        peak: of the step's tensors, of the model that needs most; or of the sampling, if that needs more.
+        peak: of the step's tensors, of the model that needs most; or of another phase of the run that needs more.
+        moments: the fullest moment of each phase of a run, of which the fullest has ``static`` and ``peak``.
     """
 
     stage: int
     rank: int
     static: StaticMemory
     peak: Peak
+    moments: list[Moment]
 
     @property
     def total(self) -> int:
@@ -145,7 +147,8 @@ def make_plan(
     limit = round((1 - SPARE) * gpu.memory_gib * 2**30)
     found = stages_of(layout, processes) if exact else rough_stages_of(layout, limit)
     stages = [
-        StagePlan(number, layout.rank(number), *stage.fullest(number, len(found))) for number, stage in enumerate(found)
+        StagePlan(number, layout.rank(number), *stage.fullest(number, len(found)), stage.moments(number, len(found)))
+        for number, stage in enumerate(found)
     ]
     rows = each * data_parallel
     work = mix.work(rows, scores=method.scores)

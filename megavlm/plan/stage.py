@@ -11,13 +11,14 @@ import torch
 
 from megavlm.align.registry import METHODS, make_method
 from megavlm.base.pools import in_processes
+from megavlm.checkpoint.optimizer_state import made_when_saved
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.model.shapes import Shapes
 from megavlm.plan.all_layers import Held, of_all_layers
-from megavlm.plan.further_memory import further_memory, sampling_memory
+from megavlm.plan.further_memory import further_memory, sampling_memory, server_among
 from megavlm.plan.mix import DataMix, Mix
-from megavlm.plan.stage_memory import StageMemory
+from megavlm.plan.stage_memory import Moment, StageMemory
 from megavlm.plan.stage_operators import StageOperators, update_operators
 from megavlm.plan.step_memory import Peak, RowsAtHand
 from megavlm.plan.trace import trace_stage
@@ -73,6 +74,10 @@ class Layout:
         """The first rank of a pipeline stage."""
         return self.world_size // self.settings.parallel.pipeline * stage
 
+    def ranks(self, first: int, last: int | None = None) -> range:
+        """All ranks of a pipeline stage, or of several."""
+        return range(self.rank(first), self.rank((first if last is None else last) + 1))
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -82,7 +87,9 @@ class Stage:
         each: what it holds of each model that is trained, the first with all that is not trained.
         parked: whether the others are in host memory while the first one learns or samples (``align.offload``).
         memories: what is alive in a step, of each model that is trained.
+        loaded: bytes of the weights of these models when they have been loaded, before anything else is made.
         sampling: bytes of the sampling, which comes before the step.
+        updating, saving: bytes that the update of the weights and a checkpoint make.
         operators: what the main model computes.
         window: number of micro-batches whose frames are encoded together.
         adapted: the parts with adapters.
@@ -91,7 +98,10 @@ class Stage:
     each: Sequence[StaticMemory]
     parked: bool
     memories: list[StageMemory]
+    loaded: int
     sampling: int
+    updating: int
+    saving: int
     operators: StageOperators
     window: int
     adapted: Collection[str]
@@ -102,12 +112,27 @@ class Stage:
         return sum(self.each, StaticMemory())
 
     def fullest(self, number: int, stages: int) -> tuple[StaticMemory, Peak]:
-        """The fullest moment of a step, if this is stage ``number``: what the rank holds then, and what it makes."""
+        """The fullest moment of all, if this is stage ``number``: what the rank holds then, and what it makes."""
+        fullest = max(self.moments(number, stages), key=lambda moment: moment.total)
+        return fullest.static, fullest.peak
+
+    def moments(self, number: int, stages: int) -> list[Moment]:
+        """The fullest moment of each phase of a run, in their order, if this is stage ``number``.
+
+        All models are there for a checkpoint. Its tensors are copied to host memory; on the device it makes whole ones
+        of those that several data-parallel ranks have pieces of.
+        """
         alone = self.each[0] if self.parked else self.static  # beside the first model
-        moments = [(alone, Peak("sampling", {"sampling": self.sampling}))]
-        for held, memory in zip([alone] + [self.static] * len(self.memories), self.memories, strict=False):
-            moments.append((held, memory.peak(number, stages, self.window)))
-        return max(moments, key=lambda moment: moment[0].total + moment[1].total)
+        found = [Moment("load", StaticMemory(self.loaded), Peak("load", {}))]
+        if self.sampling:
+            found.append(Moment("sampling", alone, Peak("sampling", {"sampling": self.sampling})))
+        held = [alone] + [self.static] * (len(self.memories) - 1)
+        peaks = [memory.peaks(number, stages, self.window) for memory in self.memories]
+        for name in peaks[0]:
+            of_models = [Moment(name, static, of[name]) for static, of in zip(held, peaks, strict=True)]
+            found.append(max(of_models, key=lambda moment: moment.total))
+        found.append(Moment("update", held[-1], Peak("optimizer", {"optimizer": self.updating})))
+        return [*found, Moment("checkpoint", self.static, Peak("checkpoint", {"checkpoint": self.saving}))]
 
     def with_memories(self, change: Callable[[StageMemory], StageMemory]) -> "Stage":
         """The same with another memory of a step. The operators stay as they are."""
@@ -115,7 +140,7 @@ class Stage:
 
 
 def stages_of(layout: Layout, processes: int = 1) -> list[Stage]:
-    """All stages. Those in the middle are alike, so one of them is built.
+    """All stages. Those in the middle are alike but for a server of vLLM, so one of them is built, or two.
 
     Args:
         layout: the run.
@@ -124,7 +149,12 @@ def stages_of(layout: Layout, processes: int = 1) -> list[Stage]:
     stages = layout.settings.parallel.pipeline
     levels = len(layout.shapes.vision.deepstack_layers)
     middle_is_plain = layers_of(layout.settings.parallel, layout.shapes.text.layers, 0) >= levels
-    alike = [min(number, 1 if number < stages - 1 and middle_is_plain else number) for number in range(stages)]
+    alike, of_kind = [], dict[bool, int]()  # the first stage in the middle with a server, and without one
+    for number in range(stages):
+        if 0 < number < stages - 1 and middle_is_plain:
+            alike.append(of_kind.setdefault(server_among(layout.settings, layout.ranks(number)), number))
+        else:
+            alike.append(number)
     found = dict(zip(dict.fromkeys(alike), _built(layout, list(dict.fromkeys(alike)), processes), strict=True))
     return [found[number] for number in alike]
 
@@ -147,7 +177,7 @@ def _built(layout: Layout, numbers: Sequence[int], processes: int) -> list[Stage
 
     def held(number: int) -> Held:
         with _rank_of(layout, number, settings, layout.shapes) as (session, trained):
-            return _held(layout, number, session, trained)
+            return _held(layout, session, trained, layout.ranks(number))
 
     builds = [[partial(build, number) for number in numbers] for build in (traced, held)]
     if processes > len(builds):
@@ -187,7 +217,8 @@ def _rough(layout: Layout, number: int) -> list[Stage]:
     with _rank_of(layout, number, few, fewer_experts(shapes, settings.parallel)) as (session, trained):
         busiest = layout.imbalance if number == 0 else None  # the last one has one micro-batch at a time
         traced = _traced(built, number, trained, busiest)
-        held = _held(layout, number, session, trained)
+        ranks = layout.ranks(0, settings.parallel.pipeline - 2) if has_middle else layout.ranks(number)
+        held = _held(layout, session, trained, ranks)
         whole = partial(of_all_layers, held, trained, layout.settings, layout.shapes, layout.world_size)
         found = [_stage(layout, traced, whole(number))]
         if has_middle:
@@ -226,7 +257,8 @@ def _traced(layout: Layout, number: int, trained: Sequence[TrainedModel], imbala
 def _stage(layout: Layout, traced: _Traced, held: Held) -> Stage:
     operators = StageOperators({**traced.operators.parts, **held.update}, traced.operators.chunks)
     parked = "critic" in layout.settings.align.offload
-    return Stage(held.each, parked, traced.memories, held.sampling, operators, traced.window, traced.adapted)
+    moments = held.loaded, held.sampling, held.updating, held.saving
+    return Stage(held.each, parked, traced.memories, *moments, operators, traced.window, traced.adapted)
 
 
 def _rank_of(
@@ -236,15 +268,19 @@ def _rank_of(
     return absent_rank(settings, layout.method, layout.rank(number), layout.world_size, at_end=True, shapes=shapes)
 
 
-def _held(layout: Layout, number: int, session: Session, trained: Sequence[TrainedModel]) -> Held:
+def _held(layout: Layout, session: Session, trained: Sequence[TrainedModel], ranks: range) -> Held:
+    """What the fullest of some ranks holds, if this is one of them."""
     count, each = StaticCount(), []
     for model in trained:
         make_state(model.optimizers)
         each.append(count(model.vlm, model.optimizers))
-    each[0] += StaticMemory(others=further_memory(session, layout.settings, layout.method, layout.rank(number)))
+    each[0] += StaticMemory(others=further_memory(session, layout.settings, layout.method, ranks))
     samples = METHODS[layout.verb].samples
     sampling = sampling_memory(session, layout.settings, layout.verb) if samples else 0
-    return Held(each, sampling, update_operators(trained[0].vlm, trained[0].optimizers, _META))
+    loaded = trained[0].loaded + sum(static.weights for static in each[1:])
+    (update, updating), *others = [update_operators(model.vlm, model.optimizers, _META) for model in trained]
+    saving = sum(made_when_saved(model.optimizers) for model in trained)
+    return Held(each, loaded, sampling, max([updating, *(size for _, size in others)]), saving, update)
 
 
 def window_of(settings: Settings, model: TrainedModel, rows: int) -> int:

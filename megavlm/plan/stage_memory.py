@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from megavlm.plan.schedule import turns
 from megavlm.plan.step_memory import Peak
+from megavlm.tracing.static_memory import StaticMemory
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,25 @@ class ChunkMemory:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """The fullest moment of a phase of a run on a rank: what it holds then, and what it makes.
+
+    Attributes:
+        name: "load", "sampling", "encode", "decoder", "tower" (its backward pass), "update" or "checkpoint".
+        static, peak: of the model that needs most.
+    """
+
+    name: str
+    static: StaticMemory
+    peak: Peak
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return self.static.total + self.peak.total
+
+
+@dataclass(frozen=True)
 class StageMemory:
     """A window on one rank.
 
@@ -75,7 +95,11 @@ class StageMemory:
     again: int = 0
 
     def peak(self, stage: int, stages: int, window: int) -> Peak:
-        """The fullest moment of a step with this many micro-batches in a window."""
+        """The fullest moment of a step with this many micro-batches in a window, without the update."""
+        return max(self.peaks(stage, stages, window).values(), key=lambda peak: peak.total)
+
+    def peaks(self, stage: int, stages: int, window: int) -> dict[str, Peak]:
+        """The same for each of the phases "encode", "decoder" and "tower", the tower's backward pass."""
         sizes = [[sum(of.values()) for of in (chunk.kept, chunk.left)] for chunk in self.chunks]
         alive, done = [0] * len(sizes), [0] * len(sizes)  # by chunk: the micro-batches between their passes; after both
         others, most, fullest = 0, -1, Peak("", {})
@@ -97,7 +121,7 @@ class StageMemory:
             else:
                 alive[number] += 1
                 others += kept
-        return max(self.encode, self.tower, fullest, key=lambda peak: peak.total)
+        return {"encode": self.encode, "decoder": fullest, "tower": self.tower}
 
     def keeping(self, recompute: str, *, tower: bool) -> "StageMemory":
         """The same with less computed again, told from a window of which all is: about what it would be.

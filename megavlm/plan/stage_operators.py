@@ -21,7 +21,7 @@ from megavlm.runtime.forward import encode_window
 from megavlm.tracing.balanced_experts import BalancedExperts
 from megavlm.tracing.dispatch import Together
 from megavlm.tracing.known_shapes import KnownShapes
-from megavlm.tracing.live_memory import PhasesOf
+from megavlm.tracing.live_memory import LiveMemory, PhasesOf
 from megavlm.tracing.operators import Call, Example, Operators, Place, group_names
 from megavlm.training.objective import Objective
 from megavlm.training.step import Step, reduce_gradients
@@ -109,11 +109,14 @@ def stage_operators(
     return StageOperators(parts, parallel.virtual_pipeline or 1)
 
 
-def update_operators(vlm: VLM, optimizers: Optimizers, where: torch.device) -> dict[str, Counts]:
-    """The operators of the parts "reduction", "overlapped" and "optimizer" of a step, carried out on their own."""
-    record = Operators(where, group_names(vlm.groups))
+def update_operators(vlm: VLM, optimizers: Optimizers, where: torch.device) -> tuple[dict[str, Counts], int]:
+    """The operators of the parts "reduction", "overlapped" and "optimizer" of a step, carried out on their own.
+
+    Also returns the bytes that are alive of what they make, at the fullest moment. The optimizers' state must exist.
+    """
+    record, memory = Operators(where, group_names(vlm.groups)), LiveMemory(where)
     phases = PhasesOf(record)
-    with Together(KnownShapes(), record), phases.step():
+    with Together(KnownShapes(), record, memory), phases.step():
         with phases("decoder"):
             for ddp in optimizers.ddp.get("language", []):
                 if ddp.ddp_config.overlap_grad_reduce:
@@ -123,7 +126,7 @@ def update_operators(vlm: VLM, optimizers: Optimizers, where: torch.device) -> d
         with phases("optimizer"):
             _update(optimizers)
     parts = parts_of(record.found, 1)
-    return {name: parts[name] for name in PER_STEP}
+    return {name: parts[name] for name in PER_STEP}, memory.peak
 
 
 def _update(optimizers: Optimizers) -> None:

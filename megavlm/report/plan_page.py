@@ -18,7 +18,7 @@ from megavlm.charts.timeline import COLORS as SPAN_COLORS
 from megavlm.charts.timeline import timeline
 from megavlm.config.settings import Settings
 from megavlm.report.page import render_page
-from megavlm.report.plan_memory import GIB, memory_bars, memory_parts
+from megavlm.report.plan_memory import GIB, memory_bars, memory_parts, phase_bars
 from megavlm.report.plan_workers import workers_told
 
 TEMPLATE = "plan.html.jinja"
@@ -57,6 +57,7 @@ def write_plan_page(file: Path, plan: Mapping[str, Any], settings: Settings, ver
         time=time,
         sampled=plan.get("samples", False),
         memory=memory_bars(plan["stages"], plan["capacity"], plan["spare_share"]),
+        phases=[phase_bars(stage, plan["capacity"], plan["spare_share"]) for stage in plan["stages"]],
         timeline=timeline(time["spans"], time["seconds"]) if time else "",
         seconds=_seconds(time["parts"]) if time else "",
         roofline=roofline(time["operators"], plan["gpu"]) if time else "",

@@ -20,6 +20,7 @@ from megavlm.optim.optimizers import Optimizers
 from megavlm.platform import absent_world
 from megavlm.runtime.session import MAIN, Session, start
 from megavlm.tracing.known_shapes import KnownShapes
+from megavlm.tracing.static_memory import StaticCount
 from megavlm.training.method import Method
 from megavlm.training.objective import Objective
 
@@ -29,13 +30,18 @@ ALL_STEPS = 2**62
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model that is trained, with what trains it."""
+    """A model that is trained, with what trains it.
+
+    Attributes:
+        loaded: bytes of the weights of the main model before its linear layers are in 4 bits; 0 of another model.
+    """
 
     name: str
     vlm: VLM
     adapters: Adapters | None
     optimizers: Optimizers
     objective: Objective
+    loaded: int
 
 
 def that_can_be_absent(settings: Settings) -> Settings:
@@ -85,14 +91,15 @@ def _built(
 ) -> tuple[Session, list[TrainedModel]]:
     with torch.device("meta"), KnownShapes():  # the first values of weights take half of the time otherwise
         session = start(settings, training=True, load=False, score_head=method.scores, shapes=shapes)
+    loaded = StaticCount()(session.vlm, None).weights
     if at_end and settings.adapter.quantize and importlib.util.find_spec("bitsandbytes"):
         for linear in session.adapters.linears if session.adapters is not None else ():
             quantize(linear, double=settings.adapter.quantize == "nf4_double")
     main = Optimizers(session.vlm, settings.train)
-    trained = [TrainedModel(MAIN, session.vlm, session.adapters, main, method.bare_objective(session))]
+    trained = [TrainedModel(MAIN, session.vlm, session.adapters, main, method.bare_objective(session), loaded)]
     for name, step in method.bare_others(session).items():
         adapters = session.models[name].adapters
-        trained.append(TrainedModel(name, step.vlm, adapters, step.optimizers, step.objective))
+        trained.append(TrainedModel(name, step.vlm, adapters, step.optimizers, step.objective, 0))
     if at_end:
         for one in trained:
             one.optimizers.unfreeze((settings.train.steps or ALL_STEPS) + 1)

@@ -1,5 +1,7 @@
 """What the planner counts besides what is trained, against the same things on real ranks, in bytes."""
 
+import json
+
 import pytest
 import torch
 from parity import settings_of
@@ -45,7 +47,7 @@ def further(settings: dict, verb: str, world: int) -> list[int]:
         for rank in range(world):
             method = make_method(verb, settings)
             with absent_rank(that_can_be_absent(settings), method, rank, world) as (session, _):
-                found.append(further_memory(session, settings, method, rank))
+                found.append(further_memory(session, settings, method, [rank]))
     return found
 
 
@@ -211,3 +213,39 @@ def test_copies_in_fp8(recipe, wide, te_world):  # noqa: F811
     ((real, planned),) = te_world(1).run(copies_in_fp8, settings)
     assert real > 0
     assert planned == real
+
+
+def beside_servers(settings: dict, world: int) -> tuple[list[int], list[int]]:
+    """As it is planned: what each stage holds besides what is trained; and as it is told with few layers."""
+    from megavlm.config.settings import Settings
+    from megavlm.convert.hf_shapes import model_shapes
+    from megavlm.plan.mix import Mix
+    from megavlm.plan.stage import Layout, rough_stages_of, stages_of
+
+    settings = Settings(**settings)
+    shapes = model_shapes(settings.model)
+    layout = Layout(settings, shapes, "grpo", world, Mix.of(settings, shapes, answers=2), 4, 1.0)
+    with alone():
+        return tuple(
+            [stage.static.others for stage in stages] for stages in (stages_of(layout), rough_stages_of(layout, 2**62))
+        )
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "devices", "with_server"),
+    [(1, [6, 7], [0]), (2, [6, 7], [1]), (2, [], [0]), (4, [4, 5], [2]), (4, [1, 3], [0, 1]), (2, [9], [])],
+)
+def test_a_stage_has_the_server_that_is_on_any_of_its_ranks(pipeline, devices, with_server, toys, world1, tmp_path):
+    config = json.loads((toys.folder("dense") / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 16  # so many that stages in the middle are alike
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = settings_of(tmp_path, {"pipeline": pipeline}, **BF16)
+    settings["model"]["load"] = "none"
+    del settings["train"]["global_batch_size"]
+    vllm = {"devices": devices, "servers": len(devices) or 1}
+    settings |= {"align": {"beta": 0}, "rollout": {"prompts": 8, "max_new_tokens": 64, "engine": "vllm", "vllm": vllm}}
+    ((planned, rough),) = world1.run(beside_servers, settings, 8)
+    assert [stage for stage, size in enumerate(planned) if size] == with_server
+    # Few layers stand for all of them: stages in the middle are one, and no stage is told to have less than it has.
+    assert all(told for told, size in zip(rough, planned, strict=True) if size)
+    assert bool(rough[-1]) == bool(planned[-1])

@@ -51,6 +51,31 @@ def test_a_dry_run_says_whether_the_layout_fits() -> None:
     assert len(done.stdout.splitlines()) == 2 + 8  # as without
 
 
+@pytest.mark.parametrize("told", ["does not fit on 8 GPUs", "fits on 8 GPUs", None])
+def test_a_job_says_if_the_layout_does_not_fit(told: str | None, tmp_path: Path) -> None:
+    """``srun`` and ``python`` are scripts: the ranks have no work, and what a plan would say is known."""
+    asked = tmp_path / "asked"
+    says = f"echo by the plan, it {told}" if told else "exit 2"
+    for file, line in ((tmp_path / "srun", "exit 0"), (tmp_path / "bin/python", f'echo "$@" >{asked}; {says}')):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"#!/bin/bash\n{line}\n")
+        file.chmod(0o755)
+    variables = environment(
+        MEGAVLM_GPU="h100", MEGAVLM_VENV=str(tmp_path), MEGAVLM_RUNS=str(tmp_path / "runs"), NODES="1"
+    )
+    variables["PATH"] = f"{tmp_path}:{variables['PATH']}"
+    done = subprocess.run(
+        [ROOT / "launch/sft.sh", "train.lr=1e-5"], cwd=ROOT, env=variables, capture_output=True, text=True, check=True
+    )
+    warned = {"does not fit on 8 GPUs": "by the plan, it does not fit on 8 GPUs\n", "fits on 8 GPUs": ""}
+    assert done.stderr == warned.get(told, "whether the layout fits h100 could not be found out\n")
+    assert "train.lr=1e-5 --world-size 8 --no-files --for sft --gpu h100" in asked.read_text()
+    del variables["MEGAVLM_GPU"]
+    asked.unlink()
+    subprocess.run([ROOT / "launch/sft.sh"], cwd=ROOT, env=variables, capture_output=True, check=True)
+    assert not asked.exists()
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_dry_run_shows_each_rank(job: str) -> None:
     srun, ranks = dry_run(job, "train.lr=1e-5", "output=a folder")

@@ -10,7 +10,7 @@ from megavlm.base.errors import UserError
 from megavlm.charts.timeline import MAX_RECTANGLES, timeline
 from megavlm.config.load import load_settings
 from megavlm.plan.step_time import Operator, Span, StepTime, Traffic
-from megavlm.report.plan_memory import GIB, memory_bars
+from megavlm.report.plan_memory import GIB, memory_bars, phase_bars
 from megavlm.report.plan_page import check_new_file, layout_text, roofline, ruled_out, search_chart, write_plan_page
 from megavlm.search.candidate import Candidate
 
@@ -20,7 +20,20 @@ GPU = {"name": "H100", "memory_gib": 80.0, "bf16_tflops": 1000.0, "memory_bandwi
 def stage(number: int, decoder: float) -> dict:
     static = {"weights": 10 * GIB, "gradients": 10 * GIB, "optimizer": 20 * GIB}
     peak = {"phase": "decoder", "by_phase": {"decoder": round(decoder * GIB), "data": GIB, "exchange": GIB}}
-    return {"stage": number, "rank": 8 * number, "static": static, "peak": peak, "total": round((42 + decoder) * GIB)}
+    whole = {"static": static, "peak": peak, "total": round((42 + decoder) * GIB)}
+    load = {
+        "name": "load",
+        "static": static | {"gradients": 0, "optimizer": 0},
+        "peak": {"phase": "", "by_phase": {}},
+        "total": 10 * GIB,
+    }
+    update = {"phase": "optimizer", "by_phase": {"optimizer": 4 * GIB}}
+    moments = [
+        load,
+        {"name": "decoder", **whole},
+        {"name": "update", "static": static, "peak": update, "total": 44 * GIB},
+    ]
+    return {"stage": number, "rank": 8 * number, **whole, "moments": moments}
 
 
 def numbers(html, pattern: str) -> list[float]:
@@ -44,6 +57,20 @@ def test_memory_bars():
     assert re.findall(r'class="(size[^"]*)">([\d.]+)<', html) == [("size over", "90.0"), ("size", "60.0")]
     assert 'title="decoder 48.00 GiB, 60.0 % of the GPU"' in html
     assert "logits" not in html  # there are none
+
+
+def test_bars_by_phase():
+    html = phase_bars(stage(1, 18.0), 80 * GIB, 0.05)
+    assert re.findall(r'class="lane">([^<]*)<', html) == ["load", "decoder", "update"]
+    assert "Memory of stage 1, rank 8, by phase" in html
+    widths = numbers(html, r'style="width:([\d.]+)%;background')
+    sizes = (10, 10, 10, 20, 18, 2, 10, 10, 20, 4)
+    assert widths == pytest.approx([100 * size / (80 * 1.01) for size in sizes], abs=1e-3)
+    assert re.findall(r'class="size">([\d.]+)<', html) == ["10.0", "60.0", "44.0"]
+    assert 'title="update 4.00 GiB, 5.0 % of the GPU"' in html
+    assert re.findall(r'class="key"[^>]*>(\w+)<', html) == [
+        "weights", "gradients", "optimizer", "decoder", "features", "update",
+    ]  # fmt: skip
 
 
 def spans(stages: int, micro_batches: int) -> list[dict]:
