@@ -29,7 +29,7 @@ def changes_of(folder: Path) -> list[dict[str, Any]]:
     """
     changes = []
     with suppress(OSError):
-        for text in (folder / CHANGES_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+        for text in (folder / CHANGES_FILE).read_text(encoding="utf-8", errors="replace").split("\n"):
             with suppress(ValueError):
                 line = parse_json(text)
                 if isinstance(line, dict) and line.keys() >= {"step", "time", "setting", "old", "new"}:

@@ -141,6 +141,19 @@ def test_values_of_another_type(runs, capfd, name, who):
         assert ("plan.json is damaged" in page) == (name == "plan.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("accuracy.json", text) for text in ("1" * 400, "1e999", "NaN", '{"accuracy": [1]}')),
+        *(("answers.jsonl", f'{{"index": 0, "answers": {several}}}\n') for several in ('"abc"', '{"a": 1}', "[1]", "5")),
+    ],
+)
+def test_no_answers_and_no_accuracy_in_a_folder_beside_it(runs, name, text):
+    with spoiled(runs / "other" / name, "emptied"):
+        (runs / "other" / name).write_text(text)
+        assert left_out(shown(runs / "run")) == [runs / "other" / name]
+
+
 @pytest.mark.parametrize("settings", ["model: hf", "data: {eval: 5}", "data: {eval: [{}]}", "data:\n  ev"])
 def test_settings_of_another_type_in_a_folder_beside_it(runs, settings):
     with spoiled(runs / "other/config.yaml", "emptied"), spoiled(runs / "other/answers.json", "a dangling link"):
