@@ -137,7 +137,10 @@ def read_source(
 
 def _answers(file: Path) -> dict[int, list[str]]:
     answers: dict[int, list[str]] = {}
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")  # an answer may have the other line ends
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")  # an answer may have other line ends
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}", "check its permissions") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:

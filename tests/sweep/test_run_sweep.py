@@ -23,8 +23,8 @@ FILES = (
 )
 LINES = ("metrics.jsonl", "changes.jsonl", "rollouts.jsonl", "held_out_answers.jsonl")
 REFUSED = {
-    *(("config.yaml", fault) for fault in ("nested too deeply", "binary", "a list")),
-    *((name, "a folder") for name in LINES),
+    *(("config.yaml", fault) for fault in ("nested too deeply", "binary", "a list", "not permitted")),
+    *((name, fault) for name in LINES for fault in ("a folder", "not permitted")),
 }
 # A line without its end may be that of a run that was killed; a folder or a dangling link is no file of answers.
 LEFT_OUT = {
@@ -316,6 +316,7 @@ def test_watching(runs, capfd, name, fault):
     assert facts["step"] == (2 if fault == "truncated" else None)
     expected = {  # a line without its end may still be written
         "a folder": ["metrics.jsonl cannot be read: Is a directory"],
+        "not permitted": ["metrics.jsonl cannot be read: Permission denied"],
         "binary": ["16 lines of metrics.jsonl left out: damaged, or without a step"],
     }
     assert [note for note in facts["notes"] if "metrics.jsonl" in note] == expected.get(fault, [])
