@@ -86,7 +86,8 @@ def read_config(folder: Path, shapes: Shapes) -> AdapterSettings:
     kind = config.get("peft_type")
     if kind not in ("LORA", "FOURIERFT"):
         raise UserError(
-            f"{file} is of type {shortened(kind)}; allowed: LORA (with or without DoRA), FOURIERFT", "give another adapter"
+            f"{file} is of type {shortened(kind)}; allowed: LORA (with or without DoRA), FOURIERFT",
+            "give another adapter",
         )
     odd = {key: value for key, value in config.items() if value and key not in _ABOUT | _READ and value != "none"}
     if odd.get("init_lora_weights") in _INITS:

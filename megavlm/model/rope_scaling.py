@@ -47,7 +47,9 @@ def rope_scaling(rope: Mapping[str, Any], head_dim: int, max_positions: int, whe
         )
     for name, only in (("partial_rotary_factor", 1.0), ("mrope_interleaved", True)):
         if rope.get(name, only) != only:
-            raise UserError(f"{where} has {name} {quoted(rope[name])}; megavlm implements only {only}", f"remove {name}")
+            raise UserError(
+                f"{where} has {name} {quoted(rope[name])}; megavlm implements only {only}", f"remove {name}"
+            )
 
     def number(name: str, default: float | None = None, fits: Callable[[float], bool] = lambda x: x > 0) -> float:
         value = default if rope.get(name) is None else rope[name]

@@ -317,7 +317,9 @@ def _read_config(folder: Path) -> Any:
     try:
         raw = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {shortened(error)}", "correct the file or download it again") from None
+        raise UserError(
+            f"{file} is not valid JSON: {shortened(error)}", "correct the file or download it again"
+        ) from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in MODEL_TYPES:
         raise UserError(
