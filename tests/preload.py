@@ -37,9 +37,11 @@ def use_once() -> None:
     from megavlm.report.loss_plot import write_loss_plot
     from megavlm.report.run_report import write_report
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as place:  # a folder deeper: the report also reads the folders beside its own
+        folder = Path(place) / "run"
+        folder.mkdir()
         lines = [{**dict.fromkeys(REQUIRED, 1.0), "step": step} for step in range(1, 5)]
-        (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         write_loss_plot(folder)
         write_report(folder)
 

@@ -1,6 +1,7 @@
 """`megavlm export`: converts a checkpoint to a Hugging Face folder, with adapters merged or written separately."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +84,15 @@ def _export(
     listed = ", ".join(f"data.{name}={value}" for name, value in limits.items())
     base = base_model or hub_name(model.hf)
 
+    # read before the weights are written, so that a damaged file of the run does not cost them
+    facts = RunFacts(weights.run, weights.step) if weights.run is not None and weights.step is not None else None
+    for cause in facts.left_out if facts is not None else ():
+        print(f"the model card does not tell of an earlier run: {cause}", flush=True)
+    name, model_type = out.absolute().name, model_type_of(model.hf)
+    card = Card(name, model_type, facts, base, license_of(model.hf), adapter, limits=listed)
+
     def write_card(folder: Path) -> None:
-        Card(
-            out.absolute().name,
-            model_type_of(model.hf),
-            RunFacts(weights.run, weights.step) if weights.run is not None and weights.step is not None else None,
-            base,
-            license_of(model.hf),
-            adapter,
-            (folder / REWARD_HEAD).is_file(),
-            listed,
-        ).write(folder)
+        replace(card, has_head=(folder / REWARD_HEAD).is_file()).write(folder)
 
     if not adapter:
         load = model.load

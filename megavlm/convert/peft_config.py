@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from megavlm.base.errors import UserError
 from megavlm.base.json_files import read_json
+from megavlm.base.quoting import quoted, shortened
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.convert.peft_names import linears, targets_of
 from megavlm.model.shapes import Shapes
@@ -85,18 +86,19 @@ def read_config(folder: Path, shapes: Shapes) -> AdapterSettings:
     kind = config.get("peft_type")
     if kind not in ("LORA", "FOURIERFT"):
         raise UserError(
-            f"{file} is of type {kind}; allowed: LORA (with or without DoRA), FOURIERFT", "give another adapter"
+            f"{file} is of type {shortened(kind)}; allowed: LORA (with or without DoRA), FOURIERFT",
+            "give another adapter",
         )
     odd = {key: value for key, value in config.items() if value and key not in _ABOUT | _READ and value != "none"}
     if odd.get("init_lora_weights") in _INITS:
         odd.pop("init_lora_weights", None)
     if odd:
-        raise UserError(f"{file} has {odd}, which megavlm does not support", "train the adapter without it")
+        raise UserError(f"{file} has {quoted(odd)}, which megavlm does not support", "train the adapter without it")
     try:
         return _settings(config, shapes)
     except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
-        raise UserError(f"{file} cannot be used: {reason}", "give another folder") from None
+        raise UserError(f"{file} cannot be used: {shortened(reason)}", "give another folder") from None
 
 
 def _settings(config: dict, shapes: Shapes) -> AdapterSettings:

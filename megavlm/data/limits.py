@@ -9,6 +9,7 @@ from transformers.image_utils import SizeDict
 
 from megavlm.base.errors import UserError
 from megavlm.base.json_files import parse_json
+from megavlm.base.quoting import shortened
 from megavlm.config.data_sections import DataSettings
 
 # transformers takes a part of the processor from the first file if it has that part, or else from a file of its own.
@@ -85,7 +86,7 @@ def load_processor(folder: Path) -> Qwen3VLProcessor:
     try:
         processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many types for missing or broken files
-        raise UserError(f"{folder}: its processor cannot be loaded: {error}") from error
+        raise UserError(f"{folder}: its processor cannot be loaded: {shortened(error)}") from error
     if not isinstance(processor, Qwen3VLProcessor):
         raise UserError(
             f"{folder}: its processor is a {type(processor).__name__}, not a Qwen3-VL processor",

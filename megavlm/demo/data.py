@@ -83,7 +83,7 @@ def write_records(path: Path, records: Iterable[dict]) -> None:
 
 def read_records(path: Path) -> list[dict]:
     """All records of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def read_texts(folder: str | os.PathLike) -> list[str]:

@@ -53,7 +53,7 @@ def main(handle: int, parent: int) -> None:
         try:
             call = json.loads(connection.recv_bytes())
             payload = connection.recv_bytes()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the latter if the trainer has ended with messages unread
             os._exit(0)
         worker.take(call, payload)
 

@@ -104,6 +104,8 @@ class Card:
             text += f" Its base model is [{self.base}](https://huggingface.co/{self.base})."
         if self.facts.before:
             text += f" Before it came {' → '.join(f'`{verb}`' for verb in self.facts.before)}."
+        if self.facts.left_out:
+            text += " What came before is not known in full: the files of an earlier run could not be read."
         return text
 
     def _loading(self) -> str:

@@ -1,6 +1,7 @@
 """What is known of exported weights: the run that trained them, up to their step, and the model it started from."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,9 @@ class RunFacts:
         step: the step.
     Attributes:
         run: its settings and its metrics up to that step.
+
+    Raises:
+        UserError: its files cannot be read.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -66,15 +70,18 @@ class RunFacts:
 
     @property
     def before(self) -> list[str]:
-        """The verbs of the runs that it started from, oldest first, as far as their folders are still there.
+        """The verbs of the runs that it started from, oldest first, as far as their folders can be read."""
+        return [_verb_of(run) for run in self._chain[0][:-1] if run.lines]
 
-        Raises UserError if one of them cannot be read.
-        """
+    @property
+    def left_out(self) -> list[str]:
+        """Why a run that it started from cannot be read; [] if all can. What came before that one is not known."""
+        return self._chain[1]
+
+    @cached_property
+    def _chain(self) -> tuple[list[RecordedRun], list[str]]:
         left_out: list[str] = []
-        chain = follow(self.run.folder, left_out)
-        if left_out:
-            raise UserError(f"a run that this one started from cannot be read: {left_out[0]}", "repair the file")
-        return [_verb_of(run) for run in chain[:-1] if run.lines]
+        return follow(self.run.folder, left_out), left_out
 
     @property
     def is_exact(self) -> bool:
@@ -140,7 +147,9 @@ def hub_name(folder: Path) -> str | None:
 def license_of(folder: Path) -> str | None:
     """The licence that the model card in a folder names; None if there is none."""
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = ""
+    with suppress(OSError):
+        text = card.read_text(encoding="utf-8", errors="replace")
     front = text.split("---", 2)[1] if text.startswith("---") and text.count("---") > 1 else ""
     found = _LICENSE.search(front)
     return found[1] if found else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import quoted
 
 ROPE_TYPES = ("default", "linear", "yarn")
 
@@ -41,18 +42,20 @@ def rope_scaling(rope: Mapping[str, Any], head_dim: int, max_positions: int, whe
     kind = rope["rope_type"]
     if kind not in ROPE_TYPES:
         raise UserError(
-            f"{where} has rope_type {kind!r}, which megavlm does not implement; allowed: {', '.join(ROPE_TYPES)}",
+            f"{where} has rope_type {quoted(kind)}, which megavlm does not implement; allowed: {', '.join(ROPE_TYPES)}",
             "use a config.json with one of these",
         )
     for name, only in (("partial_rotary_factor", 1.0), ("mrope_interleaved", True)):
         if rope.get(name, only) != only:
-            raise UserError(f"{where} has {name} {rope[name]!r}; megavlm implements only {only}", f"remove {name}")
+            raise UserError(
+                f"{where} has {name} {quoted(rope[name])}; megavlm implements only {only}", f"remove {name}"
+            )
 
     def number(name: str, default: float | None = None, fits: Callable[[float], bool] = lambda x: x > 0) -> float:
         value = default if rope.get(name) is None else rope[name]
         real = isinstance(value, int | float) and not isinstance(value, bool)
         if value is None or not real or not math.isfinite(value) or not fits(value):
-            raise UserError(f"{where} has {name} {value!r}, which is out of range", "correct the number")
+            raise UserError(f"{where} has {name} {quoted(value)}, which is out of range", "correct the number")
         return float(value)
 
     theta = number("rope_theta", fits=lambda x: x > 1)

@@ -13,6 +13,7 @@ from typing import Any
 
 from megavlm.base.errors import UserError
 from megavlm.base.json_files import parse_json
+from megavlm.base.quoting import quoted, shortened
 from megavlm.model.rope_scaling import RopeScaling, rope_scaling
 
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
@@ -301,7 +302,7 @@ def _refused(file: Path, section: str, name: str, value: Any, allowed: str) -> U
     remedy = "correct the file, or give the folder of another model"
     if name == "quantization_config":
         remedy = "give the folder of the same model in bfloat16, float16 or float32"
-    return UserError(f"{file}: {key} is {value!r}; megavlm implements only {allowed}", remedy)
+    return UserError(f"{file}: {key} is {quoted(value)}; megavlm implements only {allowed}", remedy)
 
 
 def _read_config(folder: Path) -> Any:
@@ -316,10 +317,14 @@ def _read_config(folder: Path) -> Any:
     try:
         raw = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}", "correct the file or download it again") from None
+        raise UserError(
+            f"{file} is not valid JSON: {shortened(error)}", "correct the file or download it again"
+        ) from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in MODEL_TYPES:
-        raise UserError(f"{file}: model_type is {kind!r}; allowed: {', '.join(MODEL_TYPES)}", "give a Qwen3-VL folder")
+        raise UserError(
+            f"{file}: model_type is {quoted(kind)}; allowed: {', '.join(MODEL_TYPES)}", "give a Qwen3-VL folder"
+        )
     for section, fields in _ONLY.items():
         given = raw.get(section) if section else raw
         for name, only in fields.items():
@@ -333,6 +338,6 @@ def _read_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises exceptions of its own for a field with a wrong type
         raise UserError(
-            f"{file} cannot be read as a {kind} configuration: {error}",
+            f"{file} cannot be read as a {kind} configuration: {shortened(error)}",
             "correct the file, or use the released config.json of this model",
         ) from error

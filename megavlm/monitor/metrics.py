@@ -147,6 +147,8 @@ from megavlm.base.errors import UserError
 from megavlm.base.json_files import parse_json
 
 FILE_NAME = "metrics.jsonl"
+MOST = 1e100  # no measured number is greater: sums and squares of such numbers are still numbers
+MOST_STEPS = 2**62
 PARTS = ("vision", "projector", "language")
 REQUIRED = (
     "step",
@@ -246,7 +248,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl (or of that in a folder), oldest first; none if the file is missing.
 
     Lines that are not a JSON object with a step are ignored, because the last line may be incomplete after a kill. So
-    are values that are no numbers.
+    are values that are no numbers, and those beyond MOST (see ``num_odd_values``).
     """
     path = Path(path)
     lines = read_lines(path / FILE_NAME if path.is_dir() else path)
@@ -254,7 +256,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    return isinstance(value, int | float) and abs(value) < MOST  # which no NaN is
+
+
+def num_odd_values(path: Path) -> int:
+    """The number of values in a metrics.jsonl that ``read_metrics`` ignores. Raises UserError if it cannot be read."""
+    return sum(value is not None and not _is_number(value) for line in read_lines(path) for value in line.values())
 
 
 def num_damaged(path: Path) -> int:
@@ -320,7 +327,8 @@ def _parse(text: str) -> list[tuple[str, dict[str, Any]]]:
             line = parse_json(raw)
         except ValueError:
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        step = line.get("step") if isinstance(line, dict) else None
+        if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < MOST_STEPS:
             lines.append((raw, line))
     return lines
 

@@ -32,11 +32,13 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from megavlm.base.atomic_files import write_text
 from megavlm.monitor.metrics import append_lines, drop_after, plain, read_lines
@@ -98,7 +100,10 @@ class LoggedStep:
     """The groups of a step."""
 
     step: int
-    groups: list[LoggedGroup] = field(default_factory=list)
+    groups: list[LoggedGroup]
+
+
+_STEP = TypeAdapter(LoggedStep)
 
 
 class RolloutLog:
@@ -158,19 +163,9 @@ def read_rollouts(folder: str | Path, name: str = FILE_NAME) -> list[LoggedStep]
     """
     steps = []
     for line in read_lines(Path(folder) / name):
-        try:
-            groups = [
-                LoggedGroup(**group | {"answers": [_read_answer(answer) for answer in group["answers"]]})
-                for group in line["groups"]
-            ]
-        except (KeyError, TypeError):
-            continue
-        steps.append(LoggedStep(line["step"], groups))
+        with suppress(ValidationError):
+            steps.append(_STEP.validate_python(line))
     return steps
-
-
-def _read_answer(answer: dict[str, Any]) -> LoggedAnswer:
-    return LoggedAnswer(**answer | {"turns": [LoggedTurn(**turn) for turn in answer.get("turns", [])]})
 
 
 def _thinned(lines: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import yaml
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import shortened
 from megavlm.base.yaml_files import read_plain
 
 
@@ -60,7 +61,11 @@ def _read(file: Path) -> Gpu:
         assumed = next(iter(gpus().values())).operators
         return Gpu(**{**facts, "operators": {**assumed, **facts["operators"]}})
     except (OSError, UserError, TypeError, KeyError) as error:
-        cause = error.message if isinstance(error, UserError) else repr(error)
+        cause = shortened(repr(error))
+        if isinstance(error, UserError):
+            cause = error.message
+        elif isinstance(error, OSError):
+            cause = error.strerror or shortened(error)
         raise UserError(
             f"--gpu {file} cannot be read as a file of measurements: {cause}",
             "give a file that `megavlm bench CONFIG --operators FILE.yaml` has written",

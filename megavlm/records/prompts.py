@@ -3,6 +3,7 @@
 from typing import Any
 
 from megavlm.base.errors import UserError
+from megavlm.records.values import check_values
 
 ASKING = ("prompt", "problem")
 _ANSWERING = ("answer", "solution")
@@ -38,8 +39,9 @@ def with_answer(raw: dict[str, Any], source: str) -> dict[str, Any]:
 
     Arguments and errors are those of ``as_conversation``.
     """
-    answer = next((raw[name] for name in _ANSWERING if isinstance(raw.get(name), str | int | float)), None)
-    if answer is None or "messages" in raw or "text" in raw or "completion" in raw or not any(n in raw for n in ASKING):
+    field = next((name for name in _ANSWERING if isinstance(raw.get(name), str | int | float)), None)
+    if field is None or "messages" in raw or "text" in raw or "completion" in raw or not any(n in raw for n in ASKING):
         return raw
+    check_values(raw, (*ASKING, field), source)
     asked = as_conversation(raw, source)
-    return {**asked, "messages": [*asked["messages"], {"role": "assistant", "content": str(answer)}]}
+    return {**asked, "messages": [*asked["messages"], {"role": "assistant", "content": str(raw[field])}]}

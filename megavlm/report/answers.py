@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -136,13 +137,17 @@ def read_source(
 
 def _answers(file: Path) -> dict[int, list[str]]:
     answers: dict[int, list[str]] = {}
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")  # an answer may have other line ends
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}", "check its permissions") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 entry = parse_json(line)
                 index, several = entry["index"], entry["answers"] if "answers" in entry else [entry["answer"]]
-                is_one = isinstance(index, int) and all(isinstance(answer, str) for answer in several)
+                is_one = isinstance(index, int) and isinstance(several, list)
+                is_one = is_one and all(isinstance(answer, str) for answer in several)
             except (ValueError, KeyError, TypeError):
                 is_one = False
             if not is_one:
@@ -155,10 +160,13 @@ def _judged(folder: Path) -> float | None:
     file = folder / ACCURACY_FILE
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
-        return float(content["accuracy"] if isinstance(content, dict) else content)
+        share = float(content["accuracy"] if isinstance(content, dict) else content)
+        if not math.isfinite(share):
+            raise ValueError("not a share")
+        return share
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         cause = error.strerror if isinstance(error, OSError) else 'it is neither a number nor {"accuracy": number}'
         raise UserError(f"{file} cannot be read: {cause}", "repair or delete the file") from None
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from megavlm.base.json_files import parse_json
 from megavlm.base.number_format import number, percent, short
+from megavlm.monitor.metrics import MOST
 from megavlm.report.plan_memory import GIB
 from megavlm.report.policy import is_rl
 from megavlm.report.run import RecordedRun
@@ -51,14 +53,25 @@ def predictions(run: RecordedRun) -> Predictions | None:
     try:
         plan = parse_json((run.folder / FILE_NAME).read_text(encoding="utf-8"))
         if "error" in plan:
-            return Predictions(run.name, error=plan["error"])
-        gpu, device, mix, caveats = plan["gpu"]["name"], plan["device"], plan["mix"], plan["caveats"]
-        peak, seconds = plan["stages"][0]["total"] / GIB, plan["time"]["seconds"]
-        speed, mfu, world_size = plan["tokens_per_second"], plan["mfu"], int(plan["world_size"])
+            return Predictions(run.name, error=_text(plan["error"]))
+        return _beside_measured(plan, run)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError):
         return Predictions(run.name, error=f"{FILE_NAME} is damaged, or of another version")
+
+
+def _beside_measured(plan: dict[str, Any], run: RecordedRun) -> Predictions:
+    """What a plan predicts beside what was measured.
+
+    Raises ValueError, LookupError or TypeError if the plan has values of another form.
+    """
+    device = None if plan["device"] is None else _text(plan["device"])
+    gpu, mix, caveats = _text(plan["gpu"]["name"]), _text(plan["mix"], may_be_empty=True), plan["caveats"]
+    peak, seconds = _real(plan["stages"][0]["total"]) / GIB, _real(plan["time"]["seconds"])
+    speed, mfu = _real(plan["tokens_per_second"]), None if plan["mfu"] is None else _real(plan["mfu"])
+    if (world_size := _real(plan["world_size"])) < 1:
+        raise ValueError("a plan for no rank")
     peaks = [value for value in run.column("memory_gib") if value is not None] if device is not None else []
     measured = run.typical("tokens_per_second")
     rows = [
@@ -69,11 +82,23 @@ def predictions(run: RecordedRun) -> Predictions | None:
     ]
     if is_rl(run.lines):  # a plan knows the time of an update, and nothing of sampling
         rows = rows[:1]
-    return Predictions(run.name, "", gpu, device or "a CPU", mix, caveats, tuple(rows))
+    return Predictions(run.name, "", gpu, device or "a CPU", mix, _text(caveats, may_be_empty=True), tuple(rows))
+
+
+def _text(value: Any, *, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str) or not (value or may_be_empty):
+        raise TypeError("not a text")
+    return value
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST:
+        raise TypeError("not a number")
+    return value
 
 
 def _row(
-    name: str, predicted: float, measured: float | None, label: Callable[[float | None], str] = number
+    name: str, predicted: float | None, measured: float | None, label: Callable[[float | None], str] = number
 ) -> Comparison:
     ratio = None if measured is None or not predicted else measured / predicted
     return Comparison(name, label(predicted), label(measured), number(ratio, 3))

@@ -1,16 +1,27 @@
 """An output folder in a report: the settings and the metrics of its run."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from megavlm.base.errors import UserError
+from megavlm.base.quoting import quoted
 from megavlm.base.yaml_files import read_plain
 from megavlm.media.access import MediaAccess
 from megavlm.monitor.metrics import PARTS, read_metrics
 from megavlm.report.loss_plot import HELD_OUT, smooth
 from megavlm.report.preferences import HELD_OUT_SCORE, Preferences
+
+# The settings that are used here and may not have another type: type → keys.
+_TYPES = {
+    dict: ("model", "data", "train", "train.unfreeze_after"),
+    list: ("model.freeze", "data.media_roots", "data.media_protocols"),
+    str: ("model.load", "model.adapter"),
+}
+_WORDS = {dict: "settings", list: "a list of names", str: "a path"}
+_REPAIR = "repair the file, or move it away"
 
 
 @dataclass
@@ -29,21 +40,21 @@ class RecordedRun:
 
     @classmethod
     def read(cls, folder: Path) -> "RecordedRun":
-        """Reads an output folder. Raises UserError if config.yaml or metrics.jsonl cannot be read."""
+        """Reads an output folder. Raises UserError if config.yaml or metrics.jsonl is unreadable or of another form."""
         file = folder / "config.yaml"
         try:
             config = read_plain(file) if file.is_file() else None
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        if config is None:
+            config = {}
+        _check(config, file)
         lines = read_metrics(folder)
-        return cls(folder, config if isinstance(config, dict) else {}, lines if any(map(of_a_step, lines)) else [])
+        return cls(folder, config, lines if any(map(of_a_step, lines)) else [])
 
     def setting(self, key: str) -> Any:
         """The value of a dotted key; None if it is not set."""
-        value: Any = self.config
-        for name in key.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        return value
+        return _setting(self.config, key)
 
     @property
     def name(self) -> str:
@@ -110,6 +121,24 @@ class RecordedRun:
         return Preferences.of(self.lines)
 
 
+def _setting(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, dict) else None
+    return config
+
+
+def _check(config: Any, file: Path) -> None:
+    """Raises UserError if the settings have types that no run has written: a report would fail somewhere else."""
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds a {type(config).__name__}, not settings", _REPAIR)
+    for kind, keys in _TYPES.items():
+        for key in keys:
+            value = _setting(config, key)
+            of_names = not isinstance(value, list) or all(isinstance(name, str) for name in value)
+            if value is not None and not (isinstance(value, kind) and of_names):
+                raise UserError(f"{file}: {key} is {quoted(value)} instead of {_WORDS[kind]}", _REPAIR)
+
+
 def of_a_step(line: dict[str, Any]) -> bool:
     """Whether a line of metrics.jsonl tells of a step, and not of the weights before the first one."""
     return line["step"] > 0
@@ -127,4 +156,4 @@ def existing(path: Path, folder: Path) -> Path | None:
     That folder is assumed to be the current folder, or a parent of the output folder.
     """
     starts = [Path.cwd(), *folder.absolute().parents]
-    return next((start / path for start in starts if (start / path).exists()), None)
+    return next((start / path for start in starts if os.path.exists(start / path)), None)  # False if it is too long

@@ -5,10 +5,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megavlm.base.json_files import parse_json
+from megavlm.base.errors import UserError
+from megavlm.monitor.metrics import read_lines
 from megavlm.output.folder import CHANGES_FILE
 
 _PASSES = "epoch/"
+_FIELDS = {"step", "time", "setting", "old", "new"}  # of a change
 
 
 def passes_of(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -25,13 +27,8 @@ def passes_of(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 def changes_of(folder: Path) -> list[dict[str, Any]]:
     """The changes with which a run was continued, oldest first: step, time, setting, old, new.
 
-    Lines that are damaged are left out, as the last one may be after a kill.
+    Lines that are damaged are left out, as the last one may be after a kill; all, if the file cannot be read.
     """
-    changes = []
-    with suppress(OSError):
-        for text in (folder / CHANGES_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                line = parse_json(text)
-                if isinstance(line, dict) and line.keys() >= {"step", "time", "setting", "old", "new"}:
-                    changes.append(line)
-    return changes
+    with suppress(UserError):
+        return [line for line in read_lines(folder / CHANGES_FILE) if line.keys() >= _FIELDS]
+    return []

@@ -8,6 +8,7 @@ that `megavlm infer` has written to one of these folders, or to a folder next to
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,14 @@ from markupsafe import Markup
 
 from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
-from megavlm.base.number_format import counted, percent, short
+from megavlm.base.number_format import percent, short
 from megavlm.base.quoting import shortened
-from megavlm.monitor.metrics import FILE_NAME as METRICS
-from megavlm.monitor.metrics import num_damaged
 from megavlm.monitor.rl_warnings import history
-from megavlm.monitor.rollout_log import FILE_NAME as ROLLOUTS
 from megavlm.monitor.rollout_log import HELD_OUT_FILE
 from megavlm.report.answers import AnswerGroup, AnswerSource, group_answers, read_note, read_source
 from megavlm.report.charts import Band, Curve, chart
 from megavlm.report.experts import expert_charts, expert_map
+from megavlm.report.left_out import left_out_of, nothing_to_report
 from megavlm.report.loss_plot import HELD_OUT, smooth
 from megavlm.report.page import render_page
 from megavlm.report.phases import phases_bar
@@ -35,10 +34,9 @@ from megavlm.report.prediction import predictions
 from megavlm.report.preferences import held_out_score, method_charts
 from megavlm.report.rollouts import marked_tokens, shown_rollouts
 from megavlm.report.run import RecordedRun, access_of, existing
-from megavlm.report.run_data import CHANGES_FILE, changes_of, passes_of
+from megavlm.report.run_data import changes_of, passes_of
 
 FILE_NAME = "report.html"
-LINES = (METRICS, CHANGES_FILE, ROLLOUTS, HELD_OUT_FILE)  # files of a run with a line for each step that they tell of
 TEMPLATE = "report.html.jinja"
 
 
@@ -52,28 +50,25 @@ def write_report(output_dir: str | Path) -> Path:
         The file.
 
     Raises:
-        UserError: there is nothing to report, or config.yaml, metrics.jsonl or the sampled answers of this folder
-            cannot be read.
+        UserError: there is nothing to report, or config.yaml or a file with lines of steps of this folder cannot be
+            read.
     """
     folder = Path(output_dir)
     left_out: list[str] = []
     chain = follow(folder, left_out)
     trained = [run for run in chain if run.lines]
-    for file in (run.folder / name for run in chain for name in LINES):
+    for run in chain:
         try:
-            if damaged := num_damaged(file):
-                left_out.append(f"{file}: {counted(damaged, 'line')}, damaged or without a step")
+            left_out += left_out_of(run.folder)
         except UserError as error:
-            if file.parent == folder:
+            if run.folder == folder:
                 raise
             left_out.append(error.message)
     answers = group_answers(find_answers(chain, left_out))
     if not trained and not answers:
-        raise UserError(
-            f"{folder} has neither metrics.jsonl nor answers.jsonl, so there is nothing to report",
-            "give the output folder of a run",
-        )
-    write_text(folder / FILE_NAME, _render(chain, trained, answers, left_out))
+        raise nothing_to_report(folder, left_out)
+    page = _render(chain, trained, answers, left_out)
+    write_text(folder / FILE_NAME, page.encode("utf-8", "replace").decode("utf-8"))  # without halves of surrogate pairs
     return folder / FILE_NAME
 
 
@@ -190,7 +185,7 @@ def _run_folder(load: str | None, folder: Path) -> Path | None:
     if named is None:
         return None
     path = existing(named, folder) or folder.absolute().parent / named.name
-    is_run = (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file()
+    is_run = any(os.path.isfile(path / name) for name in ("config.yaml", "metrics.jsonl"))
     return path if is_run and path.resolve() != folder.resolve() else None
 
 

@@ -52,7 +52,7 @@ def main(handle: int, parent: int) -> None:
         try:
             wanted = json.loads(connection.recv_bytes())
             payload = connection.recv_bytes()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the latter if the trainer has ended with messages unread
             return
         _send(connection, _judge(loaded[wanted["reward"]], payload, wanted["answers"]))
 

@@ -21,13 +21,12 @@ from megavlm.base.json_files import parse_json
 from megavlm.base.number_format import counted, number
 from megavlm.base.yaml_files import read_plain
 from megavlm.monitor.expert_metrics import FILE_NAME as EXPERTS
-from megavlm.monitor.metrics import FILE_NAME
+from megavlm.monitor.metrics import FILE_NAME, MOST_STEPS
 from megavlm.monitor.rl_warnings import RlWarnings
 from megavlm.report.run_data import changes_of
 
 _TAIL = 64  # bytes before the place up to which was read; if they have changed, the file is another one
 _MOST_NOTES = 8
-_MOST_STEPS = 2**62
 _RECENT = 20  # steps from which the remaining time is estimated
 
 
@@ -111,7 +110,7 @@ class FollowedRun:
         except ValueError:
             line = None
         step = line.get("step") if isinstance(line, dict) else None
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _MOST_STEPS:
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < MOST_STEPS:
             self._damaged += 1
             return
         count = len(self.steps)

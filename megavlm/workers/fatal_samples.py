@@ -128,7 +128,7 @@ class FatalSamples:
         lines = []
         with suppress(OSError):
             text = self.path.read_text(encoding="utf-8", errors="replace") if self.path is not None else ""
-            for line in text.splitlines():
+            for line in text.split("\n"):  # names and causes may have the other line ends
                 with suppress(ValueError):  # the last line of a start that was killed may be incomplete
                     lines.append(parse_json(line))
         return lines

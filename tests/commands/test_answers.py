@@ -1,9 +1,11 @@
 """From a trained run to answers, scores, a conversation and an export, with nothing but the recipe that trained it."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 from parity import Toys
 from safetensors.torch import load_file
 from test_generate import NEW_TOKENS, questions_of, reference_answers
@@ -11,6 +13,7 @@ from test_train_verbs import megavlm, sft_config
 from toy import write_records
 
 from megavlm.cli.main import main
+from megavlm.commands import export
 from megavlm.convert import mcore_to_hf
 from megavlm.output.held_run import holds_run
 from megavlm.report.run_report import write_report
@@ -107,6 +110,27 @@ def test_the_recipe_that_trained_exports_and_scores_what_it_trained(toys, tuned,
     assert (line["question"], line["reference"], line["media"]) == ("Two and two?", "Four.", [])
     assert line["tokens"] == len(line["logprobs"])
     assert json.loads((run / "scores.json").read_text())["weights"]["step"] == 1
+
+
+def test_a_damaged_file_of_a_run_is_noticed_before_the_weights_are_written(tuned, tmp_path, capsys, monkeypatch):
+    """Of an earlier run, the model card alone does without it."""
+    config, run, _ = tuned
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier/config.yaml").write_text("{")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"]["load"] = str(tmp_path / "earlier")
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(settings))
+    load = ("export", config, f"model.load={tmp_path / 'run'}", f"output={tmp_path / 'other'}", "--out")
+    assert main([*map(str, load), str(tmp_path / "exported")]) == 0
+    assert f"does not tell of an earlier run: {tmp_path / 'earlier/config.yaml'}" in capsys.readouterr().out
+    assert "What came before is not known in full" in (tmp_path / "exported/README.md").read_text()
+
+    (tmp_path / "run/metrics.jsonl").unlink()
+    (tmp_path / "run/metrics.jsonl").mkdir()
+    monkeypatch.setattr(export, "mcore_to_hf", None)  # weights are not written
+    assert main([*map(str, load), str(tmp_path / "again")]) == 2
+    assert "metrics.jsonl cannot be read" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_model_does_not_answer_into_the_folder_of_a_run(toys, tuned, tmp_path, capsys):

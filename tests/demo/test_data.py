@@ -10,7 +10,16 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from megavlm.base.errors import UserError
-from megavlm.demo.data import HELDOUT_FILE, NUM_HELDOUT, TRAIN_FILES, VIEWS_PER_DIGIT, read_texts, write_data
+from megavlm.demo.data import (
+    HELDOUT_FILE,
+    NUM_HELDOUT,
+    TRAIN_FILES,
+    VIEWS_PER_DIGIT,
+    read_records,
+    read_texts,
+    write_data,
+    write_records,
+)
 from megavlm.demo.photographs import PHOTOGRAPHS
 
 
@@ -37,6 +46,12 @@ def test_records_are_well_formed(demo_data, name):
             assert text.replace("<image>", "").strip()
         assert text.count("<image>") == len(record.get("images", []))
         assert all((demo_data / path).is_file() for path in record.get("images", []))
+
+
+def test_records_are_read_as_they_were_written(tmp_path):
+    records = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
+    write_records(tmp_path / "a.jsonl", records)
+    assert read_records(tmp_path / "a.jsonl") == records
 
 
 def test_heldout_digits_are_in_no_training_file(demo_data):

@@ -147,6 +147,16 @@ def test_runs_before_it_are_named(tmp_path):
     assert "Before it came `pretrain` → `sft`." in Card("mine", "qwen3_vl", RunFacts(third, 1)).text()
 
 
+def test_a_run_before_it_that_cannot_be_read_is_left_out(tmp_path):
+    first = run_of(tmp_path / "stage0", [line(1)], stage=0)
+    second = run_of(tmp_path / "sft", [line(1)], model={"load": first})
+    facts = RunFacts(second, 1)
+    (first / "config.yaml").write_text("model: {load: 5}")
+    assert facts.before == []
+    assert "model.load is 5 instead of a path" in facts.left_out[0]
+    assert "What came before is not known in full" in Card("mine", "qwen3_vl", facts).text()
+
+
 def test_the_base_and_its_licence(tmp_path):
     folder = tmp_path / "models--Qwen--Qwen3-VL-8B-Instruct" / "snapshots" / "0123abcd"
     folder.mkdir(parents=True)

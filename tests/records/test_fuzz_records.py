@@ -1,4 +1,4 @@
-"""Two thousand damaged lines: each is a sample, or a message that names the line in a few words."""
+"""Two thousand damaged lines: each is a row, or a skipped sample with a message that names the line in a few words."""
 
 import json
 import math
@@ -10,7 +10,10 @@ import pytest
 
 from megavlm.base.errors import UserError
 from megavlm.data.answer_groups import draft_unit
-from megavlm.data.draft import Draft
+from megavlm.data.draft import DraftError
+from megavlm.data.row import Row
+from megavlm.records.skipped_samples import BROKEN, NO_TARGET, TOO_LONG, SkippedSample
+from megavlm.sources.open_files import Converted
 
 COUNT = 2000
 
@@ -50,6 +53,20 @@ VALID = {
         {"prompt": [say("user", "Q")], "completion": "A", "label": True},
         {"prompt": "Q", "completion": [say("user", "Q"), say("assistant", "A")], "label": False},
     ],
+}  # fmt: skip
+# Forms of public data sets; the kind is what they are converted to.
+FOREIGN = {
+    "tune": [
+        {"conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A."}],
+         "image": "wide.png", "system": "Be brief."},
+        {"question": "What?", "answers": ["A.", "B."], "image": "wide.png"},
+        {"question": "Which?", "choices": ["a cat", "a dog"], "answer": 1, "image_1": "wide.png"},
+    ],
+    "pair": [
+        {"question": "What?", "chosen": "A.", "rejected": "B.", "image": "wide.png"},
+        {"image": "wide.png", "text": '{"question": "What?", "chosen": "A.", "rejected": "B."}'},
+    ],
+    "pretrain": [{"caption": "A cat.", "image": "wide.png"}, {"text": "A cat.", "image": {"path": "wide.png"}}],
 }  # fmt: skip
 
 
@@ -127,41 +144,52 @@ class Lines:
 
 @pytest.fixture(scope="module")
 def read(renderer, media):
-    """What becomes of the first of some records."""
-    return lambda kind, *records: draft_unit(renderer, Lines(records, media.find), 0, kind)
+    """The row of the first of some records."""
+
+    def read(kind, *records):
+        file = Converted(Lines(records, media.find), {}, None)
+        return renderer.complete_row([draft_unit(renderer, file, 0, kind)])
+
+    return read
 
 
 def ending(read, *arguments):
-    """The draft, or the exception."""
+    """The row, or the exception."""
     try:
         return read(*arguments)
+    except DraftError as error:
+        return error.__cause__
     except Exception as error:
         return error
 
 
 def test_the_lines_are_valid_before(read):
-    for kind, records in VALID.items():
-        for record in records:
-            assert isinstance(read(kind, record), Draft)
+    for forms in (VALID, FOREIGN):
+        for kind, records in forms.items():
+            for record in records:
+                assert isinstance(read(kind, record), Row)
 
 
-def test_a_damaged_line_is_a_sample_or_a_message(read):
+@pytest.mark.parametrize(("forms", "count"), [(VALID, COUNT), (FOREIGN, COUNT // 2)], ids=["own", "foreign"])
+def test_a_damaged_line_is_a_row_or_a_skipped_sample(read, forms, count):
     found = Counter()
-    for number in range(COUNT):
+    for number in range(count):
         draw = random.Random(number)
-        kind = list(VALID)[number % len(VALID)]
-        record = draw.choice(VALID[kind])
+        kind = list(forms)[number % len(forms)]
+        record = draw.choice(forms[kind])
         for _ in range(draw.choice((1, 1, 2, 4))):
             record = damaged(draw, record)
         tell = partial("{}: {} {}".format, number, kind)
-        outcome = ending(read, kind, record, draw.choice(VALID[kind]))
-        found[kind, type(outcome) is Draft] += 1
+        outcome = ending(read, kind, record, draw.choice(forms[kind]))
+        found[kind, type(outcome) is Row] += 1
         if isinstance(outcome, UserError):
             assert outcome.message.startswith("fuzz.jsonl:1: "), tell(outcome)
             assert len(outcome.message) <= 500, tell(len(outcome.message))
             assert outcome.message.isprintable(), tell(repr(outcome))
+            assert SkippedSample.of(0, "fuzz.jsonl:1", outcome).kind in (BROKEN, TOO_LONG, NO_TARGET), tell(outcome)
         else:
-            assert isinstance(outcome, Draft), tell(f"{outcome!r:.300}")
-            assert math.isfinite(outcome.weights.sum()), tell("weights")
+            assert isinstance(outcome, Row), tell(f"{outcome!r:.300}")
+            assert math.isfinite(outcome.loss_weights.sum()), tell("weights")
+            assert outcome.input_ids.numel() == outcome.position_ids.shape[-1], tell("positions")
     assert min(found.values()) >= 30, found
-    assert len(found) == 2 * len(VALID)
+    assert len(found) == 2 * len(forms)

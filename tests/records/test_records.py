@@ -180,3 +180,11 @@ def test_endless_nesting_is_named(tmp_path, renderer):
         check_record(file.read(0)[0], "tune", file.source(0))
     with pytest.raises(UserError, match=r"deep\.jsonl:2: .*nested too deeply"):
         file.read(1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("answer", "half \ud83d"), ("answer", float("nan")), ("problem", "half \ud83d")]
+)
+def test_a_question_and_its_answer_have_values_that_can_be_used(field, value):
+    with pytest.raises(UserError, match=rf"here:1: {field} (contains|must)"):
+        check_record({"problem": "2 + 2", "answer": 4} | {field: value}, "tune", "here:1")

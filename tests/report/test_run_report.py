@@ -13,6 +13,7 @@ from PIL import Image
 from megavlm.monitor.metrics import REQUIRED, MetricsWriter
 from megavlm.report import run_report
 from megavlm.report.answers import MAX_SAMPLES, MAX_WRONG, group_answers, is_right, read_source, reference_of
+from megavlm.report.run_data import changes_of
 from megavlm.report.run_report import follow, write_report
 
 
@@ -280,6 +281,18 @@ def test_command(runs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run_report.main([str(tmp_path / "empty")]) == 2
     assert "nothing to report" in capsys.readouterr().err
+
+
+def test_line_ends_inside_an_answer_do_not_end_its_line(tmp_path):
+    """U+2028, U+2029 and U+0085, which JSON may contain as they are; infer writes them so."""
+    write_run(tmp_path / "run", steps=1)
+    odd = "one\u2028two\u2029three\x85four"
+    answer = {"index": 0, "answers": [odd]}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(answer, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_source(tmp_path, None).answers == {0: [odd]}
+    change = {"step": 1, "time": "now", "setting": "output", "old": odd, "new": None}
+    (tmp_path / "run/changes.jsonl").write_text(json.dumps(change, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert changes_of(tmp_path / "run") == [change]
 
 
 def test_all_of_several_answers_are_shown_and_counted(tmp_path):

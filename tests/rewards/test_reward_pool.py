@@ -5,7 +5,9 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,7 @@ import pytest
 
 from megavlm.base.errors import RunFailure, UserError
 from megavlm.config.settings import RewardSettings
+from megavlm.rewards import worker
 from megavlm.rewards.pool import RewardPool, check_rewards
 from megavlm.rewards.worker_process import WorkerProcess
 
@@ -207,6 +210,7 @@ def test_workers_end_with_a_killed_trainer():
     code = f"""
 import os, time
 from megavlm.config.settings import RewardSettings
+from megavlm.rewards import worker
 from megavlm.rewards.pool import RewardPool
 rewards = [RewardSettings(python={str(FILE)!r} + ":" + name) for name in ("process_id", "obey")]
 pool = RewardPool(rewards, workers=1)
@@ -267,3 +271,18 @@ def test_without_rewards_for_workers_groups_are_returned_at_once():
         pool.submit("a", ["x"], {})
         [(key, [score])] = pool.wait()
     assert (key, score.total, score.parts) == ("a", None, {})
+
+
+def test_a_worker_whose_trainer_ends_before_it_reads_a_message_ends_without_a_word(monkeypatch):
+    for name in ("end_with_parent", "ignore_stop_signals"):  # of a process of its own
+        monkeypatch.setattr(worker, name, lambda *_: None)
+    ours, theirs = Pipe()
+    ours.send_bytes(b"[]")
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(worker.main(os.dup(theirs.fileno()), 0)))
+    thread.start()
+    assert ours.poll(60)  # it is ready
+    ours.close()
+    theirs.close()
+    thread.join(60)
+    assert ended == [None]

@@ -1,6 +1,7 @@
 """Ways in which a file can be spoiled, and commands in this process or in one of their own."""
 
 import contextlib
+import ctypes
 import runpy
 import shutil
 import sys
@@ -23,7 +24,26 @@ FAULTS = {
     "binary": lambda data: bytes(range(256)) * 16,
     "a folder": None,
     "a dangling link": None,
+    "not permitted": lambda data: data,
 }
+_CAPABILITIES = 0x20080522  # version 3 of the structures of capget and capset
+_ANY_FILE = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+
+
+@contextlib.contextmanager
+def ordinary_rights() -> Iterator[None]:
+    """This thread may not open what its permissions forbid, even as root, for whom they do not count otherwise."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITIES, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice
+    assert libc.capget(header, sets) == 0
+    before, sets[0] = sets[0], sets[0] & ~_ANY_FILE
+    assert libc.capset(header, sets) == 0, "capset"
+    try:
+        yield
+    finally:
+        sets[0] = before
+        assert libc.capset(header, sets) == 0, "capset"
 
 
 @contextlib.contextmanager
@@ -38,7 +58,12 @@ def spoiled(path: Path, fault: str) -> Iterator[None]:
             path.symlink_to(path.parent / "nowhere")
         else:
             path.write_bytes(FAULTS[fault](aside.read_bytes()))
-        yield
+        if fault == "not permitted":
+            path.chmod(0)
+            with ordinary_rights():
+                yield
+        else:
+            yield
     finally:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         aside.rename(path)

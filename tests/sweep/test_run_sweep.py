@@ -23,8 +23,8 @@ FILES = (
 )
 LINES = ("metrics.jsonl", "changes.jsonl", "rollouts.jsonl", "held_out_answers.jsonl")
 REFUSED = {
-    *(("config.yaml", fault) for fault in ("nested too deeply", "binary")),
-    *((name, "a folder") for name in LINES),
+    *(("config.yaml", fault) for fault in ("nested too deeply", "binary", "a list", "not permitted")),
+    *((name, fault) for name in LINES for fault in ("a folder", "not permitted")),
 }
 # A line without its end may be that of a run that was killed; a folder or a dangling link is no file of answers.
 LEFT_OUT = {
@@ -45,6 +45,7 @@ WRONG = {  # names as they should be, with values of other types
     "held_out_answers.jsonl": '{"step": 4, "groups": [{"answers": 3}]}\n',
     "expert_load.json": '{"tokens": [[1, 2]]}',
     "plan.json": json.dumps({"device": None, "gpu": 1, "stages": [], "time": 2}),
+    "config.yaml": "model: {load: 5}",
     "answers.jsonl": '{"index": 0, "answer": 5}\n',
     "answers.json": '{"weights": {"run": 5, "load": 7}, "data": {"eval": 5, "media_roots": 3}}',
     "accuracy.json": '{"accuracy": "x"}',
@@ -53,6 +54,13 @@ PLAN = {
     "device": None, "gpu": {"name": "H100"}, "world_size": 1, "mix": "full rows", "caveats": "", "mfu": 0.4,
     "stages": [{"total": 2**30}], "time": {"seconds": 2.0}, "tokens_per_second": 1000.0,
 }  # fmt: skip
+
+ANSWER = {"text": "0", "reward": 1.0, "parts": {}, "advantage": None, "tokens": 1, "finish": "stop"}
+GROUP = {"sample": "a.jsonl:1", "question": "Q of this group?", "media": [], "reference": None, "answers": [ANSWER]}
+ODD_ANSWERS = [
+    *({"text": 5}, {"reward": "x"}, {"reward": 10**400}, {"parts": 5}, {"parts": {"a": "x"}}, {"tokens": "x"}),
+    *({"finish": []}, {"failures": 5}, {"turns": 5}, {"turns": [{}]}, {"turns": [{"by": "model", "text": 5}]}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +142,155 @@ def test_values_of_another_type(runs, capfd, name, who):
     if (runs / who / name).exists():
         with spoiled(runs / who / name, "emptied"):
             (runs / who / name).write_text(WRONG[name])
+            if (who, name) == ("run", "config.yaml"):
+                with pytest.raises(UserError, match=r"config\.yaml: model.load is 5 instead of a path"):
+                    shown(runs / "run")
+                return
             page = shown(runs / "run")
             assert run_here(capfd, "watch", "--text", "--once", str(runs / "run")) == (0, "")
-        named = name in ("changes.jsonl", "expert_load.json", "answers.jsonl", "accuracy.json")
+        named = name != "plan.json"
         assert left_out(page) == ([runs / who] if name == "answers.json" else [runs / who / name] * named)
         assert ("plan.json is damaged" in page) == (name == "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("accuracy.json", text) for text in ("1" * 400, "1e999", "NaN", '{"accuracy": [1]}')),
+        *(
+            ("answers.jsonl", f'{{"index": 0, "answers": {several}}}\n')
+            for several in ('"abc"', '{"a": 1}', "[1]", "5")
+        ),
+    ],
+)
+def test_no_answers_and_no_accuracy_in_a_folder_beside_it(runs, name, text):
+    with spoiled(runs / "other" / name, "emptied"):
+        (runs / "other" / name).write_text(text)
+        assert left_out(shown(runs / "run")) == [runs / "other" / name]
+
+
+SETTINGS = (  # that no run has written
+    *("model: hf", "model: {load: 5}", "model: {load: [a]}", "model: {freeze: 5}", "model: {freeze: [{}]}"),
+    *("model: {adapter: {}}", "train: 5", "train: {unfreeze_after: 5}", "data: 5", "data: {media_roots: 3}"),
+    *("data: {media_roots: [3]}", "data: {media_protocols: file}", "5", "[1, 2]"),
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_settings_of_another_type_in_the_own_folder(runs, settings):
+    with spoiled(runs / "run/config.yaml", "emptied"):
+        (runs / "run/config.yaml").write_text(settings)
+        with pytest.raises(UserError, match=r"config\.yaml(: .* is | holds a )"):
+            shown(runs / "run")
+
+
+@pytest.fixture
+def later(runs):
+    """A run that started from the other one."""
+    load = runs / "run/checkpoints/step_00000004"
+    (runs / "later").mkdir()
+    (runs / "later/config.yaml").write_text(yaml.safe_dump({"model": {"hf": "hf", "load": str(load)}}))
+    shutil.copy(runs / "run/metrics.jsonl", runs / "later")
+    yield runs / "later"
+    shutil.rmtree(runs / "later")
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_settings_of_another_type_in_the_folder_of_a_predecessor(runs, later, settings):
+    assert left_out(shown(later)) == []
+    with spoiled(runs / "run/config.yaml", "emptied"):
+        (runs / "run/config.yaml").write_text(settings)
+        assert left_out(shown(later)) == [runs / "run/config.yaml"]
+
+
+@pytest.mark.parametrize("load", ["x" * 5000, "a\0b/checkpoints/step_1", "x" * 300 + "/checkpoints/step_1", ""])
+def test_a_predecessor_whose_path_no_folder_can_have(runs, later, load):
+    (later / "config.yaml").write_text(yaml.safe_dump({"model": {"hf": "hf", "load": load}}))
+    assert left_out(shown(later)) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"time": {"seconds": seconds}} for seconds in ("x", None, [1], float("nan"), 10**400, True)),
+        *({"world_size": size} for size in (0, -1, "x", None, float("inf"))),
+        *({"mfu": "x"}, {"tokens_per_second": {}}, {"stages": [{"total": "x"}]}, {"stages": {"a": 1}}),
+        *({"device": 5}, {"gpu": {"name": None}}, {"mix": ["a"]}, {"caveats": 5}, {"error": 5}, {"error": ""}),
+    ],
+    ids=str,
+)
+def test_a_plan_with_wrong_values(runs, wrong):
+    with spoiled(runs / "run/plan.json", "emptied"):
+        (runs / "run/plan.json").write_text(json.dumps(PLAN | wrong))
+        page = shown(runs / "run")
+        assert "plan.json is damaged, or of another version" in page
+        assert left_out(page) == []
+
+
+ODD_GROUPS = [
+    *(5, [5], [{}], [GROUP | {"answers": [5]}], [GROUP | {"media": 5}], [GROUP | {"sample": 5}]),
+    *([GROUP | {"answers": [ANSWER | wrong]}] for wrong in ODD_ANSWERS),
+]
+
+
+@pytest.mark.parametrize("name", ["rollouts.jsonl", "held_out_answers.jsonl"])
+def test_answers_of_another_form_are_counted(runs, name):
+    """The others are shown."""
+    with spoiled(runs / "run" / name, "emptied"):
+        lines = [{"step": 1 + number, "groups": groups} for number, groups in enumerate([*ODD_GROUPS, [GROUP]])]
+        (runs / "run" / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        page = shown(runs / "run")
+        assert f"{name}: {len(ODD_GROUPS)} lines, with fields of another form" in page
+        assert left_out(page) == [runs / "run" / name]
+        assert "Q of this group?" in page
+
+
+def test_values_that_are_no_numbers_are_counted(runs):
+    good = json.loads((runs / "run/metrics.jsonl").read_text().split("\n")[0])
+    odd = ["x", [1], {}, float("nan"), float("-inf"), 10**400, 1e300]
+    steps = [-1, 10**400, 2**62, True, None, 1.5]
+    lines = [good, *(good | {"loss": value, "seconds": value} for value in odd), *({"step": step} for step in steps)]
+    with spoiled(runs / "run/metrics.jsonl", "emptied"):
+        (runs / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        page = shown(runs / "run")
+        told = f"{len(steps)} lines, damaged or without a step; {2 * len(odd)} values, no number that a report can show"
+        assert f"metrics.jsonl: {told}" in page
+        assert left_out(page) == [runs / "run/metrics.jsonl"]
+
+
+def test_changes_without_their_fields_are_counted(runs):
+    with spoiled(runs / "run/changes.jsonl", "emptied"):
+        (runs / "run/changes.jsonl").write_text('{"step": 1}\n{"step": 2, "setting": "a"}\n')
+        assert "changes.jsonl: 2 lines, with fields of another form" in shown(runs / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "cause"),
+    [
+        ("answers.jsonl", "[]\n", "answers.jsonl:1: not an answer with its index"),
+        ("accuracy.json", "[]", "accuracy.json cannot be read: it is neither a number nor"),
+        ("answers.jsonl", "", "answers.jsonl has no answers of this run"),
+        ("metrics.jsonl", "[]\n{}\n", "metrics.jsonl: 2 lines, damaged or without a step"),
+        ("metrics.jsonl", '{"step": 1', "metrics.jsonl has no complete line of a step"),
+        ("metrics.jsonl", '{"step": 0}\n', "metrics.jsonl has no complete line of a step"),
+    ],
+)
+def test_a_folder_that_has_nothing_else(tmp_path, name, text, cause):
+    """The message has the cause."""
+    (tmp_path / "run").mkdir()
+    if name == "accuracy.json":
+        (tmp_path / "run/answers.jsonl").write_text('{"index": 0, "answer": "0"}\n')
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(UserError) as refused:
+        shown(tmp_path / "run")
+    assert cause in refused.value.message
+    assert "neither metrics.jsonl nor" not in refused.value.message
+
+
+def test_half_a_surrogate_pair_in_an_answer(runs):
+    with spoiled(runs / "run/answers.jsonl", "emptied"):
+        (runs / "run/answers.jsonl").write_text('{"index": 0, "answer": "so \\ud83d it is"}\n')
+        assert "so ? it is" in shown(runs / "run")
 
 
 @pytest.mark.parametrize("settings", ["model: hf", "data: {eval: 5}", "data: {eval: [{}]}", "data:\n  ev"])
@@ -146,7 +298,8 @@ def test_settings_of_another_type_in_a_folder_beside_it(runs, settings):
     with spoiled(runs / "other/config.yaml", "emptied"), spoiled(runs / "other/answers.json", "a dangling link"):
         load = "" if "model" in settings else f"model: {{load: {runs / 'run/checkpoints/step_00000004'}}}\n"
         (runs / "other/config.yaml").write_text(load + settings)
-        assert left_out(shown(runs / "run")) == [runs / "other"]
+        is_checked = "eval" not in settings
+        assert left_out(shown(runs / "run")) == [runs / "other/config.yaml" if is_checked else runs / "other"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -163,6 +316,7 @@ def test_watching(runs, capfd, name, fault):
     assert facts["step"] == (2 if fault == "truncated" else None)
     expected = {  # a line without its end may still be written
         "a folder": ["metrics.jsonl cannot be read: Is a directory"],
+        "not permitted": ["metrics.jsonl cannot be read: Permission denied"],
         "binary": ["16 lines of metrics.jsonl left out: damaged, or without a step"],
     }
     assert [note for note in facts["notes"] if "metrics.jsonl" in note] == expected.get(fault, [])

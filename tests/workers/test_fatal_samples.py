@@ -12,7 +12,7 @@ from itertools import islice
 import pytest
 import torch
 
-from megavlm.base.errors import RunFailure
+from megavlm.base.errors import RunFailure, UserError
 from megavlm.config.settings import DataSettings
 from megavlm.data import rows as rows_module
 from megavlm.data.eval_samples import EvalSamples
@@ -20,6 +20,7 @@ from megavlm.data.loader import build_loader
 from megavlm.data.renderer import Renderer
 from megavlm.records.skipped_samples import BROKEN
 from megavlm.sources.blend import open_file
+from megavlm.workers.current_sample import RECORD, Reading
 from megavlm.workers.fatal_samples import FatalSamples
 from megavlm.workers.worker_processes import WorkerRows, rows_from_workers
 
@@ -205,6 +206,31 @@ def test_many_fatal_samples_in_a_row_end_the_run_in_words_and_the_next_start_goe
             continue
     else:
         pytest.fail("the starts pass over no samples")
+
+
+@dataclass
+class NamedSource:
+    """A source of one sample."""
+
+    name: str
+
+    @property
+    def file(self):
+        return self
+
+    def source(self, index):
+        return f"{self.name}:{index + 1}"
+
+    def __len__(self):
+        return 1
+
+
+def test_a_line_end_in_the_name_of_a_file_does_not_end_its_line_in_the_list(tmp_path):
+    sources = [NamedSource("a\u2028b\x85.jsonl")]
+    found = Reading(RECORD, 0, 0)
+    FatalSamples(sources, 0, tmp_path)._add(found, "it died", certain=True)
+    with pytest.raises(UserError, match="it died"):
+        FatalSamples(sources, 0, tmp_path).check(*found)
 
 
 @pytest.fixture
