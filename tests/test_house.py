@@ -319,7 +319,8 @@ def test_tests_stand_where_the_package_stands() -> None:
     """Besides, what CONTRIBUTING.md says of tests."""
     folders = lambda root: {path.relative_to(root).parts[0] for path in root.glob("*/*.py")}
     package, tested = folders(ROOT / "megavlm"), folders(ROOT / "tests")
-    assert package - tested == {"adapters", "bench", "charts", "evaluation"}
+    # A folder "vllm" would be found as the package vllm where that is not installed.
+    assert package - tested == {"adapters", "bench", "charts", "evaluation", "vllm"}
     assert tested - package == {"configs", "distributed", "docs", "gpu", "launch", "sweep", "te_cpu"}
 
 
