@@ -143,6 +143,13 @@ def step_in_layout(settings: dict, root, records: list[dict], answers: list | No
 
     ``answers``: those to the records; None: those of ``given``.
     """
+    session, step = policy_step(settings, root, records, answers)
+    result = step()
+    return result.loss, result.norms, result.counts, result.fields, pieces_of(session.vlm)
+
+
+def policy_step(settings: dict, root, records: list[dict], answers: list | None = None):
+    """On every rank: a session, and what takes a step with these answers whenever it is called."""
     from megavlm.align.losses import advantages
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
@@ -190,8 +197,7 @@ def step_in_layout(settings: dict, root, records: list[dict], answers: list | No
     reference = StartWeights(session, offload=True) if options.beta else None
     if dist.get_world_size() == 1:  # what was never sampled leaves no trace in the metrics of the step
         check_memory([step], partial(longest_row, renderer), settings)
-    result = PolicyStep(session, step, Given(), objective, renderer, reference)()
-    return result.loss, result.norms, result.counts, result.fields, pieces_of(session.vlm)
+    return session, PolicyStep(session, step, Given(), objective, renderer, reference)
 
 
 def weights_of(ranks: list[tuple], folder) -> dict[str, torch.Tensor]:
