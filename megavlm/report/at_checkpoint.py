@@ -15,17 +15,18 @@ from megavlm.base.processes import end_with_parent
 from megavlm.report.loss_plot import write_loss_plot
 from megavlm.report.run_report import write_report
 
-PAUSE = 30.0  # seconds from the first reason for a report to the first report, and from a report to the next one
+PAUSE = 30.0  # seconds from a report to the next one
+_GRACE = 2.0  # seconds from the reason for a report to it: a run that has ended by then writes the report itself
 _PATIENCE = 60.0  # seconds for a report that is being written when the run ends
 _NICE = 10
 
 
 class ReportAtCheckpoint:
-    """Writes the report of a run in the background, ``PAUSE`` seconds after a reason for it at the latest.
+    """Writes the report of a run in the background: the first one soon after a reason for it, the next with a pause.
 
     Reasons are a checkpoint and sampled answers that were logged.
 
-    Runs of seconds therefore write none but the last. A report that fails is not told: the one at the end tells.
+    The checkpoint with which a run ends starts no process. A report that fails is not told: the one at the end tells.
 
     Args:
         output: the run's folder.
@@ -49,11 +50,14 @@ class ReportAtCheckpoint:
         self._thread.join()
 
     def _work(self) -> None:
-        while not self._ended.wait(PAUSE):
+        pause = 0.0
+        while not self._ended.wait(pause):
             self._due.wait()
+            if self._ended.wait(_GRACE):
+                return
             self._due.clear()
-            if not self._ended.is_set():
-                self._write()
+            self._write()
+            pause = PAUSE
 
     def _write(self) -> None:
         arguments = [sys.executable, "-m", __name__, str(self._output), str(os.getpid())]

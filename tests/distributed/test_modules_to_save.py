@@ -3,8 +3,12 @@
 import pytest
 import torch
 from adapted import DECODER, peft_model, step_of_peft
+from parity import settings_of
 from test_adapters import check_step, settings_with
-from toy import reference_inputs, reference_model
+from test_evaluation import lines_of, train, without
+from toy import reference_inputs, reference_model, write_records
+
+from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 
 # toy: peft's options. In the first one, the output layer is the word embedding.
 CASES = {
@@ -61,6 +65,30 @@ def test_a_tied_matrix_that_is_saved_twice_with_different_values_is_told(toys, t
     save_file({**tensors, name: tensors[name] + 1}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"has saved .*embed_tokens.* and .*lm_head.* with different values"):
         Adapter(tmp_path, Shapes.from_hf(toys.folder("dense")))
+
+
+def test_a_run_continues_on_the_same_bits(toys, tmp_path, world2):
+    """Two steps and two more, against four: metrics, weights and the state of the optimizer."""
+    found, data = {}, write_records(toys.root / "saved.jsonl", toys.records)
+    for name, starts in {"straight": (4,), "resumed": (2, 4)}.items():
+        for steps in starts:
+            made = settings_of(toys.folder("dense"), {"tensor": 2}, freeze=("vision", "projector"), lr=1e-2)
+            made["train"] |= {"steps": steps, "optimizer": "adam", "memory_check": False}
+            made["model"]["load"] = str(toys.checkpoint("dense"))
+            made["adapter"] = {"type": "lora", "rank": 4, "targets": DECODER, "dropout": 0.2}
+            made["adapter"]["modules_to_save"] = CASES["dense"]["modules_to_save"]
+            made["data"] |= {"train": str(data), "workers": 0}
+            made |= {"output": str(tmp_path / name), "log": {"wandb": {"mode": "off"}}}
+            assert world2.run(train, made) == ["", ""]
+        found[name] = McoreCheckpoint(tmp_path / name / "checkpoints/step_00000004")
+        lines = without(lines_of(tmp_path / name / "metrics.jsonl"))
+        assert lines == found.setdefault("lines", lines)
+    one, other = found["straight"], found["resumed"]
+    assert one.tensors == other.tensors
+    assert all(torch.equal(one.read(key), other.read(key)) for key in one.tensors)
+    saved = [key for key in one.tensors if "lora" not in key]
+    assert any("word_embeddings" in key for key in saved if not key.startswith("optimizer."))
+    assert any("word_embeddings" in key for key in saved if key.startswith("optimizer."))
 
 
 @pytest.mark.parametrize(

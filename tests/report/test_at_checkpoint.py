@@ -22,8 +22,8 @@ def write_metrics(folder, steps) -> None:
 def test_a_killed_run_leaves_its_report(tmp_path):
     write_metrics(tmp_path, 4)
     trainer = os.fork()
-    if not trainer:  # the run: it has written a checkpoint, trains on, and is killed
-        at_checkpoint.PAUSE = 0.0
+    if not trainer:  # the run: it has written its first checkpoint, trains on, and is killed
+        at_checkpoint.PAUSE = 600.0  # between two reports, not before the first
         ReportAtCheckpoint(tmp_path).due()
         time.sleep(600)
         os._exit(1)
@@ -37,12 +37,13 @@ def test_a_killed_run_leaves_its_report(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "report.html", "loss.png"}
 
 
-def test_a_run_of_seconds_starts_no_process(tmp_path, monkeypatch):
+def test_the_checkpoint_with_which_a_run_ends_starts_no_process(tmp_path, monkeypatch):
+    """That is every checkpoint of a run of seconds: its end would have to wait for the process."""
     monkeypatch.setattr(at_checkpoint.subprocess, "Popen", lambda *arguments, **options: started.append(arguments))
     started: list = []
     report = ReportAtCheckpoint(tmp_path)
     report.due()
-    time.sleep(0.3)  # in which a report without a pause would have begun
+    time.sleep(0.3)  # in which a report without patience would have begun
     report.close()
     assert not started
     assert not report._thread.is_alive()
@@ -65,6 +66,20 @@ def test_a_report_is_due_after_checkpoints_and_logged_answers(tmp_path, monkeypa
     at_answers.call(run, 1, print)
     at_checkpoint.call(run, 2, print)
     assert reports == [tmp_path, tmp_path]
+
+
+def test_the_first_report_comes_at_once_and_the_next_after_a_pause(tmp_path, monkeypatch):
+    monkeypatch.setattr(at_checkpoint, "PAUSE", 0.5)
+    monkeypatch.setattr(at_checkpoint, "_GRACE", 0.05)
+    written: list[float] = []
+    monkeypatch.setattr(ReportAtCheckpoint, "_write", lambda report: written.append(time.monotonic()))
+    report, began = ReportAtCheckpoint(tmp_path), time.monotonic()
+    while len(written) < 2 and time.monotonic() < began + 60:
+        report.due()
+        time.sleep(0.01)
+    report.close()
+    assert written[0] >= began + 0.05
+    assert written[1] >= written[0] + 0.5
 
 
 def test_torch_is_not_imported():
