@@ -14,7 +14,7 @@ from megavlm.commands.plan_times import times, what
 from megavlm.commands.plan_words import verb_of, verdict
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import model_shapes
-from megavlm.plan.as_json import CAVEATS, plan_json
+from megavlm.plan.as_json import caveats, plan_json
 from megavlm.plan.gpus import gpu_of
 from megavlm.plan.mix import contents_of
 from megavlm.plan.plan import Plan, make_plan
@@ -91,7 +91,7 @@ def main(
     console.print(verdict(plan, settings), soft_wrap=True)
     console.print(_work(plan))
     console.print(times(plan, price), soft_wrap=True)
-    console.print(f"[dim]assumed: {plan.mix}. {CAVEATS}[/]", soft_wrap=True)
+    console.print(f"[dim]assumed: {plan.mix}. {caveats(plan)}[/]", soft_wrap=True)
     if page is not None:
         console.print(f"page: {page}", soft_wrap=True, markup=False)
     return 0

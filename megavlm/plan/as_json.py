@@ -9,7 +9,26 @@ CAVEATS = (
     "Activations are those of the portable kernels; those of Transformer Engine keep less. Not counted: CUDA, NCCL and "
     "workspaces of kernels."
 )
-"""What is assumed and what is not counted."""
+"""What is assumed of memory and what is not counted."""
+_ASSUMED = (
+    "Times follow from the GPU's data sheet and from assumed shares of it and latencies, none of which megavlm has "
+    "measured; a file of `megavlm bench --operators` has measured ones."
+)
+
+
+def caveats(plan: Plan) -> str:
+    """What is assumed and what is not counted, in sentences."""
+    told = [CAVEATS]
+    if "points" not in plan.gpu.operators:
+        told.append(_ASSUMED)
+    if plan.ramps:
+        told.append(
+            f"All steps are planned as the last ones are behind {' and '.join(plan.ramps)}, so that the memory is that "
+            "of the fullest step, and the hours of the run are at most so many."
+        )
+    if plan.steps is None and not plan.samples:
+        told.append("The run's length is given in epochs, so that its hours are not known; train.steps would tell.")
+    return " ".join(told)
 
 
 def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
@@ -25,7 +44,7 @@ def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
         "fits": plan.fits,
         "spare": plan.spare,
         "spare_share": SPARE,
-        "caveats": CAVEATS,
+        "caveats": caveats(plan),
         **figures(plan, price),
     }
 

@@ -4,6 +4,7 @@ One rank of each pipeline stage is built without memory and runs a micro-batch (
 ``static_memory``). Nothing is measured on a GPU here, and no constant is fitted.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +31,9 @@ from megavlm.tracing.static_memory import StaticMemory
 
 SPARE = 0.05
 """Share of a GPU's memory that is left for what is not counted: CUDA, NCCL, workspaces, and gaps between tensors."""
+
+RAMPS = ("train.batch_ramp", "data.length_ramp", "train.unfreeze_after")
+"""Settings that make the first steps of a run smaller."""
 
 INTERLEAVED = (2, 4)
 """Numbers of chunks of a stage for which ``Plan.needs`` tells memory."""
@@ -75,6 +79,7 @@ class Plan:
         samples: whether the method samples its own answers. How many rows these make is then not known; rows and time
             are those of a part of a step, an update of some rows by the main model.
         workers: the data workers; None if it is not known how fast they are, or if the method samples its own answers.
+        ramps: the names of settings that make the first steps smaller, of which the plan has the last ones.
         needs: bytes on the fullest stage with another ``train.recompute`` ("core_attn" or "none"), without
             ``vision.recompute`` if the second is false, and with a number of chunks of a stage: an estimate, in rough
             plans of one chunk in which all is computed again.
@@ -94,6 +99,7 @@ class Plan:
     steps: int | None
     samples: bool = False
     workers: DataWorkers | None = None
+    ramps: list[str] = field(default_factory=list)
     needs: dict[Need, int] = field(default_factory=dict)
 
     @property
@@ -173,6 +179,7 @@ def make_plan(
         None if samples else settings.train.steps,
         samples,
         workers,
+        [name for name in RAMPS if operator.attrgetter(name)(settings)],
         {} if exact or not _computes_all_again(settings) else _needs(found, settings),
     )
 

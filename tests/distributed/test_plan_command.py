@@ -50,7 +50,7 @@ def test_a_toy(config, world1) -> None:
         [*usual, "--page", str(page)],
         [*usual, "--page", str(page)],
         [*usual, "--json"],
-        [*usual, "--json", "--gpu", "h200", "train.global_batch_size=32"],
+        [*usual, "--json", "--gpu", "h200", "train.global_batch_size=32", "train.batch_ramp={1: 16}"],
         [str(config), "--gpus", "4", "--gpu", "h1000"],
         [str(config), "--gpus", "5"],
         [str(config)],
@@ -90,6 +90,13 @@ def test_a_toy(config, world1) -> None:
     sizes = [plan["stages"][0]["peak"]["by_phase"]["exchange"] for plan in (found, larger)]
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.2)
     assert larger["capacity"] > found["capacity"]
+    assert (found["ramps"], larger["ramps"]) == ([], ["train.batch_ramp"])
+    assert "as the last ones are behind train.batch_ramp" in larger["caveats"]
+    assert [moment["name"] for moment in found["stages"][0]["moments"]] == [
+        *("load", "encode", "decoder", "tower", "update", "checkpoint"),
+    ]
+    assert "stage, GiB in the phases load encode decoder tower update checkpoint" in " ".join(shown[1].split())
+    assert "from assumed shares" in shown[1]
     assert (again[0], unknown[0], odd[0], without[0]) == (2, 2, 2, 2)
     assert (
         "--gpu h1000 is not known → known are h100, h200" in unknown[2].replace("\n", " ") or "known are" in unknown[2]
