@@ -40,7 +40,10 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
-        """Reads an output folder. Raises UserError if config.yaml or metrics.jsonl cannot be read or has another form."""
+        """Reads an output folder.
+
+        Raises UserError if config.yaml or metrics.jsonl cannot be read, or config.yaml has values of another type.
+        """
         file = folder / "config.yaml"
         try:
             config = read_plain(file) if file.is_file() else None
