@@ -32,5 +32,5 @@ def test_the_message_says_in_words_what_is_wrong(tmp_path, content, cause):
 
 
 def test_a_missing_summary_of_data(tmp_path):
-    with pytest.raises(UserError, match=r"of megavlm data inspect: No such file or directory$"):
+    with pytest.raises(UserError, match=r"of megavlm data inspect: No such file or directory\n"):
         DataMix.of(tmp_path / "summary.json", None, None)
