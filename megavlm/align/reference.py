@@ -27,6 +27,7 @@ from megavlm.align.sequences import answer_logprobs
 from megavlm.base.atomic_files import atomic_open
 from megavlm.base.errors import UserError
 from megavlm.base.json_files import parse_json
+from megavlm.base.quoting import shortened
 from megavlm.checkpoint.fingerprint import digest_of, digest_of_folders, digest_of_paths
 from megavlm.checkpoint.folders import find_checkpoint, latest
 from megavlm.checkpoint.load_weights import load_weights
@@ -295,7 +296,7 @@ def _read(path: Path, note: dict, num_sources: int) -> list[np.ndarray]:
         tables = load(path.read_bytes())
     except Exception as error:
         raise UserError(
-            f"{path} is not a file of reference log-probabilities: {error}",
+            f"{path} is not a file of reference log-probabilities: {shortened(error)}",
             "remove it, or set align.reference to another file",
         ) from None
     names = {"model": "another model (model.load)", "data": "other data", "kind": "another method", "settings":

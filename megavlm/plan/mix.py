@@ -13,6 +13,7 @@ import torch
 from megavlm.align.registry import METHODS
 from megavlm.base.errors import UserError
 from megavlm.base.json_files import parse_json
+from megavlm.base.quoting import shortened
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row, pack
 from megavlm.data.synthetic_row import synthetic_samples
@@ -156,7 +157,8 @@ class DataMix:
             length, rows = found["seq_length"], found["rows"]
             speed = WorkerSpeed(**measured) if (measured := found.get("worker")) else None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--data {path} is not a summary.json of megavlm data inspect: {error}", again) from None
+            cause = error.strerror if isinstance(error, OSError) else shortened(repr(error))
+            raise UserError(f"--data {path} is not a summary.json of megavlm data inspect: {cause}", again) from None
         if length != settings.data.seq_length:
             raise UserError(
                 f"--data {path} is of rows of {length} tokens, but data.seq_length is {settings.data.seq_length}", again

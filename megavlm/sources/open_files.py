@@ -85,7 +85,7 @@ def _opened(path: str, access: MediaAccess) -> SampleFile:
     except UserError:
         raise
     except Exception as error:  # each protocol of fsspec raises its own exceptions
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {shortened(error)}") from None
     if folder:
         return _joined(path, listed, access) if listed else ShardFolder(path, access)
     return TableFile(path, access) if path.endswith(SUFFIXES) else JsonlFile(path, access)

@@ -143,7 +143,7 @@ def test_values_of_another_type(runs, capfd, name, who):
         with spoiled(runs / who / name, "emptied"):
             (runs / who / name).write_text(WRONG[name])
             if (who, name) == ("run", "config.yaml"):
-                with pytest.raises(UserError, match=r"config\.yaml: model.load is 5 instead of a path"):
+                with pytest.raises(UserError, match=r"config\.yaml: model\.load is 5 instead of a path"):
                     shown(runs / "run")
                 return
             page = shown(runs / "run")

@@ -1,9 +1,10 @@
-"""Files of measurements that cannot be read."""
+"""Files of measurements and of data that cannot be read."""
 
 import pytest
 
 from megavlm.base.errors import UserError
 from megavlm.plan.gpus import gpu_of
+from megavlm.plan.mix import DataMix
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,8 @@ def test_the_message_says_in_words_what_is_wrong(tmp_path, content, cause):
     assert cause in refused.value.message
     assert "Errno" not in refused.value.message
     assert "Error(2" not in refused.value.message
+
+
+def test_a_missing_summary_of_data(tmp_path):
+    with pytest.raises(UserError, match=r"of megavlm data inspect: No such file or directory\n"):
+        DataMix.of(tmp_path / "summary.json", None, None)
