@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "checkpoint": ["optim", "adapters", "convert", "data", "sources", "media", "model", "platform", "config", "base"],
     "monitor": ["data", "sources", "records", "media", "platform", "config", "base"],
     "charts": ["base"],
-    "report": ["charts", "output", "monitor", "data", "sources", "records", "media", "config", "base"],
+    "report": ["charts", "output", "monitor", "sources", "records", "media", "config", "base"],
+    "inspection": ["report", "data", "sources", "records", "config", "base"],
     "hub": ["align.registry", "report", "output", "config", "base"],
     "watch": ["report", "monitor", "base"],
     "runtime": [
@@ -158,6 +159,7 @@ MAY_IMPORT = {
     "search": ["plan", "runtime", "model", "config", "base"],
     "commands": [
         "output",
+        "inspection",
         "bench",
         "search",
         "plan",
@@ -320,7 +322,7 @@ def test_tests_stand_where_the_package_stands() -> None:
     folders = lambda root: {path.relative_to(root).parts[0] for path in root.glob("*/*.py")}
     package, tested = folders(ROOT / "megavlm"), folders(ROOT / "tests")
     # A folder "vllm" would be found as the package vllm where that is not installed.
-    assert package - tested == {"adapters", "bench", "charts", "evaluation", "vllm"}
+    assert package - tested == {"adapters", "bench", "charts", "evaluation", "inspection", "vllm"}
     assert tested - package == {"configs", "distributed", "docs", "gpu", "launch", "sweep", "te_cpu"}
 
 

@@ -28,12 +28,8 @@ from megavlm.data.draft import Draft
 from megavlm.data.processor import Still
 from megavlm.data.rows import RowDataset
 from megavlm.data.worker_speed import WorkerSpeed, worker_speed
-from megavlm.records.records import Kind
-from megavlm.records.remarks import told
-from megavlm.records.skipped_samples import SkippedSample
-from megavlm.report.inspect_cards import Card, make_card, shots_of
-from megavlm.report.inspect_page import UNITS, speed_text, write_page
-from megavlm.report.inspect_stats import (
+from megavlm.inspection.data_page import UNITS, speed_text, write_page
+from megavlm.inspection.data_stats import (
     PERCENTILES,
     Look,
     RowStats,
@@ -42,6 +38,10 @@ from megavlm.report.inspect_stats import (
     decimal,
     pack_rows,
 )
+from megavlm.inspection.sample_cards import Card, make_card, shots_of
+from megavlm.records.records import Kind
+from megavlm.records.remarks import told
+from megavlm.records.skipped_samples import SkippedSample
 from megavlm.sources.blend import evenly, open_sources
 
 DEFAULT_OUT = Path("data-inspect")

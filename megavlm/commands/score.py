@@ -7,8 +7,8 @@ from megavlm.checkpoint.load_weights import has_score_head, shapes_at_start
 from megavlm.config.settings import Settings
 from megavlm.convert.adapter import Adapter
 from megavlm.data.renderer import Renderer
+from megavlm.inspection.worst import told, worst_of, write_each, write_worst
 from megavlm.model.language import LanguageModel
-from megavlm.report.worst import told, worst_of, write_each, write_worst
 from megavlm.runtime.evaluation import Evaluation
 from megavlm.runtime.feed import MicroBatch, Window
 from megavlm.runtime.forward import forward_only, to_leader

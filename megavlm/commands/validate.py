@@ -32,13 +32,13 @@ from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
 from megavlm.data.rows import RowDataset
 from megavlm.environments.worker_process import check_environment
+from megavlm.inspection.data_stats import limit_text
 from megavlm.layout.shapes import check_prompts
 from megavlm.model.flops import active_decoder_weights
 from megavlm.model.shapes import Shapes
 from megavlm.optim.group_rules import described
 from megavlm.records.remarks import told
 from megavlm.records.skipped_samples import SkippedSample, causes
-from megavlm.report.inspect_stats import limit_text
 from megavlm.rewards.pool import check_rewards
 from megavlm.runtime.adapter_start import with_stored_adapter
 from megavlm.runtime.further_model import check_further_models

@@ -137,7 +137,7 @@ class DataMix:
     """Rows as `megavlm data inspect` has packed them from a part of the data.
 
     Attributes:
-        work_of_row: means over the rows (``report.inspect_stats.RowStats.work``).
+        work_of_row: means over the rows (``inspection.data_stats.RowStats.work``).
         heaviest: the samples of the row with most patches.
         file: where this is from.
         speed: that of a data worker with these data; None if it was not measured.

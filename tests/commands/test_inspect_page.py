@@ -10,7 +10,7 @@ from toy import picture, write_records
 from megavlm.config.settings import Settings
 from megavlm.data.renderer import Renderer
 from megavlm.data.row import IGNORE
-from megavlm.report.inspect_cards import level_of
+from megavlm.inspection.sample_cards import level_of
 
 
 def test_both_answers_are_on_the_page_and_one_source_has_one_bar(tmp_path, inspect):

@@ -10,7 +10,7 @@ from parity import Toys
 from test_train_verbs import megavlm, sft_config
 from toy import write_records
 
-from megavlm.report.worst import worst_of
+from megavlm.inspection.worst import worst_of
 from megavlm.runtime.scoring import IGNORE, sample_scores
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from megavlm.data.draft import Draft
 from megavlm.data.processor import Clip, Still
 from megavlm.data.renderer import Renderer
+from megavlm.inspection.data_stats import num_targets
 from megavlm.report.answers import thumbnail
-from megavlm.report.inspect_stats import num_targets
 
 MAX_PIECES = 2400  # number of pieces of text of one sample on the page, such that a phone can display it
 MAX_FRAMES = 4  # number of frames of one video on the page

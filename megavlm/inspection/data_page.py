@@ -9,10 +9,10 @@ from megavlm.base.atomic_files import write_text
 from megavlm.base.number_format import counted, number
 from megavlm.config.settings import Settings
 from megavlm.data.worker_speed import WorkerSpeed
+from megavlm.inspection.data_stats import PERCENTILES, Look, RowStats, SourceStats, decimal
+from megavlm.inspection.sample_cards import LEVELS, Card, Piece
 from megavlm.records.records import Kind
 from megavlm.report.charts import histogram
-from megavlm.report.inspect_cards import LEVELS, Card, Piece
-from megavlm.report.inspect_stats import PERCENTILES, Look, RowStats, SourceStats, decimal
 from megavlm.report.page import render_page
 
 TEMPLATE = "inspect.html.jinja"

@@ -11,8 +11,8 @@ from megavlm.base.atomic_files import write_text
 from megavlm.data.answer_groups import separate_answers
 from megavlm.data.draft import Draft
 from megavlm.data.renderer import Renderer
-from megavlm.report.inspect_cards import LEVELS, Card, make_card, shots_of
-from megavlm.report.inspect_page import text_of
+from megavlm.inspection.data_page import text_of
+from megavlm.inspection.sample_cards import LEVELS, Card, make_card, shots_of
 from megavlm.report.page import render_page
 from megavlm.sources.open_files import SampleFile
 
