@@ -153,7 +153,7 @@ def test_scores_are_those_of_transformers(case, toys, data, tmp_path, request):
     difference = largest_difference(scores, toy_scores(toys, kind))
     print(f"\n| {case} | {difference:.1e} |")
     # Log-probabilities near -10 in float32 after 4 + 4 layers: a few units in the last place, 1e-6 each.
-    assert difference < 1e-4
+    assert difference < (1e-5 if kind == "yarn" else 1e-4)
     assert all(score["sum"] == pytest.approx(sum(score["logprobs"]), abs=1e-4) for score in scores)
 
 
