@@ -37,3 +37,45 @@ def test_a_search(config, tmp_path, world1) -> None:  # noqa: F811
     assert "no layout of 7 ×" in none[2]
     assert "choose a GPU with more memory" in none[2]  # nor does any of a multiple of seven
     assert "give --search" in alone[2]
+
+
+def enough(path: str, gpus: int, memory_gib: float) -> tuple:
+    """Runs on a rank: how many GPUs with so little memory are enough, what is told, and whether a plan of them fits."""
+    from dataclasses import replace
+    from pathlib import Path
+
+    from test_dry_run import alone
+
+    from megavlm.commands.plan_search import _remedy
+    from megavlm.config.load import load_settings
+    from megavlm.convert.hf_shapes import model_shapes
+    from megavlm.plan.gpus import gpu_of
+    from megavlm.plan.mix import Mix
+    from megavlm.plan.plan import make_plan
+    from megavlm.search.search import enough_gpus, with_changes
+
+    with alone():
+        settings = load_settings(Path(path))
+        shapes, gpu = model_shapes(settings.model), replace(gpu_of("h100"), memory_gib=memory_gib)
+
+        def plan_of(own, *, exact, gpus, processes=1):
+            mix = Mix.of(own, shapes, pictures=1)
+            return make_plan(own, shapes, "sft", gpus, gpu, mix=mix, exact=exact)
+
+        found = enough_gpus(settings, shapes, gpus, gpu, plan_of)
+        if found is None:
+            return None, _remedy([], None), False
+        many, changes = found
+        return many, _remedy([], found), plan_of(with_changes(settings, changes), exact=True, gpus=many).fits
+
+
+def test_a_model_that_is_too_large_is_told_how_many_gpus_are_enough(config, world1) -> None:  # noqa: F811
+    """Of one GPU, with memories for which the toy needs two, four and eight, and one that is never enough."""
+    for memory, number in ((0.05, 2), (0.032, 4), (0.026, 8)):
+        (many, told, fits), *_ = world1.run(enough, str(config), 1, memory)
+        assert (many, fits) == (number, True)
+        assert told.startswith(f"{number} GPUs are enough, with parallel.")
+    assert world1.run(enough, str(config), 1, 0.001)[0][:2] == (
+        None,
+        "shorten the rows, or choose a GPU with more memory",
+    )
