@@ -137,7 +137,10 @@ def test_a_folder_is_indexed_by_one_at_a_time(place, start):
             tar.add(place / "0.json", f"{number}.json")
             tar.add(place / "there.png", f"{number}.png")
     first = start([str(shards)])
-    wait_for(shards / "indexing.lock")
+    lock = shards / "indexing.lock"
+    wait_for(lock)
+    while not lock.read_text():  # stopped before it has written its id, it would be refused as an unknown process
+        time.sleep(0.002)
     os.kill(first.pid, signal.SIGSTOP)
     is_refused(start([str(shards)]), place, f"the index of {shards}", first.pid)
     os.kill(first.pid, signal.SIGCONT)
