@@ -6,6 +6,7 @@ from megavlm.plan.plan import SPARE, Plan
 from megavlm.report.plan_memory import GIB, activation_parts
 
 _WORTH = 0.01  # share of the memory from which on a part is worth a setting
+_OF_THE_STEP = ("sampling", "encode", "decoder", "tower")  # phases of which shorter rows need less
 _LARGE_FRAME = 4096  # patches of a picture of 1024 × 1024 pixels
 
 
@@ -45,7 +46,9 @@ def _advice(plan: Plan, settings: Settings) -> list[str]:
             found.append("a smaller rollout.cache_gib")
         if name == "static":
             found.append("more GPUs, or a larger parallel.tensor or parallel.pipeline")
-    return [*found, f"data.seq_length below {settings.data.seq_length}"]
+    if max(stage.moments, key=lambda moment: moment.total).name in _OF_THE_STEP:
+        found.append(f"data.seq_length below {settings.data.seq_length}")
+    return found or ["more GPUs, or a larger parallel.tensor or parallel.pipeline"]
 
 
 def verb_of(settings: Settings) -> str:

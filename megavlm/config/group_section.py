@@ -18,7 +18,7 @@ class GroupSettings(Section):
     )
     lr_scale: Positive = Field(1.0, description="factor of the learning rate, beside train.lr_scale of the part")
     weight_decay: Float | None = Field(
-        None, ge=0, le=1e6, description="weight decay of the group; null: train.weight_decay"
+        None, ge=0, le=1000, description="weight decay of the group; null: train.weight_decay"
     )
     freeze: Bool = Field(
         False,

@@ -47,7 +47,7 @@ def of_all_layers(
     whole = layers_of(parallel, shapes.text.layers, stage)
     of_dense = _Shared("decoder", world_size // (parallel.tensor * parallel.pipeline))
     of_experts = _Shared("decoder", world_size // (parallel.pipeline * parallel.expert * parallel.expert_tensor))
-    here, grown, each = _Sum(), Counter[_Shared](), []
+    here, grown, each, in_layers, further = _Sum(), Counter[_Shared](), [], 0, 0
     for vlm, static in zip((model.vlm for model in trained), few.each, strict=True):
         tower, known, more = vlm.vision.layers, set[int](), _Sum()
         for module in (module for part in PARTS if part != "language" for module in vlm.modules_of(part)):
@@ -63,9 +63,11 @@ def of_all_layers(
                 more.add(inside, all_experts * whole / len(layers) - 1, of_experts)
             known |= set(map(id, inside))
             here.add((tensor for tensor in tensors_of(chunk) if id(tensor) not in known), 1, of_dense)
-            others = (tensor for layer in layers for tensor in tensors_of(layer) if id(tensor) not in known)
+            others = [tensor for layer in layers for tensor in tensors_of(layer) if id(tensor) not in known]
+            in_layers += sum(tensor.nbytes for tensor in (*inside, *others))
             more.add(others, whole / len(layers) - 1, of_dense)
         each.append(static + more.static)
+        further += more.static.weights
         grown += more.gradients
     before, after = (sum(ones, StaticMemory()) for ones in (few.each, each))
     copies = before.others * after.weights // max(before.weights, 1)
@@ -74,9 +76,11 @@ def of_all_layers(
     most = int(settings.rollout.cache_gib * 2**30)
     return Held(
         each,
-        few.loaded * after.weights // max(before.weights, 1),
+        # Linear layers in 4 bits are loaded in full precision: what that is more than they hold grows with the layers.
+        after.weights + round((few.loaded - before.weights) * (1 + further / max(in_layers, 1))),
         min(round(few.sampling * times), most),
-        few.updating,  # these are about those of the largest matrices, such as the word embedding, which is there
+        # Adam makes what its largest matrices need, such as the word embedding, which is there; Muon all its updates.
+        round(few.updating * (times if settings.train.optimizer == "muon" else 1)),
         few.saving,
         _update(few, before, after, here.gradients, grown, overlaps=settings.train.overlap.gradients),
     )

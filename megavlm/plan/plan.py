@@ -46,7 +46,8 @@ class StagePlan:
 
     Attributes:
         stage, rank: the pipeline stage from 0, and its first rank.
-        static: what it holds all the time; without a critic that is in host memory at the fullest moment.
+        static: what it holds at the fullest moment besides ``peak``: the loaded weights, or what a step begins with,
+            without a critic that is in host memory.
         peak: of the step's tensors, of the model that needs most; or of another phase of the run that needs more.
         moments: the fullest moment of each phase of a run, of which the fullest has ``static`` and ``peak``.
     """

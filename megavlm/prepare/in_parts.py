@@ -11,16 +11,16 @@ from megavlm.base.atomic_files import write_text
 from megavlm.base.errors import UserError
 from megavlm.base.pools import in_processes, num_cores
 from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
-from megavlm.prepare.parts import PART, check_siblings, folder_of, lock_of, made_from, num_parts
+from megavlm.prepare.parts import PART, check_siblings, folder_of, has_only_locks, lock_of, made_from, num_parts
 from megavlm.prepare.shard_folder import (
     NoProgress,
     Progress,
     Unusable,
     check_new,
-    check_samples,
     check_url,
     convert,
     prepare,
+    unusable_of_parts,
 )
 from megavlm.sources.blend import open_file
 
@@ -88,16 +88,20 @@ def convert_in_parts(
         if not num_parts(folder):
             if part[1] > 1 and folder.exists():
                 shutil.rmtree(folder)  # left by one process that was killed: it has no complete part
-            check_new(folder)
+            if not has_only_locks(folder):  # which an attempt leaves of which no part became complete
+                check_new(folder)
         with progress("writing", count, "parts") as bar:
             for _ in in_processes(one, count, workers, "writing shards"):
                 bar.advance()
         if not any(folder.rglob("*.tar")):
             names = ", ".join(file.path for file in files)
-            shutil.rmtree(folder)
+            for written in (path for path in folder.glob("part-*") if path.is_dir()):
+                shutil.rmtree(written)
+            if has_only_locks(folder):
+                shutil.rmtree(folder)
             raise UserError(f"no sample of {names} can be read", "run without --skip-broken to see why")
         prepare(folder, force=True, progress=progress)
-        unusable = check_samples(folder)
+        unusable = unusable_of_parts(folder, count)
         if part[1] > 1:
             write_text(folder / PART, json.dumps(made))
             folder.rename(done)

@@ -14,7 +14,9 @@ from megavlm.media.files import File, is_url
 from megavlm.sources.open_files import SampleFile
 
 SKIPPED = "skipped.jsonl"
-PART = "part.json"  # in each part: what it was made from
+PART = "part.json"  # in each part: what it was made from,
+UNUSABLE = "unusable"  # and, under this name, what of it no verb can use
+_LOCK = ".partial.lock"
 _INDEX_LOCK = "indexing.lock"
 _NAME = re.compile(r"part-(\d{4,})-of-(\d{4,})(\.partial)?")
 
@@ -29,10 +31,15 @@ def num_parts(folder: Path) -> int:
     return next((count for _, count, _ in _found(folder).values()), 0)
 
 
+def has_only_locks(folder: Path) -> bool:
+    """Whether a folder exists and has nothing but the locks of parts."""
+    return folder.is_dir() and all(path.name.endswith(_LOCK) for path in folder.iterdir())
+
+
 def lock_of(folder: Path) -> FileLock:
     """The lock, beside a folder that does not exist yet, of the process that writes it."""
     place = folder.resolve()
-    lock = place.with_name(f"{place.name}.partial.lock")
+    lock = place.with_name(place.name + _LOCK)
     return FileLock(lock, f"{folder}", "wait until it ends, or choose another --out")
 
 
@@ -52,7 +59,9 @@ def check_siblings(out: Path, made: dict[str, Any]) -> None:
     """Raises UserError if `out` has parts that do not belong to those that are made like this."""
     for folder, (_, count, partial) in _found(out).items():
         there = (made if partial else _read(folder)) | {"parts": count}  # another job may be writing a partial one
-        if different := [name for name in made if there.get(name) != made[name]]:
+        # A part that is complete without skip_broken has no broken sample.
+        there["skip_broken"] = made["skip_broken"] or there.get("skip_broken")
+        if different := [name for name in made if name != UNUSABLE and there.get(name) != made[name]]:
             raise UserError(
                 f"{folder} was made from other files or settings ({', '.join(different)})",
                 f"choose another --out, or move {out} away",
@@ -71,7 +80,7 @@ def check_parts(out: Path) -> None:
                 f"wait for it, or run --part {number}/{count} again",
             )
     first = next(iter(found))
-    check_siblings(out, _read(first))
+    check_siblings(out, _read(first) | {"skip_broken": True})
     count = found[first][1]
     if missing := sorted(set(range(1, count + 1)) - {number for number, _, _ in found.values()}):
         listed = ", ".join(f"{number}/{count}" for number in missing[:8]) + ", …" * (len(missing) > 8)

@@ -3,16 +3,19 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from megavlm.base.atomic_files import new_folder, write_text
 from megavlm.base.errors import UserError
+from megavlm.base.json_files import parse_json
 from megavlm.media.access import ANY_LOCAL_FILE, MediaAccess
 from megavlm.prepare.index_shards import check_writable, find_shards, index_shards, is_up_to_date
 from megavlm.prepare.parts import (
     PART,
     SKIPPED,
+    UNUSABLE,
     check_parts,
     check_siblings,
     folder_of,
@@ -35,6 +38,25 @@ class Unusable(NamedTuple):
     number: int
     looked_at: int
     some: list[SkippedSample]
+
+
+def told_later(unusable: Unusable) -> dict[str, Any]:
+    """What the file ``PART`` of a part keeps of its unusable samples."""
+    some = [asdict(sample) for sample in unusable.some[:_LOOKED_AT]]
+    return {UNUSABLE: unusable._replace(some=[])._asdict() | {"some": some}}
+
+
+def unusable_of_parts(folder: Path, count: int) -> Unusable:
+    """The unusable samples of all parts. Raises UserError if none can be used."""
+    every = Unusable(0, 0, [])
+    for number in range(count):
+        about = parse_json((folder_of(folder, (number, count)) / PART).read_text(encoding="utf-8"))[UNUSABLE]
+        some = [SkippedSample(**sample) for sample in about["some"]]
+        every = Unusable(every.number + about["number"], every.looked_at + about["looked_at"], [*every.some, *some])
+    if every.number == every.looked_at:
+        listed = "\n".join(causes(every.some))
+        raise UserError(f"none of {every.number:,} samples in {folder} can be used:\n{listed}")
+    return every
 
 
 class ProgressBar(Protocol):
@@ -141,7 +163,7 @@ def convert(
             exists and was made from the same, it is left as it is. ``prepare(out)`` joins the parts.
         within: (i, n): the samples are not all, but the i-th of n parts of them, of which `part` is then a part.
         index: build the index of the folder; not needed for a part that is to be joined at once. Of such a part, any
-            number of samples may be unusable: whoever joins the parts looks at all of them.
+            number of samples may be unusable: whoever joins the parts counts them (``told_later``).
         progress: shows the progress of writing and of indexing.
         tell: called at the end with the samples that were written although no verb can use them.
 
@@ -176,6 +198,8 @@ def convert(
                 if made is not None:
                     write_text(partial / PART, json.dumps(made))
                 unusable = _write(files, chosen, partial, shard_bytes, skip_broken, progress, may_be_empty=not index)
+                if made is not None:  # a part that is joined later tells then what of it cannot be used
+                    write_text(partial / PART, json.dumps(made | told_later(unusable)))
                 if index:
                     prepare(partial, progress=progress)
                 check_new(out)  # a part may have been written meanwhile, into a folder of this name

@@ -26,7 +26,8 @@ class ReportAtCheckpoint:
 
     Reasons are a checkpoint and sampled answers that were logged.
 
-    The checkpoint with which a run ends starts no process. A report that fails is not told: the one at the end tells.
+    The checkpoint with which a run ends starts no process, unless that end takes longer than ``_GRACE``. A report that
+    fails is not told: the one at the end tells.
 
     Args:
         output: the run's folder.

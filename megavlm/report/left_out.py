@@ -16,14 +16,20 @@ _LINES = (METRICS, CHANGES_FILE, ROLLOUTS, HELD_OUT_FILE)  # files of a run with
 _MOST_CAUSES = 3  # of an error
 
 
-def left_out_of(folder: Path) -> list[str]:
+def left_out_of(folder: Path, *, is_needed: bool) -> list[str]:
     """For each file of a run that has a line per step: how many lines and values of it a report cannot show.
 
-    Raises UserError if one of them cannot be read.
+    A file that cannot be read is told as well, or with ``is_needed`` raised as UserError.
     """
     found = []
     for file in (folder / name for name in _LINES):
-        counts = [(num_damaged(file), "line", "damaged or without a step"), _of_another_form(file)]
+        try:
+            counts = [(num_damaged(file), "line", "damaged or without a step"), _of_another_form(file)]
+        except UserError as error:
+            if is_needed:
+                raise
+            found.append(error.message)
+            continue
         if told := [f"{counted(count, noun)}, {what}" for count, noun, what in counts if count]:
             found.append(f"{file}: {'; '.join(told)}")
     return found
@@ -33,8 +39,10 @@ def _of_another_form(file: Path) -> tuple[int, str, str]:
     """How much of the lines with a step is not what the file should have, a noun for that, and what it is."""
     if file.name == METRICS:
         return num_odd_values(file), "value", "no number that a report can show"
+    before = len(read_lines(file))
     shown = changes_of(file.parent) if file.name == CHANGES_FILE else read_rollouts(file.parent, file.name)
-    return len(read_lines(file)) - len(shown), "line", "with fields of another form"
+    has_changed = len(read_lines(file)) != before  # the run goes on
+    return 0 if has_changed else before - len(shown), "line", "with fields of another form"
 
 
 def nothing_to_report(folder: Path, left_out: list[str]) -> UserError:
@@ -47,6 +55,11 @@ def nothing_to_report(folder: Path, left_out: list[str]) -> UserError:
         )
     starts = tuple(f"{path}{end}" for path in (folder, folder.absolute()) for end in ("/", ":"))
     causes = [text for text in dict.fromkeys(left_out) if text.startswith(starts)]
+    if METRICS in existing and not causes:
+        return UserError(
+            f"{folder} has nothing to report: {METRICS} has no complete line of a step",
+            "wait for the first logged step of the run",
+        )
     if METRICS in existing and not any(METRICS in cause for cause in causes):
         causes.append(f"{METRICS} has no complete line of a step")
     if ANSWERS in existing and not causes:

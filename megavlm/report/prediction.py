@@ -57,7 +57,7 @@ def predictions(run: RecordedRun) -> Predictions | None:
         return _beside_measured(plan, run)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return Predictions(run.name, error=f"{FILE_NAME} is damaged, or of another version")
 
 
@@ -68,11 +68,15 @@ def _beside_measured(plan: dict[str, Any], run: RecordedRun) -> Predictions:
     """
     device = None if plan["device"] is None else _text(plan["device"])
     gpu, mix, caveats = _text(plan["gpu"]["name"]), _text(plan["mix"], may_be_empty=True), plan["caveats"]
-    peak, seconds = _real(plan["stages"][0]["total"]) / GIB, _real(plan["time"]["seconds"])
+    stage = plan["stages"][0]  # loading is not measured; plans of older versions have no moments
+    peak = max(_real(part["total"]) for part in stage.get("moments", [stage]) if part.get("name") != "load") / GIB
+    seconds = _real(plan["time"]["seconds"])
     speed, mfu = _real(plan["tokens_per_second"]), None if plan["mfu"] is None else _real(plan["mfu"])
     if (world_size := _real(plan["world_size"])) < 1:
         raise ValueError("a plan for no rank")
     peaks = [value for value in run.column("memory_gib") if value is not None] if device is not None else []
+    if run.setting("rollout.engine") == "vllm":  # the plan has its servers, and PyTorch's allocator has not
+        peaks = []
     measured = run.typical("tokens_per_second")
     rows = [
         _row("peak memory of rank 0, GiB", peak, max(peaks, default=None)),

@@ -58,12 +58,7 @@ def write_report(output_dir: str | Path) -> Path:
     chain = follow(folder, left_out)
     trained = [run for run in chain if run.lines]
     for run in chain:
-        try:
-            left_out += left_out_of(run.folder)
-        except UserError as error:
-            if run.folder == folder:
-                raise
-            left_out.append(error.message)
+        left_out += left_out_of(run.folder, is_needed=run.folder == folder)
     answers = group_answers(find_answers(chain, left_out))
     if not trained and not answers:
         raise nothing_to_report(folder, left_out)

@@ -8,8 +8,9 @@ from torch.nn import Parameter
 
 from megavlm.adapters.attach import Adapters
 from megavlm.adapters.nf4 import share_quantized
+from megavlm.base.errors import UserError
 from megavlm.checkpoint.folders import find_checkpoint
-from megavlm.checkpoint.load_weights import check_base, has_score_head, load_weights
+from megavlm.checkpoint.load_weights import has_score_head, load_weights
 from megavlm.config.adapter_section import AdapterSettings
 from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
@@ -101,15 +102,19 @@ def check_further_models(settings: Settings, shapes: Shapes) -> None:
     Raises:
         UserError: weights are damaged, or of another model.
     """
-    for load in (settings.align.critic.load, *(reward.model for reward in settings.reward)):
+    loads = {"align.critic.load": settings.align.critic.load}
+    loads |= {f"reward {reward.key}": reward.model for reward in settings.reward}
+    for name, load in loads.items():
         if load is None or not load.exists():
             continue
         path = find_checkpoint(load)
-        if (path / ADAPTER_CONFIG).is_file():
-            Adapter(path, shapes)
-        else:
-            check_base(path)
-            check_checkpoint(open_source(path), shapes, fewer_rows=settings.model.resize_vocabulary)
+        try:
+            if (path / ADAPTER_CONFIG).is_file():
+                Adapter(path, shapes)
+            else:
+                check_checkpoint(open_source(path), shapes, fewer_rows=settings.model.resize_vocabulary)
+        except UserError as error:
+            raise UserError(f"{name}: {error.message}", error.remedy) from None
 
 
 def has_reward_head(path: Path, shapes: Shapes) -> bool:

@@ -180,9 +180,10 @@ def start(
         UserError: the settings do not fit the model, the number of processes or each other; ``model.load`` or
             ``model.adapter`` belongs to another model.
     """
-    shapes = shapes or shapes_at_start(settings.model)
-    if training:
-        check_further_models(settings, shapes)
+    if shapes is None:  # otherwise they may be those of a part of the model, with which its files do not agree
+        shapes = shapes_at_start(settings.model)
+        if training:
+            check_further_models(settings, shapes)
     settings = with_stored_adapter(settings, shapes)
     if not training and settings.adapter.type is not None and settings.model.adapter is None:
         raise UserError(

@@ -11,7 +11,7 @@ Fields = Mapping[str, float | int | None]
 
 @dataclass(frozen=True)
 class Hook:
-    """A function that the training loop calls on all ranks.
+    """A function that the training loop calls on all ranks, or with ``at_answers`` on one, where it waits for no other.
 
     After a step, it raises a UserError or RunFailure on all ranks or on none: the step is saved before the run ends.
 

@@ -15,7 +15,7 @@ from prepared import prepare, refused, talk, write
 
 from megavlm.cli.main import main
 from megavlm.commands.data_prepare import parse_size
-from megavlm.prepare import in_parts
+from megavlm.prepare import in_parts, shard_folder
 from megavlm.prepare.shard_folder import convert
 from megavlm.sources.shards import ShardFolder
 
@@ -110,8 +110,29 @@ def test_few_samples_are_written_by_one_process_and_many_by_all_cores(media, tmp
         assert len(read_all(tmp_path / f"{number}")) == number
 
 
-def test_a_part_without_a_usable_sample_does_not_end_the_others(media, tmp_path, capsys):
+@pytest.mark.parametrize("command", [(), ("--part", "2/2")])
+def test_the_remedy_of_a_broken_sample_helps(media, tmp_path, capsys, monkeypatch, command):
+    """Where no part became complete, and where some did: those have no broken sample."""
+    monkeypatch.setattr(in_parts, "SMALL", 2)
+    for name, broken in {"all": range(16), "some": (15,)}.items():
+        texts = [f'{{"text": "{number}"' + ("}" if number not in broken else ";") for number in range(16)]
+        file = media.base / f"{name}.jsonl"
+        file.write_text("\n".join(texts) + "\n")
+        made = ("--jsonl", file, "--out", tmp_path / name, "--workers", 2, *command)
+        capsys.readouterr()
+        for _ in range(2):  # for the sample, and not because the folder exists
+            assert f"{file}:" in refused(capsys, *made)
+        if name == "some":
+            assert prepare(*made, "--skip-broken") == 0
+            out = tmp_path / name / "part-0002-of-0002" if command else tmp_path / name
+            assert len(read_all(out)) == (7 if command else 15)
+        else:
+            assert f"no sample of {file} can be read" in refused(capsys, *made, "--skip-broken")
+
+
+def test_a_part_without_a_usable_sample_does_not_end_the_others(media, tmp_path, capsys, monkeypatch):
     """As little as for one process: the whole counts."""
+    monkeypatch.setattr(shard_folder, "_LOOKED_AT", 1)  # of shards; those that are written are all counted
     records = [{"text": "<image>", "images": ["gone.png"]}] * 2 + [{"form": "unknown"}] * 2 + [{"text": "good"}] * 2
     out, file = tmp_path / "out", write(media.base / "odd.jsonl", records)
     assert prepare("--jsonl", file, "--out", out, "--workers", 3, "--skip-broken") == 0

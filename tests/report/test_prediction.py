@@ -8,7 +8,11 @@ from megavlm.report.run import RecordedRun
 
 PLAN = {
     "device": "NVIDIA H100 80GB HBM3", "gpu": {"name": "H100 SXM 80 GB"}, "world_size": 8, "mix": "full rows",
-    "caveats": "Not counted: CUDA.", "stages": [{"total": 40 * GIB}, {"total": 60 * GIB}], "time": {"seconds": 2.0},
+    "caveats": "Not counted: CUDA.", "stages": [
+        {"total": 50 * GIB, "moments": [{"name": "load", "total": 50 * GIB}, {"name": "decoder", "total": 40 * GIB}]},
+        {"total": 60 * GIB},
+    ],
+    "time": {"seconds": 2.0},
     "tokens_per_second": 1000.0, "mfu": 0.4,
 }  # fmt: skip
 LINES = [

@@ -214,7 +214,14 @@ def test_a_predecessor_whose_path_no_folder_can_have(runs, later, load):
     [
         *({"time": {"seconds": seconds}} for seconds in ("x", None, [1], float("nan"), 10**400, True)),
         *({"world_size": size} for size in (0, -1, "x", None, float("inf"))),
-        *({"mfu": "x"}, {"tokens_per_second": {}}, {"stages": [{"total": "x"}]}, {"stages": {"a": 1}}),
+        *(
+            {"mfu": "x"},
+            {"tokens_per_second": {}},
+            {"stages": [{"total": "x"}]},
+            {"stages": {"a": 1}},
+            {"stages": [5]},
+            {"stages": [{"moments": [5]}]},
+        ),
         *({"device": 5}, {"gpu": {"name": None}}, {"mix": ["a"]}, {"caveats": 5}, {"error": 5}, {"error": ""}),
     ],
     ids=str,
