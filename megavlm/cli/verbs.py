@@ -145,7 +145,12 @@ VERBS = {name: _of_method(name, method) for name, method in METHODS.items()} | {
         sections=("model", "adapter"),
         requires=("model.load",),
         flags={
-            "out": {"metavar": "DIR", "type": Path, "required": True, "help": "new folder; overwrite=true replaces one"},
+            "out": {
+                "metavar": "DIR",
+                "type": Path,
+                "required": True,
+                "help": "new folder; overwrite=true replaces one",
+            },
             "adapter": {"action": "store_true", "help": "write only the adapter, in peft's format"},
             "shard_size": {
                 "metavar": "SIZE",
