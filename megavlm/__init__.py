@@ -3,6 +3,8 @@
 import logging
 import warnings
 
+from megavlm.base.cuda_libraries import share_cudnn
+
 __version__ = "0.1.0"
 
 # At every start Megatron and torch warn about optional packages that are missing and about their own interfaces that
@@ -11,3 +13,5 @@ warnings.filterwarnings("ignore", module=r"(.*/)?megatron[./]")  # while it is c
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")
 for _name in ("megatron", "torch.utils.cpp_extension"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+
+share_cudnn()

@@ -1,6 +1,8 @@
 """Throughput of a 2B-shaped model on rows of 8,192 tokens: with pictures, with text alone, and in transformers."""
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ MANY = "many pictures"
 # The share of visual tokens. The operations of the tower alone take 5 % of the tokens per second at a tenth, and 21 %
 # at a half, where a bound of 0.9 would say nothing about the implementation.
 SHARES = {"text": 0.0, PICTURES: 0.1, MANY: 0.5}
+# Rows whose pictures are encoded together: as many as usual, or one where their activations would need the memory.
+WINDOWS: dict[tuple[str, ...], int | None] = {("text", PICTURES): None, (MANY,): 1}
+RECOMPUTE: tuple[Any, ...] = ("none", ["mlp"], "full")  # the first that fits
 GPU = Size(rows=8, seq_length=8192, repeats=3, warm_up=1, text={}, vision={})
 CPU = Size(
     rows=1, seq_length=512, repeats=1, longest=64, warm_up=0,
@@ -47,49 +52,68 @@ def samples_of(root: Path, size: Size) -> tuple[Path, Any, dict[str, list[Any]],
 
 def megavlm(record: Recorder, *, cpu: bool) -> None:
     """Steps of megavlm: forward, backward and update, all parts trained."""
-    from megavlm.training.memory_check import is_out_of_memory
-
     size, kernels = CPU if cpu else GPU, "te" if has_transformer_engine() else "portable"
     with tempfile.TemporaryDirectory(prefix="megavlm-gpu-check-") as temporary:
         folder, renderer, samples, pictures = samples_of(Path(temporary), size)
         rows = {what: [renderer.pack([sample]) for sample in those] for what, those in samples.items()}
         record.settings({"model": WHAT, "pictures": pictures, "rows": size.rows, "seq_length": size.seq_length})
-        for recompute in ("none", "full"):
-            settings = settings_for(folder, size.seq_length, size.rows, kernels, precision="bf16", recompute=recompute)
-            record.settings({"kernels": kernels, "recompute": recompute})
-            start_anew()
-            try:
-                _steps(record, settings, rows, size)
-            except (MemoryError, RuntimeError) as error:
-                if recompute == "full" or not is_out_of_memory(error):
-                    raise
-            else:
-                return
+        record.settings({"kernels": kernels})
+        found = Found({}, {})
+        for names, window in WINDOWS.items():
+            settings_of = lambda recompute, window=window: settings_for(
+                folder, size.seq_length, size.rows, kernels, precision="bf16", recompute=recompute,
+                vision={"window": window},
+            )  # fmt: skip
+            _steps_that_fit(record, settings_of, {name: rows[name] for name in names}, size, found)
+        for what in (PICTURES, MANY):
+            note = f"the operations alone allow {found.work['text'] / found.work[what]:.3f}"
+            ratio, least = found.speed[what] / found.speed["text"], 0.9 if what == PICTURES else None
+            record(Measure(f"tokens/s, {what} / text alone", ratio, least=least, note=note))
 
 
-def _steps(record: Recorder, settings: Any, rows: dict[str, list[Any]], size: Size) -> None:
+@dataclass
+class Found:
+    """What was measured of each kind of rows: tokens per second, and operations per token."""
+
+    speed: dict[str, float]
+    work: dict[str, float]
+
+
+def _steps_that_fit(
+    record: Recorder, settings_of: Callable[[Any], Any], rows: dict[str, list[Any]], size: Size, found: Found
+) -> None:
+    """The steps with as little recomputation as the memory allows."""
+    from megavlm.training.memory_check import is_out_of_memory
+
+    for recompute in RECOMPUTE:
+        record.settings({f"recompute, {' and '.join(rows)}": recompute})
+        start_anew()
+        try:
+            return _steps(record, settings_of(recompute), rows, size, found)
+        except (MemoryError, RuntimeError) as error:
+            if recompute == RECOMPUTE[-1] or not is_out_of_memory(error):
+                raise
+
+
+def _steps(record: Recorder, settings: Any, rows: dict[str, list[Any]], size: Size, found: Found) -> None:
     from megavlm import platform
     from megavlm.runtime.feed import Feed
 
-    step, phases = make_step(settings, rows["text"], phases=True)
-    speed, work = {}, {}
+    step, phases = make_step(settings, next(iter(rows.values())), phases=True)
     for what, those in rows.items():
         step.feed = Feed(step.vlm, iter(those * (size.warm_up + size.repeats + 4)))
         platform.reset_memory()
         counts = step().counts
         seconds = seconds_of(step, size)
-        work[what] = report_throughput(record, what, step.vlm.shapes, counts, seconds)
-        speed[what] = counts["tokens"] / seconds
+        found.work[what] = report_throughput(record, what, step.vlm.shapes, counts, seconds)
+        found.speed[what] = counts["tokens"] / seconds
         visual = counts["patches"] / step.vlm.shapes.vision.spatial_merge_size**2
         record.settings({f"visual share, {what}": visual / counts["tokens"]})
-    for what in (PICTURES, MANY):
-        note, least = f"the operations alone allow {work['text'] / work[what]:.3f}", 0.9 if what == PICTURES else None
-        record(Measure(f"tokens/s, {what} / text alone", speed[what] / speed["text"], least=least, note=note))
-    for _ in range(3):  # the first one's end is still to come when the fields are read
-        with phases.step():
-            step()
-        fields = phases.fields()
-    record.settings({f"seconds of a step, {MANY}": {k.removeprefix("phase/"): v for k, v in fields.items()}})
+        for _ in range(3):  # the first one's end is still to come when the fields are read
+            with phases.step():
+                step()
+            fields = phases.fields()
+        record.settings({f"seconds of a step, {what}": {k.removeprefix("phase/"): v for k, v in fields.items()}})
 
 
 def transformers(record: Recorder, *, cpu: bool) -> None:

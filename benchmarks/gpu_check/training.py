@@ -19,14 +19,15 @@ def has_transformer_engine() -> bool:
 
 
 def settings_for(folder: Path, seq_length: int, rows: int, kernels: str, **train: Any) -> Any:
-    """Settings of a run on these rows; ``train`` are entries of the section."""
+    """Settings of a run on these rows; ``train`` has entries of that section, and sections ``parallel``, ``vision``."""
     from megavlm.config.settings import Settings
 
-    parallel = train.pop("parallel", {})
+    parallel, vision = train.pop("parallel", {}), train.pop("vision", {})
     return Settings(
         model={"hf": folder, "kernels": kernels},
         data={"seq_length": seq_length},
         parallel=parallel,
+        vision=vision,
         train={"steps": 1000, "global_batch_size": rows, "lr": 1e-5, "clip_grad": 1.0, **train},
     )
 
@@ -68,6 +69,7 @@ def make_step(settings: Any, rows: list[Any], *, load: Path | None = None, phase
         feed,
         each,
         objective,
+        settings.vision.window,
         tower_timer=lambda: measured("tower"),
         phases=measured,
     )

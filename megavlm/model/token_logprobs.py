@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megavlm.model.targets import Targets
 from megavlm.platform.products import add_product, product
+from megavlm.platform.softmax import exponential_sums, logit_gradients
 
 
 def token_logprobs(
@@ -149,15 +150,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
             index, inside = _in_shard(ctx, tokens[:, part], weight.shape[0])
             chosen = torch.where(inside, logits.gather(1, index[:, None]).squeeze(1), 0.0)
-            total = logits.sum(-1) if with_sums else None
-            exp = (logits.clone() if entropy else logits).sub_(top[:, None]).exp_()
-            parts = [exp.sum(-1), chosen]
-            if entropy:
-                parts.append(logits.mul_(exp).sum(-1))
-            if total is not None:
-                parts.append(total)
-            del logits, exp  # so that their memory is free while the next chunk is made
-            sums = torch.stack(parts)
+            exp, *more = exponential_sums(logits, top, products=entropy, plain=with_sums)
+            del logits  # so that its memory is free while the next chunk is made
+            sums = torch.stack([exp, chosen, *more])
             if group.size() > 1:
                 dist.all_reduce(sums, group=group)
             z = top + sums[0].log()
@@ -187,13 +182,15 @@ class _TokenLogprobs(torch.autograd.Function):
             grad = _scaled(ctx, grad_logprobs[:, part].clone().reshape(-1, 1))
             logits = _scaled(ctx, product(states, weight.t()))
             share = -grad if grad_log_z is None else grad_log_z[:, part].reshape(-1, 1) - grad
-            grad_logits = logits.sub_(log_z[:, part].reshape(-1, 1)).exp_().mul_(share)
-            if grad_means is not None:
-                grad_logits.add_(grad_means[:, part].reshape(-1, 1) / (ctx.group.size() * weight.shape[0]))
             index, inside = _in_shard(ctx, tokens[:, part], weight.shape[0])
-            grad_logits.scatter_add_(1, index[:, None], grad * inside[:, None])
+            uniform = None
+            if grad_means is not None:
+                uniform = grad_means[:, part].reshape(-1, 1) / (ctx.group.size() * weight.shape[0])
+            column = log_z[:, part].reshape(-1, 1)
+            grad_logits = logit_gradients(logits, column, share, index, grad * inside[:, None], uniform, weight.dtype)
+            del logits
             _add_gradients(ctx, grad_logits, states, weight, local[part], grad_hidden, grad_weight)
-            del logits, grad_logits
+            del grad_logits
         return grad_hidden, _given_to_autograd(ctx, grad_weight), *[None] * 8
 
 

@@ -115,11 +115,12 @@ def _all_to_all_with_lists(all_to_all_single: Callable[..., Any]) -> Callable[..
     return all_to_all
 
 
-def torch_optimizers() -> list[tuple[Any, str, Any]]:
-    """What Megatron would have chosen at its import without Transformer Engine, whose fused optimizers need a GPU."""
+def without_transformer_engine() -> list[tuple[Any, str, Any]]:
+    """What Megatron would have chosen at its import without Transformer Engine, whose kernels need a GPU."""
     from megatron.core import optimizer, utils
     from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.optimizer import optimizer as megatron_optimizer
+    from megatron.core.transformer.moe import moe_utils
 
     return [
         (optimizer, "Adam", torch.optim.AdamW),
@@ -134,6 +135,7 @@ def torch_optimizers() -> list[tuple[Any, str, Any]]:
         (clip_grads, "multi_tensor_scale_impl", utils.local_multi_tensor_scale),
         (clip_grads, "multi_tensor_scale_tensor_impl", None),
         (clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm),
+        (moe_utils, "te_general_gemm", None),  # the router's product
     ]
 
 
@@ -166,7 +168,7 @@ def install() -> None:
         (torch.Tensor, "record_stream", lambda self, stream: None),  # moe_utils
     ]
     if "transformer_engine" in sys.modules:  # as in the container, whose command also runs on login nodes
-        table += torch_optimizers()
+        table += without_transformer_engine()
     for owner, name, replacement in table:
         setattr(owner, name, replacement)
     # CudaRNGStatesTracker.fork warns if the CPU generator advances inside it; here that is the generator it forks

@@ -227,7 +227,7 @@ class Step:
                 self.vlm.tower.backward(tower_scale, self._tower_timer)
             del window  # so that its memory is free while the next window is made
         with self.phases("reduction"):
-            totals[-1] = self.vlm.tower.frames_encoded  # exact in float32 up to 16 million frames
+            totals[-1:].fill_(self.vlm.tower.frames_encoded)  # exact in float32 up to 16 million frames
             dist.all_reduce(totals)
             reduce_gradients(self.optimizers)
         self.expert_load.take_losses(num_rows)

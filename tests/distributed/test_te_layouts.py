@@ -77,11 +77,11 @@ def test_te_frozen_parts(name, toys, te_world):
 
 def train_on_portable_kernels(*args):
     """Runs on every rank: ``train_layout``, and which functions of TE it asked for, with TE installed and no GPU."""
-    from te_cpu.preload import torch_optimizers
+    from te_cpu.preload import without_transformer_engine
 
     before = Counter(te_cpu.called)
     with contextlib.ExitStack() as stack:
-        for owner, name, value in torch_optimizers():
+        for owner, name, value in without_transformer_engine():
             stack.enter_context(mock.patch.object(owner, name, value))
         return train_layout(*args), dict(te_cpu.called - before)
 

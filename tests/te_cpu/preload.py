@@ -68,5 +68,5 @@ from megavlm.model import kernels
 from megavlm.platform import cpu
 
 kernels.on_gpu = lambda: True  # so model.kernels may be te
-torch_optimizers = cpu.torch_optimizers
-cpu.torch_optimizers = lambda: []  # TE's, whose kernels have answers here
+without_transformer_engine = cpu.without_transformer_engine
+cpu.without_transformer_engine = lambda: []  # TE's, whose kernels have answers here

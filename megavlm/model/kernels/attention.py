@@ -33,14 +33,9 @@ def segment_attention(
     if is_batch_invariant() and causal:
         return _one_by_one(query, key, value, row, scale)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
-        packed = varlen_attn(
-            query, key, value, row.cu_seqlens_q, row.cu_seqlens_kv, row.max_seqlen_q, row.max_seqlen_kv,
-            scale=scale, window_size=(-1, 0) if causal else (-1, -1),
-        )  # fmt: skip
-        assert isinstance(packed, Tensor)  # a tuple only if the log-sum-exp is asked for
-        return packed
+        return attention_blocks.packed(
+            query, key, value, row.cu_seqlens_q, row.max_seqlen_q, causal=causal, scale=scale
+        )
     out = []
     for start, length, count in row.runs:
         # [count * length, heads, dim] -> [count, heads, length, dim], without copies

@@ -10,12 +10,31 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megavlm.model.kernels.attention import cached_attention, scale_of
+from megavlm.base.errors import UserError
+from megavlm.model.kernels.attention import cached_attention, scale_of, segment_attention
 from megavlm.model.packed import PackedRow
 
 
+class NoFusedAttention(torch.nn.Module):
+    """In place of TE's attention that keeps the products of all queries and keys, which it would take in silence."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise UserError(
+            "Transformer Engine finds no fused attention for this GPU, precision and model",
+            "set NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 to see why; or set model.kernels to portable",
+        )
+
+
 class PackedTEAttention(TEDotProductAttention):
-    """TE's fused attention within the segments of a row: [T, 1, heads, head_dim] -> [T, 1, hidden]."""
+    """Fused attention within the segments of a row: [T, 1, heads, head_dim] -> [T, 1, hidden].
+
+    It is TE's, or torch's if results are to repeat and the row is not cut: on H100, cuDNN's backward pass does so for
+    short rows only.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unfused_attention = NoFusedAttention()
 
     def forward(
         self,
@@ -31,15 +50,20 @@ class PackedTEAttention(TEDotProductAttention):
         assert row is not None
         if row.cache is not None:  # with one token per sequence a fused kernel is not faster
             return cached_attention(row, self.layer_number, query, key, value, scale_of(self.config))
-        out = super().forward(
-            query.squeeze(1),
-            key.squeeze(1),
-            value.squeeze(1),
-            attention_mask,
-            attn_mask_type=attn_mask_type,
-            attention_bias=attention_bias,
-            packed_seq_params=row.as_thd(),
-        )
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.config.deterministic_mode and self.config.context_parallel_size == 1:
+            causal = "causal" in self.attn_mask_type  # a string in TE
+            out = segment_attention(query, key, value, row, causal=causal, scale=scale_of(self.config))
+        else:
+            out = super().forward(
+                query,
+                key,
+                value,
+                attention_mask,
+                attn_mask_type=attn_mask_type,
+                attention_bias=attention_bias,
+                packed_seq_params=row.as_thd(),
+            )
         return out.reshape(out.shape[0], 1, -1)
 
 
