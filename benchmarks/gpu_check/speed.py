@@ -105,7 +105,8 @@ def _steps(record: Recorder, settings: Any, rows: dict[str, list[Any]], size: Si
         platform.reset_memory()
         counts = step().counts
         seconds = seconds_of(step, size)
-        found.work[what] = report_throughput(record, what, step.vlm.shapes, counts, seconds)
+        gib = platform.memory_gib()
+        found.work[what] = report_throughput(record, what, step.vlm.shapes, counts, seconds, gib)
         found.speed[what] = counts["tokens"] / seconds
         visual = counts["patches"] / step.vlm.shapes.vision.spatial_merge_size**2
         record.settings({f"visual share, {what}": visual / counts["tokens"]})
@@ -140,24 +141,27 @@ def transformers(record: Recorder, *, cpu: bool) -> None:
             for checkpointing in (False, True):
                 name = attention + ", gradient checkpointing" * checkpointing
                 try:
-                    seconds = _hf_seconds(library, config, attention, checkpointing, rows, size)
+                    seconds, gib = _hf_seconds(library, config, attention, checkpointing, rows, size)
                 except Exception as error:  # not installed, or out of memory: the next one may work
                     tried[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
                     memory = "memory" in str(error)
                 else:
                     tried[name], memory = seconds, False
                     if best is None or seconds < best[1]:
-                        best = name, seconds
+                        best = name, seconds, gib
                 start_anew()
                 if not memory:
                     break
         record.settings({"seconds of a step by attention": tried})
         assert best is not None, f"no attention of transformers runs here: {tried}"
         record.settings({"attention": best[0], "torch": torch.__version__})
-        report_throughput(record, f"transformers, {best[0]}", Shapes.from_hf(folder), counts, best[1])
+        report_throughput(record, f"transformers, {best[0]}", Shapes.from_hf(folder), counts, *best[1:])
 
 
-def _hf_seconds(library: Any, config: Any, attention: str, checkpointing: bool, rows: list[Any], size: Size) -> float:
+def _hf_seconds(
+    library: Any, config: Any, attention: str, checkpointing: bool, rows: list[Any], size: Size
+) -> tuple[float, float]:
+    """Seconds of a step, and its peak memory in GiB."""
     import torch
 
     from megavlm import platform
@@ -179,7 +183,7 @@ def _hf_seconds(library: Any, config: Any, attention: str, checkpointing: bool, 
         optimizer.step()
         optimizer.zero_grad()
 
-    return seconds_of(step, size)
+    return seconds_of(step, size), platform.memory_gib()
 
 
 def counts_of(rows: list[Any]) -> dict[str, float]:

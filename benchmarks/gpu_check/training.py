@@ -90,8 +90,10 @@ def seconds_of(work: Callable[[], Any], size: Size) -> float:
     return (time.perf_counter() - start) / size.repeats
 
 
-def report_throughput(record: Recorder, what: str, shapes: Any, counts: dict[str, float], seconds: float) -> float:
-    """Reports tokens per second, TFLOP/s and MFU of a step on one device; without a known peak, no MFU.
+def report_throughput(
+    record: Recorder, what: str, shapes: Any, counts: dict[str, float], seconds: float, gib: float
+) -> float:
+    """Reports tokens per second, TFLOP/s, MFU and peak memory of a step on one device; without a known peak, no MFU.
 
     Returns the operations per token.
     """
@@ -106,7 +108,7 @@ def report_throughput(record: Recorder, what: str, shapes: Any, counts: dict[str
     record(Measure(f"{what}: model TFLOP/s", found["model_tflops"] or 0.0, "TFLOP/s"))
     if found["mfu"] is not None:
         record(Measure(f"{what}: MFU", found["mfu"], least=MFU if what == PICTURES else None))
-    record(Measure(f"{what}: peak memory", platform.memory_gib(), "GiB"))
+    record(Measure(f"{what}: peak memory", gib, "GiB"))
     return flops / counts["tokens"]
 
 

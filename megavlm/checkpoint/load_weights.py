@@ -122,7 +122,7 @@ def load_some(path: Path, vlm: VLM, wanted: Callable[[str], bool], source: Weigh
         vlm.load_sharded(grown)
     else:
         vlm.load_sharded({**load_checked(stored, path), **grown})
-    dist.barrier()
+    dist.barrier(vlm.groups.world_host)
 
 
 def _copy_shares(source: HfSource | SavedModules | AveragedCheckpoint, vlm: VLM, shards: dict) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megavlm.model.targets import Targets
 from megavlm.platform.products import add_product, product
-from megavlm.platform.softmax import exponential_sums, logit_gradients
+from megavlm.platform.softmax import exponential_sums, log_sums, logit_gradients
 
 
 def token_logprobs(
@@ -183,11 +183,9 @@ class _TokenLogprobs(torch.autograd.Function):
             logits = _scaled(ctx, product(states, weight.t()))
             share = -grad if grad_log_z is None else grad_log_z[:, part].reshape(-1, 1) - grad
             index, inside = _in_shard(ctx, tokens[:, part], weight.shape[0])
-            uniform = None
-            if grad_means is not None:
-                uniform = grad_means[:, part].reshape(-1, 1) / (ctx.group.size() * weight.shape[0])
-            column = log_z[:, part].reshape(-1, 1)
-            grad_logits = logit_gradients(logits, column, share, index, grad * inside[:, None], uniform, weight.dtype)
+            size, z = ctx.group.size() * weight.shape[0], log_z[:, part].reshape(-1, 1)
+            mean = None if grad_means is None else grad_means[:, part].reshape(-1, 1) / size
+            grad_logits = logit_gradients(logits, z, share, index, grad * inside[:, None], mean, weight.dtype)
             del logits
             _add_gradients(ctx, grad_logits, states, weight, local[part], grad_hidden, grad_weight)
             del grad_logits
@@ -217,7 +215,7 @@ class _TokenKl(torch.autograd.Function):
             part = slice(first, first + ctx.chunk)
             logits = product(_chunk_states(ctx, hidden, local[part]), weight.t())
             start_logits = product(_gathered(ctx, start[part]), start_weight.t())
-            z, start_z = _log_sums(ctx, logits), _log_sums(ctx, start_logits)
+            z, start_z = log_sums(logits, group), log_sums(start_logits, group)
             logs = logits.sub_(z[:, None])
             gaps = start_logits.sub_(start_z[:, None]).neg_().add_(logs)  # log p - log q
             sums = logs.exp_().mul_(gaps).sum(-1)
@@ -279,7 +277,7 @@ def _add_gradients(
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
 ) -> None:
-    """Adds the contribution of a chunk to the gradients that are not None. grad_logits: float32 [n, vocab / ranks]."""
+    """Adds the contribution of a chunk to the gradients that are not None. grad_logits: [n, vocab / ranks]."""
     grad_logits, group = grad_logits.to(weight.dtype), ctx.group
     if grad_weight is not None:
         add_product(grad_weight, grad_logits.t(), states)
@@ -292,17 +290,6 @@ def _add_gradients(
         elif group.size() > 1:
             dist.all_reduce(grad_states, group=group)
         grad_hidden.index_add_(0, local, grad_states)
-
-
-def _log_sums(ctx: _Context, logits: Tensor) -> Tensor:
-    """log Σ exp over the whole vocabulary, float32 [n]."""
-    if ctx.group.size() == 1:
-        return logits.logsumexp(-1)
-    top = logits.max(-1).values
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=ctx.group)
-    sums = (logits - top[:, None]).exp_().sum(-1)
-    dist.all_reduce(sums, group=ctx.group)
-    return top + sums.log()
 
 
 def _scaled(ctx: _Context, values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -28,6 +29,17 @@ def exponential_sums(logits: Tensor, top: Tensor, *, products: bool = False, pla
     total = [logits.sum(-1)] if plain else []
     exp = (logits.clone() if products else logits).sub_(top[:, None]).exp_()
     return [exp.sum(-1), *([logits.mul_(exp).sum(-1)] if products else []), *total]
+
+
+def log_sums(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """log Σ exp over a vocabulary that is divided over a group: [n, vocabulary / ranks] -> float32 [n]."""
+    if group.size() == 1:
+        return logits.logsumexp(-1)
+    top = logits.max(-1).values
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    sums = (logits - top[:, None]).exp_().sum(-1)
+    dist.all_reduce(sums, group=group)
+    return top + sums.log()
 
 
 def logit_gradients(

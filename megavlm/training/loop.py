@@ -63,7 +63,7 @@ def train(
             monitor.say(ending)
             monitor.finish()
         run.close()
-        dist.barrier()
+        dist.barrier(run.session.groups.world_host)
     return 0
 
 

@@ -145,6 +145,13 @@ class _Functions(TorchFunctionMode):
         is_made = is_made and not (torch.is_tensor(args[0]) and args[0].is_meta)
         if is_made or (func is torch.Tensor.new_tensor and args[0].is_meta):
             self._watch.note("makes a tensor of numbers")
+        if (
+            func is torch.Tensor.__setitem__
+            and args[0].is_meta
+            and isinstance(args[1], int)
+            and not torch.is_tensor(args[2])
+        ):
+            self._watch.note("assigns a number")  # on an H100 this was seen to wait; `fill_` does not
         return func(*args, **kwargs)
 
 

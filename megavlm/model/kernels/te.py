@@ -52,17 +52,11 @@ class PackedTEAttention(TEDotProductAttention):
             return cached_attention(row, self.layer_number, query, key, value, scale_of(self.config))
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.config.deterministic_mode and self.config.context_parallel_size == 1:
-            causal = "causal" in self.attn_mask_type  # a string in TE
-            out = segment_attention(query, key, value, row, causal=causal, scale=scale_of(self.config))
+            scale, causal = scale_of(self.config), "causal" in self.attn_mask_type  # a string in TE
+            out = segment_attention(query, key, value, row, causal=causal, scale=scale)
         else:
             out = super().forward(
-                query,
-                key,
-                value,
-                attention_mask,
-                attn_mask_type=attn_mask_type,
-                attention_bias=attention_bias,
-                packed_seq_params=row.as_thd(),
+                query, key, value, attention_mask, attn_mask_type=attn_mask_type, packed_seq_params=row.as_thd()
             )
         return out.reshape(out.shape[0], 1, -1)
 
