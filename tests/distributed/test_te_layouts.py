@@ -4,6 +4,7 @@ Same steps, same references and same bounds as those of the portable kernels in 
 """
 
 import contextlib
+import os
 from collections import Counter
 from unittest import mock
 
@@ -11,6 +12,8 @@ import pytest
 import te_cpu
 from parity import ROWS, settings_of, train_layout
 from test_layouts import RECOMPUTE, check, compare, row_of_table
+
+from megavlm.base.errors import UserError
 
 EVERY_LAYER = RECOMPUTE["recomputed"]
 WINDOWS = {"vision": {"window": 2, "offload": True}}
@@ -86,12 +89,54 @@ def train_on_portable_kernels(*args):
         return train_layout(*args), dict(te_cpu.called - before)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_te_is_left_alone_on_a_cpu(optimizer, toys, te_world):
-    """Megatron takes TE's fused optimizers wherever TE is installed, so also where there is no GPU that runs them."""
-    folder = toys.folder("dense")
-    settings = settings_of(folder, {}, optimizer=optimizer, clip_grad=1.0)
+@pytest.mark.parametrize(("optimizer", "kind"), [("sgd", "dense"), ("adam", "dense"), ("sgd", "moe")])
+def test_te_is_left_alone_on_a_cpu(optimizer, kind, toys, te_world):
+    """Megatron takes TE's optimizers and router wherever TE is installed, so also where no GPU runs them."""
+    folder = toys.folder(kind)
+    settings = settings_of(folder, {}, moe=kind == "moe", optimizer=optimizer, clip_grad=1.0)
     settings["model"]["kernels"] = "portable"
-    arguments = folder, toys.checkpoint("dense"), toys.root, toys.records, settings, ROWS
+    arguments = folder, toys.checkpoint(kind), toys.root, toys.records, settings, ROWS
     ((_, asked),) = te_world(1).run(train_on_portable_kernels, *arguments)
     assert not asked
+
+
+def train_as_asked_to_repeat(*args):
+    """Runs on every rank: ``train_layout`` with repeated results, and which functions of TE it asked for."""
+    before = Counter(te_cpu.called)
+    with mock.patch.dict(os.environ, {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}):
+        return train_layout(*args), dict(te_cpu.called - before)
+
+
+def test_attention_that_repeats_its_results_is_torchs(toys, te_world):
+    """On H100, cuDNN's backward pass of packed rows repeats its sums for short rows only, and TE says nothing."""
+    settings = te_settings(toys.folder("dense"), {}, deterministic=True)
+    arguments = toys.folder("dense"), toys.checkpoint("dense"), toys.root, toys.records, settings, ROWS
+    ((_, asked),) = te_world(1).run(train_as_asked_to_repeat, *arguments)
+    assert "generic_gemm" in asked
+    assert not {"fused_attn_fwd", "fused_attn_bwd"} & set(asked)
+
+
+def train_without_fused_attention(*args):
+    """Runs on every rank: what ``train_layout`` raises where cuDNN has no kernel."""
+    import transformer_engine_torch as extension
+    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention as module
+
+    none = lambda *args, **kwargs: (extension.NVTE_Fused_Attn_Backend.NVTE_No_Backend, "there is none")
+    module._attention_backends["attention_params"] = None  # it remembers what it chose
+    try:
+        with mock.patch.object(extension, "get_fused_attn_backend", none):
+            train_layout(*args)
+    except UserError as error:
+        return f"{error.message} → {error.remedy}"
+    finally:
+        module._attention_backends["attention_params"] = None
+    return "it ran"
+
+
+def test_attention_without_a_fused_kernel_is_refused(toys, te_world):
+    """TE would keep the products of all queries and keys: 32 GiB for a row of 8,192 tokens of the 2B model."""
+    folder = toys.folder("dense")
+    arguments = folder, toys.checkpoint("dense"), toys.root, toys.records, te_settings(folder, {}), ROWS
+    (told,) = te_world(1).run(train_without_fused_attention, *arguments)
+    assert "finds no fused attention" in told
+    assert "model.kernels to portable" in told
