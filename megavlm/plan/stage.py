@@ -24,6 +24,7 @@ from megavlm.plan.step_memory import Peak, RowsAtHand
 from megavlm.plan.trace import trace_stage
 from megavlm.runtime.session import Session
 from megavlm.tracing.absent_rank import TrainedModel, absent_rank, that_can_be_absent
+from megavlm.tracing.fused_layers import are_meant
 from megavlm.tracing.stand_in import fewer_experts, fewer_layers, layers_of
 from megavlm.tracing.static_memory import StaticCount, StaticMemory, make_state
 from megavlm.training.method import Method
@@ -248,7 +249,9 @@ class _Traced(NamedTuple):
 def _traced(layout: Layout, number: int, trained: Sequence[TrainedModel], imbalance: float | None) -> _Traced:
     """Lets a rank run that has few of the layers of stage ``number``; see ``trace_stage`` for ``imbalance``."""
     window = window_of(layout.settings, trained[0], layout.rows)
-    trace = partial(trace_stage, window=window, shapes=layout.shapes, parallel=layout.settings.parallel, stage=number)
+    fused = layout.settings if are_meant(layout.settings) else None
+    of_stage = dict(shapes=layout.shapes, parallel=layout.settings.parallel, stage=number)
+    trace = partial(trace_stage, window=window, **of_stage, fused=fused)
     found = [trace(model, layout.row, layout.mean_row, imbalance=imbalance) for model in trained]
     adapted = trained[0].adapters.parts if trained[0].adapters is not None else ()
     return _Traced([memory for memory, _ in found], found[0][1], window, adapted)
