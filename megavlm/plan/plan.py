@@ -27,6 +27,7 @@ from megavlm.plan.step_time import StepTime
 from megavlm.runtime.session import check_shapes
 from megavlm.tracing.absent_rank import ALL_STEPS
 from megavlm.tracing.balanced_experts import IMBALANCE
+from megavlm.tracing.fused_layers import are_meant
 from megavlm.tracing.static_memory import StaticMemory
 
 SPARE = 0.05
@@ -84,6 +85,7 @@ class Plan:
         needs: bytes on the fullest stage with another ``train.recompute`` ("core_attn" or "none"), without
             ``vision.recompute`` if the second is false, and with a number of chunks of a stage: an estimate, in rough
             plans of one chunk in which all is computed again.
+        kernels: whose activations are counted: those of ``te`` or of ``portable``.
     """
 
     gpu: Gpu
@@ -102,6 +104,7 @@ class Plan:
     workers: DataWorkers | None = None
     ramps: list[str] = field(default_factory=list)
     needs: dict[Need, int] = field(default_factory=dict)
+    kernels: str = "portable"
 
     @property
     def capacity(self) -> int:
@@ -182,6 +185,7 @@ def make_plan(
         workers,
         [name for name in RAMPS if operator.attrgetter(name)(settings)],
         {} if exact or not _computes_all_again(settings) else _needs(found, settings),
+        "te" if are_meant(settings) else "portable",
     )
 
 
