@@ -27,7 +27,6 @@ from megavlm.plan.step_time import StepTime
 from megavlm.runtime.session import check_shapes
 from megavlm.tracing.absent_rank import ALL_STEPS
 from megavlm.tracing.balanced_experts import IMBALANCE
-from megavlm.tracing.fused_layers import are_meant
 from megavlm.tracing.static_memory import StaticMemory
 
 SPARE = 0.05
@@ -184,8 +183,8 @@ def make_plan(
         samples,
         workers,
         [name for name in RAMPS if operator.attrgetter(name)(settings)],
-        {} if exact or not _computes_all_again(settings) else _needs(found, settings),
-        "te" if are_meant(settings) else "portable",
+        {} if exact or not _computes_all_again(settings) else _needs(found, settings, layout.kernels),
+        layout.kernels,
     )
 
 
@@ -193,13 +192,14 @@ def _computes_all_again(settings: Settings) -> bool:
     return settings.train.recompute == "full" and settings.parallel.virtual_pipeline is None
 
 
-def _needs(stages: Sequence[Stage], settings: Settings) -> dict[Need, int]:
-    """See ``Plan.needs``. Of the stages in the middle, which are alike, the first has most under way."""
+def _needs(stages: Sequence[Stage], settings: Settings, kernels: str) -> dict[Need, int]:
+    """See ``Plan.needs``; attention alone is computed again with portable kernels only. Of the stages in the middle, which are alike, the first has most under way."""
     found: dict[Need, int] = {}
     last = len(stages) - 1
     numbers = sorted({0, min(1, last), last})
     recomputes_tower = settings.vision.recompute
-    forms = [(decoder, tower) for decoder in ("full", "core_attn", "none") for tower in {recomputes_tower, False}]
+    decoders = ("full", "core_attn", "none") if kernels == "portable" else ("full", "none")
+    forms = [(decoder, tower) for decoder in decoders for tower in {recomputes_tower, False}]
     for decoder, tower in forms:
         keep = partial(StageMemory.keeping, recompute=decoder, tower=recomputes_tower and not tower)
         kept = [stages[number].with_memories(keep) for number in numbers]

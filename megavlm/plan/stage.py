@@ -14,6 +14,7 @@ from megavlm.base.pools import in_processes
 from megavlm.checkpoint.optimizer_state import made_when_saved
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
+from megavlm.model.kernels import resolved_on_gpus
 from megavlm.model.shapes import Shapes
 from megavlm.plan.all_layers import Held, of_all_layers
 from megavlm.plan.further_memory import further_memory, sampling_memory, server_among
@@ -24,7 +25,6 @@ from megavlm.plan.step_memory import Peak, RowsAtHand
 from megavlm.plan.trace import trace_stage
 from megavlm.runtime.session import Session
 from megavlm.tracing.absent_rank import TrainedModel, absent_rank, that_can_be_absent
-from megavlm.tracing.fused_layers import are_meant
 from megavlm.tracing.stand_in import fewer_experts, fewer_layers, layers_of
 from megavlm.tracing.static_memory import StaticCount, StaticMemory, make_state
 from megavlm.training.method import Method
@@ -55,6 +55,11 @@ class Layout:
     mix: Mix | DataMix
     rows: int
     imbalance: float
+
+    @property
+    def kernels(self) -> str:
+        """Those of the run on GPUs: ``te`` or ``portable``."""
+        return resolved_on_gpus(self.settings.model.kernels, self.settings.train.precision)
 
     @cached_property
     def row(self) -> Row:
@@ -249,7 +254,7 @@ class _Traced(NamedTuple):
 def _traced(layout: Layout, number: int, trained: Sequence[TrainedModel], imbalance: float | None) -> _Traced:
     """Lets a rank run that has few of the layers of stage ``number``; see ``trace_stage`` for ``imbalance``."""
     window = window_of(layout.settings, trained[0], layout.rows)
-    fused = layout.settings if are_meant(layout.settings) else None
+    fused = layout.settings if layout.kernels == "te" else None
     of_stage = dict(shapes=layout.shapes, parallel=layout.settings.parallel, stage=number)
     trace = partial(trace_stage, window=window, **of_stage, fused=fused)
     found = [trace(model, layout.row, layout.mean_row, imbalance=imbalance) for model in trained]

@@ -28,12 +28,6 @@ from megavlm.model.vlm import VLM
 from megavlm.tracing import kept_functions as kept
 
 
-def are_meant(settings: Settings) -> bool:
-    """Whether a run with these settings has Transformer Engine's layers on a GPU (as ``kernels.resolve``)."""
-    kernels = settings.model.kernels
-    return kernels == "te" or (kernels == "auto" and settings.train.precision != "fp32")
-
-
 class FusedRMSNorm(RMSNorm):
     """Also Transformer Engine's norm of queries and of keys."""
 

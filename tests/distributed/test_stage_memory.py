@@ -47,14 +47,13 @@ def both(cases: dict) -> dict:
     from megavlm.plan.step_memory import peak_of
     from megavlm.plan.trace import trace_stage
     from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
-    from megavlm.tracing.fused_layers import are_meant
     from megavlm.tracing.stand_in import fewer_layers, layers_of
 
     found = {}
     with alone():
         for name, (sections, world, window) in cases.items():
             settings = Settings(**sections)
-            fused = settings if are_meant(settings) else None
+            fused = settings if settings.model.kernels == "te" else None
             settings = that_can_be_absent(settings)
             method, parallel, shapes = make_method("sft", settings), settings.parallel, model_shapes(settings.model)
             vision = replace(shapes.vision, layers=TOWER_LAYERS, deepstack_layers=(2, 4, 7))
