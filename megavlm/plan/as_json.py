@@ -8,8 +8,8 @@ from megavlm.plan.plan import SPARE, Plan
 CAVEATS = {
     "te": "Activations are what Transformer Engine's layers keep in bf16. Not counted: CUDA, NCCL and workspaces of "
     "kernels.",
-    "portable": "Activations are those of the portable kernels; those of Transformer Engine keep less. Not counted: CUDA, "
-    "NCCL and workspaces of kernels.",
+    "portable": "Activations are those of the portable kernels; those of Transformer Engine keep less. Not counted: "
+    "CUDA, NCCL and workspaces of kernels.",
 }
 """By kernels, what is assumed of memory and what is not counted."""
 _ASSUMED = (

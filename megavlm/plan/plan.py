@@ -193,7 +193,10 @@ def _computes_all_again(settings: Settings) -> bool:
 
 
 def _needs(stages: Sequence[Stage], settings: Settings, kernels: str) -> dict[Need, int]:
-    """See ``Plan.needs``; attention alone is computed again with portable kernels only. Of the stages in the middle, which are alike, the first has most under way."""
+    """See ``Plan.needs``; attention alone is computed again with portable kernels only.
+
+    Of the stages in the middle, which are alike, the first has most under way.
+    """
     found: dict[Need, int] = {}
     last = len(stages) - 1
     numbers = sorted({0, min(1, last), last})

@@ -14,7 +14,6 @@ from megavlm.base.pools import in_processes
 from megavlm.checkpoint.optimizer_state import made_when_saved
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
-from megavlm.model.kernels import resolved_on_gpus
 from megavlm.model.shapes import Shapes
 from megavlm.plan.all_layers import Held, of_all_layers
 from megavlm.plan.further_memory import further_memory, sampling_memory, server_among
@@ -32,6 +31,13 @@ from megavlm.training.step import Step
 
 _META = torch.device("meta")
 FREE_MEMORY = "end other programs, which need memory too, and run the same command again"
+
+
+def kernels_on_gpus(settings: Settings) -> str:
+    """What ``kernels.resolve`` returns in a run on GPUs with Transformer Engine: ``te`` or ``portable``."""
+    if settings.model.kernels != "auto":
+        return settings.model.kernels
+    return "portable" if settings.train.precision == "fp32" else "te"
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,8 @@ class Layout:
 
     @property
     def kernels(self) -> str:
-        """Those of the run on GPUs: ``te`` or ``portable``."""
-        return resolved_on_gpus(self.settings.model.kernels, self.settings.train.precision)
+        """See ``kernels_on_gpus``."""
+        return kernels_on_gpus(self.settings)
 
     @cached_property
     def row(self) -> Row:
@@ -254,9 +260,8 @@ class _Traced(NamedTuple):
 def _traced(layout: Layout, number: int, trained: Sequence[TrainedModel], imbalance: float | None) -> _Traced:
     """Lets a rank run that has few of the layers of stage ``number``; see ``trace_stage`` for ``imbalance``."""
     window = window_of(layout.settings, trained[0], layout.rows)
-    fused = layout.settings if layout.kernels == "te" else None
-    of_stage = dict(shapes=layout.shapes, parallel=layout.settings.parallel, stage=number)
-    trace = partial(trace_stage, window=window, **of_stage, fused=fused)
+    trace = partial(trace_stage, window=window, shapes=layout.shapes, parallel=layout.settings.parallel, stage=number)
+    trace = partial(trace, fused=layout.settings if layout.kernels == "te" else None)
     found = [trace(model, layout.row, layout.mean_row, imbalance=imbalance) for model in trained]
     adapted = trained[0].adapters.parts if trained[0].adapters is not None else ()
     return _Traced([memory for memory, _ in found], found[0][1], window, adapted)

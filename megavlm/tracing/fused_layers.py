@@ -48,7 +48,7 @@ class _Fused:
         if not weight.requires_grad:
             return super()._forward_impl(input=input, weight=weight, **options)  # type: ignore[misc]  # Megatron's
         gather = options["tp_group"] if options["sequence_parallel"] else None
-        return kept.Linear.apply(input, weight, options["bias"], self.stand_in, gather)
+        return kept.LinearProduct.apply(input, weight, options["bias"], self.stand_in, gather)
 
 
 class FusedColumnLinear(_Fused, ColumnParallelLinear):
@@ -101,10 +101,10 @@ class FusedExperts(SequentialMLP):
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
         first, second = zip(*[(e.linear_fc1.weight, e.linear_fc2.weight) for e in self.local_experts], strict=True)
-        wide = kept.GroupedLinear.apply(permuted_local_hidden_states, self.stand_ins[0], *first)
+        wide = kept.GroupedProduct.apply(permuted_local_hidden_states, self.stand_ins[0], *first)
         active = kept.GatedActivation.apply(wide, permuted_probs.unsqueeze(-1))
         del wide
-        return kept.GroupedLinear.apply(active, self.stand_ins[1], *second), None
+        return kept.GroupedProduct.apply(active, self.stand_ins[1], *second), None
 
 
 class FusedSelfAttention(SelfAttention):
@@ -189,7 +189,7 @@ def fused_layers(vlm: VLM, settings: Settings) -> Iterator[None]:
                 elif of in _LINEAR and not settings.adapter.quantize and id(module) not in heads:
                     change(module, _LINEAR[of])
                     if module.weight.requires_grad:
-                        module.stand_in = stand_in(module.weight)  # type: ignore[assignment]  # not a module
+                        module.stand_in = stand_in(module.weight)
                 elif of is SequentialMLP and plain:
                     change(module, FusedExperts)
                     first = module.local_experts[0]
@@ -206,4 +206,9 @@ def fused_layers(vlm: VLM, settings: Settings) -> Iterator[None]:
             layer.pre_mlp_layernorm = norm
             layer.mlp.norm = None
         for module, of in changed:
+            for name in ("stand_in", "stand_ins"):
+                module.__dict__.pop(name, None)
             module.__class__ = of
+        for parameter in (parameter for root in (vlm.vision, *vlm.language) for parameter in root.parameters()):
+            if getattr(parameter, "grad_added_to_main_grad", False):
+                parameter.grad_added_to_main_grad = False

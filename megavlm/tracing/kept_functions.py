@@ -26,7 +26,7 @@ class Norm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-class Linear(torch.autograd.Function):
+class LinearProduct(torch.autograd.Function):
     """A product that adds the weight's gradient to its buffer, and gives autograd a ``stand_in`` for it.
 
     x [..., in] -> [..., out]. With ``gather``, x is a slice of the tokens: they are gathered for the product, and again
@@ -65,7 +65,7 @@ def _in_the_buffer(weight: Tensor, stand_in: Tensor) -> Tensor | None:
     return stand_in.detach()
 
 
-class GroupedLinear(torch.autograd.Function):
+class GroupedProduct(torch.autograd.Function):
     """The products of all experts of a rank, each with its own tokens: x [tokens, in] -> [tokens, out]."""
 
     @staticmethod

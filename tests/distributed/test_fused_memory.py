@@ -61,17 +61,18 @@ def of_forward_passes(vlm, optimizers, settings, where: torch.device) -> dict[st
     def run() -> dict[str, int]:
         memory = LiveMemory(where)
         feed, phases = RowsAtHand(vlm, [row] * rows), PhasesOf(memory)
-        with BalancedExperts(vlm) if absent else nullcontext(), memory, phases.step():
-            with fused_layers(vlm, settings) if absent else nullcontext():
-                before = Counter(memory.by_phase)
-                (window,) = feed.windows(feed.rows(rows), rows)
-                with phases("exchange"):
-                    encode_window(vlm, window, partial(phases, "tower"))
-                tower = memory.by_phase["tower"] - before["tower"]
-                with phases("decoder"):
-                    output = forward_chunk(vlm, vlm.language[0], window.micro_batches[0])
-                assert output.numel()
-                return {"tower": tower, "decoder": memory.by_phase["decoder"] - before["decoder"]}
+        experts = BalancedExperts(vlm) if absent else nullcontext()
+        layers = fused_layers(vlm, settings) if absent else nullcontext()
+        with experts, memory, layers, phases.step():
+            before = Counter(memory.by_phase)
+            (window,) = feed.windows(feed.rows(rows), rows)
+            with phases("exchange"):
+                encode_window(vlm, window, partial(phases, "tower"))
+            tower = memory.by_phase["tower"] - before["tower"]
+            with phases("decoder"):
+                output = forward_chunk(vlm, vlm.language[0], window.micro_batches[0])
+            assert output.numel()
+            return {"tower": tower, "decoder": memory.by_phase["decoder"] - before["decoder"]}
 
     run()  # makes what stays: Transformer Engine's workspace
     return run()

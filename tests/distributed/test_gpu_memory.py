@@ -1,4 +1,4 @@
-"""Planned memory against an H100's: what `benchmarks/gpu_check` measured there, in docs/benchmarks/gpu_check.json."""
+"""Planned memory against an H100's: what `benchmarks/gpu_check` measured there, in its file under docs/benchmarks."""
 
 from pathlib import Path
 
@@ -16,7 +16,6 @@ MEASURED = {
 def planned(root: str) -> dict[str, tuple[float, float]]:
     """By kind of rows: GiB at the fullest moment, and the share of visual tokens."""
     from benchmarks.gpu_check.speed import GPU, counts_of, samples_of, settings_for
-
     from megavlm.convert.hf_shapes import model_shapes
     from megavlm.plan.mix import Mix
     from megavlm.plan.stage import Layout, stage_of

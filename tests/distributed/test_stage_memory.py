@@ -28,7 +28,9 @@ CASES = {
         3, "dense", {"pipeline": 3, "first_stage_layers": 4, "last_stage_layers": 5}, {}, {}, 6,
     ),
     "as TE keeps it": (1, "dense", {}, {"precision": "bf16"}, {}, 2),
-    "as TE keeps it, PP2, recomputed MLPs": (2, "dense", {"pipeline": 2}, {"precision": "bf16", "recompute": ["mlp"]}, {}, 6),
+    "as TE keeps it, PP2, recomputed MLPs": (
+        2, "dense", {"pipeline": 2}, {"precision": "bf16", "recompute": ["mlp"]}, {}, 6,
+    ),
     "as TE keeps it, experts": (1, "moe", {}, {"precision": "bf16"}, {}, 2),
     "PP2 × VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}, {}, {}, 8),
     "PP2 × VPP2, recomputed layers": (
@@ -70,9 +72,8 @@ def both(cases: dict) -> dict:
                     memory, _ = trace_stage(one, row, row, window, shapes, parallel, stage, fused=fused)
                     told = memory.peak(stage, parallel.pipeline, window)
                 with absent_rank(settings, method, rank, world, shapes=shapes) as (_, (one,)):
-                    whole = peak_of(
-                        one.vlm, one.optimizers, one.objective, [row] * window, window, torch.device("meta"), fused=fused
-                    )
+                    rows, where = [row] * window, torch.device("meta")
+                    whole = peak_of(one.vlm, one.optimizers, one.objective, rows, window, where, fused=fused)
                 found[name, stage] = told, whole
     return found
 

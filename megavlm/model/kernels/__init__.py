@@ -47,16 +47,11 @@ def resolve(kernels: str, precision: str) -> str:
     """
     can_te = on_gpu() and transformer_engine_found()
     if kernels == "auto":
-        return resolved_on_gpus(kernels, precision) if can_te else "portable"
+        return "te" if can_te and precision != "fp32" else "portable"
     if kernels == "te" and not can_te:
         why = "transformer_engine is not installed" if on_gpu() else "there is no GPU"
         raise UserError(f"model.kernels is te, but {why}", "set model.kernels to portable, or to auto")
     return kernels
-
-
-def resolved_on_gpus(kernels: str, precision: str) -> str:
-    """What ``resolve`` returns on GPUs with Transformer Engine, wherever this is called."""
-    return ("portable" if precision == "fp32" else "te") if kernels == "auto" else kernels
 
 
 def provider(kernels: str, adapter: AdapterSettings) -> Kernels:
