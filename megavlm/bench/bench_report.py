@@ -16,6 +16,7 @@ from megavlm.config.load import resolved_yaml
 from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.model.flops import Work, peak_flops, step_flops
+from megavlm.model.kernels import resolve
 from megavlm.monitor.metrics import throughput
 from megavlm.plan.step_memory import peak_of
 from megavlm.platform import device_name
@@ -91,6 +92,7 @@ def planned_memory(settings: Settings, verb: str, world_size: int, rows: Sequenc
         rows: the rows of a step on a data-parallel rank.
     """
     method, absent, found = make_method(verb, settings), that_can_be_absent(settings), []
+    fused = settings if resolve(settings.model.kernels, settings.train.precision) == "te" else None
     for stage in range(settings.parallel.pipeline):
         rank = world_size // settings.parallel.pipeline * stage
         with absent_rank(absent, method, rank, world_size, at_end=True) as (_, trained):
@@ -100,7 +102,8 @@ def planned_memory(settings: Settings, verb: str, world_size: int, rows: Sequenc
                 static += count(model.vlm, model.optimizers)
                 where = next(model.vlm.vision.parameters()).device
                 window = settings.vision.window
-                peaks.append(peak_of(model.vlm, model.optimizers, model.objective, [*rows], window, where).total)
+                run = model.vlm, model.optimizers, model.objective, [*rows], window, where
+                peaks.append(peak_of(*run, fused=fused).total)
             found.append(static.total + max(peaks))
     return max(found)
 

@@ -5,11 +5,13 @@ from typing import Any
 
 from megavlm.plan.plan import SPARE, Plan
 
-CAVEATS = (
-    "Activations are those of the portable kernels; those of Transformer Engine keep less. Not counted: CUDA, NCCL and "
-    "workspaces of kernels."
-)
-"""What is assumed of memory and what is not counted."""
+CAVEATS = {
+    "te": "Activations are what Transformer Engine's layers keep in bf16. Not counted: CUDA, NCCL and workspaces of "
+    "kernels.",
+    "portable": "Activations are those of the portable kernels; those of Transformer Engine keep less. Not counted: "
+    "CUDA, NCCL and workspaces of kernels.",
+}
+"""By kernels, what is assumed of memory and what is not counted."""
 _ASSUMED = (
     "Times follow from the GPU's data sheet and from assumed shares of it and latencies, none of which megavlm has "
     "measured; a file of `megavlm bench --operators` has measured ones."
@@ -18,7 +20,7 @@ _ASSUMED = (
 
 def caveats(plan: Plan) -> str:
     """What is assumed and what is not counted, in sentences."""
-    told = [CAVEATS]
+    told = [CAVEATS[plan.kernels]]
     if "points" not in plan.gpu.operators:
         told.append(_ASSUMED)
     if plan.ramps:

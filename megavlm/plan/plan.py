@@ -84,6 +84,7 @@ class Plan:
         needs: bytes on the fullest stage with another ``train.recompute`` ("core_attn" or "none"), without
             ``vision.recompute`` if the second is false, and with a number of chunks of a stage: an estimate, in rough
             plans of one chunk in which all is computed again.
+        kernels: whose activations are counted: those of ``te`` or of ``portable``.
     """
 
     gpu: Gpu
@@ -102,6 +103,7 @@ class Plan:
     workers: DataWorkers | None = None
     ramps: list[str] = field(default_factory=list)
     needs: dict[Need, int] = field(default_factory=dict)
+    kernels: str = "portable"
 
     @property
     def capacity(self) -> int:
@@ -181,7 +183,8 @@ def make_plan(
         samples,
         workers,
         [name for name in RAMPS if operator.attrgetter(name)(settings)],
-        {} if exact or not _computes_all_again(settings) else _needs(found, settings),
+        {} if exact or not _computes_all_again(settings) else _needs(found, settings, layout.kernels),
+        layout.kernels,
     )
 
 
@@ -189,13 +192,17 @@ def _computes_all_again(settings: Settings) -> bool:
     return settings.train.recompute == "full" and settings.parallel.virtual_pipeline is None
 
 
-def _needs(stages: Sequence[Stage], settings: Settings) -> dict[Need, int]:
-    """See ``Plan.needs``. Of the stages in the middle, which are alike, the first has most under way."""
+def _needs(stages: Sequence[Stage], settings: Settings, kernels: str) -> dict[Need, int]:
+    """See ``Plan.needs``; attention alone is computed again with portable kernels only.
+
+    Of the stages in the middle, which are alike, the first has most under way.
+    """
     found: dict[Need, int] = {}
     last = len(stages) - 1
     numbers = sorted({0, min(1, last), last})
     recomputes_tower = settings.vision.recompute
-    forms = [(decoder, tower) for decoder in ("full", "core_attn", "none") for tower in {recomputes_tower, False}]
+    decoders = ("full", "core_attn", "none") if kernels == "portable" else ("full", "none")
+    forms = [(decoder, tower) for decoder in decoders for tower in {recomputes_tower, False}]
     for decoder, tower in forms:
         keep = partial(StageMemory.keeping, recompute=decoder, tower=recomputes_tower and not tower)
         kept = [stages[number].with_memories(keep) for number in numbers]

@@ -33,6 +33,13 @@ _META = torch.device("meta")
 FREE_MEMORY = "end other programs, which need memory too, and run the same command again"
 
 
+def kernels_on_gpus(settings: Settings) -> str:
+    """What ``kernels.resolve`` returns in a run on GPUs with Transformer Engine: ``te`` or ``portable``."""
+    if settings.model.kernels != "auto":
+        return settings.model.kernels
+    return "portable" if settings.train.precision == "fp32" else "te"
+
+
 @dataclass(frozen=True)
 class Layout:
     """A run on a cluster.
@@ -54,6 +61,11 @@ class Layout:
     mix: Mix | DataMix
     rows: int
     imbalance: float
+
+    @property
+    def kernels(self) -> str:
+        """See ``kernels_on_gpus``."""
+        return kernels_on_gpus(self.settings)
 
     @cached_property
     def row(self) -> Row:
@@ -249,6 +261,7 @@ def _traced(layout: Layout, number: int, trained: Sequence[TrainedModel], imbala
     """Lets a rank run that has few of the layers of stage ``number``; see ``trace_stage`` for ``imbalance``."""
     window = window_of(layout.settings, trained[0], layout.rows)
     trace = partial(trace_stage, window=window, shapes=layout.shapes, parallel=layout.settings.parallel, stage=number)
+    trace = partial(trace, fused=layout.settings if layout.kernels == "te" else None)
     found = [trace(model, layout.row, layout.mean_row, imbalance=imbalance) for model in trained]
     adapted = trained[0].adapters.parts if trained[0].adapters is not None else ()
     return _Traced([memory for memory, _ in found], found[0][1], window, adapted)

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.model.vlm import VLM
 from megavlm.optim.optimizers import Optimizers
 from megavlm.runtime.feed import Feed, MicroBatch, StepRows
 from megavlm.tracing.balanced_experts import BalancedExperts
+from megavlm.tracing.fused_layers import fused_layers
 from megavlm.tracing.live_memory import LiveMemory, PhasesOf
 from megavlm.training.objective import Objective
 from megavlm.training.step import Step
@@ -87,6 +89,7 @@ def peak_of(
     window: int | None,
     where: torch.device,
     imbalance: float = 1.0,
+    fused: Settings | None = None,
 ) -> Peak:
     """Runs the rows forward and backward, and returns the peak. Gradients stay in the buffers.
 
@@ -96,6 +99,7 @@ def peak_of(
         window: see ``Step``.
         where: the device that is counted: that of the model.
         imbalance: tokens of this rank's experts over the mean of the expert-parallel ranks; on the meta device alone.
+        fused: the settings of a run whose layers are Transformer Engine's (``fused_layers``); on the meta device alone.
     """
     memory = LiveMemory(where)
     phases = PhasesOf(memory)
@@ -105,6 +109,8 @@ def peak_of(
     is_absent = where.type == "meta"
     if is_absent:
         vlm.decoder_config.batch_p2p_comm = False  # torch cannot batch sends of meta tensors
-    with BalancedExperts(vlm, imbalance) if is_absent else nullcontext(), memory, phases.step():
+    experts = BalancedExperts(vlm, imbalance) if is_absent else nullcontext()
+    layers = nullcontext() if fused is None else fused_layers(vlm, fused)
+    with experts, memory, layers, phases.step():
         step.gradients(feed.rows(len(rows)))
     return Peak(memory.peak_phase, memory.at_peak)

@@ -6,7 +6,7 @@ pass follows, all with the real model and few of its like layers (``stand_in``).
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavlm.config.sections import ParallelSettings
+from megavlm.config.settings import Settings
 from megavlm.data.row import Row
 from megavlm.model.language import LanguageModel
 from megavlm.model.shapes import Shapes
@@ -29,6 +30,7 @@ from megavlm.tracing.absent_rank import TrainedModel
 from megavlm.tracing.balanced_experts import BalancedExperts
 from megavlm.tracing.computed_again import ComputedAgain, in_backward
 from megavlm.tracing.dispatch import Together
+from megavlm.tracing.fused_layers import fused_layers
 from megavlm.tracing.grouped_experts import Experts
 from megavlm.tracing.live_memory import LiveMemory, PhasesOf
 from megavlm.tracing.operators import Operators, group_names
@@ -46,6 +48,7 @@ def trace_stage(
     parallel: ParallelSettings,
     stage: int,
     imbalance: float | None = 1.0,
+    fused: Settings | None = None,
 ) -> tuple[StageMemory, StageOperators]:
     """Runs a window on a rank of an absent world.
 
@@ -58,6 +61,9 @@ def trace_stage(
         stage: the pipeline stage of the rank.
         imbalance: see ``BalancedExperts``; for the memory alone. None: the memory is about that of balanced
             experts, on a stage without features.
+        fused: the settings of a run with Transformer Engine's layers, whose memory is counted as they keep it. None:
+            that of the portable layers. The operators are always those of the portable layers, whose matrix products
+            are the same (``unfused`` in gpus.yaml is for the others).
 
     Returns:
         What is alive, and the operators of a micro-batch and of a window.
@@ -72,11 +78,13 @@ def trace_stage(
     with Together(BalancedExperts(vlm), operators, memory):
         found = trace.run(mean_row, window)
     parts = parts_of(experts.grouped(operators.found), 1)
-    if imbalance is None and row is mean_row:
+    if fused is None and imbalance is None and row is mean_row:
         chunks = [replace(chunk, left={}) for chunk in found.chunks]  # it is what the first micro-batch alone leaves
         found = replace(found, chunks=chunks)
-    elif row is not mean_row or _has_experts(vlm):  # what dispatchers remember of one, the next one replaces
-        with Together(BalancedExperts(vlm, imbalance or 1.0), memory):
+    elif fused is not None or row is not mean_row or _has_experts(vlm):
+        layers = nullcontext() if fused is None else fused_layers(vlm, fused)
+        # What dispatchers remember of one micro-batch, the next one replaces.
+        with Together(BalancedExperts(vlm, imbalance or 1.0), memory), layers:
             found = trace.run(row, window)
     return found, StageOperators(parts, len(vlm.language))
 

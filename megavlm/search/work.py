@@ -11,7 +11,7 @@ from megavlm.base.errors import UserError
 from megavlm.base.pools import Forked, num_cores
 from megavlm.config.settings import Settings
 from megavlm.plan.plan import SPARE, Need, Plan
-from megavlm.plan.stage import FREE_MEMORY
+from megavlm.plan.stage import FREE_MEMORY, kernels_on_gpus
 from megavlm.search.candidate import Candidate
 from megavlm.search.layouts import with_changes
 
@@ -81,7 +81,10 @@ def savings(settings: Settings) -> list[Form]:
     trains_tower = settings.adapter.type is not None or "vision" not in settings.frozen(settings.train.steps or 1)
     tower = [True, False] if trains_tower else [settings.vision.recompute]
     own = settings.train.recompute
-    decoder = ["full", *([own] if own not in ("full", "none", ["core_attn"]) else []), ["core_attn"], "none"]
+    attention = [["core_attn"]]  # which Transformer Engine's attention does not keep, so that a run refuses it
+    if kernels_on_gpus(settings) == "te":
+        attention = []
+    decoder = ["full", *([own] if own not in ("full", "none", ["core_attn"]) else []), *attention, "none"]
     return [{"train.recompute": one, "vision.recompute": again} for one in decoder for again in tower]
 
 

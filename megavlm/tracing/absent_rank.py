@@ -47,8 +47,9 @@ class TrainedModel:
 def that_can_be_absent(settings: Settings) -> Settings:
     """The settings with which a rank can be built without a GPU, without memory and without other ranks.
 
-    Kernels are the portable ones, precision fp8 becomes bf16, data-parallel ranks do not share frames, and features are
-    not in host memory. ``model.adapter`` need not exist if the section ``adapter`` describes it.
+    Kernels are the portable ones (in ``fused_layers`` they keep what those of Transformer Engine keep), precision fp8
+    becomes bf16, data-parallel ranks do not share frames, and features are not in host memory. ``model.adapter`` need
+    not exist if the section ``adapter`` describes it.
     """
     model = settings.model.model_copy(update={"kernels": "portable"})
     if settings.adapter.type is not None and model.adapter is not None and not model.adapter.exists():

@@ -87,7 +87,8 @@ def test_a_toy(config, world1) -> None:
         assert stage["total"] == sum(stage["static"].values()) + sum(stage["peak"]["by_phase"].values())
     # Twice as many rows are twice the work; a window of all rows holds the pixels and features of twice as many.
     assert larger["model_flops"] == pytest.approx({k: 2 * v for k, v in found["model_flops"].items()})
-    sizes = [plan["stages"][0]["peak"]["by_phase"]["exchange"] for plan in (found, larger)]
+    moments = [next(m for m in plan["stages"][0]["moments"] if m["name"] == "decoder") for plan in (found, larger)]
+    sizes = [moment["peak"]["by_phase"]["exchange"] for moment in moments]
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.2)
     assert larger["capacity"] > found["capacity"]
     assert (found["ramps"], larger["ramps"]) == ([], ["train.batch_ramp"])

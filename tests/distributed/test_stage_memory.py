@@ -27,12 +27,17 @@ CASES = {
     "PP3, few layers at both ends": (
         3, "dense", {"pipeline": 3, "first_stage_layers": 4, "last_stage_layers": 5}, {}, {}, 6,
     ),
+    "as TE keeps it": (1, "dense", {}, {"precision": "bf16"}, {}, 2),
+    "as TE keeps it, PP2, recomputed MLPs": (
+        2, "dense", {"pipeline": 2}, {"precision": "bf16", "recompute": ["mlp"]}, {}, 6,
+    ),
+    "as TE keeps it, experts": (1, "moe", {}, {"precision": "bf16"}, {}, 2),
     "PP2 × VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}, {}, {}, 8),
     "PP2 × VPP2, recomputed layers": (
         2, "moe", {"pipeline": 2, "virtual_pipeline": 2}, {"recompute": "full", "vision": {"recompute": True}}, {}, 4,
     ),
 }  # fmt: skip
-QUICK = {"recomputed layers", "PP2 × VPP2", "experts"}
+QUICK = {"as TE keeps it", "recomputed layers", "PP2 × VPP2", "experts"}
 
 
 def both(cases: dict) -> dict:
@@ -49,7 +54,9 @@ def both(cases: dict) -> dict:
     found = {}
     with alone():
         for name, (sections, world, window) in cases.items():
-            settings = that_can_be_absent(Settings(**sections))
+            settings = Settings(**sections)
+            fused = settings if settings.model.kernels == "te" else None
+            settings = that_can_be_absent(settings)
             method, parallel, shapes = make_method("sft", settings), settings.parallel, model_shapes(settings.model)
             vision = replace(shapes.vision, layers=TOWER_LAYERS, deepstack_layers=(2, 4, 7))
             shapes = replace(shapes, vision=vision, text=replace(shapes.text, layers=LAYERS))
@@ -62,12 +69,11 @@ def both(cases: dict) -> dict:
                     all_layers, enough = layers_of(parallel, LAYERS, stage), 6 if stage == 0 else 3
                     expected = all_layers if "two stages" in name else min(all_layers, enough)
                     assert {len(chunk.decoder.layers) for chunk in one.vlm.language} == {expected}
-                    told = trace_stage(one, row, row, window, shapes, parallel, stage)[0].peak(
-                        stage, parallel.pipeline, window
-                    )
+                    memory, _ = trace_stage(one, row, row, window, shapes, parallel, stage, fused=fused)
+                    told = memory.peak(stage, parallel.pipeline, window)
                 with absent_rank(settings, method, rank, world, shapes=shapes) as (_, (one,)):
-                    rows = [row] * window
-                    whole = peak_of(one.vlm, one.optimizers, one.objective, rows, window, torch.device("meta"))
+                    rows, where = [row] * window, torch.device("meta")
+                    whole = peak_of(one.vlm, one.optimizers, one.objective, rows, window, where, fused=fused)
                 found[name, stage] = told, whole
     return found
 
@@ -78,6 +84,7 @@ def test_few_layers_tell_the_peak_of_many(case, toys, world1):
     settings = settings_of(toys.folder(kind), parallel, **options, moe=kind == "moe")
     settings["model"]["load"], settings["data"]["max_pixels"], settings["adapter"] = "none", 96 * 96, adapter
     settings["train"]["global_batch_size"] = window * world
+    settings["model"]["kernels"] = "te" if "TE" in case else "portable"
     (found,) = world1.run(both, {case: (settings, world, window)})
     for told, whole in found.values():
         # Messages between stages are received ahead of their use in a pipeline: up to 0.3 % of these small rows.

@@ -53,7 +53,9 @@ def test_the_least_seconds_of_a_layout() -> None:
 
 
 def test_savings_begin_with_what_saves_most(recipe) -> None:
-    settings, _ = recipe("8b")  # the tower is frozen
+    own, _ = recipe("8b")  # the tower is frozen
+    assert [form["train.recompute"] for form in savings(own)] == ["full", "none"]
+    settings = with_changes(own, {"model.kernels": "portable"})
     assert savings(settings) == [
         {"train.recompute": recompute, "vision.recompute": False} for recompute in ("full", ["core_attn"], "none")
     ]
