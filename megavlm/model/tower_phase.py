@@ -83,7 +83,7 @@ class TowerPhase:
             backward pass fills. With ``offload``, the features and their gradients are in host memory.
         """
         self._chunks, self._outputs, self._features = _chunks(frames, self.chunk_patches), [], []
-        self.frames_encoded += len(frames.lengths)
+        self.frames_encoded += frames.num_new
         training = self.is_trained and torch.is_grad_enabled()
         with timer(), torch.set_grad_enabled(training and not self.recompute):
             outputs = [self._encode(chunk) for chunk in self._chunks]
@@ -125,7 +125,7 @@ class TowerPhase:
     def _encode(self, chunk: Frames) -> Tensor:
         """The features of a chunk, [num_planes, N, hidden]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_is_trained):
-            hidden = self.vision(chunk)
+            hidden = chunk.through(self.vision)
         if not self._vision_is_trained:
             hidden = [h.detach() for h in hidden]  # Megatron's bias-dropout-add enables gradients for its biases
         return self.projector(hidden)

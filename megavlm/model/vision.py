@@ -1,7 +1,7 @@
 """The vision tower: patch embedding, interpolated positions, 2-D rotary angles, attention within a frame."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from megatron.core.fp8_utils import get_fp8_context
@@ -18,6 +18,7 @@ from megavlm.model.packed import PackedRow
 from megavlm.model.rope import VisionRope
 from megavlm.model.shapes import VisionShape
 
+_OF_PATCHES = ("patches", "coords", "pos_index", "pos_weight")
 _FP8_BLOCK = 128  # patches: of blockwise scaling, a multiple of what other recipes need
 
 
@@ -39,21 +40,22 @@ class Frames:
     pos_weight: Tensor
     lengths: list[int]
 
-    def slice(self, patches: slice, lengths: list[int]) -> "Frames":
+    def slice(self, patches: slice, lengths: list[int]) -> Self:
         """The frames that consist of these patches; ``lengths``: number of patches of each."""
-        return Frames(
-            self.patches[patches], self.coords[patches], self.pos_index[patches], self.pos_weight[patches], lengths
-        )
+        return replace(self, lengths=lengths, **{name: getattr(self, name)[patches] for name in _OF_PATCHES})
 
-    def to(self, device: torch.device) -> "Frames":
+    def to(self, device: torch.device) -> Self:
         """The same frames on ``device``."""
-        return Frames(
-            self.patches.to(device),
-            self.coords.to(device),
-            self.pos_index.to(device),
-            self.pos_weight.to(device),
-            self.lengths,
-        )
+        return replace(self, **{name: getattr(self, name).to(device) for name in _OF_PATCHES})
+
+    @property
+    def num_new(self) -> int:
+        """The number of frames that have to go through the tower; all of them, unless ``runtime.kept_frames`` helps."""
+        return len(self.lengths)
+
+    def through(self, tower: "VisionTower") -> list[Tensor]:
+        """What the tower computes of the frames: see ``VisionTower.forward``."""
+        return tower(self)
 
 
 class VisionTower(MegatronModule):

@@ -22,7 +22,8 @@ The training loop adds these fields:
     skipped             1 if the loss or a gradient was NaN or infinite, so that the step was skipped; otherwise 0
     videos, samples     videos and samples in the rows, over all ranks
     frames              frames of pictures and videos in the rows
-    frames_encoded      how many frames the tower encoded
+    frames_encoded      how many frames the tower encoded in passes with gradients; fewer than frames if a frozen tower
+                        has encoded them before, in the same step of reinforcement learning
     seconds_data        longest time that a data-parallel rank waited for its rows
     seconds_tower       time that a rank needed for the forward and backward pass of its frames, without waiting for
                         other ranks; mean over ranks
@@ -106,6 +107,7 @@ Reinforcement learning adds these fields, over all answers of the step (rollouts
     answer_tokens       mean length of the answers in tokens
     truncated_share     share of the answers that rollout.max_new_tokens has cut off, 0 to 1
     reward_failures     answers with a reward that failed; unless its weight is 0, they are left out of their groups
+    frames_kept         different frames that a frozen tower has encoded for all passes of the step; else absent
     skipped_updates     updates of the step that NaN or infinity has prevented, while others were done; else absent
     staleness           steps between the weights that sampled the answers and those that are updated
     seconds_rollout, seconds_reward, seconds_update, seconds_sync

@@ -1,7 +1,7 @@
 """Packs sampled answers into rows: answers to one prompt stand side by side and share its frames.
 
 An answer in several turns that has pictures of its own, which its environment has shown, stands by itself: it shares no
-frames, so those of its prompt are encoded once more for it.
+frames, so those of its prompt are encoded once more for it, unless a frozen tower has kept them (``frame_keys``).
 """
 
 import math
@@ -19,6 +19,7 @@ from megavlm.data.row import Annotations, Row, Sample, SampledAnswer, padded_len
 from megavlm.model.vlm import VLM
 from megavlm.rollout.engine import Answer
 from megavlm.runtime.feed import Feed, StepRows
+from megavlm.runtime.kept_frames import frame_keys
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def on_all_ranks(
         rows = rows + [renderer.pack([meaningless_sample(renderer)])] * (wanted - len(rows))
     found = Feed(vlm, iter(rows) if renderer is not None else None).rows(wanted)
     assert found is not None, "there is at least one row"
+    found.keys = frame_keys(vlm, found.hosts, found.full)
     return found
 
 

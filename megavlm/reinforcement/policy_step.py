@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.distributed as dist
 
 from megavlm.base.errors import UserError
 from megavlm.base.heartbeat import beat
@@ -22,6 +23,7 @@ from megavlm.reinforcement.judged import Batch, Judged, failures_of, logged
 from megavlm.reinforcement.policy_objective import Known, PolicyObjective
 from megavlm.reinforcement.rollouts import Rollouts, in_mini_batches
 from megavlm.runtime.feed import StepRows
+from megavlm.runtime.kept_frames import can_keep, keeping, num_kept
 from megavlm.runtime.routing import chosen_anew
 from megavlm.runtime.session import Session
 from megavlm.training.start_weights import StartWeights
@@ -62,6 +64,13 @@ class PolicyStep:
         self._failures: RewardFailures | None = None  # on rank 0
 
     def __call__(self) -> StepResult:
+        # vLLM encodes frames by itself, so there is nothing to share with it
+        if self._session.settings.rollout.engine == "vllm":
+            return self._sample_and_learn()
+        with keeping(self._session.vlm):
+            return self._sample_and_learn()
+
+    def _sample_and_learn(self) -> StepResult:
         session, align = self._session, self._session.settings.align
         session.vlm.train(False)
         with self._step.phases("sampling"):
@@ -79,6 +88,8 @@ class PolicyStep:
             batch.fields["skipped_updates"] = len(results) - len(good)
         done = good or results
         fields = merged(done, self._objective.max_names) | batch.fields
+        if can_keep(session.vlm):
+            fields["frames_kept"] = self._frames_kept()
         fields["seconds_update"] = time.perf_counter() - began
         return StepResult(
             sum(result.loss for result in done) / len(done),
@@ -89,6 +100,12 @@ class PolicyStep:
             batch.skipped_samples,
             None if good else results[0].trouble,
         )
+
+    def _frames_kept(self) -> int:
+        """The number of frames whose hidden states were kept in this step, over all ranks."""
+        kept = torch.tensor([num_kept(self._session.vlm)])
+        dist.all_reduce(kept, group=self._session.groups.world_host)
+        return int(kept.item())
 
     def _learn(self, batch: Batch) -> list[StepResult]:
         """Updates the weights with each mini-batch, as often as the settings say. Returns the results in order."""

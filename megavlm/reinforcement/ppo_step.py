@@ -22,6 +22,7 @@ from megavlm.reinforcement.token_advantages import (
 )
 from megavlm.reinforcement.value_objective import KnownValues, ValueObjective
 from megavlm.runtime.feed import MicroBatch, StepRows
+from megavlm.runtime.kept_frames import sharing_kept
 from megavlm.runtime.routing import chosen_anew
 from megavlm.runtime.session import Session
 from megavlm.training.start_weights import StartWeights
@@ -69,11 +70,11 @@ class PpoStep(PolicyStep):
     def _learn(self, batch: Batch) -> list[StepResult]:
         is_alone = self.is_critic_alone
         parts = self._parts(batch)
-        # The features of the critic's tower are others, so its passes have frames of their own.
-        for_critic = [StepRows(rows.hosts, list(rows.full), encoded=[]) for rows in parts]
+        # The features of the critic's projector are others, so its passes have frames of their own.
+        for_critic = [StepRows(rows.hosts, list(rows.full), encoded=[], keys=rows.keys) for rows in parts]
         began = time.perf_counter()
         known = [self._known(rows) for rows in parts]
-        with self._critic.awake(), chosen_anew():
+        with self._critic.awake(), sharing_kept(self._critic.vlm, self._session.vlm), chosen_anew():
             found = [self._advantages(rows, of_rows) for rows, of_rows in zip(for_critic, known, strict=True)]
             sums = totals([row for rows in found for row in rows])
             batch.fields["seconds_values"] = time.perf_counter() - began

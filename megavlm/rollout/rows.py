@@ -19,6 +19,7 @@ from megavlm.rollout.routing_pool import RoutingPool
 from megavlm.rollout.timing import Timer
 from megavlm.runtime.feed import Feed, MicroBatch
 from megavlm.runtime.forward import encode_window
+from megavlm.runtime.kept_frames import frame_keys
 
 
 @dataclass
@@ -119,6 +120,7 @@ class RowMaker:
         feed = Feed(view, packed)
         rows = feed.rows(1)
         assert rows is not None, "the leader has a row"
+        rows.keys = frame_keys(view, rows.hosts, rows.full)
         window = next(feed.windows(rows, 1))
         with self._timer("tower"):
             encode_window(view, window)

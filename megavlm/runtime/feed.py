@@ -6,7 +6,7 @@ the host network, and the pixels of a frame only to the rank that encodes the fr
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from megavlm.model.vision import Frames
 from megavlm.model.vlm import VLM
 from megavlm.platform import device, to_device
 from megavlm.platform.collectives import all_gather_objects
+from megavlm.runtime.kept_frames import Recall, can_keep
 from megavlm.runtime.pixels import Assigned, deliver
 from megavlm.runtime.read_ahead import ReadAhead, Reader
 from megavlm.runtime.routing import routing_of
@@ -64,6 +65,8 @@ class StepRows:
             is empty and neither tower nor projector is trained; a pass over the rows themselves uses it up.
         is_copy: whether this is a copy.
         counts: None, or what the step has counted in the rows of all ranks.
+        keys: None, or for each row the keys of its frames, on every rank, so that what the tower has computed of them
+            earlier in the step is used (see ``runtime.kept_frames``).
     """
 
     hosts: list[Row]
@@ -71,10 +74,11 @@ class StepRows:
     encoded: list[Window] | None = None
     is_copy: bool = False
     counts: dict[str, float] | None = None
+    keys: list[list[bytes]] | None = None
 
     def copy(self) -> "StepRows":
         """The same rows, for one more pass over them: making windows of the copy does not release the pixels."""
-        return StepRows(self.hosts, list(self.full), self.encoded, is_copy=True, counts=self.counts)
+        return replace(self, full=list(self.full), is_copy=True)
 
     def take_full(self, part: slice) -> list[Row]:
         """Hands out some rows with their pixels, on the leader, so that their memory can be freed."""
@@ -123,17 +127,24 @@ class Feed:
         """
         for start in range(0, len(rows.hosts), size):
             part = slice(start, start + size)
-            yield self._window(rows.hosts[part], rows.take_full(part), start)
+            keys = rows.keys[part] if rows.keys is not None and can_keep(self.vlm) else None
+            yield self._window(rows.hosts[part], rows.take_full(part), start, keys)
 
-    def _window(self, hosts: list[Row], full: list[Row], first: int) -> Window:
-        """Makes a window; ``first`` is the index of its first row among the rows of the step."""
+    def _window(self, hosts: list[Row], full: list[Row], first: int, keys: list[list[bytes]] | None) -> Window:
+        """Makes a window; ``first`` is the index of its first row among the rows of the step, ``keys`` as there."""
         tower = self.vlm.tower
         all_rows = self._of_all_data_ranks([_visual_row(host, tower.merge) for host in hosts])
         tokens = [VisualTokens.of(rows, tower.share, dp_rank) for dp_rank, rows in enumerate(all_rows)]
         frame_tokens = [np.concatenate([row.frame_tokens for row in rows]) for rows in all_rows]
         counts = [len(frames) for frames in frame_tokens]
         patches = np.concatenate(frame_tokens) * tower.merge
-        owner = balance_frames(patches, tower.group.size(), self.vlm.linear_cost)
+        recall = None
+        if keys is None:
+            owner = sent_to = balance_frames(patches, tower.group.size(), self.vlm.linear_cost)
+        else:
+            of_all = self._of_all_data_ranks(list(itertools.chain.from_iterable(keys)))
+            recall = Recall.of(self.vlm, list(itertools.chain.from_iterable(of_all)), patches)
+            owner, sent_to = recall.owner, recall.sent_to
         exchange = plan_exchange(
             VisualTokens.join(tokens, counts),
             np.concatenate(frame_tokens),
@@ -144,7 +155,9 @@ class Feed:
         ).to(device())
         images = np.concatenate([row.frame_images for rows in all_rows for row in rows])
         parts = [slice(*ends) for ends in itertools.pairwise(np.cumsum([0, *counts]))]
-        frames = self._frames(hosts, full, [Assigned(patches[part], images[part], owner[part]) for part in parts])
+        frames = self._frames(hosts, full, [Assigned(patches[part], images[part], sent_to[part]) for part in parts])
+        if recall is not None:
+            frames = recall.complete(frames)
         micro_batches = [self._micro_batch(host, number) for number, host in enumerate(hosts, start=first)]
         return Window(micro_batches, frames, exchange)
 

@@ -28,7 +28,7 @@ class Assigned:
     Attributes:
         patches: int64 [F], patches of each frame.
         images: int64 [F], images of each frame (``Sample.frame_images``).
-        owner: int64 [F], the rank of the tower's group that encodes it.
+        owner: int64 [F], the rank of the tower's group that encodes it; -1: none has to.
     """
 
     patches: np.ndarray
@@ -71,9 +71,9 @@ def deliver(
         for one, leader, chosen in zip(assigned, leaders, to_here, strict=True):
             received[name][leader] = int(getattr(one, name)[chosen].sum())
         if mine is not None:
-            own = assigned[mine]
-            order = np.argsort(own.owner, kind="stable").tolist()
-            sent[name] = np.bincount(own.owner, getattr(own, name), group.size()).astype(int).tolist()
+            own, goes = assigned[mine], assigned[mine].owner >= 0
+            order = [index for index in np.argsort(own.owner, kind="stable").tolist() if goes[index]]
+            sent[name] = np.bincount(own.owner[goes], getattr(own, name)[goes], group.size()).astype(int).tolist()
     pixels = _in_order(full, "pixels", order, vision.patch_dim // vision.temporal_patch_size, torch.uint8)
     tables = [_in_order(full, name, order, width, torch.int32) for name, width in _TABLES.items()]
     if group.size() > 1:

@@ -71,8 +71,9 @@ class StepResult:
         lr: the learning rate of the step.
         norms: gradient norms, from ``Optimizers.step``.
         counts: tokens, target_tokens, images, videos, samples, frames, frames_encoded (in the pass with gradients, so
-            it is equal to frames), row_tokens, the sums of squares for counting FLOPs, skipped_samples, and for each
-            source samples/NAME, target_tokens/NAME, loss_weight/NAME, used/NAME and newly_read/NAME.
+            it is equal to frames unless an earlier pass has encoded them), row_tokens, the sums of squares for counting
+            FLOPs, skipped_samples, and for each source samples/NAME, target_tokens/NAME, loss_weight/NAME, used/NAME
+            and newly_read/NAME.
         fields: fields of the objective for metrics.jsonl.
         skipped_samples: the skipped samples of this data-parallel rank's rows.
         trouble: if the step was skipped, so that all state is unchanged, the reason; otherwise None.

@@ -94,6 +94,24 @@ def test_every_layout_samples_the_same_answers_and_learns_the_same(commands, grp
                 assert other[field] == pytest.approx(line[field], rel=2e-3, abs=1e-5), (name, field)
 
 
+def test_sampling_and_updates_share_a_frozen_tower(commands, grpo, tmp_path):
+    """In the updates nothing is encoded, not even by the context-parallel rank that has not sampled the prompt."""
+    found = {}
+    for name in ("one process", "CP2"):
+        size, overrides = LAYOUTS[name]
+        output = tmp_path / name.replace(" ", "")
+        arguments = grpo(output, ["train.steps=2", "align.mini_batches=2", "model.freeze=[vision]", *overrides])
+        assert commands.run(arguments, size, output).statuses == [0] * size, output.with_suffix(".log").read_text()
+        found[name] = read_metrics(output)
+    for line, other in zip(*found.values(), strict=True):
+        for one in (line, other):
+            assert one["frames"] >= one["frames_kept"] > one["frames_encoded"] == 0
+        assert other["frames_kept"] == line["frames_kept"]
+        assert line["grad_norm/projector"] > line["grad_norm/vision"] == 0
+        for field in ("loss", "kl", "entropy", "grad_norm", "grad_norm/projector"):
+            assert other[field] == pytest.approx(line[field], rel=2e-3, abs=1e-5), field
+
+
 def test_killed_and_started_again_it_samples_and_learns_the_same(commands, grpo, tmp_path):
     kills = [
         lambda done: Kill(rank=0, step=done + 1, writing=True),

@@ -268,6 +268,49 @@ def test_both_models_learn_as_in_plain_pytorch(layout, toys, expectations, reque
     assert (head - wanted.head).norm() <= 1e-4 * wanted.head.norm()
 
 
+def steps_that_count(settings: dict, root, records: list[dict], most_bytes: int | None = None):
+    """Runs on every rank: the steps, and how many frames have gone through both towers of this rank.
+
+    ``most_bytes``: that may be kept of frames; None: as always.
+    """
+    from megavlm.reinforcement.critic import CRITIC
+    from megavlm.runtime import kept_frames
+
+    session, _, steps = made(settings, root, records)
+    seen: list[int] = []
+    for vlm in (session.vlm, session.models[CRITIC].vlm):
+        vlm.vision.register_forward_pre_hook(lambda _, frames: seen.append(len(frames[0].lengths)))
+    usual = kept_frames.MOST_BYTES
+    kept_frames.MOST_BYTES = usual if most_bytes is None else most_bytes
+    try:
+        results = [steps() for _ in range(STEPS)]
+    finally:
+        kept_frames.MOST_BYTES = usual
+    return [{"loss": one.loss, **one.norms, **one.fields} for one in results], sum(seen)
+
+
+@pytest.mark.parametrize(
+    ("layout", "frozen"),
+    mostly_slow(
+        [(layout, frozen) for layout in ("one process", "TP2", "DP2") for frozen in ("vision", "vision,projector")],
+        lambda case: case == ("TP2", "vision"),
+    ),
+)
+def test_policy_and_critic_share_a_frozen_tower(layout, frozen, toys, request):
+    """A frame goes through one of the two towers, which have the same weights, once in a step."""
+    processes, kind, parallel = LAYOUTS[layout]
+    settings = settings_for(toys, kind, parallel, model={"freeze": frozen.split(",")})
+    world, records = request.getfixturevalue(f"world{processes}"), [toys.records[n] for n in PROMPTS]
+    ranks = world.run(steps_that_count, settings, toys.root, records)
+    again = world.run(steps_that_count, settings, toys.root, records, 0)
+    assert sum(seen for _, seen in ranks) == STEPS * 3  # frames of the prompts
+    assert sum(seen for _, seen in again) >= STEPS * 3 * 2, "each encodes for itself"
+    for found, other in zip(ranks[0][0], again[0][0], strict=True):
+        assert (found["frames_kept"], other["frames_kept"]) == (3, 0)
+        for name in ("loss", "value_loss", "grad_norm", "critic_grad_norm", "explained_variance", "kl"):
+            assert found[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
+
+
 def steps_that_teach_nothing(settings: dict, root, records: list[dict]):
     """Runs on every rank: a step without answers, and one with a critic of which a gradient is infinite.
 

@@ -22,7 +22,10 @@ NUMBER, COUNT = 0, 4  # the toy record with one picture, and the number of answe
 
 
 def learn(settings: dict, record: dict, root: Path):
-    """Runs on every rank: an update from conversations. Returns these (on leaders), the loss and the norms."""
+    """Runs on every rank: an update from conversations.
+
+    Returns the answers (on leaders), norms, fields and counts of the step, and the frames that this rank has encoded.
+    """
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
     from megavlm.data.row import Annotations, Asked
@@ -69,12 +72,14 @@ def learn(settings: dict, record: dict, root: Path):
     objective = PolicyObjective(Policy.of(settings).options, 64, groups.language)
     optimizers = Optimizers(session.vlm, settings.train, 1)
     step = Step(session.vlm, optimizers, Feed(session.vlm, None), 1, objective, settings.vision.window)
+    seen: list[int] = []
+    session.vlm.vision.register_forward_pre_hook(lambda _, frames: seen.append(len(frames[0].lengths)))
     try:
         result = PolicyStep(session, step, Sampled(), objective, renderer, None)()
     finally:
         conversations.close()
     answers = [answer for one in found for answer in one.answers]
-    return answers, result.norms, result.fields, result.counts
+    return answers, result.norms, result.fields, result.counts, sum(seen)
 
 
 # (processes, toy model, parallel settings)
@@ -87,6 +92,34 @@ LAYOUTS = {
 }
 
 
+def given(toys, layout: str) -> tuple[dict, dict]:
+    """The settings of a layout, and the question that is asked."""
+    _, kind, parallel = LAYOUTS[layout]
+    record = toy_records(toys.root)[NUMBER]
+    settings = settings_of(toys.folder(kind), parallel, seq_length=256, lr=0.1, moe_aux_loss_coeff=0.0)
+    settings["model"]["load"] = str(toys.checkpoint(kind))
+    settings["train"]["global_batch_size"] = None
+    settings["align"] = {"loss": "dr_grpo"}
+    settings["rollout"] = {"group_size": COUNT, "max_new_tokens": 6, "stop": STOP}
+    settings["environment"] = ENVIRONMENT
+    return settings, {**record, "messages": record["messages"][:1]}
+
+
+@pytest.mark.parametrize("layout", mostly_slow(["one process", "TP2"], lambda layout: layout == "one process"))
+def test_a_frozen_tower_sees_each_shown_picture_once(layout, toys, request):
+    """Each turn is a prompt with all pictures so far, and answers with pictures of their own share none in rows."""
+    settings, record = given(toys, layout)
+    settings["model"]["freeze"] = ["vision"]
+    ranks = request.getfixturevalue(f"world{LAYOUTS[layout][0]}").run(learn, settings, record, toys.root)
+    answers, _, fields, counts, _ = ranks[0]
+    shown = sum(len(answer.continued.frame_grids) - 1 for answer in answers)
+    assert 2 <= fields["frames_kept"] <= 1 + shown
+    assert sum(seen for *_, seen in ranks) == fields["frames_kept"]
+    assert counts["frames"] > fields["frames_kept"]
+    assert counts["frames_encoded"] == 0
+    assert fields["mismatch_max"] < 2e-5
+
+
 @pytest.mark.parametrize("layout", mostly_slow(list(LAYOUTS), lambda layout: layout in ("one process", "CP2")))
 def test_what_is_learned_is_what_the_model_said(layout, toys, request):
     """Log-probabilities, and the gradients of −Σ advantage · log p over what was said, with the pictures of both.
@@ -95,18 +128,11 @@ def test_what_is_learned_is_what_the_model_said(layout, toys, request):
     """
     from transformers import AutoProcessor
 
-    processes, kind, parallel = LAYOUTS[layout]
-    folder, record = toys.folder(kind), toy_records(toys.root)[NUMBER]
-    record = {**record, "messages": record["messages"][:1]}
-    settings = settings_of(folder, parallel, seq_length=256, lr=0.1, moe_aux_loss_coeff=0.0)
-    settings["model"]["load"] = str(toys.checkpoint(kind))
-    settings["train"]["global_batch_size"] = None
-    settings["align"] = {"loss": "dr_grpo"}
-    settings["rollout"] = {"group_size": COUNT, "max_new_tokens": 6, "stop": STOP}
-    settings["environment"] = ENVIRONMENT
+    processes, kind, _ = LAYOUTS[layout]
+    folder, (settings, record) = toys.folder(kind), given(toys, layout)
     ranks = request.getfixturevalue(f"world{processes}").run(learn, settings, record, toys.root)
     answers = [answer for rank in ranks for answer in rank[0]]
-    _, norms, fields, counts = ranks[0]
+    _, norms, fields, counts, _ = ranks[0]
     assert {answer.num_turns for answer in answers} >= {2, 3}
     assert fields["mismatch_max"] < 2e-5
     model, processor = reference_model(folder), AutoProcessor.from_pretrained(folder)
