@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 AT_A_TIME = 2**26
-"""Bytes that a rank receives in a round, at most. A round's start takes far less time than so many bytes."""
+"""Bytes that a rank receives in a round, at most: little beside a GPU's memory, and much for one message."""
 
 Pieces = Mapping[int, tuple[int, int]]
 """The elements of a parameter that each data rank has: {rank: (first, last)}."""
@@ -43,7 +43,7 @@ def owner_of(pieces: Pieces) -> int:
 def rounds_of(parameters: Iterable[Pieces], kinds: Sequence[str]) -> list[list[Transfer]]:
     """All transfers of a group, in rounds in which no rank receives more than ``AT_A_TIME`` bytes.
 
-    The result is the same on all ranks, so that none of them waits for one that is in another round.
+    The result is the same on all ranks, which go through it together: else some could wait for each other in a circle.
 
     Args:
         parameters: the pieces of every parameter, of one that a single rank has, too.
@@ -107,7 +107,7 @@ def put_together(
             stored[number] = dict(tensors)
             continue
         count, (first, last) = max(last for _, last in pieces.values()), pieces[rank]
-        # Not pinned: CUDA keeps pinned memory from a forked process, and such a process writes the checkpoint.
+        # Not pinned: a forked process writes the checkpoint, and it must see what is here.
         stored[number] = {kind: torch.empty(count, dtype=torch.float32, device="cpu") for kind in kinds}
         for kind in kinds:
             stored[number][kind][first:last].copy_(tensors[kind])
