@@ -3,10 +3,9 @@
 Megatron's DistributedOptimizer concatenates the parameters of a buffer and divides them into one equal piece for each
 data-parallel rank. Its own way to save this ("fully_reshardable") copies everything five times and sends the state of
 all data-parallel ranks to each of them. Here, the rank that has most of a parameter stores it, and only the pieces of
-its neighbours are sent to it. The stored format and the loading are Megatron's.
+its neighbours are sent to it (``sharing.py``). The stored format and the loading are Megatron's.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,18 +15,20 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megavlm.checkpoint.sharing import most_received, put_together, rounds_of
 from megavlm.model.vlm import PARTS
 from megavlm.optim import megatron_galore, megatron_muon
 from megavlm.optim.ema import EMA, fill_adam, has_average
 from megavlm.optim.optimizers import Optimizers
+from megavlm.platform import device
 
 
 def saved_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
     """Returns the optimizer state that this rank stores. Call it on all ranks.
 
-    If this rank has a whole parameter, the tensors are the optimizer's own, so use them before the next step. The
-    optimizers' settings are not stored, because they follow from the settings of the run, and their numbers of steps
-    from ``Optimizers.updates``.
+    If this rank has a whole parameter, the tensors are the optimizer's own, so use them before the next step; those of
+    which other ranks have pieces are in host memory. The optimizers' settings are not stored, because they follow from
+    the settings of the run, and their numbers of steps from ``Optimizers.updates``.
 
     Args:
         optimizers: the optimizers.
@@ -51,19 +52,15 @@ def saved_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
 
 
 def made_when_saved(optimizers: Optimizers) -> int:
-    """Bytes that ``saved_state`` makes on that of this rank's data ranks on which it makes most: Adam's; of others, 0.
+    """Bytes that ``saved_state`` makes on the device, on that of this rank's data ranks on which it makes most.
 
-    These are parameters of which several ranks have pieces, put together on the one that stores them.
+    They are the buffer in which Adam's state of other ranks is received; with other optimizers, 0.
     """
-    inner, made = optimizers.optimizer.chained_optimizers, Counter[int]()
+    inner = optimizers.optimizer.chained_optimizers
     if optimizers.train.optimizer != "adam" or not _are_sharded(inner):
         return 0
-    for optimizer in inner:
-        size, ranks = 4 * len(_keys(optimizer)), dist.get_process_group_ranks(optimizer.data_parallel_group)
-        for parameter, pieces in _pieces(optimizer):
-            if len(pieces) > 1:
-                made[ranks[_owner(pieces)]] += size * parameter.numel()
-    return max(made.values(), default=0)
+    buffers = [most_received(rounds_of((pieces for _, pieces in _pieces(one)), _keys(one))) for one in inner]
+    return max(buffers, default=0)  # one after the other
 
 
 def wanted_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
@@ -141,43 +138,21 @@ def _are_sharded(optimizers: list) -> bool:
 def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dict]:
     """Yields {kind of state: ShardedTensor or its factory} for each parameter that this rank stores."""
     group, keys = optimizer.data_parallel_group, _keys(optimizer)
-    stored, transfers = [], []
-    for parameter, pieces in _pieces(optimizer):
-        owner = _owner(pieces)
-        here = pieces.get(group.rank())
-        if here is None:
-            continue
-        tensors = optimizer._get_main_param_and_optimizer_states(parameter)
-        own = {key: tensors[key].detach().view(-1) for key in keys}
-        if group.rank() != owner:
-            transfers += [dist.P2POp(dist.isend, own[key], group=group, group_peer=owner) for key in keys]
-            continue
-        if len(pieces) > 1:
-            whole = {key: own[key].new_empty(parameter.numel()) for key in keys}
-            for rank, (first, last) in pieces.items():
-                for key in keys:
-                    piece = whole[key][first:last]
-                    if rank == owner:
-                        piece.copy_(own[key])
-                    else:
-                        transfers.append(dist.P2POp(dist.irecv, piece, group=group, group_peer=rank))
-            own = whole
-        stored.append((entries[parameter], own))
-    if transfers:
-        for work in dist.batch_isend_irecv(transfers):
-            work.wait()
+    parameters = list(_pieces(optimizer))
+
+    def own(number: int) -> dict[str, Tensor]:
+        tensors = optimizer._get_main_param_and_optimizer_states(parameters[number][0])
+        return {key: tensors[key].detach().view(-1) for key in keys}
+
+    stored = put_together([pieces for _, pieces in parameters], keys, own, group, device())
     alone = group.size() == dist.get_world_size()
-    for entry, own in stored:
-        yield {key: _named(entry, key, tensor, alone) for key, tensor in own.items()}
+    for number, tensors in stored.items():
+        entry = entries[parameters[number][0]]
+        yield {key: _named(entry, key, tensor, alone) for key, tensor in tensors.items()}
 
 
 def _keys(optimizer: DistributedOptimizer) -> tuple[str, ...]:
     return ("param", *optimizer.optimizer_state_keys, *([EMA] if has_average(optimizer) else []))
-
-
-def _owner(pieces: dict[int, tuple[int, int]]) -> int:
-    """The data rank that stores a parameter: the first of those that have most of it."""
-    return max(pieces, key=lambda rank: (pieces[rank][1] - pieces[rank][0], -rank))
 
 
 def _wanted_average(optimizer: DistributedOptimizer, wanted: dict) -> dict:

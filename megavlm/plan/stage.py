@@ -131,8 +131,8 @@ class Stage:
     def moments(self, number: int, stages: int) -> list[Moment]:
         """The fullest moment of each phase of a run, in their order, if this is stage ``number``.
 
-        All models are there for a checkpoint. Its tensors are copied to host memory; on the device it makes whole ones
-        of those that several data-parallel ranks have pieces of.
+        All models are there for a checkpoint. Its tensors are copied to host memory; on the device it makes a buffer,
+        in which pieces that other data-parallel ranks have are received.
         """
         alone = self.each[0] if self.parked else self.static  # beside the first model
         found = [Moment("load", StaticMemory(self.loaded), Peak("load", {}))]
@@ -292,7 +292,7 @@ def _held(layout: Layout, session: Session, trained: Sequence[TrainedModel], ran
     sampling = sampling_memory(session, layout.settings, layout.verb) if samples else 0
     loaded = trained[0].loaded + sum(static.weights for static in each[1:])
     (update, updating), *others = [update_operators(model.vlm, model.optimizers, _META) for model in trained]
-    saving = sum(made_when_saved(model.optimizers) for model in trained)
+    saving = max(made_when_saved(model.optimizers) for model in trained)  # one model after the other
     return Held(each, loaded, sampling, max([updating, *(size for _, size in others)]), saving, update)
 
 
