@@ -13,8 +13,8 @@ CAVEATS = {
 }
 """By kernels, what is assumed of memory and what is not counted."""
 _ASSUMED = (
-    "Times follow from the GPU's data sheet and from assumed shares of it and latencies, none of which megavlm has "
-    "measured; a file of `megavlm bench --operators` has measured ones."
+    "Times follow from the GPU's data sheet and from assumed shares of it and latencies; a file of megavlm bench "
+    "--operators has measured ones."
 )
 
 
