@@ -1,9 +1,9 @@
 """Predicted and measured time of training steps on this machine, on CPU cores with gloo.
 
 ``python -m benchmarks.step_time [--json FILE]``: measures the operators of eight configurations one by one, and
-collectives, and the time of a call in a step of a tiny model that is none of the eight. It predicts the steps of the
-eight from these, and runs the steps. Models are random, and large enough for products of matrices to take most of the
-time. Operators are measured by as many processes at the same time as the configuration has. Measuring and running
+collectives, and the overhead of a call in a step of a tiny model that is none of the eight. It predicts the steps of
+the eight from these, and runs the steps. Models are random, and large enough for products of matrices to take most of
+the time. Operators are measured by as many processes at the same time as the configuration has. Measuring and running
 alternate over the configurations, so that a change of the machine's speed meets both.
 """
 
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ranks import run_ranks, versions
+from megavlm.bench.call_overhead import call_overhead, record_tiny_step
 from megavlm.bench.measure_operators import measure_collectives, measure_operators
 from megavlm.demo.model_folder import TEXT, make_model_folder
 from megavlm.monitor.phases import Phases
@@ -45,7 +46,6 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "
 
 # name: (processes, decoder, parallel settings, tokens of a row, pictures of a row, rows of a step, settings of train)
 CASES = {
-    "tiny": (1, TINY, {}, 64, 0, 2, {}),
     "small": (1, SMALL, {}, 512, 0, 4, {}),
     "small, long rows": (1, SMALL, {}, 2048, 0, 2, {}),
     "wide, 1 picture": (1, WIDE, {}, 512, 1, 2, {}),
@@ -72,11 +72,12 @@ def settings_of(folder: str, parallel: Mapping, tokens: int, rows: int, train: M
 def all_cases(names: list[str], folders: dict[str, str]) -> dict:
     """On every rank: predicts and runs these cases one after the other."""
     size = CASES[names[0]][0]
-    recorded = {name: record(folders[name], CASES[name]) for name in ["tiny", *names]}
+    recorded = {name: record(folders[name], CASES[name]) for name in names}
+    tiny_step = record_tiny_step()
     found = {}
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, os.environ["RANK"] == "0")
     world = World(store, int(os.environ["RANK"]), size)
-    overhead = call_overhead(world, folders["tiny"], recorded["tiny"])
+    overhead = call_overhead(tiny_step)
     for name in names:
         points = measured_points(world, recorded[name][2])
         with world.entered():
@@ -95,12 +96,11 @@ class World:
         self.store, self.rank, self.size, self._times = store, rank, size, 0
 
     @contextmanager
-    def entered(self, *, alone: bool = False) -> Iterator[None]:
-        """Within the block this process is in a world with the others, or alone while the others do the same."""
+    def entered(self) -> Iterator[None]:
+        """Within the block this process is in a world with the others."""
         self._times += 1
-        store = dist.HashStore() if alone else dist.PrefixStore(str(self._times), self.store)
-        rank, size = (0, 1) if alone else (self.rank, self.size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        store = dist.PrefixStore(str(self._times), self.store)
+        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size)
         yield
         shutdown()
         gc.collect()
@@ -180,17 +180,6 @@ def run(folder: str, case: tuple) -> dict:
     return {"measured": statistics.median(seconds[1:]), "steps": seconds, "phases": split}
 
 
-def call_overhead(world: World, folder: str, recorded: tuple) -> float:
-    """Seconds of a call in a step beyond the operator itself, from the steps of a tiny model."""
-    (_, (stage,), examples), case = recorded, CASES["tiny"]
-    costs = Measured(measured_points(world, examples), 0.0, Assumed(gpu_of("a100")))
-    counts = stage.of_step(case[5], case[5] / window_of(case))
-    work = sum(count * costs.seconds(call) for call, count in counts.items() if call.kind != "collective")
-    with world.entered(alone=True):
-        seconds = run(folder, case)["measured"]
-    return max(seconds - work, 0.0) / sum(counts.values())
-
-
 def predicted(case: tuple, recorded: tuple, points: list[tuple], overhead: float) -> dict:
     settings, stages, _ = recorded
     rows, known = case[5], {call for call, _ in points}
@@ -221,12 +210,10 @@ def main() -> None:
         for size in (1, 2):
             if chosen.processes not in (None, size):
                 continue
-            names = [
-                name for name, case in CASES.items() if case[0] == size and name != "tiny" and name in chosen.cases
-            ]
+            names = [name for name, case in CASES.items() if case[0] == size and name in chosen.cases]
             if not names:
                 continue
-            folders = {name: model(Path(root), CASES[name]) for name in ["tiny", *names]}
+            folders = {name: model(Path(root), CASES[name]) for name in names}
             for name, found in run_ranks(size, all_cases, names, folders)[0].items():
                 cases[name] = found | {"ratio": found["predicted"] / found["measured"]}
     table = Table("configuration", "predicted", "measured", "ratio", box=None)

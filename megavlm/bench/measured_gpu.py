@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megavlm.align.registry import make_method
 from megavlm.base import machine
 from megavlm.base.pools import num_cores
+from megavlm.bench.call_overhead import call_overhead, record_tiny_step
 from megavlm.bench.measure_operators import measure_collectives, measure_operators
 from megavlm.config.settings import Settings
 from megavlm.plan.costs import on_wire
@@ -40,19 +41,22 @@ def measured_gpu(settings: Settings, verb: str, mix: Contents, world_size: int) 
     # In a process of its own: who was an absent rank has adaptations to CPUs for the rest of its life.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
         examples = other.submit(_recorded, settings, verb, mix, world_size).result()
+        tiny_step = other.submit(record_tiny_step).result()
+    overhead = call_overhead(tiny_step)
     init(settings.parallel)
     world = dist.group.WORLD
     assert world is not None
     mine = measure_operators(examples, device())
     if world_size > 1:
         mine += measure_collectives(world, device(), _LARGEST)
-    of_ranks = all_gather_objects(mine, world)
+    of_ranks, overheads = all_gather_objects(mine, world), all_gather_objects(overhead, world)
     shutdown()
     dist.destroy_process_group()
     seconds: dict[Call, list[float]] = defaultdict(list)
     for call, one in itertools.chain.from_iterable(of_ranks):
         seconds[call].append(one)
-    return _gpu({call: statistics.mean(of) for call, of in seconds.items()}, world_size)
+    points = {call: statistics.mean(of) for call, of in seconds.items()}
+    return _gpu(points, statistics.mean(overheads), world_size)
 
 
 def _recorded(settings: Settings, verb: str, mix: Contents, world_size: int) -> dict[Call, Example]:
@@ -70,7 +74,7 @@ def _recorded(settings: Settings, verb: str, mix: Contents, world_size: int) -> 
     return examples
 
 
-def _gpu(points: dict[Call, float], world_size: int) -> Gpu:
+def _gpu(points: dict[Call, float], overhead: float, world_size: int) -> Gpu:
     def best(rates: list[float]) -> float:
         return max(rates, default=0.0)
 
@@ -87,6 +91,6 @@ def _gpu(points: dict[Call, float], world_size: int) -> Gpu:
         memory_bandwidth=best(moved) / 1e9,
         nvlink=2 * (best(sent) / 1e9 or Gpu.fabric),
         source=f"measured with {versions} on {world_size} {'ranks' if world_size > 1 else 'rank'} at the same time",
-        operators={"overhead": 0.0, "points": rows},
+        operators={"overhead": overhead, "points": rows},
         cores=num_cores(),
     )

@@ -74,6 +74,12 @@ def test_operators_for_the_planner(toys, tmp_path):
     slower.write_text(yaml.safe_dump({**facts, "operators": twice}))
     slow = json.loads(megavlm("plan", config, "--gpus", 1, "--gpu", slower, "--json", *words).stdout)
     assert slow["time"]["seconds"] == pytest.approx(2 * plan["time"]["seconds"]) != 0
+    # A millisecond more for each of the thousands of calls.
+    assert 0 <= facts["operators"]["overhead"] < 0.1
+    twice["overhead"] += 1e-3
+    slower.write_text(yaml.safe_dump({**facts, "operators": twice}))
+    slowest = json.loads(megavlm("plan", config, "--gpus", 1, "--gpu", slower, "--json", *words).stdout)
+    assert slowest["time"]["seconds"] > slow["time"]["seconds"] + 1
     assert "exists already" in megavlm("bench", config, "--operators", file, status=2).stderr
 
 
