@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from megavlm.config.settings import Settings
 from megavlm.plan.as_json import caveats, figures
 from megavlm.plan.checkpoints import Checkpoint
 from megavlm.plan.gpus import gpu_of
 from megavlm.plan.plan import Plan
+from megavlm.plan.stage import kernels_on_gpus
 from megavlm.plan.step_time import StepTime
 
 H100 = gpu_of("h100")
@@ -32,3 +34,24 @@ def test_the_hours_of_epochs_are_not_known():
     assert "epochs" not in caveats(PLAN)
     assert figures(replace(PLAN, steps=None))["hours"] is None
     assert "given in epochs, so that its hours are not known" in caveats(replace(PLAN, steps=None))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "precision", "expected"),
+    [
+        ("auto", "bf16", "te"),
+        ("te", "fp8", "te"),
+        ("auto", "fp32", "portable"),  # for which Transformer Engine has no fused attention
+        ("portable", "bf16", "portable"),
+        ("te", "bf16", "te"),
+    ],
+)
+def test_the_kernels_that_are_meant(kernels, precision, expected):
+    settings = Settings(
+        model={"hf": "model", "load": "none", "kernels": kernels},
+        data={"seq_length": 8192},
+        train={"precision": precision, "lr": 1e-5, "steps": 1, "global_batch_size": 1},
+    )
+    assert kernels_on_gpus(settings) == expected
+    said = {"te": "what Transformer Engine's layers keep in bf16", "portable": "those of the portable kernels"}
+    assert said[expected] in caveats(replace(PLAN, kernels=expected))
