@@ -17,10 +17,7 @@ FEW_SECONDS, MINUTES = 600, 3600
 """Time-outs for a machine that does much else."""
 # How many times faster the fastest other layout is predicted to be, at most, where it is not taken; and why.
 ONE_FOR_ALL = "a model has one layout for all recipes, and others of these need the room; see the model's file"
-UNCHANGED = "its file is older than plans that count what Transformer Engine keeps: nothing need be computed again"
 NOT_TAKEN: dict[tuple[str, str], tuple[float, str]] = {
-    ("4b", "tune/sft"): (1.11, UNCHANGED),
-    ("4b", "pretrain/stage1"): (1.09, UNCHANGED),
     ("32b", "tune/sft"): (1.16, ONE_FOR_ALL),
     ("32b", "pretrain/stage1"): (1.14, ONE_FOR_ALL),
     ("30b-a3b", "tune/sft"): (1.25, ONE_FOR_ALL),
