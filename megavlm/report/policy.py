@@ -106,6 +106,7 @@ def policy_charts(lines: Sequence[dict[str, Any]]) -> list[tuple[str, list[Marku
                 chart("Sampled in a step", steps, sampled, from_zero=True, label=short),
                 chart("Length", steps, [curve("tokens", "answer_tokens", "loss")], from_zero=True, note="mean tokens"),
                 share("Cut off, %", "truncated_share", "projector", "longer than rollout.max_new_tokens"),
+                count("Frames that the frozen tower encoded once", "frames", "frames_kept", "vision"),
                 *turns,
             ],
         ),

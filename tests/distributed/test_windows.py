@@ -12,9 +12,9 @@ def alive_at_each_window(folder: Path, checkpoint: Path, root: Path, records: li
 
     make, made, alive = Feed._window, [], []
 
-    def watched(self, hosts, full, first):
+    def watched(self, *args):
         alive.append(sum(thing() is not None for thing in made))
-        window = make(self, hosts, full, first)
+        window = make(self, *args)
         made.append(weakref.ref(window))
         return window
 
