@@ -133,8 +133,9 @@ def test_killed_ten_times_at_random_moments(commands, grpo, tmp_path):
         kills.append(
             lambda done, rank=rank, ahead=ahead, delay=delay: Kill(rank, done + ahead if ahead else 0, 3 * delay)
         )
-    arguments = lambda output: grpo(output, ["train.steps=30", "rollout.replace_flat=2"])
-    is_continued(commands, arguments, tmp_path / "straight", tmp_path / "killed", kills, 30)
+    # ten kills of up to three seconds of steps: none may come when the run has ended
+    arguments = lambda output: grpo(output, ["train.steps=90", "rollout.replace_flat=2"])
+    is_continued(commands, arguments, tmp_path / "straight", tmp_path / "killed", kills, 90)
 
 
 TROUBLE = ["raises", "hangs", "dies", "is not a number", "is a string", "does not apply", "is equal", "is fine"]

@@ -285,7 +285,8 @@ def test_two_updates_are_those_of_plain_pytorch(layout, loss, toys, expectations
     world, records = request.getfixturevalue(f"world{processes}"), [toys.records[n] for n in PROMPTS]
     ranks = world.run(step_in_layout, settings, toys.root, records)
     found, norms, counts, fields, _ = ranks[0]
-    assert found == pytest.approx(sum(losses) / 2, rel=1e-5)
+    # advantages around 1 of both signs nearly cancel in the loss; each is rounded to 6e-8 in float32
+    assert found == pytest.approx(sum(losses) / 2, rel=1e-5, abs=2e-7)
     for part in ("vision", "projector", "language"):
         assert norms[f"grad_norm/{part}"] == pytest.approx(wanted[part], rel=3e-5), part
     check_update(weights_of(ranks, toys.folder(kind)), weights, start_of(toys.folder(kind)))
