@@ -108,7 +108,7 @@ def train_as_asked_to_repeat(*args):
 
 
 def test_attention_that_repeats_its_results_is_torchs(toys, te_world):
-    """On H100, cuDNN's backward pass of packed rows repeats its sums for short rows only, and TE says nothing."""
+    """On H100, TE admits cuDNN's repeating backward pass of packed rows for short rows only, and says nothing."""
     settings = te_settings(toys.folder("dense"), {}, deterministic=True)
     arguments = toys.folder("dense"), toys.checkpoint("dense"), toys.root, toys.records, settings, ROWS
     ((_, asked),) = te_world(1).run(train_as_asked_to_repeat, *arguments)

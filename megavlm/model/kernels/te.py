@@ -28,8 +28,8 @@ class NoFusedAttention(torch.nn.Module):
 class PackedTEAttention(TEDotProductAttention):
     """Fused attention within the segments of a row: [T, 1, heads, head_dim] -> [T, 1, hidden].
 
-    It is TE's, or torch's if results are to repeat and the row is not cut: on H100, cuDNN's backward pass does so for
-    short rows only.
+    It is TE's, or torch's if results are to repeat and the row is not cut: on H100, TE admits cuDNN's backward pass
+    that does so for short rows only.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
