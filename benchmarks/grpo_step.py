@@ -1,9 +1,9 @@
 """Which share of a GRPO step is sampling and updating, with a model of 100 million decoder weights on one process.
 
-    python -m benchmarks.grpo_step [--steps N] [--json FILE]
+    python -m benchmarks.grpo_step [--prompts N] [--steps N] [--json FILE]
 
-The model and the photographs of 256 visual tokens are those of ``benchmarks.generate``, in float32. In each step four
-questions get eight answers of at most 32 tokens, which are judged by their length in two reward workers, and all
+The model and the photographs of 256 visual tokens are those of ``benchmarks.generate``, in float32. In each step, 4 (or
+N) questions get eight answers of at most 32 tokens, which are judged by their length in two reward workers, and all
 weights but the tower's are updated. The rest of a step is rewards that are awaited, and what has no field of its own in
 metrics.jsonl.
 """
@@ -22,15 +22,15 @@ MIN_SHARE, PROMPTS, ANSWERS, TOKENS = 0.9, 4, 8, 32
 FIELDS = ("seconds", "seconds_rollout", "seconds_update", "seconds_reward")
 
 
-def measure(root: Path, steps: int) -> list[dict[str, float]]:
+def measure(root: Path, prompts: int, steps: int) -> list[dict[str, float]]:
     """The seconds of each step."""
-    folder, questions = make(root, PROMPTS * steps)
+    folder, questions = make(root, prompts * steps)
     (root / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     config = {
         "model": {"hf": str(folder), "load": str(folder), "freeze": ["vision"]},
         "data": {"train": str(root / "questions.jsonl"), "seq_length": 1024},
         "train": {"steps": steps, "lr": 1e-6, "precision": "fp32", "warmup_steps": 0, "memory_check": False},
-        "rollout": {"prompts": PROMPTS, "group_size": ANSWERS, "max_new_tokens": TOKENS},
+        "rollout": {"prompts": prompts, "group_size": ANSWERS, "max_new_tokens": TOKENS},
         "align": {"beta": 0},
         "reward": [{"name": "length", "limit": 40}],
         "log": {"wandb": {"mode": "off"}},
@@ -44,11 +44,12 @@ def measure(root: Path, steps: int) -> list[dict[str, float]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help=f"questions of a step (default: {PROMPTS})")
     parser.add_argument("--steps", type=int, default=2, help="number of steps (default: 2)")
     parser.add_argument("--json", help="also write the results to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="megavlm-grpo-") as root:
-        lines = measure(Path(root), args.steps)
+        lines = measure(Path(root), args.prompts, args.steps)
     shares = [(line["seconds_rollout"] + line["seconds_update"]) / line["seconds"] for line in lines]
     for line, share in zip(lines, shares, strict=True):
         print(
@@ -58,7 +59,7 @@ def main() -> int:
     print(f"at least {MIN_SHARE:.0%} in every step: {min(shares) >= MIN_SHARE}")
     if args.json:
         content = {
-            "versions": versions(), "prompts": PROMPTS, "answers": ANSWERS, "tokens_of_an_answer": TOKENS,
+            "versions": versions(), "prompts": args.prompts, "answers": ANSWERS, "tokens_of_an_answer": TOKENS,
             "steps": lines, "shares": shares,
         }  # fmt: skip
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reinforcement learning with a critic (PPO): two models learn. 4b and 8b need --nodes=8, 32b 32; others only as lora.
+# Reinforcement learning with a critic (PPO): two models learn.
 # Nodes by model: 2b 1, 4b 1, 8b 2, 30b-a3b 4, 32b 8, 235b-a22b 32. Variables and examples: common.sh.
 #SBATCH --job-name=megavlm-ppo
 #SBATCH --nodes=2

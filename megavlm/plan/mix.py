@@ -28,6 +28,10 @@ PIXELS = 1024 * 1024
 class Contents(Protocol):
     """The contents of rows."""
 
+    @property
+    def segments(self) -> int:
+        """About the number of samples of a row, or of answers."""
+
     def row(self, settings: Settings, shapes: Shapes) -> Row:
         """Makes the row that needs most memory. Pixels are black; all tokens but the last of a sample are targets."""
 
@@ -105,6 +109,11 @@ class Mix:
         wanted = most if pictures is None else min(most, pictures // samples)
         return cls(samples, wanted, side * vision.spatial_merge_size, length, answers)
 
+    @property
+    def segments(self) -> int:
+        """See ``Contents``."""
+        return self.samples * self.answers
+
     def row(self, settings: Settings, shapes: Shapes) -> Row:
         """See ``Contents``."""
         sample = _Sample(self.length, self.answers, [(self.side, self.side)] * self.pictures)
@@ -114,11 +123,11 @@ class Mix:
 
     def work(self, rows: int, *, scores: bool = False) -> Work:
         """See ``Contents``."""
-        segments, patches = self.samples * self.answers, self.samples * self.pictures * self.side**2
+        patches = self.samples * self.pictures * self.side**2
         return Work(
-            tokens=float(rows * segments * self.length),
-            segment_squares=float(rows * segments * self.length**2),
-            target_tokens=0.0 if scores else float(rows * segments * (self.length - 1)),
+            tokens=float(rows * self.segments * self.length),
+            segment_squares=float(rows * self.segments * self.length**2),
+            target_tokens=0.0 if scores else float(rows * self.segments * (self.length - 1)),
             patches=float(rows * patches),
             frame_squares=float(rows * patches * self.side**2),
         )
@@ -176,6 +185,11 @@ class DataMix:
             samples += [first._replace(frames=())] * (len(tokens) - 2)
         return cls(rows["work"], samples, str(path), speed)
 
+    @property
+    def segments(self) -> int:
+        """See ``Contents``."""
+        return max(1, round(self.work_of_row["tokens"] ** 2 / self.work_of_row["segment_squares"]))
+
     def row(self, settings: Settings, shapes: Shapes) -> Row:
         """See ``Contents``."""
         return _pack(self.heaviest, settings, shapes)
@@ -183,7 +197,7 @@ class DataMix:
     def mean_row(self, settings: Settings, shapes: Shapes) -> Row:
         """See ``Contents``. Samples and pictures have equal sizes, with about the same sums of squares."""
         work, merge, multiple = self.work_of_row, shapes.vision.spatial_merge_size, settings.pad_multiple
-        count = max(1, round(work["tokens"] ** 2 / work["segment_squares"]))
+        count = self.segments
         length = max(multiple, int(work["tokens"] / count) // multiple * multiple)
         of_frame = work["frame_squares"] / work["patches"] if work["patches"] else merge**2
         side = max(1, round(math.sqrt(of_frame) / merge)) * merge

@@ -20,6 +20,7 @@ from megavlm.plan.gpus import Gpu
 from megavlm.plan.hardware_flops import hardware_flops
 from megavlm.plan.mix import DataMix, Mix
 from megavlm.plan.predict import step_time
+from megavlm.plan.rows import rows_of_rank
 from megavlm.plan.stage import Layout, Stage, rough_stages_of, stages_of
 from megavlm.plan.stage_memory import Moment, StageMemory
 from megavlm.plan.step_memory import Peak
@@ -77,8 +78,8 @@ class Plan:
         time: the time of a step, of the update of the main model alone.
         checkpoint: a checkpoint of the main model.
         steps: number of steps of the run; None if its length is given in epochs, or if the method samples.
-        samples: whether the method samples its own answers. How many rows these make is then not known; rows and time
-            are those of a part of a step, an update of some rows by the main model.
+        samples: whether the method samples its own answers. Rows and time are then those of a part of a step, an update
+            by the main model, whose answers are assumed to be as long as those of the mix (``rows_of_rank``).
         workers: the data workers; None if it is not known how fast they are, or if the method samples its own answers.
         ramps: the names of settings that make the first steps smaller, of which the plan has the last ones.
         needs: bytes on the fullest stage with another ``train.recompute`` ("core_attn" or "none"), without
@@ -151,7 +152,7 @@ def make_plan(
     """
     data_parallel = check_shapes(settings, shapes, world_size)
     method = make_method(verb, settings)
-    each = settings.rows_per_step(data_parallel)
+    each = rows_of_rank(settings, verb, mix, data_parallel)
     layout = Layout(settings, shapes, verb, world_size, mix, each, imbalance)
     limit = round((1 - SPARE) * gpu.memory_gib * 2**30)
     found = stages_of(layout, processes) if exact else rough_stages_of(layout, limit)

@@ -298,5 +298,5 @@ def _held(layout: Layout, session: Session, trained: Sequence[TrainedModel], ran
 
 def window_of(settings: Settings, model: TrainedModel, rows: int) -> int:
     """The number of micro-batches whose frames are encoded together."""
-    wanted = settings.vision.window or (rows if settings.train.global_batch_size is None else None)
+    wanted = settings.vision.window or (settings.rows_per_step(1) if settings.train.global_batch_size is None else None)
     return min(rows, Step(model.vlm, model.optimizers, RowsAtHand(model.vlm, []), rows, model.objective, wanted).window)
