@@ -154,8 +154,9 @@ def test_a_rank_holds_its_share_and_all_that_learns_has_gradients(found, model: 
         }
         assert held.reached == (held.learning if "b-a" not in model else None)
 
-        # bytes: bf16 weights; float32 gradients; of the optimizer's share a float32 copy and two means
-        data = world // (layout.tensor * layout.pipeline * layout.context)
+        # bytes: bf16 weights; float32 gradients; of the optimizer's share a float32 copy and two means. Data ranks and
+        # context ranks share the optimizer.
+        data = world // (layout.tensor * layout.pipeline)
         expert_data = world // (layout.expert * layout.expert_tensor * layout.pipeline)
         shares = learn["projector"] / world + learn["shared"] / data + learn["experts"] / expert_data
         shares_base = bool(tuner) and held.model == "critic"  # with the policy, which holds it
