@@ -22,6 +22,7 @@ from megavlm.plan.stage_memory import Moment, StageMemory
 from megavlm.plan.stage_operators import StageOperators, update_operators
 from megavlm.plan.step_memory import Peak, RowsAtHand
 from megavlm.plan.trace import trace_stage
+from megavlm.runtime.feed import window_size
 from megavlm.runtime.session import Session
 from megavlm.tracing.absent_rank import TrainedModel, absent_rank, that_can_be_absent
 from megavlm.tracing.stand_in import fewer_experts, fewer_layers, layers_of
@@ -298,5 +299,5 @@ def _held(layout: Layout, session: Session, trained: Sequence[TrainedModel], ran
 
 def window_of(settings: Settings, model: TrainedModel, rows: int) -> int:
     """The number of micro-batches whose frames are encoded together."""
-    wanted = settings.vision.window or (settings.rows_per_step(1) if settings.train.global_batch_size is None else None)
-    return min(rows, Step(model.vlm, model.optimizers, RowsAtHand(model.vlm, []), rows, model.objective, wanted).window)
+    wanted, feed = window_size(settings), RowsAtHand(model.vlm, [])
+    return min(rows, Step(model.vlm, model.optimizers, feed, rows, model.objective, wanted).window)

@@ -257,7 +257,13 @@ def _tower_collection() -> "ProcessGroupCollection":
 
 
 def shutdown() -> None:
-    """Destroys Megatron's parallel state. torch.distributed stays initialised, because tests reuse it."""
+    """Destroys Megatron's parallel state. torch.distributed stays initialised, because tests reuse it.
+
+    Megatron keeps some of its groups. In a process that is forked later, the end of such a group would wait forever for
+    threads that are not there.
+    """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    for name in [name for name, value in vars(parallel_state).items() if isinstance(value, dist.ProcessGroup)]:
+        setattr(parallel_state, name, None)

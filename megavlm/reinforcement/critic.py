@@ -13,7 +13,7 @@ from megavlm.config.train_section import TrainSettings
 from megavlm.model.vlm import VLM
 from megavlm.optim.optimizers import Optimizers
 from megavlm.reinforcement.value_objective import ValueObjective
-from megavlm.runtime.feed import Feed
+from megavlm.runtime.feed import Feed, window_size
 from megavlm.runtime.parking import Parking, own_weights
 from megavlm.runtime.session import Model, Session
 from megavlm.training.step import Step
@@ -52,10 +52,8 @@ def critic_step(session: Session) -> Step:
     updates = settings.align.updates * settings.align.mini_batches
     optimizers = Optimizers(vlm, train_of_critic(settings), updates)
     objective = value_objective(session)
-    window = settings.vision.window or settings.rows_per_step(1)
-    return Step(
-        vlm, optimizers, Feed(vlm, None), settings.rows_per_step(1), objective, window, settings.data.source_names
-    )
+    window, names = window_size(settings), settings.data.source_names
+    return Step(vlm, optimizers, Feed(vlm, None), settings.rows_per_step(1), objective, window, names)
 
 
 def value_objective(session: Session) -> ValueObjective:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from megavlm.config.settings import Settings
 from megavlm.data.row import IGNORE, Row
 from megavlm.model.frame_balance import Exchange, VisualRow, VisualTokens, balance_frames, plan_exchange
 from megavlm.model.packed import PackedRow
@@ -199,6 +200,11 @@ class Feed:
             padding_mask=padding,
             number=number,
         )
+
+
+def window_size(settings: Settings) -> int | None:
+    """The number of micro-batches of a window; None: what ``Step`` takes. If steps differ in size, windows do not."""
+    return settings.vision.window or (settings.rows_per_step(1) if settings.train.global_batch_size is None else None)
 
 
 def _samples_at(host: Row, positions: torch.Tensor) -> torch.Tensor:

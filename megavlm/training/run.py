@@ -31,7 +31,7 @@ from megavlm.output.inputs import note_inputs
 from megavlm.output.lock import RunLock
 from megavlm.platform.collectives import on_first_rank
 from megavlm.runtime.adapter_start import load_start
-from megavlm.runtime.feed import Feed
+from megavlm.runtime.feed import Feed, window_size
 from megavlm.runtime.held_out_values import comparable_after
 from megavlm.runtime.read_ahead import ReadAhead
 from megavlm.runtime.session import Session, start
@@ -230,7 +230,7 @@ def make_step(
         Feed(session.vlm, rows, ahead),
         settings.rows_per_step(groups.dp_size),
         prepared.objective,
-        settings.vision.window or (settings.rows_per_step(1) if settings.train.global_batch_size is None else None),
+        window_size(settings),
         settings.data.source_names,
         tower_timer,
         phases,

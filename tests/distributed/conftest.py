@@ -11,10 +11,12 @@ from vllm_served import asked, prompts, python, sampling, served, served_moe  # 
 
 def forget_megatron() -> None:
     """Leaves nothing of a call's layout to the next one in the same process."""
-    from megatron.core import num_microbatches_calculator, parallel_state
+    from megatron.core import num_microbatches_calculator
     from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
-    parallel_state.destroy_model_parallel()
+    from megavlm.platform.groups import shutdown
+
+    shutdown()
     num_microbatches_calculator.unset_num_microbatches_calculator()
     # A dispatcher keeps its last routing, whose graph leads back to the model by ways that the garbage collector cannot
     # see: model and process groups would stay, and hundreds of gloo's threads with them.
