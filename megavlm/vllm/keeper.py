@@ -48,6 +48,8 @@ class Keeper(threading.Thread):
         self._client = Client(url, self._run)
         self.problem: Exception | None = None
         self.version: str | None = None  # of the weights that the server has
+        self.base: str | None = None  # of the weights to which it applies an adapter
+        self.lora: dict | None = None  # what the server says of the adapters that it can apply
         self._is_known = False  # whether the server has said what it is, and is ours
         self._has_started = False  # whether it has ever come up, so that the settings are right
         self._idle = 0.0  # seconds since another run, for which the server is reserved, has asked it
@@ -119,7 +121,7 @@ class Keeper(threading.Thread):
     def _start(self) -> None:
         """Starts the server, and waits until it answers. One that was started elsewhere is only awaited."""
         self._end()
-        self._note(version=None, is_known=False)
+        self._note(version=None, base=None, is_known=False)
         if self._log is not None:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             port = int(self.url.rpartition(":")[2])
@@ -167,6 +169,7 @@ class Keeper(threading.Thread):
             raise UserError(f"what answers at {self.url} is no server of vLLM that megavlm has started: {error}",
                             "start it as docs/vllm.md says") from None  # fmt: skip
         check_identity(told, self._settings, self.url)
+        self.lora = told.get("lora")
         if self._log is not None:  # its process tells whether it was started again, and nobody else uses it
             self._note(is_known=True)
             return
@@ -179,22 +182,26 @@ class Keeper(threading.Thread):
         if self.version is not None and told["weights"] not in (self.version, None):
             raise UserError(f"the server of vLLM at {self.url} has got the weights of another run",
                             "give each run servers of its own")  # fmt: skip
-        self._note(is_known=True, version=told["weights"] and self.version)  # without any, it was started again
+        if told["weights"] is None:  # it was started again
+            self._note(version=None, base=None)
+        self._note(is_known=True)
 
     def _send(self, weights: Kept) -> None:
         rollout = self._settings.rollout
         self._note(version=None)
         try:
-            weights.send(self._client, rollout.partial, 60 * rollout.vllm.request_minutes)
+            base = weights.base.version if weights.base is not None else None
+            has_base = base is not None and base == self.base
+            weights.send(self._client, rollout.partial, 60 * rollout.vllm.request_minutes, has_base=has_base)
         except Refused as error:
             text = f"the server of vLLM at {self.url} has refused the weights: {error}"
             raise UserError(text, self._hint()) from None
-        self._note(version=weights.version)
+        self._note(version=weights.version, base=base)
 
     def _forget(self) -> None:
         """The server is lost: what is left of it ends, and it will be started again."""
         self._end()
-        self._note(version=None, is_known=False)
+        self._note(version=None, base=None, is_known=False)
 
     def _end(self) -> None:
         process, self._process = self._process, None

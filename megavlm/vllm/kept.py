@@ -4,12 +4,14 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self
 
 from safetensors.torch import save
 from torch import Tensor
 
 from megavlm.runtime.digest import digest
 from megavlm.vllm.client import Client
+from megavlm.vllm.wire import packed
 
 BUCKET = 2**28
 """Bytes that are gathered, written and sent at a time."""
@@ -17,17 +19,21 @@ BUCKET = 2**28
 
 @dataclass
 class Kept:
-    """Weights in files.
+    """Weights in files: those of the whole model, or an adapter, which is one file, for those of ``base``.
 
     Attributes:
         version: what the servers call them.
         folder: has the files.
-        digests: of each tensor, by its Hugging Face name.
+        base: the weights of the model without the adapter; None: these are all weights of the model.
+        config: adapter_config.json of the adapter.
+        digests: of each tensor, by its Hugging Face name, or by that which peft gives it.
         num_bytes: size of all tensors.
     """
 
     version: str
     folder: Path
+    base: Self | None = None
+    config: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, int] = field(default_factory=dict)
     num_bytes: int = 0
 
@@ -41,21 +47,33 @@ class Kept:
             self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
             (self.folder / f"{number:05d}.safetensors").write_bytes(save(tensors))
 
-    def send(self, client: Client, partial: str, seconds: float) -> None:
+    def send(self, client: Client, partial: str, seconds: float, *, has_base: bool = False) -> None:
         """Gives them to a server, which compares all digests.
 
         Args:
             client: of the server.
             partial: what becomes of answers that it works on; see the setting rollout.partial.
             seconds: how long a single request may take.
+            has_base: whether the server has the weights of ``base`` already.
 
         Raises:
             NotReady, TooSlow, Refused: as ``Client.post``. The server then has no weights.
         """
-        client.post("/weights/start", {"partial": partial}, seconds)
-        for file in sorted(self.folder.glob("*.safetensors")):
+        whole = None if has_base else self.base or self
+        client.post("/weights/start", {"partial": partial, "weights": whole is not None}, seconds)
+        for file in whole.files if whole is not None else []:
             client.post("/weights/bucket", file.read_bytes(), seconds)
-        client.post("/weights/finish", {"version": self.version, "digests": self.digests}, seconds)
+        digests = {"digests": whole.digests if whole is not None else {}, "adapter": {}}
+        if self.base is not None:
+            (file,) = self.files
+            client.post("/weights/adapter", packed(self.config, file.read_bytes()), seconds)
+            digests["adapter"] = self.digests
+        client.post("/weights/finish", {"version": self.version, **digests}, seconds)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files with tensors, in their order."""
+        return sorted(self.folder.glob("*.safetensors"))
 
     def remove(self) -> None:
         """Deletes the files."""

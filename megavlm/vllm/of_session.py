@@ -1,4 +1,4 @@
-"""Servers of vLLM for the model of a session, with its adapters merged into the weights that they get."""
+"""Servers of vLLM for the model of a session: its weights, and its adapters, alone or merged."""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
+from megavlm.convert.peft_config import config_of
 from megavlm.platform import device
 from megavlm.runtime.session import Session
 from megavlm.runtime.weight_stream import WeightStream
@@ -24,7 +25,7 @@ def vllm_engine(session: Session, folder: Path) -> VllmEngine:
         UserError: a server does not start or does not fit.
     """
     _check_devices(session.settings)
-    return VllmEngine(session.settings, session.groups, _Merged(session), folder)
+    return VllmEngine(session.settings, session.groups, _Weights(session), folder)
 
 
 def _check_devices(settings: Settings) -> None:
@@ -38,12 +39,17 @@ def _check_devices(settings: Settings) -> None:
         )
 
 
-class _Merged:
-    """The weights of the main model with its adapters merged into them; see ``vllm.engine.Weights``."""
+class _Weights:
+    """The weights of the main model; see ``vllm.engine.Weights``."""
 
     def __init__(self, session: Session):
-        self._stream, self._has_adapters = WeightStream(session, in_run_dtype=True), session.adapters is not None
+        self._stream, adapters = WeightStream(session, in_run_dtype=True), session.adapters
+        self.adapter = config_of(adapters.settings, session.shapes) if adapters is not None else None
 
-    def buckets(self, max_bytes: int) -> Generator[list[tuple[str, Tensor]]]:
+    def buckets(self, max_bytes: int, *, merged: bool) -> Generator[list[tuple[str, Tensor]]]:
         """See ``WeightStream.buckets``."""
-        yield from self._stream.buckets(max_bytes, merged=self._has_adapters)
+        yield from self._stream.buckets(max_bytes, merged=merged and self.adapter is not None)
+
+    def adapter_buckets(self, max_bytes: int) -> Generator[list[tuple[str, Tensor]]]:
+        """See ``WeightStream.adapter_buckets``."""
+        yield from self._stream.adapter_buckets(max_bytes)

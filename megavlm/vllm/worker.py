@@ -45,12 +45,14 @@ class FileTransfer(WeightTransferEngine[NoInit, Bucket]):
     init_info_cls, update_info_cls = NoInit, Bucket
     digests: dict[str, int]
     missing: set[str]
+    wrapped: set[str]
 
     def init_transfer_engine(self, init_info: NoInit) -> None:
         """Does nothing."""
 
     def start_weight_update(self) -> None:
         self.digests, self.missing = {}, {_reported(name) for name, _ in self.model.named_parameters()}
+        self.wrapped = _wrapped(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -60,7 +62,8 @@ class FileTransfer(WeightTransferEngine[NoInit, Bucket]):
     def receive_weights(self, update_info: Bucket) -> None:
         tensors = load_file(update_info.path)
         self.digests |= {name: digest(tensor) for name, tensor in tensors.items()}
-        loaded = self.model.load_weights((name, tensor.to(self.device)) for name, tensor in tensors.items())
+        named = ((_beside_adapter(name, self.wrapped), tensor.to(self.device)) for name, tensor in tensors.items())
+        loaded = self.model.load_weights(named)
         self.missing -= loaded or set()
 
     def finish_weight_update(self) -> None:
@@ -78,6 +81,19 @@ class FileTransfer(WeightTransferEngine[NoInit, Bucket]):
 def _reported(parameter: str) -> str:
     """The name under which vLLM's model reports that it has loaded a parameter."""
     return parameter.replace(".experts.routed_experts.", ".experts.")
+
+
+def _wrapped(model: Any) -> set[str]:
+    """The ends of Hugging Face's names of the linear layers that vLLM has wrapped to apply adapters."""
+    ends = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    return {part for end in ends for part in model.packed_modules_mapping.get(end, [end])}
+
+
+def _beside_adapter(name: str, wrapped: set[str]) -> str:
+    """Hugging Face's name of a weight, as vLLM's loader finds it where the layer is wrapped."""
+    module, _, kind = name.rpartition(".")
+    is_wrapped = name.startswith("model.language_model.") and module.rpartition(".")[2] in wrapped
+    return f"{module}.base_layer.{kind}" if is_wrapped else name
 
 
 class Extension:

@@ -21,10 +21,12 @@ CLOSE = 1e-4
 class FolderWeights:
     """The weights of a Hugging Face folder, in buckets."""
 
+    adapter = None
+
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def buckets(self, max_bytes: int):
+    def buckets(self, max_bytes: int, *, merged: bool = True):
         tensors = list(load_file(self.folder / "model.safetensors").items())
         yield from (tensors[start : start + 40] for start in range(0, len(tensors), 40))
 

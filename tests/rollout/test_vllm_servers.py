@@ -36,11 +36,11 @@ def make(model_folder, tmp_path):
         groups = SimpleNamespace(world_host=SimpleNamespace(size=lambda: 1, rank=lambda: 0), dp_rank=dp_rank)
         weights = {"a": torch.ones(3)}
 
-        def buckets(_):
+        def buckets(_, merged):
             yield from ([item] for item in weights.items())
             yield []
 
-        engines.append(VllmEngine(settings, groups, SimpleNamespace(buckets=buckets), tmp_path))
+        engines.append(VllmEngine(settings, groups, SimpleNamespace(buckets=buckets, adapter=None), tmp_path))
         return engines[-1], weights
 
     yield engine

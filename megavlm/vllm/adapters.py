@@ -1,0 +1,47 @@
+"""Which adapters servers of vLLM apply by themselves, so that they get them alone instead of merged weights."""
+
+from typing import Any
+
+from megavlm.config.settings import Settings
+from megavlm.convert.hf_shapes import shapes_of
+from megavlm.convert.peft_names import part_of, targeted
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM 0.25.1 allows as ``max_lora_rank``."""
+_WHOLE = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+_WHOLE |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+"""The linear layers of Hugging Face's decoder that are one layer in vLLM's."""
+
+
+def lora_arguments(settings: Settings) -> dict[str, Any]:
+    """The arguments of vLLM's engine with which it applies the adapters of a run; {}: it cannot, or there are none."""
+    targets = _targets(settings)
+    if not targets:
+        return {}
+    rank = next(rank for rank in _RANKS if rank >= settings.adapter.rank)
+    return {"enable_lora": True, "max_lora_rank": rank, "lora_target_modules": targets}
+
+
+def takes_adapters(lora: dict[str, Any] | None, settings: Settings) -> bool:
+    """Whether a server applies the adapters of a run. ``lora`` is what the server says of itself; None: none at all."""
+    targets = _targets(settings)
+    if not targets or lora is None:
+        return False
+    return lora["rank"] >= settings.adapter.rank and (lora["targets"] is None or {*targets} <= {*lora["targets"]})
+
+
+def _targets(settings: Settings) -> list[str]:
+    """The ends of vLLM's names of the layers with adapters; [] if it cannot apply them, or there are none.
+
+    vLLM has LoRA of one rank and scale for all layers, and keeps all other weights as they are. Linear layers of the
+    decoder were tried, experts and the tower were not.
+    """
+    adapter, frozen = settings.adapter, set(settings.model.freeze) - set(settings.train.unfreeze_after)
+    others = (adapter.rank_pattern, adapter.alpha_pattern, adapter.modules_to_save, adapter.quantize)
+    if adapter.type != "lora" or any(others) or adapter.rank > _RANKS[-1] or not {"vision", "projector"} <= frozen:
+        return []
+    linears = targeted(adapter, shapes_of(settings.model.hf)).values()
+    if any(linear.experts or part_of(linear.name) != "language" for linear in linears):
+        return []
+    ends = (linear.name.rpartition(".")[2] for linear in linears)
+    return sorted({_WHOLE.get(end, end) for end in ends})
