@@ -27,10 +27,11 @@ FIELDS = ("seconds_sync", "rollout_tokens_per_second", "mismatch_kl", "mismatch_
 def configuration(root: Path, steps: int) -> Path:
     """Writes the configuration of the runs, their questions and their reward."""
     (root / "reward.py").write_text(REWARD)
-    say = lambda n: {
-        "messages": [{"role": "user", "content": f"{n}: describe it."}, {"role": "assistant", "content": ""}]
-    }
-    (root / "questions.jsonl").write_text("".join(json.dumps(say(n)) + "\n" for n in range(64)))
+    asked = [
+        {"messages": [{"role": "user", "content": f"{n}: describe it."}, {"role": "assistant", "content": "No."}]}
+        for n in range(64)
+    ]
+    (root / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in asked))
     config = {
         "model": {"hf": str(root / "model"), "load": str(root / "model"), "freeze": ["vision", "projector"]},
         "adapter": {"type": "lora", "rank": 32, "alpha": 64.0},
