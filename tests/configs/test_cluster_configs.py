@@ -1,12 +1,12 @@
 """The configurations for clusters: each recipe with each model fits the number of GPUs that the model's file names."""
 
-import fnmatch
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from cluster_recipes import CONFIGS, METHODS, MODELS, RECIPES, STAGES, fitting, world_of
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megavlm.base import yaml_files
@@ -14,16 +14,6 @@ from megavlm.cli.main import main
 from megavlm.config import describe
 from megavlm.config.load import load_settings
 from megavlm.sources.blend import open_sources
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]
-STAGES = [f"pretrain/stage{stage}.yaml" for stage in range(4)]
-METHODS = ["tune/sft", "tune/rm", "tune/dpo", "tune/kto", "align/grpo", "align/ppo"]
-RECIPES = [
-    *STAGES,
-    *(f"{method}{tuner}.yaml" for method in METHODS for tuner in ("", "-lora")),
-    "tune/sft-lora-r8.yaml",
-]
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +24,13 @@ def _at_the_top(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"MEGAVLM_{name}", raising=False)
 
 
-def intended_world(model: str) -> int:
-    first_line = (CONFIGS / "models" / f"{model}.yaml").read_text().splitlines()[0]
-    return int(re.fullmatch(r"# world: (\d+)", first_line)[1])
-
-
-def test_the_lists_above_are_what_the_folders_hold() -> None:
+def test_the_lists_are_what_the_folders_hold() -> None:
     assert sorted(MODELS) == sorted(path.stem for path in CONFIGS.glob("models/*.yaml"))
     assert sorted(MODELS) == sorted(path.parent.name for path in CONFIGS.glob("models/*/config.json"))
     folders = ("pretrain", "tune", "align")
-    found = [path.relative_to(CONFIGS).as_posix() for folder in folders for path in CONFIGS.glob(f"{folder}/*")]
-    assert sorted(RECIPES) == sorted(found)
+    found = [path.relative_to(CONFIGS) for folder in folders for path in CONFIGS.glob(f"{folder}/*")]
+    assert {path.suffix for path in found} == {".yaml"}
+    assert sorted(RECIPES) == sorted(path.with_suffix("").as_posix() for path in found)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -54,25 +40,12 @@ def test_recipe_passes_validate_for_the_intended_world(
 ) -> None:
     """From the shapes alone: no weights, no data."""
     monkeypatch.setenv("MEGAVLM_MODEL", model)
-    world = intended_world(model)
-    status = main(["validate", f"configs/{recipe}", "--world-size", str(world), "--no-files"])
+    world = world_of(model)
+    status = main(["validate", f"configs/{recipe}.yaml", "--world-size", str(world), "--no-files"])
     shown = capsys.readouterr()
     assert status == 0, shown.err
     assert f"{world} processes" in shown.out
     assert f"configs/models/{model} " in shown.out
-
-
-def fitting(model: str) -> list[tuple[int, str]]:
-    """(GPUs, recipe) of the model's line in the table of configs/README.md."""
-    table = [line.strip("| \n").split(" | ") for line in (CONFIGS / "README.md").read_text().splitlines()]
-    worlds = next(cells for cells in table if cells[0] == "model")[2:]
-    cells = next(cells for cells in table if cells[0] == f"`{model}`")[2:]
-    found = []
-    for world, cell in zip(worlds, cells, strict=True):
-        some, _, none = ([*re.findall(r"`(.+?)`", part)] for part in cell.partition(" but "))
-        matching = lambda patterns: {r for r in RECIPES if any(fnmatch.fnmatch(r, f"{p}.yaml") for p in patterns)}
-        found += [(int(world.replace(",", "")), recipe) for recipe in sorted(matching(some) - matching(none))]
-    return found
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -83,7 +56,7 @@ def test_recipes_pass_validate_for_the_worlds_of_the_table(
     cases = fitting(model)
     assert len(cases) >= len(RECIPES)
     for world, recipe in cases:
-        status = main(["validate", f"configs/{recipe}", "--world-size", str(world), "--no-files"])
+        status = main(["validate", f"configs/{recipe}.yaml", "--world-size", str(world), "--no-files"])
         assert status == 0, (world, recipe, capsys.readouterr().err)
 
 
@@ -108,7 +81,7 @@ def test_shapes_have_the_released_number_of_parameters(model: str) -> None:
 
 def test_stages_are_the_published_ones() -> None:
     """Freeze sets, row lengths and numbers of tokens, and each stage starts from the last step of the one before."""
-    stages = [load_settings(CONFIGS / name) for name in STAGES]
+    stages = [load_settings(CONFIGS / f"{name}.yaml") for name in STAGES]
     assert [settings.stage for settings in stages] == [0, 1, 2, 3]
     assert [settings.model.freeze for settings in stages] == [["vision", "language"], [], [], []]
     assert [settings.data.seq_length for settings in stages] == [8192, 8192, 32768, 262144]
@@ -140,7 +113,7 @@ def test_an_adapter_is_trained_where_the_weights_are_and_each_starts_from_the_on
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_variables_reach_the_paths(recipe: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "/elsewhere")
-    settings = load_settings(CONFIGS / recipe)
+    settings = load_settings(CONFIGS / f"{recipe}.yaml")
     paths = {
         "MEGAVLM_MODELS": [settings.model.hf],
         "MEGAVLM_DATA": [source.path for source in settings.data.leaves.values()],
@@ -150,12 +123,12 @@ def test_variables_reach_the_paths(recipe: str, variable: str, monkeypatch: pyte
 
 
 MIXTURES = {  # names and shares of the samples
-    "pretrain/stage0.yaml": {"captions": 0.75, "text-in-pictures": 0.25},
-    "pretrain/stage1.yaml": {"captions": 0.3, "interleaved": 0.225, "conversations": 0.225, "text": 0.25},
-    "pretrain/stage2.yaml": {
+    "pretrain/stage0": {"captions": 0.75, "text-in-pictures": 0.25},
+    "pretrain/stage1": {"captions": 0.3, "interleaved": 0.225, "conversations": 0.225, "text": 0.25},
+    "pretrain/stage2": {
         "documents": 0.32, "videos": 0.24, "long-text": 0.24, "interleaved": 0.1, "conversations": 0.1,
     },
-    "pretrain/stage3.yaml": {
+    "pretrain/stage3": {
         "long-documents": 0.32, "long-videos": 0.24, "books": 0.24, "documents": 0.1, "videos": 0.1,
     },
 }  # fmt: skip
@@ -166,16 +139,16 @@ def test_each_stage_reads_its_mixture_and_validate_names_what_is_missing(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("MEGAVLM_DATA", str(tmp_path))
-    assert main(["validate", f"configs/{recipe}", "model.load=configs"]) == 2
+    assert main(["validate", f"configs/{recipe}.yaml", "model.load=configs"]) == 2
     told = capsys.readouterr().err
     missing = re.findall(rf"  data\.\S+\.path: {tmp_path}/(\S+)", told)
     assert sorted(missing) == sorted(MIXTURES[recipe])
     for name in missing[:-1]:
         (tmp_path / name).write_text('{"text": "words"}\n')
-    assert main(["validate", f"configs/{recipe}", "model.load=configs"]) == 2
+    assert main(["validate", f"configs/{recipe}.yaml", "model.load=configs"]) == 2
     assert re.search(rf"data\.\S+\.path is {tmp_path}/{missing[-1]}, which does not exist", capsys.readouterr().err)
     (tmp_path / missing[-1]).write_text('{"text": "words"}\n')
-    shares = {source.name: source.share for source in open_sources(load_settings(CONFIGS / recipe).data)}
+    shares = {source.name: source.share for source in open_sources(load_settings(CONFIGS / f"{recipe}.yaml").data)}
     assert shares == pytest.approx(MIXTURES[recipe])
 
 

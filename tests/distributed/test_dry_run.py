@@ -12,13 +12,12 @@ import re
 from pathlib import Path
 
 import pytest
+from cluster_recipes import CONFIGS, MODELS, world_of
 
 from megavlm.cli.main import main
 from megavlm.cli.verbs import VERBS
 from megavlm.config.load import load_settings
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-MODELS = ["2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b"]
 CASES = [(model, verb, tuner) for model in MODELS for verb in ("sft", "rm", "dpo") for tuner in ("", "-lora")]
 CASES += [("2b", "kto", tuner) for tuner in ("", "-lora")]
 CASES += [(model, "grpo", tuner) for model in MODELS for tuner in ("", "-lora")]
@@ -28,10 +27,6 @@ CASES += [(model, "ppo", tuner) for model in ("2b", "8b", "235b-a22b") for tuner
 QUICK = [("2b", verb, "") for verb in ("sft", "rm", "kto", "grpo")]
 QUICK += [("8b", "sft", "-lora"), ("8b", "ppo", "-lora"), ("235b-a22b", "dpo", ""), ("235b-a22b", "rm", "-lora")]
 RANK = 16  # of LoRA, the default
-
-
-def world_of(model: str) -> int:
-    return int(re.match(r"# world: (\d+)", (CONFIGS / f"models/{model}.yaml").read_text())[1])
 
 
 @contextlib.contextmanager

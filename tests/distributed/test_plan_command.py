@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_dry_run import CONFIGS, alone
+from cluster_recipes import CONFIGS
+from test_dry_run import alone
 
 
 def commands(lines: list[list[str]], model: str = "8b") -> list[tuple[int, str, str]]:

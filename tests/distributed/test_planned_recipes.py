@@ -6,20 +6,20 @@ On two cores beside other work, a recipe took one to three seconds, and a search
 import json
 
 import pytest
-from test_dry_run import CONFIGS, MODELS, world_of
+from cluster_recipes import CONFIGS, MODELS, RECIPES, fitting, world_of
 from test_plan_command import commands
 
-RECIPES = [f"pretrain/stage{stage}" for stage in range(4)]
-RECIPES += [f"tune/{method}{tuner}" for method in ("sft", "rm", "dpo", "kto") for tuner in ("", "-lora")]
-RECIPES += ["tune/sft-lora-r8", *(f"align/{method}{tuner}" for method in ("grpo", "ppo") for tuner in ("", "-lora"))]
 QUICK = [("8b", "tune/sft"), ("235b-a22b", "tune/sft")]
 FEW_SECONDS, MINUTES = 600, 3600
 """Time-outs for a machine that does much else."""
 FOUND = json.loads((CONFIGS.parent / "docs/benchmarks/recipe_layouts.json").read_text())
 
 
-def planned(model: str, recipe: str, world1, *more: str, timeout: float = FEW_SECONDS):
-    line = [str(CONFIGS / f"{recipe}.yaml"), "--gpus", str(world_of(model)), "--json", *more]
+WORLDS = [(model, world) for model in MODELS for world in sorted({world for world, _ in fitting(model)})]
+
+
+def planned(model: str, recipe: str, world1, *more: str, world: int | None = None, timeout: float = FEW_SECONDS):
+    line = [str(CONFIGS / f"{recipe}.yaml"), "--gpus", str(world or world_of(model)), "--json", *more]
     (((status, shown, told),),) = world1.run(commands, [line], model, timeout=timeout)
     assert status == 0, told
     return json.loads(shown)
@@ -40,6 +40,15 @@ def test_a_recipe_fits(model, recipe, world1) -> None:
     assert plan["fits"]
     if (told := FOUND[model].get(recipe)) is not None:  # the file is not older than the recipe
         assert plan["time"]["seconds"] == pytest.approx(told["seconds"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "world"), WORLDS)
+def test_what_the_table_says_fits(model, world, world1) -> None:
+    """Of configs/README.md."""
+    recipes = [recipe for gpus, recipe in fitting(model) if gpus == world]
+    plans = {recipe: planned(model, recipe, world1, world=world) for recipe in recipes}
+    assert [recipe for recipe, plan in plans.items() if not plan["fits"]] == []
 
 
 @pytest.mark.slow
