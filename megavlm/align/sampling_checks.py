@@ -130,8 +130,8 @@ def check_sampling(settings: Settings, verb: str) -> None:
 def _check_vllm(settings: Settings) -> None:
     if settings.adapter.quantize is not None:
         raise UserError(
-            f"adapter.quantize is {settings.adapter.quantize}, but the weights are sent to vLLM with the adapters "
-            "merged into them, which 4 bits do not allow",
+            f"adapter.quantize is {settings.adapter.quantize}, but the weights are sent to vLLM, which 4 bits do not "
+            "allow",
             "set rollout.engine to megatron, or adapter.quantize to null",
         )
     if settings.align.routing_replay:

@@ -11,6 +11,8 @@ _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _WHOLE = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
 _WHOLE |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
 """The linear layers of Hugging Face's decoder that are one layer in vLLM's."""
+_OF_ATTENTION = {"qkv_proj", "o_proj"}
+"""In vLLM's names: all that a model with experts may have adapters on, to which vLLM applies them by themselves."""
 
 
 def lora_arguments(settings: Settings) -> dict[str, Any]:
@@ -33,15 +35,18 @@ def takes_adapters(lora: dict[str, Any] | None, settings: Settings) -> bool:
 def _targets(settings: Settings) -> list[str]:
     """The ends of vLLM's names of the layers with adapters; [] if it cannot apply them, or there are none.
 
-    vLLM has LoRA of one rank and scale for all layers, and keeps all other weights as they are. Linear layers of the
-    decoder were tried, experts and the tower were not.
+    vLLM has LoRA of one rank and scale for all layers, and keeps all other weights as they are. Experts and the tower
+    were not tried.
     """
     adapter, frozen = settings.adapter, set(settings.model.freeze) - set(settings.train.unfreeze_after)
     others = (adapter.rank_pattern, adapter.alpha_pattern, adapter.modules_to_save, adapter.quantize)
     if adapter.type != "lora" or any(others) or adapter.rank > _RANKS[-1] or not {"vision", "projector"} <= frozen:
         return []
-    linears = targeted(adapter, shapes_of(settings.model.hf)).values()
+    shapes = shapes_of(settings.model.hf)
+    linears = targeted(adapter, shapes).values()
     if any(linear.experts or part_of(linear.name) != "language" for linear in linears):
         return []
-    ends = (linear.name.rpartition(".")[2] for linear in linears)
-    return sorted({_WHOLE.get(end, end) for end in ends})
+    ends = {_WHOLE.get(linear.name.rpartition(".")[2], linear.name.rpartition(".")[2]) for linear in linears}
+    if shapes.text.moe is not None and not ends <= _OF_ATTENTION:  # of its dense layers, too
+        return []
+    return sorted(ends)

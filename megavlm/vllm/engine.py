@@ -1,5 +1,6 @@
 """Answers by servers of vLLM; see ``Engine``."""
 
+import logging
 import secrets
 import shutil
 import socket
@@ -11,7 +12,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from itertools import count
 from pathlib import Path
-from sys import maxsize
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -29,6 +29,7 @@ from megavlm.vllm.environment import check_environment, python_of
 from megavlm.vllm.keeper import Keeper, keepers_of
 from megavlm.vllm.kept import BUCKET, Kept
 
+_log = logging.getLogger(__name__)
 _SIGN = 1.0  # seconds between two signs of life while answers are awaited
 
 
@@ -87,9 +88,10 @@ class VllmEngine:
         self._lock, self._clients, self._is_closed = threading.Lock(), set[Client](), False
         self.seconds_sync, self.bytes_sync = 0.0, 0
         self._check_hosts()
-        self._urls = while_others_wait(self._start, groups.world_host)
-        takes = all(takes_adapters(keeper.lora, settings) for keeper in self._keepers)  # which rank 0 alone knows
-        self._sends_adapters = weights.adapter is not None and broadcast_object(takes, groups.world_host)
+        self._urls, self._sends_adapters = while_others_wait(self._start, groups.world_host)
+        if weights.adapter is not None and self._is_first:
+            how = "alone" if self._sends_adapters else "merged into the weights"
+            _log.info("Servers of vLLM get the adapters %s.", how)
 
     def generate(self, prompts: Iterator[Prompt] | None, sampling: Sampling) -> Iterator[Answered]:
         """Answers prompts, on leaders; see ``Engine.generate``. An exception is raised on this rank alone."""
@@ -150,12 +152,13 @@ class VllmEngine:
             problem = self._write(self._base, self._weights.buckets(BUCKET, merged=False))
             num_bytes = self._base.num_bytes
         new = Kept(version, self._folder / f"weights-{self._count}", self._base, self._weights.adapter or {})
-        gather = self._weights.adapter_buckets(maxsize) if self._base else self._weights.buckets(BUCKET, merged=True)
-        problem = self._write(new, gather) or problem
+        gather = self._weights.adapter_buckets(BUCKET) if self._base else self._weights.buckets(BUCKET, merged=True)
+        later = self._write(new, gather)
+        problem = problem or later
 
         def send() -> None:
             if isinstance(problem, OSError):
-                raise UserError(f"the weights for vLLM cannot be written to {new.folder}: {problem}")
+                raise UserError(f"the weights for vLLM cannot be written to {self._folder}: {problem}")
             if problem is not None:
                 raise problem
             for keeper in self._keepers:
@@ -193,6 +196,7 @@ class VllmEngine:
             try:
                 kept.write(buckets) if self._is_first else deque(buckets, 0)
             except Exception as error:  # of whatever kind: the other ranks wait to hear of it
+                deque(buckets, 0)  # also if it had not begun, which others have
                 return error
         return None
 
@@ -216,8 +220,8 @@ class VllmEngine:
     def _is_first(self) -> bool:
         return self._groups.world_host.rank() == 0
 
-    def _start(self) -> list[str]:
-        """On rank 0: starts the servers, and returns their addresses when all have answered."""
+    def _start(self) -> tuple[list[str], bool]:
+        """On rank 0: starts the servers. Returns their addresses, and whether all of them apply the adapters."""
         if not self._settings.rollout.vllm.url:
             check_environment(python_of(self._settings))
         for left in self._folder.glob("weights-*"):  # by a run that was killed
@@ -229,10 +233,11 @@ class VllmEngine:
             for keeper in self._keepers:
                 while not keeper.wait(None, _SIGN):
                     beat("starting vLLM")
+            takes = all(takes_adapters(keeper.lora, self._settings) for keeper in self._keepers)
         except BaseException:
             self.close()
             raise
-        return [keeper.url for keeper in self._keepers]
+        return [keeper.url for keeper in self._keepers], takes and self._weights.adapter is not None
 
     def _check_hosts(self) -> None:
         """Raises UserError if servers that are started here could not be reached by all ranks."""

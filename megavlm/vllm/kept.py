@@ -38,7 +38,9 @@ class Kept:
     num_bytes: int = 0
 
     def write(self, buckets: Iterable[list[tuple[str, Tensor]]]) -> None:
-        """Writes buckets of named tensors. An empty bucket is passed over."""
+        """Writes buckets of named tensors, each to a file, or an adapter to one. An empty bucket is passed over."""
+        if self.base is not None:
+            buckets = [[(name, tensor.cpu()) for bucket in buckets for name, tensor in bucket]]
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         for number, bucket in enumerate(bucket for bucket in buckets if bucket):
@@ -59,16 +61,18 @@ class Kept:
         Raises:
             NotReady, TooSlow, Refused: as ``Client.post``. The server then has no weights.
         """
+        base = self.base.version if self.base is not None else None
         whole = None if has_base else self.base or self
-        client.post("/weights/start", {"partial": partial, "weights": whole is not None}, seconds)
+        client.post("/weights/start", {"partial": partial, "weights": whole is not None, "base": base}, seconds)
         for file in whole.files if whole is not None else []:
             client.post("/weights/bucket", file.read_bytes(), seconds)
-        digests = {"digests": whole.digests if whole is not None else {}, "adapter": {}}
-        if self.base is not None:
-            (file,) = self.files
+        for file in self.files if base is not None else []:
             client.post("/weights/adapter", packed(self.config, file.read_bytes()), seconds)
-            digests["adapter"] = self.digests
-        client.post("/weights/finish", {"version": self.version, **digests}, seconds)
+        digests = {
+            "digests": whole.digests if whole is not None else {},
+            "adapter": self.digests if base is not None else {},
+        }
+        client.post("/weights/finish", {"version": self.version, "base": base, **digests}, seconds)
 
     @property
     def files(self) -> list[Path]:

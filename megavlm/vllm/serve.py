@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megavlm.base.errors import UserError
 from megavlm.config.load import load_settings
+from megavlm.convert.hf_shapes import shapes_of
+from megavlm.runtime.adapter_start import with_stored_adapter
 from megavlm.vllm.environment import check_environment, command, python_of
 
 
@@ -20,11 +22,12 @@ def main() -> None:
     options = parser.parse_args()
     try:
         settings = load_settings(options.configuration, options.overrides)
+        settings = with_stored_adapter(settings, shapes_of(settings.model.hf))
         check_environment(python_of(settings))
+        words = command(settings, options.port, host=options.host)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
-    words = command(settings, options.port, host=options.host)
     os.execv(words[0], words)
 
 

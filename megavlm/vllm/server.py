@@ -4,11 +4,12 @@ It imports vLLM, aiohttp, torch, and of megavlm only modules that need no more t
 
     GET  /identity         what it is: versions, model, weights, and for which run it is reserved
     POST /generate         a message (see ``wire``): tokens and pictures of a prompt, sampling, seeds → the answers
-    POST /weights/start    {"partial": "continue" or "drop", "weights": whether they come}: pauses sampling
+    POST /weights/start    {"partial": "continue" or "drop", "weights": whether they come, "base": version of those for
+                           which an adapter comes}: pauses sampling
     POST /weights/bucket   safetensors with some of the weights
     POST /weights/adapter  a message: adapter_config.json and safetensors of an adapter that is applied to them
-    POST /weights/finish   {"version", "digests", "adapter"}: compares the digests of the weights and of the adapter,
-                           forgets all that was computed before, samples again
+    POST /weights/finish   {"version", "base", "digests", "adapter"}: compares the digests of the weights and of the
+                           adapter, forgets all that was computed before, samples again
     POST /release          the run that says so needs the server no longer
 
 Status 503 means: ask again later. With 400, the text says what is wrong with the request. A run that names itself (see
@@ -22,34 +23,28 @@ import json
 import logging
 import os
 import signal
-import tempfile
 import threading
 import uuid
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from safetensors.torch import load
 from vllm import SamplingParams
-from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from megavlm.base.processes import wait_for_end
-from megavlm.runtime.digest import digest
 from megavlm.vllm.inputs import engine_input
 from megavlm.vllm.reservation import Reservation
+from megavlm.vllm.server_weights import Again, ServerWeights
 from megavlm.vllm.start import start_engine
-from megavlm.vllm.wire import RUN, folder_for, unpacked
+from megavlm.vllm.wire import RUN, unpacked
 
 _log = logging.getLogger(__name__)
 _LOOK = 1.0  # seconds between two looks at the engine
 _LARGEST_BODY = 2**36  # bytes; aiohttp refuses more than one MiB otherwise
-_MEMORY = Path("/dev/shm")  # files here are in host memory, of which a container may have little (Docker: 64 MB)
 
 
 class Server:
@@ -63,10 +58,7 @@ class Server:
     def __init__(self, engine: AsyncLLM, config: dict[str, Any]):
         self._engine, self._config = engine, config
         self._images_per_step = config["vision_config"].get("temporal_patch_size", 2)
-        self._weights: str | None = None
-        self._is_updating = False
-        self._adapter: LoRARequest | None = None
-        self._adapter_digests: dict[str, int] = {}
+        self._weights = ServerWeights(engine)
         self._reservation = Reservation()
 
     def app(self) -> web.Application:
@@ -94,97 +86,50 @@ class Server:
             "config": self._config,
             "max_model_len": self._engine.model_config.max_model_len,
             "logprobs_mode": self._engine.model_config.logprobs_mode,
-            "weights": self._weights,
+            "weights": self._weights.version,
             "lora": {"rank": lora.max_lora_rank, "targets": lora.target_modules} if lora is not None else None,
             **self._reservation.told(),
         }
 
     async def generate(self, request: web.Request) -> dict[str, Any]:
         head, pixels = unpacked(await request.read())
-        self._present_weights()
+        _ = self._weights.present
         # In a thread, so that the server answers others meanwhile, /identity above all.
         prompt = await asyncio.to_thread(engine_input, head, pixels, self._images_per_step)
-        weights = self._present_weights()  # there may be none while the answers end: others are on their way then
+        weights = self._weights.present  # there may be none while the answers end: others are on their way then
         async with asyncio.TaskGroup() as group:  # if one fails, the others are cancelled, which aborts them in vLLM
             tasks = [group.create_task(self._answer(prompt, head, seed)) for seed in head["seeds"]]
         return {"answers": [task.result() for task in tasks], "weights": weights}
 
     async def start(self, request: web.Request) -> dict[str, Any]:
-        told = await request.json()
-        partial = told["partial"]
-        self._weights = None
-        await self._engine.pause_generation(mode="keep" if partial == "continue" else "abort", clear_cache=False)
-        if self._is_updating:  # a trainer has ended in the middle of an update
-            with suppress(Exception):  # or a part of it could not be loaded, which has ended it
-                await self._engine.finish_weight_update()
-        self._is_updating, self._adapter_digests = told["weights"], {}
-        if self._is_updating:
-            self._adapter = None
-            await self._engine.start_weight_update()
+        await self._weights.start(await request.json())
         return {}
 
     async def bucket(self, request: web.Request) -> dict[str, Any]:
-        if not self._is_updating:
-            raise ValueError("no update of the weights has been started")
-        body = await request.read()
-        with tempfile.NamedTemporaryFile(dir=folder_for(len(body), _MEMORY), suffix=".safetensors") as file:
-            file.write(body)
-            file.flush()
-            await self._engine.update_weights(WeightTransferUpdateRequest(update_info={"path": file.name}))
+        await self._weights.bucket(await request.read())
         return {}
 
     async def adapter(self, request: web.Request) -> dict[str, Any]:
-        body = await request.read()
-        config, tensors = unpacked(body)
-        self._adapter_digests = {name: digest(tensor) for name, tensor in load(bytes(tensors)).items()}
-        with tempfile.TemporaryDirectory(dir=folder_for(len(body), _MEMORY)) as folder:
-            (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
-            (Path(folder) / "adapter_model.safetensors").write_bytes(tensors)
-            # In place: answers that are under way go on with it. A request must not ask for that, which would have the
-            # files read again for each token.
-            await self._engine.add_lora(LoRARequest("megavlm", 1, folder, load_inplace=True))
-            self._adapter = LoRARequest("megavlm", 1, folder)
+        await self._weights.take_adapter(await request.read())
         return {}
 
     async def finish(self, request: web.Request) -> dict[str, Any]:
-        told = await request.json()
-        received = [{"digests": self._adapter_digests, "missing": []}]
-        digests = [told["adapter"]]
-        if self._is_updating:
-            of_workers = await self._engine.collective_rpc("megavlm_received")
-            received += of_workers
-            digests += [told["digests"]] * len(of_workers)
-            await self._engine.finish_weight_update()
-        self._is_updating = False
-        await self._engine.reset_prefix_cache(reset_running_requests=True)
-        await self._engine.reset_mm_cache()
-        await self._engine.reset_encoder_cache()  # the tower has learnt, too
-        differences = (_difference(*pair) for pair in zip(digests, received, strict=True))
-        problem = next((text for text in differences if text), None)
-        if problem is None:
-            self._weights = told["version"]
-        await self._engine.resume_generation()
-        if problem is not None:
-            raise ValueError(problem)
-        return {"tensors": len(told["digests"]) + len(told["adapter"])}
+        await self._weights.finish(await request.json())
+        return {}
 
     async def release(self, request: web.Request) -> dict[str, Any]:
         self._reservation.release(request.headers.get(RUN, ""))
         return {}
 
-    def _present_weights(self) -> str:
-        if self._weights is None:
-            raise _Again("it has no weights yet")
-        return self._weights
-
     async def _answer(self, prompt: Any, head: dict[str, Any], seed: int) -> dict[str, Any]:
-        running = self._engine.generate(prompt, _params(head, seed), uuid.uuid4().hex, lora_request=self._adapter)
+        named, adapter = uuid.uuid4().hex, self._weights.adapter
+        running = self._engine.generate(prompt, _params(head, seed), named, lora_request=adapter)
         (output,) = [output async for output in running]  # FINAL_ONLY
         if output.prompt_token_ids != head["tokens"]:
             raise ValueError("vLLM has answered another prompt than it was given")
         (answer,) = output.outputs
         if answer.finish_reason not in ("stop", "length"):
-            raise _Again(f"the answer was dropped ({answer.finish_reason})")
+            raise Again(f"the answer was dropped ({answer.finish_reason})")
         tokens = list(answer.token_ids)
         assert answer.logprobs is not None
         logprobs = [step[token].logprob for token, step in zip(tokens, answer.logprobs, strict=True)]
@@ -202,7 +147,7 @@ class Server:
                 cause = _first(error)
                 if isinstance(cause, EngineDeadError):
                     os._exit(1)  # whoever watches the server starts it again
-                if isinstance(cause, _Again):
+                if isinstance(cause, Again):
                     return web.Response(status=503, text=str(cause))
                 if isinstance(cause, ValueError):
                     return web.Response(status=400, text=str(cause))
@@ -214,10 +159,6 @@ class Server:
                 return web.Response(status=500, text=_with_type(cause))
 
         return handle
-
-
-class _Again(Exception):
-    """The request cannot be answered now."""
 
 
 def _params(head: dict[str, Any], seed: int) -> SamplingParams:
@@ -236,24 +177,6 @@ def _params(head: dict[str, Any], seed: int) -> SamplingParams:
         logprobs=0,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-def _difference(told: dict[str, int], received: dict[str, Any]) -> str | None:
-    """What is wrong with the tensors that a worker has received; None: nothing."""
-    got = received["digests"]
-    absent, strange = sorted(told.keys() - got.keys()), sorted(got.keys() - told.keys())
-    other = sorted(name for name in told.keys() & got.keys() if told[name] != got[name])
-    found = [
-        f"{len(names)} {what}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
-        for what, names in (
-            ("tensors did not arrive", absent),
-            ("tensors arrived that the trainer does not know", strange),
-            ("tensors arrived with other values", other),
-            ("parameters of vLLM's model got no weights", received["missing"]),
-        )
-        if names
-    ]
-    return f"of {len(told)} tensors, " + "; ".join(found) if found else None
 
 
 def _first(error: BaseException) -> BaseException:

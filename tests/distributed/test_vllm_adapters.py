@@ -4,20 +4,24 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_engine import engine_of, tokens_of
 from toy import read_samples
 from vllm_served import CLOSE, by_index
 
 from megavlm.config.settings import Settings
 
-TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
-LORA = {"adapter": {"type": "lora", "rank": 6, "alpha": 24.0, "targets": TARGETS}}
+LORA = {"type": "lora", "rank": 6, "alpha": 20.0, "rslora": True}
+CASES = {
+    "dense, TP2": ("dense", ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], {"tensor": 2}),
+    "moe, EP2": ("moe", ["q_proj", "k_proj", "o_proj"], {"expert": 2}),
+}
 
 
-def from_a_trainer(settings: dict, sampling) -> list[dict]:
-    """Runs on every rank: answers of vLLM, and then of the built-in engine, with adapters that change in between.
+def from_a_trainer(settings: dict, sampling, long) -> list[dict]:
+    """Runs on every rank: answers of vLLM, and of the built-in engine, with adapters that change in between.
 
-    The server is lost after the second change.
+    The last answers of vLLM are those during which the adapters change, and those of a server that was lost.
     """
     from megavlm.data.renderer import Renderer
     from megavlm.model.vlm import PARTS
@@ -28,51 +32,66 @@ def from_a_trainer(settings: dict, sampling) -> list[dict]:
     settings = Settings(**settings)
     session = session.start(settings, training=True)
     own = [p for part in PARTS for module in session.vlm.modules_of(part) for p in module.parameters()]
-    renderer = Renderer(settings.model.hf, settings.data)
-    samples = read_samples(settings.data.eval[0].path, renderer, "prompt")[:16]
-    prompts = lambda: iter([Prompt(sample, (0,)) for sample in samples]) if session.groups.is_leader else None
+    renderer, groups = Renderer(settings.model.hf, settings.data), session.groups
+    samples = read_samples(settings.data.eval[0].path, renderer, "prompt")[:16][groups.dp_rank :: groups.dp_size]
+    prompts = lambda: iter([Prompt(sample, (0,)) for sample in samples]) if groups.is_leader else None
     engine, found = make_engine(session), []
-    for change in range(2):
+
+    def learn(change: int) -> None:
         for parameter in own:
             if parameter.requires_grad:  # copies on other ranks change alike
                 parameter.data += 0.03 * (torch.arange(parameter.numel()) + change).cos().view_as(parameter)
         engine.sync()
+
+    for change in range(2):
+        learn(change)
         found.append({"vllm": by_index(engine.generate(prompts(), sampling)), "bytes": engine.bytes_sync})
         session.vlm.train(False)
         found[-1]["built in"] = by_index(engine_of(session, renderer, places=16).generate(prompts(), sampling))
         session.vlm.train(True)
-    while_they_come: list = []
-    thread = threading.Thread(target=lambda: while_they_come.extend(engine.generate(prompts(), sampling)))
+    found[-1]["before"] = by_index(engine.generate(prompts(), long))
+    meanwhile: list = []
+    thread = threading.Thread(target=lambda: meanwhile.extend(engine.generate(prompts(), long)))
     thread.start()
-    for _ in range(3):
-        engine.sync()
+    learn(2)
+    found[-1]["were asked"] = thread.is_alive()
     thread.join()
-    found[-1]["while they come"] = by_index(while_they_come)
+    found[-1]["meanwhile"] = by_index(meanwhile)
+    found[-1]["after"] = by_index(engine.generate(prompts(), long))
+    dist.barrier()
     if session.is_first:
         engine._keepers[0]._process.kill()
-    found[-1]["started again"] = by_index(engine.generate(prompts(), sampling))
+    found[-1]["started again"] = by_index(engine.generate(prompts(), long))
+    dist.barrier()
     engine.close()
     return found
 
 
-def test_adapters_come_alone(python, toys, asked, sampling, world2, tmp_path):
+@pytest.mark.parametrize("case", [pytest.param(x, marks=[pytest.mark.slow] * x.startswith("moe")) for x in CASES])
+def test_adapters_come_alone(case, python, toys, asked, sampling, world2, tmp_path):
+    kind, targets, parallel = CASES[case]
     settings = {
-        "model": {"hf": str(toys.folder("dense")), "load": str(toys.checkpoint("dense")),
-                  "freeze": ["vision", "projector"]},
+        "model": {"hf": str(toys.folder(kind)), "load": str(toys.checkpoint(kind)), "freeze": ["vision", "projector"]},
         "data": {"eval": str(asked[1]), "seq_length": 512},
         "train": {"precision": "fp32"},
-        "parallel": {"tensor": 2},
+        "adapter": {**LORA, "targets": targets},
+        "parallel": parallel,
         "rollout": {"engine": "vllm", "max_sequences": 16, "cache_gib": 0.25, "ahead": 1},
         "output": str(tmp_path),
-        **LORA,
-    }  # fmt: skip
-    (first, second), _ = world2.run(from_a_trainer, settings, sampling(12), timeout=300)
-    for one in (first, second):
-        assert tokens_of(one["vllm"]) == tokens_of(one["built in"])
-        for index, (answer,) in one["vllm"].items():
-            assert answer.logprobs == pytest.approx(one["built in"][index][0].logprobs, abs=CLOSE)
+    }
+    ranks = world2.run(from_a_trainer, settings, sampling(12), sampling(80), timeout=300)
+    for first, second in ranks:
+        for one in (first, second):
+            assert tokens_of(one["vllm"]) == tokens_of(one["built in"])
+            for index, (answer,) in one["vllm"].items():
+                assert answer.logprobs == pytest.approx(one["built in"][index][0].logprobs, abs=CLOSE)
+    first, second = ranks[0]
     assert tokens_of(first["vllm"]) != tokens_of(second["vllm"])  # the adapters matter
     assert second["bytes"] < first["bytes"] / 10
-    assert tokens_of(second["while they come"]) == tokens_of(second["vllm"])
-    assert tokens_of(second["started again"]) == tokens_of(second["vllm"])
+    before, meanwhile, after = (tokens_of(second[when]) for when in ("before", "meanwhile", "after"))
+    assert second["were asked"]
+    went_on = [index for index in meanwhile if meanwhile[index] not in (before[index], after[index])]
+    assert went_on  # begun with the old adapter, ended with the new one
+    assert any(meanwhile[index][0][:2] == before[index][0][:2] for index in went_on)
+    assert tokens_of(second["started again"]) == after
     assert not list((tmp_path / "vllm").glob("weights-*"))

@@ -16,6 +16,7 @@ class StandIn:
     def __init__(self, folder):
         self.config = json.loads((folder / "config.json").read_text())
         self.weights, self.tensors, self.asked, self.version = None, {}, [], "0.25.1"
+        self.lora, self.base, self.adapter, self.updates = None, None, {}, []
         self.status, self.reservation = 200, Reservation()
         stand_in = self
 
@@ -48,6 +49,7 @@ class StandIn:
             "max_model_len": 64,
             "logprobs_mode": "raw_logprobs",
             "weights": self.weights,
+            "lora": self.lora,
             **self.reservation.told(),
         }
 
@@ -65,14 +67,28 @@ class StandIn:
             "weights": self.weights,
         }
 
-    def weights_start(self, _):
-        self.tensors, self.weights = {}, None
+    def weights_start(self, body):
+        told = json.loads(body)
+        if not told["weights"] and told["base"] != self.base:
+            return None
+        self.weights, self.adapter = None, {}
+        self.updates.append([])
+        if told["weights"]:
+            self.tensors, self.base = {}, None
         return {}
 
     def weights_bucket(self, body):
+        self.updates[-1].append("weights")
         self.tensors |= load(body)
         return {}
 
+    def weights_adapter(self, body):
+        self.updates[-1].append("adapter")
+        config, tensors = unpacked(body)
+        self.adapter = {"config": config, **load(bytes(tensors))}
+        return {}
+
     def weights_finish(self, body):
-        self.weights = json.loads(body)["version"]
+        told = json.loads(body)
+        self.weights, self.base = told["version"], told["base"]
         return {}
