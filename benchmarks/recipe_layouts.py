@@ -4,7 +4,7 @@
 
 Nothing is measured: both are plans. What the file has already is not searched again, unless it is removed from it. With
 another search beside it, one took 15 seconds to 14 minutes on two cores, the longest for rows of 262,144 tokens. The
-lines about layouts that are more than 5 % faster belong into the comment of configs/models/MODEL.yaml: a test compares.
+lines about layouts that are more than 5 % faster belong in the comment of configs/models/MODEL.yaml: a test compares.
 """
 
 import argparse

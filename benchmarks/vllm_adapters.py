@@ -3,7 +3,7 @@
     python -m benchmarks.vllm_adapters [--layers N] [--steps N] [--json FILE]
 
 Two runs of GRPO train the same adapter on a random model of 0.3 billion parameters in bfloat16, which a server of vLLM
-samples: one sends it merged (``enable_lora: false`` among the arguments of vLLM), one sends it alone. Compared are, of
+samples: one sends it merged, one sends it alone (``enable_lora: true`` among the arguments of vLLM). Compared are, of
 the steps after the first, the medians of the seconds until the server has the weights, of the tokens sampled in a
 second, and of how far the trainer's log-probabilities of these are from vLLM's. ``make vllm`` sets vLLM up.
 """
@@ -19,7 +19,7 @@ from benchmarks.forked import command
 from benchmarks.ranks import versions
 from benchmarks.weight_sync import TEXT
 
-WAYS = {"merged": {"enable_lora": False}, "alone": {}}
+WAYS = {"merged": {"enable_lora": False}, "alone": {"enable_lora": True}}
 REWARD = "def letters(completions, **columns):\n    return [sum(map(ord, text)) % 11 / 10 for text in completions]\n"
 FIELDS = ("seconds_sync", "rollout_tokens_per_second", "mismatch_kl", "mismatch_max", "grad_norm")
 

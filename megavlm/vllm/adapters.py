@@ -16,12 +16,15 @@ _OF_ATTENTION = {"qkv_proj", "o_proj"}
 
 
 def lora_arguments(settings: Settings) -> dict[str, Any]:
-    """The arguments of vLLM's engine with which it applies the adapters of a run; {}: it cannot, or there are none."""
+    """The arguments of vLLM's engine that describe the adapters of a run; {}: it cannot apply them, or there are none.
+
+    Whether it applies them (``enable_lora``) is decided by ``start.start_engine``, or by ``rollout.vllm.args``.
+    """
     targets = _targets(settings)
     if not targets:
         return {}
     rank = next(rank for rank in _RANKS if rank >= settings.adapter.rank)
-    return {"enable_lora": True, "max_lora_rank": rank, "lora_target_modules": targets}
+    return {"max_lora_rank": rank, "lora_target_modules": targets}
 
 
 def takes_adapters(lora: dict[str, Any] | None, settings: Settings) -> bool:

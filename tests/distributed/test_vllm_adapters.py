@@ -76,7 +76,13 @@ def test_adapters_come_alone(case, python, toys, asked, sampling, world2, tmp_pa
         "train": {"precision": "fp32"},
         "adapter": {**LORA, "targets": targets},
         "parallel": parallel,
-        "rollout": {"engine": "vllm", "max_sequences": 16, "cache_gib": 0.25, "ahead": 1},
+        "rollout": {
+            "engine": "vllm",
+            "max_sequences": 16,
+            "cache_gib": 0.25,
+            "ahead": 1,
+            "vllm": {"args": {"enable_lora": True}},
+        },  # on a CPU they are merged otherwise
         "output": str(tmp_path),
     }
     ranks = world2.run(from_a_trainer, settings, sampling(12), sampling(80), timeout=300)
