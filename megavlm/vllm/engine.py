@@ -1,6 +1,5 @@
 """Answers by servers of vLLM; see ``Engine``."""
 
-import logging
 import secrets
 import shutil
 import socket
@@ -29,7 +28,6 @@ from megavlm.vllm.environment import check_environment, python_of
 from megavlm.vllm.keeper import Keeper, keepers_of
 from megavlm.vllm.kept import BUCKET, Kept
 
-_log = logging.getLogger(__name__)
 _SIGN = 1.0  # seconds between two signs of life while answers are awaited
 
 
@@ -72,6 +70,9 @@ class VllmEngine:
         weights: the weights of the model.
         folder: for the logs of the servers and the current weights; on rank 0.
 
+    Attributes:
+        sends_adapters: whether servers get adapters by themselves, instead of weights that they are merged into.
+
     Raises:
         UserError: on all ranks: a server does not start, is not there, or is not one for this run.
     """
@@ -88,10 +89,7 @@ class VllmEngine:
         self._lock, self._clients, self._is_closed = threading.Lock(), set[Client](), False
         self.seconds_sync, self.bytes_sync = 0.0, 0
         self._check_hosts()
-        self._urls, self._sends_adapters = while_others_wait(self._start, groups.world_host)
-        if weights.adapter is not None and self._is_first:
-            how = "alone" if self._sends_adapters else "merged into the weights"
-            _log.info("Servers of vLLM get the adapters %s.", how)
+        self._urls, self.sends_adapters = while_others_wait(self._start, groups.world_host)
 
     def generate(self, prompts: Iterator[Prompt] | None, sampling: Sampling) -> Iterator[Answered]:
         """Answers prompts, on leaders; see ``Engine.generate``. An exception is raised on this rank alone."""
@@ -147,7 +145,7 @@ class VllmEngine:
         version = f"{self._token}:{self._count}"
         problem: Exception | None = None
         num_bytes = 0
-        if self._sends_adapters and self._base is None:
+        if self.sends_adapters and self._base is None:
             self._base = Kept(version, self._folder / "weights-base")
             problem = self._write(self._base, self._weights.buckets(BUCKET, merged=False))
             num_bytes = self._base.num_bytes

@@ -1,5 +1,6 @@
 """Servers of vLLM for the model of a session: its weights, and its adapters, alone or merged."""
 
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -25,7 +26,11 @@ def vllm_engine(session: Session, folder: Path) -> VllmEngine:
         UserError: a server does not start or does not fit.
     """
     _check_devices(session.settings)
-    return VllmEngine(session.settings, session.groups, _Weights(session), folder)
+    engine = VllmEngine(session.settings, session.groups, _Weights(session), folder)
+    if session.is_first and session.adapters is not None:
+        how = "vLLM applies them" if engine.sends_adapters else "merged into the weights that vLLM gets"
+        print(f"adapters · {how}", file=sys.stderr, flush=True)
+    return engine
 
 
 def _check_devices(settings: Settings) -> None:

@@ -36,6 +36,7 @@ def from_a_trainer(settings: dict, sampling, long) -> list[dict]:
     samples = read_samples(settings.data.eval[0].path, renderer, "prompt")[:16][groups.dp_rank :: groups.dp_size]
     prompts = lambda: iter([Prompt(sample, (0,)) for sample in samples]) if groups.is_leader else None
     engine, found = make_engine(session), []
+    assert engine.sends_adapters
 
     def learn(change: int) -> None:
         for parameter in own:
