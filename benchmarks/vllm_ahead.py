@@ -3,7 +3,7 @@
     python -m benchmarks.vllm_ahead [--demo DIR] [--load CHECKPOINT] [--steps N] [--json FILE]
 
 The folder DIR of ``make demo-rl`` has the model and the questions. Sampling and learning take about as long as each
-other: 256 answers of at most five tokens in a step. ``make vllm`` sets vLLM up.
+other: 256 answers of at most five tokens in a step, 32 at a time. ``make vllm`` sets vLLM up.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from megavlm.demo.commands import CONFIGS, DEFAULT_OUT
 from megavlm.vllm.keeper import free_ports
 
 SETTINGS = (
-    "rollout.prompts=32", "rollout.max_new_tokens=5", "rollout.engine=vllm", "align.correction=token_truncate",
-    "train.memory_check=false",
+    "rollout.prompts=32", "rollout.max_sequences=32", "rollout.max_new_tokens=5", "rollout.engine=vllm",
+    "align.correction=token_truncate", "train.memory_check=false",
 )  # fmt: skip
 FIELDS = ("seconds", "seconds_rollout", "seconds_update", "seconds_sync", "staleness")
 

@@ -73,13 +73,13 @@ def search(
 def enough_gpus(
     settings: Settings, shapes: Shapes, gpus: int, gpu: Gpu, plan_of: PlanOf
 ) -> tuple[int, dict[str, Any]] | None:
-    """A number of GPUs with which a layout fits, and its changes: the first of 2, 4, 8 or 16 times ``gpus``.
+    """A number of GPUs with which a layout fits, and its changes: the first of 2, 4, 8, … 256 times ``gpus``.
 
     For each, the layouts that divide the model over most GPUs are tried. None if none of them fits.
     """
     split = ("tensor", "expert", "pipeline", "context")
     smallest = savings(settings)[0]
-    for many in (gpus * times for times in (2, 4, 8, 16)):
+    for many in (gpus * 2**doublings for doublings in range(1, 9)):
         valid = [changes for changes, why in layouts(settings, shapes, many, gpu) if why is None]
         valid = [changes for changes in valid if changes[CHUNKS] is None]
         for names in (split, ("context", *split)):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from cluster_recipes import CONFIGS
 from test_plan_command import commands, config  # noqa: F401  # a fixture
 
 
@@ -79,3 +80,12 @@ def test_a_model_that_is_too_large_is_told_how_many_gpus_are_enough(config, worl
         None,
         "shorten the rows, or choose a GPU with more memory",
     )
+
+
+@pytest.mark.slow
+def test_a_cluster_is_named_for_four_gpus_and_the_largest_model(world1) -> None:
+    line = [str(CONFIGS / "tune/sft.yaml"), "--gpus", "4", "--search"]
+    (((status, _, told),),) = world1.run(commands, [line], "235b-a22b", timeout=600)
+    assert status == 2
+    assert "no layout of 4 × H100 SXM 80 GB fits" in told
+    assert "128 GPUs are enough, with parallel." in told
