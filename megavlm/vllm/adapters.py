@@ -5,6 +5,7 @@ from typing import Any
 from megavlm.config.settings import Settings
 from megavlm.convert.hf_shapes import shapes_of
 from megavlm.convert.peft_names import part_of, targeted
+from megavlm.platform import on_gpu
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.25.1 allows as ``max_lora_rank``."""
@@ -16,15 +17,16 @@ _OF_ATTENTION = {"qkv_proj", "o_proj"}
 
 
 def lora_arguments(settings: Settings) -> dict[str, Any]:
-    """The arguments of vLLM's engine that describe the adapters of a run; {}: it cannot apply them, or there are none.
-
-    Whether it applies them (``enable_lora``) is decided by ``start.start_engine``, or by ``rollout.vllm.args``.
-    """
+    """The arguments of vLLM's engine for the adapters of a run; {}: it cannot apply them, or there are none."""
     targets = _targets(settings)
     if not targets:
         return {}
-    rank = next(rank for rank in _RANKS if rank >= settings.adapter.rank)
-    return {"max_lora_rank": rank, "lora_target_modules": targets}
+    return {
+        # On a CPU vLLM samples several times more slowly with adapters, and its kernels for GPUs take 16 bits alone.
+        "enable_lora": on_gpu() and settings.train.precision != "fp32",
+        "max_lora_rank": next(rank for rank in _RANKS if rank >= settings.adapter.rank),
+        "lora_target_modules": targets,
+    }
 
 
 def takes_adapters(lora: dict[str, Any] | None, settings: Settings) -> bool:
@@ -49,7 +51,8 @@ def _targets(settings: Settings) -> list[str]:
     linears = targeted(adapter, shapes).values()
     if any(linear.experts or part_of(linear.name) != "language" for linear in linears):
         return []
-    ends = {_WHOLE.get(linear.name.rpartition(".")[2], linear.name.rpartition(".")[2]) for linear in linears}
+    names = (linear.name.rpartition(".")[2] for linear in linears)
+    ends = {_WHOLE.get(name, name) for name in names}
     if shapes.text.moe is not None and not ends <= _OF_ATTENTION:  # of its dense layers, too
         return []
     return sorted(ends)

@@ -93,10 +93,10 @@ class Server:
 
     async def generate(self, request: web.Request) -> dict[str, Any]:
         head, pixels = unpacked(await request.read())
-        _ = self._weights.present
+        self._weights.present()
         # In a thread, so that the server answers others meanwhile, /identity above all.
         prompt = await asyncio.to_thread(engine_input, head, pixels, self._images_per_step)
-        weights = self._weights.present  # there may be none while the answers end: others are on their way then
+        weights = self._weights.present()  # there may be none while the answers end: others are on their way then
         async with asyncio.TaskGroup() as group:  # if one fails, the others are cancelled, which aborts them in vLLM
             tasks = [group.create_task(self._answer(prompt, head, seed)) for seed in head["seeds"]]
         return {"answers": [task.result() for task in tasks], "weights": weights}

@@ -42,7 +42,6 @@ class ServerWeights:
         self._digests: dict[str, int] = {}  # of the adapter that has come in this update
         self._folder: tempfile.TemporaryDirectory | None = None  # of the present adapter: vLLM may look there again
 
-    @property
     def present(self) -> str:
         """``version``. Raises Again if it is None."""
         if self.version is None:

@@ -23,8 +23,6 @@ def start_engine(model: Path, arguments: dict[str, Any]) -> AsyncLLM:
     """
     os.environ[SERVER] = str(os.getpid())
     is_cpu = current_platform.is_cpu()
-    if "max_lora_rank" in arguments:  # on a CPU, adapters are slow; kernels for GPUs take 16 bits alone
-        arguments = {"enable_lora": not is_cpu and arguments.get("dtype") != "float32", **arguments}
     if is_cpu:  # vLLM would compile for a minute, and start two interpreters, which import everything again
         # Of a prompt that is read in parts, vLLM takes back the random numbers that it has drawn too early, which its
         # generators cannot do on a CPU.

@@ -3,13 +3,14 @@
 import threading
 
 import pytest
-import torch
 import torch.distributed as dist
 from test_engine import engine_of, tokens_of
 from toy import read_samples
+from vllm_runs import change
 from vllm_served import CLOSE, by_index
 
 from megavlm.config.settings import Settings
+from megavlm.vllm.client import Client, NotReady
 
 LORA = {"type": "lora", "rank": 6, "alpha": 20.0, "rslora": True}
 CASES = {
@@ -24,28 +25,21 @@ def from_a_trainer(settings: dict, sampling, long) -> list[dict]:
     The last answers of vLLM are those during which the adapters change, and those of a server that was lost.
     """
     from megavlm.data.renderer import Renderer
-    from megavlm.model.vlm import PARTS
     from megavlm.reinforcement.engines import make_engine
     from megavlm.rollout.engine import Prompt
     from megavlm.runtime import session
 
     settings = Settings(**settings)
     session = session.start(settings, training=True)
-    own = [p for part in PARTS for module in session.vlm.modules_of(part) for p in module.parameters()]
     renderer, groups = Renderer(settings.model.hf, settings.data), session.groups
     samples = read_samples(settings.data.eval[0].path, renderer, "prompt")[:16][groups.dp_rank :: groups.dp_size]
     prompts = lambda: iter([Prompt(sample, (0,)) for sample in samples]) if groups.is_leader else None
     engine, found = make_engine(session), []
     assert engine.sends_adapters
 
-    def learn(change: int) -> None:
-        for parameter in own:
-            if parameter.requires_grad:  # copies on other ranks change alike
-                parameter.data += 0.03 * (torch.arange(parameter.numel()) + change).cos().view_as(parameter)
+    for number in range(2):
+        change(session, number)
         engine.sync()
-
-    for change in range(2):
-        learn(change)
         found.append({"vllm": by_index(engine.generate(prompts(), sampling)), "bytes": engine.bytes_sync})
         session.vlm.train(False)
         found[-1]["built in"] = by_index(engine_of(session, renderer, places=16).generate(prompts(), sampling))
@@ -54,13 +48,17 @@ def from_a_trainer(settings: dict, sampling, long) -> list[dict]:
     meanwhile: list = []
     thread = threading.Thread(target=lambda: meanwhile.extend(engine.generate(prompts(), long)))
     thread.start()
-    learn(2)
+    change(session, 2)
+    engine.sync()
     found[-1]["were asked"] = thread.is_alive()
     thread.join()
     found[-1]["meanwhile"] = by_index(meanwhile)
     found[-1]["after"] = by_index(engine.generate(prompts(), long))
     dist.barrier()
     if session.is_first:
+        update = {"partial": "continue", "weights": False, "base": "of another run"}
+        with pytest.raises(NotReady, match="does not have the weights for the adapter"):
+            Client(engine._urls[0]).post("/weights/start", update, 60.0)
         engine._keepers[0]._process.kill()
     found[-1]["started again"] = by_index(engine.generate(prompts(), long))
     dist.barrier()

@@ -48,6 +48,17 @@ def changed(folder: Path, out: Path) -> Path:
     return out
 
 
+def change(session, number: int = 0) -> None:
+    """Changes what is trained, by values of this number; copies on other ranks change alike."""
+    from megavlm.model.vlm import PARTS
+
+    for module in (module for part in PARTS for module in session.vlm.modules_of(part)):
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                values = (torch.arange(parameter.numel()) + number).cos()
+                parameter.data += 0.03 * values.view_as(parameter)
+
+
 def from_a_trainer(settings: dict, sampling) -> tuple[dict, dict]:
     """Runs on every rank: the answers of vLLM and of the built-in engine with weights that were changed here.
 
@@ -55,17 +66,13 @@ def from_a_trainer(settings: dict, sampling) -> tuple[dict, dict]:
     """
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
-    from megavlm.model.vlm import PARTS
     from megavlm.reinforcement.engines import make_engine
     from megavlm.rollout.engine import Prompt
     from megavlm.runtime import session
 
     settings = Settings(**settings)
     session = session.start(settings, training=True)
-    learned = [p for part in PARTS for module in session.vlm.modules_of(part) for p in module.parameters()]
-    for parameter in learned:
-        if parameter.requires_grad:  # copies on other ranks change alike
-            parameter.data += 0.03 * torch.arange(parameter.numel()).cos().view_as(parameter)
+    change(session)
     renderer, groups = Renderer(settings.model.hf, settings.data), session.groups
     samples = read_samples(settings.data.eval[0].path, renderer, "prompt")[groups.dp_rank :: groups.dp_size]
     prompts = lambda: iter([Prompt(sample, (0,)) for sample in samples]) if groups.is_leader else None

@@ -8,7 +8,7 @@ from vllm_stand_in import StandIn
 
 from megavlm.base.errors import UserError
 from megavlm.config.settings import Settings
-from megavlm.vllm import keeper
+from megavlm.vllm import adapters, keeper
 from megavlm.vllm.adapters import lora_arguments, takes_adapters
 from megavlm.vllm.engine import VllmEngine
 from megavlm.vllm.environment import engine_arguments
@@ -31,12 +31,19 @@ def settings(model_folder):
 def test_a_server_is_started_for_adapters_that_it_applies(settings):
     """vLLM has one layer for several of Hugging Face's, and knows few ranks."""
     expected = {"max_lora_rank": 8, "lora_target_modules": ["down_proj", "gate_up_proj", "qkv_proj"]}
-    assert lora_arguments(settings(APPLIED)) == expected
-    asked = engine_arguments(settings(APPLIED, vllm={"args": {"enable_lora": True}}))
-    assert asked.items() >= (expected | {"enable_lora": True}).items()
+    assert lora_arguments(settings(APPLIED)).items() >= expected.items()
     every = lora_arguments(settings({"type": "lora", "rank": 16}))  # all linear layers of the decoder
     assert every["lora_target_modules"] == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
     assert every["max_lora_rank"] == 16
+
+
+def test_a_server_applies_them_where_that_is_fast_or_if_it_is_asked_to(settings, monkeypatch):
+    applies = lambda **more: engine_arguments(settings(APPLIED, **more))["enable_lora"]
+    asked = lambda value: {"vllm": {"args": {"enable_lora": value}}}
+    bf16, fp32 = ({"train": {"precision": precision}} for precision in ("bf16", "fp32"))
+    assert (applies(**bf16), applies(**bf16, **asked(True))) == (False, True)
+    monkeypatch.setattr(adapters, "on_gpu", lambda: True)
+    assert (applies(**bf16), applies(**bf16, **asked(False)), applies(**fp32)) == (True, False, False)
 
 
 @pytest.mark.parametrize(
