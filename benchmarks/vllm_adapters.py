@@ -18,6 +18,8 @@ from pathlib import Path
 from benchmarks.forked import command
 from benchmarks.ranks import versions
 from benchmarks.weight_sync import TEXT
+from megavlm.demo.data import write_records
+from megavlm.monitor.metrics import read_metrics
 
 WAYS = {"merged": {"enable_lora": False}, "alone": {"enable_lora": True}}
 REWARD = "def letters(completions, **columns):\n    return [sum(map(ord, text)) % 11 / 10 for text in completions]\n"
@@ -31,7 +33,7 @@ def configuration(root: Path, steps: int) -> Path:
         {"messages": [{"role": "user", "content": f"{n}: describe it."}, {"role": "assistant", "content": "No."}]}
         for n in range(64)
     ]
-    (root / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in asked))
+    write_records(root / "questions.jsonl", asked)
     config = {
         "model": {"hf": str(root / "model"), "load": str(root / "model"), "freeze": ["vision", "projector"]},
         "adapter": {"type": "lora", "rank": 32, "alpha": 64.0},
@@ -63,8 +65,8 @@ def main() -> None:
         config = configuration(root, args.steps)
         for name, arguments in WAYS.items():
             command("grpo", config, f"output={root / name}", f"rollout.vllm.args={json.dumps(arguments)}")
-            lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()][1:]
-            found[name] = {field: statistics.median(line[field] for line in lines) for field in FIELDS}
+            steps = read_metrics(root / name)[1:]
+            found[name] = {field: statistics.median(step[field] for step in steps) for field in FIELDS}
             print(f"{name}: {found[name]}", flush=True)
     if args.json:
         content = {"versions": versions(), "layers": args.layers, "steps": args.steps, **found}

@@ -29,16 +29,27 @@ def test_a_server_elsewhere_gets_the_configuration_of_the_run(model_folder, tmp_
     assert expected.items() <= json.loads(given["--arguments"]).items()
 
 
-def test_a_server_elsewhere_tells_what_is_wrong_with_the_configuration(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"rollout": {"top_p": 2}}, "rollout.top_p"),
+        ({"adapter": {"type": "lora", "targets": ["nothing"]}}, "adapter.targets has 'nothing'"),
+    ],
+)
+def test_a_server_elsewhere_tells_what_is_wrong_with_the_configuration(
+    settings, told, model_folder, tmp_path, monkeypatch, capsys
+):
     """With the status by which launch/servers.sh knows that it would be wrong again."""
     from megavlm.vllm import serve
 
-    (tmp_path / "run.yaml").write_text(json.dumps({"model": {"hf": "x"}, "rollout": {"top_p": 2}}))
+    frozen = {"hf": str(model_folder), "freeze": ["vision", "projector"]}
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": frozen, **settings}))
+    monkeypatch.setattr(serve, "check_environment", lambda python: None)
     monkeypatch.setattr("sys.argv", ["serve", str(tmp_path / "run.yaml")])
     with pytest.raises(SystemExit) as ended:
         serve.main()
     assert ended.value.code == 2
-    assert "rollout.top_p" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
 # The first answer is there at once, the second never. Its own name is in the log.
