@@ -15,11 +15,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megavlm.checkpoint.sharing import most_received, put_together, rounds_of
+from megavlm.checkpoint.sharing import largest_buffer, put_together, rounds_of
 from megavlm.model.vlm import PARTS
 from megavlm.optim import megatron_galore, megatron_muon
 from megavlm.optim.ema import EMA, fill_adam, has_average
 from megavlm.optim.optimizers import Optimizers
+from megavlm.optim.stored_adam import StoredAdam, is_stored
 from megavlm.platform import device
 
 
@@ -54,13 +55,15 @@ def saved_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
 def made_when_saved(optimizers: Optimizers) -> int:
     """Bytes that ``saved_state`` makes on the device, on that of this rank's data ranks on which it makes most.
 
-    They are the buffer in which Adam's state of other ranks is received; with other optimizers, 0.
+    They are the buffer for Adam's state of other ranks, and for what is sent from host memory; with other optimizers,
+    there is none.
     """
     inner = optimizers.optimizer.chained_optimizers
     if optimizers.train.optimizer != "adam" or not _are_sharded(inner):
         return 0
-    buffers = [most_received(rounds_of((pieces for _, pieces in _pieces(one)), _keys(one))) for one in inner]
-    return max(buffers, default=0)  # one after the other
+    rounds = [rounds_of((pieces for _, pieces in _pieces(one)), _keys(one)) for one in inner]
+    on_host = is_stored(optimizers.train)
+    return max((largest_buffer(one, sends=on_host) for one in rounds), default=0)  # one after the other
 
 
 def wanted_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
@@ -107,6 +110,11 @@ def load_state(optimizers: Optimizers, state: dict, model: dict) -> None:
         adam = optimizer.optimizer
         if not any(group["params"] for group in adam.param_groups):
             continue  # a pipeline stage of which nothing is trained
+        tensors = state.get("tensors", {}).get(number, {})
+        if isinstance(adam, StoredAdam):
+            adam.steps = step
+            optimizer.load_parameter_state_from_fully_reshardable(tensors)
+            continue
         if isinstance(adam, torch.optim.Adam):
             fill_adam(optimizer)  # DistributedOptimizer requires existing state
         settings = optimizer.state_dict()
@@ -116,7 +124,7 @@ def load_state(optimizers: Optimizers, state: dict, model: dict) -> None:
         if isinstance(adam, torch.optim.Adam):
             for value in adam.state.values():
                 value["step"] = value["step"].item()
-        optimizer.load_parameter_state_from_fully_reshardable(state.get("tensors", {}).get(number, {}))
+        optimizer.load_parameter_state_from_fully_reshardable(tensors)
         if isinstance(adam, torch.optim.Adam):
             for value in adam.state.values():
                 value["step"] = torch.tensor(value["step"])
@@ -144,7 +152,8 @@ def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dic
         tensors = optimizer._get_main_param_and_optimizer_states(parameters[number][0])
         return {key: tensors[key].detach().view(-1) for key in keys}
 
-    stored = put_together([pieces for _, pieces in parameters], keys, own, group, device())
+    on_host = isinstance(optimizer.optimizer, StoredAdam)
+    stored = put_together([pieces for _, pieces in parameters], keys, own, group, device(), on_host=on_host)
     alone = group.size() == dist.get_world_size()
     for number, tensors in stored.items():
         entry = entries[parameters[number][0]]

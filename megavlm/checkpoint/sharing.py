@@ -67,13 +67,17 @@ def rounds_of(parameters: Iterable[Pieces], kinds: Sequence[str]) -> list[list[T
     return [rounds[index] for index in range(len(rounds))]
 
 
-def most_received(rounds: Iterable[Iterable[Transfer]], receiver: int | None = None) -> int:
-    """Bytes of the largest buffer that a data rank needs, or that ``receiver`` needs."""
+def largest_buffer(rounds: Iterable[Iterable[Transfer]], rank: int | None = None, *, sends: bool = False) -> int:
+    """Bytes of the largest buffer that a data rank needs in a round, or that ``rank`` needs.
+
+    It has what the rank receives and, with ``sends``, also what it sends.
+    """
     sizes = Counter[tuple[int, int]]()
     for number, transfers in enumerate(rounds):
         for one in transfers:
-            if receiver in (None, one.receiver):
-                sizes[number, one.receiver] += one.size
+            for place in (one.receiver, one.sender) if sends else (one.receiver,):
+                if rank in (None, place):
+                    sizes[number, place] += one.size
     return max(sizes.values(), default=0)
 
 
@@ -83,6 +87,8 @@ def put_together(
     own: Callable[[int], Mapping[str, Tensor]],
     group: dist.ProcessGroup,
     device: torch.device,
+    *,
+    on_host: bool = False,
 ) -> dict[int, dict[str, Tensor]]:
     """Returns the state of the parameters that this rank stores, by their number. Call it on all ranks of the group.
 
@@ -93,7 +99,8 @@ def put_together(
         kinds: the kinds of state that each parameter has.
         own: returns what this rank has of a parameter, by its number: {kind: its elements [n], float32}.
         group: the data ranks.
-        device: where the optimizer's state is.
+        device: from where and to where ranks send.
+        on_host: whether what ``own`` returns may be in host memory.
     """
     rank, rounds = group.rank(), rounds_of(parameters, kinds)
     here = {number: own(number) for number, pieces in enumerate(parameters) if rank in pieces}
@@ -111,13 +118,17 @@ def put_together(
         stored[number] = {kind: torch.empty(count, dtype=torch.float32, device="cpu") for kind in kinds}
         for kind in kinds:
             stored[number][kind][first:last].copy_(tensors[kind])
-    buffer = torch.empty(most_received(rounds, rank) // 4, dtype=torch.float32, device=device)
+    size = largest_buffer(rounds, rank, sends=on_host) // 4
+    buffer = torch.empty(size, dtype=torch.float32, device=device)
     for transfers in rounds:
         operations, received, used = [], list[tuple[Tensor, Tensor]](), 0
         for number, kind, first, last, sender, receiver in transfers:
             if sender == rank:
                 begin, _ = parameters[number][rank]
                 sent = here[number][kind][first - begin : last - begin]
+                if on_host:
+                    sent = buffer[used : used + last - first].copy_(sent)
+                    used += last - first
                 operations.append(dist.P2POp(dist.isend, sent, group=group, group_peer=receiver))
             elif receiver == rank:
                 place = buffer[used : used + last - first]

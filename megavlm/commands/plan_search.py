@@ -15,6 +15,7 @@ from rich.table import Table
 
 from megavlm.base import atomic_files, command_line, yaml_files
 from megavlm.base.errors import UserError
+from megavlm.base.number_format import counted
 from megavlm.config.settings import Settings
 from megavlm.model.shapes import Shapes
 from megavlm.plan.as_json import plan_json
@@ -126,10 +127,10 @@ def _remedy(found: Sequence[Candidate], enough: tuple[int, dict[str, Any]] | Non
     """What would fit, and what comes nearest."""
     words = "shorten the rows, or choose a GPU with more memory"
     if enough is not None:
-        words = f"{enough[0]} GPUs are enough, with {_overrides(enough[1])}"
-    counted = [candidate for candidate in found if candidate.memory is not None]
-    if counted:
-        least = min(counted, key=lambda candidate: candidate.memory or 0)
+        words = f"{counted(enough[0], 'GPU')} {'is' if enough[0] == 1 else 'are'} enough, with {_overrides(enough[1])}"
+    planned = [candidate for candidate in found if candidate.memory is not None]
+    if planned:
+        least = min(planned, key=lambda candidate: candidate.memory or 0)
         words += f"; the smallest layout that was planned {least.ruled_out}: {_overrides(least.changes)}"
     return words
 

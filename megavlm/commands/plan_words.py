@@ -14,14 +14,23 @@ def verdict(plan: Plan, settings: Settings) -> str:
     """One line: whether the plan fits its GPUs, with what to try if it does not; marked up for rich."""
     where = f"{plan.world_size} × {plan.gpu.name} ({plan.data_parallel} data-parallel)"
     if plan.fits:
-        return f"[green]fits[/] on {where}, with {plan.spare / GIB:.1f} GiB to spare"
+        return f"[green]fits[/] on {where}, with {plan.spare / GIB:.1f} GiB to spare{_on_host(plan)}"
     wanted = (SPARE * plan.capacity - plan.spare) / GIB
     advice = "; ".join(_advice(plan, settings))
     what = f"{-plan.spare / GIB:.1f} GiB are missing" if plan.spare < 0 else f"only {plan.spare / GIB:.1f} GiB spare"
     return (
         f"[red]does not fit[/] on {where}: {what}, and {SPARE:.0%} should be left for what is not counted, so "
-        f"{wanted:.1f} GiB must go. Try: {advice}"
+        f"{wanted:.1f} GiB must go{_on_host(plan)}. Try: {advice}"
     )
+
+
+def _on_host(plan: Plan) -> str:
+    """How much host memory the optimizer's state needs, if it is there."""
+    size = max(stage.static.on_host for stage in plan.stages) / GIB
+    if not size:
+        return ""
+    many = min(plan.gpu.nvlink_domain, plan.world_size)
+    return f"; the optimizer has {size:.1f} GiB for each GPU in host memory, {size * many:.1f} GiB on a host of {many}"
 
 
 def _advice(plan: Plan, settings: Settings) -> list[str]:
@@ -45,6 +54,8 @@ def _advice(plan: Plan, settings: Settings) -> list[str]:
         if name == "sampling":
             found.append("a smaller rollout.cache_gib")
         if name == "static":
+            if train.optimizer == "adam" and stage.static.optimizer >= _WORTH * plan.capacity:
+                found.append("train.offload_optimizer=true")
             found.append("more GPUs, or a larger parallel.tensor or parallel.pipeline")
     if max(stage.moments, key=lambda moment: moment.total).name in _OF_THE_STEP:
         found.append(f"data.seq_length below {settings.data.seq_length}")

@@ -21,7 +21,7 @@ from megavlm.checkpoint.load_weights import shapes_at_start, start_words
 from megavlm.commands.found_run import found_in
 from megavlm.commands.reward_fields import check_prompt_data
 from megavlm.commands.usable_data import drafts_of, intended, refusal, renderer_of
-from megavlm.config.requirements import check_files, check_stage, required
+from megavlm.config.requirements import check_files, required
 from megavlm.config.schedule_section import value_at
 from megavlm.config.settings import DataSettings, Settings, TrainSettings
 from megavlm.convert.hf_shapes import model_shapes
@@ -44,6 +44,7 @@ from megavlm.runtime.adapter_start import with_stored_adapter
 from megavlm.runtime.further_model import check_further_models
 from megavlm.runtime.session import check_shapes
 from megavlm.sources.blend import evenly, open_sources
+from megavlm.training.pretraining_stage import check_stage
 
 if TYPE_CHECKING:
     from megavlm.plan.dry_run import Held

@@ -91,26 +91,3 @@ def check_packages(settings: Settings) -> None:
             "log.tensorboard is true, but the package tensorboard is not installed",
             "pip install tensorboard, or set it to false",
         )
-
-
-def check_stage(settings: Settings) -> None:
-    """Raises a UserError if the settings contradict ``stage``, which must be set.
-
-    Stage 0 trains only the projector; later stages start from a checkpoint.
-    """
-    stage, frozen = required(settings.stage, "stage"), set(settings.model.freeze)
-    if stage == 0 and frozen != {"vision", "language"}:
-        raise UserError(
-            f"stage is 0, which trains only the projector, but model.freeze is {sorted(frozen)}",
-            "set model.freeze: [vision, language], or choose stage 1",
-        )
-    if stage == 0 and settings.train.unfreeze_after:
-        raise UserError(
-            f"stage is 0, which trains only the projector, but train.unfreeze_after is {settings.train.unfreeze_after}",
-            "remove train.unfreeze_after, or choose stage 1",
-        )
-    if stage > 0 and settings.model.load is None:
-        raise UserError(
-            f"stage is {stage}, which continues stage {stage - 1}, but model.load is not set",
-            "set model.load to the output folder or a checkpoint of the previous stage, or to a Hugging Face folder",
-        )

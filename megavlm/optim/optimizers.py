@@ -25,11 +25,12 @@ from torch import Tensor
 from megavlm.config.requirements import required
 from megavlm.config.train_section import TrainSettings
 from megavlm.model.vlm import PARTS, VLM
-from megavlm.optim import megatron_galore, megatron_muon
+from megavlm.optim import megatron_galore, megatron_muon, stored_adam
 from megavlm.optim.ema import start_averages, update_averages
 from megavlm.optim.grad_stats import GradStats, read_grad_stats
 from megavlm.optim.param_groups import ParamGroups
 from megavlm.optim.schedule import Schedule
+from megavlm.optim.stored_adam import StoredAdam
 from megavlm.platform import device
 
 
@@ -112,13 +113,14 @@ class Optimizers:
             PartDDP(m.config, config, m, disable_bucketing=i > 0, pg_collection=groups) for i, m in enumerate(modules)
         ]
         own = self._groups.overrides(p for m in modules for p in m.parameters())
-        built = get_megatron_optimizer(
-            self._config,
-            self.ddp[part],
-            {**get_standard_config_overrides(self._config), **own},  # by default, norms and biases have no decay
-            use_gloo_process_groups=False,
-            pg_collection=groups,
-        )
+        with stored_adam.chosen(self.train, self._config):
+            built = get_megatron_optimizer(
+                self._config,
+                self.ddp[part],
+                {**get_standard_config_overrides(self._config), **own},  # by default, norms and biases have no decay
+                use_gloo_process_groups=False,
+                pg_collection=groups,
+            )
         optimizers = built.chained_optimizers if isinstance(built, ChainedOptimizer) else [built]
         # If only experts are trainable, as may be with adapters, Megatron adds an optimizer without parameters.
         self.parts[part] = [opt for opt in optimizers if not getattr(opt, "is_stub_optimizer", False)]
@@ -128,6 +130,8 @@ class Optimizers:
         if self.train.optimizer == "muon":
             for optimizer in self.parts[part]:
                 megatron_muon.put_inside(optimizer, self._vlm, self.train, groups)
+        for stored in (opt.optimizer for opt in self.parts[part] if isinstance(opt.optimizer, StoredAdam)):
+            stored.fill()
         if self.train.ema is not None:
             start_averages(self.parts[part])
         self._set_rates(part)
@@ -236,7 +240,9 @@ class Optimizers:
     def apply(self, grad_norm: float) -> None:
         """Clips the gradients, whose norm is known, updates the weights, and advances the schedule."""
         if self.train.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.train.clip_grad, grad_norm)
+            clip_grad_by_total_norm_fp32(
+                self.optimizer.get_parameters(), self.train.clip_grad, grad_norm, stored_adam.is_stored(self.train)
+            )
         self.optimizer.step_with_ready_grads()
         if self.train.ema is not None:
             update_averages(self.optimizer.chained_optimizers, self.train.ema)

@@ -38,6 +38,7 @@ FREE_TO_CHANGE = (
     "train.recompute",
     "train.overlap",
     "train.experts",
+    "train.offload_optimizer",
     "train.logprob_chunk_tokens",
     "train.max_skipped_steps",
     "train.hang_minutes",
@@ -62,6 +63,7 @@ CHANGEABLE = (
     "train.batch_ramp_lr",
     "train.loss",
     "train.weight_decay",
+    "train.adam_moments",
     "train.clip_grad",
     # only the blend: weights, loss weights, epochs and limits of the same sources, and further sources at the end
     "data.train",

@@ -13,8 +13,10 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
 from megavlm.config.settings import Settings
+from megavlm.config.train_section import TrainSettings
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import PARTS
+from megavlm.optim.stored_adam import AT_A_TIME, is_stored, state_bytes
 from megavlm.plan.stage_operators import Counts
 from megavlm.tracing.absent_rank import TrainedModel
 from megavlm.tracing.stand_in import layers_of
@@ -47,9 +49,9 @@ def of_all_layers(
     whole = layers_of(parallel, shapes.text.layers, stage)
     of_dense = _Shared("decoder", world_size // (parallel.tensor * parallel.pipeline))
     of_experts = _Shared("decoder", world_size // (parallel.pipeline * parallel.expert * parallel.expert_tensor))
-    here, grown, each, in_layers, further = _Sum(), Counter[_Shared](), [], 0, 0
+    here, grown, each, in_layers, further = _Sum(settings.train), Counter[_Shared](), [], 0, 0
     for vlm, static in zip((model.vlm for model in trained), few.each, strict=True):
-        tower, known, more = vlm.vision.layers, set[int](), _Sum()
+        tower, known, more = vlm.vision.layers, set[int](), _Sum(settings.train)
         for module in (module for part in PARTS if part != "language" for module in vlm.modules_of(part)):
             here.add(tensors_of(module), 1, _Shared("tower", world_size))
         more.add(tensors_of(tower[-1]), shapes.vision.layers - len(tower), _Shared("tower", world_size))
@@ -79,11 +81,21 @@ def of_all_layers(
         # Linear layers in 4 bits are loaded in full precision: what that is more than they hold grows with the layers.
         after.weights + round((few.loaded - before.weights) * (1 + further / max(in_layers, 1))),
         min(round(few.sampling * times), most),
-        # Adam makes what its largest matrices need, such as the word embedding, which is there; Muon all its updates.
-        round(few.updating * (times if settings.train.optimizer == "muon" else 1)),
+        _updating(settings.train, few.updating, times, after.optimizer + after.on_host),
         few.saving,
         _update(few, before, after, here.gradients, grown, overlaps=settings.train.overlap.gradients),
     )
+
+
+def _updating(train: TrainSettings, few: int, layers: float, state: int) -> int:
+    """Bytes that an update makes, if it makes ``few`` with few layers: with so many times the layers, and this state.
+
+    Muon makes all its updates. Adam makes what its largest matrices need, such as the word embedding, which is there;
+    if its state is brought to the GPU, as much as is brought at a time.
+    """
+    if train.optimizer == "muon":
+        return round(few * layers)
+    return max(few, min(12 * AT_A_TIME, state)) if is_stored(train) else few
 
 
 class _Shared(NamedTuple):
@@ -96,8 +108,8 @@ class _Shared(NamedTuple):
 class _Sum:
     """Sums weights with their gradients in float32 and Adam's state."""
 
-    def __init__(self) -> None:
-        self.static = StaticMemory()
+    def __init__(self, train: TrainSettings) -> None:
+        self.static, self._train = StaticMemory(), train
         self.gradients: Counter[_Shared] = Counter()  # bytes
 
     def add(self, tensors: Iterable[Tensor], times: float, shared: "_Shared") -> None:
@@ -105,7 +117,8 @@ class _Sum:
         kept = list(tensors)
         gradients = round(times * sum(4 * tensor.numel() for tensor in kept if tensor.requires_grad))
         weights = round(times * sum(tensor.nbytes for tensor in kept))
-        self.static += StaticMemory(weights, gradients, 3 * gradients // shared.ranks)
+        state, on_host = gradients // 4 * state_bytes(self._train) // shared.ranks, self._train.offload_optimizer
+        self.static += StaticMemory(weights, gradients, 0 if on_host else state, on_host=state if on_host else 0)
         self.gradients[shared] += gradients
 
 
@@ -119,7 +132,8 @@ def _update(
     overlaps: bool,
 ) -> dict[str, Counts]:
     """The operators of an update: collectives grow as the gradients of their ranks, the rest as state or gradients."""
-    of_state = after.optimizer / before.optimizer if before.optimizer else 1.0
+    states = [static.optimizer + static.on_host for static in (before, after)]
+    of_state = states[1] / states[0] if states[0] else 1.0
     update: dict[str, Counts] = {}
     for part, counts in few.update.items():
         if part == "optimizer":

@@ -8,6 +8,7 @@ from megavlm.config.settings import Settings
 from megavlm.convert.names import table
 from megavlm.model.configs import DTYPES
 from megavlm.model.shapes import Shapes
+from megavlm.optim.stored_adam import state_bytes
 from megavlm.plan.gpus import Gpu
 from megavlm.tracing.static_memory import StaticMemory
 
@@ -40,7 +41,9 @@ def checkpoint_of(
         world_size: number of ranks.
         gpu: the GPU.
     """
-    optimizer = sum(stage.optimizer for stage in static) * world_size // len(static)
+    state = sum(stage.optimizer + stage.on_host for stage in static) * world_size // len(static)
+    copy = 4 if settings.train.precision == "fp32" else 0  # which is the weight itself
+    optimizer = state * (12 - copy) // (state_bytes(settings.train) - copy)  # moments are saved in float32
     itemsize = DTYPES[settings.train.precision].itemsize
     if settings.adapter.type is None:
         weights = itemsize * sum(math.prod(entry.shape) for entry in table(shapes))

@@ -30,6 +30,8 @@ class Assumed:
         shares, gpu = self.gpu.operators, self.gpu
         if call.kind == "collective":
             return collective_seconds(call, gpu)
+        if call.kind == "host":
+            return call.moved / (gpu.pcie / 2 * 1e9 * shares["host"])
         at_memory = call.moved / (gpu.memory_bandwidth * 1e9 * shares["memory"])
         if call.kind == "elementwise":
             return shares["unfused"] * (at_memory + shares["overhead"])

@@ -23,6 +23,7 @@ from megavlm.data.synthetic_row import synthetic_samples
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.optimizers import Optimizers
+from megavlm.optim.stored_adam import state_bytes
 from megavlm.plan.step_memory import RowsAtHand
 from megavlm.runtime.session import MAIN, Session
 from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
@@ -43,7 +44,7 @@ class Held:
         parameters, learning: for each part (``PARTS``), the number of parameters and of trainable parameters.
         weights, gradients, optimizer: bytes, without activations. Weights are counted as ``adapter.quantize`` stores
             them, gradient buffers as Megatron pads them. The optimizer has this rank's part of the float32 copy of
-            half-precision weights, and of its state (Adam's two moments).
+            half-precision weights, and of its state (Adam's two moments), as far as they are on the GPU.
         reached: for each part, the number of trainable parameters that got a gradient when a row ran forward and
             backward; None if no row was run.
     """
@@ -108,7 +109,6 @@ def _held(
         weights += sum(nf4.nbytes_of(weight.numel(), double=double) - weight.nbytes for weight in frozen)
     if model != MAIN and adapters is not None:  # the frozen weights are those of the main model
         weights = sum(p.nbytes for ps in parts.values() for p in ps if p.requires_grad)
-    copy = 4 if optimizers.train.precision != "fp32" else 0
     return Held(
         rank=rank,
         model=model,
@@ -116,20 +116,25 @@ def _held(
         learning={part: sum(p.numel() for p in ps if p.requires_grad) for part, ps in parts.items()},
         weights=weights,
         gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
-        optimizer=sum(4 * _state(optimizers, p) + copy * p.numel() for p in updated),
+        optimizer=sum(_state_bytes(optimizers, p) for p in updated),
         reached=reached,
     )
 
 
-def _state(optimizers: Optimizers, parameter: torch.Tensor) -> int:
-    """Counts the numbers in the optimizer's state of a parameter, without the float32 copy of the parameter."""
-    if optimizers.train.optimizer in ("galore", "muon"):
+def _state_bytes(optimizers: Optimizers, parameter: torch.Tensor) -> int:
+    """The bytes of the optimizer's state of a parameter, with its float32 copy."""
+    train, numbers = optimizers.train, parameter.numel()
+    copy = 4 * numbers if train.precision != "fp32" else 0
+    if train.optimizer == "adam":
+        moments = (state_bytes(train) - 4) * numbers
+        return 0 if train.offload_optimizer else copy + moments + 4 * numbers * (train.ema is not None)
+    if train.optimizer in ("galore", "muon"):
         inside = (opt.optimizer for opts in optimizers.parts.values() for opt in opts)
         owner = next(
             opt for opt in inside if any(parameter is p for group in opt.param_groups for p in group["params"])
         )
-        return sum(math.prod(shape) for shape in owner.state_shapes(parameter).values())
-    return (2 + (optimizers.train.ema is not None)) * parameter.numel() if optimizers.train.optimizer == "adam" else 0
+        return copy + 4 * sum(math.prod(shape) for shape in owner.state_shapes(parameter).values())
+    return copy
 
 
 def _pass(session: Session, vlm: VLM, optimizers: Optimizers, objective: Objective) -> dict[str, int]:

@@ -28,6 +28,7 @@ class Gpu:
     nvlink_domain: int = 8
     fabric: float = 50.0
     cores: int | None = None
+    pcie: float = 128.0
 
 
 @functools.cache

@@ -126,6 +126,10 @@ def update_operators(vlm: VLM, optimizers: Optimizers, where: torch.device) -> t
         with phases("optimizer"):
             _update(optimizers)
     parts = parts_of(record.found, 1)
+    if optimizers.train.offload_optimizer:
+        stored = (opt.optimizer for opt in optimizers.optimizer.chained_optimizers if opt.optimizer is not None)
+        state = sum(tensor.nbytes for adam in stored for tensor in adam.held())
+        parts["optimizer"][Call("host", "copy", (), "float32", 0, 2 * state)] = 1.0  # to the device and back
     return {name: parts[name] for name in PER_STEP}, memory.peak
 
 

@@ -85,6 +85,8 @@ def _parked(step: Step, main: VLM) -> Parking:
     def kept() -> Iterator[Tensor]:
         yield from own
         yield from (buffer.param_data for buffer in buffers if buffer.param_data is not None)
+        if step.optimizers.train.offload_optimizer:
+            return  # there it is already
         for optimizer in (one.optimizer for ones in step.optimizers.parts.values() for one in ones):
             yield from (p for group in optimizer.param_groups for p in group["params"])
             for state in optimizer.state.values():

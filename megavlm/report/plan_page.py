@@ -84,7 +84,7 @@ def _facts(settings: Settings) -> dict[str, str]:
         "recompute": _value(train.recompute),
         "recompute in the tower": _value(settings.vision.recompute),
         "window": "the whole step" if settings.vision.window is None else str(settings.vision.window),
-        "optimizer": train.optimizer,
+        "optimizer": train.optimizer + (", with its state in host memory" if train.offload_optimizer else ""),
     }
     frozen = ", ".join(settings.model.freeze)
     return (

@@ -24,6 +24,7 @@ from megavlm.search.work import PlanOf, Progress, Work, savings, seconds_of
 BEST = 10
 """Number of layouts that are shown."""
 _PROMISING = 20
+OFFLOAD = "train.offload_optimizer"
 _CUT = "expert tensor parallelism where whole experts divide as well"
 _NOT_FASTEST = "cannot be the fastest, as layouts like it show"
 
@@ -73,13 +74,15 @@ def search(
 def enough_gpus(
     settings: Settings, shapes: Shapes, gpus: int, gpu: Gpu, plan_of: PlanOf
 ) -> tuple[int, dict[str, Any]] | None:
-    """A number of GPUs with which a layout fits, and its changes: the first of 2, 4, 8, … 256 times ``gpus``.
+    """A number of GPUs with which a layout fits, and its changes: the first of 1, 2, 4, 8, … 256 times ``gpus``.
 
-    For each, the layouts that divide the model over most GPUs are tried. None if none of them fits.
+    So many as there are have Adam's state in host memory. For each number, the layouts that divide the model over most
+    GPUs are tried. None if none of them fits.
     """
     split = ("tensor", "expert", "pipeline", "context")
-    smallest = savings(settings)[0]
-    for many in (gpus * 2**doublings for doublings in range(1, 9)):
+    can_offload = settings.train.optimizer == "adam" and settings.train.ema is None
+    for many in (gpus * 2**doublings for doublings in range(not can_offload, 9)):
+        smallest = savings(settings)[0] | ({OFFLOAD: True} if many == gpus else {})
         valid = [changes for changes, why in layouts(settings, shapes, many, gpu) if why is None]
         valid = [changes for changes in valid if changes[CHUNKS] is None]
         for names in (split, ("context", *split)):

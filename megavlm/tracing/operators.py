@@ -52,7 +52,8 @@ class Call(NamedTuple):
     """An operator with its size. Operators of equal size are equal.
 
     Attributes:
-        kind: "product", "attention", "elementwise" (everything else that moves values), or "collective".
+        kind: "product", "attention", "elementwise" (everything else that moves values), "collective", or "host"
+            (copies between host memory and the device, which are not recorded).
         name: torch's name, such as "mm", or that of a collective, such as "all_gather".
         sizes: product: (batch, m, k, n). attention: (batch, heads, queries, keys, head dimension, causal). collective:
             the ranks that take part. Otherwise ().

@@ -15,6 +15,7 @@ from megavlm.adapters.nf4 import Nf4
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.galore import GaLore
 from megavlm.optim.optimizers import Optimizers
+from megavlm.optim.stored_adam import StoredAdam
 from megavlm.tracing.known_shapes import KnownShapes
 
 
@@ -30,16 +31,18 @@ class StaticMemory:
             projected ones and their projectors), of this rank's share. Counts of steps, one number for each tensor in
             torch's Adam and none in Transformer Engine's, are left out.
         others: what is counted elsewhere (``further_memory``).
+        on_host: what the optimizers have in host memory instead (``train.offload_optimizer``).
     """
 
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
     others: int = 0
+    on_host: int = 0
 
     @property
     def total(self) -> int:
-        """Their sum."""
+        """The sum of what is on the device."""
         return self.weights + self.gradients + self.optimizer + self.others
 
     def __add__(self, other: "StaticMemory") -> "StaticMemory":
@@ -64,7 +67,9 @@ class StaticCount:
             return StaticMemory(weights)
         ddps = [ddp for ddps in optimizers.ddp.values() for ddp in ddps]
         buffers = [buffer for ddp in ddps for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
-        return StaticMemory(weights, self._new(b.grad_data for b in buffers), self._new(_state_of(optimizers)))
+        gradients, state = self._new(b.grad_data for b in buffers), self._new(_state_of(optimizers))
+        on_host = optimizers.train.offload_optimizer
+        return StaticMemory(weights, gradients, optimizer=0 if on_host else state, on_host=state if on_host else 0)
 
     def _new(self, tensors: Iterable[Tensor]) -> int:
         total = 0
@@ -82,7 +87,7 @@ def make_state(optimizers: Optimizers) -> None:
     Real optimizers do it by stepping, which would change weights: there, count after a step.
     """
     for optimizer in (part.optimizer for part in optimizers.optimizer.chained_optimizers if part.optimizer is not None):
-        if isinstance(optimizer, GaLore):
+        if isinstance(optimizer, GaLore | StoredAdam):
             optimizer.fill()
             continue
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -107,6 +112,9 @@ def tensors_of(module: nn.Module) -> Iterable[Tensor]:
 def _state_of(optimizers: Optimizers) -> Iterable[Tensor]:
     """The float32 copies, and all state but numbers of steps. What is a weight itself has been counted as one."""
     for optimizer in (part.optimizer for part in optimizers.optimizer.chained_optimizers if part.optimizer is not None):
+        if isinstance(optimizer, StoredAdam):
+            yield from optimizer.held()
+            continue
         for weight in (w for group in optimizer.param_groups for w in group["params"]):
             yield weight
             state = optimizer.state.get(weight, {})

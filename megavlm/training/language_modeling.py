@@ -6,12 +6,13 @@ and its schedule. The code of all four stages is the same.
 
 from collections.abc import Callable
 
-from megavlm.config.requirements import check_stage, required
+from megavlm.config.requirements import required
 from megavlm.config.settings import Settings
 from megavlm.records.records import Kind
 from megavlm.runtime.session import Session
 from megavlm.training.method import FileRows, OneModel, Prepared
 from megavlm.training.objective import CrossEntropy, CrossEntropyWithKL
+from megavlm.training.pretraining_stage import check_stage
 from megavlm.training.start_weights import StartWeights
 
 STAGES = ("alignment", "all weights", "long context", "ultra-long context")

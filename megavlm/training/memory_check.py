@@ -23,6 +23,7 @@ from megavlm.data.row import Row
 from megavlm.data.synthetic_row import synthetic_samples
 from megavlm.optim.galore import GaLore
 from megavlm.optim.muon import Muon
+from megavlm.optim.stored_adam import state_bytes
 from megavlm.platform import device, memory_gib, reset_memory
 from megavlm.records.records import Kind
 from megavlm.runtime.feed import Feed
@@ -165,7 +166,7 @@ def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:
     divided among fewer ranks, are counted like other weights).
     """
     optimizers, groups, numbers = step.optimizers, step.groups, 0.0
-    adam, averages = optimizers.train.optimizer == "adam", optimizers.train.ema is not None
+    train, adam = optimizers.train, optimizers.train.optimizer == "adam"
     if adam and not any(o.optimizer.state for o in optimizers.optimizer.chained_optimizers):
         numbers = 2 * sum(p.numel() for group in optimizers.optimizer.param_groups for p in group["params"])
     inner = [o.optimizer for o in optimizers.optimizer.chained_optimizers if isinstance(o.optimizer, GaLore | Muon)]
@@ -175,7 +176,8 @@ def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:
     for weight in _to_unfreeze(step):
         share = (groups.tower if weight in tower else groups.language).dp_cp.size() if adam else 1
         half = weight.element_size() < 4
-        numbers += weight.numel() * (half / 2 + (2 * adam + half + averages) / share)
+        state = half + adam * (state_bytes(train) - 4) / 4 + (train.ema is not None)
+        numbers += weight.numel() * (half / 2 + (0 if train.offload_optimizer else state) / share)
         if inner:
             numbers += sum(math.prod(shape) for shape in inner[0].state_shapes(weight).values())
     # the memory is written to, because a CPU would not allocate it otherwise
@@ -199,6 +201,7 @@ def _too_large(error: Exception, settings: Settings) -> UserError:
         *(["vision.recompute=true"] if tower_is_trained and not vision.recompute else []),
         *([f"vision.window={smallest}"] if vision.window != smallest else []),
         *(["vision.offload=true"] if not vision.offload else []),
+        *(["train.offload_optimizer=true"] if train.optimizer == "adam" and not train.offload_optimizer else []),
         "a larger parallel.tensor or parallel.context, on more processes",
         f"data.seq_length below {settings.data.seq_length}",
         *(

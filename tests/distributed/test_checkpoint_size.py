@@ -8,7 +8,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 BF16 = {"precision": "bf16", "optimizer": "adam"}
-LAYOUTS = {"MoE EP2": (2, "moe", {"expert": 2}, {}), "TP2": (2, "dense-untied", {"tensor": 2}, {})}
+LAYOUTS = {
+    "MoE EP2": (2, "moe", {"expert": 2}, {}),
+    "TP2": (2, "dense-untied", {"tensor": 2}, {"offload_optimizer": True, "adam_moments": "bf16"}),
+}
 
 
 def planned(folder, settings, world: int) -> int:

@@ -20,6 +20,7 @@ CASES = {
     "4 bits": (1, "dense", {}, BF16, {"type": "lora", "rank": 4, "quantize": "nf4"}),
     "TP2": (2, "dense-untied", {"tensor": 2}, BF16, {}),
     "DP2": (2, "dense", {}, BF16, {}),
+    "DP2, state on the host": (2, "dense", {}, {**BF16, "offload_optimizer": True}, {}),
     "experts, EP2": (2, "moe", {"expert": 2}, BF16, {}),
 }
 
@@ -61,9 +62,9 @@ def real(folder, checkpoint, root, records, settings, out):
     model = TrainedModel(session.vlm, optimizers, adapters=session.adapters)
     buffers = [0]
 
-    def put_together(*args):
+    def put_together(*args, **options):
         with LiveMemory(cpu) as memory:
-            stored = sharing.put_together(*args)
+            stored = sharing.put_together(*args, **options)
         buffers.append(memory.peak - memory.live)
         return stored
 

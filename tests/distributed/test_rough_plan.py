@@ -10,7 +10,7 @@ BF16 = {"precision": "bf16", "optimizer": "adam"}
 # name: (processes, toy, parallel settings, options of settings_of)
 CASES = {
     "PP2, uneven": (2, "dense-untied", {"pipeline": 2, "last_stage_layers": 13}, {}),
-    "experts": (4, "moe", {}, {}),
+    "experts, state on the host": (4, "moe", {}, {"offload_optimizer": True, "adam_moments": "bf16"}),
     "experts, EP2 × PP2, recomputed": (4, "moe", {"expert": 2, "pipeline": 2}, {"recompute": "full"}),
 }
 
@@ -19,14 +19,17 @@ def both(cases: dict) -> dict:
     """For each case, of a rough and of an exact plan: seconds without the update, bytes, and work in the decoder."""
     from megavlm.config.settings import Settings
     from megavlm.convert.hf_shapes import model_shapes
-    from megavlm.plan import stage
+    from megavlm.optim import stored_adam
+    from megavlm.plan import all_layers, stage
     from megavlm.plan.gpus import gpu_of
     from megavlm.plan.mix import Mix
     from megavlm.plan.plan import make_plan
     from megavlm.plan.stage import Layout
 
     found = {}
-    with alone():
+    with alone(), pytest.MonkeyPatch.context() as patch:
+        for module in (stored_adam, all_layers):  # else a toy's whole state is on the device at once
+            patch.setattr(module, "AT_A_TIME", 2**16)
         for name, (sections, world) in cases.items():
             settings = Settings(**sections)
             shapes = model_shapes(settings.model)
@@ -58,7 +61,7 @@ def both(cases: dict) -> dict:
                 {
                     (part, kind): sum(n * call.moved for call, n in counts[part].items() if call.kind == kind)
                     for part in ("reduction", "overlapped", "optimizer")
-                    for kind in ("elementwise", "collective")
+                    for kind in ("elementwise", "collective", "host")
                 }
                 for counts in parts
             ]
@@ -91,5 +94,6 @@ def test_few_layers_and_experts_tell_of_all(name, toys, world1) -> None:
         assert few[part, kind][0] == pytest.approx(flops, rel=0.04), (part, kind)
         assert few[part, kind][1] == pytest.approx(moved, rel=0.1 if kind == "elementwise" else 0.02), (part, kind)
     # Other ranks share gradients of experts than of the rest. Few layers do not tell how Megatron pads its buffers.
+    assert (every["optimizer", "host"] > 0) == ("host" in name)
     for key, moved in every.items():
         assert some[key] == pytest.approx(moved, rel=0.07), key

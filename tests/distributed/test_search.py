@@ -71,11 +71,12 @@ def enough(path: str, gpus: int, memory_gib: float) -> tuple:
 
 
 def test_a_model_that_is_too_large_is_told_how_many_gpus_are_enough(config, world1) -> None:  # noqa: F811
-    """Of one GPU, with memories for which the toy needs two, four and eight, and one that is never enough."""
-    for memory, number in ((0.05, 2), (0.032, 4), (0.026, 8)):
+    """Of one GPU, with memories for which the toy needs host memory, two, four and eight, and one never enough."""
+    for memory, number in ((0.065, 1), (0.05, 2), (0.032, 4), (0.026, 8)):
         (many, told, fits), *_ = world1.run(enough, str(config), 1, memory)
-        assert (many, fits) == (number, True)
-        assert told.startswith(f"{number} GPUs are enough, with parallel.")
+        assert (many, fits, memory) == (number, True, memory)
+        assert told.startswith("1 GPU is enough, with" if number == 1 else f"{number} GPUs are enough, with parallel.")
+        assert ("train.offload_optimizer=true" in told) == (number == 1)
     assert world1.run(enough, str(config), 1, 0.001)[0][:2] == (
         None,
         "shorten the rows, or choose a GPU with more memory",

@@ -28,6 +28,12 @@ def test_a_large_product_takes_its_share_of_the_peak_and_a_thin_one_that_of_memo
     assert costs.seconds(product(8192, 8192, 8192, "float32")) > 10 * costs.seconds(large)
 
 
+def test_state_in_host_memory_is_copied_at_the_rate_of_the_bus() -> None:
+    copied = Call("host", "copy", (), "float32", 0, 12 * 10**9)
+    assert Assumed(GPU).seconds(copied) == pytest.approx(12 / (64 * SHARES["host"]))
+    assert Assumed(gpu_of("a100")).seconds(copied) == pytest.approx(12 / (32 * SHARES["host"]))
+
+
 def test_every_gpu_says_what_is_needed() -> None:
     for gpu in gpus().values():
         assert gpu.memory_gib > 0
