@@ -177,6 +177,7 @@ class Checkpoints:
     def _awake(self) -> Iterator[None]:
         with ExitStack() as stack:
             for model in self.models.values():
+                model.optimizers.wait_for_weights()
                 stack.enter_context(model.awake())
             yield
 

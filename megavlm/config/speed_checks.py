@@ -30,6 +30,13 @@ def check_speed(train: TrainSettings, parallel: ParallelSettings, kernels: str, 
             "Transformer Engine, sequence parallelism over several tensor ranks and without adapters",
             "set model.kernels=te, parallel.tensor above 1 and parallel.sequence=true, or remove it",
         )
+    if overlap.weights and not (overlap.gradients and train.optimizer == "adam"):
+        raise UserError(
+            f"train.overlap.weights is true, but train.overlap.gradients is {str(overlap.gradients).lower()} and "
+            f"train.optimizer {train.optimizer}: weights are gathered in the pieces of the gradients, and only adam "
+            "divides them",
+            "set overlap.gradients=true and optimizer=adam, or remove it",
+        )
     if train.experts.fused_router and kernels != "te":
         raise UserError(f"train.experts.fused_router is true, but model.kernels is {kernels}", _TE)
     check_recompute(train, kernels)

@@ -44,6 +44,11 @@ class OverlapSettings(Section):
         description="whether the decoder's gradients are summed over the data-parallel ranks during the backward pass "
         "of the last micro-batch, in pieces; without effect on adapters",
     )
+    weights: Bool = Field(
+        False,
+        description="whether the decoder's updated weights are gathered over the data-parallel ranks while the next "
+        "step begins, in pieces; needs overlap.gradients and train.optimizer adam; without effect on adapters",
+    )
     tensor: Bool = Field(
         False,
         description="whether tensor parallelism sends pieces of a matrix product while the next piece is computed "

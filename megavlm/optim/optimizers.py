@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import (
     ChainedOptimizer,
     MegatronOptimizer,
@@ -29,21 +29,10 @@ from megavlm.optim import megatron_galore, megatron_muon, stored_adam
 from megavlm.optim.ema import start_averages, update_averages
 from megavlm.optim.grad_stats import GradStats, read_grad_stats
 from megavlm.optim.param_groups import ParamGroups
+from megavlm.optim.part_ddp import PartDDP
 from megavlm.optim.schedule import Schedule
 from megavlm.optim.stored_adam import StoredAdam
 from megavlm.platform import device
-
-
-class PartDDP(DistributedDataParallel):
-    """Megatron's gradient buffers of one module of a part.
-
-    Megatron's schedule announces its first micro-batch, whose gradients Transformer Engine's linear layers then write
-    over the buffer instead of adding to it (and quantise their weights anew, with FP8). The schedule runs once for each
-    window of a step, so earlier windows would be lost: ``Step`` announces the first micro-batch of the step instead.
-    """
-
-    def set_is_first_microbatch(self) -> None:
-        """Does nothing, see above."""
 
 
 class Optimizers:
@@ -87,9 +76,10 @@ class Optimizers:
             clip_grad=train.clip_grad,
             fp8_recipe=train.fp8.recipe if train.precision == "fp8" else None,
         )
-        self.ddp: dict[str, list[DistributedDataParallel]] = {}
+        self.ddp: dict[str, list[PartDDP]] = {}
         self.parts: dict[str, list[MegatronOptimizer]] = {}
         self.unfrozen_at: dict[str, int] = {}
+        self._late: list[PartDDP] = []  # those whose weights are gathered while the step goes on
         self._groups = ParamGroups(vlm, train)
         self._groups.freeze()
         for part in PARTS:
@@ -112,6 +102,8 @@ class Optimizers:
         self.ddp[part] = [
             PartDDP(m.config, config, m, disable_bucketing=i > 0, pg_collection=groups) for i, m in enumerate(modules)
         ]
+        self._late += [ddp for ddp in self.ddp[part] if config.overlap_param_gather]
+        self.wait_for_weights()
         own = self._groups.overrides(p for m in modules for p in m.parameters())
         with stored_adam.chosen(self.train, self._config):
             built = get_megatron_optimizer(
@@ -149,6 +141,8 @@ class Optimizers:
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=self._config.use_distributed_optimizer,
             overlap_grad_reduce=overlap and self.train.overlap.gradients,
+            overlap_param_gather=overlap and self.train.overlap.weights,
+            align_param_gather=True,  # a forward pass that waits for some weights does not begin to gather others
             bucket_size=self.bucket_size,
         )
 
@@ -221,7 +215,7 @@ class Optimizers:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def step(self, totals: Tensor, weight: float) -> GradStats:
+    def step(self, totals: Tensor, weight: float, *, wait: bool = True) -> GradStats:
         """Clips the gradients in the buffers, applies them, and advances the schedule.
 
         If the loss or a gradient is NaN or infinite on any rank, all ranks skip this: weights, optimizer state and
@@ -231,19 +225,34 @@ class Optimizers:
         Args:
             totals: [sums] on the device, the objective's sums over the global batch.
             weight: the divisor of the loss; 0 if there is nothing to learn from.
+            wait: whether to wait for the gathering of the weights. If not, call ``wait_for_weights`` before anything
+                reads the decoder's weights, but for modules that are called.
         """
         stats = read_grad_stats(totals, weight, self.grad_squares())
         if not stats.non_finite and weight:
             self.apply(stats.norms["grad_norm"])
+        if wait:
+            self.wait_for_weights()
         return stats
 
+    def wait_for_weights(self) -> None:
+        """Waits until this rank has all updated weights. Ranks need not call it together."""
+        for ddp in self._late:
+            ddp.wait()
+
     def apply(self, grad_norm: float) -> None:
-        """Clips the gradients, whose norm is known, updates the weights, and advances the schedule."""
+        """Clips the gradients, whose norm is known, updates the weights, and advances the schedule.
+
+        With ``train.overlap.weights``, the weights are complete after ``wait_for_weights``.
+        """
         if self.train.clip_grad > 0:
             clip_grad_by_total_norm_fp32(
                 self.optimizer.get_parameters(), self.train.clip_grad, grad_norm, stored_adam.is_stored(self.train)
             )
+        self.wait_for_weights()  # of the last update, for which nobody may have waited
         self.optimizer.step_with_ready_grads()
+        for ddp in self._late:
+            ddp.gather()
         if self.train.ema is not None:
             update_averages(self.optimizer.chained_optimizers, self.train.ema)
         self.scheduler.step(increment=1)

@@ -197,6 +197,8 @@ def _one_step(run: Run, number: int, hooks: Sequence[Hook], monitor: RunMonitor)
     }
     is_last = monitor.is_over(number)
     due = [hook for hook in hooks if hook.is_due(number, monitor.ends_epoch, is_last=is_last)]
+    if due:
+        run.step.optimizers.wait_for_weights()
     fields, problem = call_all(due, run, number, monitor.say)
     line |= fields
     logged = number % settings.log.every == 0 or is_last or bool(result.trouble or due)

@@ -87,9 +87,11 @@ class Run:
     remarks: list[str]
 
     def take_step(self, number: int, *, is_last: bool) -> StepResult:
-        """Runs the next step, which has this number."""
+        """Runs the next step, which has this number. Weights may be gathered meanwhile: see ``Optimizers.step``."""
         with self.phases.step():
-            return self.method_step() if self.method_step is not None else self.step(number, is_last=is_last)
+            if self.method_step is not None:
+                return self.method_step()
+            return self.step(number, is_last=is_last, wait=False)
 
     def report(self, number: int, monitor: RunMonitor) -> UserError | None:
         """Lets the method report on the step, and returns the error with which it ends the run, if any."""
@@ -98,6 +100,7 @@ class Run:
     def weights_failure(self) -> RunFailure | None:
         """See ``skipped_steps.weights_failure``; of all models that are trained."""
         found = []
+        self.step.optimizers.wait_for_weights()
         for step in (self.step, *self.others.values()):
             with step.awake():
                 found.append(weights_failure(step.vlm))

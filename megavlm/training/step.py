@@ -157,12 +157,13 @@ class Step:
     def _window_of(self, num_rows: int) -> int:
         return self._window or (_WINDOW if self.vlm.parallel.pipeline == 1 else num_rows)
 
-    def __call__(self, number: int = 1, *, is_last: bool = False) -> StepResult:
+    def __call__(self, number: int = 1, *, is_last: bool = False, wait: bool = True) -> StepResult:
+        """Runs step ``number``. ``wait``: see ``Optimizers.step``."""
         rows = self.rows(self.feed, self._rows_of(number))
         if not is_last:
             with self.phases("data"):
                 self.feed.read_ahead(self._rows_of(number + 1))
-        return self.update(rows)
+        return self.update(rows, wait=wait)
 
     def rows(self, feed: Feed, num_rows: int) -> StepRows:
         """Reads the next rows of ``feed``, at least one.
@@ -182,12 +183,12 @@ class Step:
         rows.counts = counts
         return rows
 
-    def update(self, rows: StepRows) -> StepResult:
-        """Updates the weights once. The pixels of the rows are released."""
+    def update(self, rows: StepRows, *, wait: bool = True) -> StepResult:
+        """Updates the weights once. The pixels of the rows are released. ``wait``: see ``Optimizers.step``."""
         lr, part_lrs = self.optimizers.lr, self.optimizers.part_lrs
         found = self.gradients(rows)
         with self.phases("optimizer"):
-            stats = self.optimizers.step(found.sums, found.counts["weight"])
+            stats = self.optimizers.step(found.sums, found.counts["weight"], wait=wait)
         *sums, found.counts["frames_encoded"] = stats.sums
         trouble = describe(stats.non_finite, found.row_losses, self.groups) if stats.non_finite else None
         fields = self.objective.fields(sums, found.counts)
@@ -238,6 +239,7 @@ class Step:
     def look_through(self, rows: StepRows, read: Read) -> list[Tensor]:
         """Returns the result of ``read`` for each row on the last pipeline stage, else [] (see ``forward_only``)."""
         results: list[Tensor] = []
+        self.optimizers.wait_for_weights()
         for window in self._windows(rows.copy()):
             results += forward_only(self.vlm, window, read)
         return results
@@ -311,6 +313,7 @@ class Step:
             hidden = forward_chunk(self.vlm, chunk, micro_batch)
         if not chunk.post_process:
             return hidden, None
+        self.optimizers.wait_for_weights()  # which the head reads without calling a module
         with self.phases("head"):
             outputs = self.objective.outputs(chunk, hidden, micro_batch)
         self.phases.backward("head", outputs, hidden)

@@ -79,7 +79,8 @@ def test_both_models_go_on_with_the_same_bits(ppo, reward_model, toys, tmp_path)
     straight, halted = tmp_path / "straight", tmp_path / "halted"
     done(ppo(straight, [*overrides, "train.steps=3", "checkpoint.every=1", "checkpoint.keep=3"]))
     for steps in (2, 3):
-        done(ppo(halted, [*overrides, f"train.steps={steps}", "train.memory_check=true"]))
+        elsewhere = ["train.memory_check=true", "train.offload_optimizer=true"]
+        done(ppo(halted, [*overrides, f"train.steps={steps}", *elsewhere]))
     assert metrics_of(halted) == metrics_of(straight)
     final = "checkpoints/step_00000003"
     assert same_bits(halted / final, straight / final)
@@ -109,7 +110,8 @@ def test_with_adapters_one_base_serves_all_models(ppo, reward_model, tmp_path):
     straight, halted = tmp_path / "straight", tmp_path / "halted"
     done(ppo(straight, [*overrides, "train.steps=3"]))
     for steps in (2, 3):
-        done(ppo(halted, [*overrides, f"train.steps={steps}", "align.offload=[reference,critic,reward]"]))
+        elsewhere = ["align.offload=[reference,critic,reward]", "train.offload_optimizer=true"]
+        done(ppo(halted, [*overrides, f"train.steps={steps}", *elsewhere]))
     assert metrics_of(halted) == metrics_of(straight)
     final = "checkpoints/step_00000003"
     stored, other = McoreCheckpoint(straight / final), McoreCheckpoint(halted / final)
