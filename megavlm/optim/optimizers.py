@@ -79,7 +79,6 @@ class Optimizers:
         self.ddp: dict[str, list[PartDDP]] = {}
         self.parts: dict[str, list[MegatronOptimizer]] = {}
         self.unfrozen_at: dict[str, int] = {}
-        self._late: list[PartDDP] = []  # those whose weights are gathered while the step goes on
         self._groups = ParamGroups(vlm, train)
         self._groups.freeze()
         for part in PARTS:
@@ -99,11 +98,11 @@ class Optimizers:
             return
         groups = self.groups_of(part)
         config = self._ddp_config(part, modules)
+        is_late = config.overlap_grad_reduce and self.train.overlap.weights
         self.ddp[part] = [
-            PartDDP(m.config, config, m, disable_bucketing=i > 0, pg_collection=groups) for i, m in enumerate(modules)
+            PartDDP(m.config, config, m, disable_bucketing=i > 0, pg_collection=groups, is_late=is_late)
+            for i, m in enumerate(modules)
         ]
-        self._late += [ddp for ddp in self.ddp[part] if config.overlap_param_gather]
-        self.wait_for_weights()
         own = self._groups.overrides(p for m in modules for p in m.parameters())
         with stored_adam.chosen(self.train, self._config):
             built = get_megatron_optimizer(
@@ -141,7 +140,7 @@ class Optimizers:
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=self._config.use_distributed_optimizer,
             overlap_grad_reduce=overlap and self.train.overlap.gradients,
-            overlap_param_gather=overlap and self.train.overlap.weights,
+            overlap_param_gather=self._config.use_distributed_optimizer,  # see ``PartDDP``
             align_param_gather=True,  # a forward pass that waits for some weights does not begin to gather others
             bucket_size=self.bucket_size,
         )
@@ -225,25 +224,29 @@ class Optimizers:
         Args:
             totals: [sums] on the device, the objective's sums over the global batch.
             weight: the divisor of the loss; 0 if there is nothing to learn from.
-            wait: whether to wait for the gathering of the weights. If not, call ``wait_for_weights`` before anything
-                reads the decoder's weights, but for modules that are called.
+            wait: see ``apply``.
         """
         stats = read_grad_stats(totals, weight, self.grad_squares())
         if not stats.non_finite and weight:
-            self.apply(stats.norms["grad_norm"])
-        if wait:
-            self.wait_for_weights()
+            self.apply(stats.norms["grad_norm"], wait=wait)
         return stats
 
-    def wait_for_weights(self) -> None:
-        """Waits until this rank has all updated weights. Ranks need not call it together."""
-        for ddp in self._late:
-            ddp.wait()
+    def wait_for_weights(self, *, late: bool = True) -> None:
+        """Waits until this rank has all updated weights, or those that are not late. Ranks need not call it together.
 
-    def apply(self, grad_norm: float) -> None:
+        Late weights are those of the decoder with ``train.overlap.weights``.
+        """
+        for ddp in (d for ddps in self.ddp.values() for d in ddps):
+            if ddp.ddp_config.overlap_param_gather and (late or not ddp.is_late):
+                ddp.wait()
+
+    def apply(self, grad_norm: float, *, wait: bool = True) -> None:
         """Clips the gradients, whose norm is known, updates the weights, and advances the schedule.
 
-        With ``train.overlap.weights``, the weights are complete after ``wait_for_weights``.
+        Args:
+            grad_norm: the norm of all gradients.
+            wait: whether to wait for late weights. If not, call ``wait_for_weights`` before anything reads the
+                decoder's weights, but for modules that are called.
         """
         if self.train.clip_grad > 0:
             clip_grad_by_total_norm_fp32(
@@ -251,8 +254,10 @@ class Optimizers:
             )
         self.wait_for_weights()  # of the last update, for which nobody may have waited
         self.optimizer.step_with_ready_grads()
-        for ddp in self._late:
-            ddp.gather()
+        for ddp in (d for ddps in self.ddp.values() for d in ddps):
+            if ddp.ddp_config.overlap_param_gather:
+                ddp.gather()
+        self.wait_for_weights(late=wait)
         if self.train.ema is not None:
             update_averages(self.optimizer.chained_optimizers, self.train.ema)
         self.scheduler.step(increment=1)

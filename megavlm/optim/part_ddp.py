@@ -1,5 +1,7 @@
 """Megatron's gradient buffers, adapted to steps of several windows and to weights that are gathered late."""
 
+from typing import Any
+
 from megatron.core.distributed import DistributedDataParallel
 
 
@@ -10,10 +12,21 @@ class PartDDP(DistributedDataParallel):
     over the buffer instead of adding to it (and quantise their weights anew, with FP8). The schedule runs once for each
     window of a step, so earlier windows would be lost: ``Step`` announces the first micro-batch of the step instead.
 
-    With ``train.overlap.weights``, Megatron would gather updated weights when the next forward pass comes to them, and
-    leave the old ones to everything else that reads them. Here all gathering begins after the update, and whoever reads
-    weights only waits for it: ranks need not do so together.
+    Updated weights are gathered by ``gather`` and ``wait``, and not by Megatron's optimizers: each of them would gather
+    all weights of its modules, so that those of a mixture of experts, which has two, would be sent twice.
+
+    Args:
+        is_late: whether modules that are called wait for their weights themselves. Megatron would also begin to gather
+            there, and leave old weights to everything else that reads them. Here all gathering has begun by then, and
+            whoever reads weights only waits for it: ranks need not do so together.
+        arguments, options: see Megatron's class.
     """
+
+    def __init__(self, *arguments: Any, is_late: bool = False, **options: Any):
+        super().__init__(*arguments, **options)
+        self.is_late = is_late
+        if self.use_forward_hook and not is_late:
+            self.disable_forward_pre_hook(param_sync=False)
 
     def gather(self) -> None:
         """Begins to gather updated weights, those of the first layers first."""

@@ -43,9 +43,6 @@ def late_gathers() -> Iterator[dict[str, int]]:
 
     def started(self, force_sync=False):
         assert not force_sync
-        if not self.ddp_config.overlap_param_gather:  # of tower and projector, or not asked for
-            start(self)
-            return
         now.append(_Gather(counts))
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(buffers, "_coalescing_manager", manager)
