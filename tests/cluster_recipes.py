@@ -17,6 +17,21 @@ def world_of(model: str) -> int:
     return int(re.fullmatch(r"# world: (\d+)", first_line)[1])
 
 
+def offloaded() -> dict[str, tuple[int, list[str], int, float]]:
+    """GPUs, recipes, GiB of a host's memory and seconds of tune/sft, by model, of configs/README's second table."""
+    table = [line.strip("| \n").split(" | ") for line in (CONFIGS / "README.md").read_text().splitlines()]
+    first = next(number for number, cells in enumerate(table) if cells[1:2] == ["GPUs"]) + 2
+    return {
+        model.strip("`"): (
+            int(gpus),
+            [recipe for recipe in RECIPES for one in re.findall(r"`(.+?)`", cell) if fnmatch.fnmatch(recipe, one)],
+            int(memory),
+            float(seconds),
+        )
+        for model, gpus, cell, memory, seconds in table[first : first + len(MODELS)]
+    }
+
+
 def fitting(model: str) -> list[tuple[int, str]]:
     """(GPUs, recipe) of the model's line in the table of configs/README.md."""
     table = [line.strip("| \n").split(" | ") for line in (CONFIGS / "README.md").read_text().splitlines()]

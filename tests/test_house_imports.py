@@ -181,7 +181,7 @@ MAY_IMPORT = {
         "config",
         "base",
     ],
-    "cli": ["align", "rewards", "environments", "output", "layout", "config", "base"],
+    "cli": ["commands.needed", "align", "rewards", "environments", "output", "layout", "config", "base"],
     "__main__": ["cli"],
     "demo": ["cli", "checkpoint", "convert", "config", "base"],
 }

@@ -24,6 +24,7 @@ from megavlm.cli import environment, failures, local_workers
 from megavlm.cli.arguments import wrong
 from megavlm.cli.verb import Verb, positive
 from megavlm.cli.verbs import VERBS
+from megavlm.commands import needed
 from megavlm.config import requirements
 from megavlm.config.load import load_settings
 from megavlm.config.settings import Settings
@@ -145,10 +146,10 @@ def _check(name: str, verb: Verb, settings: Settings, options: dict[str, Any], w
     if job in METHODS:
         check_method(job, settings)
     if name in METHODS:
-        requirements.check_packages(settings)
+        needed.check_packages(settings)
     if name == "infer" and not one_prompt and (options["image"] or options["video"]):
         raise UserError("--image and --video can only be used with --prompt", "add --prompt TEXT, or leave them out")
-    requirements.check_files(settings, ("model.hf",) if options.get("synthetic") else verb.reads)
+    needed.check_files(settings, ("model.hf",) if options.get("synthetic") else verb.reads)
     for path in (*options.get("image", ()), *options.get("video", ())):
         if not path.is_file():
             raise UserError(f"file {path} does not exist", "check the path after --image or --video")

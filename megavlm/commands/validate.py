@@ -19,9 +19,10 @@ from megavlm.base.errors import UserError
 from megavlm.base.number_format import counted, short, stepwise
 from megavlm.checkpoint.load_weights import shapes_at_start, start_words
 from megavlm.commands.found_run import found_in
+from megavlm.commands.needed import check_files
 from megavlm.commands.reward_fields import check_prompt_data
 from megavlm.commands.usable_data import drafts_of, intended, refusal, renderer_of
-from megavlm.config.requirements import check_files, required
+from megavlm.config.requirements import required
 from megavlm.config.schedule_section import value_at
 from megavlm.config.settings import DataSettings, Settings, TrainSettings
 from megavlm.convert.hf_shapes import model_shapes

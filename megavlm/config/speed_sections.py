@@ -47,7 +47,8 @@ class OverlapSettings(Section):
     weights: Bool = Field(
         False,
         description="whether the decoder's updated weights are gathered over the data-parallel ranks while the next "
-        "step begins, in pieces; needs overlap.gradients and train.optimizer adam; without effect on adapters",
+        "step begins, in pieces; needs overlap.gradients and train.optimizer adam; without effect on adapters, grpo "
+        "and ppo",
     )
     tensor: Bool = Field(
         False,

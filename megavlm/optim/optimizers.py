@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     ChainedOptimizer,
     MegatronOptimizer,
@@ -213,6 +213,15 @@ class Optimizers:
         for ddp in (d for ddps in self.ddp.values() for d in ddps):
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+
+    def reduce_gradients(self) -> None:
+        """Reduces all gradients over the ranks that have parts of them."""
+        for part, ddps in self.ddp.items():
+            if part == "language":
+                finalize_model_grads(ddps)
+            else:
+                for ddp in ddps:
+                    ddp.finish_grad_sync()
 
     def step(self, totals: Tensor, weight: float, *, wait: bool = True) -> GradStats:
         """Clips the gradients in the buffers, applies them, and advances the schedule.

@@ -24,7 +24,7 @@ from megavlm.tracing.known_shapes import KnownShapes
 from megavlm.tracing.live_memory import LiveMemory, PhasesOf
 from megavlm.tracing.operators import Call, Example, Operators, Place, group_names
 from megavlm.training.objective import Objective
-from megavlm.training.step import Step, reduce_gradients
+from megavlm.training.step import Step
 
 Counts = Mapping[Call, float]
 """How often each operator is called; of parts of a step that are alike, a mean."""
@@ -122,7 +122,7 @@ def update_operators(vlm: VLM, optimizers: Optimizers, where: torch.device) -> t
                 if ddp.ddp_config.overlap_grad_reduce:
                     ddp.start_grad_sync()
         with phases("reduction"):
-            reduce_gradients(optimizers)
+            optimizers.reduce_gradients()
         with phases("optimizer"):
             _update(optimizers)
     parts = parts_of(record.found, 1)

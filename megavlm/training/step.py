@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
@@ -50,16 +49,6 @@ class NoRows(UserError):
     def __init__(self, cause: UserError):
         super().__init__(cause.message, cause.remedy)
         self.status = cause.status
-
-
-def reduce_gradients(optimizers: Optimizers) -> None:
-    """Reduces all gradients over the ranks that have parts of them."""
-    for part, ddps in optimizers.ddp.items():
-        if part == "language":
-            finalize_model_grads(ddps)
-        else:
-            for ddp in ddps:
-                ddp.finish_grad_sync()
 
 
 @dataclass
@@ -231,7 +220,7 @@ class Step:
         with self.phases("reduction"):
             totals[-1:].fill_(self.vlm.tower.frames_encoded)  # exact in float32 up to 16 million frames
             dist.all_reduce(totals)
-            reduce_gradients(self.optimizers)
+            self.optimizers.reduce_gradients()
         self.expert_load.take_losses(num_rows)
         skipped_samples = [skipped for row in rows.hosts for skipped in row.skipped_samples]
         return Gradients(totals, counts, skipped_samples, row_losses)

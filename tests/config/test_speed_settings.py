@@ -25,6 +25,8 @@ FP8 = ("train.precision=fp8", "model.kernels=te")
         (["train.recompute=[moe_act]", "model.kernels=portable"], "train.recompute has moe_act, but model.kernels"),
         (["train.recompute=[moe, moe_act]"], "moe includes it"),
         ([*FP8, "train.fp8={recipe: delayed}", "train.recompute=[moe_act]"], "train.fp8.recipe is delayed"),
+        (["train.overlap={weights: true, gradients: false}"], "train.overlap.weights is true, but train.overlap.grad"),
+        (["train.overlap={weights: true}", "train.optimizer=muon"], "is true and train.optimizer muon: weights are"),
         (["train.overlap={tensor: true}"], "train.overlap.tensor is true, but model.kernels is auto"),
         (["train.overlap={tensor: true}", "model.kernels=te"], "parallel.tensor 1"),
         (["train.experts={fused_router: true}"], "train.experts.fused_router is true, but model.kernels is auto"),

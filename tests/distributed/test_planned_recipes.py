@@ -6,7 +6,7 @@ On two cores beside other work, a recipe took one to three seconds, and a search
 import json
 
 import pytest
-from cluster_recipes import CONFIGS, MODELS, RECIPES, fitting, world_of
+from cluster_recipes import CONFIGS, MODELS, RECIPES, fitting, offloaded, world_of
 from test_plan_command import commands
 
 QUICK = [("8b", "tune/sft"), ("235b-a22b", "tune/sft")]
@@ -49,6 +49,24 @@ def test_what_the_table_says_fits(model, world, world1) -> None:
     recipes = [recipe for gpus, recipe in fitting(model) if gpus == world]
     plans = {recipe: planned(model, recipe, world1, world=world) for recipe in recipes}
     assert [recipe for recipe, plan in plans.items() if not plan["fits"]] == []
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        pytest.param(model, recipe, marks=[pytest.mark.slow] * ((model, recipe) != ("32b", "tune/sft")))
+        for model, (_, recipes, _, _) in offloaded().items()
+        for recipe in recipes
+    ],
+)
+def test_what_fits_with_state_in_host_memory(model, recipe, world1) -> None:
+    """Of the second table."""
+    gpus, _, memory, seconds = offloaded()[model]
+    plan = planned(model, recipe, world1, "train.offload_optimizer=true", world=gpus)
+    assert plan["fits"]
+    if recipe == "tune/sft":
+        on_host = min(8, gpus) * max(stage["static"]["on_host"] for stage in plan["stages"])
+        assert (round(on_host / 2**30), round(plan["time"]["seconds"], 1)) == (memory, seconds)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megavlm.base.errors import UserError
-from megavlm.config import requirements
+from megavlm.commands import needed
 from megavlm.config.settings import Settings
 from megavlm.monitor.tensorboard_log import TensorboardLog
 
@@ -61,10 +61,10 @@ def test_an_error_is_told_once_and_ends_the_logging(tmp_path):
 
 
 def test_a_missing_package_is_told_before_the_start(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
-    requirements.check_packages(settings(tmp_path, on=False))
+    monkeypatch.setattr(needed.importlib.util, "find_spec", lambda name: None)
+    needed.check_packages(settings(tmp_path, on=False))
     with pytest.raises(UserError, match=r"the package tensorboard is not installed"):
-        requirements.check_packages(settings(tmp_path))
+        needed.check_packages(settings(tmp_path))
     from megavlm.cli.main import main
 
     (tmp_path / "hf").mkdir()
