@@ -20,7 +20,7 @@ from megavlm.model.vlm import PARTS
 from megavlm.optim import megatron_galore, megatron_muon
 from megavlm.optim.ema import EMA, fill_adam, has_average
 from megavlm.optim.optimizers import Optimizers
-from megavlm.optim.stored_adam import StoredAdam, is_stored
+from megavlm.optim.stored_adam import MASTER, StoredAdam, is_stored, readable
 from megavlm.platform import device
 
 
@@ -55,15 +55,15 @@ def saved_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
 def made_when_saved(optimizers: Optimizers) -> int:
     """Bytes that ``saved_state`` makes on the device, on that of this rank's data ranks on which it makes most.
 
-    They are the buffer for Adam's state of other ranks, and for what is sent from host memory; with other optimizers,
-    there is none.
+    They are the buffer for Adam's state of other ranks, and for what is sent of state that is not on the device in
+    float32; with other optimizers, there is none.
     """
     inner = optimizers.optimizer.chained_optimizers
     if optimizers.train.optimizer != "adam" or not _are_sharded(inner):
         return 0
     rounds = [rounds_of((pieces for _, pieces in _pieces(one)), _keys(one)) for one in inner]
-    on_host = is_stored(optimizers.train)
-    return max((largest_buffer(one, sends=on_host) for one in rounds), default=0)  # one after the other
+    sends = is_stored(optimizers.train)
+    return max((largest_buffer(one, sends=sends) for one in rounds), default=0)  # one after the other
 
 
 def wanted_state(optimizers: Optimizers, model: dict, metadata: dict) -> dict:
@@ -149,11 +149,16 @@ def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dic
     parameters = list(_pieces(optimizer))
 
     def own(number: int) -> dict[str, Tensor]:
-        tensors = optimizer._get_main_param_and_optimizer_states(parameters[number][0])
+        parameter, adam = parameters[number][0], optimizer.optimizer
+        if isinstance(adam, StoredAdam):
+            index, place = optimizer.model_param_group_index_map[parameter]
+            state = adam.state[adam.param_groups[index]["params"][place]]
+            return {key: state[MASTER if key == "param" else key] for key in keys}
+        tensors = optimizer._get_main_param_and_optimizer_states(parameter)
         return {key: tensors[key].detach().view(-1) for key in keys}
 
-    on_host = isinstance(optimizer.optimizer, StoredAdam)
-    stored = put_together([pieces for _, pieces in parameters], keys, own, group, device(), on_host=on_host)
+    made = readable if isinstance(optimizer.optimizer, StoredAdam) else None
+    stored = put_together([pieces for _, pieces in parameters], keys, own, group, device(), made)
     alone = group.size() == dist.get_world_size()
     for number, tensors in stored.items():
         entry = entries[parameters[number][0]]

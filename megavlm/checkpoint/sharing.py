@@ -1,7 +1,8 @@
 """Parameters of which several data ranks have pieces: which pieces are sent to whom, and when, and put together.
 
 The whole tensors are put together in host memory, where a checkpoint is copied anyway. On the device, a rank has a
-buffer for what it receives at a time, so that the memory needed there does not grow with the model.
+buffer for what it receives at a time, and of state that is not there in float32 also for what it sends, so that the
+memory needed there does not grow with the model.
 """
 
 from collections import Counter, defaultdict
@@ -87,38 +88,39 @@ def put_together(
     own: Callable[[int], Mapping[str, Tensor]],
     group: dist.ProcessGroup,
     device: torch.device,
-    *,
-    on_host: bool = False,
+    readable: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[int, dict[str, Tensor]]:
     """Returns the state of the parameters that this rank stores, by their number. Call it on all ranks of the group.
 
-    What this rank has alone is returned as it is, all other tensors are in host memory.
+    What this rank has alone is returned as it is, or as ``readable`` makes it; all other tensors are in host memory.
 
     Args:
         parameters: the pieces of each parameter, in the same order on all ranks.
         kinds: the kinds of state that each parameter has.
-        own: returns what this rank has of a parameter, by its number: {kind: its elements [n], float32}.
+        own: returns what this rank has of a parameter, by its number: {kind: its elements [n]}, in float32 on the
+            device unless there is ``readable``.
         group: the data ranks.
         device: from where and to where ranks send.
-        on_host: whether what ``own`` returns may be in host memory.
+        readable: makes float32 tensors that a forked process can read, in memory of their own, of what ``own`` returns.
     """
     rank, rounds = group.rank(), rounds_of(parameters, kinds)
     here = {number: own(number) for number, pieces in enumerate(parameters) if rank in pieces}
-    assert all(tensor.dtype == torch.float32 for tensors in here.values() for tensor in tensors.values())
+    if readable is None:
+        assert all(tensor.dtype == torch.float32 for tensors in here.values() for tensor in tensors.values())
     stored: dict[int, dict[str, Tensor]] = {}
     for number, tensors in here.items():
         pieces = parameters[number]
         if owner_of(pieces) != rank:
             continue
         if len(pieces) == 1:
-            stored[number] = dict(tensors)
+            stored[number] = {kind: readable(one) if readable is not None else one for kind, one in tensors.items()}
             continue
         count, (first, last) = max(last for _, last in pieces.values()), pieces[rank]
         # Not pinned: a forked process writes the checkpoint, and it must see what is here.
         stored[number] = {kind: torch.empty(count, dtype=torch.float32, device="cpu") for kind in kinds}
         for kind in kinds:
             stored[number][kind][first:last].copy_(tensors[kind])
-    size = largest_buffer(rounds, rank, sends=on_host) // 4
+    size = largest_buffer(rounds, rank, sends=readable is not None) // 4
     buffer = torch.empty(size, dtype=torch.float32, device=device)
     for transfers in rounds:
         operations, received, used = [], list[tuple[Tensor, Tensor]](), 0
@@ -126,7 +128,7 @@ def put_together(
             if sender == rank:
                 begin, _ = parameters[number][rank]
                 sent = here[number][kind][first - begin : last - begin]
-                if on_host:
+                if readable is not None:
                     sent = buffer[used : used + last - first].copy_(sent)
                     used += last - first
                 operations.append(dist.P2POp(dist.isend, sent, group=group, group_peer=receiver))

@@ -30,7 +30,7 @@ def _on_host(plan: Plan) -> str:
     if not size:
         return ""
     many = min(plan.gpu.nvlink_domain, plan.world_size)
-    return f"; the optimizer has {size:.1f} GiB for each GPU in host memory, {size * many:.1f} GiB on a host of {many}"
+    return f"; the optimizer has {size:.1f} GiB for a GPU in host memory, at most {size * many:.1f} GiB for {many} GPUs"
 
 
 def _advice(plan: Plan, settings: Settings) -> list[str]:
@@ -54,7 +54,7 @@ def _advice(plan: Plan, settings: Settings) -> list[str]:
         if name == "sampling":
             found.append("a smaller rollout.cache_gib")
         if name == "static":
-            if train.optimizer == "adam" and stage.static.optimizer >= _WORTH * plan.capacity:
+            if train.can_offload and stage.static.optimizer >= _WORTH * plan.capacity:
                 found.append("train.offload_optimizer=true")
             found.append("more GPUs, or a larger parallel.tensor or parallel.pipeline")
     if max(stage.moments, key=lambda moment: moment.total).name in _OF_THE_STEP:

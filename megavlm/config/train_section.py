@@ -31,12 +31,18 @@ _ONLY_FOR = {
     "galore_scale": ("galore",),
 }
 """The optimizers that use a setting."""
-# A bfloat16 changes by 1/256 to 1/128 of itself or not at all: a mean that shrinks by less than half of that stays.
+# A bfloat16 changes by 1/256 to 1/128 of itself or not at all: a mean that should shrink by less than half of that
+# stays. With 0.98, it shrinks as soon as squared gradients are below 0.8 of it; with 0.99 below 0.6; with 0.999 never.
 _LARGEST_BETA2 = 0.98
 
 
 class TrainSettings(ScheduleSettings):
     """The optimizer, its schedule, and how the training steps run."""
+
+    @property
+    def can_offload(self) -> bool:
+        """Whether the optimizer's state could be in host memory, but is not."""
+        return self.optimizer == "adam" and self.ema is None and not self.offload_optimizer
 
     lr_scale: dict[Part, Positive] = Field(
         {},
@@ -100,8 +106,8 @@ class TrainSettings(ScheduleSettings):
     offload_optimizer: Bool = Field(
         False,
         description="only for adam: whether its moments and the float32 copy of the weights are in host memory between "
-        "updates, which frees 12 bytes for each weight, divided over the data-parallel ranks. An update copies them to "
-        "the GPU and back, some at a time",
+        "updates, which frees 12 bytes for each weight (8 in fp32), divided over the data-parallel ranks. An update "
+        "copies them to the GPU and back, some at a time",
     )
     weight_decay: Float = Field(0.1, ge=0, le=1000, description="coefficient of the weight decay")
     clip_grad: Float = Field(
@@ -221,8 +227,8 @@ class TrainSettings(ScheduleSettings):
             )
         if self.adam_moments == "bf16" and self.adam_beta2 > _LARGEST_BETA2:
             raise UserError(
-                f"train.adam_moments is bf16, but train.adam_beta2 is {self.adam_beta2:g}: bfloat16 cannot hold that "
-                "small a change of the running mean, which would never become smaller",
+                f"train.adam_moments is bf16, but train.adam_beta2 is {self.adam_beta2:g}: bfloat16 rounds small "
+                "changes of the running mean away, so that it would become smaller too late, or never",
                 f"set adam_beta2 to {_LARGEST_BETA2} or less (0.95 is usual), or adam_moments to fp32",
             )
         return self

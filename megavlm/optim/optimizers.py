@@ -79,6 +79,7 @@ class Optimizers:
         self.ddp: dict[str, list[PartDDP]] = {}
         self.parts: dict[str, list[MegatronOptimizer]] = {}
         self.unfrozen_at: dict[str, int] = {}
+        self._are_gathered = True  # all updated weights
         self._groups = ParamGroups(vlm, train)
         self._groups.freeze()
         for part in PARTS:
@@ -245,9 +246,11 @@ class Optimizers:
 
         Late weights are those of the decoder with ``train.overlap.weights``.
         """
-        for ddp in (d for ddps in self.ddp.values() for d in ddps):
-            if ddp.ddp_config.overlap_param_gather and (late or not ddp.is_late):
+        if not self._are_gathered:
+            ddps = [ddp for ddps in self.ddp.values() for ddp in ddps if ddp.ddp_config.overlap_param_gather]
+            for ddp in (ddp for ddp in ddps if late or not ddp.is_late):
                 ddp.wait()
+            self._are_gathered = late or not any(ddp.is_late for ddp in ddps)
 
     def apply(self, grad_norm: float, *, wait: bool = True) -> None:
         """Clips the gradients, whose norm is known, updates the weights, and advances the schedule.
@@ -266,6 +269,7 @@ class Optimizers:
         for ddp in (d for ddps in self.ddp.values() for d in ddps):
             if ddp.ddp_config.overlap_param_gather:
                 ddp.gather()
+        self._are_gathered = False
         self.wait_for_weights(late=wait)
         if self.train.ema is not None:
             update_averages(self.optimizer.chained_optimizers, self.train.ema)

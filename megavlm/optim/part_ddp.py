@@ -16,9 +16,10 @@ class PartDDP(DistributedDataParallel):
     all weights of its modules, so that those of a mixture of experts, which has two, would be sent twice.
 
     Args:
-        is_late: whether modules that are called wait for their weights themselves. Megatron would also begin to gather
-            there, and leave old weights to everything else that reads them. Here all gathering has begun by then, and
-            whoever reads weights only waits for it: ranks need not do so together.
+        is_late: whether modules that are called wait for their weights themselves. Megatron's hook for this also begins
+            to gather, unless it finds that this was begun, and leaves old weights to everything else that reads them.
+            Here all gathering begins after the update, and the hook always finds that it was: whoever reads weights
+            only waits, so ranks need not do so together.
         arguments, options: see Megatron's class.
     """
 
@@ -27,23 +28,27 @@ class PartDDP(DistributedDataParallel):
         self.is_late = is_late
         if self.use_forward_hook and not is_late:
             self.disable_forward_pre_hook(param_sync=False)
+        self._leave_gathering()
 
     def gather(self) -> None:
-        """Begins to gather updated weights, those of the first layers first."""
+        """Begins to gather updated weights: dense ones, then experts, each from the first layers on."""
         for group in [*reversed(self.bucket_groups), *reversed(self.expert_parallel_bucket_groups)]:
             group.start_param_sync()
+
+    def _leave_gathering(self) -> None:
+        """Lets no forward pass begin to gather."""
+        for group in [*self.bucket_groups, *self.expert_parallel_bucket_groups]:
+            group.param_gather_dispatched = True
 
     def wait(self) -> None:
         """Waits for the gathering, if there is any. On a GPU, the stream waits and the host does not."""
         for group in [*self.bucket_groups, *self.expert_parallel_bucket_groups]:
-            group.param_gather_dispatched = True  # so that it is not begun here, nor by a forward pass
             group.finish_param_sync(skip_next_bucket_dispatch=True)
 
-    def zero_grad_buffer(self) -> None:
-        """Clears the gradients. Megatron also forgets that gathering was begun."""
-        super().zero_grad_buffer()
-        for group in [*self.bucket_groups, *self.expert_parallel_bucket_groups]:
-            group.param_gather_dispatched = True
+    def finish_grad_sync(self, *arguments: Any, **options: Any) -> None:
+        """Waits for the reduction of the gradients. Megatron forgets there that gathering was begun."""
+        super().finish_grad_sync(*arguments, **options)
+        self._leave_gathering()
 
     def set_is_first_microbatch(self) -> None:
         """Does nothing, see above."""

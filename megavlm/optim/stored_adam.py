@@ -6,7 +6,7 @@ brings the state of some weights to the device in float32, computes AdamW there 
 the state again. So nothing is computed on the host, and results do not depend on where the state is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from megavlm.platform import on_gpu
 from megavlm.platform.host_memory import HostMemory
 
 AT_A_TIME = 2**25
-"""Numbers of weights that are updated together: 400 MB of state in float32. A larger weight is updated alone."""
+"""Numbers of weights that are updated together: 400 MB of state in float32."""
 MASTER, MOMENTS = "master_param", ("exp_avg", "exp_avg_sq")
 """The names of the state, which are Megatron's."""
 _MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,7 +31,8 @@ _MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class StoredAdam(torch.optim.AdamW):
     """AdamW for pieces of a model's own weights, with a float32 copy of half-precision weights in its state.
 
-    Megatron's DistributedOptimizer gives gradients as ``weight.decoupled_grad``, float32 and on the weight's device.
+    Megatron's DistributedOptimizer gives the weights as vectors, and all of their gradients as
+    ``weight.decoupled_grad``, float32 and on the weight's device.
 
     Args:
         params, lr, betas, eps, weight_decay: as for torch's AdamW. A group may have its own ``lr`` and
@@ -41,7 +42,7 @@ class StoredAdam(torch.optim.AdamW):
         other: what Megatron says to Transformer Engine's Adam in addition, which needs no saying here.
 
     Attributes:
-        steps: the number of updates so far, the same for all weights.
+        steps: the number of updates so far.
     """
 
     def __init__(
@@ -58,25 +59,29 @@ class StoredAdam(torch.optim.AdamW):
     ):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.on_host, self.moments, self.steps = on_host, moments, 0
-        self._is_moving, self._memory = False, HostMemory()
+        self._memory: list[HostMemory] = []
 
     def fill(self) -> None:
         """Creates the initial state of all weights that have none yet: copies of them, and moments of 0."""
-        for weight in (w for group in self.param_groups for w in group["params"] if not self.state[w]):
-            self.initialize_state(weight)
+        weights = [w for group in self.param_groups for w in group["params"] if not self.state[w]]
+        in_block = self.on_host and on_gpu()
+        if in_block:
+            self._memory.append(HostMemory([w.numel() * dtype.itemsize for w in weights for dtype in self._kinds(w)]))
+        for weight in weights:
+            for name, dtype in zip((MASTER, *MOMENTS), self._kinds(weight), strict=True):
+                if in_block:
+                    tensor = self._memory[-1].take(weight.numel(), dtype)
+                else:
+                    tensor = torch.empty(weight.numel(), dtype=dtype, device=weight.device)
+                self.state[weight][name] = tensor.copy_(weight.detach()) if name == MASTER else tensor.zero_()
 
     def initialize_state(self, weight: Tensor) -> None:
-        """Creates the initial state of a weight. Megatron's name."""
-        self.state[weight] = {name: self._storage(weight, self.moments).zero_() for name in MOMENTS}
-        if weight.dtype == torch.float32:
-            self.state[weight][MASTER] = weight.detach()
-        else:
-            self.state[weight][MASTER] = self._storage(weight, torch.float32).copy_(weight.detach())
+        """Creates the initial state of all weights. Megatron's name, for one of them."""
+        self.fill()
 
-    def _storage(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.on_host and on_gpu():
-            return self._memory.take(weight.numel(), dtype)
-        return torch.empty(weight.numel(), dtype=dtype, device=weight.device)
+    def _kinds(self, weight: Tensor) -> tuple[torch.dtype, ...]:
+        """The dtypes of a weight's state."""
+        return torch.float32, self.moments, self.moments
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # Megatron gives no closure
@@ -84,25 +89,21 @@ class StoredAdam(torch.optim.AdamW):
         self.fill()
         self.steps += 1
         for group in self.param_groups:
-            for weights in _some(w for w in group["params"] if getattr(w, "decoupled_grad", None) is not None):
-                self._update(weights, group)
-        self._is_moving = self.on_host
+            weights = (w for w in group["params"] if getattr(w, "decoupled_grad", None) is not None)
+            for spans in _some(weights):
+                self._update(spans, group)
 
-    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        brought = [
-            [
-                w if name == MASTER and w.dtype == torch.float32 else self._brought(w, name)
-                for name in (MASTER, *MOMENTS)
-            ]
-            for w in weights
-        ]
+    def _update(self, spans: list[tuple[Tensor, slice]], group: dict[str, Any]) -> None:
+        stored = [[self.state[weight][name][span] for name in (MASTER, *MOMENTS)] for weight, span in spans]
+        brought = [[self._brought(tensor, spans[0][0].device) for tensor in of] for of in stored]
         masters, means, squares = map(list, zip(*brought, strict=True))
-        on_gpu = weights[0].is_cuda
-        steps = torch.full((len(weights),), self.steps - 1.0, device=weights[0].device if on_gpu else "cpu")
+        where = spans[0][0].device
+        on_gpu = where.type == "cuda"
+        steps = torch.full((len(spans),), self.steps - 1.0, device=where if on_gpu else "cpu")
         beta1, beta2 = group["betas"]
         adamw(
             masters,
-            [weight.decoupled_grad for weight in weights],  # type: ignore[attr-defined]  # Megatron's
+            [weight.decoupled_grad[span] for weight, span in spans],  # type: ignore[attr-defined]  # Megatron's
             means,
             squares,
             [],
@@ -116,53 +117,58 @@ class StoredAdam(torch.optim.AdamW):
             eps=group["eps"],
             maximize=False,
         )
-        for weight, tensors in zip(weights, brought, strict=True):
-            if tensors[0] is not weight:
-                weight.copy_(tensors[0])
-            for name, tensor in zip((MASTER, *MOMENTS), tensors, strict=True):
-                if tensor is not self.state[weight][name] and tensor is not weight:
-                    self.state[weight][name].copy_(tensor, non_blocking=True)
+        for (weight, span), places, tensors in zip(spans, stored, brought, strict=True):
+            weight[span].copy_(tensors[0])
+            for place, tensor in zip(places, tensors, strict=True):
+                if tensor is not place:
+                    place.copy_(tensor, non_blocking=True)
 
-    def _brought(self, weight: Tensor, name: str) -> Tensor:
-        """The state in float32 on the weight's device: itself if that is how it is stored."""
-        stored = self.state[weight][name]
+    def _brought(self, stored: Tensor, device: torch.device) -> Tensor:
+        """A state in float32 on the device: itself if that is how it is stored."""
         if not self.on_host and stored.dtype == torch.float32:
             return stored
         # Later copies to the host and back are in the order of this stream, so nothing has to be waited for.
-        return torch.empty_like(stored, dtype=torch.float32, device=weight.device).copy_(stored, non_blocking=True)
+        return torch.empty_like(stored, dtype=torch.float32, device=device).copy_(stored, non_blocking=True)
 
     def get_unscaled_state(self, weight: Tensor, name: str) -> Tensor:
-        """float32 [n]: a state of a weight for a checkpoint. Megatron's name.
-
-        It is the optimizer's own or, of what is page-locked or rounded, a copy in host memory: the forked process that
-        writes a checkpoint does not see page-locked memory.
-        """
-        stored = self.state[weight][name]
-        if stored.dtype == torch.float32 and not stored.is_pinned():
-            return stored
-        if self._is_moving and weight.is_cuda:
-            torch.cuda.current_stream().synchronize()
-        self._is_moving = False
-        return torch.empty(stored.numel(), dtype=torch.float32, device="cpu").copy_(stored)
+        """float32 [n]: a state of a weight for a checkpoint. Megatron's name."""
+        return readable(self.state[weight][name])
 
     def set_scaled_state(self, weight: Tensor, name: str, value: Tensor) -> None:
         """Takes a state of a weight from a checkpoint. Megatron's name."""
         self.state[weight][name].copy_(value.view(-1))
 
     def held(self) -> Iterator[Tensor]:
-        """The state of all weights, without what is a float32 weight itself."""
-        for weight, state in self.state.items():
-            yield from (state[name] for name in (MASTER, *MOMENTS) if name != MASTER or weight.dtype != torch.float32)
+        """The state of all weights."""
+        yield from (state[name] for state in self.state.values() for name in (MASTER, *MOMENTS))
 
 
-def _some(weights: Iterator[Tensor]) -> Iterator[list[Tensor]]:
-    """The weights, as many at a time as have ``AT_A_TIME`` numbers, or one."""
-    found: list[Tensor] = []
+def readable(stored: Tensor) -> Tensor:
+    """A stored state in float32, for the forked process that writes a checkpoint and does not see page-locked memory.
+
+    It is the same tensor, or a copy in host memory of what is page-locked or rounded.
+    """
+    if stored.dtype == torch.float32 and not stored.is_pinned():
+        return stored
+    if stored.is_pinned():
+        torch.cuda.current_stream().synchronize()  # an update may still be on its way there
+    return torch.empty(stored.numel(), dtype=torch.float32, device="cpu").copy_(stored)
+
+
+def _some(weights: Iterable[Tensor]) -> Iterator[list[tuple[Tensor, slice]]]:
+    """Parts of the weights that have ``AT_A_TIME`` numbers together."""
+    found: list[tuple[Tensor, slice]] = []
+    room = AT_A_TIME
     for weight in weights:
-        if found and sum(w.numel() for w in found) + weight.numel() > AT_A_TIME:
-            yield found
-            found = []
-        found.append(weight)
+        first = 0
+        while first < weight.numel():
+            last = min(weight.numel(), first + room)
+            found.append((weight, slice(first, last)))
+            room -= last - first
+            first = last
+            if not room:
+                yield found
+                found, room = [], AT_A_TIME
     if found:
         yield found
 

@@ -42,8 +42,7 @@ def checkpoint_of(
         gpu: the GPU.
     """
     state = sum(stage.optimizer + stage.on_host for stage in static) * world_size // len(static)
-    copy = 4 if settings.train.precision == "fp32" else 0  # which is the weight itself
-    optimizer = state * (12 - copy) // (state_bytes(settings.train) - copy)  # moments are saved in float32
+    optimizer = state * 12 // state_bytes(settings.train)  # rounded moments are saved in float32
     itemsize = DTYPES[settings.train.precision].itemsize
     if settings.adapter.type is None:
         weights = itemsize * sum(math.prod(entry.shape) for entry in table(shapes))

@@ -23,7 +23,7 @@ from megavlm.data.synthetic_row import synthetic_samples
 from megavlm.model.shapes import Shapes
 from megavlm.model.vlm import PARTS, VLM
 from megavlm.optim.optimizers import Optimizers
-from megavlm.optim.stored_adam import state_bytes
+from megavlm.optim.stored_adam import is_stored, state_bytes
 from megavlm.plan.step_memory import RowsAtHand
 from megavlm.runtime.session import MAIN, Session
 from megavlm.tracing.absent_rank import absent_rank, that_can_be_absent
@@ -124,10 +124,11 @@ def _held(
 def _state_bytes(optimizers: Optimizers, parameter: torch.Tensor) -> int:
     """The bytes of the optimizer's state of a parameter, with its float32 copy."""
     train, numbers = optimizers.train, parameter.numel()
+    if is_stored(train):
+        return 0 if train.offload_optimizer else state_bytes(train) * numbers
     copy = 4 * numbers if train.precision != "fp32" else 0
     if train.optimizer == "adam":
-        moments = (state_bytes(train) - 4) * numbers
-        return 0 if train.offload_optimizer else copy + moments + 4 * numbers * (train.ema is not None)
+        return copy + 4 * (2 + (train.ema is not None)) * numbers
     if train.optimizer in ("galore", "muon"):
         inside = (opt.optimizer for opts in optimizers.parts.values() for opt in opts)
         owner = next(

@@ -1,27 +1,38 @@
-"""Much page-locked memory of the host, without what torch would waste of it."""
+"""Much page-locked memory of the host, of exactly the size that is asked for."""
+
+import weakref
 
 import torch
 from torch import Tensor
 
-from megavlm.platform.device import host_buffer
+from megavlm.platform.device import on_gpu
 
-SLAB = 2**30
-"""Bytes that are asked for at a time. torch rounds each request for page-locked memory up to a power of two."""
 _ALIGNED = 64  # bytes
 
 
 class HostMemory:
-    """Gives out pieces of slabs. A slab is free when nobody holds a piece of it any more."""
+    """One block of memory, page-locked on a GPU, that is given out in pieces. Keep it as long as the pieces are used.
 
-    def __init__(self) -> None:
-        self._slab, self._used = torch.empty(0, dtype=torch.uint8, device="cpu"), 0
+    torch's own page-locked tensors would take up to twice as much: it rounds each request up to a power of two.
+
+    Args:
+        sizes: bytes of the pieces, in the order in which they are taken.
+    """
+
+    def __init__(self, sizes: list[int]):
+        self._block = torch.empty(sum(map(_aligned, sizes)), dtype=torch.uint8, device="cpu")
+        self._used = 0
+        if on_gpu() and len(self._block):
+            runtime, place = torch.cuda.cudart(), self._block.data_ptr()
+            torch.cuda.check_error(int(runtime.cudaHostRegister(place, len(self._block), 0)))
+            weakref.finalize(self, runtime.cudaHostUnregister, place)
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised vector [numel], page-locked on a GPU. A vector longer than a slab has one of its own."""
-        size, begin = numel * dtype.itemsize, -(-self._used // _ALIGNED) * _ALIGNED
-        if size > SLAB:
-            return host_buffer(1, numel, dtype)[0]
-        if begin + size > self._slab.numel():
-            self._slab, begin = host_buffer(1, SLAB, torch.uint8)[0], 0
-        self._used = begin + size
-        return self._slab[begin : begin + size].view(dtype)
+        """The next piece, an uninitialised vector [numel]."""
+        begin, size = self._used, numel * dtype.itemsize
+        self._used += _aligned(size)
+        return self._block[begin : begin + size].view(dtype)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED

@@ -76,12 +76,11 @@ def enough_gpus(
 ) -> tuple[int, dict[str, Any]] | None:
     """A number of GPUs with which a layout fits, and its changes: the first of 1, 2, 4, 8, … 256 times ``gpus``.
 
-    So many as there are have Adam's state in host memory. For each number, the layouts that divide the model over most
-    GPUs are tried. None if none of them fits.
+    With as many GPUs as there are, Adam's state is in host memory; with more, it is where the settings say. For each
+    number, the layouts that divide the model over most GPUs are tried. None if none of them fits.
     """
     split = ("tensor", "expert", "pipeline", "context")
-    can_offload = settings.train.optimizer == "adam" and settings.train.ema is None
-    for many in (gpus * 2**doublings for doublings in range(not can_offload, 9)):
+    for many in (gpus * 2**doublings for doublings in range(not settings.train.can_offload, 9)):
         smallest = savings(settings)[0] | ({OFFLOAD: True} if many == gpus else {})
         valid = [changes for changes, why in layouts(settings, shapes, many, gpu) if why is None]
         valid = [changes for changes in valid if changes[CHUNKS] is None]

@@ -159,11 +159,11 @@ def _unfrozen(step: Step) -> Iterator[None]:
 def _optimizer_state_to_come(step: Step) -> torch.Tensor | None:
     """Allocates as much memory as the optimizers will allocate later.
 
-    In its first step, Adam allocates two float32 numbers for each number that this rank updates. GaLore and Muon
-    allocate their state in this function. A part that is unfrozen later needs a gradient buffer, less the gradients
-    that exist during the memory check, a float32 copy of half-precision weights and, with ``train.ema``, their
-    averages. Of memory that is divided among data-parallel ranks, only this rank's part is counted (experts, which are
-    divided among fewer ranks, are counted like other weights).
+    In its first step, Adam allocates two float32 numbers for each number that this rank updates, unless its state is
+    there already (``optim/stored_adam.py``). GaLore and Muon allocate their state in this function. A part that is
+    unfrozen later needs a gradient buffer, less the gradients that exist during the memory check, a float32 copy of
+    half-precision weights and, with ``train.ema``, their averages. Of memory that is divided among data-parallel ranks,
+    only this rank's part is counted (experts, which are divided among fewer ranks, are counted like other weights).
     """
     optimizers, groups, numbers = step.optimizers, step.groups, 0.0
     train, adam = optimizers.train, optimizers.train.optimizer == "adam"
@@ -201,7 +201,7 @@ def _too_large(error: Exception, settings: Settings) -> UserError:
         *(["vision.recompute=true"] if tower_is_trained and not vision.recompute else []),
         *([f"vision.window={smallest}"] if vision.window != smallest else []),
         *(["vision.offload=true"] if not vision.offload else []),
-        *(["train.offload_optimizer=true"] if train.optimizer == "adam" and not train.offload_optimizer else []),
+        *(["train.offload_optimizer=true"] if train.can_offload else []),
         "a larger parallel.tensor or parallel.context, on more processes",
         f"data.seq_length below {settings.data.seq_length}",
         *(

@@ -3,6 +3,8 @@
 All of it runs with weights that arrive as late as they may (``late_gathers``).
 """
 
+import math
+
 import pytest
 import torch
 from late_gathers import late_gathers
@@ -30,6 +32,15 @@ LAYOUTS = {
     "DP2, unfrozen later": (2, "dense", {}, {"freeze": ("language",), "unfreeze_after": {"language": 1}}),
 }
 QUICK = {"DP2, windows of 1", "MoE EP2", "PP2 × VPP2 × DP2", "DP2, against the start"}
+
+
+def nobody_gathers(vlm, counts) -> None:
+    """What Megatron does before modules are called, which ranks may do at different times, begins no gathering."""
+    before = counts["begun"]
+    for module in (module for chunk in vlm.language for module in chunk.modules()):
+        for hook in module._forward_pre_hooks.values():
+            hook(module)
+    assert counts["begun"] == before
 
 
 def steps(folder, checkpoint, root, records, sections, *, late: bool):
@@ -64,13 +75,17 @@ def steps(folder, checkpoint, root, records, sections, *, late: bool):
         with late_gathers() as counts:
             optimizers, found = Optimizers(vlm, own.train), []
             step = Step(
-                vlm, optimizers, Feed(vlm, iter(mine * 4) if mine else None), each, objective, own.vision.window
+                vlm, optimizers, Feed(vlm, iter(mine * 5) if mine else None), each, objective, own.vision.window
             )
+            nobody_gathers(vlm, counts)
             for number in range(1, 5):
                 optimizers.unfreeze(number)
                 result = step(wait=False)
                 found.append((result.loss, result.norms, dict(counts)))
             optimizers.wait_for_weights()
+            bad = step.gradients(step.rows(step.feed, each))
+            assert optimizers.step(bad.sums * math.nan, bad.counts["weight"], wait=False).non_finite
+            nobody_gathers(vlm, counts)
     finally:
         Optimizers.bucket_size = None
     parameters = [p.detach().clone() for m in (vlm.vision, vlm.projector, *vlm.language) for p in m.parameters()]

@@ -5,7 +5,7 @@ import torch
 
 from megavlm.optim import stored_adam
 from megavlm.optim.stored_adam import MASTER, StoredAdam
-from megavlm.platform import host_memory
+from megavlm.platform.host_memory import HostMemory
 
 SIZES = (5, 300, 64, 17)
 RATES = {"betas": (0.9, 0.95), "eps": 1e-8}
@@ -33,10 +33,10 @@ def made(weights, **how):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("at_a_time", [1, 320, 2**25])
+@pytest.mark.parametrize("at_a_time", [7, 320, 2**25])
 @pytest.mark.parametrize("on_host", [False, True])
 def test_it_is_torchs_adamw(dtype, at_a_time, on_host, monkeypatch):
-    """However many weights are updated together. A weight without a gradient stays, and so does its state."""
+    """However many weights, or parts of them, are updated together. A weight without a gradient stays as it is."""
     monkeypatch.setattr(stored_adam, "AT_A_TIME", at_a_time)
     weights = weights_of(dtype)
     copies = [weight.float().clone() for weight in weights]
@@ -97,18 +97,17 @@ def test_a_large_beta2_would_never_forget_in_bfloat16(beta2, shrinks):
     assert shrinks or square == largest
 
 
-def test_state_in_slabs_is_apart(monkeypatch):
-    """As on a GPU, where all state is in few pieces of page-locked memory."""
-    monkeypatch.setattr(host_memory, "SLAB", 1024)
-    monkeypatch.setattr(stored_adam, "on_gpu", lambda: True)
+def test_state_in_one_block_is_apart(monkeypatch):
+    """As on a GPU, where all state is in one block of page-locked memory."""
     weights, copies = weights_of(torch.bfloat16), weights_of(torch.bfloat16)
-    adam = made(weights)
-    monkeypatch.setattr(stored_adam, "on_gpu", lambda: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(stored_adam, "on_gpu", lambda: True)
+        adam = made(weights)
     plain = made(copies)
-    storages = {
-        adam.state[weight][name].untyped_storage().data_ptr() for weight in weights for name in adam.state[weight]
-    }
-    assert 3 < len(storages) < 12  # 300 float32 numbers do not fit into a slab
+    tensors = [*adam.held()]
+    assert len(tensors) == 12
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert len({tensor.untyped_storage().data_ptr() for tensor in plain.held()}) == 12
     for _ in range(3):
         for weight, copy, gradient in zip(weights, copies, gradients(), strict=True):
             weight.decoupled_grad = copy.decoupled_grad = gradient
@@ -119,10 +118,21 @@ def test_state_in_slabs_is_apart(monkeypatch):
         assert all(torch.equal(adam.state[weight][name], plain.state[copy][name]) for name in plain.state[copy])
 
 
-def test_slabs_waste_little():
-    memory = host_memory.HostMemory()
+def test_pieces_of_a_block_are_aligned():
+    memory = HostMemory([20, 14, 12])
     taken = [
         memory.take(numel, dtype) for numel, dtype in ((5, torch.float32), (7, torch.bfloat16), (3, torch.float32))
     ]
     assert [piece.data_ptr() - taken[0].data_ptr() for piece in taken] == [0, 64, 128]
     assert [piece.numel() for piece in taken] == [5, 7, 3]
+    assert taken[0].untyped_storage().nbytes() == 192
+
+
+def test_a_rounded_state_is_saved_in_float32():
+    weight = torch.randn(5).bfloat16()
+    weight.decoupled_grad = torch.randn(5)
+    adam = StoredAdam([weight], lr=0.1, weight_decay=0.1, **RATES, on_host=False, moments=torch.bfloat16)
+    adam.step()
+    state = adam.state[weight]
+    assert stored_adam.readable(state[MASTER]) is state[MASTER]
+    assert torch.equal(stored_adam.readable(state["exp_avg"]), state["exp_avg"].float())
