@@ -69,7 +69,7 @@ HF = "model: {hf: folder}\n"
         (["train.optimizer=muon", "train.offload_optimizer=true"], "train.offload_optimizer is true, but"),
         (["train.optimizer=sgd", "train.adam_moments=bf16"], "train.adam_moments is bf16, but train.optimizer is sgd"),
         (["train.ema=0.9", "train.offload_optimizer=true"], "the average is made of float32 weights on the GPU"),
-        (["train.adam_moments=bf16", "train.adam_beta2=0.99"], "bf16, but train.adam_beta2 is 0.99: bfloat16 cannot"),
+        (["train.adam_moments=bf16", "train.adam_beta2=0.99"], "bf16, but train.adam_beta2 is 0.99: bfloat16 rounds"),
         (["model.adapter=[a, b]"], "several adapters cannot be used at the same time"),
         (["train.muon_momentum=0.9"], "train.muon_momentum is 0.9, but train.optimizer is adam: it would be ignored"),
         (["adapter.lr_ratio=4"], "adapter.lr_ratio is 4.0, but adapter.type is null: it would be ignored"),
