@@ -157,7 +157,10 @@ def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dic
         tensors = optimizer._get_main_param_and_optimizer_states(parameter)
         return {key: tensors[key].detach().view(-1) for key in keys}
 
-    made = readable if isinstance(optimizer.optimizer, StoredAdam) else None
+    made = None
+    if isinstance(optimizer.optimizer, StoredAdam):
+        optimizer.optimizer.arrive()
+        made = readable
     stored = put_together([pieces for _, pieces in parameters], keys, own, group, device(), made)
     alone = group.size() == dist.get_world_size()
     for number, tensors in stored.items():

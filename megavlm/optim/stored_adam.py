@@ -130,8 +130,14 @@ class StoredAdam(torch.optim.AdamW):
         # Later copies to the host and back are in the order of this stream, so nothing has to be waited for.
         return torch.empty_like(stored, dtype=torch.float32, device=device).copy_(stored, non_blocking=True)
 
+    def arrive(self) -> None:
+        """Waits until the host can read what the last update has sent to host memory."""
+        if self.on_host and on_gpu():
+            torch.cuda.current_stream().synchronize()
+
     def get_unscaled_state(self, weight: Tensor, name: str) -> Tensor:
         """float32 [n]: a state of a weight for a checkpoint. Megatron's name."""
+        self.arrive()
         return readable(self.state[weight][name])
 
     def set_scaled_state(self, weight: Tensor, name: str, value: Tensor) -> None:
@@ -146,12 +152,10 @@ class StoredAdam(torch.optim.AdamW):
 def readable(stored: Tensor) -> Tensor:
     """A stored state in float32, for the forked process that writes a checkpoint and does not see page-locked memory.
 
-    It is the same tensor, or a copy in host memory of what is page-locked or rounded.
+    It is the same tensor, or a copy in host memory of what is page-locked or rounded. See ``StoredAdam.arrive``.
     """
     if stored.dtype == torch.float32 and not stored.is_pinned():
         return stored
-    if stored.is_pinned():
-        torch.cuda.current_stream().synchronize()  # an update may still be on its way there
     return torch.empty(stored.numel(), dtype=torch.float32, device="cpu").copy_(stored)
 
 
