@@ -69,9 +69,9 @@ def steps_with_phases(folder, checkpoint, root, records, settings, *, measured, 
     optimizers = Optimizers(vlm, settings.train)
     update, encode = optimizers.step, vlm.tower.vision.forward
 
-    def slow_update(*args):
+    def slow_update(*args, **options):
         work(UPDATE)
-        return update(*args)
+        return update(*args, **options)
 
     def slow_encode(*args):
         work(TOWER)
