@@ -79,7 +79,7 @@ class Optimizers:
         self.ddp: dict[str, list[PartDDP]] = {}
         self.parts: dict[str, list[MegatronOptimizer]] = {}
         self.unfrozen_at: dict[str, int] = {}
-        self._are_gathered = True  # all updated weights
+        self._late: list[PartDDP] = []  # those whose updated weights may not be here yet
         self._groups = ParamGroups(vlm, train)
         self._groups.freeze()
         for part in PARTS:
@@ -241,16 +241,14 @@ class Optimizers:
             self.apply(stats.norms["grad_norm"], wait=wait)
         return stats
 
-    def wait_for_weights(self, *, late: bool = True) -> None:
-        """Waits until this rank has all updated weights, or those that are not late. Ranks need not call it together.
+    def wait_for_weights(self) -> None:
+        """Waits until this rank has all updated weights. Ranks need not call it together.
 
-        Late weights are those of the decoder with ``train.overlap.weights``.
+        Late are those of the decoder with ``train.overlap.weights``.
         """
-        if not self._are_gathered:
-            ddps = [ddp for ddps in self.ddp.values() for ddp in ddps if ddp.ddp_config.overlap_param_gather]
-            for ddp in (ddp for ddp in ddps if late or not ddp.is_late):
-                ddp.wait()
-            self._are_gathered = late or not any(ddp.is_late for ddp in ddps)
+        for ddp in self._late:
+            ddp.wait()
+        self._late = []
 
     def apply(self, grad_norm: float, *, wait: bool = True) -> None:
         """Clips the gradients, whose norm is known, updates the weights, and advances the schedule.
@@ -269,8 +267,9 @@ class Optimizers:
         for ddp in (d for ddps in self.ddp.values() for d in ddps):
             if ddp.ddp_config.overlap_param_gather:
                 ddp.gather()
-        self._are_gathered = False
-        self.wait_for_weights(late=wait)
+                self._late += [ddp] if ddp.is_late else []
+        if wait:
+            self.wait_for_weights()
         if self.train.ema is not None:
             update_averages(self.optimizer.chained_optimizers, self.train.ema)
         self.scheduler.step(increment=1)

@@ -31,9 +31,9 @@ class PartDDP(DistributedDataParallel):
         self._leave_gathering()
 
     def gather(self) -> None:
-        """Begins to gather updated weights: dense ones, then experts, each from the first layers on."""
+        """Gathers updated weights, dense ones and then experts, each from the first layers on; late ones are begun."""
         for group in [*reversed(self.bucket_groups), *reversed(self.expert_parallel_bucket_groups)]:
-            group.start_param_sync()
+            group.start_param_sync(force_sync=not self.is_late)
 
     def _leave_gathering(self) -> None:
         """Lets no forward pass begin to gather."""
@@ -41,7 +41,7 @@ class PartDDP(DistributedDataParallel):
             group.param_gather_dispatched = True
 
     def wait(self) -> None:
-        """Waits for the gathering, if there is any. On a GPU, the stream waits and the host does not."""
+        """Waits for weights that are late. On a GPU, the stream waits and the host does not."""
         for group in [*self.bucket_groups, *self.expert_parallel_bucket_groups]:
             group.finish_param_sync(skip_next_bucket_dispatch=True)
 

@@ -24,11 +24,11 @@ class _Gather:
 
 @contextmanager
 def late_gathers() -> Iterator[dict[str, int]]:
-    """Within the block; yields how many gathers were begun, and how many were waited for."""
+    """Within the block; yields how many pieces were gathered, and how many late ones were begun and waited for."""
     import torch.distributed as dist
     from megatron.core.distributed import param_and_grad_buffer as buffers
 
-    counts, now = {"begun": 0, "waited": 0}, []
+    counts, now = {"all": 0, "begun": 0, "waited": 0}, []
     start = buffers._ParamAndGradBucketGroup.start_param_sync
 
     @contextmanager
@@ -42,7 +42,10 @@ def late_gathers() -> Iterator[dict[str, int]]:
         counts["begun"] += 1
 
     def started(self, force_sync=False):
-        assert not force_sync
+        counts["all"] += len(self.buckets)
+        if force_sync:  # nobody has to wait
+            start(self, force_sync=True)
+            return
         now.append(_Gather(counts))
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(buffers, "_coalescing_manager", manager)
