@@ -24,8 +24,8 @@ class HostMemory:
         self._used = 0
         if on_gpu() and len(self._block):
             runtime, place = torch.cuda.cudart(), self._block.data_ptr()
-            torch.cuda.check_error(int(runtime.cudaHostRegister(place, len(self._block), 0)))
-            weakref.finalize(self, runtime.cudaHostUnregister, place)
+            torch.cuda.check_error(runtime.cudaHostRegister(place, len(self._block), 0))
+            weakref.finalize(self, runtime.cudaHostUnregister, place).atexit = False
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """The next piece, an uninitialised vector [numel]."""
