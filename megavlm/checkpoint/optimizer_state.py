@@ -20,7 +20,7 @@ from megavlm.model.vlm import PARTS
 from megavlm.optim import megatron_galore, megatron_muon
 from megavlm.optim.ema import EMA, fill_adam, has_average
 from megavlm.optim.optimizers import Optimizers
-from megavlm.optim.stored_adam import MASTER, StoredAdam, is_stored, readable
+from megavlm.optim.stored_adam import StoredAdam, is_stored, readable
 from megavlm.platform import device
 
 
@@ -149,12 +149,7 @@ def _stored_here(optimizer: DistributedOptimizer, entries: dict) -> Iterator[dic
     parameters = list(_pieces(optimizer))
 
     def own(number: int) -> dict[str, Tensor]:
-        parameter, adam = parameters[number][0], optimizer.optimizer
-        if isinstance(adam, StoredAdam):
-            index, place = optimizer.model_param_group_index_map[parameter]
-            state = adam.state[adam.param_groups[index]["params"][place]]
-            return {key: state[MASTER if key == "param" else key] for key in keys}
-        tensors = optimizer._get_main_param_and_optimizer_states(parameter)
+        tensors = optimizer._get_main_param_and_optimizer_states(parameters[number][0])
         return {key: tensors[key].detach().view(-1) for key in keys}
 
     made = None

@@ -244,7 +244,7 @@ class Optimizers:
     def wait_for_weights(self) -> None:
         """Waits until this rank has all updated weights. Ranks need not call it together.
 
-        Late are those of the decoder with ``train.overlap.weights``.
+        Only those of the decoder may be late, with ``train.overlap.weights``.
         """
         for ddp in self._late:
             ddp.wait()

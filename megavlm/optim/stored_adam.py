@@ -35,30 +35,20 @@ class StoredAdam(torch.optim.AdamW):
     ``weight.decoupled_grad``, float32 and on the weight's device.
 
     Args:
-        params, lr, betas, eps, weight_decay: as for torch's AdamW. A group may have its own ``lr`` and
-            ``weight_decay``.
+        params: as for torch's AdamW; a group may have its own ``lr`` and ``weight_decay``.
         on_host: whether the state is in host memory between updates, page-locked on a GPU.
         moments: the dtype of the moments between updates.
-        other: what Megatron says to Transformer Engine's Adam in addition, which needs no saying here.
+        settings: ``lr``, ``betas``, ``eps`` and ``weight_decay`` for torch's AdamW, and others that Megatron has for
+            Transformer Engine's Adam, which need no saying here.
 
     Attributes:
         steps: the number of updates so far.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        on_host: bool,
-        moments: torch.dtype,
-        **other: Any,
-    ):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self.on_host, self.moments, self.steps = on_host, moments, 0
+    def __init__(self, params: ParamsT, *, on_host: bool, moments: torch.dtype, **settings: Any):
+        super().__init__(params, **{name: settings[name] for name in ("lr", "betas", "eps", "weight_decay")})
+        self.on_host, self.steps = on_host, 0
+        self._kinds = {MASTER: torch.float32, **dict.fromkeys(MOMENTS, moments)}
         self._memory: list[HostMemory] = []
 
     def fill(self) -> None:
@@ -66,9 +56,10 @@ class StoredAdam(torch.optim.AdamW):
         weights = [w for group in self.param_groups for w in group["params"] if not self.state[w]]
         in_block = self.on_host and on_gpu()
         if in_block:
-            self._memory.append(HostMemory([w.numel() * dtype.itemsize for w in weights for dtype in self._kinds(w)]))
+            kinds = self._kinds.values()
+            self._memory.append(HostMemory([w.numel() * dtype.itemsize for w in weights for dtype in kinds]))
         for weight in weights:
-            for name, dtype in zip((MASTER, *MOMENTS), self._kinds(weight), strict=True):
+            for name, dtype in self._kinds.items():
                 if in_block:
                     tensor = self._memory[-1].take(weight.numel(), dtype)
                 else:
@@ -78,10 +69,6 @@ class StoredAdam(torch.optim.AdamW):
     def initialize_state(self, weight: Tensor) -> None:
         """Creates the initial state of all weights. Megatron's name, for one of them."""
         self.fill()
-
-    def _kinds(self, weight: Tensor) -> tuple[torch.dtype, ...]:
-        """The dtypes of a weight's state."""
-        return torch.float32, self.moments, self.moments
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # Megatron gives no closure
@@ -94,7 +81,7 @@ class StoredAdam(torch.optim.AdamW):
                 self._update(spans, group)
 
     def _update(self, spans: list[tuple[Tensor, slice]], group: dict[str, Any]) -> None:
-        stored = [[self.state[weight][name][span] for name in (MASTER, *MOMENTS)] for weight, span in spans]
+        stored = [[self.state[weight][name][span] for name in self._kinds] for weight, span in spans]
         brought = [[self._brought(tensor, spans[0][0].device) for tensor in of] for of in stored]
         masters, means, squares = map(list, zip(*brought, strict=True))
         where = spans[0][0].device
@@ -136,9 +123,8 @@ class StoredAdam(torch.optim.AdamW):
             torch.cuda.current_stream().synchronize()
 
     def get_unscaled_state(self, weight: Tensor, name: str) -> Tensor:
-        """float32 [n]: a state of a weight for a checkpoint. Megatron's name."""
-        self.arrive()
-        return readable(self.state[weight][name])
+        """[n]: a state of a weight as it is stored. Megatron's name. See ``arrive`` and ``readable``."""
+        return self.state[weight][name]
 
     def set_scaled_state(self, weight: Tensor, name: str, value: Tensor) -> None:
         """Takes a state of a weight from a checkpoint. Megatron's name."""
@@ -146,7 +132,7 @@ class StoredAdam(torch.optim.AdamW):
 
     def held(self) -> Iterator[Tensor]:
         """The state of all weights."""
-        yield from (state[name] for state in self.state.values() for name in (MASTER, *MOMENTS))
+        yield from (state[name] for state in self.state.values() for name in self._kinds)
 
 
 def readable(stored: Tensor) -> Tensor:

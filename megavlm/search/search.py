@@ -24,7 +24,6 @@ from megavlm.search.work import PlanOf, Progress, Work, savings, seconds_of
 BEST = 10
 """Number of layouts that are shown."""
 _PROMISING = 20
-OFFLOAD = "train.offload_optimizer"
 _CUT = "expert tensor parallelism where whole experts divide as well"
 _NOT_FASTEST = "cannot be the fastest, as layouts like it show"
 
@@ -81,7 +80,7 @@ def enough_gpus(
     """
     split = ("tensor", "expert", "pipeline", "context")
     for many in (gpus * 2**doublings for doublings in range(not settings.train.can_offload, 9)):
-        smallest = savings(settings)[0] | ({OFFLOAD: True} if many == gpus else {})
+        smallest = savings(settings)[0] | ({"train.offload_optimizer": True} if many == gpus else {})
         valid = [changes for changes, why in layouts(settings, shapes, many, gpu) if why is None]
         valid = [changes for changes in valid if changes[CHUNKS] is None]
         for names in (split, ("context", *split)):

@@ -69,6 +69,18 @@ def test_what_fits_with_state_in_host_memory(model, recipe, world1) -> None:
         assert (round(on_host / 2**30), round(plan["time"]["seconds"], 1)) == (memory, seconds)
 
 
+def test_what_the_documentation_says_of_32b(world1) -> None:
+    """In docs/performance.md."""
+    host, gpu = (
+        planned("32b", "tune/sft", world1, f"train.offload_optimizer={on}", world=8) for on in ("true", "false")
+    )
+    seconds = [f"{plan['time']['seconds']:.1f}" for plan in (host, gpu)]
+    memory = [f"{max(stage['total'] for stage in plan['stages']) / 2**30:.0f}" for plan in (host, gpu)]
+    text = " ".join((CONFIGS.parent / "docs/performance.md").read_text().split())
+    assert f"takes {seconds[0]} instead of {seconds[1]} seconds a step" in text
+    assert f"needs {memory[0]} instead of {memory[1]} GiB on each GPU" in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["tune/sft", "pretrain/stage1"])
 @pytest.mark.parametrize("model", MODELS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megavlm.optim import stored_adam
-from megavlm.optim.stored_adam import MASTER, StoredAdam
+from megavlm.optim.stored_adam import MASTER, StoredAdam, readable
 from megavlm.platform.host_memory import HostMemory
 
 SIZES = (5, 300, 64, 17)
@@ -51,11 +51,11 @@ def test_it_is_torchs_adamw(dtype, at_a_time, on_host, monkeypatch):
         plain.step()
     assert adam.steps == 4
     for weight, copy in zip(weights, copies, strict=True):
-        assert torch.equal(adam.get_unscaled_state(weight, MASTER), copy)
+        assert torch.equal(readable(adam.state[weight][MASTER]), copy)
         assert torch.equal(weight, copy.to(dtype))
         for name, moment in plain.state[copy].items():
             if name != "step":
-                assert torch.equal(adam.get_unscaled_state(weight, name), moment)
+                assert torch.equal(readable(adam.state[weight][name]), moment)
 
 
 def test_moments_are_rounded_after_each_update():
@@ -74,10 +74,24 @@ def test_moments_are_rounded_after_each_update():
         adam.step()
     for weight, copy, *moments in zip(weights, copies, mean, square, strict=True):
         # A number between two bfloat16 may be rounded to the other one, which is 1/128 of it away.
-        torch.testing.assert_close(adam.get_unscaled_state(weight, MASTER), copy, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(readable(adam.state[weight][MASTER]), copy, rtol=1e-3, atol=1e-4)
         for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
             assert adam.state[weight][name].dtype == torch.bfloat16
-            torch.testing.assert_close(adam.get_unscaled_state(weight, name), moment, rtol=1 / 128, atol=1e-6)
+            torch.testing.assert_close(readable(adam.state[weight][name]), moment, rtol=1 / 128, atol=1e-6)
+
+
+@pytest.mark.parametrize(("beta2", "share", "shrink"), [(0.98, 0.79, True), (0.99, 0.60, True), (0.99, 0.65, False)])
+def test_how_far_squares_must_fall_for_their_mean_to_shrink_in_bfloat16(beta2, share, shrink):
+    """Of every bfloat16 between 1 and 2, one update with squared gradients of this share of the mean."""
+    means = 1 + torch.arange(128) / 128
+    weight = torch.zeros(128, dtype=torch.bfloat16)
+    rates = {"lr": 0.0, "betas": (0.9, beta2), "eps": 1e-8, "weight_decay": 0.0}
+    adam = StoredAdam([weight], **rates, on_host=False, moments=torch.bfloat16)
+    adam.fill()
+    adam.state[weight]["exp_avg_sq"].copy_(means)
+    weight.decoupled_grad = (share * means).sqrt()
+    adam.step()
+    assert bool((readable(adam.state[weight]["exp_avg_sq"]) < means).all()) == shrink
 
 
 @pytest.mark.parametrize(("beta2", "shrinks"), [(0.98, True), (0.999, False)])
@@ -91,7 +105,7 @@ def test_a_large_beta2_would_never_forget_in_bfloat16(beta2, shrinks):
     for step in range(400):
         weight.decoupled_grad = torch.full((1,), 1.0 if step < 20 else 0.1)
         adam.step()
-        square = adam.get_unscaled_state(weight, "exp_avg_sq").item()
+        square = readable(adam.state[weight]["exp_avg_sq"]).item()
         largest = max(square, largest or 0.0)
     assert (square < largest / 2) == shrinks
     assert shrinks or square == largest
@@ -134,5 +148,5 @@ def test_a_rounded_state_is_saved_in_float32():
     adam = StoredAdam([weight], lr=0.1, weight_decay=0.1, **RATES, on_host=False, moments=torch.bfloat16)
     adam.step()
     state = adam.state[weight]
-    assert stored_adam.readable(state[MASTER]) is state[MASTER]
-    assert torch.equal(stored_adam.readable(state["exp_avg"]), state["exp_avg"].float())
+    assert readable(state[MASTER]) is state[MASTER]
+    assert torch.equal(readable(state["exp_avg"]), state["exp_avg"].float())
