@@ -187,7 +187,7 @@ def measured_plan(ranks: int, repeats: int) -> dict:
     """Seconds of the plan of a window of rank 0, with TP2 and CP2: over all data ranks, and over a block of them."""
     import numpy as np
 
-    from megavlm.model.frame_balance import RankShare, VisualRow, VisualTokens, balance_frames, plan_exchange
+    from megavlm.layout.frame_balance import RankShare, VisualRow, VisualTokens, balance_frames, plan_exchange
     from megavlm.platform.groups import blocks
 
     draw, data_ranks = np.random.default_rng(0), ranks // 4

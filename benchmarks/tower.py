@@ -52,8 +52,8 @@ def balance(root: Path, records: list[dict], folder: Path) -> list[float]:
     """The planned imbalance over 4 ranks of windows of 4 rows of 8,192 tokens, for the tower of the 8B model."""
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
+    from megavlm.layout.frame_balance import balance_frames, frame_cost
     from megavlm.media.files import in_folder
-    from megavlm.model.frame_balance import balance_frames, frame_cost
 
     renderer = Renderer(folder, Settings(model={"hf": folder}, data={"seq_length": 262144}).data)
     drafts = [renderer.draft(record, in_folder(root), "photographs", kind="pretrain") for record in records]
@@ -76,8 +76,8 @@ def measure(folder: Path, root: Path, records: list[dict], parallel: dict) -> di
     from megavlm import platform
     from megavlm.config.settings import Settings
     from megavlm.data.renderer import Renderer
+    from megavlm.layout.frame_balance import RankShare, VisualRow, VisualTokens, plan_exchange
     from megavlm.media.files import in_folder
-    from megavlm.model.frame_balance import RankShare, VisualRow, VisualTokens, plan_exchange
     from megavlm.model.shapes import Shapes
     from megavlm.model.tower_phase import TowerPhase
     from megavlm.model.vision import Frames

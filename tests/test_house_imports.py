@@ -11,10 +11,10 @@ from syntax_trees import MODULES, ROOT, nodes
 MAY_IMPORT = {
     "base": [],
     "config": ["base"],
-    "layout": ["config", "base"],
+    "layout": ["platform", "config", "base"],
     "output": ["config", "base"],
     "platform": [],
-    "model": ["platform", "config", "base"],
+    "model": ["layout", "platform", "config", "base"],
     "media": ["base"],
     "chat": ["base"],
     "records": ["base"],
@@ -93,7 +93,7 @@ MAY_IMPORT = {
         "base",
     ],
     "environments": ["rewards", "data", "media", "config", "base"],
-    "rollout": ["runtime", "environments", "data", "model", "platform", "config", "base"],
+    "rollout": ["runtime", "environments", "data", "model", "layout", "platform", "config", "base"],
     "vllm": ["rollout", "runtime", "data", "convert", "platform", "config", "base"],
     "rewards": ["records", "config", "base"],
     "reinforcement": [

@@ -140,7 +140,7 @@ def _read() -> Iterable[str]:
 
 
 def _balance() -> Iterable[str]:
-    yield from _step(2, 300, "Distribute the frames", ["runtime/feed.py", "model/frame_balance.py"],
+    yield from _step(2, 300, "Distribute the frames", ["runtime/feed.py", "layout/frame_balance.py"],
                      ["The costliest frame first, each to", "the least loaded rank."])  # fmt: skip
     yield _text(_x(0) + 12, 312, "token ids, labels, sizes → every rank, over the host network")
     yield f'<path d="M{_x(0) + 12} 321H{_x(7) + LANE - 10}" class="flow" marker-end="url(#end)"/>'
@@ -158,7 +158,7 @@ def _encode() -> Iterable[str]:
 
 
 def _exchange() -> Iterable[str]:
-    yield from _step(4, 508, "Send the features", ["model/frame_balance.py"], ["One all-to-all. A rank receives the",
+    yield from _step(4, 508, "Send the features", ["layout/frame_balance.py"], ["One all-to-all. A rank receives the",
                      "planes of its layers at its tokens."])  # fmt: skip
     for a in range(RANKS):
         for b in range(RANKS):

@@ -1,1 +1,1 @@
-"""Whether a model, its rows and the settings for speed fit a parallel layout: what has to be divisible by what."""
+"""A parallel layout: what has to be divisible by what, which rank has which tokens, and which encodes which frame."""

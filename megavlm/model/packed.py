@@ -8,7 +8,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from numpy import ndarray
 from torch import Tensor
 
-from megavlm.model.row_cut import RowCut
+from megavlm.layout.row_cut import RowCut
 from megavlm.platform import to_device
 
 

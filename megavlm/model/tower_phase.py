@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavlm.model.frame_balance import Exchange, RankShare
+from megavlm.layout.frame_balance import Exchange, RankShare
 from megavlm.model.projector import Projector
 from megavlm.model.vision import Frames, VisionTower
 from megavlm.platform import device

@@ -11,8 +11,8 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megavlm.config.settings import Settings
+from megavlm.layout.frame_balance import RankShare
 from megavlm.model.configs import decoder_config, tower_config
-from megavlm.model.frame_balance import RankShare
 from megavlm.model.kernels import provider, resolve
 from megavlm.model.language import LanguageModel
 from megavlm.model.projector import Projector

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import replace
 
-from megavlm.model.frame_balance import RankShare
+from megavlm.layout.frame_balance import RankShare
 from megavlm.model.tower_phase import TowerPhase
 from megavlm.model.vlm import VLM
 

@@ -13,9 +13,9 @@ import torch
 
 from megavlm.config.settings import Settings
 from megavlm.data.row import IGNORE, Row
-from megavlm.model.frame_balance import Exchange, VisualRow, VisualTokens, balance_frames, plan_exchange
+from megavlm.layout.frame_balance import Exchange, VisualRow, VisualTokens, balance_frames, plan_exchange
+from megavlm.layout.row_cut import RowCut
 from megavlm.model.packed import PackedRow
-from megavlm.model.row_cut import RowCut
 from megavlm.model.targets import Targets
 from megavlm.model.vision import Frames
 from megavlm.model.vlm import VLM

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megavlm.data.row import Row
-from megavlm.model.frame_balance import balance_frames
+from megavlm.layout.frame_balance import balance_frames
 from megavlm.model.vision import Frames, VisionTower
 from megavlm.model.vlm import VLM
 from megavlm.platform import device, host_buffer

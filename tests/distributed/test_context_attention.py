@@ -8,10 +8,10 @@ def attend(lengths, dtype):
     """Runs on every rank; returns the largest differences of output and gradients from the whole row's on one rank."""
     import torch.distributed as dist
 
+    from megavlm.layout.row_cut import RowCut
     from megavlm.model.kernels.attention import segment_attention
     from megavlm.model.kernels.context import context_attention
     from megavlm.model.packed import PackedRow
-    from megavlm.model.row_cut import RowCut
 
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)

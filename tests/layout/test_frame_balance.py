@@ -7,8 +7,8 @@ import pytest
 from skimage import data as photographs
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from megavlm.model.frame_balance import RankShare, VisualRow, VisualTokens, balance_frames, frame_cost, plan_exchange
-from megavlm.model.row_cut import RowCut
+from megavlm.layout.frame_balance import RankShare, VisualRow, VisualTokens, balance_frames, frame_cost, plan_exchange
+from megavlm.layout.row_cut import RowCut
 
 LINEAR_8B = 2.0 * 1152 + 4304
 

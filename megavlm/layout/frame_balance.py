@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavlm.model.row_cut import RowCut
+from megavlm.layout.row_cut import RowCut
 from megavlm.platform import to_device
 
 

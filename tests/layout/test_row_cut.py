@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megavlm.model.row_cut import RowCut
+from megavlm.layout.row_cut import RowCut
 
 
 def test_early_and_late_piece_of_every_segment():
