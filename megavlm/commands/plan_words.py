@@ -25,12 +25,12 @@ def verdict(plan: Plan, settings: Settings) -> str:
 
 
 def _on_host(plan: Plan) -> str:
-    """How much host memory the optimizer's state needs, if it is there."""
-    size = max(stage.static.on_host for stage in plan.stages) / GIB
+    """How much host memory the optimizer's state and the inputs of layers need, if they are there."""
+    size = max(stage.on_host for stage in plan.stages) / GIB
     if not size:
         return ""
     many = min(plan.gpu.nvlink_domain, plan.world_size)
-    return f"; the optimizer has {size:.1f} GiB for a GPU in host memory, at most {size * many:.1f} GiB for {many} GPUs"
+    return f"; {size:.1f} GiB for a GPU are in host memory, at most {size * many:.1f} GiB for {many} GPUs"
 
 
 def _advice(plan: Plan, settings: Settings) -> list[str]:
@@ -43,6 +43,8 @@ def _advice(plan: Plan, settings: Settings) -> list[str]:
     for name in sorted(parts, key=lambda name: -parts[name]):
         if name == "decoder" and train.recompute != "full":
             found.append("train.recompute=full")
+        elif name == "decoder" and not train.offload_activations:
+            found.append("train.offload_activations=true")
         if name == "tower" and not vision.recompute:
             found.append("vision.recompute=true")
         elif name == "tower" and vision.chunk_patches > _LARGE_FRAME:

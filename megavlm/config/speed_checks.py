@@ -37,6 +37,12 @@ def check_speed(train: TrainSettings, parallel: ParallelSettings, kernels: str, 
             "divides them",
             "set overlap.gradients=true and optimizer=adam, or remove it",
         )
+    if train.offload_activations and train.recompute != "full":
+        raise UserError(
+            f"train.offload_activations is true, but train.recompute is {train.recompute}: only the layers' inputs can "
+            "be in host memory, and computing the rest again is faster than copying it",
+            "set train.recompute=full, or remove it",
+        )
     if train.experts.fused_router and kernels != "te":
         raise UserError(f"train.experts.fused_router is true, but model.kernels is {kernels}", _TE)
     check_recompute(train, kernels)

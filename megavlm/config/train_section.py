@@ -136,6 +136,12 @@ class TrainSettings(ScheduleSettings):
         "layernorm: norms that are modules of their own; mlp: dense MLPs; moe: whole layers of experts; moe_act: only "
         "the experts' activation function; core_attn: attention, which fused attention never keeps",
     )
+    offload_activations: Bool = Field(
+        False,
+        description="only with recompute full: whether the layers' inputs, which it keeps, are in host memory until "
+        "the backward pass. This frees 2 bytes × hidden size for each layer and token of a rank; the copies run beside "
+        "the computation",
+    )
     overlap: OverlapSettings = OverlapSettings()
     experts: ExpertSettings = ExpertSettings()
     logprob_chunk_tokens: Int = Field(

@@ -85,6 +85,7 @@ class VLM:
                 post_process=pipeline.rank() == pipeline.size() - 1 and (vp_stage or 0) == last_chunk,
                 vp_stage=vp_stage,
                 score_head=score_head,
+                offload_activations=settings.train.offload_activations,
             ).to(device())
             for vp_stage in self._chunks()
         ]

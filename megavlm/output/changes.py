@@ -36,6 +36,7 @@ FREE_TO_CHANGE = (
     "train.steps",
     "train.epochs",
     "train.recompute",
+    "train.offload_activations",
     "train.overlap",
     "train.experts",
     "train.offload_optimizer",

@@ -51,6 +51,7 @@ class StagePlan:
             without a critic that is in host memory.
         peak: of the step's tensors, of the model that needs most; or of another phase of the run that needs more.
         moments: the fullest moment of each phase of a run, of which the fullest has ``static`` and ``peak``.
+        on_host: what is in host memory (``train.offload_optimizer`` and ``train.offload_activations``).
     """
 
     stage: int
@@ -58,6 +59,7 @@ class StagePlan:
     static: StaticMemory
     peak: Peak
     moments: list[Moment]
+    on_host: int
 
     @property
     def total(self) -> int:
@@ -156,10 +158,11 @@ def make_plan(
     layout = Layout(settings, shapes, verb, world_size, mix, each, imbalance)
     limit = round((1 - SPARE) * gpu.memory_gib * 2**30)
     found = stages_of(layout, processes) if exact else rough_stages_of(layout, limit)
-    stages = [
-        StagePlan(number, layout.rank(number), *stage.fullest(number, len(found)), stage.moments(number, len(found)))
-        for number, stage in enumerate(found)
-    ]
+    stages = []
+    for number, stage in enumerate(found):
+        at = number, len(found)
+        fullest, moments, on_host = stage.fullest(*at), stage.moments(*at), stage.on_host(*at)
+        stages.append(StagePlan(number, layout.rank(number), *fullest, moments, on_host))
     rows = each * data_parallel
     work = mix.work(rows, scores=method.scores)
     frozen, adapted = settings.frozen(settings.train.steps or ALL_STEPS), found[0].adapted
@@ -202,7 +205,9 @@ def _needs(stages: Sequence[Stage], settings: Settings, kernels: str) -> dict[Ne
     last = len(stages) - 1
     numbers = sorted({0, min(1, last), last})
     recomputes_tower = settings.vision.recompute
-    decoders = ("full", "core_attn", "none") if kernels == "portable" else ("full", "none")
+    decoders = ["full", "core_attn", "none"] if kernels == "portable" else ["full", "none"]
+    if settings.train.offload_activations:
+        decoders = ["full"]
     forms = [(decoder, tower) for decoder in decoders for tower in {recomputes_tower, False}]
     for decoder, tower in forms:
         keep = partial(StageMemory.keeping, recompute=decoder, tower=recomputes_tower and not tower)

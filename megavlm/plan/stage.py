@@ -147,6 +147,11 @@ class Stage:
         found.append(Moment("update", held[-1], Peak("optimizer", {"optimizer": self.updating})))
         return [*found, Moment("checkpoint", self.static, Peak("checkpoint", {"checkpoint": self.saving}))]
 
+    def on_host(self, number: int, stages: int) -> int:
+        """Bytes in host memory, if this is stage ``number``: Adam's state, and the inputs of layers."""
+        inputs = max(memory.on_host(number, stages, self.window) for memory in self.memories)
+        return self.static.on_host + inputs
+
     def with_memories(self, change: Callable[[StageMemory], StageMemory]) -> "Stage":
         """The same with another memory of a step. The operators stay as they are."""
         return replace(self, memories=[change(memory) for memory in self.memories])

@@ -22,6 +22,7 @@ class ChunkMemory:
         left: after both: gradients of features.
         layers: number of layers.
         again, attention: what a layer computes again in its backward pass, and of that, what is in core attention.
+        on_host: what the layers have in host memory between the passes (``train.offload_activations``).
     """
 
     forward: Peak
@@ -31,6 +32,7 @@ class ChunkMemory:
     layers: int = 1
     again: int = 0
     attention: int = 0
+    on_host: int = 0
 
     def keeping(self, *, attention: bool) -> "ChunkMemory":
         """The same if layers are not computed again; if ``attention``, core attention still is."""
@@ -54,7 +56,8 @@ class ChunkMemory:
             return Peak(peak.phase, {name: size - gone.get(name, 0) for name, size in peak.by_phase.items()})
 
         kept = {name: size - gone[name] for name, size in self.kept.items()}
-        return replace(self, forward=of(self.forward), kept=kept, backward=of(self.backward))
+        on_host = self.on_host // parts
+        return replace(self, forward=of(self.forward), kept=kept, backward=of(self.backward), on_host=on_host)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,15 @@ class StageMemory:
                 alive[number] += 1
                 others += kept
         return {"encode": self.encode, "decoder": fullest, "tower": self.tower}
+
+    def on_host(self, stage: int, stages: int, window: int) -> int:
+        """The host memory that the inputs of layers need. Each chunk has its own."""
+        now = [0] * len(self.chunks)
+        most = now.copy()
+        for turn in turns(stage, stages, window, len(self.chunks)):
+            now[turn.chunk] += -1 if turn.backward else 1
+            most[turn.chunk] = max(most[turn.chunk], now[turn.chunk])
+        return sum(chunk.on_host * times for chunk, times in zip(self.chunks, most, strict=True))
 
     def keeping(self, recompute: str, *, tower: bool) -> "StageMemory":
         """The same with less computed again, told from a window of which all is: about what it would be.

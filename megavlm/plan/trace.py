@@ -129,7 +129,8 @@ class _Trace:
                         counted.restart()
                     ran = _run(self.model, chunk, first, memory, phases)
                     layer, attention = (counted.size for counted in again)
-                    chunks.append(replace(ran, layers=self.layers, again=layer, attention=attention))
+                    on_host = self.layers * ran.on_host
+                    chunks.append(replace(ran, layers=self.layers, again=layer, attention=attention, on_host=on_host))
                     stand_ins.add_remembered(ran.left, first.features)
                 if first.features is not None and first.features.grad is not None:
                     for other in batch.micro_batches[1:]:
@@ -171,12 +172,13 @@ class _Both:
 def _run(
     model: TrainedModel, chunk: LanguageModel, micro_batch: MicroBatch, memory: LiveMemory, phases: PhasesOf
 ) -> ChunkMemory:
-    """Runs a micro-batch through a chunk, forward and backward."""
+    """Runs a micro-batch through a chunk, forward and backward. What is in host memory is that of one layer."""
     start = Counter(memory.by_phase)
     memory.watch()
     neighbours = _Neighbours(model.vlm, chunk)
     neighbours.receive(micro_batch)
     output = forward_chunk(model.vlm, chunk, micro_batch)
+    of_layer = output.nbytes if chunk.host_states is not None else 0  # its input has the same shape
     if chunk.post_process:
         hidden = output
         with phases("head"):
@@ -195,7 +197,7 @@ def _run(
     backward = _peak(memory, start)
     neighbours.done()
     del output
-    return ChunkMemory(forward, kept, backward, _less(memory.by_phase, start))
+    return ChunkMemory(forward, kept, backward, _less(memory.by_phase, start), on_host=of_layer)
 
 
 class _Neighbours:

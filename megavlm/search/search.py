@@ -75,12 +75,16 @@ def enough_gpus(
 ) -> tuple[int, dict[str, Any]] | None:
     """A number of GPUs with which a layout fits, and its changes: the first of 1, 2, 4, 8, … 256 times ``gpus``.
 
-    With as many GPUs as there are, Adam's state is in host memory; with more, it is where the settings say. For each
-    number, the layouts that divide the model over most GPUs are tried. None if none of them fits.
+    With as many GPUs as there are, Adam's state and the layers' inputs are in host memory; with more, they are where
+    the settings say. For each number, the layouts that divide the model over most GPUs are tried. None if none of them
+    fits.
     """
     split = ("tensor", "expert", "pipeline", "context")
-    for many in (gpus * 2**doublings for doublings in range(not settings.train.can_offload, 9)):
-        smallest = savings(settings)[0] | ({"train.offload_optimizer": True} if many == gpus else {})
+    to_host = {} if settings.train.offload_activations else {"train.offload_activations": True}
+    if settings.train.can_offload:
+        to_host["train.offload_optimizer"] = True
+    for many in (gpus * 2**doublings for doublings in range(not to_host, 9)):
+        smallest = savings(settings)[0] | (to_host if many == gpus else {})
         valid = [changes for changes, why in layouts(settings, shapes, many, gpu) if why is None]
         valid = [changes for changes in valid if changes[CHUNKS] is None]
         for names in (split, ("context", *split)):

@@ -84,6 +84,8 @@ def savings(settings: Settings) -> list[Form]:
     attention = [["core_attn"]]  # which Transformer Engine's attention does not keep, so that a run refuses it
     if kernels_on_gpus(settings) == "te":
         attention = []
+    if settings.train.offload_activations:  # the inputs of layers that are computed again
+        return [{"train.recompute": "full", "vision.recompute": again} for again in tower]
     decoder = ["full", *([own] if own not in ("full", "none", ["core_attn"]) else []), *attention, "none"]
     return [{"train.recompute": one, "vision.recompute": again} for one in decoder for again in tower]
 

@@ -121,9 +121,8 @@ class StandIns:
         kept = Counter(self._memory.by_phase)
         kept.subtract(self._start)
         self._count()
-        if any(kept.values()):
-            self._waiting.append(kept)
-            self._memory.add(kept, self._missing)
+        self._waiting.append(kept)  # nothing, if what is kept is in host memory; the backward pass comes all the same
+        self._memory.add(kept, self._missing)
 
     def _again(self) -> None:
         """The backward pass of the repeated layer begins, so those of the layers that it stands for are done."""

@@ -198,6 +198,7 @@ def _too_large(error: Exception, settings: Settings) -> UserError:
     tower_is_trained = not {"vision", "projector"} <= set(settings.model.freeze)
     advice = [
         *(["train.recompute=full"] if train.recompute != "full" else []),
+        *(["train.offload_activations=true"] if train.recompute == "full" and not train.offload_activations else []),
         *(["vision.recompute=true"] if tower_is_trained and not vision.recompute else []),
         *([f"vision.window={smallest}"] if vision.window != smallest else []),
         *(["vision.offload=true"] if not vision.offload else []),

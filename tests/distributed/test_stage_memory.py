@@ -13,6 +13,7 @@ CASES = {
     "one process": (1, "dense", {}, {}, {}, 3),
     "text is long": (1, "dense-untied", {}, {"seq_length": 512}, {}, 1),
     "recomputed layers": (1, "dense", {}, {"recompute": "full"}, {}, 2),
+    "inputs of layers on the host": (1, "dense", {}, {"recompute": "full", "offload_activations": True}, {}, 2),
     "recomputed MLPs and tower": (1, "dense", {}, {"recompute": ["mlp"], "vision": {"recompute": True}}, {}, 2),
     "small chunks": (1, "dense", {}, {"recompute": "full", "vision": {"chunk_patches": 144}}, {}, 1),
     "frozen tower": (1, "dense", {}, {"freeze": ("vision",)}, {}, 2),
@@ -33,11 +34,14 @@ CASES = {
     ),
     "as TE keeps it, experts": (1, "moe", {}, {"precision": "bf16"}, {}, 2),
     "PP2 × VPP2": (2, "dense", {"pipeline": 2, "virtual_pipeline": 2}, {}, {}, 8),
+    "PP2 × VPP2, inputs of layers on the host": (
+        2, "moe", {"pipeline": 2, "virtual_pipeline": 2}, {"recompute": "full", "offload_activations": True}, {}, 4,
+    ),
     "PP2 × VPP2, recomputed layers": (
         2, "moe", {"pipeline": 2, "virtual_pipeline": 2}, {"recompute": "full", "vision": {"recompute": True}}, {}, 4,
     ),
 }  # fmt: skip
-QUICK = {"as TE keeps it", "recomputed layers", "PP2 × VPP2", "experts"}
+QUICK = {"as TE keeps it", "inputs of layers on the host", "PP2 × VPP2", "experts"}
 
 
 def both(cases: dict) -> dict:
