@@ -235,6 +235,15 @@ def test_steps_in_fp8(recipe, parallel, wide, in_bf16, te_world):
         assert norm < most_of_norm
 
 
+@pytest.mark.parametrize("recipe", [pytest.param(one, marks=[SLOW] * (one != "blockwise")) for one in RECIPES])
+def test_recomputed_layers(recipe, wide, te_world):
+    """Transformer Engine's own recomputation: the same bits, with the inputs of layers on the host, too."""
+    forms = {"recompute": "none"}, {"recompute": "full"}, {"recompute": "full", "offload_activations": True}
+    train = {"precision": "fp8", "fp8": RECIPES[recipe]}
+    kept, recomputed, on_host = (trained(te_world(1), wide, ONE, **train, **form)[0] for form in forms)
+    assert kept == recomputed == on_host
+
+
 @pytest.mark.parametrize("parallel", [ONE, pytest.param(TP2, marks=SLOW)], ids=["one process", "TP2"])
 def test_adapters_beside_a_base_in_fp8(parallel, wide, te_world, tmp_path):
     """The base multiplies in FP8, the adapters in bf16: as far from a base in bf16 as the first step above."""

@@ -12,6 +12,7 @@ from te_cpu import counted, permutation
 
 os.environ["NVTE_PLUGIN"] = "te_cpu"  # see te_cpu.load_plugins; to be set before the next lines
 
+from transformer_engine.pytorch import distributed
 from transformer_engine.pytorch.attention.dot_product_attention import backends, context_parallel, utils
 from transformer_engine.pytorch.module import grouped_linear, layernorm_linear, linear
 from transformer_engine.pytorch.triton import permutation as triton_permutation
@@ -57,6 +58,9 @@ def stand_in(shape, dtype, zero=False):
 for module in (grouped_linear, layernorm_linear, linear):
     assert hasattr(module, "get_dummy_wgrad")
     module.get_dummy_wgrad = stand_in
+for name, on_cpu in (("_get_cuda_rng_state", torch.get_rng_state), ("_set_cuda_rng_state", torch.set_rng_state)):
+    assert hasattr(distributed, name)  # TE's recomputation, with which Megatron recomputes layers in FP8
+    setattr(distributed, name, lambda *args, on_cpu=on_cpu, **kwargs: on_cpu(*args))
 torch.distributed._coalescing_manager = one_by_one
 utils.get_attention_backend = as_in_bf16
 backends.all = lambda checks: True  # in that module: FusedAttention asserts in this way that all have 16 bits
