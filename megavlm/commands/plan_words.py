@@ -30,7 +30,8 @@ def _on_host(plan: Plan) -> str:
     if not size:
         return ""
     many = min(plan.gpu.nvlink_domain, plan.world_size)
-    return f"; {size:.1f} GiB for a GPU are in host memory, at most {size * many:.1f} GiB for {many} GPUs"
+    of_all = f", at most {size * many:.1f} GiB for {many} GPUs" if many > 1 else ""
+    return f"; {size:.1f} GiB for a GPU are in host memory{of_all}"
 
 
 def _advice(plan: Plan, settings: Settings) -> list[str]:

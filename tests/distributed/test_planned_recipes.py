@@ -4,6 +4,7 @@ On two cores beside other work, a recipe took one to three seconds, and a search
 """
 
 import json
+import re
 
 import pytest
 from cluster_recipes import CONFIGS, MODELS, RECIPES, fitting, offloaded, world_of
@@ -79,6 +80,25 @@ def test_what_the_documentation_says_of_32b(world1) -> None:
     text = " ".join((CONFIGS.parent / "docs/performance.md").read_text().split())
     assert f"takes {seconds[0]} instead of {seconds[1]} seconds a step" in text
     assert f"needs {memory[0]} instead of {memory[1]} GiB on each GPU" in text
+
+
+@pytest.mark.slow
+def test_what_the_documentation_says_of_long_rows(world1) -> None:
+    """In docs/performance.md: memory with and without the inputs of layers on the GPU, and the longest rows."""
+    text = " ".join((CONFIGS.parent / "docs/performance.md").read_text().split())
+    (settings,) = re.findall(r"`configs/tune/sft-lora.yaml ([^`]*train.recompute=full)`", text)
+    ((longest, shorter),) = re.findall(r"rows that fit have (\d+)K instead of (\d+)K tokens", text)
+    (memory,) = re.findall(r"needs (\d+ instead of \d+) GiB \(", text)
+
+    def plan(on: bool, *more: str) -> dict:
+        line = *settings.split(), "train.global_batch_size=8", f"train.offload_activations={str(on).lower()}", *more
+        return planned("8b", "tune/sft-lora", world1, *line, world=1)
+
+    told = [max(stage["total"] for stage in plan(on)["stages"]) / 2**30 for on in (True, False)]
+    assert memory == f"{told[0]:.0f} instead of {told[1]:.0f}"
+    for on, tokens in ((True, int(longest)), (False, int(shorter))):
+        assert plan(on, f"data.seq_length={tokens * 1024}")["fits"]
+        assert not plan(on, f"data.seq_length={(tokens + 8) * 1024}")["fits"]
 
 
 @pytest.mark.slow
