@@ -37,9 +37,11 @@ def fewer_layers(settings: Settings, shapes: Shapes, stage: int, *, rough: bool 
         rough: whether the layer before the repeated one may have deepstack features.
     """
     levels = len(shapes.vision.deepstack_layers)
-    few = levels + _PLAIN
+    # A chunk's first input is not freed when it is copied to the host, as the others are: the schedule has it, too.
+    plain = _PLAIN + settings.train.offload_activations
+    few = levels + plain
     parallel, text = settings.parallel, shapes.text
-    each = few - (rough and levels > 0) if stage == 0 else max(_PLAIN, levels)
+    each = few - (rough and levels > 0) if stage == 0 else max(plain, levels)
     are_alike = len({text.is_moe_layer(layer) for layer in range(text.layers)}) == 1
     if shapes.vision.layers > few:
         shapes = replace(shapes, vision=replace(shapes.vision, layers=few, deepstack_layers=tuple(range(levels))))
