@@ -81,7 +81,7 @@ def _facts(settings: Settings) -> dict[str, str]:
         "layout": layout_text(layout) if layout else "no model parallelism",
         "tokens of a row": f"{settings.data.seq_length:,}",
         "precision": train.precision,
-        "recompute": _value(train.recompute),
+        "recompute": _value(train.recompute) + (", inputs in host memory" if train.offload_activations else ""),
         "recompute in the tower": _value(settings.vision.recompute),
         "window": "the whole step" if settings.vision.window is None else str(settings.vision.window),
         "optimizer": train.optimizer + (", with its state in host memory" if train.offload_optimizer else ""),

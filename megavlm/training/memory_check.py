@@ -198,10 +198,10 @@ def _too_large(error: Exception, settings: Settings) -> UserError:
     tower_is_trained = not {"vision", "projector"} <= set(settings.model.freeze)
     advice = [
         *(["train.recompute=full"] if train.recompute != "full" else []),
-        *(["train.offload_activations=true"] if train.recompute == "full" and not train.offload_activations else []),
         *(["vision.recompute=true"] if tower_is_trained and not vision.recompute else []),
         *([f"vision.window={smallest}"] if vision.window != smallest else []),
         *(["vision.offload=true"] if not vision.offload else []),
+        *(["train.offload_activations=true"] if train.recompute == "full" and not train.offload_activations else []),
         *(["train.offload_optimizer=true"] if train.can_offload else []),
         "a larger parallel.tensor or parallel.context, on more processes",
         f"data.seq_length below {settings.data.seq_length}",
