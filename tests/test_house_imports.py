@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "config": ["base"],
     "layout": ["platform", "config", "base"],
     "output": ["config", "base"],
-    "platform": [],
+    "platform": ["base"],
     "model": ["layout", "platform", "config", "base"],
     "media": ["base"],
     "chat": ["base"],

@@ -116,11 +116,13 @@ def of_megavlm(folder: Path, rows: list[Any], settings: Any) -> Result:
     return Result(torch.cat(logprobs), result.loss, norms)
 
 
-def kernels_here() -> Iterator[tuple[str, str]]:
-    """The kernels and precisions that are compared."""
-    yield from (("portable", "fp32"), ("portable", "bf16"))
-    if has_transformer_engine():
-        yield from (("te", "bf16"), ("te", "fp8"))
+def kernels_here() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The kernels, precisions and further settings that are compared."""
+    yield "portable", "fp32", {}
+    precisions = [("portable", "bf16"), *([("te", "bf16"), ("te", "fp8")] if has_transformer_engine() else [])]
+    for kernels, precision in precisions:
+        yield kernels, precision, {}
+        yield kernels, precision, {"recompute": "full", "offload_activations": True}
 
 
 def compare(record: Recorder, name: str, precision: str, found: Result, reference: Result, own: float) -> None:
@@ -142,8 +144,9 @@ def parity(record: Recorder, *, cpu: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="megavlm-gpu-check-") as temporary:
         root = Path(temporary)
         pictures, folder = save_pictures(root, size), model_with_weights(root, size)
-        of = lambda kernels, precision: settings_for(
-            folder, size.seq_length, size.rows, kernels, precision=precision, optimizer="sgd", clip_grad=0.0
+        plain = {"optimizer": "sgd", "clip_grad": 0.0}
+        of = lambda kernels, precision, **train: settings_for(
+            folder, size.seq_length, size.rows, kernels, precision=precision, **plain, **train
         )
         samples, rows = packed(folder, root, size, of("portable", "fp32"))
         record.settings({"pictures": pictures, "text": size.text, "vision": size.vision, "targets": len(samples)})
@@ -151,18 +154,13 @@ def parity(record: Recorder, *, cpu: bool) -> None:
         own = of_transformers(folder, samples, "bfloat16").error(reference)
         record(Measure("transformers in bf16: log-probabilities, rms", own, "nats"))
         failures = []
-        for kernels, precision in kernels_here():
+        for kernels, precision, further in kernels_here():
+            name = f"{kernels} {precision}{', inputs of layers on the host' if further else ''}"
             try:
-                compare(
-                    record,
-                    f"{kernels} {precision}",
-                    precision,
-                    of_megavlm(folder, rows, of(kernels, precision)),
-                    reference,
-                    own,
-                )
+                found = of_megavlm(folder, rows, of(kernels, precision, **further))
+                compare(record, name, precision, found, reference, own)
             except Exception as error:  # the others are still worth knowing
-                failures.append(f"{kernels} {precision}: {type(error).__name__}: {error}")
+                failures.append(f"{name}: {type(error).__name__}: {error}")
             start_anew()
         if failures:
             raise RuntimeError("; ".join(failures))

@@ -139,8 +139,8 @@ class TrainSettings(ScheduleSettings):
     offload_activations: Bool = Field(
         False,
         description="only with recompute full: whether the layers' inputs, which it keeps, are in host memory until "
-        "the backward pass. This frees 2 bytes × hidden size for each layer and token of a rank; the copies run beside "
-        "the computation",
+        "the backward pass, page-locked. This moves 2 bytes (4 in fp32) × hidden size for each layer and token of the "
+        "rows between their passes; the copies run beside the computation",
     )
     overlap: OverlapSettings = OverlapSettings()
     experts: ExpertSettings = ExpertSettings()

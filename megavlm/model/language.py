@@ -1,7 +1,7 @@
 """The Qwen3 decoder: Megatron's embedding, TransformerBlock and output layer, with MRoPE and deepstack."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -42,7 +42,7 @@ class LanguageModel(LanguageModule):
         post_process: whether this chunk has the final norm and the output layer.
         vp_stage: index of the chunk on its rank with virtual pipeline stages; otherwise None.
         score_head: whether the last chunk also has the head of a reward model.
-        offload_activations: whether the inputs of recomputed layers are in host memory until the backward pass.
+        host_states: has the inputs of recomputed layers in host memory until the backward pass; None: they stay.
     """
 
     inputs_need_grad = False
@@ -62,7 +62,7 @@ class LanguageModel(LanguageModule):
         post_process: bool = True,
         vp_stage: int | None = None,
         score_head: bool = False,
-        offload_activations: bool = False,
+        host_states: HostStates | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=groups)
         text = shapes.text
@@ -100,7 +100,7 @@ class LanguageModel(LanguageModule):
             )
         if post_process and score_head:
             self.score_head = ScoreHead(text.hidden, config.params_dtype, sequence_parallel=config.sequence_parallel)
-        self.host_states = HostStates() if offload_activations else None
+        self.host_states = host_states
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
@@ -138,8 +138,7 @@ class LanguageModel(LanguageModule):
                 hidden = hidden.index_copy(0, row.visual_positions, visual.unsqueeze(1).to(hidden.dtype))
             if self.inputs_need_grad and torch.is_grad_enabled() and not hidden.requires_grad:
                 hidden = hidden.detach().requires_grad_(True)
-        inputs = hidden if hidden is not None else self.decoder.input_tensor
-        with self.host_states.of(inputs.shape, len(self.decoder.layers)) if self.host_states else nullcontext():
+        with self._inputs_on_host(hidden if hidden is not None else self.decoder.input_tensor):
             return self.decoder(
                 hidden_states=hidden,
                 attention_mask=None,
@@ -148,6 +147,11 @@ class LanguageModel(LanguageModule):
                 packed_seq_params=row,
                 padding_mask=padding_mask,
             )
+
+    def _inputs_on_host(self, hidden: Tensor) -> AbstractContextManager[None]:
+        if self.host_states is None:
+            return nullcontext()
+        return self.host_states.of(hidden.shape, len(self.decoder.layers), received=not self.pre_process)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """[T] -> [t, 1, hidden]. With sequence parallelism in several parts, each with a piece of every slice."""

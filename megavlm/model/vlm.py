@@ -20,6 +20,7 @@ from megavlm.model.shapes import Shapes
 from megavlm.model.tower_phase import TowerPhase
 from megavlm.model.vision import VisionTower
 from megavlm.platform import Groups, device
+from megavlm.platform.host_states import HostStates
 
 PARTS = ("vision", "projector", "language")
 
@@ -75,6 +76,7 @@ class VLM:
                 dist.broadcast(parameter.data, src=0)
         pipeline = groups.language.pp
         last_chunk = (parallel.virtual_pipeline or 1) - 1
+        host_states = HostStates() if settings.train.offload_activations else None
         self.language = [
             LanguageModel(
                 shapes,
@@ -85,7 +87,7 @@ class VLM:
                 post_process=pipeline.rank() == pipeline.size() - 1 and (vp_stage or 0) == last_chunk,
                 vp_stage=vp_stage,
                 score_head=score_head,
-                offload_activations=settings.train.offload_activations,
+                host_states=host_states,
             ).to(device())
             for vp_stage in self._chunks()
         ]

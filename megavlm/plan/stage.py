@@ -148,8 +148,8 @@ class Stage:
         return [*found, Moment("checkpoint", self.static, Peak("checkpoint", {"checkpoint": self.saving}))]
 
     def on_host(self, number: int, stages: int) -> int:
-        """Bytes in host memory, if this is stage ``number``: Adam's state, and the inputs of layers."""
-        inputs = max(memory.on_host(number, stages, self.window) for memory in self.memories)
+        """Bytes in host memory, if this is stage ``number``: Adam's state, and the inputs of layers of each model."""
+        inputs = sum(memory.on_host(number, stages, self.window) for memory in self.memories)
         return self.static.on_host + inputs
 
     def with_memories(self, change: Callable[[StageMemory], StageMemory]) -> "Stage":

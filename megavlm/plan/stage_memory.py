@@ -50,14 +50,15 @@ class ChunkMemory:
 
     def part(self, parts: int) -> "ChunkMemory":
         """About what a chunk with one of so many parts of the layers does."""
+        if self.on_host:  # the device keeps the last layer's input alone
+            return replace(self, on_host=self.on_host // parts)
         gone = {name: size - size // parts for name, size in self.kept.items()}
 
         def of(peak: Peak) -> Peak:
             return Peak(peak.phase, {name: size - gone.get(name, 0) for name, size in peak.by_phase.items()})
 
         kept = {name: size - gone[name] for name, size in self.kept.items()}
-        on_host = self.on_host // parts
-        return replace(self, forward=of(self.forward), kept=kept, backward=of(self.backward), on_host=on_host)
+        return replace(self, forward=of(self.forward), kept=kept, backward=of(self.backward))
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,12 @@ class StageMemory:
         return {"encode": self.encode, "decoder": fullest, "tower": self.tower}
 
     def on_host(self, stage: int, stages: int, window: int) -> int:
-        """The host memory that the inputs of layers need. Each chunk has its own."""
-        now = [0] * len(self.chunks)
-        most = now.copy()
+        """The host memory that the inputs of layers need."""
+        now = most = 0
         for turn in turns(stage, stages, window, len(self.chunks)):
-            now[turn.chunk] += -1 if turn.backward else 1
-            most[turn.chunk] = max(most[turn.chunk], now[turn.chunk])
-        return sum(chunk.on_host * times for chunk, times in zip(self.chunks, most, strict=True))
+            now += self.chunks[turn.chunk].on_host * (-1 if turn.backward else 1)
+            most = max(most, now)
+        return most
 
     def keeping(self, recompute: str, *, tower: bool) -> "StageMemory":
         """The same with less computed again, told from a window of which all is: about what it would be.

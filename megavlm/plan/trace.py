@@ -129,7 +129,7 @@ class _Trace:
                         counted.restart()
                     ran = _run(self.model, chunk, first, memory, phases)
                     layer, attention = (counted.size for counted in again)
-                    on_host = self.layers * ran.on_host
+                    on_host = (self.layers - (not chunk.pre_process)) * ran.on_host  # see ``HostStates.of``
                     chunks.append(replace(ran, layers=self.layers, again=layer, attention=attention, on_host=on_host))
                     stand_ins.add_remembered(ran.left, first.features)
                 if first.features is not None and first.features.grad is not None:

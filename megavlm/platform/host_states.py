@@ -35,11 +35,12 @@ class SideStream:
 
 
 class HostStates:
-    """Keeps the inputs of recomputed layers in host memory between the two passes (as vDNN, arXiv 1602.08124).
+    """Keeps the inputs of recomputed layers in host memory between the two passes (as vDNN does, arXiv 1602.08124).
 
     The input of a layer goes to the host while the next layer computes. It comes back while the layer behind it
     computes its gradients. The device has two of them more than the one in use. All copies are in one stream, so host
-    memory can be written to again without waiting for what was read from it.
+    memory can be written to again without waiting for what was read from it. If a backward pass ends in an exception,
+    a copy to the device may still be under way to memory that is free by then, so the process must end, too.
 
     Args:
         stream: makes the copies; None: a new one.
@@ -52,18 +53,22 @@ class HostStates:
         self._last: Callable[[], _State | None] = lambda: None
 
     @contextmanager
-    def of(self, shape: torch.Size, layers: int) -> Iterator[None]:
+    def of(self, shape: torch.Size, layers: int, *, received: bool = False) -> Iterator[None]:
         """Within the block, the first ``layers`` tensors of this shape that autograd saves are in host memory.
 
-        A model's final norm saves one more, which is needed first in the backward pass, and stays.
+        A model's final norm saves one more, which is needed first in the backward pass, and stays. So does the first
+        tensor if it was ``received`` from another pipeline stage, because the schedule keeps it, too.
         """
         before: _State | None = None
+        number = 0
 
         def save(tensor: Tensor) -> "Tensor | _State":
-            nonlocal before, layers
-            if tensor.shape != shape or not layers:
+            nonlocal before, number
+            if tensor.shape != shape:
                 return tensor
-            layers -= 1
+            number += 1
+            if not received < number <= layers:
+                return tensor
             before = _State(tensor, before, self._stream, self._piece(tensor))
             if (last := self._last()) is not None:
                 last.let_go()

@@ -53,7 +53,7 @@ def write_plan_page(file: Path, plan: Mapping[str, Any], settings: Settings, ver
         filters={"gib": _gib, "parts": memory_parts, "changes": layout_text},
         plan=plan,
         title=f"{settings.model.hf.name}, {verb}",
-        facts=_facts(settings),
+        facts=_facts(settings) | _on_host(plan),
         time=time,
         sampled=plan.get("samples", False),
         memory=memory_bars(plan["stages"], plan["capacity"], plan["spare_share"]),
@@ -92,6 +92,11 @@ def _facts(settings: Settings) -> dict[str, str]:
         | ({"frozen": frozen} if frozen else {})
         | ({"adapter": settings.adapter.type} if settings.adapter.type else {})
     )
+
+
+def _on_host(plan: Mapping[str, Any]) -> dict[str, str]:
+    size = max(stage.get("on_host", 0) for stage in plan["stages"])
+    return {"host memory for a GPU": f"{size / GIB:.1f} GiB"} if size else {}
 
 
 def _seconds(parts: Mapping[str, float]) -> Markup:

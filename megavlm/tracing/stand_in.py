@@ -37,7 +37,7 @@ def fewer_layers(settings: Settings, shapes: Shapes, stage: int, *, rough: bool 
         rough: whether the layer before the repeated one may have deepstack features.
     """
     levels = len(shapes.vision.deepstack_layers)
-    # A chunk's first input is not freed when it is copied to the host, as the others are: the schedule has it, too.
+    # Of a chunk whose inputs are on the host, the first one stays, so that the layer behind it is not like the others.
     plain = _PLAIN + settings.train.offload_activations
     few = levels + plain
     parallel, text = settings.parallel, shapes.text

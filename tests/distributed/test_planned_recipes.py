@@ -89,13 +89,16 @@ def test_what_the_documentation_says_of_long_rows(world1) -> None:
     (settings,) = re.findall(r"`configs/tune/sft-lora.yaml ([^`]*train.recompute=full)`", text)
     ((longest, shorter),) = re.findall(r"rows that fit have (\d+)K instead of (\d+)K tokens", text)
     (memory,) = re.findall(r"needs (\d+ instead of \d+) GiB \(", text)
+    (on_host,) = re.findall(r"recompute=full`\) and (\d+) GiB of the host's memory", text)
 
     def plan(on: bool, *more: str) -> dict:
         line = *settings.split(), "train.global_batch_size=8", f"train.offload_activations={str(on).lower()}", *more
         return planned("8b", "tune/sft-lora", world1, *line, world=1)
 
-    told = [max(stage["total"] for stage in plan(on)["stages"]) / 2**30 for on in (True, False)]
+    plans = [plan(on)["stages"][0] for on in (True, False)]
+    told = [stage["total"] / 2**30 for stage in plans]
     assert memory == f"{told[0]:.0f} instead of {told[1]:.0f}"
+    assert [round(stage["on_host"] / 2**30) for stage in plans] == [int(on_host), 0]
     for on, tokens in ((True, int(longest)), (False, int(shorter))):
         assert plan(on, f"data.seq_length={tokens * 1024}")["fits"]
         assert not plan(on, f"data.seq_length={(tokens + 8) * 1024}")["fits"]

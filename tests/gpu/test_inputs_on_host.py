@@ -55,7 +55,7 @@ def test_the_same_bits_in_less_memory():
     offloaded, less = steps(on_host=True)
     assert all(torch.equal(one, other) for one, other in zip(kept, offloaded, strict=True))
     one = TOKENS * HIDDEN * 2
-    assert most - less > (2 * LAYERS - 6) * one  # of each row, at most three are there
+    assert most - less > (2 * LAYERS - 8) * one  # of each row, at most three or four are there
 
 
 def test_copies_run_beside_the_computing():

@@ -78,6 +78,19 @@ def test_copies_of_a_step():
     assert chain.states._stream.copies == 2 * LAYERS - 1
 
 
+def test_an_input_that_was_received():
+    """Its sender's schedule keeps it, so that it stays on the device, and the others are copied."""
+    plain, chain = Chain(on_host=False), Chain(LateStream())
+    (row,) = rows(1)
+    plain(row).backward()
+    with chain.states.of(row.shape, LAYERS, received=True):
+        loss = chain._layers(row)
+    loss.backward()
+    assert all(torch.equal(one, other) for one, other in zip(plain.gradients(), chain.gradients(), strict=True))
+    assert chain.states._stream.copies == 2 * (LAYERS - 1) - 1
+    assert len(pieces(chain.states)) == LAYERS - 1
+
+
 def test_memory_of_the_device():
     """Between the passes it has the last layer's input; the caller has the first one's."""
     chain, (row,) = Chain(), rows(1)
