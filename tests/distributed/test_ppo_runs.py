@@ -16,6 +16,7 @@ from megavlm.convert.mcore_checkpoint import McoreCheckpoint
 from megavlm.monitor.metrics import read_metrics
 
 HERE = Path(__file__).parent
+ON_HOST = ["train.recompute=full", "train.offload_activations=true"]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_both_models_go_on_with_the_same_bits(ppo, reward_model, toys, tmp_path)
     straight, halted = tmp_path / "straight", tmp_path / "halted"
     done(ppo(straight, [*overrides, "train.steps=3", "checkpoint.every=1", "checkpoint.keep=3"]))
     for steps in (2, 3):
-        elsewhere = ["train.memory_check=true", "train.offload_optimizer=true"]
+        elsewhere = ["train.memory_check=true", "train.offload_optimizer=true", *ON_HOST]
         done(ppo(halted, [*overrides, f"train.steps={steps}", *elsewhere]))
     assert metrics_of(halted) == metrics_of(straight)
     final = "checkpoints/step_00000003"
@@ -110,7 +111,7 @@ def test_with_adapters_one_base_serves_all_models(ppo, reward_model, tmp_path):
     straight, halted = tmp_path / "straight", tmp_path / "halted"
     done(ppo(straight, [*overrides, "train.steps=3"]))
     for steps in (2, 3):
-        elsewhere = ["align.offload=[reference,critic,reward]", "train.offload_optimizer=true"]
+        elsewhere = ["align.offload=[reference,critic,reward]", "train.offload_optimizer=true", *ON_HOST]
         done(ppo(halted, [*overrides, f"train.steps={steps}", *elsewhere]))
     assert metrics_of(halted) == metrics_of(straight)
     final = "checkpoints/step_00000003"
