@@ -17,7 +17,7 @@ class HostMemory:
     """One block of memory, page-locked on a GPU, that is given out in pieces. Keep it as long as the pieces are used.
 
     torch's own page-locked tensors would take up to twice as much: it rounds each request up to a power of two. A
-    forked process does not have the block, or Linux would copy what is page-locked at each fork.
+    forked process does not have the block: Linux may copy what is page-locked at each fork.
 
     Args:
         sizes: bytes of the pieces, in the order in which they are taken.
